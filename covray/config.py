@@ -1,0 +1,178 @@
+"""One pydantic model per step; YAML files below, ``--set a.b=c`` on top; unknown keys are refused.
+
+The resolved configuration is written beside every result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from covray.errors import ConfigError
+
+Task = Literal["segmentation", "pose", "colorization", "normals", "edges", "depth", "low_light"]
+Method = Literal["linear", "diffusion"]
+Length = Annotated[int, Field(ge=2, le=64)]
+Alpha = Annotated[float, Field(gt=0.0, lt=1.0)]
+
+
+class Section(BaseModel):
+    """A part of a configuration: immutable, and strict about what it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class PriorConfig(Section):
+    """The pretrained diffusion model that interpolates."""
+
+    path: str = "nano"
+    """``nano`` (ships with the package), a diffusers folder, or a hub id."""
+    revision: str | None = None
+    """Revision of a hub id; pin it for anything that is to be repeated."""
+    size_px: int | None = Field(default=None, ge=16, le=2048, multiple_of=8)
+    """Side of the square pictures it works on; by default the size the UNet was trained at."""
+    steps: int = Field(default=50, ge=2, le=1000)
+    """DDIM steps of an inversion, and of a denoising (the paper: 50). Must divide the training steps."""
+
+
+class TokenizerConfig(Section):
+    """The VQGAN that writes frames as tokens."""
+
+    path: str = "nano"
+    """``nano`` (ships with the package), a ``diffusers.VQModel`` folder, or a hub id."""
+    revision: str | None = None
+    size_px: int | None = Field(default=None, ge=16, le=2048, multiple_of=8)
+    """Side of the square pictures it reads; by default the model's ``sample_size``."""
+
+
+class EngineConfig(Section):
+    """How the arithmetic runs. Part of the fingerprint: tokens are identical to the bit for one setting of it."""
+
+    batch: int | None = Field(default=None, ge=1, le=4096)
+    """Rows of the UNet's fixed, padded batch. By default proposed by a probe, and recorded by the build."""
+    image_batch: int = Field(default=16, ge=1, le=1024)
+    """Rows of the fixed, padded batch of the VAE and of the tokenizer."""
+    threads: int = Field(default=1, ge=1, le=256)
+    """CPU threads of one actor."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """``auto`` takes the GPU if there is one."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Network arithmetic; latents stay float32. ``auto``: bfloat16 on a GPU, float32 on a CPU."""
+    compile: bool = False
+    """``torch.compile`` the UNet: minutes at the start, worth it for thousands of pairs on a GPU."""
+
+
+class ActorsConfig(Section):
+    """The pool that computes. Not part of the fingerprint: any number of actors writes the same tokens."""
+
+    min: int = Field(default=1, ge=1)
+    max: int | None = Field(default=None, ge=1)
+    """By default one per GPU, or on CPUs one per ``engine.threads`` cores."""
+    gpus: float | None = Field(default=None, ge=0)
+    """GPUs of one actor, whole or a fraction; by default 1 where the cluster has GPUs, else 0."""
+    cpus: float | None = Field(default=None, gt=0)
+    """Logical CPUs one actor reserves; by default a share that leaves room for reading and writing."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ActorsConfig:
+        if self.max is not None and self.max < self.min:
+            raise ValueError(f"max ({self.max}) is smaller than min ({self.min})")
+        return self
+
+
+class BuildConfig(Section):
+    """``covray build``: manifest in, token shards out."""
+
+    pairs: str
+    """Manifest: a Parquet file or folder, local or on any filesystem pyarrow knows."""
+    out: str
+    """Dataset folder to write."""
+    lengths: tuple[Length, ...] = (4,)
+    """Chain lengths to serve, both ends counted; length L has frames at alpha = k/(L-1)."""
+    alphas: tuple[Alpha, ...] = ()
+    """Further alphas, beside those the lengths ask for."""
+    methods: tuple[Method, ...] = ("diffusion", "linear")
+    """How frames are made. The method ``none`` needs no frames: it is every dataset's source and label."""
+    prior: PriorConfig = PriorConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    engine: EngineConfig = EngineConfig()
+    actors: ActorsConfig = ActorsConfig()
+    fit: Literal["stretch", "crop"] = "stretch"
+    """How a picture becomes square: ``stretch`` as LVM does, or ``crop`` the centre first."""
+    check_endpoints: float = Field(default=0.05, ge=0.0, le=1.0)
+    """Share of pairs whose two ends are also denoised, to report how well inversion returns them."""
+    keep_noise: bool = False
+    """Keep the inverted noise in the shards, so that a later build needs no inversion."""
+    noise_from: str | None = None
+    """A dataset built with ``keep_noise`` and the same prior: its noise is used where it has the pair."""
+    rows_per_block: int = Field(default=64, ge=1, le=100_000)
+    """Pairs an actor takes at a time; also the unit that a kill can cost."""
+
+    @field_validator("lengths", "alphas", "methods")
+    @classmethod
+    def _sorted_set(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(sorted(set(value)))
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the tokens of a pair; a resume must agree in all of it."""
+        return self.model_dump(mode="json", exclude={"out", "pairs", "actors", "rows_per_block", "noise_from"})
+
+
+C = TypeVar("C", bound=Section)
+
+
+def load_config(
+    model: type[C], file: str | Path | None, options: dict[str, Any] | None = None, sets: Iterable[str] = ()
+) -> C:
+    """Resolve a configuration: defaults, then ``file`` (YAML), then ``options``, then ``sets`` (``a.b=value``).
+
+    ``options`` has dotted keys; entries that are None were not given. Raises ConfigError with the full key path.
+    """
+    values: dict[str, Any] = {}
+    if file is not None:
+        try:
+            loaded = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"--config {file}: {error.strerror}; give an existing YAML file") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--config {file}: not valid YAML: {' '.join(str(error).split())}") from error
+        if loaded is not None and not isinstance(loaded, dict):
+            raise ConfigError(f"--config {file}: holds {type(loaded).__name__}, not keys and values")
+        values = loaded or {}
+    for key, value in (options or {}).items():
+        if value is not None:
+            _set(values, key, value)
+    for assignment in sets:
+        key, separator, text = assignment.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"--set {assignment}: write key=value, for example --set engine.batch=32")
+        try:
+            _set(values, key, yaml.safe_load(text))
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {assignment}: the value is not valid YAML") from error
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_describe(model, entry) for entry in error.errors())) from error
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    *path, last = key.split(".")
+    for part in path:
+        values = values.setdefault(part, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"{key}: {part} is a value, not a section")
+    values[last] = value
+
+
+def _describe(model: type[Section], entry: Any) -> str:
+    where = ".".join(str(part) for part in entry["loc"]) or model.__name__
+    if entry["type"] == "extra_forbidden":
+        return f"{where}: no such key in {model.__name__}; see --help or docs/configuration.md"
+    if entry["type"] == "missing":
+        return f"{where}: is required"
+    return f"{where}: {entry['msg'].removeprefix('Value error, ')} (got {entry['input']!r})"

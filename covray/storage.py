@@ -1,0 +1,88 @@
+"""Paths on any filesystem pyarrow knows (local, s3://, gs://, ...): resolve, read, write whole small files."""
+
+from __future__ import annotations
+
+import json
+import os
+import posixpath
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import fs
+
+from covray.errors import ConfigError
+
+
+def resolve(path: str) -> tuple[fs.FileSystem, str]:
+    """The filesystem of ``path`` and the path on it; a path without a scheme is local and made absolute."""
+    if "://" not in path:
+        return fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(path))
+    try:
+        filesystem, inner = fs.FileSystem.from_uri(path)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+        raise ConfigError(f"{path}: no such storage: {_first_line(error)}") from error
+    return filesystem, inner
+
+
+def join(path: str, *parts: str) -> str:
+    """``path`` and ``parts`` joined, whatever the scheme."""
+    return posixpath.join(path, *parts)
+
+
+def exists(path: str) -> bool:
+    """Whether a file or folder stands at ``path``."""
+    filesystem, inner = resolve(path)
+    return bool(filesystem.get_file_info(inner).type != fs.FileType.NotFound)
+
+
+def list_files(path: str, suffix: str = "") -> list[str]:
+    """Files below ``path``, relative to it, sorted; an absent folder holds none."""
+    filesystem, inner = resolve(path)
+    selector = fs.FileSelector(inner, recursive=True, allow_not_found=True)
+    prefix = inner.rstrip("/") + "/"
+    return sorted(
+        info.path.removeprefix(prefix)
+        for info in filesystem.get_file_info(selector)
+        if info.type == fs.FileType.File and info.path.endswith(suffix)
+    )
+
+
+def read_bytes(path: str) -> bytes:
+    """The whole file. Raises OSError (FileNotFoundError when absent)."""
+    filesystem, inner = resolve(path)
+    with filesystem.open_input_stream(inner) as stream:
+        return bytes(stream.read())
+
+
+def write_bytes(path: str, data: bytes) -> None:
+    """Write a whole file, creating its folder; a reader sees the old file or the new one, never a part.
+
+    On a local disk by writing aside and renaming; object stores replace an object in one piece by themselves.
+    """
+    filesystem, inner = resolve(path)
+    folder = posixpath.dirname(inner)
+    filesystem.create_dir(folder, recursive=True)
+    if isinstance(filesystem, fs.LocalFileSystem):
+        aside = posixpath.join(folder, f".{posixpath.basename(inner)}.{os.getpid()}.part")
+        with open(aside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, inner)
+    else:
+        with filesystem.open_output_stream(inner) as stream:
+            stream.write(data)
+
+
+def read_json(path: str) -> Any:
+    """The file at ``path``, parsed. Raises OSError or ValueError."""
+    return json.loads(read_bytes(path))
+
+
+def write_json(path: str, value: Any) -> None:
+    """Write ``value`` as indented JSON, whole or not at all."""
+    write_bytes(path, (json.dumps(value, indent=2, sort_keys=False) + "\n").encode())
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
