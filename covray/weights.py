@@ -16,7 +16,8 @@ def resolve_folder(path: str, revision: str | None, nano_name: str, allow_patter
     """The local folder of a model.
 
     ``path`` is ``nano`` (the folder ``nano_name`` of the family that ships with the package), an existing folder, or a
-    hub id, of which the files matching ``allow_patterns`` are downloaded (or taken from the hub's cache) at ``revision``.
+    hub id, of which the files matching ``allow_patterns`` are downloaded, or taken from the hub's cache, at
+    ``revision``.
     Raises WeightsError when there is no such folder or the hub does not give it.
     """
     if path == "nano":
