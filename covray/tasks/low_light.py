@@ -1,0 +1,93 @@
+"""Low-light enhancement: from a photograph taken in the dark to the photograph; the label is the photograph itself.
+
+The dark photograph is made by the noise model of an image sensor: photons arrive as a Poisson process whose mean is the
+light, the read-out adds Gaussian noise, a converter quantises (Janesick, Photon Transfer, 2007; Foi et al., "Practical
+Poissonian-Gaussian noise modeling and fitting for single-image raw-data", TIP 2008). All of it happens in linear light.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+RESAMPLE = "bicubic"
+
+EV_RANGE = (2.0, 4.5)
+"""Stops of underexposure: a quarter to a twenty-third of the light, the range between dusk and night."""
+FULL_WELL_RANGE_E = (1000.0, 8000.0)
+"""Electrons at saturation, the analogue gain of a high ISO included: a small sensor at ISO 3200 up to a large one."""
+READ_NOISE_RANGE_E = (1.0, 4.0)
+"""Standard deviation of the read noise in electrons; 1 to 4 is what CMOS sensors of the last decade have."""
+ADC_BITS = 14
+"""Bits of the converter; its step is below the read noise, as in a real camera."""
+
+
+@dataclass(frozen=True)
+class Exposure:
+    """How dark, and how noisy, a photograph is taken."""
+
+    ev: float
+    """Stops below the right exposure: the light is scaled by 2^-ev."""
+    full_well_e: float
+    """Electrons of a saturated pixel."""
+    read_noise_e: float
+    """Standard deviation of the read noise, in electrons."""
+
+    @classmethod
+    def draw(cls, generator: np.random.Generator) -> Exposure:
+        """A random exposure: ev and read noise uniform, full well log-uniform in the ranges of this module."""
+        low, high = np.log(FULL_WELL_RANGE_E)
+        return cls(
+            ev=float(generator.uniform(*EV_RANGE)),
+            full_well_e=float(np.exp(generator.uniform(low, high))),
+            read_noise_e=float(generator.uniform(*READ_NOISE_RANGE_E)),
+        )
+
+
+def draw(photo: NDArray[np.floating]) -> NDArray[np.uint8]:
+    """A photograph [h, w, 3] in [0, 1] as a picture [h, w, 3]."""
+    return np.rint(np.clip(photo, 0, 1) * 255).astype(np.uint8)
+
+
+def read(picture: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """A photograph float32 [h, w, 3] in [0, 1]."""
+    return picture.astype(np.float32) / 255
+
+
+def darken(
+    image: NDArray[np.uint8], generator: np.random.Generator, exposure: Exposure | None = None
+) -> NDArray[np.uint8]:
+    """The photograph ``image`` [h, w, 3] as it comes out in the dark; ``exposure`` is drawn when not given.
+
+    The same generator state gives the same picture (for one version of numpy, which owns the Poisson sampler).
+    """
+    if exposure is None:
+        exposure = Exposure.draw(generator)
+    return draw(to_srgb(expose(to_linear(image / 255.0), exposure, generator)))
+
+
+def expose(
+    light: NDArray[np.floating], exposure: Exposure, generator: np.random.Generator
+) -> NDArray[np.float64]:
+    """The sensor: linear light in [0, 1] of the right exposure -> what it reads, on the same scale of 1 = saturation.
+
+    The mean is ``light`` x 2^-ev, the variance (electrons + read noise²)/full well² + step²/12. Noise around black
+    goes below zero: sensors record it above a pedestal, and so cutting it here would brighten the shadows.
+    """
+    electrons = generator.poisson(light * 2.0**-exposure.ev * exposure.full_well_e)
+    signal_e = electrons + generator.normal(0.0, exposure.read_noise_e, light.shape)
+    steps = 2**ADC_BITS - 1
+    return np.minimum(np.rint(signal_e / exposure.full_well_e * steps), steps) / steps
+
+
+def to_linear(srgb: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Linear light of sRGB values in [0, 1] (IEC 61966-2-1)."""
+    return np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+
+
+def to_srgb(light: NDArray[np.floating]) -> NDArray[np.float64]:
+    """sRGB values of linear light (IEC 61966-2-1); light outside [0, 1] is cut."""
+    light = np.clip(light, 0, 1)
+    return np.where(light <= 0.0031308, light * 12.92, 1.055 * light ** (1 / 2.4) - 0.055)
