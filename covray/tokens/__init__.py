@@ -1,0 +1,1 @@
+"""Tokens: the VQGAN tokenizer, the shards that hold chains, and the audit of a dataset."""

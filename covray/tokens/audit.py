@@ -1,0 +1,102 @@
+"""The audit of a dataset: every pair that was asked for is in exactly one row."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from covray import storage
+from covray.errors import DatasetError
+from covray.tokens.shards import shard_files, task_of
+
+_UNREADABLE = (OSError, pa.ArrowInvalid)
+
+
+def audit_dataset(out: str, pair_ids: np.ndarray, per_task: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """Compare the shards of the dataset folder ``out`` with the manifest, and count them.
+
+    ``pair_ids``: int64 ``[n]``, the manifest's, distinct; ``per_task``: its rows per task, compared when given.
+    Reads only the narrow columns, file by file; memory is 8 bytes a row. Returns what ``_audit.json`` holds:
+    ``{"version", "asked", "written", "rejected", "per_task": {task: {"asked", "written", "rejected", "reasons"}}}``,
+    where written counts good rows and rejected counts error rows. Raises DatasetError that lists unreadable shards,
+    missing, doubled and foreign pairs.
+    """
+    asked = np.sort(np.asarray(pair_ids, dtype=np.int64))
+    if np.any(asked[1:] == asked[:-1]):
+        raise ValueError("pair_ids are not distinct")
+    found: list[np.ndarray] = []
+    good: Counter[str] = Counter()
+    reasons: dict[str, Counter[str]] = {}
+    torn: list[str] = []
+    for name in shard_files(out):
+        narrow = _read_narrow(out, name, ["pair_id", "error"])
+        if narrow is None:
+            torn.append(name)
+            continue
+        task = task_of(name)
+        found.append(narrow["pair_id"].to_numpy())
+        errors = narrow["error"].cast(pa.string()).drop_null()
+        good[task] += len(narrow) - len(errors)
+        per_reason = reasons.setdefault(task, Counter())
+        for entry in pc.value_counts(pc.replace_substring_regex(errors, r"(?s):.*", "")).to_pylist():
+            per_reason[entry["values"]] += entry["counts"]
+
+    rows = np.sort(np.concatenate([np.zeros(0, np.int64), *found]))
+    problems = _problems(asked, rows, torn)
+    per_task_rows = {task: good[task] + counts.total() for task, counts in sorted(reasons.items())}
+    if not problems and per_task is not None:
+        expected = {task: rows for task, rows in sorted(per_task.items()) if rows}
+        if per_task_rows != expected:
+            problems.append(f"rows per task are {per_task_rows}, the manifest has {expected}")
+    if problems:
+        raise DatasetError(f"{out}: {'; '.join(problems)}; run the same covray build again")
+    return {
+        "version": 1,
+        "asked": len(asked),
+        "written": good.total(),
+        "rejected": sum(counts.total() for counts in reasons.values()),
+        "per_task": {
+            task: {
+                "asked": rows,
+                "written": good[task],
+                "rejected": reasons[task].total(),
+                "reasons": dict(sorted(reasons[task].items())),
+            }
+            for task, rows in per_task_rows.items()
+        },
+    }
+
+
+def unreadable_shards(out: str) -> list[str]:
+    """Shards of ``out``, relative to it, that a killed writer left without a readable footer. A resume deletes them."""
+    return [name for name in shard_files(out) if _read_narrow(out, name, []) is None]
+
+
+def _read_narrow(out: str, name: str, columns: list[str]) -> pa.Table | None:
+    filesystem, inner = storage.resolve(storage.join(out, name))
+    try:
+        with pq.ParquetFile(inner, filesystem=filesystem) as file:
+            return file.read(columns=columns)
+    except _UNREADABLE:
+        return None
+
+
+def _problems(asked: np.ndarray, rows: np.ndarray, torn: list[str]) -> list[str]:
+    distinct = np.unique(rows)
+    lists = {
+        "unreadable shards": torn,
+        "pairs missing": np.setdiff1d(asked, distinct, assume_unique=True).tolist(),
+        "rows doubled": rows[1:][rows[1:] == rows[:-1]].tolist(),
+        "pairs not in the manifest": np.setdiff1d(distinct, asked, assume_unique=True).tolist(),
+    }
+    return [
+        f"{len(items)} {what} ({', '.join(map(str, items[:3]))}{', ...' if len(items) > 3 else ''})"
+        for what, items in lists.items()
+        if items
+    ]
