@@ -211,7 +211,7 @@ def hostile(generator: np.random.Generator, data: bytes) -> bytes:
         elif kind == 3:
             damaged[at:at] = damaged[: int(generator.integers(1, 64))]
         else:
-            damaged[at : at + 4] = generator.choice([b"\xff\xff\xff\xff", b"\0\0\0\0", b"\x7f\xff\xff\xff"])
+            damaged[at : at + 4] = (b"\xff\xff\xff\xff", b"\0\0\0\0", b"\x7f\xff\xff\xff")[generator.integers(0, 3)]
     return bytes(damaged)
 
 
@@ -223,10 +223,15 @@ def samples() -> list[bytes]:
     exif[0x0112] = 6
     exif[0x010E] = "a description"
     found = [encode(small, kind, **options) for kind, options in ENCODINGS.items()]
-    found += [encode(small, "JPEG", exif=exif, progressive=True), encode(small, "PNG", exif=exif, icc_profile=b"x" * 99)]
+    found += [
+        encode(small, "JPEG", exif=exif, progressive=True),
+        encode(small, "PNG", exif=exif, icc_profile=b"x" * 99),
+    ]
     found += [encode(indexed, "PNG", transparency=0), encode(indexed, "BMP"), encode(indexed, "TIFF")]
     found += [encode(small, "TIFF", compression=name) for name in ("raw", "jpeg", "tiff_deflate", "packbits")]
-    found += [encode(frames[0], kind, save_all=True, append_images=frames[1:]) for kind in ("GIF", "PNG", "WEBP", "MPO")]
+    found += [
+        encode(frames[0], kind, save_all=True, append_images=frames[1:]) for kind in ("GIF", "PNG", "WEBP", "MPO")
+    ]
     found += [encode(Image.fromarray(small).convert("1"), kind) for kind in ("PPM", "TIFF", "PNG")]
     found += [encode(Image.fromarray(small).convert("CMYK"), kind) for kind in ("JPEG", "TIFF")]
     found += [encode(Image.fromarray(small[..., 0].astype(np.uint16)), kind) for kind in ("PNG", "TIFF", "PPM")]
@@ -238,18 +243,20 @@ def samples() -> list[bytes]:
 def test_hostile_files_raise_nothing_but_pair_errors() -> None:
     generator = np.random.default_rng(7)
     seen: dict[str, int] = {}
+    texts = []
     for data in samples():
         for _ in range(70):
             try:
                 picture = decode(hostile(generator, data))
             except PairError as error:
                 seen[error.reason] = seen.get(error.reason, 0) + 1
-                assert "\n" not in str(error)
+                texts.append(str(error))
             else:
                 seen["good"] = seen.get("good", 0) + 1
                 assert picture.dtype == np.uint8
                 assert picture.ndim == 3
                 assert picture.shape[2] == 3
+    assert not any("\n" in text for text in texts)
     assert sum(seen.values()) >= 2_000
     assert seen["truncated"] > 100
     assert seen["damaged"] > 100
@@ -376,7 +383,13 @@ def test_a_root_on_another_storage(root: Path, monkeypatch: pytest.MonkeyPatch) 
     for uri in ("inner/a b.png", "s3://bucket/root/inner/a b.png", "x/../inner/a b.png"):
         assert load_picture(Picture(uri=uri), where) == b"picture"
     uris = ["../root_secret.png", "s3://bucket/root/../root_secret.png", "s3://bucket/root_secret.png", "/etc/passwd"]
-    uris += ["s3://other/root/in.png", "file:///etc/passwd", "s3://bucket/root?endpoint_override=evil/in.png", ".", ".."]
+    uris += [
+        "s3://other/root/in.png",
+        "file:///etc/passwd",
+        "s3://bucket/root?endpoint_override=evil/in.png",
+        ".",
+        "..",
+    ]
     for uri in uris:
         assert refused(uri, where) == "outside_root", uri
     assert refused("inner/no.png", where) == "missing"

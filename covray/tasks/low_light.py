@@ -53,7 +53,7 @@ def draw(photo: NDArray[np.floating]) -> NDArray[np.uint8]:
 
 def read(picture: NDArray[np.uint8]) -> NDArray[np.float32]:
     """A photograph float32 [h, w, 3] in [0, 1]."""
-    return picture.astype(np.float32) / 255
+    return picture.astype(np.float32) / np.float32(255)
 
 
 def darken(
@@ -68,9 +68,7 @@ def darken(
     return draw(to_srgb(expose(to_linear(image / 255.0), exposure, generator)))
 
 
-def expose(
-    light: NDArray[np.floating], exposure: Exposure, generator: np.random.Generator
-) -> NDArray[np.float64]:
+def expose(light: NDArray[np.floating], exposure: Exposure, generator: np.random.Generator) -> NDArray[np.float64]:
     """The sensor: linear light in [0, 1] of the right exposure -> what it reads, on the same scale of 1 = saturation.
 
     The mean is ``light`` x 2^-ev, the variance (electrons + read noise²)/full well² + step²/12. Noise around black
