@@ -1,0 +1,1 @@
+"""The diffusion prior, the vectorised DDIM, and the engine that interpolates between pictures."""
