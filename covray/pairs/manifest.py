@@ -141,7 +141,7 @@ class ManifestWriter:
 
     def add(self, pair: Pair) -> bool:
         """Write ``pair``; False, and counted in ``duplicates``, where its ``pair_id`` had been added before."""
-        if pair.task not in TASKS:
+        if pair.task not in TASK_NAMES:
             raise ManifestError(f"{self.path}: {_unknown_task(pair.task)}")
         if pair.pair_id in self._seen:
             self.duplicates += 1
@@ -266,7 +266,7 @@ def read_user_list(
     split: str = "train",
     root: str | os.PathLike[str] | None = None,
 ) -> Iterator[Pair]:
-    """The pairs of a user's own list: ``.csv``, ``.jsonl``, ``.json`` (Painter's, or a list of objects) or ``.parquet``.
+    """The pairs of a user's own list: ``.csv``, ``.jsonl``, ``.json`` (Painter's, or objects) or ``.parquet``.
 
     Columns or keys: ``image``, ``label``, and where not the same for all ``task`` and ``split`` (a row's own wins over
     the argument); further ones go to ``meta``. Pictures are URIs below ``list_root(file, root)``; an absolute one
@@ -281,7 +281,7 @@ def read_user_list(
     ending = posixpath.splitext(file)[1].lower()
     if ending not in readers:
         raise ManifestError(f"{file}: a list of pairs ends in {', '.join(readers)}")
-    if task is not None and task not in TASKS:
+    if task is not None and task not in TASK_NAMES:
         raise ManifestError(f"--task {task}: {_unknown_task(task)}")
     base = list_root(file, root).rstrip("/") + "/"
     return _user_pairs(file, readers[ending](file), task, split, base)
@@ -302,7 +302,7 @@ def _user_pairs(file: str, rows: Iterable[tuple[str, Any]], task: str | None, sp
         own_task, own_split = values.pop("task", None) or task, values.pop("split", None) or split
         if own_task is None:
             raise ManifestError(f"{file}, {where}: has no task; add a column task, or give --task")
-        if own_task not in TASKS:
+        if own_task not in TASK_NAMES:
             raise ManifestError(f"{file}, {where}: {_unknown_task(own_task)}")
         if not isinstance(own_split, str):
             raise ManifestError(f"{file}, {where}: split is {own_split!r}, not a name")
