@@ -1,0 +1,395 @@
+"""Manifests: what is written is read, whole or not at all; a user's mistake is one line that names its place."""
+
+import json
+import resource
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyarrow import fs
+
+from covray import storage
+from covray.errors import ManifestError
+from covray.pairs import manifest
+from covray.pairs.manifest import (
+    MANIFEST_SCHEMA,
+    ManifestWriter,
+    Pair,
+    Picture,
+    check_manifest,
+    list_root,
+    read_user_list,
+)
+
+
+def pair(number: int = 0, task: str = "depth", split: str = "train", **meta: Any) -> Pair:
+    return Pair(task, split, Picture(bytes=b"image %d" % number), Picture(uri=f"label{number}.png"), meta)
+
+
+def write(path: Path | str, pairs: Iterable[Pair], root: str | None = None) -> ManifestWriter:
+    with ManifestWriter(path, root) as writer:
+        for each in pairs:
+            writer.add(each)
+    return writer
+
+
+def refused(action: Any, *arguments: Any, **options: Any) -> str:
+    def whole() -> None:
+        result = action(*arguments, **options)
+        if isinstance(result, Iterator):
+            list(result)
+
+    with pytest.raises(ManifestError) as caught:
+        whole()
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def test_pair_id_is_the_documented_hash() -> None:
+    """Golden: ids are in everyone's shards, so they must never change."""
+    known = Pair("depth", "train", Picture(bytes=b"image"), Picture(uri="label.png"))
+    assert known.pair_id == 606214217412105744
+
+
+def test_pair_id_depends_on_task_and_pictures_only() -> None:
+    base = pair()
+    assert pair(split="test", note="other").pair_id == base.pair_id
+    assert Pair("depth", "train", Picture(uri="elsewhere", bytes=b"image 0"), base.label).pair_id == base.pair_id
+    assert pair(task="normals").pair_id != base.pair_id
+    assert Pair("depth", "train", base.label, base.image).pair_id != base.pair_id
+    assert pair(1).pair_id != base.pair_id
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.tuples(st.text(), st.text()), st.tuples(st.text(), st.text()))
+def test_different_pictures_never_spell_the_same_id(one: tuple[str, str], other: tuple[str, str]) -> None:
+    ids = [Pair("depth", "train", Picture(uri=a), Picture(uri=b)).pair_id for a, b in (one, other)]
+    assert (ids[0] == ids[1]) == (one == other)
+    assert all(-(2**63) <= pair_id < 2**63 for pair_id in ids)
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "pairs.parquet"
+    pairs = [pair(n, ("depth", "edges")[n % 2], ("train", "val")[n % 3 == 0], place=n) for n in range(20)]
+    writer = write(path, pairs, str(tmp_path))
+    assert (writer.rows, writer.duplicates) == (20, 0)
+    table = pq.read_table(path)
+    assert table.schema.equals(MANIFEST_SCHEMA)
+    for row, expected in zip(table.to_pylist(), pairs, strict=True):
+        assert (row["pair_id"], row["task"], row["split"]) == (expected.pair_id, expected.task, expected.split)
+        assert Picture(**row["image"]) == expected.image
+        assert Picture(**row["label"]) == expected.label
+        assert json.loads(row["meta"]) == expected.meta
+    info = check_manifest(path)
+    assert (info.rows, info.per_task, info.splits) == (20, {"depth": 10, "edges": 10}, {"train": 13, "val": 7})
+    assert info.root == str(tmp_path)
+    assert info.pair_ids.tolist() == [each.pair_id for each in pairs]
+    assert [file.name for file in path.parent.iterdir()] == ["pairs.parquet"]
+
+
+def test_a_pair_is_written_once(tmp_path: Path) -> None:
+    with ManifestWriter(tmp_path / "pairs.parquet") as writer:
+        assert writer.add(pair(1))
+        assert not writer.add(pair(1, split="test"))
+        assert writer.add(pair(2))
+    assert (writer.rows, writer.duplicates) == (2, 1)
+    assert check_manifest(tmp_path / "pairs.parquet").rows == 2
+
+
+def test_row_groups_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest, "ROW_GROUP_BYTES", 10_000)
+    monkeypatch.setattr(manifest, "ROW_GROUP_ROWS", 7)
+    heavy = [Pair("depth", "train", Picture(bytes=bytes([n]) * 4_000), Picture()) for n in range(9)]
+    write(tmp_path / "heavy.parquet", heavy)
+    write(tmp_path / "many.parquet", [pair(n) for n in range(16)])
+    groups = pq.ParquetFile(tmp_path / "heavy.parquet").metadata
+    assert [groups.row_group(n).num_rows for n in range(groups.num_row_groups)] == [3, 3, 3]
+    groups = pq.ParquetFile(tmp_path / "many.parquet").metadata
+    assert [groups.row_group(n).num_rows for n in range(groups.num_row_groups)] == [7, 7, 2]
+
+
+def test_a_failure_leaves_the_old_file_and_no_parts(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.parquet"
+    write(path, [pair(1)])
+    before = path.read_bytes()
+
+    def interrupted() -> Iterator[Pair]:
+        yield pair(2)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(path, interrupted())
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.parquet"
+    noise = np.random.default_rng(0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+    try:
+        text = refused(
+            write, path, [Pair("depth", "train", Picture(bytes=noise.bytes(50_000)), Picture()) for _ in range(9)]
+        )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert text.startswith(f"{path}: cannot be written")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_cannot_be_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in refused(write, tmp_path / "file" / "pairs.parquet", [pair()])
+    assert "is a folder" in refused(write, tmp_path, [pair()])
+    assert "cannot be written" in refused(write, "nowhere://bucket/pairs.parquet", [pair()])
+    assert "unknown task 'dpeth'" in refused(write, tmp_path / "pairs.parquet", [pair(task="dpeth")])
+
+
+def test_another_storage_gets_the_file_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bucket = fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem())
+    monkeypatch.setattr(storage, "resolve", lambda path: (bucket, path.removeprefix("s3://bucket/")))
+    with ManifestWriter("s3://bucket/inner/pairs.parquet", "s3://bucket/data") as writer:
+        writer.add(pair(1))
+        assert not (tmp_path / "inner").exists()
+    info = check_manifest("s3://bucket/inner/pairs.parquet")
+    assert (info.rows, info.root) == (1, "s3://bucket/data")
+
+
+def test_hostile_text_and_odd_meta_survive(tmp_path: Path) -> None:
+    strange = Pair(
+        "depth",
+        "tra\udcffin",
+        Picture(uri="a\udcff\n\0.png"),
+        Picture(uri="../../etc/passwd"),
+        {"nan": float("nan"), "array": np.arange(2), "bytes": b"xx", "text": "\ud800", "path": Path("p")},
+    )
+    write(tmp_path / "pairs.parquet", [strange])
+    (row,) = pq.read_table(tmp_path / "pairs.parquet").to_pylist()
+    assert row["image"]["uri"] == "a?\n\0.png"
+    assert row["label"]["uri"] == "../../etc/passwd"
+    assert json.loads(row["meta"], parse_constant=pytest.fail) == {
+        "nan": None,
+        "array": [0, 1],
+        "bytes": "2 bytes",
+        "text": "\ud800",
+        "path": "p",
+    }
+
+
+def test_a_folder_of_files_is_one_manifest(tmp_path: Path) -> None:
+    for name, numbers in (("b", range(3)), ("a", range(3, 5))):
+        write(tmp_path / f"{name}.parquet", [pair(n) for n in numbers])
+    info = check_manifest(tmp_path)
+    assert info.pair_ids.tolist() == [pair(n).pair_id for n in (3, 4, 0, 1, 2)]
+    write(tmp_path / "c.parquet", [pair(4), pair(1), pair(9)])
+    text = refused(check_manifest, tmp_path)
+    assert "2 rows repeat a pair_id" in text
+    assert str(pair(1).pair_id) in text
+
+
+def test_files_of_different_roots_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", [pair(1)], "/data/a")
+    write(tmp_path / "b.parquet", [pair(2)], "/data/b")
+    assert "different roots" in refused(check_manifest, tmp_path)
+
+
+def table(count: int = 5) -> pa.Table:
+    rows = [
+        {
+            "pair_id": n,
+            "task": "depth",
+            "split": "train",
+            "image": {"uri": "i", "bytes": None},
+            "label": {"uri": "l", "bytes": None},
+            "meta": "{}",
+        }
+        for n in range(count)
+    ]
+    return pa.Table.from_pylist(rows, MANIFEST_SCHEMA)
+
+
+def test_other_writers_and_large_arrow_types_are_accepted(tmp_path: Path) -> None:
+    large = pa.struct([("bytes", pa.large_binary()), ("uri", pa.large_string())])
+    schema = pa.schema(
+        [(f.name, {"image": large, "task": pa.large_string()}.get(f.name, f.type)) for f in table().schema]
+    )
+    rows = table().to_pylist()
+    pq.write_table(pa.Table.from_pylist(rows, schema), tmp_path / "pairs.parquet")
+    info = check_manifest(tmp_path / "pairs.parquet")
+    assert (info.rows, info.root, info.per_task) == (5, None, {"depth": 5})
+
+
+def test_a_bad_manifest_is_named_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.parquet"
+    assert "no such file" in refused(check_manifest, path)
+    path.write_bytes(b"")
+    assert "not a Parquet file" in refused(check_manifest, path)
+    path.write_text("image,label\n" * 100)
+    assert "not a Parquet file" in refused(check_manifest, path)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "holds no Parquet files" in refused(check_manifest, empty)
+    assert "no such storage" in refused(check_manifest, "nowhere://bucket/pairs.parquet")
+
+    def told(changed: pa.Table) -> str:
+        pq.write_table(changed, path)
+        text = refused(check_manifest, path)
+        assert text.startswith(str(path))
+        return text
+
+    for name in MANIFEST_SCHEMA.names:
+        assert f"has no column {name}" in told(table().drop_columns([name]))
+    assert "column pair_id is string, not int64" in told(table().set_column(0, "pair_id", pa.array(["1"] * 5)))
+    assert "column image is string, not struct" in told(table().set_column(3, "image", pa.array(["i"] * 5)))
+    assert "holds no pairs" in told(table(0))
+    assert "3 rows repeat a pair_id (1, 2)" in told(table().set_column(0, "pair_id", pa.array([1, 1, 1, 2, 2])))
+    assert "pair_id has nulls" in told(table().set_column(0, "pair_id", pa.array([1, None, 3, 4, 5])))
+    text = told(table().set_column(1, "task", pa.array(["depth", "dpeth", "x", "edges", "x"])))
+    assert "unknown task 'dpeth', 'x'" in text
+    assert "segmentation, pose" in text
+    newer = {manifest.METADATA_KEY: b'{"version": 2, "root": null}'}
+    assert "upgrade covray" in told(table().replace_schema_metadata(newer))
+    damaged = {manifest.METADATA_KEY: b"{"}
+    assert "not valid JSON" in told(table().replace_schema_metadata(damaged))
+
+
+def test_a_manifest_cut_short_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.parquet"
+    write(path, [pair(n) for n in range(500)])
+    data = path.read_bytes()
+    for size in (len(data) // 2, len(data) - 1, len(data) - 100):
+        path.write_bytes(data[:size])
+        assert refused(check_manifest, path).startswith(f"{path}: ")
+
+
+def put(path: Path, text: str | bytes | list[Any]) -> Path:
+    if isinstance(text, list):
+        text = json.dumps(text)
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return path
+
+
+CSV = 'image,label,task,split,scene\na.png,"b,1.png",depth,val,kitchen\nc.png,d.png,edges,,\n'
+ROWS = [
+    {"image": "a.png", "label": "b,1.png", "task": "depth", "split": "val", "scene": "kitchen"},
+    {"image": "c.png", "label": "d.png", "task": "edges", "split": "", "scene": ""},
+]
+
+
+def test_every_kind_of_list_gives_the_same_pairs(tmp_path: Path) -> None:
+    files = [
+        put(tmp_path / "a.csv", CSV),
+        put(tmp_path / "bom.CSV", b"\xef\xbb\xbf" + CSV.replace("\n", "\r\n").encode()),
+        put(tmp_path / "a.jsonl", "\n".join(json.dumps(row) for row in ROWS) + "\n\n"),
+        put(tmp_path / "a.json", ROWS),
+    ]
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+    expected = [
+        Pair("depth", "val", Picture(uri="a.png"), Picture(uri="b,1.png"), {"scene": "kitchen"}),
+        Pair("edges", "test", Picture(uri="c.png"), Picture(uri="d.png"), {"scene": ""}),
+    ]
+    for file in [*files, tmp_path / "a.parquet"]:
+        assert list(read_user_list(file, split="test")) == expected, file
+
+
+def test_parquet_lists_may_hold_the_pictures(tmp_path: Path) -> None:
+    image = {"bytes": b"xx", "path": "a.png"}
+    rows = [{"image": image, "label": b"yy", "when": None}, {"image": {"bytes": None, "path": None}, "label": None}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    first, second = read_user_list(tmp_path / "a.parquet", task="pose")
+    assert (first.image, first.label) == (Picture("a.png", b"xx"), Picture(bytes=b"yy"))
+    assert (second.image, second.label) == (Picture(), Picture())
+
+
+def test_missing_and_hostile_pictures_are_pairs_all_the_same(tmp_path: Path) -> None:
+    rows = [
+        {"image": None, "label": ""},
+        {"image": "../../etc/passwd", "label": "x\0\n"},
+        {"image": "\ud800", "label": "b"},
+    ]
+    pairs = list(read_user_list(put(tmp_path / "a.json", rows), task="depth"))
+    assert [each.image for each in pairs] == [Picture(), Picture(uri="../../etc/passwd"), Picture(uri="?")]
+    assert [each.label for each in pairs] == [Picture(), Picture(uri="x\0\n"), Picture(uri="b")]
+    write(tmp_path / "pairs.parquet", pairs)
+    assert check_manifest(tmp_path / "pairs.parquet").rows == 3
+
+
+def test_painters_types_are_our_tasks(tmp_path: Path) -> None:
+    rows = [{"image_path": "a/i.png", "target_path": "a/l.png", "type": kind} for kind in manifest.PAINTER_TASKS]
+    pairs = list(read_user_list(put(tmp_path / "a.json", rows)))
+    assert [each.task for each in pairs] == ["segmentation", "segmentation", "depth", "pose", "low_light"]
+    assert pairs[0].image == Picture(uri="a/i.png")
+    assert pairs[0].label == Picture(uri="a/l.png")
+    assert pairs[0].meta == {"type": "ade20k_image2semantic"}
+    for kind in ("derain_image2derain", "ssid_image2denoise", "coco_image2panoptic_inst", 7, ["x"]):
+        bad = [*rows, {"image_path": "i", "target_path": "l", "type": kind}]
+        text = refused(read_user_list, put(tmp_path / "b.json", bad), task="depth")
+        assert "item 6" in text
+        assert repr(kind) in text
+
+
+def test_the_root_is_the_lists_folder_and_identity_moves_with_it(tmp_path: Path) -> None:
+    ids = []
+    for place in ("here", "there"):
+        folder = tmp_path / place
+        folder.mkdir()
+        assert list_root(folder / "a.csv") == str(folder)
+        file = put(folder / "a.csv", f"image,label\n{folder}/i.png,sub/l.png\n")
+        ids += [each.pair_id for each in read_user_list(file, task="depth")]
+        (outside,) = read_user_list(file, task="depth", root=tmp_path / "elsewhere")
+        assert outside.image.uri == f"{folder}/i.png"
+    assert ids[0] == ids[1]
+    assert list_root("s3://bucket/lists/a.csv") == "s3://bucket/lists"
+    assert list_root("a.csv", "s3://bucket/data") == "s3://bucket/data"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "place"),
+    [
+        ("a.csv", "image,target\na,b\n", "line 1: no column label"),
+        ("a.csv", "image,label,image\na,b,c\n", "line 1: a column name twice"),
+        ("a.csv", "image,label\na,b\nc\n", "line 3: 1 cells for 2 columns"),
+        ("a.csv", "image,label\na,b\nc,d,e\n", "line 3: 3 cells for 2 columns"),
+        ("a.csv", 'image,label\na,"b\nc,d\n', "line 3: unexpected end"),
+        ("a.csv", "image,label\na," + "b" * 200_000 + "\n", "line 2: field larger"),
+        ("a.csv", b"image,label\na,b\n\xff,b\n", "line 3: is not UTF-8"),
+        ("a.csv", "image,label,task\na,b,depth\na,b,dpeth\n", "line 3: unknown task 'dpeth'"),
+        ("a.jsonl", '{"image": "a", "label": "b"}\n{"image": \n', "line 2: not valid JSON"),
+        ("a.jsonl", '{"image": "a", "label": "b"}\n\n[1]\n', "line 3: is no object"),
+        ("a.jsonl", '{"image": "a"}\n', "line 1: has no label"),
+        ("a.jsonl", '{"image": 7, "label": "b"}\n', "line 1: image is int"),
+        ("a.jsonl", '{"image": "a", "label": {"x": 1}}\n', "line 1: label is dict"),
+        ("a.jsonl", '{"image": "a", "label": "b", "task": ["x"]}\n', "line 1: unknown task"),
+        ("a.jsonl", '{"image": "a", "label": "b", "split": 3}\n', "line 1: split is 3"),
+        ("a.jsonl", "[" * 100_000 + "\n", "line 1: not valid JSON"),
+        ("a.json", '[{"image": "a", "label": "b"}, 3]', "item 2: is no object"),
+        ("a.json", '{"image": "a", "label": "b"}', "holds dict, not a list"),
+        ("a.json", '[\n{"image": "a",\n}]', "line 3 column 1"),
+        ("a.json", b"\xff\xfe\xff", "not valid JSON"),
+        ("a.parquet", b"PAR1", "not a Parquet file"),
+        ("a.txt", "a b\n", "ends in .csv"),
+    ],
+)
+def test_a_malformed_list_is_named_with_its_place(tmp_path: Path, name: str, text: str | bytes, place: str) -> None:
+    file = put(tmp_path / name, text)
+    told = refused(read_user_list, file, task="depth")
+    assert told.startswith(str(file))
+    assert place in told
+
+
+def test_a_list_needs_a_task_we_know(tmp_path: Path) -> None:
+    file = put(tmp_path / "a.csv", "image,label\na,b\n")
+    assert "line 2: has no task" in refused(read_user_list, file)
+    assert "--task dpeth" in refused(read_user_list, file, task="dpeth")
+    assert "no such file" in refused(read_user_list, tmp_path / "no.csv", task="depth")
+    assert "cannot be read" in refused(
+        read_user_list, (tmp_path / "folder.csv").mkdir() or tmp_path / "folder.csv", "depth"
+    )
