@@ -1,0 +1,162 @@
+"""Pairs from any folder of photographs, which are their own labels: colorization, edges, low light."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from skimage.feature import canny
+from skimage.morphology import dilation, disk
+
+from covray import storage
+from covray.errors import ConfigError, ManifestError, PairError
+from covray.images import decode, encode_png, load_picture, resize
+from covray.pairs.manifest import Pair, Picture
+from covray.tasks import colorization, edges, low_light
+
+PHOTO_TASKS = ("colorization", "edges", "low_light")
+SPLITS = {"train": 0.8, "val": 0.1, "test": 0.1}
+
+ENDINGS = (
+    *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".pnm"),
+    *(".heic", ".heif", ".avif", ".jp2"),
+)
+"""What counts as a photograph. The last row cannot be decoded: better a rejected row than a silent gap."""
+
+EDGE_CONTRAST = (0.06, 0.15)
+"""Canny's hysteresis: a line starts at a step of the upper contrast (of black to white), and goes on to the lower."""
+
+
+def photo_pairs(
+    folder: str | os.PathLike[str],
+    tasks: Iterable[str] = PHOTO_TASKS,
+    size_px: int = 512,
+    splits: Mapping[str, float] | None = None,
+    seed: int = 0,
+) -> Iterator[Pair]:
+    """A pair for every photograph below ``folder`` (on any storage) and every task, in the order of the paths.
+
+    The pairs of a photograph follow each other, so that a build inverts it once. Pictures are PNG bytes, shrunk so
+    that the shorter side is at most ``size_px``, never enlarged; both ends have the same size.
+    - colorization: image = the grey photograph, label = the photograph;
+    - edges: image = the photograph, label = its edge map (``edge_map``);
+    - low_light: image = the photograph taken in the dark (``covray.tasks.low_light``), label = the photograph. How
+      dark and how noisy depends on ``seed`` and the photograph, and is kept in ``meta``.
+
+    A photograph, known by the SHA-256 of its file, belongs to one split whatever its name, order or neighbours;
+    ``splits`` gives each split's share (default ``SPLITS``). Hidden files and folders are left out, links to folders
+    not followed. A photograph that cannot be used gives its pairs too, with its path as the image's URI, no label, and
+    the reason as ``meta["error"]``: the build, given ``folder`` as the manifest's root, records it as rejected.
+    Raises ConfigError for unknown tasks and impossible values, ManifestError where the folder holds no photographs.
+    """
+    folder, tasks = os.fspath(folder), tuple(dict.fromkeys(tasks))
+    shares = dict(SPLITS if splits is None else splits)
+    unknown = sorted(set(tasks) - set(PHOTO_TASKS))
+    if unknown or not tasks:
+        named = f"cannot label {', '.join(unknown)}" if unknown else "none asked for"
+        raise ConfigError(f"tasks: {named}; photographs give {', '.join(PHOTO_TASKS)}")
+    if size_px < 2:
+        raise ConfigError(f"size_px: must be at least 2 (got {size_px})")
+    if not all(0 <= share < math.inf for share in shares.values()) or not sum(shares.values()) > 0:
+        raise ConfigError(f"splits: shares must be at least 0, and not all 0 (got {shares})")
+    names = _photographs(folder)
+    if not names:
+        raise ManifestError(f"{folder}: holds no photographs ({', '.join(ENDINGS)})")
+    return _labelled(folder, names, tasks, size_px, shares, seed)
+
+
+def edge_map(photo: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """The edges of a photograph [h, w, 3] as bool [h, w]: Canny's, widened.
+
+    Smoothing (sigma 4 px at a shorter side of 512) and line width (9 px there) grow with the picture, so that what
+    is drawn is the same at every size, and a line is still a pixel wide when the picture is shrunk to 64 px.
+    """
+    short_px = min(photo.shape[:2])
+    sigma_px = max(1.0, short_px / 128)
+    # A step of contrast c, smoothed by sigma, has the slope c / (sigma sqrt(2 pi)); the Sobel sums weigh a slope by 8.
+    low, high = (8 * contrast / (sigma_px * math.sqrt(2 * math.pi)) for contrast in EDGE_CONTRAST)
+    lines = canny(colorization.grey(photo)[..., 0] / 255.0, sigma_px, low, high)
+    radius_px = round(short_px / 128)
+    return np.asarray(dilation(lines, disk(radius_px, decomposition="sequence")) if radius_px else lines, dtype=bool)
+
+
+def _labelled(
+    folder: str, names: list[str], tasks: tuple[str, ...], size_px: int, shares: dict[str, float], seed: int
+) -> Iterator[Pair]:
+    for name in names:
+        meta: dict[str, Any] = {"source": "photos", "photo": name}
+        identity = f"uri:{name}"
+        try:
+            data = load_picture(Picture(uri=name), folder)
+            identity = hashlib.sha256(data).hexdigest()
+            photo = _shrunk(decode(data), size_px)
+        except PairError as error:
+            for task in tasks:
+                bad = meta | {"error": str(error)}
+                yield Pair(task, _split(identity, shares), Picture(uri=name), Picture(), bad)
+            continue
+        stored = Picture(bytes=encode_png(photo))
+        for task in tasks:
+            image, label, more = stored, stored, {}
+            if task == "colorization":
+                image = Picture(bytes=encode_png(colorization.grey(photo)))
+            elif task == "edges":
+                label = Picture(bytes=encode_png(edges.draw(edge_map(photo))))
+            else:
+                generator = np.random.default_rng(_number(f"low_light {seed} {identity}"))
+                exposure = low_light.Exposure.draw(generator)
+                image = Picture(bytes=encode_png(low_light.darken(photo, generator, exposure)))
+                more = {"seed": seed, **vars(exposure)}
+            yield Pair(task, _split(identity, shares), image, label, meta | more)
+
+
+def _photographs(folder: str) -> list[str]:
+    """Paths below ``folder``, relative to it, sorted."""
+    if "://" in folder:
+        names = storage.list_files(folder)
+    else:
+        # Not by pyarrow: it follows links to folders, in circles where they lead back.
+        base = Path(folder).expanduser()
+        if not base.is_dir():
+            raise ManifestError(f"{folder}: no such folder; give a folder of photographs")
+        names = [
+            Path(place, name).relative_to(base).as_posix()
+            for place, _, files in os.walk(base, onerror=_unreadable)
+            for name in files
+        ]
+    return sorted(
+        name
+        for name in names
+        if name.lower().endswith(ENDINGS) and not any(part.startswith(".") for part in name.split("/"))
+    )
+
+
+def _unreadable(error: OSError) -> None:
+    raise ManifestError(f"{error.filename}: cannot be read: {error.strerror}; give it read rights, or move it away")
+
+
+def _shrunk(photo: NDArray[np.uint8], size_px: int) -> NDArray[np.uint8]:
+    height_px, width_px = photo.shape[:2]
+    scale = min(1.0, size_px / min(height_px, width_px))
+    return resize(photo, round(height_px * scale), round(width_px * scale))
+
+
+def _split(identity: str, shares: dict[str, float]) -> str:
+    """The split a photograph belongs to, by its own hash alone."""
+    place = _number(f"split {identity}") / 2**256 * sum(shares.values())
+    used = {split: share for split, share in shares.items() if share > 0}
+    for split, share in used.items():
+        place -= share
+        if place < 0:
+            return split
+    return split  # the shares' rounding left nothing
+
+
+def _number(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest(), "big")
