@@ -106,7 +106,7 @@ class ChainEngine:
         pictures = self._decode(diffusion.latents)
         decoded = time.perf_counter()
 
-        finite_images = np.isfinite(diffusion.noise).reshape(len(images), -1).all(axis=1)
+        finite_images = np.isfinite(diffusion.noise).all(axis=(1, 2, 3))
         frames, finite_requests = [], []
         for request in requests:
             results = [pictures[key] for key in _denoisings(request)]
@@ -183,7 +183,7 @@ class ChainEngine:
         for some in _batches(list(latents), self.image_batch):
             rows = np.stack([latents[key] for key in some])
             decoded, finite = self.prior.decode(self._padded(rows, self.image_batch))
-            sound = finite.cpu().numpy()[: len(some)] & np.isfinite(rows).reshape(len(some), -1).all(axis=1)
+            sound = finite.cpu().numpy()[: len(some)] & np.isfinite(rows).all(axis=(1, 2, 3))
             pictures.update(zip(some, zip(decoded.cpu().numpy(), sound.tolist(), strict=False), strict=False))
         return pictures
 
