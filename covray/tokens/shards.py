@@ -333,7 +333,7 @@ def _read_description(path: str, name: str) -> dict[str, Any] | None:
 
 
 def _python_values(column: pa.Array) -> list[Any]:
-    """The values of a column, with lists of tokens as uint16 arrays (a list of Python integers is 20 times slower)."""
+    """The values of a column; lists of tokens as uint16 arrays, as nobody wants them as Python integers."""
     if column.type == _TOKENS:
         return _token_arrays(column)
     if pa.types.is_list(column.type):

@@ -1,0 +1,1 @@
+"""Reports: contact sheets, pages and descriptions of what the commands made."""
