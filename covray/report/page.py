@@ -146,8 +146,8 @@ def write_page(dataset: ChainDataset, chains: Sequence[ChainPictures], out: str)
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>Chains of {escape(dataset.path)}</title><style>{_STYLE}</style></head><body><main>",
         *_header(dataset),
-        f"<nav>{' '.join(links)}<label>picture size ",
-        f'<input type="range" min="{_TILE_MIN_PX}" max="256" value="{tile_px}" aria-label="picture size"></label></nav>',
+        f"<nav>{' '.join(links)}<label>picture size <input type='range' aria-label='picture size' ",
+        f"min='{_TILE_MIN_PX}' max='256' value='{tile_px}'></label></nav>",
     ]
     for task, of_task in groups:
         rows = dataset.audit["per_task"].get(task, {}).get("written") if dataset.audit else None
