@@ -1,0 +1,75 @@
+"""Human pose, drawn the OpenPose way: 18 keypoints as coloured discs over dimmed coloured limbs, on black."""
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+RESAMPLE = "nearest"
+
+KEYPOINTS = (
+    "nose", "neck", "right_shoulder", "right_elbow", "right_wrist", "left_shoulder", "left_elbow", "left_wrist",
+    "right_hip", "right_knee", "right_ankle", "left_hip", "left_knee", "left_ankle",
+    "right_eye", "left_eye", "right_ear", "left_ear",
+)  # fmt: skip
+COLOURS = np.array(
+    [
+        (255, 0, 0), (255, 85, 0), (255, 170, 0), (255, 255, 0), (170, 255, 0), (85, 255, 0), (0, 255, 0),
+        (0, 255, 85), (0, 255, 170), (0, 255, 255), (0, 170, 255), (0, 85, 255), (0, 0, 255), (85, 0, 255),
+        (170, 0, 255), (255, 0, 255), (255, 0, 170), (255, 0, 85),
+    ],
+    np.uint8,
+)  # fmt: skip
+LIMBS = (
+    (1, 2), (1, 5), (2, 3), (3, 4), (5, 6), (6, 7), (1, 8), (8, 9), (9, 10), (1, 11), (11, 12), (12, 13),
+    (1, 0), (0, 14), (14, 16), (0, 15), (15, 17),
+)  # fmt: skip
+LIMB_BRIGHTNESS = 0.6
+"""OpenPose blends limbs at 0.6, so that the brightest channel tells a limb (153) from a disc (255)."""
+
+
+def disc_radius_px(height: int, width: int) -> float:
+    """Radius of a keypoint's disc: OpenPose's 4 px at 256 px, never less than what a pixel grid shows."""
+    return max(1.5, min(height, width) / 64)
+
+
+def draw(keypoints: NDArray[np.floating], height: int, width: int) -> NDArray[np.uint8]:
+    """Keypoints [18, 3] or [people, 18, 3] of (x px, y px, visible > 0), y down, as a picture [h, w, 3].
+
+    Pixel (i, j) covers x in [j, j + 1): a keypoint at its centre is (j + 0.5, i + 0.5).
+    """
+    people = np.asarray(keypoints, np.float64).reshape(-1, len(KEYPOINTS), 3)
+    radius = disc_radius_px(height, width)
+    canvas = Image.new("RGB", (width, height))
+    pen = ImageDraw.Draw(canvas)
+    for person in people:
+        for (start, end), colour in zip(LIMBS, COLOURS, strict=False):
+            if person[start, 2] > 0 and person[end, 2] > 0:
+                dimmed = tuple(int(channel * LIMB_BRIGHTNESS) for channel in colour)
+                line = [(float(x) - 0.5, float(y) - 0.5) for x, y in person[[start, end], :2]]
+                pen.line(line, fill=dimmed, width=max(2, round(radius * 1.5)))
+    picture = np.array(canvas)
+    rows, columns = np.mgrid[:height, :width] + 0.5
+    for person in people:
+        for (x, y, visible), colour in zip(person, COLOURS, strict=True):
+            if visible > 0:
+                picture[(columns - x) ** 2 + (rows - y) ** 2 <= radius**2] = colour
+    return picture
+
+
+def read(picture: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """The keypoints of one person, float32 [18, 3] of (x px, y px, visible 0 or 1).
+
+    Every pixel goes to the nearest colour of discs, limbs and black; a keypoint is the centroid of its disc's pixels.
+    A disc that others cover entirely is not visible.
+    """
+    height, width = picture.shape[:2]
+    limbs = (COLOURS[: len(LIMBS)] * LIMB_BRIGHTNESS).astype(np.uint8)
+    colours = np.concatenate([COLOURS, limbs, np.zeros((1, 3), np.uint8)]).astype(np.int32)
+    pixels = picture.reshape(-1, 3).astype(np.int32)
+    nearest = ((colours**2).sum(1)[None, :] - 2 * pixels @ colours.T).argmin(1).reshape(height, width)
+    keypoints = np.zeros((len(KEYPOINTS), 3), np.float32)
+    for index in range(len(KEYPOINTS)):
+        rows, columns = np.nonzero(nearest == index)
+        if rows.size:
+            keypoints[index] = (columns.mean() + 0.5, rows.mean() + 0.5, 1)
+    return keypoints
