@@ -1,0 +1,56 @@
+"""A Ray to run on: the cluster that RAY_ADDRESS names, or one of our own on this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from covray.errors import ConfigError
+
+READING_CPUS = 2
+"""Logical CPUs beyond the cores of a Ray of our own: reading, checking and writing mostly wait for the disk, and a
+resume's filter holds one CPU for as long as it runs."""
+
+
+@contextmanager
+def ray_session() -> Iterator[int]:
+    """Connect to Ray for the length of the block; gives the CPUs that may compute.
+
+    An initialised Ray is used as it is; else the cluster of ``RAY_ADDRESS`` (which ``ray job submit`` sets); else a
+    local one is started on free ports of the loopback interface and stopped at the end. Raises ConfigError when the
+    named cluster does not answer.
+    """
+    if ray.is_initialized():
+        yield int(ray.cluster_resources().get("CPU", 0))
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise ConfigError(
+                f"RAY_ADDRESS={address}: no Ray cluster answers there ({_line(error)}); start it, or unset RAY_ADDRESS"
+            ) from error
+        cores = int(ray.cluster_resources().get("CPU", 0))
+    else:
+        cores = os.cpu_count() or 1
+        ray.init(
+            address="local",
+            num_cpus=cores + READING_CPUS,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    try:
+        yield cores
+    finally:
+        ray.shutdown()
+
+
+def _line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
