@@ -53,7 +53,7 @@ def test_each_photograph_gives_its_tasks_together_and_in_order(folder: Path) -> 
     save(folder / ".hidden.png", photo(8))
     save(folder / ".thumbs" / "x.png", photo(9))
     pairs = list(photo_pairs(folder))
-    names = ["a.PNG", "b.png", "sub/d.bmp", "aa/deep/c.webp"]
+    names = ["a.PNG", "aa/deep/c.webp", "b.png", "sub/d.bmp"]
     assert [(pair.meta["photo"], pair.task) for pair in pairs] == [(n, task) for n in names for task in PHOTO_TASKS]
     assert len({pair.pair_id for pair in pairs}) == 12
     assert all(pixels(pair.image).shape == pixels(pair.label).shape == (40, 56, 3) for pair in pairs)
