@@ -41,7 +41,7 @@ def test_an_alpha_that_float32_makes_an_end_is_refused(alpha: float) -> None:
 @pytest.mark.parametrize("task_in_files", [True, False])
 def test_rows_are_what_was_written(write_dataset: Writer, task_in_files: bool) -> None:
     out, written = write_dataset(
-        {"depth": 5, "edges": 3}, rejects={1: "missing: no such file"}, task_in_files=task_in_files
+        {"depth": 5, "edges": 3}, rejects={0: "missing: no such file"}, task_in_files=task_in_files
     )
     dataset = ChainDataset(out)
     read = {row["pair_id"]: row for row in dataset.rows(errors=True)}

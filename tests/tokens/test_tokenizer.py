@@ -56,6 +56,17 @@ def test_tokens_and_pictures_do_not_depend_on_neighbours_place_or_padding(
         assert np.array_equal(tokenizer.decode(ids[place : place + 1])[0], decoded[place])
 
 
+def test_the_network_sees_one_batch_shape_only(vqgan_folder: Path, pictures: np.ndarray) -> None:
+    # A network as small as this one gives the same tokens at any shape; larger ones do not.
+    tokenizer = _load(vqgan_folder)
+    seen: set[int] = set()
+    for layer in (tokenizer._model.encoder, tokenizer._model.decoder):
+        layer.register_forward_pre_hook(lambda _, inputs: seen.add(len(inputs[0])))
+    for count in (1, 4, 11):
+        tokenizer.decode(tokenizer.encode(pictures[:count]))
+    assert seen == {4}
+
+
 def test_agrees_with_diffusers(vqgan_folder: Path, tokenizer: Tokenizer, pictures: np.ndarray) -> None:
     model = VQModel.from_pretrained(vqgan_folder).eval()
     pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255
