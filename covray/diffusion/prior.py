@@ -159,7 +159,7 @@ def load_prior(config: PriorConfig, engine: EngineConfig, *, verify: bool = True
     if verify:
         verify_prior(prior, folder)
     if engine.compile:
-        # The batch has one shape for the whole build, so shapes are compiled in. On a CPU: 17% less time a step, for
+        # The batch has one shape for the whole build, so shapes are compiled in. On a CPU: 14% less time a step, for
         # half a minute at the start; it needs a C++ compiler there.
         unet.compile(dynamic=False)
     return prior
