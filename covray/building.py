@@ -6,6 +6,7 @@ What an actor of ``covray build`` does, and what a bare GPU machine can profile.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -328,7 +329,7 @@ def path_ratio(pictures: list[np.ndarray]) -> float | None:
     direct = _rms(floats[0], floats[-1])
     if direct == 0:
         return None
-    return sum(_rms(first, second) for first, second in zip(floats[:-1], floats[1:], strict=True)) / direct
+    return sum(_rms(first, second) for first, second in itertools.pairwise(floats)) / direct
 
 
 def psnr(picture: np.ndarray, returned: np.ndarray | None) -> float | None:

@@ -19,6 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
+import ray.exceptions
 import torch
 from ray.data import ActorPoolStrategy, DataContext
 from ray.data.checkpoint import CheckpointConfig
@@ -33,7 +34,7 @@ from covray.pairs.manifest import ManifestInfo, check_manifest
 from covray.tokens.audit import audit_dataset
 from covray.tokens.shards import shard_schema, union_alphas
 
-TASK_CPUS = 0.25
+TASK_CPUS = 0.5
 """Logical CPUs of a task that reads, decodes or writes: such tasks wait for storage, and must fit beside the actors."""
 CHECKPOINT = "_checkpoint"
 
@@ -117,7 +118,7 @@ def _run(
         manifest = ray.data.read_parquet(
             _absolute(config.pairs),
             columns=["pair_id", "task", "split", "image", "label"],
-            ray_remote_args={"num_cpus": TASK_CPUS},
+            num_cpus=TASK_CPUS,
         )
         # A small manifest is read as one block: without this, one actor would get it all.
         blocks = manifest.repartition(target_num_rows_per_block=config.rows_per_block)
@@ -278,7 +279,8 @@ def _require_same(
     ]
     if differing:
         raise DatasetError(
-            f"{config.out}: was begun with another configuration: {'; '.join(differing)}; give the same, or another --out"
+            f"{config.out}: was begun with another configuration: {'; '.join(differing)}; "
+            "give the same, or another --out"
         )
 
 
@@ -336,7 +338,7 @@ class _one_line_errors:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         if error is None or not isinstance(error, Exception):
             return
-        causes = list(_causes(error))
+        causes = [cause for cause in _causes(error) if not isinstance(cause, ray.exceptions.RayError)] or [error]
         for cause in causes:
             if isinstance(cause, CovrayError):
                 raise type(cause)(str(cause)) from error

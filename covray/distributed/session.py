@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -27,10 +28,14 @@ def ray_session() -> Iterator[int]:
     if ray.is_initialized():
         yield int(ray.cluster_resources().get("CPU", 0))
         return
+    # Ray's own reports of its inner life go to its log folder; what concerns the user, covray says.
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     address = os.environ.get("RAY_ADDRESS")
     if address:
         try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            with _without_backend_greeting():
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise ConfigError(
                 f"RAY_ADDRESS={address}: no Ray cluster answers there ({_line(error)}); start it, or unset RAY_ADDRESS"
@@ -38,17 +43,33 @@ def ray_session() -> Iterator[int]:
         cores = int(ray.cluster_resources().get("CPU", 0))
     else:
         cores = os.cpu_count() or 1
-        ray.init(
-            address="local",
-            num_cpus=cores + READING_CPUS,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        with _without_backend_greeting():
+            ray.init(
+                address="local",
+                num_cpus=cores + READING_CPUS,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
     try:
         yield cores
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _without_backend_greeting() -> Iterator[None]:
+    """Ray's C++ side writes to the file descriptor itself that it obeys RAY_BACKEND_LOG_LEVEL: not to the user."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _line(error: BaseException) -> str:

@@ -356,7 +356,7 @@ class _Stage:
     def shoot(self, camera: _Camera, joints: Array) -> View:
         size = camera.size_px
         rays = camera.rays(1).reshape(-1, 3)
-        hit, body, points, normal, distance = self._cast(camera.eye, rays)
+        hit, body, _, normal, distance = self._cast(camera.eye, rays)
         along = distance * (rays @ -camera.axes[2])
         depth_m = np.where(hit, along, 0).astype(np.float32).reshape(size, size)
         local = np.where(hit[:, None], normal @ camera.axes.T, 0).astype(np.float32).reshape(size, size, 3)

@@ -19,4 +19,4 @@ def draw(colour: NDArray[np.floating]) -> NDArray[np.uint8]:
 
 def read(picture: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Colour float32 [h, w, 3] in [0, 1]."""
-    return picture.astype(np.float32) / 255
+    return picture.astype(np.float32) / np.float32(255)

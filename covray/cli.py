@@ -1,0 +1,325 @@
+"""The commands. Each parses, calls one function, and prints what it returned.
+
+Rooms are imported inside the commands: ``covray --help`` should not wait for torch.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from covray import __version__
+from covray.errors import ConfigError, CovrayError
+
+if TYPE_CHECKING:
+    from covray.pairs.manifest import Pair
+
+app = typer.Typer(
+    name="covray",
+    help="Chains of vision: a diffusion model interpolates from an image to its label, a VQGAN writes every frame as "
+    "tokens, vision models learn to think in them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+pairs_app = typer.Typer(help="Make a manifest of (image, label) pairs.", no_args_is_help=True)
+nano_app = typer.Typer(help="The nano family: train it again, measure it.", no_args_is_help=True)
+app.add_typer(pairs_app, name="pairs")
+app.add_typer(nano_app, name="nano")
+
+Out = Annotated[str, typer.Option("--out", help="What the command writes.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one machine-readable object last.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Everything random follows from it.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file; see configs/.")]
+Sets = Annotated[list[str] | None, typer.Option("--set", help="key=value, for any key of the configuration.")]
+Tasks = Annotated[str | None, typer.Option("--tasks", help="Comma-separated; all that apply by default.")]
+
+console = Console()
+
+
+def main() -> None:
+    """The console script: a user's mistake is one line and exit code 2."""
+    try:
+        app()
+    except CovrayError as error:
+        _fail(str(error), 2)
+    except KeyboardInterrupt:
+        _fail("stopped; the same command continues", 130)
+
+
+def _fail(message: str, code: int) -> None:
+    Console(stderr=True).print(f"[red]covray:[/red] {_escape(message)}", highlight=False, soft_wrap=True)
+    sys.exit(code)
+
+
+def _escape(text: str) -> str:
+    """One printable line, without rich's markup: messages may quote hostile file names."""
+    line = " ".join(text.split())
+    return "".join(c if c.isprintable() else "?" for c in line).replace("[", r"\[")
+
+
+def _split(text: str | None) -> list[str] | None:
+    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _numbers(option: str, text: str | None) -> list[int] | None:
+    try:
+        return None if text is None else [int(part) for part in _split(text) or []]
+    except ValueError as error:
+        raise ConfigError(f"{option} {text}: write whole numbers separated by commas, for example 4,8") from error
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        console.print(f"covray {__version__}")
+        raise typer.Exit
+
+
+# --- pairs ---------------------------------------------------------------------------------------------------------
+
+
+@pairs_app.command()
+def photos(
+    folder: Annotated[str, typer.Argument(help="Any folder of photographs.")],
+    out: Out,
+    tasks: Tasks = None,
+    size: Annotated[int, typer.Option(min=16, max=4096, help="Shorter side is shrunk to this many pixels.")] = 512,
+    seed: Seed = 0,
+    json_: Json = False,
+) -> None:
+    """Photographs label themselves: colorization, edges, low light."""
+    from covray.pairs.photos import PHOTO_TASKS, photo_pairs
+
+    chosen = _split(tasks) or list(PHOTO_TASKS)
+    _write_manifest(out, folder, photo_pairs(folder, chosen, size, seed=seed), json_)
+
+
+@pairs_app.command()
+def scenes(
+    out: Out,
+    count: Annotated[int, typer.Option(min=1, help="Scenes; each gives a pair for every task.")] = 100,
+    tasks: Tasks = None,
+    size: Annotated[int, typer.Option(min=16, max=2048, help="Side of the pictures in pixels.")] = 64,
+    seed: Seed = 0,
+    json_: Json = False,
+) -> None:
+    """Rendered scenes with exact labels for all seven tasks."""
+    from covray.pairs.scenes import scene_pairs
+    from covray.tasks import TASKS
+
+    chosen = _split(tasks) or list(TASKS)
+    unknown = [task for task in chosen if task not in TASKS]
+    if unknown:
+        raise ConfigError(f"--tasks {unknown[0]}: no such task; the tasks are {', '.join(TASKS)}")
+    _write_manifest(out, None, scene_pairs(count, chosen, size, seed), json_, count * len(chosen))
+
+
+@pairs_app.command()
+def manifest(
+    file: Annotated[str, typer.Argument(help="Your own list: Parquet, CSV, JSONL, or Painter's JSON.")],
+    out: Out,
+    task: Annotated[str | None, typer.Option(help="The task, where the list has no such column.")] = None,
+    split: Annotated[str, typer.Option(help="The split, where the list has no such column.")] = "train",
+    root: Annotated[
+        str | None, typer.Option(help="Folder the list's paths are relative to; by default its own.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Your own pairs, from a list of files."""
+    from covray.pairs.manifest import list_root, read_user_list
+
+    _write_manifest(out, list_root(file, root), read_user_list(file, task, split, root), json_)
+
+
+def _write_manifest(out: str, root: str | None, pairs: Iterator[Pair], json_: bool, total: int | None = None) -> None:
+    from rich.progress import track
+
+    from covray.pairs.manifest import ManifestWriter, check_manifest
+
+    with ManifestWriter(out, root) as writer:
+        shown = track(pairs, "pairs", total=total, console=Console(stderr=True), disable=not sys.stderr.isatty())
+        for pair in shown:
+            writer.add(pair)
+    info = check_manifest(out)
+    result = {"out": out, "pairs": info.rows, "per_task": info.per_task, "splits": info.splits}
+    result["duplicates"] = writer.duplicates
+    if json_:
+        print(json.dumps(result))
+        return
+    table = Table("task", "pairs", box=None, pad_edge=False)
+    for name, rows in info.per_task.items():
+        table.add_row(name, str(rows))
+    console.print(table)
+    note = f", {writer.duplicates} duplicates left out" if writer.duplicates else ""
+    console.print(f"{info.rows} pairs in {_escape(out)}{note}", soft_wrap=True)
+
+
+# --- build, view, inspect ------------------------------------------------------------------------------------------
+
+
+@app.command()
+def build(
+    pairs: Annotated[str | None, typer.Option(help="Manifest, or a folder of manifests.")] = None,
+    out: Annotated[str | None, typer.Option("--out", help="Dataset folder to write.")] = None,
+    lengths: Annotated[str | None, typer.Option(help="Chain lengths to serve, for example 4,8.")] = None,
+    methods: Annotated[str | None, typer.Option(help="diffusion, linear, or both (the default).")] = None,
+    prior: Annotated[str | None, typer.Option(help="nano, a diffusers folder, or a hub id.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="nano, a VQModel folder, or a hub id.")] = None,
+    actors: Annotated[int | None, typer.Option(min=1, help="Size of the pool; by default what fits.")] = None,
+    keep_noise: Annotated[bool | None, typer.Option("--keep-noise", help="Keep the inverted noise.")] = None,
+    noise_from: Annotated[str | None, typer.Option(help="Dataset whose kept noise is used.")] = None,
+    config: ConfigFile = None,
+    sets: Sets = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Say what would happen, and stop.")] = False,
+    json_: Json = False,
+) -> None:
+    """Turn pairs into chains of tokens. Killed anywhere, the same command continues."""
+    from covray.config import BuildConfig, load_config
+
+    options: dict[str, Any] = {
+        "pairs": pairs,
+        "out": out,
+        "lengths": _numbers("--lengths", lengths),
+        "methods": _split(methods),
+        "prior.path": prior,
+        "tokenizer.path": tokenizer,
+        "actors.min": actors,
+        "actors.max": actors,
+        "keep_noise": keep_noise,
+        "noise_from": noise_from,
+    }
+    resolved = load_config(BuildConfig, config, options, sets or ())
+    with _quiet_libraries():
+        from covray.distributed import build as building
+
+        if plan:
+            planned = building.plan_build(resolved)
+            _print(planned.__dict__, json_)
+            return
+        audit = building.build(resolved)
+    if json_:
+        print(json.dumps(audit))
+    else:
+        _print_audit(audit, resolved.out)
+
+
+def _print_audit(audit: dict[str, Any], out: str) -> None:
+    table = Table("task", "written", "rejected", "reasons", box=None, pad_edge=False)
+    for task, counts in audit["per_task"].items():
+        reasons = ", ".join(f"{reason} {number}" for reason, number in counts["reasons"].items())
+        table.add_row(task, str(counts["written"]), str(counts["rejected"]), _escape(reasons))
+    console.print(table)
+    speed = f"{audit['chains_per_s']:.2f} chains/s on {audit['actors']} actors" if audit.get("chains_per_s") else ""
+    busy = f", busy {audit['busy_share']:.0%} of their time" if audit.get("busy_share") else ""
+    console.print(f"{audit['written']} chains in {_escape(out)}  {speed}{busy}", highlight=False, soft_wrap=True)
+    console.print(f"next: covray view {_escape(out)}", soft_wrap=True)
+
+
+@app.command()
+def view(
+    dataset: Annotated[str, typer.Argument(help="Dataset folder, finished or not.")],
+    out: Annotated[str | None, typer.Option("--out", help="Folder to write; by default DATASET/view.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Chains shown of every task.")] = 12,
+    json_: Json = False,
+) -> None:
+    """Contact sheets and a page: every frame of a chain, decoded from its tokens."""
+    from covray.report.page import view as write_view
+
+    with _quiet_libraries():
+        paths = write_view(dataset, out or f"{dataset.rstrip('/')}/view", limit_per_task=limit)
+    if json_:
+        print(json.dumps({"written": paths}))
+        return
+    for path in paths:
+        console.print(_escape(path), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def inspect(dataset: Annotated[str, typer.Argument(help="Dataset folder.")], json_: Json = False) -> None:
+    """Schema, counts, fingerprints and configuration of a dataset."""
+    from covray.report.inspect import describe, print_description
+
+    description = describe(dataset)
+    if json_:
+        print(json.dumps(description))
+    else:
+        print_description(description, console)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Folder to write.")] = Path("covray-demo"),
+    json_: Json = False,
+) -> None:
+    """The whole story on the nano family, offline, in minutes: pictures in, chains of vision to look at."""
+    with _quiet_libraries():
+        from covray.demo import run_demo
+
+        result = run_demo(out, console)
+    if json_:
+        print(json.dumps(result))
+
+
+# --- nano ----------------------------------------------------------------------------------------------------------
+
+
+@nano_app.command("train")
+def nano_train(
+    model: Annotated[str, typer.Argument(help="vae, prior (needs the vae), or vqgan.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the family; a killed training continues there.")],
+    steps: Annotated[int | None, typer.Option(min=1, help="By default the recipe's.")] = None,
+    scenes: Annotated[int, typer.Option(min=1, help="Rendered scenes to train on, eight pictures each.")] = 6000,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    seed: Seed = 0,
+) -> None:
+    """Train a model of the nano family by the recipe that made the shipped one."""
+    with _quiet_libraries():
+        from covray.nano.recipe import train_model
+
+        train_model(model, out, steps, scenes, threads, device, seed)
+
+
+@nano_app.command("measure")
+def nano_measure(
+    folder: Annotated[
+        Path | None, typer.Option("--weights", help="Folder of the family; by default the shipped.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Measure the family on held-out scenes: the figures of its model card."""
+    with _quiet_libraries():
+        from covray.nano.recipe import measure
+
+        _print(measure(folder), json_)
+
+
+def _print(values: dict[str, Any], json_: bool) -> None:
+    if json_:
+        print(json.dumps(values))
+        return
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for key, value in values.items():
+        shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+        table.add_row(key.replace("_", " "), _escape(shown))
+    console.print(table)
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Libraries announce deprecations of each other; a user of covray can mend none of them."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield

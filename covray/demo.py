@@ -1,0 +1,85 @@
+"""``covray demo``: the whole story on the nano family, offline, on a laptop. Every step names the command it stands for."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from covray.config import BuildConfig
+from covray.distributed.build import build
+from covray.errors import ConfigError
+from covray.nano.data import photograph_path
+from covray.pairs.manifest import ManifestWriter, Pair
+from covray.pairs.photos import photo_pairs
+from covray.pairs.scenes import scene_pairs
+from covray.report.page import view
+
+PHOTOGRAPHS = (
+    "skimage/chelsea.png", "skimage/astronaut.png", "skimage/coffee.png", "skimage/rocket.jpg",
+    "sklearn/china.jpg", "sklearn/flower.jpg",
+)  # fmt: skip
+SCENES = 5
+LENGTH = 6
+
+
+def run_demo(out: Path, console: Console) -> dict[str, Any]:
+    """Make pairs of photographs and scenes, build diffusion and linear chains of them, write the page to look at.
+
+    ``out``: a folder that does not exist yet, or that an earlier demo was stopped in. Raises CovrayError.
+    """
+    started = time.monotonic()
+    photographs, pairs, chains = out / "photographs", out / "pairs", out / "chains"
+    if out.exists() and not photographs.is_dir():
+        raise ConfigError(f"--out {out}: exists and holds no demo; give a folder that does not exist yet")
+
+    def say(step: str, command: str) -> None:
+        console.print(f"\n[bold]{step}[/bold]\n  [dim]$ covray {command}[/dim]", highlight=False, soft_wrap=True)
+
+    try:
+        photographs.mkdir(parents=True, exist_ok=True)
+        pairs.mkdir(exist_ok=True)
+        for name in PHOTOGRAPHS:
+            shutil.copy(photograph_path(name), photographs)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: cannot be written ({error.strerror}); give another folder") from error
+    say(f"{len(PHOTOGRAPHS)} photographs label themselves", f"pairs photos {photographs} --out {pairs}/photos.parquet")
+    _write(pairs / "photos.parquet", photo_pairs(str(photographs), size_px=128), str(photographs))
+    say(
+        f"{SCENES} rendered scenes, labelled for all seven tasks",
+        f"pairs scenes --count {SCENES} --out {pairs}/scenes.parquet",
+    )
+    _write(pairs / "scenes.parquet", scene_pairs(SCENES))
+
+    settings = {"lengths": [LENGTH], "fit": "crop", "check_endpoints": 1.0, "rows_per_block": 8}
+    config = BuildConfig(pairs=str(pairs), out=str(chains), **settings)  # type: ignore[arg-type]
+    sets = " ".join(f"--set {shlex.quote(f'{key}={value}')}" for key, value in list(settings.items())[1:])
+    say(
+        f"Chains of {LENGTH}: inversion, slerp, denoising; and linear mixing beside them",
+        f"build --pairs {pairs} --out {chains} --lengths {LENGTH} {sets}",
+    )
+    audit = build(config)
+    console.print(
+        f"  {audit['written']} chains, {audit['rejected']} rejected"
+        + (f", {audit['chains_per_s']:.2f} chains/s on {audit['actors']} actors" if audit.get("chains_per_s") else ""),
+        highlight=False,
+    )
+    say("Every frame, read back from its tokens", f"view {chains}")
+    paths = view(str(chains), str(chains / "view"), limit_per_task=SCENES + 1)
+    page = next(path for path in paths if path.endswith(".html"))
+    seconds = round(time.monotonic() - started, 1)
+    console.print(f"\nDone in {seconds:.0f} s. Open [bold]{page}[/bold]", soft_wrap=True)
+    return {"page": page, "dataset": str(chains), "seconds": seconds, "audit": audit}
+
+
+def _write(path: Path, pairs: Iterable[Pair], root: str | None = None) -> None:
+    """Write a manifest, unless an earlier, stopped demo has."""
+    if not path.exists():
+        with ManifestWriter(str(path), root) as writer:
+            for pair in pairs:
+                writer.add(pair)

@@ -1,0 +1,76 @@
+"""The recipe of the nano family, end to end, and what its model card says of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, VQModel
+
+from covray.building import psnr
+from covray.config import EngineConfig, PriorConfig
+from covray.diffusion.chains import ChainEngine
+from covray.diffusion.prior import load_prior
+from covray.errors import ConfigError
+from covray.nano.autoencoders import reconstruct_vae, reconstruct_vqgan, train_vae, train_vqgan
+from covray.nano.data import pictures, scene_pictures
+from covray.nano.prior import train_prior
+
+WEIGHTS = Path(__file__).parent / "weights"
+KINDS = ("colour", "grey", "dark", "segmentation", "pose", "normals", "edges", "depth")
+"""The eight pictures of a scene, in the order of ``covray.nano.data.scene_pictures``."""
+STEPS = {"vae": 2300, "vqgan": 5000, "prior": 4500}
+CROPS = 3000
+HELD_OUT_SCENES = 250
+
+
+def train_model(model: str, out: Path, steps: int | None, scenes: int, threads: int, device: str, seed: int) -> None:
+    """Train ``model`` (vae, vqgan or prior) into the folder ``out``; a killed training continues where it saved."""
+    trainers = {"vae": train_vae, "vqgan": train_vqgan, "prior": train_prior}
+    if model not in trainers:
+        raise ConfigError(f"{model}: no such nano model; give one of {', '.join(trainers)}")
+    if model == "prior" and not (out / "vae").is_dir():
+        raise ConfigError(f"{out}/vae: not there; the prior works on its latents: covray nano train vae --out {out}")
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"--device {device}: give auto, cpu or cuda")
+    found = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    torch.set_num_threads(threads)
+    training = torch.from_numpy(pictures(out / "data", "train", scenes, CROPS, seed))
+    held_out = torch.from_numpy(pictures(out / "data", "val", HELD_OUT_SCENES, 0, seed).copy())
+    trainers[model](training, held_out[:512], out, steps or STEPS[model], seed, torch.device(found))
+
+
+def measure(folder: Path | None = None, scenes: int = HELD_OUT_SCENES, round_trips: int = 8) -> dict[str, Any]:
+    """The figures of the model card, on scenes of the split ``test``, which no training saw.
+
+    ``vae``, ``vqgan``: mean PSNR in dB by kind of picture and over all; ``codebook_in_use``: share of the codes that
+    occur; ``inversion``: PSNR in dB after inversion and denoising, for ``round_trips`` scenes.
+    """
+    root = folder or WEIGHTS
+    held_out = np.concatenate(list(scene_pictures("test", scenes, 0)))
+    batch = torch.from_numpy(held_out)
+    vae = AutoencoderKL.from_pretrained(root / "prior" / "vae", use_safetensors=True).float()
+    vqgan = VQModel.from_pretrained(root / "vqgan", use_safetensors=True).float()
+    through_vae = reconstruct_vae(vae, batch).numpy()
+    through_tokens, used = reconstruct_vqgan(vqgan, batch)
+    engine = EngineConfig(threads=torch.get_num_threads())
+    prior = load_prior(PriorConfig(path=str(root / "prior")), engine)
+    some = held_out[: round_trips * len(KINDS)]
+    returned = ChainEngine(prior, engine, 32).interpolate(some, [], endpoints=range(len(some))).returned
+    trips = np.array([psnr(picture, returned[index]) for index, picture in enumerate(some)], np.float64)
+    return {
+        "pictures": len(held_out),
+        "vae_psnr_db": _by_kind(through_vae),
+        "vqgan_psnr_db": _by_kind(through_tokens.numpy()),
+        "codebook_in_use": round(float(np.mean(used > 0)), 4),
+        "inversion_psnr_db": _by_kind(trips),
+    }
+
+
+def _by_kind(values: np.ndarray) -> dict[str, float]:
+    table = values.reshape(-1, len(KINDS)).mean(0)
+    return {"all": round(float(values.mean()), 2)} | {
+        kind: round(float(value), 2) for kind, value in zip(KINDS, table, strict=True)
+    }
