@@ -1,0 +1,144 @@
+"""The commands as a user runs them: from files to a page, and every mistake in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from covray.nano.recipe import WEIGHTS
+from covray.pairs.manifest import ManifestWriter, Pair, Picture
+from covray.tokens.shards import ChainDataset
+from tests.end_to_end.conftest import FAST, run, tokens_of
+
+pytestmark = [pytest.mark.ray, pytest.mark.end_to_end]
+
+
+def hostile_files(folder: Path) -> dict[str, str]:
+    """Files that are not what they seem, and the reason each must be rejected with (empty: it is fine)."""
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (80, 80, 3), dtype=np.uint8))
+    picture.save(folder / "good.png")
+    picture.save(folder / "good.jpg", quality=90)
+    (folder / "truncated.jpg").write_bytes((folder / "good.jpg").read_bytes()[:900])
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "text.png").write_text("not a picture")
+    picture.convert("P").save(folder / "palette.png")
+    picture.convert("CMYK").save(folder / "cmyk.jpg")
+    picture.convert("L").convert("I;16").save(folder / "sixteen.png")
+    picture.convert("RGBA").save(folder / "alpha.png")
+    picture.save(folder / "animated.gif", save_all=True, append_images=[picture.rotate(90)])
+    Image.new("1", (12000, 12000)).save(folder / "bomb.png")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    picture.resize((100, 50)).save(folder / "turned.jpg", exif=turned)
+    return {
+        "good.png": "", "truncated.jpg": "truncated", "empty.png": "empty", "text.png": "not_an_image",
+        "palette.png": "", "cmyk.jpg": "", "sixteen.png": "", "alpha.png": "", "animated.gif": "animated",
+        "bomb.png": "too_large", "turned.jpg": "label_shape", "absent.png": "missing",
+        "../outside.png": "outside_root", "/etc/hostname": "outside_root",
+    }  # fmt: skip
+
+
+def test_bad_pairs_are_rows_with_their_reason(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    (tmp_path / "outside.png").write_bytes(b"secret")
+    expected = hostile_files(root)
+    lines = ["image,label,task"] + [f"{name},good.png,depth" for name in expected]
+    (root / "list.csv").write_text("\n".join(lines) + "\n")
+    pairs, out = tmp_path / "pairs.parquet", tmp_path / "chains"
+    run("pairs", "manifest", str(root / "list.csv"), "--out", str(pairs))
+    done = run("build", "--pairs", str(pairs), "--out", str(out), *FAST)
+    assert "Traceback" not in done.stderr
+    rows = list(ChainDataset(str(out)).rows(errors=True))
+    assert len(rows) == len(expected)
+    reasons = sorted("" if row["error"] is None else row["error"].split(":")[0] for row in rows)
+    assert reasons == sorted(expected.values())
+    audit = json.loads((out / "_audit.json").read_text())
+    assert audit["asked"] == len(expected) == audit["written"] + audit["rejected"]
+    assert audit["per_task"]["depth"]["reasons"]["outside_root"] == 2
+
+
+def test_from_photographs_to_the_page(tmp_path: Path, scenes_manifest: Callable[..., Path]) -> None:
+    photographs = tmp_path / "photographs"
+    photographs.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(2):
+        Image.fromarray(rng.integers(0, 255, (90, 120, 3), dtype=np.uint8)).save(photographs / f"{number}.png")
+    pairs = tmp_path / "pairs"
+    pairs.mkdir()
+    run("pairs", "photos", str(photographs), "--out", str(pairs / "photos.parquet"))
+    shutil.move(scenes_manifest(1), pairs / "scenes.parquet")
+    out = tmp_path / "chains"
+    done = run("build", "--pairs", str(pairs), "--out", str(out), *FAST, "--keep-noise", "--json")
+    audit = json.loads(done.stdout.splitlines()[-1])
+    assert audit["written"] == 13
+    assert audit["rejected"] == 0
+
+    again = run("build", "--pairs", str(pairs), "--out", str(out), *FAST, "--keep-noise", "--json")
+    assert json.loads(again.stdout.splitlines()[-1]) == audit, "a finished build is left as it is"
+    refused = run("build", "--pairs", str(pairs), "--out", str(out), "--lengths", "5", "--keep-noise", code=2)
+    assert "lengths was [3], is [5]" in " ".join(refused.stderr.split())
+
+    longer, fresh = tmp_path / "longer", tmp_path / "fresh"
+    steps = ("--lengths", "3,5", *FAST[2:])
+    from_noise = run(
+        "build", "--pairs", str(pairs), "--out", str(longer), *steps, "--noise-from", str(out), "--json",
+    )  # fmt: skip
+    no_noise = run("build", "--pairs", str(pairs), "--out", str(fresh), *steps, "--json")
+    assert tokens_of(longer) == tokens_of(fresh), "kept noise gives the same tokens"
+    evaluations = [json.loads(d.stdout.splitlines()[-1])["unet_evaluations"] for d in (from_noise, no_noise)]
+    assert evaluations[0] < evaluations[1], "and costs no inversions"
+
+    run("view", str(out))
+    page = (out / "view" / "index.html").read_text()
+    assert "data:image" in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    described = json.loads(run("inspect", str(out), "--json").stdout.splitlines()[-1])
+    assert described["fingerprints"]["codebook"] == json.loads((out / "_dataset.json").read_text())["fingerprints"][
+        "codebook"
+    ]
+
+
+def test_a_bad_command_is_one_line_before_anything_starts(
+    tmp_path: Path, scenes_manifest: Callable[..., Path]
+) -> None:
+    pairs = str(scenes_manifest(1))
+    incomplete = tmp_path / "prior"
+    shutil.copytree(WEIGHTS / "prior", incomplete)
+    (incomplete / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    pickled = tmp_path / "vqgan"
+    shutil.copytree(WEIGHTS / "vqgan", pickled)
+    (pickled / "diffusion_pytorch_model.safetensors").rename(pickled / "diffusion_pytorch_model.bin")
+    disguised = tmp_path / "disguised"
+    shutil.copytree(WEIGHTS / "prior", disguised)
+    scheduler = disguised / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(scheduler.read_text().replace("epsilon", "v_prediction"))
+    with ManifestWriter(str(tmp_path / "twice.parquet")) as writer:
+        writer.add(Pair("depth", "train", Picture(uri="a.png"), Picture(uri="b.png")))
+    folder = tmp_path / "twice"
+    folder.mkdir()
+    for name in ("a.parquet", "b.parquet"):
+        shutil.copy(tmp_path / "twice.parquet", folder / name)
+    (tmp_path / "file").write_text("")
+
+    def refused(*arguments: str, says: str) -> None:
+        done = run("build", *arguments, code=2)
+        text = " ".join(done.stderr.split())
+        assert text.startswith("covray:"), done.stderr
+        assert says in text, done.stderr
+        assert "Traceback" not in done.stderr
+
+    out = str(tmp_path / "out")
+    refused("--pairs", pairs, "--out", out, "--prior", str(incomplete), says="diffusion_pytorch_model.safetensors")
+    refused("--pairs", pairs, "--out", out, "--tokenizer", str(pickled), says="safetensors")
+    refused("--pairs", pairs, "--out", out, "--prior", str(disguised), says="v_prediction")
+    refused("--pairs", str(folder), "--out", out, says="twice")
+    refused("--pairs", pairs, "--out", str(tmp_path / "file" / "out"), says="cannot be written")
+    assert not os.path.exists(out), "nothing was begun"
