@@ -1,0 +1,79 @@
+"""Pose: discs come back as keypoints, limbs join only what is seen, and neither is taken for the other."""
+
+import numpy as np
+import pytest
+
+from covray.tasks.pose import COLOURS, KEYPOINTS, LIMB_BRIGHTNESS, LIMBS, disc_radius_px, draw, read
+
+LIMB_COLOURS = (COLOURS[: len(LIMBS)] * LIMB_BRIGHTNESS).astype(np.uint8)
+
+
+def _apart(size: int, rng: np.random.Generator, margin: float) -> np.ndarray:
+    """18 visible keypoints whose discs do not overlap: jittered cells of a grid, in random order."""
+    cell = size / 5
+    jitter = max(0.0, cell / 2 - margin)
+    grid = np.stack(np.meshgrid(np.arange(5), np.arange(5)), axis=-1).reshape(-1, 2)[rng.permutation(25)[:18]]
+    points = (grid + 0.5) * cell + rng.uniform(-jitter, jitter, (18, 2))
+    return np.concatenate([points, np.ones((18, 1))], axis=1)
+
+
+@pytest.mark.parametrize("size", [64, 256])
+def test_keypoints_come_back_within_a_pixel(size: int) -> None:
+    rng = np.random.default_rng(size)
+    for _ in range(20):
+        keypoints = _apart(size, rng, disc_radius_px(size, size) + 1)
+        back = read(draw(keypoints, size, size))
+        assert (back[:, 2] == 1).all()
+        assert np.abs(back[:, :2] - keypoints[:, :2]).max() < 1
+
+
+@pytest.mark.parametrize("size", [64, 256])
+def test_what_is_not_visible_stays_so_and_has_no_limbs(size: int) -> None:
+    rng = np.random.default_rng(size)
+    for _ in range(10):
+        keypoints = _apart(size, rng, disc_radius_px(size, size) + 1)
+        keypoints[:, 2] = rng.random(18) < 0.6
+        picture = draw(keypoints, size, size)
+        assert np.array_equal(read(picture)[:, 2], keypoints[:, 2])
+        drawn = {tuple(colour) for colour in picture.reshape(-1, 3).tolist()}
+        for (start, end), colour in zip(LIMBS, LIMB_COLOURS.tolist(), strict=True):
+            if not (keypoints[start, 2] and keypoints[end, 2]):
+                assert tuple(colour) not in drawn
+
+
+def test_every_limb_joins_its_two_ends() -> None:
+    """A limb alone is drawn between its keypoints: its colour lies on the way, and nowhere far from it."""
+    for (start, end), colour in zip(LIMBS, LIMB_COLOURS, strict=True):
+        keypoints = np.zeros((18, 3))
+        keypoints[start], keypoints[end] = (40.5, 60.5, 1), (200.5, 180.5, 1)
+        limb = np.argwhere((draw(keypoints, 256, 256) == colour).all(axis=2))[:, ::-1] + 0.5
+        along = (limb - keypoints[start, :2]) @ np.array([0.8, 0.6])
+        across = (limb - keypoints[start, :2]) @ np.array([-0.6, 0.8])
+        assert along.min() < 10
+        assert along.max() > 190
+        assert np.abs(across).max() < 6
+
+
+def test_no_colour_of_a_disc_is_near_one_of_a_limb() -> None:
+    everything = np.concatenate([COLOURS, LIMB_COLOURS, np.zeros((1, 3))]).astype(float)
+    distances = np.linalg.norm(everything[:, None] - everything[None], axis=2)
+    assert distances[~np.eye(len(everything), dtype=bool)].min() > 40
+    assert (COLOURS.max(axis=1) == 255).all()
+    assert (LIMB_COLOURS.max(axis=1) == 153).all()
+
+
+def test_several_people_share_a_picture() -> None:
+    rng = np.random.default_rng(0)
+    left, right = _apart(64, rng, 3), _apart(64, rng, 3)
+    right[:, 0] += 64
+    together = draw(np.stack([left, right]), 64, 128)
+    alone = draw(left, 64, 128)
+    assert np.array_equal(together[:, :60], alone[:, :60])
+    assert together[:, 68:].any()
+
+
+def test_nobody_is_black_and_read_as_nobody() -> None:
+    picture = draw(np.zeros((len(KEYPOINTS), 3)), 32, 48)
+    assert picture.shape == (32, 48, 3)
+    assert not picture.any()
+    assert not read(picture).any()
