@@ -1,4 +1,4 @@
-"""``covray demo``: the whole story on the nano family, offline, on a laptop. Every step names the command it stands for."""
+"""``covray demo``: the whole story on the nano family, offline, on a laptop. Every step names its command."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def run_demo(out: Path, console: Console) -> dict[str, Any]:
     _write(pairs / "scenes.parquet", scene_pairs(SCENES))
 
     settings = {"lengths": [LENGTH], "fit": "crop", "check_endpoints": 1.0, "rows_per_block": 8}
-    config = BuildConfig(pairs=str(pairs), out=str(chains), **settings)  # type: ignore[arg-type]
+    config = BuildConfig(pairs=str(pairs), out=str(chains), **settings)
     sets = " ".join(f"--set {shlex.quote(f'{key}={value}')}" for key, value in list(settings.items())[1:])
     say(
         f"Chains of {LENGTH}: inversion, slerp, denoising; and linear mixing beside them",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, VQModel
 from sklearn.cluster import MiniBatchKMeans
-from torch import Tensor, nn
+from torch import Tensor
 
 from covray.nano.loop import draw, psnr, train
 
@@ -43,11 +44,11 @@ def train_vae(pictures: Tensor, held_out: Tensor, out: Path, steps: int, seed: i
     """Train the VAE on uint8 ``pictures`` [n, 64, 64, 3] and save it, with its scaling factor, as ``out``/vae."""
     torch.manual_seed(seed)
 
-    def loss_of(model: nn.Module, step: int, generator: torch.Generator) -> Tensor:
+    def loss_of(model: Any, step: int, generator: torch.Generator) -> Tensor:
         pixels = draw(pictures, 16, generator, device) * 2 - 1
-        posterior = model.encode(pixels).latent_dist  # type: ignore[operator]
+        posterior = model.encode(pixels).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
-        decoded = model.decode(posterior.mean + posterior.std * noise).sample  # type: ignore[operator]
+        decoded = model.decode(posterior.mean + posterior.std * noise).sample
         error = (decoded.float() - pixels).square().mean()
         divergence = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).float().mean()
         return error + 1e-4 * divergence
@@ -62,13 +63,13 @@ def train_vae(pictures: Tensor, held_out: Tensor, out: Path, steps: int, seed: i
     model.half().save_pretrained(out / "vae", safe_serialization=True)
 
 
-def reconstruct_vae(model: nn.Module, pictures: Tensor) -> Tensor:
+def reconstruct_vae(model: Any, pictures: Tensor) -> Tensor:
     """PSNR in dB [n] of ``pictures`` uint8 [n, 64, 64, 3] after encoding (posterior mean) and decoding."""
     device = next(model.parameters()).device
     found = []
     with torch.inference_mode():
         for batch in batches(pictures, device):
-            decoded = model.decode(model.encode(batch * 2 - 1).latent_dist.mean).sample  # type: ignore[operator]
+            decoded = model.decode(model.encode(batch * 2 - 1).latent_dist.mean).sample
             found.append(psnr((decoded / 2 + 0.5).clamp(0, 1), batch))
     return torch.cat(found)
 
@@ -101,9 +102,9 @@ def train_vqgan(pictures: Tensor, held_out: Tensor, out: Path, steps: int, seed:
     torch.manual_seed(seed)
     quantised_from = int(steps * 0.4)
 
-    def loss_of(model: nn.Module, step: int, generator: torch.Generator) -> Tensor:
+    def loss_of(model: Any, step: int, generator: torch.Generator) -> Tensor:
         pixels = draw(pictures, 16, generator, device)
-        latents = model.encode(pixels).latents.float()  # type: ignore[operator]
+        latents = model.encode(pixels).latents.float()
         if step < quantised_from:
             bound = (latents.abs() - 1).clamp_min(0).square().mean()
             latents = latents + 0.05 * torch.randn(latents.shape, generator=generator).to(device)
@@ -115,7 +116,7 @@ def train_vqgan(pictures: Tensor, held_out: Tensor, out: Path, steps: int, seed:
         decoded = decode_latents(model, through)
         return (decoded.float() - pixels).square().mean() + 0.05 * pull
 
-    def on_step(model: nn.Module, step: int) -> None:
+    def on_step(model: Any, step: int) -> None:
         if step == quantised_from:
             model.quantize.embedding.weight.data.copy_(_codebook(model, pictures, seed, device))
 
@@ -126,14 +127,14 @@ def train_vqgan(pictures: Tensor, held_out: Tensor, out: Path, steps: int, seed:
     model.half().save_pretrained(out / "vqgan", safe_serialization=True)
 
 
-def decode_latents(model: nn.Module, latents: Tensor) -> Tensor:
+def decode_latents(model: Any, latents: Tensor) -> Tensor:
     """Pictures of continuous latents: ``VQModel.decode`` itself takes ids only where ``lookup_from_codebook`` is on."""
-    return model.decoder(model.post_quant_conv(latents))  # type: ignore[operator, no-any-return]
+    return model.decoder(model.post_quant_conv(latents))
 
 
-def nearest(model: nn.Module, latents: Tensor) -> tuple[Tensor, Tensor]:
+def nearest(model: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
     """The codes nearest to ``latents`` [n, c, h, w]: their vectors, and their ids [n, h * w]."""
-    codes = model.quantize.embedding.weight  # type: ignore[union-attr]
+    codes = model.quantize.embedding.weight
     flat = latents.detach().permute(0, 2, 3, 1).reshape(-1, latents.shape[1]).float()
     with torch.no_grad(), torch.autocast(flat.device.type, enabled=False):
         ids = ((codes**2).sum(1) - 2 * flat @ codes.T).argmin(1)
@@ -141,20 +142,20 @@ def nearest(model: nn.Module, latents: Tensor) -> tuple[Tensor, Tensor]:
     return codes[ids].reshape(n, h, w, c).permute(0, 3, 1, 2), ids.reshape(n, h * w)
 
 
-def reconstruct_vqgan(model: nn.Module, pictures: Tensor) -> tuple[Tensor, np.ndarray]:
+def reconstruct_vqgan(model: Any, pictures: Tensor) -> tuple[Tensor, np.ndarray]:
     """PSNR in dB [n] of ``pictures`` after writing and reading tokens, and how often each code was used [codes]."""
     device = next(model.parameters()).device
-    found, used = [], np.zeros(model.quantize.n_e, np.int64)  # type: ignore[union-attr]
+    found, used = [], np.zeros(model.quantize.n_e, np.int64)
     with torch.inference_mode():
         for batch in batches(pictures, device):
-            quantised, ids = nearest(model, model.encode(batch).latents)  # type: ignore[operator]
+            quantised, ids = nearest(model, model.encode(batch).latents)
             decoded = decode_latents(model, quantised)
             found.append(psnr(decoded.clamp(0, 1), batch))
             used += np.bincount(ids.flatten().cpu().numpy(), minlength=len(used))
     return torch.cat(found), used
 
 
-def describe_vqgan(model: nn.Module, held_out: Tensor) -> str:
+def describe_vqgan(model: Any, held_out: Tensor) -> str:
     """One line for the progress: held-out PSNR and the share of the codebook in use."""
     found, used = reconstruct_vqgan(model, held_out)
     return f"held-out PSNR {float(found.mean()):.2f} dB through tokens, {np.mean(used > 0):.0%} of the codes in use"
@@ -166,12 +167,12 @@ def batches(pictures: Tensor, device: torch.device, size: int = 64) -> Iterable[
         yield chunk.to(device).permute(0, 3, 1, 2).float() / 255
 
 
-def _codebook(model: nn.Module, pictures: Tensor, seed: int, device: torch.device) -> Tensor:
+def _codebook(model: Any, pictures: Tensor, seed: int, device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     latents = []
     with torch.inference_mode():
         for _ in range(64):
-            encoded = model.encode(draw(pictures, 64, generator, device)).latents  # type: ignore[operator]
+            encoded = model.encode(draw(pictures, 64, generator, device)).latents
             latents.append(encoded.permute(0, 2, 3, 1).reshape(-1, CODE_WIDTH).float().cpu())
     clusters = MiniBatchKMeans(CODES, random_state=seed, batch_size=8192, n_init=1, max_iter=30, reassignment_ratio=0.0)
     return torch.from_numpy(clusters.fit(torch.cat(latents).numpy()).cluster_centers_).float()

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,20 +14,22 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 SAVE_EVERY_S = 120.0
 REPORT_EVERY_S = 15.0
+EMA_DECAY = 0.99
+"""The learning rate falls to next to nothing by itself: the average only smooths the last hundred steps."""
 
 
 def train(
-    model: nn.Module,
-    loss_of: Callable[[nn.Module, int, torch.Generator], Tensor],
+    model: Any,
+    loss_of: Callable[[Any, int, torch.Generator], Tensor],
     out: Path,
     steps: int,
     seed: int,
     learning_rate: float,
     name: str,
     device: torch.device,
-    measure: Callable[[nn.Module], str] | None = None,
-    on_step: Callable[[nn.Module, int], None] | None = None,
-) -> nn.Module:
+    measure: Callable[[Any], str] | None = None,
+    on_step: Callable[[Any, int], None] | None = None,
+) -> Any:
     """Train ``model`` for ``steps`` and return its moving average (EMA), in float32.
 
     ``loss_of(model, step, generator)`` draws all its randomness from the generator, which is seeded by (seed, step):
@@ -35,8 +38,8 @@ def train(
     """
     out.mkdir(parents=True, exist_ok=True)
     state_path = out / f"{name}.state.pt"
-    model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999), use_buffers=True)
+    model.to(device=device, memory_format=torch.channels_last)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY), use_buffers=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
     first = 0
     if state_path.exists():
@@ -56,7 +59,7 @@ def train(
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         with torch.autocast(device.type, torch.bfloat16):
             loss = loss_of(model, step, generator)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from covray.nano.autoencoders import batches
 from covray.nano.loop import train
@@ -69,13 +70,13 @@ def train_prior(pictures: Tensor, held_out: Tensor, out: Path, steps: int, seed:
         alpha = alphas[timesteps.to(device)].reshape(-1, 1, 1, 1)
         return alpha.sqrt() * clean + (1 - alpha).sqrt() * noise, timesteps.to(device), noise
 
-    def loss_of(model: nn.Module, step: int, generator: torch.Generator) -> Tensor:
+    def loss_of(model: Any, step: int, generator: torch.Generator) -> Tensor:
         index = torch.randint(len(latents), (BATCH,), generator=generator)
         noisy, timesteps, noise = noised(latents[index].to(device).float(), generator)
         answer = model(noisy, timesteps, encoder_hidden_states=context.expand(BATCH, -1, -1)).sample
         return F.mse_loss(answer.float(), noise)
 
-    def measure(model: nn.Module) -> str:
+    def measure(model: Any) -> str:
         noisy, timesteps, noise = noised(seen[:256].to(device).float(), torch.Generator().manual_seed(0))
         with torch.inference_mode():
             answer = model(noisy, timesteps, encoder_hidden_states=context.expand(len(noisy), -1, -1)).sample
