@@ -112,7 +112,7 @@ def _run(
     context.execution_options.verbose_progress = False
     context.execution_no_progress_timeout_s = 24 * 3600  # GPU nodes may take long to arrive
     before = _committed_rows(config)
-    meter = Meter.remote()  # type: ignore[attr-defined]
+    meter = Meter.remote()
     shared = {"config": config, "facts": facts}
     with DataContext.current(context), BuildProgress(info.rows, before, meter), _one_line_errors(config):
         manifest = ray.data.read_parquet(

@@ -16,8 +16,7 @@ POLL_S = 0.5
 LINE_EVERY_S = 30.0
 
 
-@ray.remote(num_cpus=0)
-class Meter:
+class Tally:
     """Adds up what the actors report, a block at a time."""
 
     def __init__(self) -> None:
@@ -57,6 +56,10 @@ class Meter:
             "unet_evaluations": self.evaluations,
             "padded_share": round(self.padded / evaluated, 4) if evaluated else None,
         }
+
+
+Meter = ray.remote(num_cpus=0)(Tally)
+"""The tally as an actor, for all others to report to."""
 
 
 class BuildProgress:

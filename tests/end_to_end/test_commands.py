@@ -101,14 +101,13 @@ def test_from_photographs_to_the_page(tmp_path: Path, scenes_manifest: Callable[
     assert "data:image" in page
     assert "http://" not in page.replace("http://www.w3.org", "")
     described = json.loads(run("inspect", str(out), "--json").stdout.splitlines()[-1])
-    assert described["fingerprints"]["codebook"] == json.loads((out / "_dataset.json").read_text())["fingerprints"][
-        "codebook"
-    ]
+    assert (
+        described["fingerprints"]["codebook"]
+        == json.loads((out / "_dataset.json").read_text())["fingerprints"]["codebook"]
+    )
 
 
-def test_a_bad_command_is_one_line_before_anything_starts(
-    tmp_path: Path, scenes_manifest: Callable[..., Path]
-) -> None:
+def test_a_bad_command_is_one_line_before_anything_starts(tmp_path: Path, scenes_manifest: Callable[..., Path]) -> None:
     pairs = str(scenes_manifest(1))
     incomplete = tmp_path / "prior"
     shutil.copytree(WEIGHTS / "prior", incomplete)

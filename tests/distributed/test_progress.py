@@ -1,0 +1,43 @@
+"""The tally: chains a second and the busy share are those of the spans that were reported."""
+
+from __future__ import annotations
+
+import pytest
+
+from covray.distributed.progress import Tally
+
+
+def test_an_actor_that_never_waits_is_busy_all_the_time() -> None:
+    tally = Tally()
+    for number in range(4):
+        tally.report("a", 10.0 * number, 10.0 * (number + 1), rows=5, rejected=1, evaluations=90, padded=10)
+    usage = tally.usage()
+    assert usage["busy_share"] == 1.0
+    assert usage["chains_per_s"] == pytest.approx(15 / 30), "the first block is warm-up"
+    assert usage["padded_share"] == pytest.approx(0.1)
+    assert tally.counts() == (20, 4, 1)
+
+
+def test_waiting_between_blocks_counts_against_it_and_actors_add_up() -> None:
+    tally = Tally()
+    for actor in ("a", "b"):
+        tally.report(actor, 0, 100, 8, 0, 1, 0)  # warm-up, however long
+        tally.report(actor, 100, 103, 8, 0, 1, 0)
+        tally.report(actor, 107, 110, 8, 0, 1, 0)
+    usage = tally.usage()
+    assert usage["busy_share"] == pytest.approx(0.6)
+    assert usage["chains_per_s"] == pytest.approx(32 / 10)
+    assert usage["actors"] == 2
+
+
+def test_nothing_reported_is_nothing_claimed() -> None:
+    usage = Tally().usage()
+    assert usage["busy_share"] is None
+    assert usage["chains_per_s"] is None
+    assert usage["padded_share"] is None
+
+
+def test_an_actor_with_a_single_block_is_counted_with_it() -> None:
+    tally = Tally()
+    tally.report("a", 0, 4, 8, 0, 1, 0)
+    assert tally.usage()["chains_per_s"] == pytest.approx(2)
