@@ -65,7 +65,7 @@ def scene_seed(seed: int, split: str, index: int) -> int:
 def render_scene(seed: int, size_px: int = 64, views: int = 1) -> list[View]:
     """The scene of ``seed`` from ``views`` places around it, each ``size_px`` square."""
     rng = np.random.default_rng(seed)
-    bodies = _room(rng)
+    bodies, side_x = _room(rng)
     joints, figure = _figure(rng)
     bodies += figure
     taken = [(0.0, 0.0, 0.45)]
@@ -84,6 +84,9 @@ def render_scene(seed: int, size_px: int = 64, views: int = 1) -> list[View]:
         direction = np.array(
             [np.sin(azimuth) * np.cos(elevation), -np.cos(azimuth) * np.cos(elevation), np.sin(elevation)]
         )
+        if side_x is not None and direction[0] * side_x > 0:  # from behind the side wall nothing else would be seen
+            free = abs(side_x - target[0]) - 0.2
+            distance = min(distance, free / abs(direction[0]))
         camera = _Camera(target + distance * direction, target, rng.uniform(0.75, 1.0), size_px)
         shots.append(stage.shoot(camera, joints))
         azimuth += rng.uniform(0.2, 0.5)
@@ -184,8 +187,8 @@ def _place(kind: str, scale: Array, rotation: Array, offset: Array, texture: tup
     return _Body(kind, moved, faces, bent, *texture)
 
 
-def _room(rng: np.random.Generator) -> list[_Body]:
-    """A floor, and mostly a back wall, sometimes a side wall; elsewhere the sky shows."""
+def _room(rng: np.random.Generator) -> tuple[list[_Body], float | None]:
+    """A floor, and mostly a back wall, sometimes a side wall, whose x is the second; elsewhere the sky shows."""
     flat = np.eye(3)
     bodies = [_place("box", np.array([40.0, 40, 0.1]), flat, np.array([0, 0, -0.1]), _texture(rng))]
     bodies[0].kind = "floor"
@@ -193,12 +196,13 @@ def _room(rng: np.random.Generator) -> list[_Body]:
         wall = _place("box", np.array([40.0, 0.1, 12]), flat, np.array([0, rng.uniform(1.6, 4.0), 0]), _texture(rng))
         wall.kind = "wall"
         bodies.append(wall)
+    side: float | None = None
     if rng.random() < 0.35:
-        side = rng.choice([-1, 1]) * rng.uniform(2.2, 3.5)
+        side = float(rng.choice([-1, 1]) * rng.uniform(2.2, 3.5))
         wall = _place("box", np.array([0.1, 40.0, 12]), flat, np.array([side, 0, 0]), _texture(rng))
         wall.kind = "wall"
         bodies.append(wall)
-    return bodies
+    return bodies, side
 
 
 def _solid(rng: np.random.Generator, taken: list[tuple[float, float, float]]) -> _Body | None:
