@@ -23,7 +23,7 @@ Alpha = Annotated[float, Field(gt=0.0, lt=1.0)]
 class Section(BaseModel):
     """A part of a configuration: immutable, and strict about what it does not know."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class PriorConfig(Section):
@@ -138,11 +138,12 @@ def load_config(
             loaded = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"--config {file}: {error.strerror}; give an existing YAML file") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: bytes that are no text, dates of a 13th month
             raise ConfigError(f"--config {file}: not valid YAML: {' '.join(str(error).split())}") from error
         if loaded is not None and not isinstance(loaded, dict):
             raise ConfigError(f"--config {file}: holds {type(loaded).__name__}, not keys and values")
-        values = loaded or {}
+        # A section whose keys are all commented out reads as null.
+        values = {key: value for key, value in (loaded or {}).items() if value is not None}
     for key, value in (options or {}).items():
         if value is not None:
             _set(values, key, value)
@@ -152,7 +153,7 @@ def load_config(
             raise ConfigError(f"--set {assignment}: write key=value, for example --set engine.batch=32")
         try:
             _set(values, key, yaml.safe_load(text))
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:
             raise ConfigError(f"--set {assignment}: the value is not valid YAML") from error
     try:
         return model.model_validate(values)
@@ -175,4 +176,8 @@ def _describe(model: type[Section], entry: Any) -> str:
         return f"{where}: no such key in {model.__name__}; see --help or docs/configuration.md"
     if entry["type"] == "missing":
         return f"{where}: is required"
+    if entry["type"] == "tuple_type":
+        return f"{where}: give a list, such as [4, 8] (got {entry['input']!r})"
+    if entry["type"] == "model_type":
+        return f"{where}: is a section; give one of its keys, as {where}.key (got {entry['input']!r})"
     return f"{where}: {entry['msg'].removeprefix('Value error, ')} (got {entry['input']!r})"

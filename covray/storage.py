@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import posixpath
@@ -64,11 +65,15 @@ def write_bytes(path: str, data: bytes) -> None:
     filesystem.create_dir(folder, recursive=True)
     if isinstance(filesystem, fs.LocalFileSystem):
         aside = posixpath.join(folder, f".{posixpath.basename(inner)}.{os.getpid()}.part")
-        with open(aside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, inner)
+        try:
+            with open(aside, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, inner)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(aside)
     else:
         with filesystem.open_output_stream(inner) as stream:
             stream.write(data)

