@@ -212,7 +212,7 @@ class BlockBuilder:
                 {"method": method, "alpha": alpha, "tokens": ids}
                 for (method, alpha), ids in zip(order, tokens[number, 2:], strict=True)
             ]
-            row["quality"] = self._quality(images, ends[number], number, chains)
+            row["quality"] = self._quality(row["pair_id"], images, ends[number], number, chains)
             if self.config.keep_noise and chains is not None:
                 source, label = ends[number]
                 row["source_noise"] = chains.noise[source].astype("<f4").tobytes()
@@ -241,7 +241,7 @@ class BlockBuilder:
         return chains
 
     def _quality(
-        self, images: np.ndarray, ends: tuple[int, ...], number: int, chains: Interpolation | None
+        self, pair_id: int, images: np.ndarray, ends: tuple[int, ...], number: int, chains: Interpolation | None
     ) -> dict[str, float | None]:
         source, label = ends
         first, last = images[source].astype(np.float32), images[label].astype(np.float32)
@@ -250,11 +250,13 @@ class BlockBuilder:
             mixed = [mix_pixels(images[source], images[label], alpha) for alpha in self.alphas]
             quality["linear_path"] = path_ratio([first, *mixed, last])
         if chains is not None:
+            # A picture may have been returned for a neighbour that shares it: the row must not show its neighbours.
+            returned = chains.returned if is_checked(pair_id, self.config.check_endpoints) else {}
             quality |= {
                 "source_noise_rms": float(np.sqrt(np.mean(np.square(chains.noise[source], dtype=np.float64)))),
                 "label_noise_rms": float(np.sqrt(np.mean(np.square(chains.noise[label], dtype=np.float64)))),
-                "source_psnr": psnr(images[source], chains.returned.get(source)),
-                "label_psnr": psnr(images[label], chains.returned.get(label)),
+                "source_psnr": psnr(images[source], returned.get(source)),
+                "label_psnr": psnr(images[label], returned.get(label)),
             }
             if len(chains.frames[number]):
                 quality["diffusion_path"] = path_ratio([first, *chains.frames[number], last])
