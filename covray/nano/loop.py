@@ -40,7 +40,9 @@ def train(
     state_path = out / f"{name}.state.pt"
     model.to(device=device, memory_format=torch.channels_last)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY), use_buffers=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-4, fused=True
+    )
     first = 0
     if state_path.exists():
         state = torch.load(state_path, map_location=device, weights_only=True)

@@ -21,7 +21,7 @@ from covray.nano.prior import train_prior
 WEIGHTS = Path(__file__).parent / "weights"
 KINDS = ("colour", "grey", "dark", "segmentation", "pose", "normals", "edges", "depth")
 """The eight pictures of a scene, in the order of ``covray.nano.data.scene_pictures``."""
-STEPS = {"vae": 2300, "vqgan": 5000, "prior": 4500}
+STEPS = {"vae": 2300, "vqgan": 5000, "prior": 2800}
 CROPS = 3000
 HELD_OUT_SCENES = 250
 

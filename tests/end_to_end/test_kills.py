@@ -63,7 +63,7 @@ def test_a_build_killed_five_times_equals_an_undisturbed_one(
             build.kill()
             build.wait()
             build = None
-            gone, alive = psutil.wait_procs(started, timeout=30)
+            _, alive = psutil.wait_procs(started, timeout=30)
             assert not alive, f"left running: {alive}"
         else:
             os.kill(rng.choice(actors_of(build)).pid, signal.SIGKILL)

@@ -1,0 +1,47 @@
+"""The page in a real browser: its script runs, its pictures show, and it needs no network."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from covray.report.page import view
+
+pytestmark = pytest.mark.end_to_end
+QUIET = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--host-resolver-rules=MAP * ~NOTFOUND", "--virtual-time-budget=5000",
+)  # fmt: skip
+
+
+def browse(page: str, profile: Path, *options: str) -> str:
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    assert chromium, "the page test needs Chromium: apt install chromium"
+    command = [chromium, *QUIET, f"--user-data-dir={profile}", *options, Path(page).as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+def test_the_page_shows_its_chains_without_a_network(
+    tmp_path: Path, write_dataset: Callable[..., tuple[str, list[dict[str, Any]]]]
+) -> None:
+    dataset, _ = write_dataset({"depth": 3, "edges": 2}, rejects={1: "truncated: <script>document.title='x'</script>"})
+    page = view(dataset, str(tmp_path / "view"))[-1]
+    dom = browse(page, tmp_path / "profile", "--dump-dom")
+    assert re.search(r'<html[^>]*class="js"', dom), "the script ran"
+    assert dom.count('class="fade"') == 4, "a slider for every good chain"
+    assert len(re.findall(r"α = 0\.\d\d|α = 1\.00", dom)) >= 4, "and each slider has set itself"
+    assert "<title>x</title>" not in dom, "a hostile reason stays text"
+
+    shot = tmp_path / "page.png"
+    browse(page, tmp_path / "profile", f"--screenshot={shot}", "--window-size=1200,1600")
+    pixels = np.array(Image.open(shot).convert("RGB"))
+    assert pixels.std() > 5, "something is drawn"

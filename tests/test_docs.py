@@ -1,0 +1,30 @@
+"""The pages describe what is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from covray.config import BuildConfig, Section
+
+ROOT = Path(__file__).parents[1]
+
+
+def keys(model: type[Section], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        if isinstance(field.default, Section):
+            yield from keys(type(field.default), f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def test_every_key_of_the_configuration_is_documented_and_no_other() -> None:
+    lines = (ROOT / "docs" / "configuration.md").read_text().splitlines()
+    documented = [line.split("`")[1] for line in lines if line.startswith("| `")]
+    assert documented == list(keys(BuildConfig))
+
+
+def test_every_link_of_the_pages_leads_somewhere() -> None:
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        for target in (part.split(")")[0] for part in page.read_text().split("](")[1:]):
+            assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
