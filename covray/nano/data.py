@@ -73,7 +73,7 @@ def pictures(folder: Path, split: str, scenes: int, crops: int, seed: int) -> ND
         aside = path.with_suffix(".part.npy")
         np.save(aside, np.concatenate(blocks))
         aside.rename(path)
-    return np.asarray(np.load(path, mmap_mode="r"))
+    return np.asarray(np.load(path, mmap_mode="c"))  # torch warns of arrays it could not write to
 
 
 def _chain(split: str, scenes: int, crops: int, seed: int) -> Iterator[NDArray[np.uint8]]:

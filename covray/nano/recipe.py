@@ -17,17 +17,21 @@ from covray.errors import ConfigError
 from covray.nano.autoencoders import reconstruct_vae, reconstruct_vqgan, train_vae, train_vqgan
 from covray.nano.data import pictures, scene_pictures
 from covray.nano.prior import train_prior
+from covray.weights import require_files
 
 WEIGHTS = Path(__file__).parent / "weights"
 KINDS = ("colour", "grey", "dark", "segmentation", "pose", "normals", "edges", "depth")
 """The eight pictures of a scene, in the order of ``covray.nano.data.scene_pictures``."""
-STEPS = {"vae": 2300, "vqgan": 5000, "prior": 2800}
+STEPS = {"vae": 2300, "vqgan": 5000, "prior": 2400}
 CROPS = 3000
 HELD_OUT_SCENES = 250
 
 
 def train_model(model: str, out: Path, steps: int | None, scenes: int, threads: int, device: str, seed: int) -> None:
-    """Train ``model`` (vae, vqgan or prior) into the folder ``out``; a killed training continues where it saved."""
+    """Train ``model`` (vae, vqgan or prior) into the folder ``out``; a killed training continues where it saved.
+
+    Raises ConfigError for a model, a device or a folder that is not there.
+    """
     trainers = {"vae": train_vae, "vqgan": train_vqgan, "prior": train_prior}
     if model not in trainers:
         raise ConfigError(f"{model}: no such nano model; give one of {', '.join(trainers)}")
@@ -35,7 +39,13 @@ def train_model(model: str, out: Path, steps: int | None, scenes: int, threads: 
         raise ConfigError(f"{out}/vae: not there; the prior works on its latents: covray nano train vae --out {out}")
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"--device {device}: give auto, cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no GPU; give auto or cpu")
     found = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: cannot be written ({error.strerror}); give another folder") from error
     torch.set_num_threads(threads)
     training = torch.from_numpy(pictures(out / "data", "train", scenes, CROPS, seed))
     held_out = torch.from_numpy(pictures(out / "data", "val", HELD_OUT_SCENES, 0, seed).copy())
@@ -46,9 +56,10 @@ def measure(folder: Path | None = None, scenes: int = HELD_OUT_SCENES, round_tri
     """The figures of the model card, on scenes of the split ``test``, which no training saw.
 
     ``vae``, ``vqgan``: mean PSNR in dB by kind of picture and over all; ``codebook_in_use``: share of the codes that
-    occur; ``inversion``: PSNR in dB after inversion and denoising, for ``round_trips`` scenes.
+    occur; ``inversion``: PSNR in dB after inversion and denoising, for ``round_trips`` scenes. Raises WeightsError.
     """
     root = folder or WEIGHTS
+    require_files(root, ["prior/vae/config.json", "vqgan/config.json"])
     held_out = np.concatenate(list(scene_pictures("test", scenes, 0)))
     batch = torch.from_numpy(held_out)
     vae = AutoencoderKL.from_pretrained(root / "prior" / "vae", use_safetensors=True).float()
