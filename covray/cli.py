@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from covray import __version__
@@ -42,7 +43,7 @@ ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file; se
 Sets = Annotated[list[str] | None, typer.Option("--set", help="key=value, for any key of the configuration.")]
 Tasks = Annotated[str | None, typer.Option("--tasks", help="Comma-separated; all that apply by default.")]
 
-console = Console()
+console = Console(emoji=False)  # a path may hold ":car:"
 
 
 def main() -> None:
@@ -51,19 +52,21 @@ def main() -> None:
         app()
     except CovrayError as error:
         _fail(str(error), 2)
-    except KeyboardInterrupt:
-        _fail("stopped; the same command continues", 130)
+    except SystemExit as end:
+        if end.code == 130:  # what typer makes of Ctrl-C
+            _fail("stopped; the same command continues", 130)
+        raise
 
 
 def _fail(message: str, code: int) -> None:
-    Console(stderr=True).print(f"[red]covray:[/red] {_escape(message)}", highlight=False, soft_wrap=True)
+    Console(stderr=True, emoji=False).print(f"[red]covray:[/red] {_escape(message)}", highlight=False, soft_wrap=True)
     sys.exit(code)
 
 
 def _escape(text: str) -> str:
     """One printable line, without rich's markup: messages may quote hostile file names."""
     line = " ".join(text.split())
-    return "".join(c if c.isprintable() else "?" for c in line).replace("[", r"\[")
+    return escape("".join(c if c.isprintable() else "?" for c in line))
 
 
 def _split(text: str | None) -> list[str] | None:

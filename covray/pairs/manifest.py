@@ -509,7 +509,7 @@ def _reading(path: str) -> Iterator[None]:
         raise ManifestError(f"{path}: no such file") from error
     except pa.ArrowInvalid as error:
         raise ManifestError(f"{path}: is not a Parquet file, or a damaged one: {_line(error)}") from error
-    except (OSError, pa.ArrowException, ConfigError) as error:
+    except (OSError, UnicodeEncodeError, pa.ArrowException, ConfigError) as error:  # Unicode: pyarrow wants UTF-8 paths
         raise ManifestError(f"{path}: cannot be read: {_line(error)}") from error
 
 
