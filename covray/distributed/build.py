@@ -216,10 +216,12 @@ def _require_fresh(config: BuildConfig) -> None:
     try:
         if storage.list_files(config.out):
             raise DatasetError(f"{config.out}: holds files that are no dataset of covray; give another --out")
-        probe = storage.join(config.out, ".writable")
-        storage.write_bytes(probe, b"")
-        filesystem, inner = storage.resolve(probe)
-        filesystem.delete_file(inner)
+        existed = storage.exists(config.out)
+        storage.write_bytes(storage.join(config.out, ".writable"), b"")
+        filesystem, inner = storage.resolve(config.out)
+        filesystem.delete_file(f"{inner}/.writable")
+        if not existed:  # what is wrong with the models may still end the command: leave nothing behind
+            filesystem.delete_dir(inner)
     except OSError as error:
         raise ConfigError(f"{config.out}: cannot be written ({_reason(error)}); give another --out") from error
 
