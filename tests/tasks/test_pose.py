@@ -54,6 +54,17 @@ def test_every_limb_joins_its_two_ends() -> None:
         assert np.abs(across).max() < 6
 
 
+def test_limbs_are_a_body() -> None:
+    """They join all keypoints into one tree, and never a left one to a right one."""
+    joined = {KEYPOINTS.index("neck")}
+    for _ in LIMBS:
+        joined |= {end for limb in LIMBS if joined & set(limb) for end in limb}
+    assert len(LIMBS) == len(KEYPOINTS) - 1
+    assert joined == set(range(len(KEYPOINTS)))
+    for limb in LIMBS:
+        assert len({KEYPOINTS[end].split("_")[0] for end in limb} & {"left", "right"}) <= 1
+
+
 def test_no_colour_of_a_disc_is_near_one_of_a_limb() -> None:
     everything = np.concatenate([COLOURS, LIMB_COLOURS, np.zeros((1, 3))]).astype(float)
     distances = np.linalg.norm(everything[:, None] - everything[None], axis=2)
