@@ -80,6 +80,13 @@ def test_a_killed_vqgan_ends_where_it_would_have(family: Path, tmp_path: Path, m
     monkeypatch.setattr(autoencoders, "CODES", 64)
     monkeypatch.setattr(loop, "SAVE_EVERY_S", -1)
     draw, calls = autoencoders.draw, [0]
+    codebook, clustered = autoencoders._codebook, [0]
+
+    def counting(*arguments):  # type: ignore[no-untyped-def]
+        clustered[0] += 1
+        return codebook(*arguments)
+
+    monkeypatch.setattr(autoencoders, "_codebook", counting)
 
     def killing(*arguments):  # type: ignore[no-untyped-def]
         calls[0] += 1
@@ -92,6 +99,7 @@ def test_a_killed_vqgan_ends_where_it_would_have(family: Path, tmp_path: Path, m
         with pytest.raises(KeyboardInterrupt):
             autoencoders.train_vqgan(_pictures(40), _pictures(4), tmp_path, 3, 0, CPU)
     autoencoders.train_vqgan(_pictures(40), _pictures(4), tmp_path, 3, 0, CPU)
+    assert clustered == [1]
     name = "vqgan/diffusion_pytorch_model.safetensors"
     whole, continued = load_file(family / name), load_file(tmp_path / name)
     assert whole.keys() == continued.keys()
