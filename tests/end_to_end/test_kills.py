@@ -49,6 +49,7 @@ def test_a_build_killed_five_times_equals_an_undisturbed_one(
     moments = sorted(rng.sample(range(8, SCENES * 7 - 60, 8), len(KILLS)))
 
     build: subprocess.Popen[bytes] | None = None
+    started: list[psutil.Process] = []
     for victim, moment in zip(KILLS, moments, strict=True):
         if build is None:
             build = subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
@@ -59,12 +60,10 @@ def test_a_build_killed_five_times_equals_an_undisturbed_one(
             time.sleep(0.05)
         time.sleep(rng.uniform(0, 0.5))
         if victim == "driver":
-            started = psutil.Process(build.pid).children(recursive=True)
+            started += psutil.Process(build.pid).children(recursive=True)
             build.kill()
             build.wait()
             build = None
-            _, alive = psutil.wait_procs(started, timeout=30)
-            assert not alive, f"left running: {alive}"
         else:
             os.kill(rng.choice(actors_of(build)).pid, signal.SIGKILL)
     assert build is None
@@ -80,3 +79,6 @@ def test_a_build_killed_five_times_equals_an_undisturbed_one(
     assert len(tokens_of(out)) == SCENES * 7
     assert tokens_of(out) == tokens_of(undisturbed)
     assert not (out / "_checkpoint").exists()
+    # Ray's agents try for a while to report that their raylet is gone before they go too.
+    _, alive = psutil.wait_procs(started, timeout=120)
+    assert not alive, f"left running: {alive}"
