@@ -87,7 +87,7 @@ class PlainLoop:
         self.forward = DDIMScheduler.from_pretrained(folder / "scheduler")
         self.inverse.set_timesteps(steps)
         self.forward.set_timesteps(steps)
-        self.context = load_file(folder / "empty_prompt.safetensors")["context"]
+        self.context = load_file(folder / "empty_prompt.safetensors")["context"].float()
 
     @torch.inference_mode()
     def frames(self, pair: np.ndarray) -> np.ndarray:
