@@ -21,9 +21,13 @@ FAST = ("--lengths", "3", "--set", "prior.steps=5", "--set", "engine.batch=16")
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """The environment of a command: no cluster of others, one thread of OpenMP."""
+    """The environment of a command: no cluster of others, one thread of OpenMP, this virtual environment first.
+
+    A job's ``python`` is the one on its head's PATH, and tests run without the environment being activated.
+    """
     kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    return kept | {"OMP_NUM_THREADS": "1"} | changes
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return kept | {"OMP_NUM_THREADS": "1", "PATH": path} | changes
 
 
 def run(*arguments: str, code: int = 0, **changes: str) -> subprocess.CompletedProcess[str]:
