@@ -57,7 +57,8 @@ class EngineConfig(Section):
     image_batch: int = Field(default=16, ge=1, le=1024)
     """Rows of the fixed, padded batch of the VAE and of the tokenizer."""
     threads: int = Field(default=1, ge=1, le=256)
-    """CPU threads of one actor."""
+    """CPU threads of one actor. Identity to the bit holds for one: more split a batch, and where a picture then stands
+    in it can change its last bits. Use more actors instead."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto`` takes the GPU if there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+# One thread, as an actor computes by default, and before anything loads torch: identity to the bit is promised for it.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
