@@ -43,7 +43,7 @@ ALPHAS = (1 / 3, 2 / 3)  # L = 4, the paper's main setting: two frames
 
 
 def write_random_prior(folder: Path) -> Path:
-    """A UNet of 5.9 million parameters on 16x16x4 latents and a VAE for 64 px, random weights, four context tokens."""
+    """A UNet of 5.5 million parameters on 16x16x4 latents and a VAE for 64 px, random weights, four context tokens."""
     torch.manual_seed(0)
     UNet2DConditionModel(
         sample_size=16,
@@ -168,7 +168,7 @@ def main() -> None:
     """Measure, compare, print, and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prior", default="nano", help="nano, or a prior folder with empty_prompt.safetensors")
-    parser.add_argument("--random", action="store_true", help="a UNet of nano's size with random weights instead")
+    parser.add_argument("--random", action="store_true", help="a UNet of 5.5 M parameters with random weights instead")
     parser.add_argument("--pairs", type=int, default=64)
     parser.add_argument("--batch", type=int, help="rows of the UNet's batch; by default what a build would take")
     parser.add_argument("--steps", type=int, default=50)
