@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from covray.nano.autoencoders import batches
 from covray.nano.loop import train
 
-CHANNELS = (96, 192)
+CHANNELS = (64, 128)
 CONTEXT = (4, 64)
 """Tokens and width of the constant context that stands where Stable Diffusion has its empty prompt."""
 BATCH = 32

@@ -22,7 +22,7 @@ from covray.weights import require_files
 WEIGHTS = Path(__file__).parent / "weights"
 KINDS = ("colour", "grey", "dark", "segmentation", "pose", "normals", "edges", "depth")
 """The eight pictures of a scene, in the order of ``covray.nano.data.scene_pictures``."""
-STEPS = {"vae": 2300, "vqgan": 4000, "prior": 2000}
+STEPS = {"vae": 2300, "vqgan": 4000, "prior": 3000}
 CROPS = 3000
 HELD_OUT_SCENES = 250
 

@@ -1,0 +1,1 @@
+"""LLaMA-type vision models: scales, backbones and adapters, visual sentences."""

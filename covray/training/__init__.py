@@ -1,0 +1,1 @@
+"""One worker's training: loop, state, resume, what it will cost."""
