@@ -277,7 +277,7 @@ def demo(
 
 @nano_app.command("train")
 def nano_train(
-    model: Annotated[str, typer.Argument(help="vae, prior (needs the vae), or vqgan.")],
+    model: Annotated[str, typer.Argument(help="vae, prior (needs the vae), vqgan, or lvm (needs the vqgan).")],
     out: Annotated[Path, typer.Option("--out", help="Folder of the family; a killed training continues there.")],
     steps: Annotated[int | None, typer.Option(min=1, help="By default the recipe's.")] = None,
     scenes: Annotated[int, typer.Option(min=1, help="Rendered scenes to train on, eight pictures each.")] = 6000,

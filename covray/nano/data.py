@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.resources import files
 from pathlib import Path
 
@@ -17,6 +18,11 @@ from covray.pairs.scenes import labelled, render_scene, scene_seed
 from covray.tasks import TASKS, colorization, low_light
 
 SIZE_PX = 64
+KINDS = ("colour", "grey", "dark", "segmentation", "pose", "normals", "edges", "depth")
+"""The eight pictures of a scene, in the order of ``scene_pictures``; a photograph has the first three."""
+CROPS = 3000
+"""Crops of photographs to train on, three pictures each."""
+VIEWS = 4
 PHOTOGRAPHS = (
     "skimage/astronaut.png", "skimage/coffee.png", "skimage/hubble_deep_field.jpg", "skimage/retina.jpg",
     "skimage/ihc.png", "skimage/camera.png", "skimage/coins.png", "skimage/moon.png", "skimage/clock_motion.png",
@@ -60,22 +66,25 @@ def photo_pictures(crops: int, seed: int) -> Iterator[NDArray[np.uint8]]:
 
 def pictures(folder: Path, split: str, scenes: int, crops: int, seed: int) -> NDArray[np.uint8]:
     """All training (or held-out) pictures, uint8 [n, 64, 64, 3], made once and kept in ``folder``."""
-    path = folder / f"{split}-{scenes}-{crops}-{seed}.npy"
+    blocks = itertools.chain(scene_pictures(split, scenes, seed), photo_pictures(crops, seed))
+    return _kept(folder / f"{split}-{scenes}-{crops}-{seed}.npy", blocks, scenes + crops)
+
+
+def views(folder: Path, scenes: int, seed: int) -> NDArray[np.uint8]:
+    """Pictures of ``scenes`` training scenes from VIEWS places each, uint8 [scenes * VIEWS, 64, 64, 3]."""
+    blocks = (
+        np.stack([view.colour for view in render_scene(scene_seed(seed, "train", index), SIZE_PX, VIEWS)])
+        for index in range(scenes)
+    )
+    return _kept(folder / f"views-{scenes}-{seed}.npy", blocks, scenes)
+
+
+def _kept(path: Path, blocks: Iterable[NDArray[np.uint8]], total: int) -> NDArray[np.uint8]:
+    """The ``blocks`` one after another, from the file ``path``, which is made where it is not there."""
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        blocks = [
-            block
-            for block in track(
-                _chain(split, scenes, crops, seed), f"rendering {split}", total=scenes + crops,
-                disable=not sys.stderr.isatty(),
-            )
-        ]  # fmt: skip
+        path.parent.mkdir(parents=True, exist_ok=True)
+        made = list(track(blocks, f"rendering {path.stem}", total=total, disable=not sys.stderr.isatty()))
         aside = path.with_suffix(".part.npy")
-        np.save(aside, np.concatenate(blocks))
+        np.save(aside, np.concatenate(made))
         aside.rename(path)
     return np.asarray(np.load(path, mmap_mode="c"))  # torch warns of arrays it could not write to
-
-
-def _chain(split: str, scenes: int, crops: int, seed: int) -> Iterator[NDArray[np.uint8]]:
-    yield from scene_pictures(split, scenes, seed)
-    yield from photo_pictures(crops, seed)

@@ -15,28 +15,29 @@ from covray.diffusion.chains import ChainEngine
 from covray.diffusion.prior import load_prior
 from covray.errors import ConfigError
 from covray.nano.autoencoders import reconstruct_vae, reconstruct_vqgan, train_vae, train_vqgan
-from covray.nano.data import pictures, scene_pictures
+from covray.nano.data import CROPS, KINDS, pictures, scene_pictures
+from covray.nano.lvm import train_lvm
 from covray.nano.prior import train_prior
 from covray.weights import require_files
 
 WEIGHTS = Path(__file__).parent / "weights"
-KINDS = ("colour", "grey", "dark", "segmentation", "pose", "normals", "edges", "depth")
-"""The eight pictures of a scene, in the order of ``covray.nano.data.scene_pictures``."""
-STEPS = {"vae": 2300, "vqgan": 4000, "prior": 3000}
-CROPS = 3000
+STEPS = {"vae": 2300, "vqgan": 4000, "prior": 3000, "lvm": 2400}
 HELD_OUT_SCENES = 250
 
 
 def train_model(model: str, out: Path, steps: int | None, scenes: int, threads: int, device: str, seed: int) -> None:
-    """Train ``model`` (vae, vqgan or prior) into the folder ``out``; a killed training continues where it saved.
+    """Train ``model`` (vae, vqgan, prior or lvm) into the folder ``out``; a killed training continues where it saved.
 
     Raises ConfigError for a model, a device or a folder that is not there.
     """
-    trainers = {"vae": train_vae, "vqgan": train_vqgan, "prior": train_prior}
+    trainers = {"vae": train_vae, "vqgan": train_vqgan, "prior": train_prior, "lvm": train_lvm}
     if model not in trainers:
         raise ConfigError(f"{model}: no such nano model; give one of {', '.join(trainers)}")
-    if model == "prior" and not (out / "vae").is_dir():
-        raise ConfigError(f"{out}/vae: not there; the prior works on its latents: covray nano train vae --out {out}")
+    before = {"prior": "vae", "lvm": "vqgan"}.get(model)
+    if before and not (out / before).is_dir():
+        raise ConfigError(
+            f"{out}/{before}: not there; the {model} is made on it: covray nano train {before} --out {out}"
+        )
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"--device {device}: give auto, cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():

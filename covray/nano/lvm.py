@@ -1,0 +1,191 @@
+"""Recipe of the nano LVM: a LLaMA pre-trained on plain visual sentences, as LVM was, without any chains.
+
+Sentences fill the context of 16 pictures: pairs of one task, views of a few scenes, or single pictures. What a chain of
+vision is, the model learns from LoRA later; what a picture, a pair and a task are, it learns here.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from covray.config import EngineConfig, TokenizerConfig
+from covray.lvm.model import Batch, Lvm
+from covray.lvm.scales import llama_config
+from covray.nano.data import CROPS, KINDS, VIEWS, views
+from covray.nano.loop import train
+from covray.tokens.tokenizer import Tokenizer, load_tokenizer
+
+TASK_PICTURES = {
+    "segmentation": ("colour", "segmentation"), "pose": ("colour", "pose"), "colorization": ("grey", "colour"),
+    "normals": ("colour", "normals"), "edges": ("colour", "edges"), "depth": ("colour", "depth"),
+    "low_light": ("dark", "colour"),
+}  # fmt: skip
+"""Image and label of every task, by kind of picture."""
+PICTURES = 16
+"""Pictures of a sentence: the context."""
+BATCH = 8
+PAIRS_SHARE, VIEWS_SHARE = 0.8, 0.1
+VIEW_SCENES = 1500
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The pictures that sentences are drawn from, as tokens; uint16, the last axis one picture."""
+
+    scenes: Tensor
+    """[scenes, 8 kinds, tokens]."""
+    photographs: Tensor
+    """[crops, 3 kinds (colour, grey, dark), tokens]."""
+    views: Tensor
+    """[scenes, 4 views, tokens]."""
+
+    def sentence(self, generator: torch.Generator) -> Tensor:
+        """One sentence of 16 pictures, int64 [16 * tokens], all randomness from ``generator``."""
+        kind = float(torch.rand((), generator=generator))
+        if kind < PAIRS_SHARE:
+            pictures = self.pairs(list(TASK_PICTURES)[self._draw(len(TASK_PICTURES), 1, generator)[0]], generator)
+        elif kind < PAIRS_SHARE + VIEWS_SHARE:
+            pictures = self.views[self._draw(len(self.views), PICTURES // VIEWS, generator)].flatten(0, 1)
+        else:
+            pictures = self.scenes.flatten(0, 1)[self._draw(self.scenes[..., 0].numel(), PICTURES, generator)]
+        return pictures.reshape(-1).long()
+
+    def pairs(self, task: str, generator: torch.Generator) -> Tensor:
+        """Eight pairs of ``task``, [16, tokens]; of photographs now and then, where these have the task's pictures."""
+        image, label = (KINDS.index(kind) for kind in TASK_PICTURES[task])
+        of_photographs = len(self.photographs) > 0 and max(image, label) < 3
+        photographs = of_photographs and float(torch.rand((), generator=generator)) < 0.4
+        source = self.photographs if photographs else self.scenes
+        chosen = source[self._draw(len(source), PICTURES // 2, generator)]
+        return torch.stack((chosen[:, image], chosen[:, label]), 1).flatten(0, 1)
+
+    @staticmethod
+    def _draw(population: int, count: int, generator: torch.Generator) -> list[int]:
+        return torch.randint(population, (count,), generator=generator).tolist()
+
+
+def train_lvm(pictures: Tensor, held_out: Tensor, out: Path, steps: int, seed: int, device: torch.device) -> None:
+    """Train the LVM on the tokens of uint8 ``pictures`` (``covray.nano.data.pictures``) and save ``out``/lvm.
+
+    Needs the VQGAN of ``train_vqgan`` in ``out``/vqgan. The loss is next-token cross-entropy over every position.
+    """
+    torch.manual_seed(seed)
+    tokenizer = load_tokenizer(TokenizerConfig(path=str(out / "vqgan")), EngineConfig(image_batch=64))
+    corpus = _corpus(pictures, tokenizer, out, seed)
+    seen = _tokens(held_out, tokenizer, out / "data" / "held-out")
+    size = seen.shape[-1]
+    measured = Corpus(
+        seen.reshape(-1, len(KINDS), size), seen[:0].reshape(0, 3, size), seen[:0].reshape(0, VIEWS, size)
+    )
+
+    def loss_of(model: Any, step: int, generator: torch.Generator) -> Tensor:
+        batch = _batch([corpus.sentence(generator) for _ in range(BATCH)]).to(device)
+        total, each = model(batch)
+        return total / len(each)
+
+    def measure(model: Any) -> str:
+        perplexities = answer_perplexity(model, measured, 8, device)
+        return "held-out answer perplexity " + ", ".join(f"{task} {value:.1f}" for task, value in perplexities.items())
+
+    model = new_lvm(seed)
+    model = train(model, loss_of, out, steps, seed, 1.5e-3, "lvm", device, measure=measure)
+    save_lvm(model, out / "lvm", tokenizer.codebook_fingerprint, size)
+
+
+def new_lvm(seed: int) -> Lvm:
+    """An untrained nano LVM: normal weights of deviation 0.02, those that write to the stream smaller (GPT-2)."""
+    generator = torch.Generator().manual_seed(seed)
+    model = Lvm(llama_config("nano"))
+    depth = (2 * model.config.num_hidden_layers) ** -0.5
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.fill_(1.0)
+            else:
+                scale = depth if name.endswith(("out.weight", "down.weight")) else 1.0
+                parameter.normal_(0.0, 0.02 * scale, generator=generator)
+    return model
+
+
+def answer_perplexity(model: Lvm, corpus: Corpus, sentences: int, device: torch.device) -> dict[str, float]:
+    """Perplexity by task of the eighth pair's label, given seven pairs and the eighth image: exp(mean NLL)."""
+    found = {}
+    for task in TASK_PICTURES:
+        generator = torch.Generator().manual_seed(0)
+        pictures = [corpus.pairs(task, generator).reshape(-1).long() for _ in range(sentences)]
+        batch = _batch(pictures, corpus.scenes.shape[-1])
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16):
+            _, each = model(batch.to(device))
+        found[task] = float(each.mean().exp())
+    return found
+
+
+def save_lvm(model: Lvm, folder: Path, codebook: str, tokens_per_image: int) -> None:
+    """Write ``model`` as a Hugging Face folder in float16, with ``covray.json``: whose codes its ids are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.config.architectures = ["LlamaForCausalLM"]
+    model.config.dtype = "float16"
+    model.config.save_pretrained(folder)
+    tensors = {name: tensor.detach().half().cpu().contiguous() for name, tensor in llama_tensors(model).items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    about = {"version": 1, "codebook": codebook, "tokens_per_image": tokens_per_image}
+    (folder / "covray.json").write_text(json.dumps(about) + "\n")
+
+
+def llama_tensors(model: Lvm) -> dict[str, Tensor]:
+    """The weights under the names and in the pieces of ``transformers.LlamaForCausalLM``."""
+    tensors = {
+        "model.embed_tokens.weight": model.embed.weight,
+        "model.norm.weight": model.norm.weight,
+        "lm_head.weight": model.head.weight,
+    }
+    layer: Any  # nn.ModuleList forgets what it holds
+    for index, layer in enumerate(model.layers):
+        prefix = f"model.layers.{index}"
+        tensors[f"{prefix}.input_layernorm.weight"] = layer.input_norm.weight
+        tensors[f"{prefix}.post_attention_layernorm.weight"] = layer.mlp_norm.weight
+        parts = {"self_attn": (layer.qkv, layer.out), "mlp": (layer.gate_up, layer.down)}
+        for block, projections in parts.items():
+            for projection in projections:
+                pieces = projection.weight.split(list(projection.sizes.values()))
+                for name, piece in zip(projection.sizes, pieces, strict=True):
+                    tensors[f"{prefix}.{block}.{name}.weight"] = piece
+    return tensors
+
+
+def _batch(sentences: list[Tensor], answer: int | None = None) -> Batch:
+    """Sentences of one length; loss everywhere, or on the last ``answer`` tokens."""
+    length = len(sentences[0])
+    first = length - answer if answer else 1
+    places = [start * length + torch.arange(first - 1, length - 1) for start in range(len(sentences))]
+    return Batch(torch.cat(sentences), (length,) * len(sentences), torch.cat(places))
+
+
+def _corpus(pictures: Tensor, tokenizer: Tokenizer, out: Path, seed: int) -> Corpus:
+    tokens = _tokens(pictures, tokenizer, out / "data" / "train")
+    size = tokens.shape[-1]
+    scenes, photographs = tokens[: -3 * CROPS], tokens[-3 * CROPS :]
+    shots = torch.from_numpy(views(out / "data", VIEW_SCENES, seed))
+    return Corpus(
+        scenes.reshape(-1, len(KINDS), size),
+        photographs.reshape(-1, 3, size),
+        _tokens(shots, tokenizer, out / "data" / "views").reshape(-1, VIEWS, size),
+    )
+
+
+def _tokens(pictures: Tensor, tokenizer: Tokenizer, path: Path) -> Tensor:
+    """Tokens uint16 [n, tokens] of ``pictures``, kept beside ``path``: a continued training need not encode again."""
+    kept = path.with_name(f"{path.name}-tokens-{len(pictures)}-{tokenizer.fingerprint[:12]}.npy")
+    if not kept.exists():
+        aside = kept.with_suffix(".part.npy")
+        np.save(aside, tokenizer.encode(pictures.numpy()))
+        aside.rename(kept)
+    return torch.from_numpy(np.load(kept))
