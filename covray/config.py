@@ -5,7 +5,7 @@ The resolved configuration is written beside every result.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -123,7 +123,7 @@ class BuildConfig(Section):
         return self.model_dump(mode="json", exclude={"out", "pairs", "actors", "rows_per_block", "noise_from"})
 
 
-Scale = Literal["nano", "300m", "600m", "1b", "3b", "7b"]
+Scale = Literal["nano", "300m", "600m", "1b", "3b", "7b", "custom"]
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -131,13 +131,14 @@ class BackboneConfig(Section):
     """The pretrained vision model that LoRA adapts; its weights stay frozen."""
 
     scale: Scale = "nano"
-    """Size of the LVM family."""
+    """Size of the LVM family; ``custom`` takes whatever sizes the folder of ``path`` has."""
     path: str | None = None
     """``nano`` (ships with the package), a ``LlamaForCausalLM`` folder, or a hub id; by default nano for that scale."""
     revision: str | None = None
     """Revision of a hub id; pin it for anything that is to be repeated."""
     init: Literal["pretrained", "random"] = "pretrained"
-    """``random`` starts from random weights of the scale's architecture: for measuring speed, not for pictures."""
+    """``random`` starts from random weights of the scale's architecture, or of the one in the folder of ``path``: for
+    measuring speed, not for pictures."""
 
 
 class LoraConfig(Section):
@@ -272,11 +273,37 @@ class TrainConfig(Section):
     seed: int = Field(default=0, ge=0)
 
     def identity(self) -> dict[str, Any]:
-        """What decides the losses; a resume must agree in all of it."""
-        kept = self.model_dump(
-            mode="json", exclude={"data", "out", "workers", "checkpoints", "tracking", "validate_every_steps"}
-        )
-        return kept
+        """What decides the losses; a resume must agree in all of it.
+
+        Left out is what only changes the order in which floats are added: workers, micro-batches, threads, ZeRO stage.
+        """
+        left_out: dict[str, Any] = {
+            **dict.fromkeys(("data", "out", "workers", "checkpoints", "tracking", "validate_every_steps"), True),
+            "compute": {"device", "threads", "recompute", "compile", "deepspeed"},
+            "optimizer": {"micro_batch_tokens"},
+        }
+        return self.model_dump(mode="json", exclude=left_out)
+
+
+def differences(theirs: dict[str, Any], ours: dict[str, Any], *, open_matches: bool = False) -> list[str]:
+    """Keys in which two identities differ, each as ``key was X, is Y``.
+
+    ``open_matches``: what ours leaves open (null or ``auto``) agrees with anything.
+    """
+    first, second = dict(_leaves(theirs)), dict(_leaves(ours))
+    return [
+        f"{key} was {first.get(key)!r}, is {second.get(key)!r}"
+        for key in sorted(first.keys() | second.keys())
+        if first.get(key) != second.get(key) and not (open_matches and second.get(key) in (None, "auto"))
+    ]
+
+
+def _leaves(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, inner in value.items():
+        if isinstance(inner, dict):
+            yield from _leaves(inner, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", inner
 
 
 C = TypeVar("C", bound=Section)

@@ -9,7 +9,7 @@ and keeps none.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -175,6 +175,46 @@ class Lvm(nn.Module):
     def logits(self, ids: Tensor, lengths: tuple[int, ...]) -> Tensor:
         """Logits after every token, [T, vocabulary]; for looking and comparing, not for training."""
         return F.linear(self.hidden(ids, lengths), self.head.weight.to(self.embed.weight.dtype))
+
+    def backbone_tensors(self) -> dict[str, Tensor]:
+        """The weights under the names and in the pieces of ``transformers.LlamaForCausalLM``.
+
+        Detached views: what is written into one is in the model.
+        """
+        tensors = {"model.embed_tokens.weight": self.embed.weight.detach()}
+        layer: Any  # nn.ModuleList forgets what it holds
+        for index, layer in enumerate(self.layers):
+            tensors[f"model.layers.{index}.input_layernorm.weight"] = layer.input_norm.weight.detach()
+            tensors[f"model.layers.{index}.post_attention_layernorm.weight"] = layer.mlp_norm.weight.detach()
+        for block, projection in self._projections():
+            sizes = list(projection.sizes.values())
+            for kind, fused in (("weight", projection.weight), ("bias", projection.bias)):
+                if fused is not None:
+                    pieces = zip(projection.sizes, fused.detach().split(sizes), strict=True)
+                    tensors |= {f"{block}.{name}.{kind}": piece for name, piece in pieces}
+        tensors["model.norm.weight"] = self.norm.weight.detach()
+        tensors["lm_head.weight"] = self.head.weight.detach()
+        return tensors
+
+    def lora_tensors(self) -> dict[str, Tensor]:
+        """The LoRA matrices by projection, ``<name of the projection in transformers>.lora_A`` and ``.lora_B``.
+
+        A is [rank, inputs], B is [outputs, rank]. Detached views, as ``backbone_tensors``; empty without an adapter.
+        """
+        tensors = {}
+        for block, projection in self._projections():
+            if projection.adapted:
+                rows = projection.lora_A.detach().split(projection.rank)
+                for name, low in zip(projection.adapted, rows, strict=True):
+                    tensors[f"{block}.{name}.lora_A"] = low
+                    tensors[f"{block}.{name}.lora_B"] = projection.lora_B[name].detach()
+        return tensors
+
+    def _projections(self) -> Iterator[tuple[str, Projection]]:
+        layer: Any
+        for index, layer in enumerate(self.layers):
+            yield from ((f"model.layers.{index}.self_attn", part) for part in (layer.qkv, layer.out))
+            yield from ((f"model.layers.{index}.mlp", part) for part in (layer.gate_up, layer.down))
 
 
 def rotary(
