@@ -26,7 +26,7 @@ from ray.data.checkpoint import CheckpointConfig
 
 from covray import storage
 from covray.building import BlockBuilder, Facts, KeptNoise, needs_prior, prepare_block
-from covray.config import BuildConfig
+from covray.config import BuildConfig, differences
 from covray.distributed.progress import BuildProgress, Meter
 from covray.distributed.session import READING_CPUS, ray_session
 from covray.errors import ConfigError, CovrayError, DatasetError
@@ -273,25 +273,12 @@ def _require_same(
     config: BuildConfig, theirs: dict[str, Any], ours: dict[str, Any], open_matches: bool = False
 ) -> None:
     """Refuse to go on with another configuration. ``open_matches``: what ours leaves open agrees with anything."""
-    first, second = dict(_leaves(theirs)), dict(_leaves(ours))
-    differing = [
-        f"{key} was {first.get(key)!r}, is {second.get(key)!r}"
-        for key in sorted(first.keys() | second.keys())
-        if first.get(key) != second.get(key) and not (open_matches and second.get(key) in (None, "auto"))
-    ]
+    differing = differences(theirs, ours, open_matches=open_matches)
     if differing:
         raise DatasetError(
             f"{config.out}: was begun with another configuration: {'; '.join(differing)}; "
             "give the same, or another --out"
         )
-
-
-def _leaves(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, inner in value.items():
-        if isinstance(inner, dict):
-            yield from _leaves(inner, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", inner
 
 
 def _as_recorded(config: BuildConfig, recorded: dict[str, Any]) -> BuildConfig:
