@@ -1,0 +1,179 @@
+"""Tokens a second from Parquet to the tensors of a training step, on one core.
+
+    python benchmarks/sentences.py
+    python benchmarks/sentences.py --rows-per-file 9 --result benchmarks/results/sentences.md
+
+Writes datasets of random tokens in covray's own layout, by both methods at L = 4, then times three things separately:
+reading the shards into memory (``Chains.load``; tokens kept, not tokens read past), assembling an epoch of sentences
+as tensors (``micro_batches``), and drawing the epoch (who meets whom), which happens once in it. The budget is 2
+million tokens a second each; a step of the paper has 172,032. Files hold 64 rows, as a build writes for one task; a
+build that mixes seven tasks writes about 9.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import platform
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from covray import storage
+from covray.config import SentencesConfig
+from covray.lvm.sentences import Chains, Sentences, micro_batches, step_bounds
+from covray.tokens.audit import audit_dataset
+from covray.tokens.shards import ChainDataset, alphas_of, frame_order, shard_schema
+
+TASKS = ("depth", "segmentation")
+METHODS = ("diffusion", "linear")
+LENGTH = 4
+BATCH_TOKENS, MICRO_TOKENS = 172_032, 8192
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is measured: pictures of so many tokens in sentences of so many pairs."""
+
+    name: str
+    codes: int
+    tokens_per_image: int
+    pairs: int
+    context: int
+
+
+SHAPES = (Shape("nano", 2048, 64, 3, 1024), Shape("LVM", 8192, 256, 3, 4096))
+
+
+def write_dataset(out: str, shape: Shape, rows: int, rows_per_file: int) -> None:
+    """A finished dataset folder of ``rows`` pairs a task with random tokens, which no encoding can shorten."""
+    generator = np.random.default_rng(0)
+    order = frame_order(METHODS, alphas_of(LENGTH))
+    config = {"lengths": [LENGTH], "alphas": [], "methods": list(METHODS), "keep_noise": False}
+    storage.write_json(
+        storage.join(out, "_dataset.json"),
+        {"version": 1, "config": config, "tokens_per_image": shape.tokens_per_image},
+    )
+
+    def pictures(count: int) -> pa.Array:
+        flat = generator.integers(0, shape.codes, count * shape.tokens_per_image, dtype=np.uint16)
+        return pa.ListArray.from_arrays(np.arange(count + 1, dtype=np.int32) * shape.tokens_per_image, flat)
+
+    schema = shard_schema(keep_noise=False)
+    pair_ids = generator.permutation(len(TASKS) * rows)
+    for number, task in enumerate(TASKS):
+        folder = Path(out, "shards", f"task={task}")
+        folder.mkdir(parents=True)
+        for at in range(0, rows, rows_per_file):
+            count = min(rows_per_file, rows - at)
+            methods = pa.array([method for method, _ in order] * count)
+            alphas = pa.array([alpha for _, alpha in order] * count, pa.float32())
+            frames = pa.StructArray.from_arrays(
+                [methods, alphas, pictures(count * len(order))], fields=list(schema.field("frames").type.value_type)
+            )
+            columns = {
+                "pair_id": pa.array(pair_ids[number * rows + at :][:count]),
+                "split": pa.array(["train"] * count),
+                "source": pictures(count),
+                "label": pictures(count),
+                "frames": pa.ListArray.from_arrays(np.arange(count + 1, dtype=np.int32) * len(order), frames),
+            }
+            arrays = [columns.get(name, pa.nulls(count, schema.field(name).type)) for name in schema.names]
+            table = pa.Table.from_arrays(arrays, schema=schema).drop_columns("task")
+            pq.write_table(table, folder / f"{at:08}.parquet")
+    storage.write_json(storage.join(out, "_audit.json"), audit_dataset(out, pair_ids))
+
+
+def measure(shape: Shape, dataset: ChainDataset) -> tuple[float, float, float]:
+    """Tokens a second of loading and of assembly, and seconds of drawing an epoch."""
+    config = SentencesConfig(method="diffusion", lengths=(LENGTH,), pairs=(shape.pairs,))
+    start = time.perf_counter()
+    chains = Chains.load(dataset, config, "train")
+    loaded = time.perf_counter() - start
+    sentences = Sentences(chains, config, shape.context, seed=0)
+    start = time.perf_counter()
+    sentences.shape(0)
+    drawn = time.perf_counter() - start
+    start = time.perf_counter()
+    first = tokens = 0
+    while first < len(sentences):
+        last = min(step_bounds(sentences, first, BATCH_TOKENS), len(sentences))
+        for batch in micro_batches(sentences, first, last, 0, 1, MICRO_TOKENS):
+            assert batch is not None  # one worker is the busiest
+            tokens += len(batch.ids)
+        first = last
+    assembled = time.perf_counter() - start
+    return chains.tokens.size / loaded, tokens / assembled, drawn
+
+
+def main() -> None:
+    """Measure both shapes, print, and write the result file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=2048, help="pairs of each of the two tasks")
+    parser.add_argument("--rows-per-file", type=int, default=64)
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--result", type=Path, help="Markdown file to write")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    pa.set_cpu_count(1)
+    pa.set_io_thread_count(1)
+    report = [
+        "| | tokens an image | sentence | from Parquet, M tokens/s | assembly, M tokens/s | drawing an epoch, ms |",
+        "|---|---|---|---|---|---|",
+    ]
+    for shape in SHAPES:
+        with tempfile.TemporaryDirectory() as scratch:
+            write_dataset(scratch, shape, options.rows, options.rows_per_file)
+            runs = [measure(shape, ChainDataset(scratch)) for _ in range(options.repetitions)]
+        loading, assembly, drawing = (list(figures) for figures in zip(*runs, strict=True))
+        report.append(
+            f"| {shape.name} | {shape.tokens_per_image} | {LENGTH} x ({shape.pairs} + 1) = {shape.context} tokens "
+            f"| {spread(loading)} | {spread(assembly)} | {statistics.median(drawing) * 1e3:.1f} |"
+        )
+    report += [
+        "",
+        f"{len(TASKS) * options.rows} pairs in files of {options.rows_per_file}, {options.repetitions} repetitions: "
+        "median (range). One thread; the files are in the page cache.",
+    ]
+    print("\n".join(report))
+    if options.result:
+        options.result.parent.mkdir(parents=True, exist_ok=True)
+        options.result.write_text("\n".join([*heading(), "", *report, ""]), encoding="utf-8")
+
+
+def spread(figures: list[float]) -> str:
+    """Median and range, in millions."""
+    low, middle, high = (figure / 1e6 for figure in (min(figures), statistics.median(figures), max(figures)))
+    return f"{middle:.1f} ({low:.1f} to {high:.1f})"
+
+
+def heading() -> list[str]:
+    """When, on what, with which versions and by which command."""
+    cpu = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "pyarrow", "numpy"))
+    return [
+        f"# Visual sentences from Parquet, {datetime.date.today().isoformat()}",
+        "",
+        f"{cpu}, {os.cpu_count()} logical cores; Python {platform.python_version()}, {versions}.",
+        f"Load average before the end: {os.getloadavg()[0]:.1f}.",
+        "",
+        f"    python {shlex.join(sys.argv)}",
+    ]
+
+
+if __name__ == "__main__":
+    main()
