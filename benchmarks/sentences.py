@@ -95,17 +95,28 @@ def write_dataset(out: str, shape: Shape, rows: int, rows_per_file: int) -> None
     storage.write_json(storage.join(out, "_audit.json"), audit_dataset(out, pair_ids))
 
 
-def measure(shape: Shape, dataset: ChainDataset) -> tuple[float, float, float]:
-    """Tokens a second of loading and of assembly, and seconds of drawing an epoch."""
+class Clock:
+    """Seconds of CPU time (all threads of this process) and of wall time since it was made."""
+
+    def __init__(self) -> None:
+        self.cpu, self.wall = time.process_time(), time.perf_counter()
+
+    def read(self) -> np.ndarray:
+        """[CPU, wall]."""
+        return np.array([time.process_time() - self.cpu, time.perf_counter() - self.wall])
+
+
+def measure(shape: Shape, dataset: ChainDataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens a second of loading and of assembly, and seconds of drawing an epoch; each by [CPU, wall]."""
     config = SentencesConfig(method="diffusion", lengths=(LENGTH,), pairs=(shape.pairs,))
-    start = time.perf_counter()
+    clock = Clock()
     chains = Chains.load(dataset, config, "train")
-    loaded = time.perf_counter() - start
+    loaded = clock.read()
     sentences = Sentences(chains, config, shape.context, seed=0)
-    start = time.perf_counter()
+    clock = Clock()
     sentences.shape(0)
-    drawn = time.perf_counter() - start
-    start = time.perf_counter()
+    drawn = clock.read()
+    clock = Clock()
     first = tokens = 0
     while first < len(sentences):
         last = min(step_bounds(sentences, first, BATCH_TOKENS), len(sentences))
@@ -113,8 +124,7 @@ def measure(shape: Shape, dataset: ChainDataset) -> tuple[float, float, float]:
             assert batch is not None  # one worker is the busiest
             tokens += len(batch.ids)
         first = last
-    assembled = time.perf_counter() - start
-    return chains.tokens.size / loaded, tokens / assembled, drawn
+    return chains.tokens.size / loaded, tokens / clock.read(), drawn
 
 
 def main() -> None:
@@ -139,12 +149,13 @@ def main() -> None:
         loading, assembly, drawing = (list(figures) for figures in zip(*runs, strict=True))
         report.append(
             f"| {shape.name} | {shape.tokens_per_image} | {LENGTH} x ({shape.pairs} + 1) = {shape.context} tokens "
-            f"| {spread(loading)} | {spread(assembly)} | {statistics.median(drawing) * 1e3:.1f} |"
+            f"| {spread(loading)} | {spread(assembly)} | {statistics.median(cpu for cpu, _ in drawing) * 1e3:.1f} |"
         )
     report += [
         "",
         f"{len(TASKS) * options.rows} pairs in files of {options.rows_per_file}, {options.repetitions} repetitions: "
-        "median (range). One thread; the files are in the page cache.",
+        "median (range) by CPU time, which the neighbours on a shared machine do not change, and median by wall time. "
+        "One thread; the files are in the page cache.",
     ]
     print("\n".join(report))
     if options.result:
@@ -152,10 +163,10 @@ def main() -> None:
         options.result.write_text("\n".join([*heading(), "", *report, ""]), encoding="utf-8")
 
 
-def spread(figures: list[float]) -> str:
-    """Median and range, in millions."""
-    low, middle, high = (figure / 1e6 for figure in (min(figures), statistics.median(figures), max(figures)))
-    return f"{middle:.1f} ({low:.1f} to {high:.1f})"
+def spread(figures: list[np.ndarray]) -> str:
+    """Median and range by CPU time, and the median by wall time, in millions."""
+    cpu, wall = (np.array(column) / 1e6 for column in zip(*figures, strict=True))
+    return f"{np.median(cpu):.1f} ({cpu.min():.1f} to {cpu.max():.1f}); wall {np.median(wall):.1f}"
 
 
 def heading() -> list[str]:

@@ -87,6 +87,7 @@ def train_prior(pictures: Tensor, held_out: Tensor, out: Path, steps: int, seed:
     model = train(new_unet(), loss_of, out, steps, seed, 6e-4, "prior", device, measure=measure)
     folder = out / "prior"
     model.half().save_pretrained(folder / "unet", safe_serialization=True)
+    vae.register_to_config(_name_or_path="")  # the folder it was read from is nobody's concern
     vae.half().save_pretrained(folder / "vae", safe_serialization=True)
     scheduler.save_pretrained(folder / "scheduler")
     save_file({"context": context.half().cpu().contiguous()}, folder / "empty_prompt.safetensors")
