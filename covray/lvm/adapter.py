@@ -193,7 +193,7 @@ def _require_shapes(tensors: Mapping[str, Tensor], due: Mapping[str, tuple[int, 
         wanted = due.get(name, "not adapted")
         if found != wanted:
             raise WeightsError(
-                f"{what}: {name.removeprefix(_PREFIX)} is {found}, in the model it is {wanted}; give the adapter of this "
+                f"{what}: {name.removeprefix(_PREFIX)} is {found}, the model has {wanted}; give the adapter of this "
                 "backbone, with the same rank and targets"
             )
 

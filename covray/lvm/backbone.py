@@ -214,7 +214,7 @@ def _read_llama(folder: Path) -> LlamaConfig:
     try:
         llama = LlamaConfig.from_dict(values)
     except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
-        raise WeightsError(f"{file}: is no LlamaConfig: {_line(error)}") from error
+        raise WeightsError(f"{file}: is no LlamaConfig ({_line(error)}); get the folder again") from error
     rope = llama.rope_parameters
     expected = {
         "hidden_act": (llama.hidden_act, "silu"),
@@ -282,16 +282,18 @@ def _find_tensors(folder: Path, llama: LlamaConfig) -> dict[str, Path]:
                     continue
                 shape = tuple(opened.get_slice(name).get_shape())
                 if name not in due:
-                    raise WeightsError(f"{folder}: weights and config.json disagree: {name} is too many")
+                    raise _disagreement(folder, f"{name} is too many")
                 if shape != due[name]:
-                    raise WeightsError(
-                        f"{folder}: weights and config.json disagree: {name} is {list(shape)}, not {list(due[name])}"
-                    )
+                    raise _disagreement(folder, f"{name} is {list(shape)}, not {list(due[name])}")
                 files[name] = file
     missing = due.keys() - files.keys() - ({"lm_head.weight"} if llama.tie_word_embeddings else set())
     if missing:
-        raise WeightsError(f"{folder}: weights and config.json disagree: {min(missing)} is missing")
+        raise _disagreement(folder, f"{min(missing)} is missing")
     return files
+
+
+def _disagreement(folder: Path, detail: str) -> WeightsError:
+    return WeightsError(f"{folder}: weights and config.json disagree, {detail}; get the folder again, or give another")
 
 
 def _weight_files(folder: Path) -> list[Path]:
