@@ -19,7 +19,7 @@ import torch
 from covray.config import SentencesConfig
 from covray.errors import ConfigError, DatasetError
 from covray.lvm.model import Batch
-from covray.tokens.shards import ChainDataset, frame_order
+from covray.tokens.shards import ChainDataset, frame_order, task_of
 
 
 def require_context(config: SentencesConfig, tokens_per_image: int, context_tokens: int) -> None:
@@ -35,29 +35,16 @@ def require_context(config: SentencesConfig, tokens_per_image: int, context_toke
 
 
 def count_pairs(dataset: ChainDataset, config: SentencesConfig, split: str) -> dict[str, int]:
-    """Pairs of each task in ``split``; reads no tokens, so it is cheap enough to ask before workers start.
+    """Pairs of each task in ``split``, by task; reads no tokens, so it is cheap enough to ask before workers start.
 
-    Raises DatasetError: the frames that a length needs were not built, the split or a task is empty, or a task has too
-    few pairs for a sentence.
+    Raises DatasetError: the frames that a length needs were not built, the split is empty, or a task has too few pairs
+    for a sentence.
     """
     _pictures(dataset, config)
     found = pc.value_counts(dataset.table(["task"], config.tasks, split)["task"].combine_chunks()).to_pylist()
-    counts = {entry["values"]: entry["counts"] for entry in found}
-    if not counts:
-        splits = sorted(set(dataset.table(["split"], config.tasks)["split"].drop_null().to_pylist()))
-        raise DatasetError(
-            f"{dataset.path}: no good pairs in split {split}, only in {', '.join(splits) or 'none'}; "
-            "set sentences.split or sentences.validation_split"
-        )
-    pairs = max(config.pairs)
-    for task in sorted(config.tasks or counts):
-        here = counts.get(task, 0)
-        if here < pairs + 1:
-            raise DatasetError(
-                f"{dataset.path}: {task} has {here} good pairs in split {split}, a sentence of {pairs} + 1 chains "
-                f"needs {pairs + 1}; lower --pairs, or name the other tasks in sentences.tasks"
-            )
-    return dict(sorted(counts.items()))
+    counts = {entry["values"]: entry["counts"] for entry in sorted(found, key=lambda entry: entry["values"])}
+    _require_pairs(dataset, config, split, counts)
+    return counts
 
 
 @dataclass(frozen=True)
@@ -80,34 +67,38 @@ class Chains:
 
         Memory is the tokens kept and, while reading, all columns of one task. Raises DatasetError as ``count_pairs``.
         """
-        counts = count_pairs(dataset, config, split)
         stored = _pictures(dataset, config)
         kept = np.unique(np.concatenate(list(stored.values())))
         label = len(frame_order(dataset.methods, dataset.alphas)) + 1
-        inner = kept[(kept != 0) & (kept != label)]
-        starts = np.cumsum([0, *counts.values()])
-        tokens = np.empty((starts[-1], len(kept), dataset.tokens_per_image), np.uint16)
-        pair_ids = np.empty(starts[-1], np.int64)
+        inner = kept[1:-1] - 1  # as places in a row's list of frames
+        # Room for every split: counting first would open each file twice, and memory is taken where it is written.
+        tokens = np.empty((dataset.count(), len(kept), dataset.tokens_per_image), np.uint16)
+        pair_ids = np.empty(len(tokens), np.int64)
+        counts: dict[str, int] = {}
         columns = ["pair_id", "source", "label", *(["frames"] if len(inner) else [])]
-        for task, first, last in zip(counts, starts[:-1], starts[1:], strict=True):
+        first = 0
+        for task in sorted(config.tasks or {task_of(shard) for shard in dataset.shards}):
             table = dataset.table(columns, [task], split)
+            if not len(table):
+                continue
+            counts[task] = len(table)
             ids = table["pair_id"].to_numpy()
             order = np.argsort(ids)
-            pair_ids[first:last] = ids[order]
-            place = np.empty(last - first, np.int64)
-            place[order] = np.arange(first, last)
-            row = 0
+            pair_ids[first : first + len(table)] = ids[order]
+            place = np.empty(len(table), np.int64)
+            place[order] = np.arange(first, first + len(table))
+            first += len(table)
             for batch in table.to_batches():
-                rows = place[row : row + len(batch)]
-                row += len(batch)
-                tokens[rows, 0] = _flat(dataset, batch.column("source"), (len(batch), -1))
-                tokens[rows, -1] = _flat(dataset, batch.column("label"), (len(batch), -1))
+                here, place = np.split(place, [len(batch)])
+                tokens[here, 0] = _flat(dataset, batch.column("source"), (len(batch),))
+                tokens[here, -1] = _flat(dataset, batch.column("label"), (len(batch),))
                 if len(inner):
                     frames = batch.column("frames").flatten().field("tokens")
-                    shape = (len(batch), label - 1, -1)
-                    tokens[rows, 1:-1] = _flat(dataset, frames, shape)[:, inner - 1]
+                    tokens[here, 1:-1] = _flat(dataset, frames, (len(batch), label - 1))[:, inner]
+        _require_pairs(dataset, config, split, counts)
+        starts = np.cumsum([0, *counts.values()])
         pictures = {length: np.searchsorted(kept, places) for length, places in stored.items()}
-        return cls(tokens, pair_ids, tuple(counts), starts, pictures)
+        return cls(tokens[:first], pair_ids[:first], tuple(counts), starts, pictures)
 
     @property
     def tokens_per_image(self) -> int:
@@ -255,14 +246,30 @@ def _pictures(dataset: ChainDataset, config: SentencesConfig) -> dict[int, np.nd
     return {length: dataset.chain(row, length, config.method)[:, 0] for length in _lengths(config)}
 
 
-def _flat(dataset: ChainDataset, column: pa.Array, shape: tuple[int, ...]) -> np.ndarray:
-    """The tokens of ``column``, a list a picture, as [*shape]; the last of it is the tokens of a picture."""
-    tokens = column.flatten().to_numpy()
-    pictures = int(np.prod(shape[:-1]))
-    if len(tokens) != pictures * dataset.tokens_per_image:
+def _require_pairs(dataset: ChainDataset, config: SentencesConfig, split: str, counts: dict[str, int]) -> None:
+    if not counts:
+        splits = sorted(set(dataset.table(["split"], config.tasks)["split"].drop_null().to_pylist()))
         raise DatasetError(
-            f"{dataset.path}: a shard has other pictures than _dataset.json says ({len(tokens)} tokens where "
-            f"{pictures} x {dataset.tokens_per_image} are due); build the dataset again"
+            f"{dataset.path}: no good pairs in split {split}, only in {', '.join(splits) or 'none'}; "
+            "set sentences.split or sentences.validation_split"
+        )
+    needed = max(config.pairs) + 1
+    for task in config.tasks or counts:
+        if counts.get(task, 0) < needed:
+            raise DatasetError(
+                f"{dataset.path}: {task} has {counts.get(task, 0)} good pairs in split {split}, a sentence of "
+                f"{needed - 1} + 1 chains needs {needed}; lower --pairs, or name the other tasks in sentences.tasks"
+            )
+
+
+def _flat(dataset: ChainDataset, column: pa.Array, pictures: tuple[int, ...]) -> np.ndarray:
+    """The tokens of ``column``, which has a list a picture, as uint16 [*pictures, tokens per picture]."""
+    tokens = column.flatten().to_numpy()
+    shape = (*pictures, dataset.tokens_per_image)
+    if len(tokens) != np.prod(shape):
+        raise DatasetError(
+            f"{dataset.path}: a shard has {len(tokens)} tokens where {' x '.join(map(str, shape))} are due; "
+            "build the dataset again"
         )
     return tokens.reshape(shape)
 
