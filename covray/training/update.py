@@ -23,8 +23,11 @@ class Update(Protocol):
     def evaluate(self, batch: Batch | None) -> Tensor:
         """Negative log likelihood in nats of every position with loss, float32 [P]; None computes nothing of use."""
 
-    def accumulate(self, batch: Batch | None, tokens: int) -> Tensor:
-        """Add the gradients of a micro-batch over the step's ``tokens`` with loss; gives its summed loss in nats."""
+    def accumulate(self, batch: Batch | None, tokens: int, last: bool) -> Tensor:
+        """Add the gradients of a micro-batch over the step's ``tokens`` with loss; gives its summed loss in nats.
+
+        ``last``: it is this worker's last of the step.
+        """
 
     def step(self, learning_rate: float) -> float:
         """Sum the gradients over the workers, clip, update; gives their norm before clipping."""
@@ -75,7 +78,7 @@ class PlainUpdate:
             each: Tensor = self.model(batch)[1]
         return each
 
-    def accumulate(self, batch: Batch | None, tokens: int) -> Tensor:
+    def accumulate(self, batch: Batch | None, tokens: int, last: bool) -> Tensor:
         """See ``Update``."""
         if batch is None:
             return self.gradients.new_zeros(())

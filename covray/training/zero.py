@@ -32,7 +32,7 @@ _OURS = ("optimizer", "scheduler", "fp16", "bf16", "gradient_clipping", "train_b
 
 
 def read_settings(name: str) -> dict[str, Any]:
-    """The DeepSpeed configuration ``name``: one of ``STAGES``, or a JSON file, local or on any filesystem pyarrow knows.
+    """The DeepSpeed configuration ``name``: one of ``STAGES``, or a JSON file on any filesystem pyarrow knows.
 
     Raises ConfigError when it cannot be read, is no ZeRO configuration, or sets what the run's own configuration sets.
     """
@@ -88,7 +88,7 @@ class ZeroUpdate:
         self.engine, *_ = deepspeed.initialize(
             model=model, model_parameters=parameters, optimizer=adamw(parameters, config), config=filled
         )
-        self.utils = deepspeed.utils
+        self.utils, self.gathered = deepspeed.utils, deepspeed.zero.GatheredParameters
         # A collective must be met by all workers: one without a batch computes a sentence of two tokens for nothing.
         ids = torch.zeros(2, dtype=torch.int64, device=device)
         self.nothing = Batch(ids, (2,), ids[:1])
@@ -99,8 +99,9 @@ class ZeroUpdate:
             each: Tensor = self.engine(batch or self.nothing)[1]
         return each if batch else each[:0]
 
-    def accumulate(self, batch: Batch | None, tokens: int) -> Tensor:
+    def accumulate(self, batch: Batch | None, tokens: int, last: bool) -> Tensor:
         """See ``Update``."""
+        self.engine.set_gradient_accumulation_boundary(last)
         total: Tensor = self.engine(batch or self.nothing)[0]
         # DeepSpeed takes the mean over the workers.
         self.engine.backward(total * (self.world / tokens if batch else 0.0), scale_wrt_gas=False)
@@ -126,10 +127,13 @@ class ZeroUpdate:
     def load(self, tensors: Mapping[str, Tensor], step: int) -> None:
         """See ``Update``."""
         # DeepSpeed makes the moments in the first step: one that changes nothing, as its learning rate is 0.
-        self.accumulate(None, 1)
+        self.accumulate(None, 1, True)
         self.step(0.0)
+        device = self.nothing.ids.device
+        with self.gathered(list(self.parameters.values()), modifier_rank=0), torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(tensors[name])
         for name, parameter in self.parameters.items():
-            device = self.nothing.ids.device
             self.utils.safe_set_full_fp32_param(parameter, tensors[name].to(device))
             for moment in MOMENTS:
                 self.utils.safe_set_full_optimizer_state(parameter, tensors[f"{name}.{moment}"].to(device), moment)

@@ -1,0 +1,53 @@
+"""A training small enough for a second: 2 layers of width 32, sentences of 96 tokens, random chains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig
+
+from covray.config import TrainConfig, load_config
+from tests.conftest import CODES
+
+STEPS = 6
+
+
+@pytest.fixture
+def tiny_config(
+    tmp_path: Path, write_dataset: Callable[..., tuple[str, list[dict[str, Any]]]]
+) -> Callable[..., TrainConfig]:
+    """Gives resolved configurations of the same tiny training, with dotted keys on top (``out`` by name)."""
+    data, _ = write_dataset({"depth": 12, "edges": 12}, lengths=(3,))
+    folder = tmp_path / "backbone"
+    LlamaConfig(
+        vocab_size=CODES + 100, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=128, initializer_range=0.2,
+    ).save_pretrained(folder)  # fmt: skip
+
+    def config(out: str = "run", **changes: Any) -> TrainConfig:
+        options = {
+            "data": data,
+            "out": str(tmp_path / out),
+            "backbone.scale": "custom",
+            "backbone.path": str(folder),
+            "backbone.init": "random",
+            "lora.rank": 4,
+            "sentences.lengths": [3],
+            "optimizer.steps": STEPS,
+            "optimizer.learning_rate": 1e-2,
+            "optimizer.batch_tokens": 5 * 96,
+            "optimizer.micro_batch_tokens": 2 * 96,
+            "compute.device": "cpu",
+            "compute.dtype": "float32",
+            "compute.deepspeed": "none",
+            "compute.threads": 1,
+            "checkpoints.every_steps": 2,
+            "validate_every_steps": 3,
+            "tracking.uri": "none",
+        }
+        return load_config(TrainConfig, None, options | {key.replace("__", "."): value for key, value in changes.items()})
+
+    return config
