@@ -77,13 +77,16 @@ class Projection(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """``x`` [T, width] -> one [T, size] for each of ``sizes``."""
-        whole = F.linear(x, self.weight, self.bias)
-        parts = dict(zip(self.sizes, whole.split(list(self.sizes.values()), -1), strict=True))
-        if self.adapted:
-            inner = F.linear(x, self.lora_A.to(x.dtype)).split(self.rank, -1)
-            for name, low in zip(self.adapted, inner, strict=True):
-                parts[name] = torch.addmm(parts[name], low, self.lora_B[name].to(x.dtype).t(), alpha=self.scale)
-        return tuple(parts.values())
+        sizes = tuple(self.sizes.values())
+        if not self.adapted:
+            whole: Tensor = F.linear(x, self.weight, self.bias)
+            return whole.split(sizes, -1)
+        adapted = tuple(name in self.adapted for name in self.sizes)
+        ups = (self.lora_B[name] for name in self.adapted)
+        parts: tuple[Tensor, ...] = _AdaptedLinear.apply(
+            x, self.weight, self.bias, sizes, adapted, self.scale, self.lora_A, *ups
+        )
+        return parts
 
 
 class RmsNorm(nn.Module):
@@ -96,7 +99,11 @@ class RmsNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [T, width] -> the same shape and type."""
-        return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)  # one type: the fused kernel
+        weight = self.weight.to(x.dtype)  # one type: the fused kernel
+        if weight.requires_grad or not x.requires_grad:
+            return F.rms_norm(x, (x.shape[-1],), weight, self.eps)
+        normed: Tensor = _FrozenRmsNorm.apply(x, weight, self.eps)
+        return normed
 
 
 class Layer(nn.Module):
@@ -232,9 +239,8 @@ def rotary(
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     """Rotary embedding of ``x`` [T, heads, d] by the halves convention of transformers."""
-    cosine, sine = rotation
-    first, second = x.chunk(2, -1)
-    return x * cosine + torch.cat((-second, first), -1) * sine
+    rotated: Tensor = _Rotate.apply(x, *rotation)
+    return rotated
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -252,6 +258,93 @@ def attend(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int]) ->
         mixed.append(out.transpose(1, 2).reshape(stop - start, -1))
         start = stop
     return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    """Frozen linear maps of one input, each with its LoRA update or none.
+
+    Autograd would join the gradients of the parts to multiply them by the fused weight; this adds products in place.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        sizes: tuple[int, ...],
+        adapted: tuple[bool, ...],
+        scale: float,
+        lora_a: Tensor,
+        *lora_b: Tensor,
+    ) -> tuple[Tensor, ...]:
+        low = F.linear(x, lora_a.to(x.dtype)).mul_(scale)  # [T, targets * rank]
+        lows, ups = iter(low.chunk(len(lora_b), -1)), iter(lora_b)
+        biases = [None] * len(sizes) if bias is None else bias.split(sizes)
+        parts = []
+        for rows, offset, has in zip(weight.split(sizes), biases, adapted, strict=True):
+            part = F.linear(x, rows, offset)
+            parts.append(part.addmm_(next(lows), next(ups).to(x.dtype).t()) if has else part)
+        ctx.save_for_backward(x, weight, low, lora_a, *lora_b)
+        ctx.sizes, ctx.adapted, ctx.scale = sizes, adapted, scale
+        return tuple(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
+        x, weight, low, lora_a, *lora_b = ctx.saved_tensors
+        lows, ups = iter(low.chunk(len(lora_b), -1)), iter(lora_b)
+        to_b, to_lows = [], []
+        to_x = None
+        for rows, has, above in zip(weight.split(ctx.sizes), ctx.adapted, upstream, strict=True):
+            if ctx.needs_input_grad[0]:
+                to_x = above @ rows if to_x is None else to_x.addmm_(above, rows)
+            if has:
+                up = next(ups)
+                to_lows.append(above @ up.to(x.dtype))  # [T, rank]
+                to_b.append((above.t() @ next(lows)).to(up.dtype))
+        to_low = torch.cat(to_lows, -1).mul_(ctx.scale)
+        if to_x is not None:
+            to_x.addmm_(to_low, lora_a.to(x.dtype))
+        return to_x, None, None, None, None, None, (to_low.t() @ x).to(lora_a.dtype), *to_b
+
+
+class _FrozenRmsNorm(torch.autograd.Function):
+    """RMS norm whose weight gets no gradient; autograd's own takes the norm apart on a CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        normed, inverse_rms = torch.ops.aten._fused_rms_norm(x, [x.shape[-1]], weight, eps)
+        ctx.save_for_backward(x, weight, inverse_rms)
+        return normed
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, inverse_rms = ctx.saved_tensors
+        scaled = upstream[0] * weight
+        along = (scaled * x).mean(-1, keepdim=True, dtype=torch.float32) * inverse_rms.square()
+        return scaled.sub_(x * along.to(x.dtype)).mul_(inverse_rms.to(x.dtype)), None, None
+
+
+class _Rotate(torch.autograd.Function):
+    """Rotation of the two halves of every head; its gradient is the rotation back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        ctx.save_for_backward(cosine, sine)
+        return _rotated(x, cosine, sine)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        cosine, sine = ctx.saved_tensors
+        return _rotated(upstream[0], cosine, -sine), None, None
+
+
+def _rotated(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    turned = x * cosine
+    turned[..., :half].addcmul_(x[..., half:], sine[..., :half], value=-1)
+    turned[..., half:].addcmul_(x[..., :half], sine[..., half:])
+    return turned
 
 
 class _ChunkedLoss(torch.autograd.Function):

@@ -134,31 +134,10 @@ def save_lvm(model: Lvm, folder: Path, codebook: str, tokens_per_image: int) -> 
     model.config.architectures = ["LlamaForCausalLM"]
     model.config.dtype = "float16"
     model.config.save_pretrained(folder)
-    tensors = {name: tensor.detach().half().cpu().contiguous() for name, tensor in llama_tensors(model).items()}
+    tensors = {name: tensor.detach().half().cpu().contiguous() for name, tensor in model.backbone_tensors().items()}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     about = {"version": 1, "codebook": codebook, "tokens_per_image": tokens_per_image}
     (folder / "covray.json").write_text(json.dumps(about) + "\n")
-
-
-def llama_tensors(model: Lvm) -> dict[str, Tensor]:
-    """The weights under the names and in the pieces of ``transformers.LlamaForCausalLM``."""
-    tensors = {
-        "model.embed_tokens.weight": model.embed.weight,
-        "model.norm.weight": model.norm.weight,
-        "lm_head.weight": model.head.weight,
-    }
-    layer: Any  # nn.ModuleList forgets what it holds
-    for index, layer in enumerate(model.layers):
-        prefix = f"model.layers.{index}"
-        tensors[f"{prefix}.input_layernorm.weight"] = layer.input_norm.weight
-        tensors[f"{prefix}.post_attention_layernorm.weight"] = layer.mlp_norm.weight
-        parts = {"self_attn": (layer.qkv, layer.out), "mlp": (layer.gate_up, layer.down)}
-        for block, projections in parts.items():
-            for projection in projections:
-                pieces = projection.weight.split(list(projection.sizes.values()))
-                for name, piece in zip(projection.sizes, pieces, strict=True):
-                    tensors[f"{prefix}.{block}.{name}.weight"] = piece
-    return tensors
 
 
 def _batch(sentences: list[Tensor], answer: int | None = None) -> Batch:
