@@ -27,7 +27,15 @@ from covray.lvm.model import TARGETS, Lora, Lvm
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_UNKNOWN = ("rank_pattern", "alpha_pattern", "modules_to_save", "use_dora", "use_rslora", "layers_to_transform")
+_UNKNOWN = (
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "use_dora",
+    "use_rslora",
+    "layers_to_transform",
+    "alora_invocation_tokens",
+)
 """Options of PEFT that change what an adapter means, and that covray has not."""
 
 
@@ -145,10 +153,15 @@ def export_run(run: str, out: str, merge: bool) -> None:
     Raises ConfigError for a folder that is no finished run or an ``out`` that cannot be used, WeightsError when the
     backbone is not where, or no longer what, it was.
     """
+    if "://" in out:
+        raise ConfigError(f"--out {out}: is not on this machine; export to a folder here, and copy it from there")
+    target = Path(out).expanduser()
+    _require_new(target)  # before a large backbone is read
     about = _read_run(run)
     adapter = storage.join(run, "adapter")
+    read_adapter(adapter)  # complete, or refused
     if not merge:
-        with _new_folder(_local(out)) as folder:
+        with _new_folder(target) as folder:
             for name in storage.list_files(adapter):
                 storage.write_bytes(str(folder / name), storage.read_bytes(storage.join(adapter, name)))
         return
@@ -164,7 +177,7 @@ def export_run(run: str, out: str, merge: bool) -> None:
             "put back the folder or revision it was trained on"
         )
     # Trained on these codes, the model now knows whose they are, even if the backbone's folder did not say.
-    export_merged(replace(facts, codebook=facts.codebook or fingerprints.get("codebook")), adapter, _local(out))
+    export_merged(replace(facts, codebook=facts.codebook or fingerprints.get("codebook")), adapter, target)
 
 
 def _read_run(run: str) -> dict[str, Any]:
@@ -173,18 +186,14 @@ def _read_run(run: str) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ConfigError(f"{run}: no _run.json there, so not a run; give the --out of a covray train") from error
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{run}/_run.json: cannot be read ({' '.join(str(error).split())[:200]})") from error
+        raise ConfigError(
+            f"{run}/_run.json: cannot be read ({' '.join(str(error).split())[:200]}); restore it"
+        ) from error
     if not isinstance(about, dict) or about.get("version") != 1:
         raise ConfigError(f"{run}/_run.json: is no description of this version; use the covray that wrote it")
     if not storage.exists(storage.join(run, "_result.json")):
         raise ConfigError(f"{run}: is unfinished; run the same covray train again")
     return about
-
-
-def _local(out: str) -> Path:
-    if "://" in out:
-        raise ConfigError(f"--out {out}: is not on this machine; export to a folder here, and copy it from there")
-    return Path(out).expanduser()
 
 
 def _require_shapes(tensors: Mapping[str, Tensor], due: Mapping[str, tuple[int, ...]], what: str) -> None:
@@ -198,11 +207,15 @@ def _require_shapes(tensors: Mapping[str, Tensor], due: Mapping[str, tuple[int, 
             )
 
 
+def _require_new(out: Path) -> None:
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ConfigError(f"--out {out}: is there already; give a new folder")
+
+
 @contextlib.contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
     """A folder beside ``out`` that becomes ``out`` when all went well, so that ``out`` is never half a model."""
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ConfigError(f"--out {out}: is there already; give a new folder")
+    _require_new(out)
     try:
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))

@@ -312,7 +312,7 @@ def test_a_damaged_folder_is_refused_in_one_line(folder: Path, damage: Callable[
 
 def test_weights_that_are_not_finite_are_refused(folder: Path) -> None:
     edit_tensors(folder, lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"][3, 4].fill_(torch.nan))
-    with pytest.raises(WeightsError, match="up_proj.weight holds values that are not finite") as raised:
+    with pytest.raises(WeightsError, match=r"up_proj\.weight holds values that are not finite") as raised:
         load(folder)
     assert one_line(raised.value)
 
