@@ -15,7 +15,7 @@ import resource
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
@@ -66,7 +66,7 @@ class Place:
 
     rank: int = 0
     world: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     ask: Callable[[], Wish] = lambda: Wish.GO_ON
     """Called by all workers after the same step, every few seconds; gives all the same answer."""
     notice: Callable[[str], None] = lambda text: None
@@ -215,7 +215,13 @@ class _Run:
                     "optimizer.learning_rate, or use compute.dtype=float32"
                 )
             self._record(
-                {"loss": mean, "learning_rate": rate, "gradient_norm": norm, "sentences": sentences}
+                {
+                    "steps": self.steps,
+                    "loss": mean,
+                    "learning_rate": rate,
+                    "gradient_norm": norm,
+                    "sentences": sentences,
+                }
                 | {"tokens": work.tokens, "epoch": self.cursor / len(self.sentences)}
                 | self._speed(work.tokens, time.monotonic() - started)
             )

@@ -98,9 +98,7 @@ def read_last_checkpoint(config: TrainConfig) -> tuple[State | None, list[str]]:
             torn.append(name)
             continue
         require_same(folder, description["identity"], config.identity())
-        return State(
-            description["step"], description["cursor"], tensors, description["best"], description["how"]
-        ), torn
+        return State(description["step"], description["cursor"], tensors, description["best"], description["how"]), torn
     return None, torn
 
 

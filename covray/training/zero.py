@@ -18,11 +18,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from transformers import LlamaConfig
 
 from covray import storage
-from covray.config import OptimizerConfig
+from covray.config import OptimizerConfig, TrainConfig
 from covray.errors import ConfigError
-from covray.lvm.model import Batch, Lvm, Projection
+from covray.lvm.model import Batch, Lora, Lvm, Projection
+from covray.lvm.scales import parameters
 from covray.training.update import MOMENTS, adamw, trainable
 
 FOLDER = Path(__file__).parent / "deepspeed"
@@ -64,6 +66,33 @@ def require_compiler(device: str) -> None:
         )
 
 
+def choose(config: TrainConfig, llama: LlamaConfig, gpu_bytes: int | None) -> str:
+    """What ``compute.deepspeed: auto`` means for a GPU of ``gpu_bytes``: the fastest that fits; none on a CPU.
+
+    Memory of a worker, in bytes: backbone 2 a parameter; adapter 18 a parameter (float32 value, gradient and two
+    moments, and a bfloat16 copy); activations that a layer keeps, about 10 widths and 4 inner widths a token in
+    bfloat16. 15% are left to the allocator, to logits and to the kernels.
+    """
+    if gpu_bytes is None:
+        return "none"
+    room, workers = 0.85 * gpu_bytes, config.workers.count
+    backbone = 2 * parameters(llama)
+    with torch.device("meta"):
+        model = Lvm(llama, Lora(config.lora.rank, config.lora.alpha, config.lora.targets))
+    adapter = sum(tensor.numel() for name, tensor in model.named_parameters() if ".lora_" in name)
+    layer = 2 * (10 * llama.hidden_size + 4 * llama.intermediate_size)
+    layers = llama.num_hidden_layers
+    kept = 2 * llama.hidden_size * layers + layer if config.compute.recompute else layer * layers
+    activations = config.optimizer.micro_batch_tokens * kept
+    if backbone + 18 * adapter + activations <= room:
+        return "none"
+    if backbone + 6 * adapter + 12 * adapter / workers + activations <= room:
+        return "zero2"
+    if (backbone + 18 * adapter) / workers + backbone / layers + activations <= room:
+        return "zero3"
+    return "zero3_offload"
+
+
 class ZeroUpdate:
     """A DeepSpeed engine driven so that its update is ``PlainUpdate``'s, but for the order of sums."""
 
@@ -83,6 +112,8 @@ class ZeroUpdate:
         if settings["zero_optimization"].get("stage") == 3:
             # A layer's projection uses its adapter's matrices itself: gather them with it.
             deepspeed.utils.set_z3_leaf_modules(model, [Projection])
+            # It lets go of a module's weights before their backward pass when no input of the module has a gradient.
+            model.embed.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
         self.parameters = trainable(model)
         parameters = list(self.parameters.values())
         self.engine, *_ = deepspeed.initialize(

@@ -10,6 +10,7 @@ import pytest
 from transformers import LlamaConfig
 
 from covray.config import TrainConfig, load_config
+from covray.training.state import read_records
 from tests.conftest import CODES
 
 STEPS = 6
@@ -48,6 +49,15 @@ def tiny_config(
             "validate_every_steps": 3,
             "tracking.uri": "none",
         }
-        return load_config(TrainConfig, None, options | {key.replace("__", "."): value for key, value in changes.items()})
+        return load_config(
+            TrainConfig, None, options | {key.replace("__", "."): value for key, value in changes.items()}
+        )
 
     return config
+
+
+def curve(config: TrainConfig) -> list[dict[str, Any]]:
+    """The records of a run without what depends on the machine: all that must be the same in two runs."""
+    records = read_records(f"{config.out}/metrics.jsonl")
+    timed = ("seconds", "tokens_per_s", "memory_bytes")
+    return [{key: value for key, value in record.items() if key not in timed} for record in records]
