@@ -6,19 +6,18 @@ vision is, the model learns from LoRA later; what a picture, a pair and a task a
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from covray.config import EngineConfig, TokenizerConfig
+from covray.lvm.backbone import BackboneFacts, write_backbone
 from covray.lvm.model import Batch, Lvm
-from covray.lvm.scales import llama_config
+from covray.lvm.scales import SPECIAL_IDS, llama_config
 from covray.nano.data import CROPS, KINDS, VIEWS, views
 from covray.nano.loop import train
 from covray.tokens.tokenizer import Tokenizer, load_tokenizer
@@ -130,14 +129,9 @@ def answer_perplexity(model: Lvm, corpus: Corpus, sentences: int, device: torch.
 
 def save_lvm(model: Lvm, folder: Path, codebook: str, tokens_per_image: int) -> None:
     """Write ``model`` as a Hugging Face folder in float16, with ``covray.json``: whose codes its ids are."""
-    folder.mkdir(parents=True, exist_ok=True)
-    model.config.architectures = ["LlamaForCausalLM"]
-    model.config.dtype = "float16"
-    model.config.save_pretrained(folder)
-    tensors = {name: tensor.detach().half().cpu().contiguous() for name, tensor in model.backbone_tensors().items()}
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    about = {"version": 1, "codebook": codebook, "tokens_per_image": tokens_per_image}
-    (folder / "covray.json").write_text(json.dumps(about) + "\n")
+    codes = model.config.vocab_size - SPECIAL_IDS
+    facts = BackboneFacts(model.config, None, "", codes, codebook, tokens_per_image)
+    write_backbone(folder, facts, model.backbone_tensors().__getitem__, torch.float16)
 
 
 def _batch(sentences: list[Tensor], answer: int | None = None) -> Batch:
