@@ -43,6 +43,8 @@ ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file; se
 Sets = Annotated[list[str] | None, typer.Option("--set", help="key=value, for any key of the configuration.")]
 Tasks = Annotated[str | None, typer.Option("--tasks", help="Comma-separated; all that apply by default.")]
 
+Splits = Annotated[str | None, typer.Option(help="Shares, such as train=8,val=1,test=1.")]
+
 console = Console(emoji=False)  # a path may hold ":car:"
 
 
@@ -73,6 +75,18 @@ def _split(text: str | None) -> list[str] | None:
     return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
 
 
+def _shares(text: str | None) -> dict[str, float] | None:
+    try:
+        shares = (
+            None if text is None else {name: float(share) for name, share in (s.split("=") for s in text.split(","))}
+        )
+    except ValueError as error:
+        raise ConfigError(f"--splits {text}: write name=share, for example train=8,val=1,test=1") from error
+    if shares and (min(shares.values()) < 0 or not 0 < sum(shares.values()) < float("inf")):
+        raise ConfigError(f"--splits {text}: shares must be at least 0, and not all 0")
+    return shares
+
+
 def _numbers(option: str, text: str | None) -> list[int] | None:
     try:
         return None if text is None else [int(part) for part in _split(text) or []]
@@ -96,6 +110,7 @@ def photos(
     out: Out,
     tasks: Tasks = None,
     size: Annotated[int, typer.Option(min=16, max=4096, help="Shorter side is shrunk to this many pixels.")] = 512,
+    splits: Splits = None,
     seed: Seed = 0,
     json_: Json = False,
 ) -> None:
@@ -103,7 +118,7 @@ def photos(
     from covray.pairs.photos import PHOTO_TASKS, photo_pairs
 
     chosen = _split(tasks) or list(PHOTO_TASKS)
-    _write_manifest(out, folder, photo_pairs(folder, chosen, size, seed=seed), json_)
+    _write_manifest(out, folder, photo_pairs(folder, chosen, size, _shares(splits), seed), json_)
 
 
 @pairs_app.command()
@@ -112,6 +127,7 @@ def scenes(
     count: Annotated[int, typer.Option(min=1, help="Scenes; each gives a pair for every task.")] = 100,
     tasks: Tasks = None,
     size: Annotated[int, typer.Option(min=16, max=2048, help="Side of the pictures in pixels.")] = 64,
+    splits: Splits = None,
     seed: Seed = 0,
     json_: Json = False,
 ) -> None:
@@ -123,7 +139,7 @@ def scenes(
     unknown = [task for task in chosen if task not in TASKS]
     if unknown:
         raise ConfigError(f"--tasks {unknown[0]}: no such task; the tasks are {', '.join(TASKS)}")
-    _write_manifest(out, None, scene_pairs(count, chosen, size, seed), json_, count * len(chosen))
+    _write_manifest(out, None, scene_pairs(count, chosen, size, seed, _shares(splits)), json_, count * len(chosen))
 
 
 @pairs_app.command()

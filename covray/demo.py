@@ -11,8 +11,9 @@ from typing import Any
 
 from rich.console import Console
 
-from covray.config import BuildConfig, PriorConfig
+from covray.config import BuildConfig, OptimizerConfig, PriorConfig, SentencesConfig, TrainConfig
 from covray.distributed.build import build
+from covray.distributed.train import train
 from covray.errors import ConfigError
 from covray.nano.data import photograph_path
 from covray.pairs.manifest import ManifestWriter, Pair
@@ -24,19 +25,22 @@ PHOTOGRAPHS = (
     "skimage/chelsea.png", "skimage/astronaut.png", "skimage/coffee.png", "skimage/rocket.jpg",
     "sklearn/china.jpg", "sklearn/flower.jpg",
 )  # fmt: skip
-SCENES = 5
+SCENES = {"train": 5, "val": 2}
+"""Two to validate on: a sentence needs an example beside the query."""
 LENGTH = 6
 STEPS = 25
 """Half of the paper's: at this size it shows little, and a newcomer waits half as long."""
+TRAINING = {"epochs": 4.0, "batch_tokens": 6144, "learning_rate": 1e-3}
+"""Some twenty short steps: enough to see the model take to chains, on so few pairs."""
 
 
 def run_demo(out: Path, console: Console) -> dict[str, Any]:
-    """Make pairs of photographs and scenes, build diffusion and linear chains of them, write the page to look at.
+    """Make pairs of photographs and scenes, build chains of them, write the page to look at, train a small adapter.
 
     ``out``: a folder that does not exist yet, or that an earlier demo was stopped in. Raises CovrayError.
     """
     started = time.monotonic()
-    photographs, pairs, chains = out / "photographs", out / "pairs", out / "chains"
+    photographs, pairs, chains, run = (out / name for name in ("photographs", "pairs", "chains", "run"))
     if out.exists() and not photographs.is_dir():
         raise ConfigError(f"--out {out}: exists and holds no demo; give a folder that does not exist yet")
 
@@ -51,12 +55,14 @@ def run_demo(out: Path, console: Console) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"--out {out}: cannot be written ({error.strerror}); give another folder") from error
     say(f"{len(PHOTOGRAPHS)} photographs label themselves", f"pairs photos {photographs} --out {pairs}/photos.parquet")
-    _write(pairs / "photos.parquet", photo_pairs(str(photographs), size_px=128), str(photographs))
+    _write(pairs / "photos.parquet", photo_pairs(str(photographs), size_px=128, splits={"train": 1}), str(photographs))
+    scenes = sum(SCENES.values())
+    shares = ",".join(f"{name}={count}" for name, count in SCENES.items())
     say(
-        f"{SCENES} rendered scenes, labelled for all seven tasks",
-        f"pairs scenes --count {SCENES} --out {pairs}/scenes.parquet",
+        f"{scenes} rendered scenes, labelled for all seven tasks",
+        f"pairs scenes --count {scenes} --splits {shares} --out {pairs}/scenes.parquet",
     )
-    _write(pairs / "scenes.parquet", scene_pairs(SCENES))
+    _write(pairs / "scenes.parquet", scene_pairs(scenes, splits=dict(SCENES)))
 
     settings = {"lengths": [LENGTH], "fit": "crop", "rows_per_block": 8}
     config = BuildConfig(pairs=str(pairs), out=str(chains), prior=PriorConfig(steps=STEPS), **settings)
@@ -72,11 +78,31 @@ def run_demo(out: Path, console: Console) -> dict[str, Any]:
         highlight=False,
     )
     say("Every frame, read back from its tokens", f"view {chains}")
-    paths = view(str(chains), str(chains / "view"), limit_per_task=SCENES + 1)
+    paths = view(str(chains), str(chains / "view"), limit_per_task=6)
     page = next(path for path in paths if path.endswith(".html"))
+    console.print(f"  [bold]{page}[/bold]", soft_wrap=True)
+    sets = " ".join(f"--set optimizer.{key}={value}" for key, value in list(TRAINING.items())[1:])
+    say(
+        "A small adapter learns to think in chains: LoRA on the nano LVM",
+        f"train --scale nano --data {chains} --out {run} --length {LENGTH} --epochs {TRAINING['epochs']} {sets}",
+    )
+    result = train(
+        TrainConfig(
+            data=str(chains), out=str(run), sentences=SentencesConfig(lengths=(LENGTH,)),
+            optimizer=OptimizerConfig.model_validate(TRAINING),
+        )
+    )  # fmt: skip
+    console.print(
+        f"  {result['steps']} steps, {result['tokens_per_s']:,.0f} tokens/s; perplexity of the answers on scenes it "
+        f"has not seen: {result['answer_perplexity_before']:.1f} before, {result['answer_perplexity']:.1f} after",
+        highlight=False,
+        soft_wrap=True,
+    )
     seconds = round(time.monotonic() - started, 1)
     console.print(f"\nDone in {seconds:.0f} s. Open [bold]{page}[/bold]", soft_wrap=True)
-    return {"page": page, "dataset": str(chains), "seconds": seconds, "audit": audit}
+    return {
+        "page": page, "dataset": str(chains), "run": str(run), "seconds": seconds, "audit": audit, "training": result
+    }  # fmt: skip
 
 
 def _write(path: Path, pairs: Iterable[Pair], root: str | None = None) -> None:

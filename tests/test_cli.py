@@ -288,3 +288,12 @@ def test_a_stop_is_told_and_has_its_own_code(run: Callable[..., Done], monkeypat
     assert done.code == 130
     assert done.err.startswith("covray: stopped")
     assert "Traceback" not in done.err
+
+
+def test_splits_of_pairs_are_shares(run: Callable[..., Done], mistake: Callable[..., str], tmp_path: Path) -> None:
+    out = tmp_path / "pairs.parquet"
+    done = run("pairs", "scenes", "--count", 3, "--splits", "train=2,val=1", "--tasks", "depth", "--json", "--out", out)
+    assert json.loads(done.out.splitlines()[-1])["splits"] == {"train": 2, "val": 1}
+    for wrong in ("train", "train=x", "train=0", "train=-1,val=2", ""):
+        line = mistake("pairs", "scenes", "--splits", wrong, "--out", tmp_path / "other.parquet")
+        assert f"--splits {wrong}: " in line

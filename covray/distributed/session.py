@@ -50,6 +50,8 @@ def ray_session() -> Iterator[int]:
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
+                # A machine that is busy with other things is no dead node: Ray's own patience is 15 s.
+                _system_config={"health_check_failure_threshold": 100},
             )
     try:
         yield cores
