@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from covray.config import EngineConfig, TokenizerConfig
-from covray.lvm.backbone import BackboneFacts, write_backbone
+from covray.config import BackboneConfig, EngineConfig, TokenizerConfig
+from covray.lvm.backbone import BackboneFacts, backbone_facts, load_backbone, write_backbone
 from covray.lvm.model import Batch, Lvm
 from covray.lvm.scales import SPECIAL_IDS, llama_config
 from covray.nano.data import CROPS, KINDS, VIEWS, views
@@ -81,9 +82,7 @@ def train_lvm(pictures: Tensor, held_out: Tensor, out: Path, steps: int, seed: i
     corpus = _corpus(pictures, tokenizer, out, seed)
     seen = _tokens(held_out, tokenizer, out / "data" / "held-out")
     size = seen.shape[-1]
-    measured = Corpus(
-        seen.reshape(-1, len(KINDS), size), seen[:0].reshape(0, 3, size), seen[:0].reshape(0, VIEWS, size)
-    )
+    measured = scenes_alone(seen)
 
     def loss_of(model: Any, step: int, generator: torch.Generator) -> Tensor:
         batch = _batch([corpus.sentence(generator) for _ in range(BATCH)]).to(device)
@@ -114,6 +113,17 @@ def new_lvm(seed: int) -> Lvm:
     return model
 
 
+def measure_lvm(root: Path, held_out: NDArray[np.uint8], training: NDArray[np.uint8]) -> dict[str, dict[str, float]]:
+    """Perplexity of answers by task, on the pictures ``held_out`` of ``scene_pictures``: of the LVM in ``root``/lvm
+    after seven examples, and of ``baselines`` fitted on ``training``. Raises WeightsError.
+    """
+    tokenizer = load_tokenizer(TokenizerConfig(path=str(root / "vqgan")), EngineConfig())
+    seen, unseen = (scenes_alone(torch.from_numpy(tokenizer.encode(part))) for part in (training, held_out))
+    config, device = BackboneConfig(path=str(root / "lvm")), torch.device("cpu")
+    model = load_backbone(backbone_facts(config), config, None, dtype=torch.float32, device=device, seed=0)
+    return {"lvm": answer_perplexity(model, unseen, 32, device), **baselines(seen, unseen)}
+
+
 def answer_perplexity(model: Lvm, corpus: Corpus, sentences: int, device: torch.device) -> dict[str, float]:
     """Perplexity by task of the eighth pair's label, given seven pairs and the eighth image: exp(mean NLL)."""
     found = {}
@@ -125,6 +135,41 @@ def answer_perplexity(model: Lvm, corpus: Corpus, sentences: int, device: torch.
             _, each = model(batch.to(device))
         found[task] = float(each.mean().exp())
     return found
+
+
+def baselines(training: Corpus, held_out: Corpus) -> dict[str, dict[str, float]]:
+    """Perplexity of the labels' tokens by task, for guesses that need no network; fitted on ``training``.
+
+    ``unigram``: how often a code occurs in labels of the task (one added to each count). ``copy``: the query's token at
+    the same place with probability c, else the unigram; c is what fits best.
+    """
+    found: dict[str, dict[str, float]] = {"unigram": {}, "copy": {}}
+    codes = llama_config("nano").vocab_size - SPECIAL_IDS
+    for task, kinds in TASK_PICTURES.items():
+        image, label = (KINDS.index(kind) for kind in kinds)
+        (seen_image, seen), (query, answer) = (
+            (corpus.scenes[:, image].flatten().long(), corpus.scenes[:, label].flatten().long())
+            for corpus in (training, held_out)
+        )
+        counts = torch.bincount(seen, minlength=codes).double() + 1
+        unigram = counts / counts.sum()
+        copying = torch.linspace(0, 0.99, 100).double()[:, None]
+
+        def nats(image: Tensor, label: Tensor, copying: Tensor, unigram: Tensor = unigram) -> Tensor:
+            return -(copying * (image == label) + (1 - copying) * unigram[label]).log().mean(-1)
+
+        best = copying[nats(seen_image, seen, copying).argmin()]
+        found["unigram"][task] = float(nats(query, answer, torch.zeros(1)).exp())
+        found["copy"][task] = float(nats(query, answer, best).exp())
+    return found
+
+
+def scenes_alone(tokens: Tensor) -> Corpus:
+    """The tokens [n * 8 kinds, tokens] of ``scene_pictures`` as a corpus without photographs and views."""
+    size = tokens.shape[-1]
+    return Corpus(
+        tokens.reshape(-1, len(KINDS), size), tokens[:0].reshape(0, 3, size), tokens[:0].reshape(0, VIEWS, size)
+    )
 
 
 def save_lvm(model: Lvm, folder: Path, codebook: str, tokens_per_image: int) -> None:

@@ -16,7 +16,7 @@ from covray.diffusion.prior import load_prior
 from covray.errors import ConfigError
 from covray.nano.autoencoders import reconstruct_vae, reconstruct_vqgan, train_vae, train_vqgan
 from covray.nano.data import CROPS, KINDS, pictures, scene_pictures
-from covray.nano.lvm import train_lvm
+from covray.nano.lvm import measure_lvm, train_lvm
 from covray.nano.prior import train_prior
 from covray.weights import require_files
 
@@ -57,10 +57,11 @@ def measure(folder: Path | None = None, scenes: int = HELD_OUT_SCENES, round_tri
     """The figures of the model card, on scenes of the split ``test``, which no training saw.
 
     ``vae``, ``vqgan``: mean PSNR in dB by kind of picture and over all; ``codebook_in_use``: share of the codes that
-    occur; ``inversion``: PSNR in dB after inversion and denoising, for ``round_trips`` scenes. Raises WeightsError.
+    occur; ``inversion``: PSNR in dB after inversion and denoising, for ``round_trips`` scenes; ``answer_perplexity``:
+    of the LVM and of guesses without one (``covray.nano.lvm.baselines``), by task. Raises WeightsError.
     """
     root = folder or WEIGHTS
-    require_files(root, ["prior/vae/config.json", "vqgan/config.json"])
+    require_files(root, ["prior/vae/config.json", "vqgan/config.json", "lvm/config.json"])
     held_out = np.concatenate(list(scene_pictures("test", scenes, 0)))
     batch = torch.from_numpy(held_out)
     vae = AutoencoderKL.from_pretrained(root / "prior" / "vae", use_safetensors=True).float()
@@ -72,12 +73,17 @@ def measure(folder: Path | None = None, scenes: int = HELD_OUT_SCENES, round_tri
     some = held_out[: round_trips * len(KINDS)]
     returned = ChainEngine(prior, engine, 32).interpolate(some, [], endpoints=range(len(some))).returned
     trips = np.array([psnr(picture, returned[index]) for index, picture in enumerate(some)], np.float64)
+    training = np.concatenate(list(scene_pictures("train", scenes, 0)))
+    perplexities = measure_lvm(root, held_out, training)
     return {
         "pictures": len(held_out),
         "vae_psnr_db": _by_kind(through_vae),
         "vqgan_psnr_db": _by_kind(through_tokens.numpy()),
         "codebook_in_use": round(float(np.mean(used > 0)), 4),
         "inversion_psnr_db": _by_kind(trips),
+        "answer_perplexity": {
+            guess: {task: round(value, 1) for task, value in found.items()} for guess, found in perplexities.items()
+        },
     }
 
 

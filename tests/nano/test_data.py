@@ -23,7 +23,7 @@ def test_pictures_are_made_once_and_are_those_of_the_seed(tmp_path: Path, monkey
         raise AssertionError("rendered again")
 
     with monkeypatch.context() as patched:
-        patched.setattr(data, "_chain", never)
+        patched.setattr(data, "render_scene", never)
         assert np.array_equal(data.pictures(tmp_path / "a", "train", 1, 2, 0), first)
     for other in (("val", 1, 2, 0), ("train", 1, 2, 1)):
         found = data.pictures(tmp_path / "a", *other)

@@ -148,7 +148,11 @@ def test_batches_are_all_pictures_in_order() -> None:
 def test_the_family_is_measured(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recipe, "load_prior", functools.partial(load_prior, verify=False))
     monkeypatch.setattr(recipe, "PriorConfig", functools.partial(PriorConfig, steps=4))
+    (family / "lvm").mkdir(exist_ok=True)
+    (family / "lvm" / "config.json").touch()
+    monkeypatch.setattr(recipe, "measure_lvm", lambda root, held_out, training: {"lvm": {"depth": 1.25}})
     found = recipe.measure(family, scenes=2, round_trips=1)
+    assert found["answer_perplexity"] == {"lvm": {"depth": 1.2}}
     assert found["pictures"] == 16
     for key in ("vae_psnr_db", "vqgan_psnr_db", "inversion_psnr_db"):
         assert set(found[key]) == {"all", *recipe.KINDS}
@@ -159,8 +163,9 @@ def test_the_family_is_measured(family: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("model", "device", "said"),
     [
-        ("unet", "cpu", "unet: no such nano model; give one of vae, vqgan, prior"),
+        ("unet", "cpu", "unet: no such nano model; give one of vae, vqgan, prior, lvm"),
         ("prior", "cpu", "vae: not there"),
+        ("lvm", "cpu", "vqgan: not there"),
         ("vae", "tpu", "--device tpu"),
     ],
 )
