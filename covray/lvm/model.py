@@ -122,10 +122,15 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], lengths: tuple[int, ...]) -> Tensor:
         """``x`` [T, width] of sentences of ``lengths`` -> the same shape."""
-        query, key, value = (
-            part.view(len(x), self.heads, -1) for part in self.qkv(self.input_norm(x))
-        )  # [T, heads, d]
-        mixed = attend(rotate(query, rotation), rotate(key, rotation), value, lengths)
+        return self.finish(x, attend(*self.project(x, rotation), lengths))
+
+    def project(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys, rotated, and values of ``x`` [T, width], each [T, heads, d]."""
+        query, key, value = (part.view(len(x), self.heads, -1) for part in self.qkv(self.input_norm(x)))
+        return rotate(query, rotation), rotate(key, rotation), value
+
+    def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """The layer's output [T, width] from its input ``x`` and the attention's ``mixed`` [T, heads * d]."""
         x = x + self.out(mixed)[0]
         gate, up = self.gate_up(self.mlp_norm(x))
         return x + self.down(F.silu(gate) * up)[0]
