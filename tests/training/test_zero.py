@@ -10,11 +10,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from covray.config import TrainConfig
+from covray.config import TrainConfig, load_config
 from covray.errors import ConfigError
+from covray.lvm.scales import llama_config
 from covray.training.loop import Place, Wish, train
 from covray.training.state import read_last_checkpoint, read_records
-from covray.training.zero import STAGES, read_settings, require_compiler
+from covray.training.zero import STAGES, choose, read_settings, require_compiler
 
 
 @pytest.fixture(scope="module")
@@ -53,3 +54,73 @@ def test_a_stage_makes_the_plain_losses_and_continues_a_plain_run(
         assert state.tensors.keys() == due.tensors.keys()
         for name, tensor in state.tensors.items():
             torch.testing.assert_close(tensor, due.tensors[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_a_bfloat16_stage_learns_and_keeps_float32_state(
+    tiny_config: Callable[..., TrainConfig], process_group: None
+) -> None:
+    config = tiny_config(compute__deepspeed="zero2", compute__dtype="bfloat16")
+    train(config)
+    state, _ = read_last_checkpoint(config)
+    assert state is not None
+    assert {tensor.dtype for tensor in state.tensors.values()} == {torch.float32}
+    plain = tiny_config("plain", compute__dtype="bfloat16")
+    train(plain)
+    assert losses(config) == pytest.approx(losses(plain), rel=1e-2)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_shipped_settings_are_those_of_the_configs_folder(stage: str) -> None:
+    copy = Path(__file__).parents[2] / "configs" / "deepspeed" / f"{stage}.json"
+    assert json.loads(copy.read_text()) == read_settings(stage)
+    assert read_settings(stage)["zero_optimization"]["stage"] == int(stage[4])
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "No such file"),
+        ("{", "not valid JSON"),
+        ("{}", "has no zero_optimization"),
+        ('{"zero_optimization": {"stage": 2}, "bf16": {"enabled": true}}', "sets bf16"),
+    ],
+)
+def test_a_bad_file_of_settings_is_one_line(content: str | None, says: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(ConfigError, match=says) as refused:
+        read_settings(str(file))
+    assert "\n" not in str(refused.value)
+    assert "mine.json" in str(refused.value)
+
+
+def test_a_missing_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(ConfigError, match="install g"):
+        require_compiler("cpu")
+    require_compiler("cuda")
+
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("scale", "workers", "gib", "recompute", "due"),
+    [
+        ("nano", 2, None, False, "none"),
+        ("7b", 8, None, False, "none"),
+        ("300m", 1, 24, False, "none"),
+        ("7b", 8, 80, False, "none"),
+        ("7b", 8, 24, True, "none"),
+        ("7b", 8, 16, True, "zero3"),
+        ("7b", 2, 8, True, "zero3_offload"),
+    ],
+)
+def test_the_stage_is_the_fastest_that_fits(
+    scale: str, workers: int, gib: int | None, recompute: bool, due: str
+) -> None:
+    options = {"data": "chains", "out": "run", "workers.count": workers, "compute.recompute": recompute}
+    config = load_config(TrainConfig, None, options)
+    assert choose(config, llama_config(scale), None if gib is None else gib * GIB) == due

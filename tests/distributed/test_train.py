@@ -1,0 +1,119 @@
+"""What the driver decides before a worker starts, and how it follows them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig
+
+from covray import storage
+from covray.config import TrainConfig
+from covray.distributed.train import Tail, train
+from covray.errors import ConfigError, CovrayError, DatasetError
+from covray.training.state import Curve
+from tests.training.conftest import tiny_config  # noqa: F401 (a fixture)
+
+
+@pytest.fixture(autouse=True)
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every refusal here comes before Ray is started."""
+
+    def started() -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr("covray.distributed.train.ray_session", started)
+
+
+def refused(config: TrainConfig, kind: type[CovrayError], says: str) -> None:
+    with pytest.raises(kind, match=says) as error:
+        train(config)
+    assert "\n" not in str(error.value)
+
+
+def test_what_cannot_be_trained_is_refused_in_one_line(
+    tiny_config: Callable[..., TrainConfig],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    refused(tiny_config(data=str(tmp_path / "absent")), DatasetError, "not a dataset")
+    refused(tiny_config(sentences__lengths=[4]), DatasetError, "--lengths 3,4")
+    refused(tiny_config(sentences__pairs=[3]), ConfigError, r"3 pictures x \(3 \+ 1\) chains x 16 tokens = 192")
+    refused(tiny_config(sentences__split="test"), DatasetError, "no good pairs in split test")
+    refused(tiny_config(sentences__validation_split="test"), DatasetError, "no good pairs in split test")
+    refused(tiny_config(sentences__tasks=["depth", "pose"]), DatasetError, "pose has 0 good pairs")
+    refused(tiny_config(workers__count=6), ConfigError, "6 workers, but a step of 480 tokens has 5 sentences of 96")
+    refused(tiny_config(compute__deepspeed="zero9"), ConfigError, "zero9 is none of")
+    refused(tiny_config(backbone__scale="300m"), ConfigError, "scale 300m")
+    small = LlamaConfig(
+        vocab_size=110, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2
+    )
+    small.save_pretrained(tmp_path / "small")
+    description = tmp_path / "chains" / "_dataset.json"
+    description.write_text(json.dumps(json.loads(description.read_text()) | {"codes": 64}))
+    refused(tiny_config(backbone__path=str(tmp_path / "small")), DatasetError, "64 codes, the backbone knows 10")
+    assert not (tmp_path / "run").exists(), "nothing was begun"
+
+
+def begun(config: TrainConfig, **changes: Any) -> None:
+    """A run folder as the driver and the first worker begin it."""
+    run = {
+        "version": 1,
+        "config": config.model_dump(mode="json"),
+        "identity": config.identity(),
+        "fingerprints": {"backbone": "other", "codebook": "other", "data": "other"},
+        "mlflow_run_id": None,
+    }
+    storage.write_json(f"{config.out}/_run.json", run | changes)
+    Curve(config.out, None).close()
+
+
+def test_a_run_of_another_configuration_is_refused_with_what_differs(
+    tiny_config: Callable[..., TrainConfig],  # noqa: F811
+) -> None:
+    begun(tiny_config())
+    refused(
+        tiny_config(lora__rank=8, optimizer__learning_rate=0.5),
+        ConfigError,
+        "lora.rank was 4, is 8; optimizer.learning_rate was 0.01, is 0.5",
+    )
+    refused(tiny_config(), ConfigError, "backbone was 'other'")
+    # What only orders sums may change, and what is left open agrees with what was resolved.
+    refused(
+        tiny_config(compute__dtype="auto", compute__deepspeed="auto", workers__count=2), ConfigError, "backbone was"
+    )
+
+
+def test_a_folder_that_holds_something_else_is_refused(
+    tiny_config: Callable[..., TrainConfig],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    refused(tiny_config(), ConfigError, "no run of covray")
+    (tmp_path / "run" / "_run.json").write_text('{"version": 2}')
+    refused(tiny_config(), ConfigError, "no description of a run of this version")
+
+
+def test_the_tail_gives_every_record_once_though_the_file_is_cut_back(tmp_path: Path) -> None:
+    tail = Tail(str(tmp_path / "metrics.jsonl"))
+    assert tail.new() == []
+    curve = Curve(str(tmp_path), None)
+    seen = []
+    for step in range(1, 8):
+        curve.add({"step": step, "loss": step / 10, "seconds": 0.123456789})
+        if step % 2:
+            seen += [record["step"] for record in tail.new()]
+    curve.close()
+    for cut in (5, 2):
+        with (tmp_path / "metrics.jsonl").open("ab") as file:
+            file.write(b'{"step": 8, "lo')
+        seen += [record["step"] for record in tail.new()]
+        curve = Curve(str(tmp_path), cut)
+        for step in range(cut + 1, 9 if cut == 2 else 7):
+            curve.add({"step": step, "loss": step / 10})  # shorter lines: the old place is inside one
+            seen += [record["step"] for record in tail.new()]
+        curve.close()
+    assert seen == list(range(1, 9))

@@ -1,0 +1,128 @@
+"""Kill a training anywhere: the curve is that of an undisturbed one, to the bit; and ZeRO's is the plain one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from covray.config import TrainConfig
+from covray.training.state import read_records
+from tests.end_to_end.conftest import environment
+from tests.training.conftest import curve, tiny_config  # noqa: F401 (a fixture)
+
+pytestmark = [pytest.mark.ray, pytest.mark.end_to_end]
+COMMAND = """
+import sys
+from covray.config import TrainConfig, load_config
+from covray.distributed.train import train
+train(load_config(TrainConfig, sys.argv[1]))
+"""
+
+
+def start(config: TrainConfig) -> subprocess.Popen[str]:
+    """The training as a process of its own, with all that it starts."""
+    file = Path(config.out).with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_none=True)))
+    # A driver whose Ray is gone gives up after these seconds (a minute by default).
+    variables = environment(RAY_gcs_rpc_server_reconnect_timeout_s="5")
+    return subprocess.Popen(
+        [sys.executable, "-c", COMMAND, str(file)], env=variables, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    """Wait for a good end; gives what it said."""
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    return said
+
+
+def wait_for_step(config: TrainConfig, process: subprocess.Popen[str], step: int) -> None:
+    deadline = time.monotonic() + 300
+    while max((record["step"] for record in read_records(f"{config.out}/metrics.jsonl")), default=0) < step:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, f"no step {step} in five minutes"
+        time.sleep(0.02)
+
+
+def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """Ray Train's workers that ``process`` started."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    return [child for child in children if "RayTrainWorker" in " ".join(child.cmdline()[:1])]
+
+
+def test_a_killed_training_equals_an_undisturbed_one(
+    tiny_config: Callable[..., TrainConfig],  # noqa: F811
+) -> None:
+    long = {"optimizer__steps": 300, "validate_every_steps": 20, "checkpoints__every_steps": 10, "workers__count": 2}
+    whole, killed = tiny_config("whole", **long), tiny_config("killed", **long)
+    finish(start(whole))
+
+    started: list[psutil.Process] = []
+    training = start(killed)
+    wait_for_step(killed, training, 35)
+    os.kill(workers_of(training)[1].pid, signal.SIGKILL)  # Ray Train starts the workers again
+    wait_for_step(killed, training, 120)
+
+    started += psutil.Process(training.pid).children(recursive=True)
+    training.kill()  # the driver
+    training.communicate()
+    training = start(killed)
+    wait_for_step(killed, training, 200)
+
+    everything = psutil.Process(training.pid).children(recursive=True)  # the whole of Ray
+    started += everything
+    for process in everything:
+        process.kill()
+    assert training.wait(120) != 0
+    training.communicate()
+
+    said = finish(start(killed))
+    assert "continuing after step" in said
+    assert curve(killed) == curve(whole)
+    adapters = [Path(run.out, "adapter", "adapter_model.safetensors").read_bytes() for run in (killed, whole)]
+    assert adapters[0] == adapters[1]
+    assert not Path(killed.out, "_ray").exists()
+    _, alive = psutil.wait_procs(started, timeout=120)
+    assert not alive, f"left running: {alive}"
+
+
+def test_a_stopped_training_leaves_a_checkpoint_and_no_process(
+    tiny_config: Callable[..., TrainConfig],  # noqa: F811
+) -> None:
+    config = tiny_config(optimizer__steps=100_000, checkpoints__every_steps=100_000, validate_every_steps=100_000)
+    training = start(config)
+    wait_for_step(config, training, 3)
+    children = psutil.Process(training.pid).children(recursive=True)
+    training.send_signal(signal.SIGTERM)
+    said = training.communicate(timeout=120)[1]
+    assert training.returncode != 0
+    assert "stopping after this step" in said
+    step = read_records(f"{config.out}/metrics.jsonl")[-1]["step"]
+    assert Path(config.out, "checkpoints", f"step-{step:08d}", "state.json").exists()
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert not alive, f"left running: {alive}"
+
+
+def test_two_workers_with_zero_make_the_losses_of_one_without(
+    tiny_config: Callable[..., TrainConfig],  # noqa: F811
+) -> None:
+    def losses(name: str, **changes: Any) -> list[float]:
+        config = tiny_config(name, optimizer__steps=20, validate_every_steps=20, **changes)
+        finish(start(config))
+        return [record["loss"] for record in curve(config) if "loss" in record]
+
+    plain = losses("plain")
+    assert len(plain) == 20
+    for stage in ("zero2", "zero3"):
+        assert losses(stage, workers__count=2, compute__deepspeed=stage) == pytest.approx(plain, rel=1e-4), stage
