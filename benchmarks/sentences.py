@@ -140,7 +140,8 @@ def main() -> None:
     pa.set_cpu_count(1)
     pa.set_io_thread_count(1)
     report = [
-        "| | tokens an image | sentence | rows a file | from Parquet, M tokens/s | assembly, M tokens/s | drawing an epoch, ms |",
+        "| | tokens an image | sentence | rows a file | from Parquet, M tokens/s | assembly, M tokens/s "
+        "| drawing an epoch, ms |",
         "|---|---|---|---|---|---|---|",
     ]
     for shape, rows_per_file in itertools.product(SHAPES, options.rows_per_file):
