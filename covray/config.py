@@ -285,6 +285,27 @@ class TrainConfig(Section):
         return self.model_dump(mode="json", exclude=left_out)
 
 
+class SamplingConfig(Section):
+    """How the model's next token is chosen."""
+
+    temperature: float = Field(default=0.0, ge=0.0, le=100.0)
+    """0: the likeliest token (greedy). 1: the model's own distribution, as LVM samples."""
+    top_k: int | None = Field(default=None, ge=1)
+    """Only the so many likeliest tokens."""
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Only the likeliest tokens that together reach this probability."""
+    best_of: int = Field(default=1, ge=1, le=1024)
+    """Candidates a query, of which the likeliest is given."""
+    choose_by: Literal["answer", "chain"] = "answer"
+    """What a candidate's likelihood is of: its answer given its own frames, or frames and answer together."""
+
+    @model_validator(mode="after")
+    def _candidates_differ(self) -> SamplingConfig:
+        if self.best_of > 1 and self.temperature == 0:
+            raise ValueError("best_of: greedy candidates are all the same; set a temperature")
+        return self
+
+
 def differences(theirs: dict[str, Any], ours: dict[str, Any], *, open_matches: bool = False) -> list[str]:
     """Keys in which two identities differ, each as ``key was X, is Y``.
 
