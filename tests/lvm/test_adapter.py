@@ -19,6 +19,7 @@ from transformers import LlamaForCausalLM
 from covray import storage
 from covray.config import BackboneConfig, LoraConfig
 from covray.errors import ConfigError, CovrayError, WeightsError
+from covray.lvm import adapter as adapter_module
 from covray.lvm.adapter import (
     adapter_files,
     adapter_tensors,
@@ -327,11 +328,11 @@ def test_what_cannot_be_exported_is_said_in_one_line(
     run: Path, tmp_path: Path, damage: Callable[[Path], None], message: str
 ) -> None:
     damage(run)
-    before = sorted(path for path in tmp_path.rglob("*"))
+    before = sorted(tmp_path.rglob("*"))
     with pytest.raises(CovrayError, match=message) as raised:
         export_run(str(run), str(tmp_path / "out"), merge=True)
     assert one_line(raised.value)
-    assert sorted(path for path in tmp_path.rglob("*")) == before
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_an_export_without_an_adapter_leaves_nothing(run: Path, tmp_path: Path) -> None:
@@ -339,6 +340,20 @@ def test_an_export_without_an_adapter_leaves_nothing(run: Path, tmp_path: Path) 
     with pytest.raises(WeightsError, match=r"is missing; give a PEFT adapter"):
         export_run(str(run), str(tmp_path / "out"), merge=False)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_export_that_is_broken_off_leaves_nothing(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def break_off(folder: Path, *_: object) -> None:
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(adapter_module, "write_backbone", break_off)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(KeyboardInterrupt):
+        export_run(str(run), str(tmp_path / "out"), merge=True)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_export_is_to_this_machine(run: Path) -> None:

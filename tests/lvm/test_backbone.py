@@ -357,6 +357,7 @@ def test_a_tied_head_is_written(tmp_path: Path) -> None:
     written(write_llama(tmp_path / "tied", tie_word_embeddings=True), tmp_path / "out")
     before, after = (LlamaForCausalLM.from_pretrained(tmp_path / name) for name in ("tied", "out"))
     assert torch.equal(before.lm_head.weight, after.lm_head.weight)
+    assert not after.config.tie_word_embeddings
 
 
 def force(id_: int) -> Callable[[Tensor, Tensor], Tensor]:
