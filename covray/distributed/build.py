@@ -160,6 +160,7 @@ class ChainActor:
             raise DatasetError(f"this node's weights differ from the driver's: {self.builder.facts()}, not {facts}")
         self.meter = meter
         self.name = ray.get_runtime_context().get_actor_id()
+        meter.join.remote(self.name)
 
     def __call__(self, prepared: pa.Table) -> pa.Table:
         started = time.time()

@@ -22,6 +22,11 @@ class Tally:
     def __init__(self) -> None:
         self.rows = self.rejected = self.evaluations = self.padded = 0
         self.spans: dict[str, list[tuple[float, float, int]]] = {}
+        self.ready: set[str] = set()
+
+    def join(self, actor: str) -> None:
+        """``actor`` has loaded its models and takes blocks; its first may take minutes."""
+        self.ready.add(actor)
 
     def report(
         self, actor: str, started: float, finished: float, rows: int, rejected: int, evaluations: int, padded: int
@@ -34,8 +39,8 @@ class Tally:
         self.spans.setdefault(actor, []).append((started, finished, rows))
 
     def counts(self) -> tuple[int, int, int]:
-        """Rows computed, rows rejected, actors that have reported."""
-        return self.rows, self.rejected, len(self.spans)
+        """Rows computed, rows rejected, actors at work."""
+        return self.rows, self.rejected, len(self.ready)
 
     def usage(self) -> dict[str, Any]:
         """What the audit says of the run: chains/s, and the share of the actors' time spent computing.
@@ -117,6 +122,9 @@ class BuildProgress:
             if rows and first is None:
                 first = (time.monotonic(), rows)
             rate = _rate(first, rows)
+            if not rows:
+                self._console.print(f"{actors} actors at their first blocks" if actors else "starting actors")
+                continue
             left = f", {(self._total - self._before - rows) / rate / 60:.0f} min left" if rate else ""
             self._console.print(
                 f"{self._before + rows}/{self._total} pairs, {actors} actors, {rate:.2f} pairs/s, "

@@ -9,6 +9,8 @@ from covray.distributed.progress import Tally
 
 def test_an_actor_that_never_waits_is_busy_all_the_time() -> None:
     tally = Tally()
+    tally.join("a")
+    assert tally.counts() == (0, 0, 1)
     for number in range(4):
         tally.report("a", 10.0 * number, 10.0 * (number + 1), rows=5, rejected=1, evaluations=90, padded=10)
     usage = tally.usage()
