@@ -20,7 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import ray
 import ray.exceptions
@@ -77,7 +77,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         config = _resolve(config, facts, cores)
         if described is not None:
             require_same(config.out, described["identity"], config.identity())
-        run = {
+        run: dict[str, Any] = {
             "version": 1,
             "config": config.model_dump(mode="json"),
             "identity": config.identity(),
@@ -88,7 +88,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         tracker = Tracker(config, run["mlflow_run_id"])
         run["mlflow_run_id"] = tracker.start()
         _write_run(config, run)
-        status = "FAILED"
+        status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
         try:
             result = _run(config, tracker)
             tracker.artefacts(storage.join(config.out, "adapter"))
@@ -103,6 +103,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
 def _run(config: TrainConfig, tracker: Tracker) -> dict[str, Any]:
     """Start the workers and follow them to the end."""
+    # A node may take minutes to arrive, and to load; by default Ray Train begins again after one.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "900")
     board = Board.remote()
     trainer = TorchTrainer(
         _work,

@@ -23,8 +23,8 @@ from transformers import LlamaConfig
 from covray import storage
 from covray.config import OptimizerConfig, TrainConfig
 from covray.errors import ConfigError
-from covray.lvm.model import Batch, Lora, Lvm, Projection
-from covray.lvm.scales import parameters
+from covray.lvm.model import Batch, Lvm, Projection
+from covray.training.plan import memory
 from covray.training.update import MOMENTS, adamw, trainable
 
 FOLDER = Path(__file__).parent / "deepspeed"
@@ -67,29 +67,16 @@ def require_compiler(device: str) -> None:
 
 
 def choose(config: TrainConfig, llama: LlamaConfig, gpu_bytes: int | None) -> str:
-    """What ``compute.deepspeed: auto`` means for a GPU of ``gpu_bytes``: the fastest that fits; none on a CPU.
+    """What ``compute.deepspeed: auto`` means for GPUs of ``gpu_bytes`` each: the fastest that fits; none on a CPU.
 
-    Memory of a worker, in bytes: backbone 2 a parameter; adapter 18 a parameter (float32 value, gradient and two
-    moments, and a bfloat16 copy); activations that a layer keeps, about 10 widths and 4 inner widths a token in
-    bfloat16. 15% are left to the allocator, to logits and to the kernels.
+    Fits: by ``covray.training.plan.memory``, with 15% left to kernels, allocator and communication.
     """
     if gpu_bytes is None:
         return "none"
-    room, workers = 0.85 * gpu_bytes, config.workers.count
-    backbone = 2 * parameters(llama)
-    with torch.device("meta"):
-        model = Lvm(llama, Lora(config.lora.rank, config.lora.alpha, config.lora.targets))
-    adapter = sum(tensor.numel() for name, tensor in model.named_parameters() if ".lora_" in name)
-    layer = 2 * (10 * llama.hidden_size + 4 * llama.intermediate_size)
-    layers = llama.num_hidden_layers
-    kept = 2 * llama.hidden_size * layers + layer if config.compute.recompute else layer * layers
-    activations = config.optimizer.micro_batch_tokens * kept
-    if backbone + 18 * adapter + activations <= room:
-        return "none"
-    if backbone + 6 * adapter + 12 * adapter / workers + activations <= room:
-        return "zero2"
-    if (backbone + 18 * adapter) / workers + backbone / layers + activations <= room:
-        return "zero3"
+    for name, stage in (("none", 0), ("zero2", 2), ("zero3", 3)):
+        needed = memory(config, llama, stage, config.optimizer.micro_batch_tokens, config.compute.recompute)
+        if needed.total <= 0.85 * gpu_bytes:
+            return name
     return "zero3_offload"
 
 
