@@ -65,3 +65,13 @@ def test_the_curve_is_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
     again.close()
     Curve(str(tmp_path), None).close()
     assert read_records(again.path) == [], "without a checkpoint the run begins again"
+
+
+def test_a_curve_in_a_store_without_appending_is_there_after_a_flush(tmp_path: Path) -> None:
+    out = f"file://{tmp_path}"  # a URI: written as to an object store
+    curve = Curve(out, None)
+    for step in (1, 2, 3):
+        curve.add({"step": step, "loss": 0.1})
+    curve.flush()
+    assert [record["step"] for record in read_records(f"{out}/metrics.jsonl")] == [1, 2, 3]
+    assert [record["step"] for record in Curve(out, 2).records] == [1, 2]

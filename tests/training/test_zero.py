@@ -33,11 +33,16 @@ def losses(config: TrainConfig) -> list[float]:
     return [record["loss"] for record in read_records(f"{config.out}/metrics.jsonl") if "loss" in record]
 
 
-@pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
+@pytest.mark.parametrize(("stage", "recompute"), [("zero1", False), ("zero2", False), ("zero3", True)])
 def test_a_stage_makes_the_plain_losses_and_continues_a_plain_run(
-    stage: str, tiny_config: Callable[..., TrainConfig], process_group: None, monkeypatch: pytest.MonkeyPatch
+    stage: str,
+    recompute: bool,
+    tiny_config: Callable[..., TrainConfig],
+    process_group: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    plain, whole, mixed = tiny_config("plain"), tiny_config("zero", compute__deepspeed=stage), tiny_config("mixed")
+    plain, mixed = tiny_config("plain"), tiny_config("mixed")
+    whole = tiny_config("zero", compute__deepspeed=stage, compute__recompute=recompute)
     train(plain)
     train(whole)
     assert losses(whole) == pytest.approx(losses(plain), rel=1e-5)
