@@ -400,6 +400,76 @@ def export(
     console.print(_escape(out), highlight=False, soft_wrap=True)
 
 
+# --- generate ------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def generate(
+    query: Annotated[list[str] | None, typer.Option(metavar="IMAGE", help="Picture to answer; repeatable.")] = None,
+    example: Annotated[
+        list[str] | None, typer.Option(metavar="IMAGE LABEL", help="Image and its label; repeatable.")
+    ] = None,
+    labels: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
+    out: Annotated[str | None, typer.Option("--out", help="Folder to write: one folder a query.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="Run of a covray train; by default the untuned backbone.")] = None,
+    task: Annotated[str | None, typer.Option(help="To write answers as data: classes, metres, keypoints, ...")] = None,
+    backbone: Annotated[str | None, typer.Option(help="nano, a LlamaForCausalLM folder, or a hub id.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="nano, a VQModel folder, or a hub id.")] = None,
+    prior: Annotated[str | None, typer.Option(help="nano, a diffusers folder, or a hub id.")] = None,
+    length: Annotated[int | None, typer.Option(help="Chain length; by default the run's.")] = None,
+    method: Annotated[str | None, typer.Option(help="How the examples' frames are made; by default the run's.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 (the default): greedy; 1: the model's own.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample of so many likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample of the likeliest tokens of this probability.")] = None,
+    best_of: Annotated[int | None, typer.Option(help="Candidates a query, of which the likeliest is given.")] = None,
+    config: ConfigFile = None,
+    sets: Sets = None,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Everything random follows from it.")] = None,
+    json_: Json = False,
+) -> None:
+    """Example chains and query pictures in; frames, then the answer, out."""
+    from covray.config import GenerateConfig, load_config
+
+    # An option takes one value: the labels, which follow their images, arrive as arguments.
+    if len(example or ()) != len(labels or ()):
+        raise ConfigError(
+            f"--example: {len(example or ())} images and {len(labels or ())} labels; write --example IMAGE LABEL, once "
+            "for each pair, and --query IMAGE, once for each query"
+        )
+    options: dict[str, Any] = {
+        "queries": query,
+        "out": out,
+        "examples": list(zip(example, labels, strict=True)) if example and labels else None,
+        "adapter": adapter,
+        "task": task,
+        "backbone.path": backbone,
+        "backbone.scale": "custom" if backbone else None,
+        "tokenizer.path": tokenizer,
+        "prior.path": prior,
+        "length": length,
+        "method": method,
+        "sampling.temperature": temperature,
+        "sampling.top_k": top_k,
+        "sampling.top_p": top_p,
+        "sampling.best_of": best_of,
+        "seed": seed,
+    }
+    resolved = load_config(GenerateConfig, config, options, sets or ())
+    with _quiet_libraries():
+        from covray.generation import generate as run_generation
+
+        result = run_generation(resolved)
+    if json_:
+        print(json.dumps(result))
+        return
+    if resolved.adapter is None:
+        console.print("no --adapter: these are answers of the untuned backbone", highlight=False)
+    for answer in result["answers"]:
+        for file in answer["files"]:
+            where = _escape(f"{resolved.out.rstrip('/')}/{answer['folder']}/{file}")
+            console.print(where, highlight=False, soft_wrap=True)
+
+
 # --- nano ----------------------------------------------------------------------------------------------------------
 
 

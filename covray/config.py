@@ -306,6 +306,39 @@ class SamplingConfig(Section):
         return self
 
 
+class GenerateConfig(Section):
+    """``covray generate``: example pairs and queries in, frames and answers out.
+
+    What is null is the run's, or where there is no run the nano family's.
+    """
+
+    queries: tuple[str, ...] = Field(min_length=1)
+    """Picture files to answer."""
+    out: str
+    """Folder to write: one folder a query, and ``generation.json``."""
+    examples: tuple[tuple[str, str], ...] = ()
+    """Picture files of image and label, each pair one example chain of the prompt."""
+    adapter: str | None = None
+    """A finished run of ``covray train``; null: the untuned backbone."""
+    task: Task | None = None
+    """How labels are resized and answers read as data; null: the run's if it has one, else answers are pictures."""
+    backbone: BackboneConfig | None = None
+    length: Length | None = None
+    """Pictures of a chain, both ends counted; of a run trained at several it must be given. Without a run 4."""
+    method: Literal["none", "linear", "diffusion"] | None = None
+    """How the examples' frames are made; ``none``: chains have none."""
+    prior: PriorConfig | None = None
+    tokenizer: TokenizerConfig | None = None
+    fit: Literal["stretch", "crop"] | None = None
+    """How a picture becomes square; an answer of ``crop`` is of the centre square only."""
+    engine: EngineConfig = EngineConfig(batch=4, image_batch=4)
+    """Small batches: here are few pictures. The frames have a build's bits at the build's ``batch``, here and there."""
+    sampling: SamplingConfig = SamplingConfig()
+    batch: int = Field(default=16, ge=1, le=4096)
+    """Rows of the fixed, padded batch of the decoder."""
+    seed: int = Field(default=0, ge=0)
+
+
 def differences(theirs: dict[str, Any], ours: dict[str, Any], *, open_matches: bool = False) -> list[str]:
     """Keys in which two identities differ, each as ``key was X, is Y``.
 

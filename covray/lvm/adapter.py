@@ -157,7 +157,7 @@ def export_run(run: str, out: str, merge: bool) -> None:
         raise ConfigError(f"--out {out}: is not on this machine; export to a folder here, and copy it from there")
     target = Path(out).expanduser()
     _require_new(target)  # before a large backbone is read
-    about = _read_run(run)
+    about = read_run(run)
     adapter = storage.join(run, "adapter")
     read_adapter(adapter)  # complete, or refused
     if not merge:
@@ -180,7 +180,8 @@ def export_run(run: str, out: str, merge: bool) -> None:
     export_merged(replace(facts, codebook=facts.codebook or fingerprints.get("codebook")), adapter, target)
 
 
-def _read_run(run: str) -> dict[str, Any]:
+def read_run(run: str) -> dict[str, Any]:
+    """``_run.json`` of the finished ``run``. Raises ConfigError for a folder that is none."""
     try:
         about = storage.read_json(storage.join(run, "_run.json"))
     except (FileNotFoundError, NotADirectoryError) as error:

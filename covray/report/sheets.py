@@ -107,6 +107,21 @@ def draw_sheet(chains: Sequence[ChainPictures], title: str, subtitle: str = "") 
     return buffer.getvalue()
 
 
+def draw_strip(pictures: Sequence[np.ndarray], captions: Sequence[str]) -> bytes:
+    """Pictures uint8 [s, s, 3] side by side as PNG, each with its caption below; small ones are enlarged."""
+    tile_px = max(_TILE_PX, pictures[0].shape[0])
+    step = tile_px + _GAP_PX
+    strip = Image.new("RGB", (len(pictures) * step + _GAP_PX, tile_px + 30), _PAPER)
+    draw = ImageDraw.Draw(strip)
+    for column, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        x = _GAP_PX + column * step
+        strip.paste(Image.fromarray(picture).resize((tile_px, tile_px), Image.Resampling.LANCZOS), (x, _GAP_PX))
+        draw.text((x + tile_px // 2, tile_px + 22), caption, _FAINT, _font(12), anchor="ms")
+    buffer = io.BytesIO()
+    strip.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def quality_lines(chain: ChainPictures) -> list[tuple[str, str]]:
     """The quality figures of a chain as (name, figures) for people, without the ones that were not taken."""
     lines = []
