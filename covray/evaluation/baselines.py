@@ -26,7 +26,7 @@ def mean_label(task: str, labels: Iterable[Picture], classes: int = VOC_CLASSES)
     for label in labels:
         shape, shown = label.shape[:2], shown + 1
         values, valid = _said(task, label, classes)
-        totals = totals + np.where(valid, values, 0)
+        totals = totals + values
         count = count + valid
     if not shown:
         raise ValueError(f"no labels of {task} to take the mean of")
@@ -51,7 +51,7 @@ def nearest_label(query: Picture, images: NDArray[np.uint8], labels: NDArray[np.
 
 
 def _said(task: str, label: Picture, classes: int) -> tuple[NDArray[np.floating], NDArray[np.bool_]]:
-    """What the label says, as numbers that can be averaged, and where it says something."""
+    """What the label says, as numbers that can be averaged (0 where it says nothing), and where it says something."""
     if task == "segmentation":
         return np.eye(classes)[segmentation.read(label, classes)], np.ones((1, 1, 1), bool)  # a vote a pixel
     if task == "pose":
