@@ -244,6 +244,8 @@ def rotary(
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     """Rotary embedding of ``x`` [T, heads, d] by the halves convention of transformers."""
+    if not x.requires_grad:  # autograd's detour would be a twentieth of a decoding step
+        return _rotated(x, *rotation)
     rotated: Tensor = _Rotate.apply(x, *rotation)
     return rotated
 

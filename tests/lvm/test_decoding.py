@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM
 from covray.config import LoraConfig, SamplingConfig
 from covray.errors import ConfigError
 from covray.lvm.adapter import save_adapter
-from covray.lvm.decoding import Decoder, seed_of
+from covray.lvm.decoding import Decoder, _invert, seed_of
 from covray.lvm.model import Lvm
 from tests.lvm.conftest import CODES, load, write_llama
 
@@ -205,6 +205,12 @@ def test_only_the_allowed_tokens_are_written(decoder: Decoder, model: Lvm, top_k
     if top_p > 0.1:  # and each of them is: not only the likeliest
         assert (rank == allowed - 1).any()
         assert (rank == 0).any()
+
+
+def test_a_token_of_probability_zero_is_never_met() -> None:
+    weights = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]], dtype=torch.float64)
+    luck = torch.tensor([[0.0], [0.25 - 2**-53], [0.25], [1 - 2**-53]], dtype=torch.float64)
+    assert _invert(weights.expand(4, -1).contiguous(), luck)[:, 0].tolist() == [1, 1, 3, 3]
 
 
 def test_special_ids_are_never_written(tmp_path: Path) -> None:
