@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from covray.config import BuildConfig, Section, TrainConfig
+from covray.config import BuildConfig, GenerateConfig, Section, TrainConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -20,7 +20,9 @@ def keys(model: type[Section], prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{name}"
 
 
-@pytest.mark.parametrize(("section", "model"), [("build", BuildConfig), ("train", TrainConfig)])
+@pytest.mark.parametrize(
+    ("section", "model"), [("build", BuildConfig), ("train", TrainConfig), ("generate", GenerateConfig)]
+)
 def test_every_key_of_the_configuration_is_documented_and_no_other(section: str, model: type[Section]) -> None:
     page = (ROOT / "docs" / "configuration.md").read_text()
     lines = page.split(f"## {section}\n")[1].split("\n## ")[0].splitlines()

@@ -50,8 +50,12 @@ def ray_session() -> Iterator[int]:
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                # A machine that is busy with other things is no dead node: Ray's own patience is 15 s.
-                _system_config={"health_check_failure_threshold": 100},
+                # A machine that is busy with other things is no dead node: Ray's own patience is 15 s. And Ray warns on
+                # the terminal of four times as many processes as it starts at once: by default that is one a core.
+                _system_config={
+                    "health_check_failure_threshold": 100,
+                    "worker_maximum_startup_concurrency": max(4, cores),
+                },
             )
     try:
         yield cores
