@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from mlflow import MlflowClient
 
 from covray.config import TrainConfig
 from covray.training import loop
@@ -74,9 +76,11 @@ def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
 def test_a_killed_training_equals_an_undisturbed_one(
     start: Callable[[TrainConfig], subprocess.Popen[str]],
     tiny_config: Callable[..., TrainConfig],  # noqa: F811
+    tmp_path: Path,
 ) -> None:
     long = {"optimizer__steps": 300, "validate_every_steps": 20, "checkpoints__every_steps": 10, "workers__count": 2}
-    whole, killed = tiny_config("whole", **long), tiny_config("killed", **long)
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    whole, killed = tiny_config("whole", **long), tiny_config("killed", tracking__uri=store, **long)
     finish(start(whole))
 
     started: list[psutil.Process] = []
@@ -104,6 +108,10 @@ def test_a_killed_training_equals_an_undisturbed_one(
     adapters = [Path(run.out, "adapter", "adapter_model.safetensors").read_bytes() for run in (killed, whole)]
     assert adapters[0] == adapters[1]
     assert not Path(killed.out, "_ray").exists()
+    run_id = json.loads(Path(killed.out, "_run.json").read_text())["mlflow_run_id"]
+    history = MlflowClient(store).get_metric_history(run_id, "loss")
+    losses = {record["step"]: record["loss"] for record in curve(killed) if "loss" in record}
+    assert [(metric.step, metric.value) for metric in history] == list(losses.items()), "one run, every step once"
     _, alive = psutil.wait_procs(started, timeout=120)
     assert not alive, f"left running: {alive}"
 
@@ -124,6 +132,18 @@ def test_a_stopped_training_leaves_a_checkpoint_and_no_process(
     assert Path(config.out, "checkpoints", f"step-{step:08d}", "state.json").exists()
     _, alive = psutil.wait_procs(children, timeout=60)
     assert not alive, f"left running: {alive}"
+
+
+def test_a_mistake_that_workers_find_is_one_line(
+    start: Callable[[TrainConfig], subprocess.Popen[str]],
+    tiny_config: Callable[..., TrainConfig],  # noqa: F811
+) -> None:
+    training = start(tiny_config(optimizer__learning_rate=1e38, optimizer__warmup=0))
+    said = training.communicate(timeout=600)[1]
+    assert training.returncode != 0
+    last = said.strip().splitlines()[-1]
+    assert last.startswith("covray.errors.ConfigError: step ")
+    assert "not finite; lower optimizer.learning_rate" in last
 
 
 def test_two_workers_with_zero_make_the_losses_of_one_without(

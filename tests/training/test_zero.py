@@ -17,6 +17,10 @@ from covray.training.loop import Place, Wish, train
 from covray.training.state import read_last_checkpoint, read_records
 from covray.training.zero import STAGES, choose, read_settings, require_compiler
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*is deprecated:FutureWarning", "ignore:.*is deprecated:DeprecationWarning"
+)
+
 
 @pytest.fixture(scope="module")
 def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
