@@ -381,6 +381,12 @@ def _print_training(result: dict[str, Any], out: str) -> None:
             table.add_row(key.replace("_", " "), f"{result[f'{key}_before']:.4f} -> {result[key]:.4f}")
     table.add_row("tokens/s", f"{result['tokens_per_s']:,.0f}")
     console.print(table)
+    if result.get("validation_loss", 0.0) > result.get("validation_loss_before", 0.0):
+        console.print(
+            "[yellow]no step was better than the untuned backbone on the validation split[/yellow]: lower "
+            "optimizer.learning_rate, or train on more pairs",
+            soft_wrap=True,
+        )
     where = _escape(out.rstrip("/"))
     console.print(f"adapter in {where}/adapter (PEFT)", highlight=False, soft_wrap=True)
     console.print(f"next: covray export {where} --merge --out {where}/merged", highlight=False, soft_wrap=True)

@@ -445,3 +445,11 @@ def test_splits_of_pairs_are_shares(run: Callable[..., Done], mistake: Callable[
     for wrong in ("train", "train=x", "train=0", "train=-1,val=2", ""):
         line = mistake("pairs", "scenes", "--splits", wrong, "--out", tmp_path / "other.parquet")
         assert f"--splits {wrong}: " in line
+
+
+def test_an_adapter_that_is_worse_than_none_is_said_to_be(capsys: pytest.CaptureFixture[str]) -> None:
+    result = {"steps": 10, "loss": 3.0, "tokens_per_s": 100.0, "validation_loss_before": 4.0, "validation_loss": 3.5}
+    cli._print_training(result, "run")
+    assert "untuned" not in capsys.readouterr().out
+    cli._print_training(result | {"validation_loss": 4.5}, "run")
+    assert "no step was better than the untuned backbone" in capsys.readouterr().out
