@@ -73,18 +73,25 @@ def test_a_run_stopped_after_every_step_equals_an_undisturbed_one(
     assert train(config) == result, "a finished run only gives its result again"
 
 
-@pytest.mark.parametrize("damage", ["no state.json", "torn tensors", "torn state.json", "missing adapter"])
+@pytest.mark.parametrize(
+    "damage", ["no state.json", "torn tensors", "torn state.json", "missing adapter", "a flipped bit"]
+)
 def test_a_torn_checkpoint_is_passed_over(
     damage: str, tiny_config: Callable[..., TrainConfig], ask_every_step: None
 ) -> None:
     config, whole = tiny_config("torn"), tiny_config("whole")
     stop_after(config, 5)  # checkpoints after 4 and 5
     folder = Path(config.out, "checkpoints", "step-00000005")
-    file = folder / {"torn tensors": "state.safetensors", "missing adapter": "adapter_model.safetensors"}.get(
-        damage, "state.json"
-    )
+    file = folder / {
+        "torn tensors": "state.safetensors",
+        "a flipped bit": "state.safetensors",
+        "missing adapter": "adapter_model.safetensors",
+    }.get(damage, "state.json")
+    data = file.read_bytes()
     if damage.startswith("torn"):
-        file.write_bytes(file.read_bytes()[:-20])
+        file.write_bytes(data[:-20])
+    elif damage == "a flipped bit":
+        file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     else:
         file.unlink()
     notices: list[str] = []
@@ -107,11 +114,12 @@ def test_another_summation_is_said_and_continues(tiny_config: Callable[..., Trai
 
 
 def test_the_last_and_the_best_checkpoints_are_kept(
-    tiny_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+    tiny_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, ask_every_step: None
 ) -> None:
     # After three steps nothing changes any more: as good is not better.
     monkeypatch.setattr("covray.training.loop.learning_rate", lambda config, step, steps: 1e-2 * (step <= 3))
     config = tiny_config(validate_every_steps=1, checkpoints__every_steps=1, checkpoints__keep=1)
+    stop_after(config, 4)  # which was best must survive that
     result = train(config)
     assert result is not None
     checks = [record for record in curve(config) if "validation_loss" in record and record["step"]]
