@@ -54,7 +54,10 @@ def run_demo(out: Path, console: Console) -> dict[str, Any]:
             shutil.copy(photograph_path(name), photographs)
     except OSError as error:
         raise ConfigError(f"--out {out}: cannot be written ({error.strerror}); give another folder") from error
-    say(f"{len(PHOTOGRAPHS)} photographs label themselves", f"pairs photos {photographs} --out {pairs}/photos.parquet")
+    say(
+        f"{len(PHOTOGRAPHS)} photographs label themselves",
+        f"pairs photos {photographs} --size 128 --splits train=1 --out {pairs}/photos.parquet",
+    )
     _write(pairs / "photos.parquet", photo_pairs(str(photographs), size_px=128, splits={"train": 1}), str(photographs))
     scenes = sum(SCENES.values())
     shares = ",".join(f"{name}={count}" for name, count in SCENES.items())
