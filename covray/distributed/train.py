@@ -34,6 +34,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from covray import storage
 from covray.config import TrainConfig
+from covray.distributed.board import Board
 from covray.distributed.session import ray_session
 from covray.distributed.tracking import Tracker
 from covray.errors import ConfigError, CovrayError
@@ -155,44 +156,6 @@ def _follow(fitting: Future[Any], follower: _Follower, config: TrainConfig) -> N
 
 
 # --- the workers -----------------------------------------------------------------------------------------------------
-
-
-class _Board:
-    """What driver and workers tell each other beside the run folder."""
-
-    def __init__(self) -> None:
-        self._failure: CovrayError | None = None
-        self._stop = False
-        self._notices: list[str] = []
-
-    def fail(self, error: CovrayError) -> None:
-        """A mistake that a restart does not mend."""
-        self._failure = self._failure or error
-
-    def failure(self) -> CovrayError | None:
-        """The first such mistake."""
-        return self._failure
-
-    def stop(self) -> None:
-        """Ask the workers to write a checkpoint and leave."""
-        self._stop = True
-
-    def stopping(self) -> bool:
-        """Whether they were asked to."""
-        return self._stop
-
-    def notice(self, text: str) -> None:
-        """A line for the user."""
-        self._notices.append(text)
-
-    def notices(self) -> list[str]:
-        """The lines since the last call."""
-        taken, self._notices = self._notices, []
-        return taken
-
-
-Board = ray.remote(num_cpus=0)(_Board)
-"""The board as an actor, for all to reach."""
 
 
 def _work(settings: dict[str, Any]) -> None:
