@@ -13,24 +13,20 @@ other suffer from company far more than single ones, the plain loop most of all.
 from __future__ import annotations
 
 import argparse
-import datetime
 import multiprocessing
-import os
-import platform
-import shlex
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMInverseScheduler, DDIMScheduler, UNet2DConditionModel
+from results_file import write_result
 from safetensors.torch import load_file, save_file
 
 from covray.config import EngineConfig, PriorConfig
@@ -245,25 +241,8 @@ def compare(options: argparse.Namespace, folder: Path) -> None:
     if options.dtype == "float32" and mean > 0.05:
         sys.exit("the pictures do not agree: the figures above compare different things")
     if options.result:
-        options.result.parent.mkdir(parents=True, exist_ok=True)
-        options.result.write_text("\n".join([*heading(), "", *report, ""]), encoding="utf-8")
-
-
-def heading() -> list[str]:
-    """When, on what, with which versions and by which command."""
-    cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "numpy"))
-    return [
-        f"# Engine against the plain loop, {datetime.date.today().isoformat()}",
-        "",
-        f"{cpu}, {os.cpu_count()} logical cores; Python {platform.python_version()}, {versions}.",
-        f"Load average before the end: {os.getloadavg()[0]:.1f}.",
-        "",
-        f"    python {shlex.join(sys.argv)}",
-    ]
+        packages = ("torch", "diffusers", "numpy")
+        write_result(options.result, "Engine against the plain loop", packages, report)
 
 
 if __name__ == "__main__":

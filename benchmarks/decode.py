@@ -13,21 +13,17 @@ The backbone is random unless ``--backbone`` names one. Run it on a quiet machin
 from __future__ import annotations
 
 import argparse
-import datetime
 import os
-import platform
-import shlex
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from results_file import write_result
 from transformers import LlamaForCausalLM
 
 from covray.config import BackboneConfig
@@ -147,26 +143,8 @@ def main() -> None:
     ]
     print("\n".join(lines))
     if options.result:
-        options.result.parent.mkdir(parents=True, exist_ok=True)
-        options.result.write_text("\n".join([*heading(), "", *lines, ""]), encoding="utf-8")
-
-
-def heading() -> list[str]:
-    """When, on what, with which versions and by which command."""
-    cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "numpy"))
-    return [
-        f"# Decoding against transformers.generate, {datetime.date.today().isoformat()}",
-        "",
-        f"{cpu}, {os.cpu_count()} logical cores{gpu}; Python {platform.python_version()}, {versions}.",
-        f"Load average at the end: {os.getloadavg()[0]:.1f}.",
-        "",
-        f"    python {shlex.join(sys.argv)}",
-    ]
+        packages = ("torch", "transformers", "numpy")
+        write_result(options.result, "Decoding against transformers.generate", packages, lines)
 
 
 if __name__ == "__main__":

@@ -13,23 +13,18 @@ about what it writes when seven tasks are mixed: small ones, whose opening costs
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
-import os
-import platform
-import shlex
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from results_file import write_result
 
 from covray import storage
 from covray.config import SentencesConfig
@@ -162,31 +157,14 @@ def main() -> None:
     ]
     print("\n".join(report))
     if options.result:
-        options.result.parent.mkdir(parents=True, exist_ok=True)
-        options.result.write_text("\n".join([*heading(), "", *report, ""]), encoding="utf-8")
+        packages = ("torch", "pyarrow", "numpy")
+        write_result(options.result, "Visual sentences from Parquet", packages, report)
 
 
 def spread(figures: list[np.ndarray]) -> str:
     """Median and range by CPU time, and the median by wall time, in millions."""
     cpu, wall = (np.array(column) / 1e6 for column in zip(*figures, strict=True))
     return f"{np.median(cpu):.1f} ({cpu.min():.1f} to {cpu.max():.1f}); wall {np.median(wall):.1f}"
-
-
-def heading() -> list[str]:
-    """When, on what, with which versions and by which command."""
-    cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "pyarrow", "numpy"))
-    return [
-        f"# Visual sentences from Parquet, {datetime.date.today().isoformat()}",
-        "",
-        f"{cpu}, {os.cpu_count()} logical cores; Python {platform.python_version()}, {versions}.",
-        f"Load average before the end: {os.getloadavg()[0]:.1f}.",
-        "",
-        f"    python {shlex.join(sys.argv)}",
-    ]
 
 
 if __name__ == "__main__":

@@ -13,24 +13,21 @@ random tokens unless ``--data`` names a dataset; the backbone is random unless `
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import resource
-import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from results_file import write_result
 from sentences import SHAPES, write_dataset
 
 from covray.config import TrainConfig
@@ -227,8 +224,8 @@ def main() -> None:
     lines = report(runs, options)
     print("\n".join(lines))
     if options.result:
-        options.result.parent.mkdir(parents=True, exist_ok=True)
-        options.result.write_text("\n".join([*heading(), "", *lines, ""]), encoding="utf-8")
+        packages = ("torch", "transformers", "peft", "accelerate", "numpy")
+        write_result(options.result, "Training against Trainer + PEFT", packages, lines)
 
 
 def report(runs: dict[str, list[dict[str, Any]]], options: argparse.Namespace) -> list[str]:
@@ -252,24 +249,6 @@ def report(runs: dict[str, list[dict[str, Any]]], options: argparse.Namespace) -
         "",
         f"Losses of covray: {', '.join(f'{loss:.4f}' for loss in ours)}; largest difference to the Trainer's "
         f"{np.abs(ours - theirs).max():.1e}.",
-    ]
-
-
-def heading() -> list[str]:
-    """When, on what, with which versions and by which command."""
-    cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "accelerate", "numpy"))
-    return [
-        f"# Training against Trainer + PEFT, {datetime.date.today().isoformat()}",
-        "",
-        f"{cpu}, {os.cpu_count()} logical cores{gpu}; Python {platform.python_version()}, {versions}.",
-        f"Load average before the end: {os.getloadavg()[0]:.1f}.",
-        "",
-        f"    python {shlex.join(sys.argv)}",
     ]
 
 

@@ -344,7 +344,7 @@ def differences(theirs: dict[str, Any], ours: dict[str, Any], *, open_matches: b
 
     ``open_matches``: what ours leaves open (null or ``auto``) agrees with anything.
     """
-    first, second = dict(_leaves(theirs)), dict(_leaves(ours))
+    first, second = dict(leaves(theirs)), dict(leaves(ours))
     return [
         f"{key} was {first.get(key)!r}, is {second.get(key)!r}"
         for key in sorted(first.keys() | second.keys())
@@ -352,10 +352,11 @@ def differences(theirs: dict[str, Any], ours: dict[str, Any], *, open_matches: b
     ]
 
 
-def _leaves(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of nested dictionaries with its dotted key."""
     for key, inner in value.items():
         if isinstance(inner, dict):
-            yield from _leaves(inner, f"{prefix}{key}.")
+            yield from leaves(inner, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", inner
 

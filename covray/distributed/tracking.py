@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from covray import storage
-from covray.config import TrainConfig
+from covray.config import TrainConfig, leaves
 from covray.errors import ConfigError
 
 FLUSH_S = 5.0
@@ -168,7 +168,7 @@ class Tracker:
         from mlflow.entities import Param
 
         had = self._client.get_run(self._run_id).data.params
-        values = _flat(self._config.model_dump(mode="json", exclude={"tracking"}))
+        values = leaves(self._config.model_dump(mode="json", exclude={"tracking"}))
         missing = [
             Param(key, str(value)[:_PARAM_CHARACTERS]) for key, value in values if key not in had and value is not None
         ]
@@ -245,14 +245,6 @@ def _environment(**changes: str) -> Iterator[None]:
     finally:
         for key in added:
             os.environ.pop(key, None)
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _shown(text: str) -> str:

@@ -213,12 +213,10 @@ def _check(config: TrainConfig, dataset: ChainDataset, facts: BackboneFacts) -> 
     """All that can be wrong with data and backbone together."""
     chosen = config.sentences
     require_same_codes(facts, dataset)
-    require_context(chosen, dataset.tokens_per_image, facts.llama.max_position_embeddings)
+    tokens = require_context(chosen, dataset.tokens_per_image, facts.llama.max_position_embeddings)
     count_pairs(dataset, chosen, chosen.split)
     if chosen.validation_split is not None:
         count_pairs(dataset, chosen, chosen.validation_split)
-    longest = 2 if chosen.method == "none" else max(chosen.lengths)
-    tokens = longest * (max(chosen.pairs) + 1) * dataset.tokens_per_image
     fit = max(1, config.optimizer.batch_tokens // tokens)
     if config.workers.count > fit:
         raise ConfigError(

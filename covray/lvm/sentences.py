@@ -22,8 +22,8 @@ from covray.lvm.model import Batch
 from covray.tokens.shards import ChainDataset, frame_order, task_of
 
 
-def require_context(config: SentencesConfig, tokens_per_image: int, context_tokens: int) -> None:
-    """Raise ConfigError, with the arithmetic, when the longest sentence of ``config`` exceeds the context."""
+def require_context(config: SentencesConfig, tokens_per_image: int, context_tokens: int) -> int:
+    """Tokens of the longest sentence of ``config``; ConfigError, with the arithmetic, when they exceed the context."""
     pictures, pairs = max(_lengths(config)), max(config.pairs)
     tokens = pictures * (pairs + 1) * tokens_per_image
     if tokens > context_tokens:
@@ -32,6 +32,7 @@ def require_context(config: SentencesConfig, tokens_per_image: int, context_toke
             f"exceed the context of {context_tokens} ({context_tokens // tokens_per_image} pictures); "
             "lower --length or --pairs"
         )
+    return tokens
 
 
 def count_pairs(dataset: ChainDataset, config: SentencesConfig, split: str) -> dict[str, int]:
