@@ -69,6 +69,7 @@ class Projection(nn.Module):
         self.bias = nn.Parameter(torch.empty(sum(sizes.values()))) if bias else None
         self.adapted = tuple(name for name in sizes if lora and name in lora.targets)
         if lora and self.adapted:
+            self.requires_grad_(False)  # an adapted map is frozen: its backward pass gives the base no gradient
             self.rank, self.scale = lora.rank, lora.alpha / lora.rank
             self.lora_A = nn.Parameter(torch.empty(len(self.adapted) * lora.rank, width))  # [targets * rank, width]
             self.lora_B = nn.ParameterDict(
