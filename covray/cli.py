@@ -484,7 +484,7 @@ def nano_train(
     model: Annotated[str, typer.Argument(help="vae, prior (needs the vae), vqgan, or lvm (needs the vqgan).")],
     out: Annotated[Path, typer.Option("--out", help="Folder of the family; a killed training continues there.")],
     steps: Annotated[int | None, typer.Option(min=1, help="By default the recipe's.")] = None,
-    scenes: Annotated[int, typer.Option(min=1, help="Rendered scenes to train on, eight pictures each.")] = 6000,
+    scenes: Annotated[int, typer.Option(min=1, help="Rendered scenes to train on, eight pictures each.")] = 8000,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     seed: Seed = 0,

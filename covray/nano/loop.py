@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,33 +29,36 @@ def train(
     device: torch.device,
     measure: Callable[[Any], str] | None = None,
     on_step: Callable[[Any, int], None] | None = None,
+    optimizers: Callable[[Any], Sequence[torch.optim.Optimizer]] | None = None,
 ) -> Any:
     """Train ``model`` for ``steps`` and return its moving average (EMA), in float32.
 
     ``loss_of(model, step, generator)`` draws all its randomness from the generator, which is seeded by (seed, step):
     a run that was killed and started again equals one that was not. ``measure`` is printed at every save.
     ``on_step(model, step)`` may change the model before a step (the codebook's k-means).
+    ``optimizers(model)`` share out the parameters, each at its highest learning rate; by default one AdamW.
     """
     out.mkdir(parents=True, exist_ok=True)
     state_path = out / f"{name}.state.pt"
     model.to(device=device, memory_format=torch.channels_last)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY), use_buffers=True)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-4, fused=True
-    )
+    chosen = [adamw(model.parameters(), learning_rate)] if optimizers is None else list(optimizers(model))
+    highest = [[group["lr"] for group in optimizer.param_groups] for optimizer in chosen]
     first = 0
     if state_path.exists():
         state = torch.load(state_path, map_location=device, weights_only=True)
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, kept in zip(chosen, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
         first = int(state["step"])
         print(f"{name}: continues at step {first} of {steps}", flush=True)
     started = reported = saved = time.monotonic()
     running, seen = 0.0, 0
     for step in range(first, steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * schedule(step, steps)
+        for optimizer, rates in zip(chosen, highest, strict=True):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * schedule(step, steps)
         if on_step is not None:
             on_step(model, step)
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
@@ -63,8 +66,9 @@ def train(
             loss = loss_of(model, step, generator)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in chosen:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         average.update_parameters(model)
         running, seen = running + float(loss.detach()), seen + 1
         now = time.monotonic()
@@ -82,7 +86,7 @@ def train(
                 {
                     "model": model.state_dict(),
                     "average": average.state_dict(),
-                    "optimizer": optimizer.state_dict(),
+                    "optimizers": [optimizer.state_dict() for optimizer in chosen],
                     "step": step + 1,
                 },
                 aside,
@@ -92,6 +96,11 @@ def train(
             if measure is not None:
                 print(f"{name}: step {step + 1}  {measure(average.module)}", flush=True)
     return average.module
+
+
+def adamw(parameters: Any, learning_rate: float) -> torch.optim.Optimizer:
+    """AdamW as all nano models have it."""
+    return torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
 
 
 def schedule(step: int, steps: int) -> float:

@@ -6,6 +6,7 @@ vision is, the model learns from LoRA later; what a picture, a pair and a task a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from covray.lvm.backbone import BackboneFacts, backbone_facts, load_backbone, wr
 from covray.lvm.model import Batch, Lvm
 from covray.lvm.scales import SPECIAL_IDS, llama_config
 from covray.nano.data import CROPS, KINDS, VIEWS, views
-from covray.nano.loop import train
+from covray.nano.loop import adamw, train
 from covray.tokens.tokenizer import Tokenizer, load_tokenizer
 
 TASK_PICTURES = {
@@ -31,8 +32,12 @@ TASK_PICTURES = {
 """Image and label of every task, by kind of picture."""
 PICTURES = 16
 """Pictures of a sentence: the context."""
-BATCH = 8
-PAIRS_SHARE, VIEWS_SHARE = 0.8, 0.1
+BATCH = 6
+PAIRS_SHARE, VIEWS_SHARE = 0.9, 0.05
+IMAGES_LOSS = 0.25
+"""Share of the tokens of images that carry loss; all of a label's do. Most of an image nobody can foretell, and the
+little the model has to give is better spent on what follows from what it sees."""
+MUON_RATE, ADAMW_RATE = 4e-3, 3e-3
 VIEW_SCENES = 1500
 
 
@@ -47,8 +52,8 @@ class Corpus:
     views: Tensor
     """[scenes, 4 views, tokens]."""
 
-    def sentence(self, generator: torch.Generator) -> Tensor:
-        """One sentence of 16 pictures, int64 [16 * tokens], all randomness from ``generator``."""
+    def sentence(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """One sentence of 16 pictures, and where it carries loss; int64, bool [16 * tokens]; all from ``generator``."""
         kind = float(torch.rand((), generator=generator))
         if kind < PAIRS_SHARE:
             pictures = self.pairs(list(TASK_PICTURES)[self._draw(len(TASK_PICTURES), 1, generator)[0]], generator)
@@ -56,7 +61,10 @@ class Corpus:
             pictures = self.views[self._draw(len(self.views), PICTURES // VIEWS, generator)].flatten(0, 1)
         else:
             pictures = self.scenes.flatten(0, 1)[self._draw(self.scenes[..., 0].numel(), PICTURES, generator)]
-        return pictures.reshape(-1).long()
+        counts = torch.rand(pictures.shape, generator=generator) < IMAGES_LOSS
+        if kind < PAIRS_SHARE:
+            counts[1::2] = True
+        return pictures.reshape(-1).long(), counts.flatten()
 
     def pairs(self, task: str, generator: torch.Generator) -> Tensor:
         """Eight pairs of ``task``, [16, tokens]; of photographs now and then, where these have the task's pictures."""
@@ -75,7 +83,8 @@ class Corpus:
 def train_lvm(pictures: Tensor, held_out: Tensor, out: Path, steps: int, seed: int, device: torch.device) -> None:
     """Train the LVM on the tokens of uint8 ``pictures`` (``covray.nano.data.pictures``) and save ``out``/lvm.
 
-    Needs the VQGAN of ``train_vqgan`` in ``out``/vqgan. The loss is next-token cross-entropy over every position.
+    Needs the VQGAN of ``train_vqgan`` in ``out``/vqgan. The loss is next-token cross-entropy. Muon (Jordan et al. 2024)
+    trains the matrices, as it learns more a step than AdamW does; AdamW trains the rest.
     """
     torch.manual_seed(seed)
     tokenizer = load_tokenizer(TokenizerConfig(path=str(out / "vqgan")), EngineConfig(image_batch=64))
@@ -85,16 +94,17 @@ def train_lvm(pictures: Tensor, held_out: Tensor, out: Path, steps: int, seed: i
     measured = scenes_alone(seen)
 
     def loss_of(model: Any, step: int, generator: torch.Generator) -> Tensor:
-        batch = _batch([corpus.sentence(generator) for _ in range(BATCH)]).to(device)
+        sentences, counts = zip(*(corpus.sentence(generator) for _ in range(BATCH)), strict=True)
+        batch = _batch(sentences, torch.stack(counts)).to(device)
         total, each = model(batch)
         return total / len(each)
 
     def measure(model: Any) -> str:
-        perplexities = answer_perplexity(model, measured, 8, device)
+        perplexities = answer_perplexity(model, measured, 4, device)
         return "held-out answer perplexity " + ", ".join(f"{task} {value:.1f}" for task, value in perplexities.items())
 
     model = new_lvm(seed)
-    model = train(model, loss_of, out, steps, seed, 1.5e-3, "lvm", device, measure=measure)
+    model = train(model, loss_of, out, steps, seed, ADAMW_RATE, "lvm", device, measure=measure, optimizers=_optimizers)
     save_lvm(model, out / "lvm", tokenizer.codebook_fingerprint, size)
 
 
@@ -130,7 +140,9 @@ def answer_perplexity(model: Lvm, corpus: Corpus, sentences: int, device: torch.
     for task in TASK_PICTURES:
         generator = torch.Generator().manual_seed(0)
         pictures = [corpus.pairs(task, generator).reshape(-1).long() for _ in range(sentences)]
-        batch = _batch(pictures, corpus.scenes.shape[-1])
+        answer = torch.zeros(sentences, len(pictures[0]), dtype=torch.bool)
+        answer[:, -corpus.scenes.shape[-1] :] = True
+        batch = _batch(pictures, answer)
         with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16):
             _, each = model(batch.to(device))
         found[task] = float(each.mean().exp())
@@ -179,12 +191,19 @@ def save_lvm(model: Lvm, folder: Path, codebook: str, tokens_per_image: int) -> 
     write_backbone(folder, facts, model.backbone_tensors().__getitem__, torch.float16)
 
 
-def _batch(sentences: list[Tensor], answer: int | None = None) -> Batch:
-    """Sentences of one length; loss everywhere, or on the last ``answer`` tokens."""
-    length = len(sentences[0])
-    first = length - answer if answer else 1
-    places = [start * length + torch.arange(first - 1, length - 1) for start in range(len(sentences))]
-    return Batch(torch.cat(sentences), (length,) * len(sentences), torch.cat(places))
+def _batch(sentences: Sequence[Tensor], counts: Tensor) -> Batch:
+    """Sentences of one length, with loss on the tokens of ``counts``, bool [sentences, length]."""
+    counts = counts.clone()
+    counts[:, 0] = False  # nothing stands before it
+    places = counts.flatten().nonzero()[:, 0] - 1
+    return Batch(torch.cat(tuple(sentences)), (counts.shape[1],) * len(sentences), places)
+
+
+def _optimizers(model: Lvm) -> list[torch.optim.Optimizer]:
+    matrices = [parameter for parameter in model.layers.parameters() if parameter.ndim == 2]
+    rest = [parameter for parameter in model.parameters() if not any(parameter is matrix for matrix in matrices)]
+    muon = torch.optim.Muon(matrices, lr=MUON_RATE, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    return [muon, adamw(rest, ADAMW_RATE)]
 
 
 def _corpus(pictures: Tensor, tokenizer: Tokenizer, out: Path, seed: int) -> Corpus:

@@ -7,6 +7,7 @@ World axes are right-handed, z up, metres; the camera looks along -z of its own 
 
 from __future__ import annotations
 
+import colorsys
 import functools
 import hashlib
 from collections.abc import Iterable, Iterator
@@ -26,6 +27,12 @@ CLASSES = ("wall", "floor", "box", "ball", "person", "cylinder", "cone", "ring")
 """Segmentation classes of scenes; index + 1 is the class drawn, 0 is the sky."""
 SPLITS = {"train": 0.8, "val": 0.1, "test": 0.1}
 SOLIDS = ("box", "ball", "cylinder", "cone", "ring")
+HUES = {
+    "wall": 0.08, "floor": 0.3, "box": 0.74, "ball": 0.0, "cylinder": 0.6, "cone": 0.15, "ring": 0.48,
+    "shirt": 0.92, "trousers": 0.64,
+}  # fmt: skip
+"""Things have their colours, as in the world: the hue, as a share of the circle from red through green and blue, about
+which those of a kind vary. Were they any colour, colorization could only be guessed."""
 
 Array = NDArray[np.float64]
 
@@ -172,12 +179,17 @@ def _rotation(axis: Array, angle: float) -> Array:
     return np.asarray(np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross)
 
 
-def _texture(rng: np.random.Generator) -> tuple[Array, str, float, Array]:
-    hue = rng.uniform(0, 1, 3)
-    base = 0.08 + 0.82 * hue / max(hue.max(), 1e-6) * rng.uniform(0.4, 1.0)
-    second = np.clip(base * rng.uniform(0.3, 0.7) if rng.random() < 0.6 else rng.uniform(0.05, 0.9, 3), 0, 1)
+def _texture(rng: np.random.Generator, kind: str) -> tuple[Array, str, float, Array]:
+    base = _colour(kind, *rng.uniform(0, 1, 3)) * rng.uniform(0.4, 1.0)
+    second = base * rng.uniform(0.3, 0.7) if rng.random() < 0.6 else _colour(kind, *rng.uniform(0, 1, 3))
     pattern = str(rng.choice(["plain", "checks", "stripes", "shade", "spots"], p=[0.4, 0.15, 0.15, 0.2, 0.1]))
     return np.stack([base, second]), pattern, float(rng.uniform(0.7, 1.8)), rng.uniform(0, 6.28, 3)
+
+
+def _colour(kind: str, turn: float, saturation: float, value: float) -> Array:
+    """A linear RGB colour of ``kind``; the others in [0, 1] choose within what the kind allows."""
+    hue = (HUES[kind] + 0.07 * (turn - 0.5)) % 1
+    return np.array(colorsys.hsv_to_rgb(hue, 0.5 + 0.35 * saturation, 0.55 + 0.4 * value))
 
 
 def _place(kind: str, scale: Array, rotation: Array, offset: Array, texture: tuple[Array, str, float, Array]) -> _Body:
@@ -190,16 +202,18 @@ def _place(kind: str, scale: Array, rotation: Array, offset: Array, texture: tup
 def _room(rng: np.random.Generator) -> tuple[list[_Body], float | None]:
     """A floor, and mostly a back wall, sometimes a side wall, whose x is the second; elsewhere the sky shows."""
     flat = np.eye(3)
-    bodies = [_place("box", np.array([40.0, 40, 0.1]), flat, np.array([0, 0, -0.1]), _texture(rng))]
+    bodies = [_place("box", np.array([40.0, 40, 0.1]), flat, np.array([0, 0, -0.1]), _texture(rng, "floor"))]
     bodies[0].kind = "floor"
     if rng.random() < 0.8:
-        wall = _place("box", np.array([40.0, 0.1, 12]), flat, np.array([0, rng.uniform(1.6, 4.0), 0]), _texture(rng))
+        wall = _place(
+            "box", np.array([40.0, 0.1, 12]), flat, np.array([0, rng.uniform(1.6, 4.0), 0]), _texture(rng, "wall")
+        )
         wall.kind = "wall"
         bodies.append(wall)
     side: float | None = None
     if rng.random() < 0.35:
         side = float(rng.choice([-1, 1]) * rng.uniform(2.2, 3.5))
-        wall = _place("box", np.array([0.1, 40.0, 12]), flat, np.array([side, 0, 0]), _texture(rng))
+        wall = _place("box", np.array([0.1, 40.0, 12]), flat, np.array([side, 0, 0]), _texture(rng, "wall"))
         wall.kind = "wall"
         bodies.append(wall)
     return bodies, side
@@ -219,7 +233,7 @@ def _solid(rng: np.random.Generator, taken: list[tuple[float, float, float]]) ->
                 scale = np.full(3, size)
                 rotation = rotation @ _rotation(np.array([1.0, 0, 0]), rng.uniform(0, np.pi))
             lift = rng.uniform(0, 0.6) if rng.random() < 0.3 else 0.0
-            body = _place(kind, scale, rotation, np.zeros(3), _texture(rng))
+            body = _place(kind, scale, rotation, np.zeros(3), _texture(rng, kind))
             body.vertices += np.array([x, y, lift - body.vertices[:, 2].min()])
             return body
     return None
@@ -265,7 +279,7 @@ def _figure(rng: np.random.Generator) -> tuple[Array, list[_Body]]:
     joint[:, 2] += 0.05 - joint[[10, 13], 2].min()
     head[2] += joint[1, 2] - up[2] * 0.30 * height
 
-    shirt, trousers = _texture(rng)[0][0], _texture(rng)[0][0] * 0.7
+    shirt, trousers = _texture(rng, "shirt")[0][0], _texture(rng, "trousers")[0][0] * 0.7
     skin = (np.array([0.75, 0.5, 0.36]) * rng.uniform(0.35, 1.15)).clip(0, 1)
     tones = tuple((np.stack([colour] * 2), "plain", 1.0, np.zeros(3)) for colour in (shirt, trousers, skin))
     bodies = [_ball(head, np.full(3, 0.15 * height), tones[2])]

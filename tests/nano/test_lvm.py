@@ -42,8 +42,12 @@ def test_a_sentence_is_pairs_of_one_task_or_views_or_single_pictures(corpus: lvm
     kinds_of_sentences = {"pairs": 0, "views": 0, "single": 0}
     for seed in range(300):
         generator = torch.Generator().manual_seed(seed)
-        pictures = _pictures(corpus.sentence(generator))
-        assert pictures == _pictures(corpus.sentence(torch.Generator().manual_seed(seed)))
+        sentence, counts = corpus.sentence(generator)
+        again, counts_again = corpus.sentence(torch.Generator().manual_seed(seed))
+        assert torch.equal(sentence, again)
+        assert torch.equal(counts, counts_again)
+        pictures = _pictures(sentence)
+        share = counts.reshape(lvm.PICTURES, TOKENS).float().mean(1)
         pairs = list(zip(pictures[::2], pictures[1::2], strict=True))
         if pictures[0][0] == 2:
             kinds_of_sentences["views"] += 1
@@ -53,6 +57,8 @@ def test_a_sentence_is_pairs_of_one_task_or_views_or_single_pictures(corpus: lvm
                 assert len({scene for _, scene, _ in group}) == 1
         elif all(first[:2] == second[:2] for first, second in pairs):
             kinds_of_sentences["pairs"] += 1
+            assert (share[1::2] == 1).all()  # every token of a label counts, of images some do
+            assert 0 < share[::2].mean() < 0.6
             found = {(first[2], second[2]) for first, second in pairs}
             assert len(found) == 1
             assert found <= tasks

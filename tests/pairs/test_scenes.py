@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 import itertools
 from collections import Counter
 
@@ -26,6 +27,7 @@ PERSON = CLASSES.index("person") + 1
 FLOOR = CLASSES.index("floor") + 1
 TORSO = (2, 5, 8, 11)
 SEEDS = range(8)
+SATURATED = 0.25
 
 
 @pytest.fixture(scope="module")
@@ -269,3 +271,23 @@ def test_pictures_are_png_of_the_size_asked_for(pairs: list[Pair]) -> None:
             assert picture.bytes is not None
             assert decode(picture.bytes).shape == (16, 16, 3)
     assert pairs[0].meta["classes"] == ["sky", *CLASSES]
+
+
+def test_things_have_their_colours() -> None:
+    """Or nothing but a guess could colour a grey scene."""
+    hues: dict[int, list[float]] = {}
+    for seed in range(24):
+        view = render_scene(seed)[0]
+        for number in np.unique(view.classes):
+            low, high = (part(view.colour[view.classes == number], axis=1) for part in (np.min, np.max))
+            clear = (high > 60) & (high - low > SATURATED * high)  # neither in the dark nor grey
+            if number in (0, PERSON) or clear.sum() < 20:
+                continue
+            pixels = view.colour[view.classes == number][clear] / 255
+            hue = np.median([colorsys.rgb_to_hsv(*pixel)[0] for pixel in pixels[:200]])
+            hues.setdefault(int(number), []).append(float(hue))
+    turned = {number: np.exp(2j * np.pi * np.array(found)) for number, found in hues.items() if len(found) > 2}
+    assert len(turned) >= 5
+    assert all(abs(found.mean()) > 0.9 for found in turned.values())  # those of a class agree
+    means = [found.mean() / abs(found.mean()) for found in turned.values()]
+    assert all(abs(first - second) > 0.3 for first, second in itertools.combinations(means, 2))  # classes do not
