@@ -50,6 +50,13 @@ class Tokenizer:
         self._model = model
         self._batch = image_batch
 
+    @property
+    def codebook(self) -> np.ndarray:
+        """What every code stands for, float32 ``[codes, dimensions]``, read-only; near vectors mean alike patches."""
+        values = self._model.quantize.embedding.weight.detach().float().cpu().numpy()
+        values.flags.writeable = False  # it may be the model's own memory
+        return values
+
     @torch.inference_mode()
     def encode(self, images: np.ndarray) -> np.ndarray:
         """Tokens uint16 ``[n, tokens_per_image]`` of pictures uint8 ``[n, size_px, size_px, 3]``."""

@@ -42,6 +42,21 @@ def test_attributes_follow_the_model(tokenizer: Tokenizer) -> None:
     assert (tokenizer.size_px, tokenizer.grid, tokenizer.tokens_per_image, tokenizer.codes) == (16, (4, 4), 16, 64)
 
 
+def test_the_codebook_is_what_latents_are_compared_with(tokenizer: Tokenizer, pictures: np.ndarray) -> None:
+    assert (tokenizer.codebook.dtype, tokenizer.codebook.shape) == (np.float32, (64, 4))
+    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255
+    with torch.inference_mode():
+        model = tokenizer._model
+        latents = model.encode(pixels).latents.permute(0, 2, 3, 1).reshape(-1, 4).numpy()
+    distances = np.linalg.norm(latents[:, None] - tokenizer.codebook, axis=2)
+    assert np.array_equal(distances.argmin(axis=1), tokenizer.encode(pictures).ravel())
+
+
+def test_the_codebook_cannot_be_written(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match="read-only"):
+        tokenizer.codebook[0, 0] = 1
+
+
 def test_tokens_and_pictures_do_not_depend_on_neighbours_place_or_padding(
     tokenizer: Tokenizer, pictures: np.ndarray
 ) -> None:
