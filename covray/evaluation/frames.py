@@ -1,0 +1,48 @@
+"""Quality of the frames a model paints between its query and its answer."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+from numpy.typing import NDArray
+
+from covray.evaluation.scores import mse, psnr
+
+FRAME_METRICS: tuple[str, ...] = ("frame_psnr", "frame_path", "frame_step_variation")
+
+Picture = NDArray[np.uint8]
+
+
+def frame_figures(
+    query: Picture, frames: NDArray[np.uint8], answer: Picture, references: NDArray[np.uint8]
+) -> dict[str, float | None]:
+    """How good the ``frames`` uint8 [n, s, s, 3], n >= 0, between ``query`` and ``answer``, uint8 [s, s, 3], are.
+
+    ``references``: the same pair's frames as the dataset has them, as many. By ``FRAME_METRICS``:
+
+    - ``frame_psnr``: agreement, the mean over frames of the PSNR in dB against the reference.
+    - ``frame_path``: the way from the query through the frames to the answer over the direct way; 1 is a straight line.
+    - ``frame_step_variation``: coefficient of variation (standard deviation over mean) of the steps on that way; 0 is
+      an even pace.
+
+    The last two are DiffMorpher's path length and perceptual distance variance (Zhang et al., CVPR 2024) with RMS
+    differences of pixels in place of LPIPS, divided by what makes them comparable between pairs. None without frames,
+    and where query and answer are equal (path) or nothing moves (variation). Raises ValueError where the numbers of
+    frames and references differ.
+    """
+    if len(frames) != len(references):
+        raise ValueError(f"{len(frames)} frames and {len(references)} references do not match")
+    if not len(frames):
+        return dict.fromkeys(FRAME_METRICS)
+    steps = [_rms(first, second) for first, second in itertools.pairwise([query, *frames, answer])]
+    direct = _rms(query, answer)
+    return {
+        "frame_psnr": float(np.mean([psnr(*both) for both in zip(frames, references, strict=True)])),
+        "frame_path": sum(steps) / direct if direct else None,
+        "frame_step_variation": float(np.std(steps) / np.mean(steps)) if any(steps) else None,
+    }
+
+
+def _rms(first: Picture, second: Picture) -> float:
+    return float(np.sqrt(mse(first, second)))
