@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
+from skimage.filters import gaussian
+from skimage.transform import resize
 
 from covray.evaluation.scores import VOC_CLASSES
 from covray.tasks import TASKS, depth, normals, pose, segmentation
+
+SALIENCY_SIDE_PX = 64
+"""At which size a picture is looked at for what stands out (Hou & Zhang 2007)."""
+SALIENCY_SIGMA_PX = 2.5
+"""Smoothing of the map at that size, as in the code Hou & Zhang published."""
 
 Picture = NDArray[np.uint8]
 
@@ -48,6 +56,30 @@ def nearest_label(query: Picture, images: NDArray[np.uint8], labels: NDArray[np.
     """
     errors = [np.mean((image.astype(np.float32) - query) ** 2) for image in images]
     return labels[int(np.argmin(errors))]
+
+
+def saliency(picture: Picture) -> Picture:
+    """What stands out of ``picture`` uint8 [h, w, 3], as a grey map of that shape, 255 where it does most.
+
+    The intermediate frame of the baseline Chain-of-Focus (Zheng et al., ICLR 2025), whose abstract says that frames are
+    made "through visual saliency" and not how. This is the spectral residual of Hou & Zhang (CVPR 2007), which needs no
+    weights: amplitudes of the grey picture's spectrum over their geometric mean with their neighbours', phases kept. A
+    picture of one grey is black.
+    """
+    height, width = picture.shape[:2]
+    scale = SALIENCY_SIDE_PX / max(height, width)
+    side = (max(1, round(height * scale)), max(1, round(width * scale)))
+    small = resize(picture.mean(axis=2), side, anti_aliasing=scale < 1)
+    if np.ptp(small) < 1:  # less than a byte can show: only rounding would stand out
+        return np.zeros_like(picture)
+    spectrum = np.fft.fft2(small)
+    amplitude = np.abs(spectrum)
+    logarithm = np.log(np.maximum(amplitude, 1e-8 * amplitude.max()))  # relative, so that brightness does not matter
+    around = np.mean([np.roll(logarithm, shift, (0, 1)) for shift in product((-1, 0, 1), repeat=2)], axis=0)
+    energy = np.abs(np.fft.ifft2(spectrum / np.exp(around))) ** 2
+    found = resize(gaussian(energy, SALIENCY_SIGMA_PX), (height, width))
+    levels = np.rint(255 * (found - found.min()) / np.ptp(found)).astype(np.uint8)
+    return np.repeat(levels[..., None], 3, axis=2)
 
 
 def _said(task: str, label: Picture, classes: int) -> tuple[NDArray[np.floating], NDArray[np.bool_]]:
