@@ -476,6 +476,95 @@ def generate(
             console.print(where, highlight=False, soft_wrap=True)
 
 
+# --- evaluate ------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def evaluate(
+    data: Annotated[str | None, typer.Option(help="Dataset of chains.")] = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option(metavar="RUN", help="Run of a covray train, or NAME=RUN; repeatable.")
+    ] = None,
+    out: Annotated[str | None, typer.Option("--out", help="Folder to write.")] = None,
+    tasks: Tasks = None,
+    split: Annotated[str | None, typer.Option(help="Whose pairs are the queries; test by default.")] = None,
+    episodes: Annotated[int | None, typer.Option(help="At most so many queries of a task.")] = None,
+    pairs: Annotated[int | None, typer.Option(help="Example pairs before the query; by default a run's.")] = None,
+    selection: Annotated[str | None, typer.Option(help="Examples at random, similar, or focus.")] = None,
+    baselines: Annotated[str | None, typer.Option(help="Of copy, mean, nearest, focus, ceiling.")] = None,
+    manifest: Annotated[str | None, typer.Option(help="Where labels are; by default what DATA was built from.")] = None,
+    backbone: Annotated[
+        str | None, typer.Option(help="Of the runs, where it has moved; or the one to look at.")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 (the default): greedy; 1: the model's own.")] = None,
+    best_of: Annotated[int | None, typer.Option(help="Candidates a query, of which the likeliest is scored.")] = None,
+    tracking_uri: Annotated[
+        str | None, typer.Option(help="MLflow; by default a file beside OUT; none: no MLflow.")
+    ] = None,
+    config: ConfigFile = None,
+    sets: Sets = None,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Everything random follows from it.")] = None,
+    json_: Json = False,
+) -> None:
+    """Score adapters, their backbone and baselines on the same queries. Killed anywhere, the same command continues."""
+    from covray.config import EvaluateConfig, load_config
+
+    options: dict[str, Any] = {
+        "data": data,
+        "adapters": adapter,
+        "out": out,
+        "tasks": _split(tasks),
+        "split": split,
+        "episodes": episodes,
+        "pairs": pairs,
+        "selection": selection,
+        "baselines": _split(baselines),
+        "manifest": manifest,
+        "backbone.path": backbone,
+        "backbone.scale": "custom" if backbone else None,
+        "sampling.temperature": temperature,
+        "sampling.best_of": best_of,
+        "tracking.uri": tracking_uri,
+        "seed": seed,
+    }
+    resolved = load_config(EvaluateConfig, config, options, sets or ())
+    with _quiet_libraries():
+        from covray.distributed.evaluate import evaluate as run_evaluation
+
+        results = run_evaluation(resolved)
+    if json_:
+        print(json.dumps(results))
+    else:
+        _print_evaluation(results, resolved.out)
+
+
+_SHORT = {
+    "segmentation": "segm.", "colorization": "colour", "low_light": "dark", "mean_angle_deg": "angle",
+    "abs_rel": "AbsRel", "iou": "IoU", "pck": "PCK", "mse": "MSE", "f": "F", "psnr": "PSNR",
+}  # fmt: skip
+"""Seven tasks must fit beside a name on 80 columns."""
+
+
+def _print_evaluation(results: dict[str, Any], out: str) -> None:
+    """The primary metric of every task, a row a subject; all else is on the page."""
+    tasks = results["tasks"]
+    means = {(entry["subject"], entry["task"], entry["metric"]): entry["mean"] for entry in results["scores"]}
+    lower = set(results["lower_is_better"])
+    table = Table("", box=None, pad_edge=False)
+    for task, about in tasks.items():
+        arrow = "↓" if about["primary"] in lower else "↑"
+        title = f"{_SHORT.get(task, task)}\n{_SHORT.get(about['primary'], about['primary'])} {arrow}"
+        table.add_column(title, justify="right", no_wrap=True)
+    for subject in results["subjects"]:
+        found = [means.get((subject["name"], task, about["primary"])) for task, about in tasks.items()]
+        cells = ["–" if mean is None else f"{mean:.3g}" for mean in found]
+        table.add_row(_escape(subject["name"]), *cells, style="bold" if subject["kind"] == "adapter" else None)
+    console.print(table)
+    if results["failed"]:
+        console.print(f"[yellow]{len(results['failed'])} episodes failed[/yellow]: they are named on the page")
+    console.print(f"{_escape(out.rstrip('/'))}/index.html", highlight=False, soft_wrap=True)
+
+
 # --- nano ----------------------------------------------------------------------------------------------------------
 
 

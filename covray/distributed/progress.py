@@ -1,4 +1,4 @@
-"""How a build is getting on: what the actors report, and the line a person reads."""
+"""How a pool of actors is getting on: what they report, and the line a person reads."""
 
 from __future__ import annotations
 
@@ -67,18 +67,18 @@ Meter = ray.remote(num_cpus=0)(Tally)
 """The tally as an actor, for all others to report to."""
 
 
-class BuildProgress:
-    """Shows pairs done, rate and time left until the block ends: a bar on a terminal, a line now and then elsewhere."""
+class PoolProgress:
+    """Shows rows done, rate and time left until the block ends: a bar on a terminal, a line now and then elsewhere."""
 
-    def __init__(self, total: int, done: int, meter: Any):
-        self._total, self._before, self._meter = total, done, meter
+    def __init__(self, total: int, done: int, meter: Any, unit: str):
+        self._total, self._before, self._meter, self._unit = total, done, meter, unit
         self._stop = threading.Event()
         self._console = Console(stderr=True)
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
-    def __enter__(self) -> BuildProgress:
+    def __enter__(self) -> PoolProgress:
         if self._before:
-            self._console.print(f"continuing: {self._before} of {self._total} pairs are written already")
+            self._console.print(f"continuing: {self._before} of {self._total} {self._unit} are written already")
         self._thread.start()
         return self
 
@@ -108,7 +108,7 @@ class BuildProgress:
                 if rows and first is None:
                     first = (time.monotonic(), rows)
                 rate = _rate(first, rows)
-                note = f"{rate:.2f} pairs/s" if rate else ""
+                note = f"{rate:.2f} {self._unit}/s" if rate else ""
                 note += f", {rejected} rejected" if rejected else ""
                 title = f"{actors} actor{'s' if actors != 1 else ''}" if actors else "starting actors"
                 bar.update(task, completed=min(self._before + rows, self._total), description=title, rate=note)
@@ -127,7 +127,7 @@ class BuildProgress:
                 continue
             left = f", {(self._total - self._before - rows) / rate / 60:.0f} min left" if rate else ""
             self._console.print(
-                f"{self._before + rows}/{self._total} pairs, {actors} actors, {rate:.2f} pairs/s, "
+                f"{self._before + rows}/{self._total} {self._unit}, {actors} actors, {rate:.2f} {self._unit}/s, "
                 f"{rejected} rejected{left}"
             )
 

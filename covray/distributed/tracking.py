@@ -1,4 +1,4 @@
-"""MLflow: one run a training, and the same run after a restart.
+"""MLflow: one run a training or evaluation, and the same run after a restart.
 
 The store is a file beside the run, or any server. Training never waits for it and never ends because of it: what could
 not be logged is kept and logged when the store is back.
@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from covray import storage
-from covray.config import TrainConfig, leaves
+from covray.config import EvaluateConfig, TrainConfig, leaves
 from covray.errors import ConfigError
 
 FLUSH_S = 5.0
@@ -43,15 +43,15 @@ _ENVIRONMENT = {
 
 
 class Tracker:
-    """The MLflow run of a training.
+    """The MLflow run of a training, or of what else ``command`` is.
 
     ``run_id`` continues that run; None begins one. Metrics that the run has already, by name and step, are not logged
     again, so that after a restart the whole curve may be handed over. With ``tracking.uri`` "none" every method does
     nothing. Raises ConfigError when the run's folder is remote and no store is named.
     """
 
-    def __init__(self, config: TrainConfig, run_id: str | None):
-        self._config, self._run_id = config, run_id
+    def __init__(self, config: TrainConfig | EvaluateConfig, run_id: str | None, command: str = "covray train"):
+        self._config, self._run_id, self._command = config, run_id, command
         self._uri = store_of(config)
         self._client: Any = None
         self._pending: list[Any] = []  # mlflow.entities.Metric that the store does not have
@@ -96,20 +96,21 @@ class Tracker:
         if time.monotonic() >= self._next_try:
             self._send()
 
-    def artefacts(self, folder: str) -> None:
-        """Copy the files of ``folder``, local or remote, into the run, below the folder's own name."""
+    def artefacts(self, path: str) -> None:
+        """Copy the file ``path``, or all files of the folder below its own name, local or remote, into the run."""
         if self._client is None:
             return
-        name = posixpath.basename(folder.rstrip("/"))
+        name = posixpath.basename(path.rstrip("/"))
         with tempfile.TemporaryDirectory() as local, _environment(MLFLOW_HTTP_REQUEST_TIMEOUT=str(_UPLOAD_S)):
             try:
-                for file in storage.list_files(folder):
+                names = [f"{name}/{file}" for file in storage.list_files(path)] or [name]
+                for file in names:
                     copy = Path(local, file)
                     copy.parent.mkdir(parents=True, exist_ok=True)
-                    copy.write_bytes(storage.read_bytes(storage.join(folder, file)))
-                self._client.log_artifacts(self._run_id, local, name)
+                    copy.write_bytes(storage.read_bytes(storage.join(posixpath.dirname(path.rstrip("/")), file)))
+                self._client.log_artifacts(self._run_id, local)
             except _errors() as error:
-                self._warn(f"{folder} could not be copied there ({_line(error)})")
+                self._warn(f"{path} could not be copied there ({_line(error)})")
 
     def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
         """Log what is left, and close the run."""
@@ -160,7 +161,7 @@ class Tracker:
         else:
             experiment_id = self._client.create_experiment(name)
         run_name = posixpath.basename(self._config.out.rstrip("/"))
-        tags = {"mlflow.source.name": "covray train"}
+        tags = {"mlflow.source.name": self._command}
         return str(self._client.create_run(experiment_id, run_name=run_name, tags=tags).info.run_id)
 
     def _log_parameters(self) -> None:
@@ -198,8 +199,8 @@ class Tracker:
         )
 
 
-def store_of(config: TrainConfig) -> str | None:
-    """The MLflow store of a training as MLflow names it; None for no tracking.
+def store_of(config: TrainConfig | EvaluateConfig) -> str | None:
+    """The MLflow store of a run as MLflow names it; None for no tracking.
 
     Raises ConfigError when the run's folder is remote, where no file can be a database, and no store is named.
     """

@@ -1,0 +1,176 @@
+"""A map over a Parquet file on a pool of actors that is exactly once: killed anywhere, continued by the same call.
+
+Ray Data's checkpoint commits a block when what became of it is written; what is committed is not read again.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import ray.exceptions
+from ray.data import ActorPoolStrategy, DataContext, Dataset
+from ray.data.checkpoint import CheckpointConfig
+
+from covray import storage
+from covray.config import ActorsConfig, EngineConfig
+from covray.distributed.progress import PoolProgress
+from covray.distributed.session import READING_CPUS
+from covray.errors import ConfigError, CovrayError, DatasetError
+
+TASK_CPUS = 0.5
+"""Logical CPUs of a task that reads, decodes or writes: such tasks wait for storage, and must fit beside the actors."""
+CHECKPOINT = "_checkpoint"
+
+
+def map_exactly_once(
+    source: str,
+    out: str,
+    folder: str,
+    mapping: Callable[[Dataset], Dataset],
+    *,
+    columns: list[str],
+    id_column: str,
+    rows_per_block: int,
+    schema: pa.Schema,
+    partition: str,
+    total: int,
+    unit: str,
+    meter: Any,
+) -> int:
+    """Write ``mapping`` of the rows of ``source`` that no earlier call has written, below ``out``/``folder``.
+
+    ``source``: Parquet with ``columns``, of which ``id_column`` (int64) is unique; ``mapping`` keeps one row a row and
+    its id; ``schema``: of what is written, a folder for every value of the column ``partition``; ``total`` rows, called
+    ``unit`` where progress is shown, as ``meter`` reports it. Returns the rows of earlier calls. The checkpoint stays
+    until ``delete_checkpoint``: a kill right after the end must not start afresh.
+    """
+    context = DataContext.get_current().copy()
+    context.checkpoint_config = CheckpointConfig(
+        id_column=id_column,
+        checkpoint_path=absolute(storage.join(out, CHECKPOINT)),
+        delete_checkpoint_on_success=False,
+    )
+    context.enable_progress_bars = False
+    context.execution_options.verbose_progress = False
+    context.execution_no_progress_timeout_s = 24 * 3600  # GPU nodes may take long to arrive
+    before = _committed_rows(out)
+    with DataContext.current(context), PoolProgress(total, before, meter, unit):
+        rows = ray.data.read_parquet(absolute(source), columns=columns, num_cpus=TASK_CPUS)
+        # A small file is read as one block: without this, one actor would get it all.
+        blocks = rows.repartition(target_num_rows_per_block=rows_per_block)
+        mapping(blocks).write_parquet(
+            absolute(storage.join(out, folder)),
+            partition_cols=[partition],
+            ray_remote_args={"num_cpus": TASK_CPUS},
+            schema=schema,
+        )
+    return before
+
+
+def delete_checkpoint(out: str) -> None:
+    """Forget what was committed, once the result stands."""
+    filesystem, inner = storage.resolve(storage.join(out, CHECKPOINT))
+    filesystem.delete_dir_contents(inner, missing_dir_ok=True)
+    filesystem.delete_dir(inner)
+
+
+def gpus_of(actors: ActorsConfig, engine: EngineConfig) -> float:
+    """GPUs of one actor."""
+    if actors.gpus is not None:
+        return actors.gpus
+    return 1.0 if engine.device != "cpu" and ray.cluster_resources().get("GPU", 0) else 0.0
+
+
+def pool_of(actors: ActorsConfig, engine: EngineConfig, cores: int, gpus: float) -> dict[str, Any]:
+    """Arguments of ``map_batches`` for the actor pool: as many actors as fit now, as few and as many as configured."""
+    resources = ray.cluster_resources()
+    fit = int(resources.get("GPU", 0) / gpus) if gpus else cores // engine.threads
+    maximum = actors.max or max(fit, actors.min, 1)
+    if actors.cpus is not None:
+        cpus = actors.cpus
+    elif gpus:
+        cpus = 1.0
+    else:  # on a small cluster the actors reserve less than they use, or nothing could be read beside them
+        spare = max(0.0, resources.get("CPU", 0) - READING_CPUS)
+        cpus = min(float(engine.threads), int(100 * spare / maximum) / 100)
+    pool = ActorPoolStrategy(min_size=actors.min, max_size=maximum, initial_size=min(maximum, max(actors.min, fit)))
+    return {"compute": pool, "num_cpus": cpus} | ({"num_gpus": gpus} if gpus else {})
+
+
+def require_fresh(out: str, what: str) -> None:
+    """Refuse an output that holds something else or cannot be written, before work is put in."""
+    try:
+        if storage.list_files(out):
+            raise DatasetError(f"{out}: holds files that are no {what} of covray; give another --out")
+        existed = storage.exists(out)
+        storage.write_bytes(storage.join(out, ".writable"), b"")
+        filesystem, inner = storage.resolve(out)
+        filesystem.delete_file(f"{inner}/.writable")
+        if not existed:  # what is wrong with the models may still end the command: leave nothing behind
+            filesystem.delete_dir(inner)
+    except OSError as error:
+        raise ConfigError(f"{out}: cannot be written ({reason(error)}); give another --out") from error
+
+
+def absolute(path: str) -> str:
+    """``path`` as it means the same in a worker's folder."""
+    return path if "://" in path else storage.resolve(path)[1]
+
+
+def _committed_rows(out: str) -> int:
+    """Rows that earlier calls have committed."""
+    folder = storage.join(out, CHECKPOINT)
+    filesystem, inner = storage.resolve(folder)
+    names = [name for name in storage.list_files(folder, ".parquet") if not name.endswith(".pending.parquet")]
+    return sum(pq.read_metadata(f"{inner}/{name}", filesystem=filesystem).num_rows for name in names)
+
+
+class one_line_errors:
+    """Whatever Ray wraps a failure in, the user gets our own error, or one line about the storage or the worker.
+
+    ``what`` writes to ``out``: a build, an evaluation.
+    """
+
+    def __init__(self, out: str, what: str):
+        self._out, self._what = out, what
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if error is None or not isinstance(error, Exception):
+            return
+        causes = [cause for cause in _causes(error) if not isinstance(cause, ray.exceptions.RayError)] or [error]
+        for cause in causes:
+            if isinstance(cause, CovrayError):
+                raise type(cause)(str(cause)) from error
+        again = "run the same command again to continue"
+        for cause in causes:
+            if isinstance(cause, OSError) and not isinstance(cause, ConnectionError):
+                raise DatasetError(f"{self._out}: storage failed ({reason(cause)}); mend it and {again}") from error
+        raise DatasetError(f"the {self._what} failed in a worker: {reason(causes[-1])}; mend it and {again}") from error
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    queue: list[BaseException | None] = [error]
+    while queue:
+        current = queue.pop(0)
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        yield current
+        queue += [getattr(current, "cause", None), current.__cause__, current.__context__]
+
+
+def reason(error: BaseException) -> str:
+    """The last telling line: Ray puts whole remote tracebacks into messages."""
+    if isinstance(error, OSError) and error.errno in errno.errorcode and error.strerror:
+        return error.strerror
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
