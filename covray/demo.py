@@ -11,8 +11,9 @@ from typing import Any
 
 from rich.console import Console
 
-from covray.config import BuildConfig, OptimizerConfig, PriorConfig, SentencesConfig, TrainConfig
+from covray.config import BuildConfig, EvaluateConfig, OptimizerConfig, PriorConfig, SentencesConfig, TrainConfig
 from covray.distributed.build import build
+from covray.distributed.evaluate import PAGE, evaluate
 from covray.distributed.train import train
 from covray.errors import ConfigError
 from covray.nano.data import photograph_path
@@ -25,22 +26,27 @@ PHOTOGRAPHS = (
     "skimage/chelsea.png", "skimage/astronaut.png", "skimage/coffee.png", "skimage/rocket.jpg",
     "sklearn/china.jpg", "sklearn/flower.jpg",
 )  # fmt: skip
-SCENES = {"train": 5, "val": 2}
-"""Two to validate on: a sentence needs an example beside the query."""
+SCENES = {"train": 5, "val": 2, "test": 2}
+"""Two to validate on: a sentence needs an example beside the query. Two to be evaluated on, which no training sees."""
 LENGTH = 6
 STEPS = 25
 """Half of the paper's: at this size it shows little, and a newcomer waits half as long."""
 TRAINING = {"epochs": 4.0, "batch_tokens": 6144, "learning_rate": 1e-3}
 """Some twenty short steps: enough to see the model take to chains, on so few pairs."""
 
+EVALUATION: dict[str, Any] = {"batch": 4, "rows_per_block": 14}
+"""Small batches: here are few queries."""
+
 
 def run_demo(out: Path, console: Console) -> dict[str, Any]:
-    """Make pairs of photographs and scenes, build chains of them, write the page to look at, train a small adapter.
+    """Make pairs of photographs and scenes, build chains of them, look at them, train a small adapter, evaluate it.
 
     ``out``: a folder that does not exist yet, or that an earlier demo was stopped in. Raises CovrayError.
     """
     started = time.monotonic()
-    photographs, pairs, chains, run = (out / name for name in ("photographs", "pairs", "chains", "run"))
+    photographs, pairs, chains, run, scores = (
+        out / name for name in ("photographs", "pairs", "chains", "run", "evaluation")
+    )
     if out.exists() and not photographs.is_dir():
         raise ConfigError(f"--out {out}: exists and holds no demo; give a folder that does not exist yet")
 
@@ -101,10 +107,18 @@ def run_demo(out: Path, console: Console) -> dict[str, Any]:
         highlight=False,
         soft_wrap=True,
     )
+    sets = " ".join(f"--set {key}={value}" for key, value in EVALUATION.items())
+    say(
+        "What it answers on scenes it has not seen, beside the untuned backbone and answers without a model",
+        f"evaluate --data {chains} --adapter {run} --out {scores} {sets}",
+    )
+    evaluation = evaluate(EvaluateConfig(data=str(chains), out=str(scores), adapters=(str(run),), **EVALUATION))
     seconds = round(time.monotonic() - started, 1)
     console.print(f"\nDone in {seconds:.0f} s. Open [bold]{page}[/bold]", soft_wrap=True)
+    console.print(f"and at last [bold]{scores / PAGE}[/bold]", soft_wrap=True)
     return {
-        "page": page, "dataset": str(chains), "run": str(run), "seconds": seconds, "audit": audit, "training": result
+        "page": page, "evaluation": str(scores / PAGE), "dataset": str(chains), "run": str(run), "seconds": seconds,
+        "audit": audit, "training": result, "scores": evaluation["scores"],
     }  # fmt: skip
 
 

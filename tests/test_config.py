@@ -9,7 +9,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from covray.config import BuildConfig, Section, TrainConfig, load_config
+from covray.config import BuildConfig, EvaluateConfig, Section, TrainConfig, load_config
 from covray.errors import ConfigError
 
 REQUIRED = {"pairs": "pairs.parquet", "out": "chains"}
@@ -17,6 +17,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 MODELS: dict[str, tuple[type[Section], dict[str, Any]]] = {
     "build": (BuildConfig, REQUIRED),
     "train": (TrainConfig, {"data": "chains", "out": "run"}),
+    "evaluate": (EvaluateConfig, {"data": "chains", "out": "eval"}),
 }
 """Folder of configs/ -> the model its files are of, and what it requires."""
 
