@@ -23,7 +23,7 @@ _STYLE = """
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 14px/1.5 system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
 main { max-width: 1280px; margin: 0 auto; padding: 32px 24px 64px; }
-h1 { font-size: 26px; line-height: 1.2; margin: 0; letter-spacing: -.01em; }
+h1 { font-size: 26px; line-height: 1.2; margin: 0; letter-spacing: -.01em; overflow-wrap: anywhere; }
 h2 { font-size: 18px; margin: 40px 0 12px; display: flex; gap: 12px; align-items: baseline; }
 h2 small { font-size: 13px; font-weight: 400; color: var(--faint); }
 code { font: 12px/1.5 ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere; }
@@ -35,8 +35,9 @@ code { font: 12px/1.5 ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", monosp
 .figures div { padding: 14px 28px 14px 20px; }
 .figures b { display: block; font-size: 24px; line-height: 1.2; font-weight: 600; font-variant-numeric: tabular-nums; }
 .figures span { color: var(--faint); font-size: 12px; }
-.facts { display: grid; grid-template-columns: max-content 1fr; gap: 4px 20px; margin: 0; padding: 16px 20px; }
-.facts dt { color: var(--faint); } .facts dd { margin: 0; overflow-wrap: anywhere; }
+.facts { display: grid; grid-template-columns: fit-content(40%) minmax(0, 1fr); gap: 4px 20px; margin: 0;
+  padding: 16px 20px; overflow-wrap: anywhere; }
+.facts dt { color: var(--faint); } .facts dd { margin: 0; }
 nav { position: sticky; top: 0; z-index: 2; display: flex; flex-wrap: wrap; gap: 4px 16px; align-items: center;
   padding: 10px 0; margin-top: 12px; background: var(--paper); border-bottom: 1px solid var(--rule); }
 nav a { color: var(--accent); text-decoration: none; }

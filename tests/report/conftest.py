@@ -19,8 +19,8 @@ class Page(HTMLParser):
     def __init__(self, source: str):
         super().__init__()
         self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: list[str] = []
-        self.scripts: list[str] = []
+        self.said: list[tuple[str, str]] = []
+        """Every text with the element it stands in."""
         self._open: list[str] = []
         self.feed(source)
         self.close()
@@ -40,7 +40,15 @@ class Page(HTMLParser):
         assert self._open.pop() == tag, f"</{tag}> at {self.getpos()}"
 
     def handle_data(self, data: str) -> None:
-        (self.scripts if self._open[-1:] == ["script"] else self.texts).append(data)
+        self.said.append((self._open[-1] if self._open else "", data))
+
+    def texts_in(self, tag: str) -> list[str]:
+        return [text for inside, text in self.said if inside == tag]
+
+    @property
+    def texts(self) -> list[str]:
+        """What is there to read."""
+        return [text for inside, text in self.said if inside not in ("script", "style")]
 
     def pictures(self) -> list[np.ndarray]:
         """Every picture, decoded from the page itself."""
@@ -56,7 +64,7 @@ class Page(HTMLParser):
             for name in ("src", "href", "srcset", "poster"):
                 assert (attributes.get(name) or "data:").startswith(("data:", "#")), (tag, attributes)
         (policy,) = [attributes["content"] for _, attributes in self.elements if "http-equiv" in attributes]
-        (script,) = self.scripts
+        (script,) = self.texts_in("script")
         digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
         assert policy is not None
         assert f"script-src 'sha256-{digest}'" in policy
