@@ -373,6 +373,9 @@ class EvaluateConfig(Section):
     """Example pairs before the query; null: as many as a run was trained with, at most."""
     selection: Literal["random", "similar", "focus"] = "random"
     """How examples are chosen: by the seed, by the query's nearest pictures, or as Chain-of-Focus does."""
+    lpips: str | None = None
+    """AlexNet's weights for LPIPS, torchvision's file; null: where torchvision keeps it, if it is there. Never
+    downloaded: without them the metric is named as absent."""
     baseline_examples: int = Field(default=256, ge=1)
     """At most so many examples of a task for the mean and the nearest label."""
     sampling: SamplingConfig = SamplingConfig()

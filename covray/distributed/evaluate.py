@@ -11,7 +11,8 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -24,6 +25,7 @@ from ray.data import Dataset
 from covray import storage
 from covray.config import BuildConfig, EvaluateConfig
 from covray.distributed.pool import (
+    CHECKPOINT,
     absolute,
     delete_checkpoint,
     gpus_of,
@@ -36,7 +38,8 @@ from covray.distributed.pool import (
 from covray.distributed.progress import Meter
 from covray.distributed.session import ray_session
 from covray.distributed.tracking import Tracker
-from covray.errors import ConfigError, DatasetError
+from covray.errors import ConfigError, DatasetError, PairError
+from covray.evaluation.lpips import find_alexnet, load_lpips
 from covray.evaluation.results import choose_episodes, tabulate, to_csv
 from covray.evaluation.runner import (
     EPISODE_SCHEMA,
@@ -77,7 +80,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         require_same(config.out, described["identity"], config.identity())
         require_same(config.out, described["fingerprints"], fingerprints)
         if storage.exists(storage.join(config.out, RESULTS)):
-            return dict(storage.read_json(storage.join(config.out, RESULTS)))
+            results = dict(storage.read_json(storage.join(config.out, RESULTS)))
+            if storage.exists(storage.join(config.out, CHECKPOINT)):  # killed before MLflow had all of them
+                tracker = Tracker(config, described["mlflow_run_id"], "covray evaluate")
+                tracker.start()
+                _track(tracker, config, results)
+                tracker.finish("FINISHED")
+                delete_checkpoint(config.out)
+            return results
     else:
         require_fresh(config.out, "evaluation")
     with ray_session() as cores, one_line_errors(config.out, "evaluation"):
@@ -104,9 +114,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             results = _run(config, subjects, episodes, pool_of(config.actors, config.engine, cores, gpus))
             results |= {"config": description["config"], "fingerprints": fingerprints}
             _write_results(config, subjects, results)
-            tracker.log(0, {_metric(entry): entry["mean"] for entry in results["scores"]})
-            for name in (RESULTS, TABLE, PAGE):
-                tracker.artefacts(storage.join(config.out, name))
+            _track(tracker, config, results)
             status = "FINISHED"
         except KeyboardInterrupt:
             status = "KILLED"
@@ -180,13 +188,19 @@ def _run(
     return tabulate(rows, subjects, config.seed) | {"seconds": round(time.monotonic() - started, 1)}
 
 
-def read_rows(out: str) -> list[dict[str, Any]]:
-    """The rows (``RESULT_SCHEMA``) of the evaluation ``out``, by task, subject and pair."""
+def read_rows(out: str, pair_ids: Collection[int] | None = None) -> list[dict[str, Any]]:
+    """The rows (``RESULT_SCHEMA``) of the evaluation ``out``, by task, subject and pair.
+
+    All of them without ``images``, which are most of their size, or with them those of ``pair_ids``.
+    """
     filesystem, inner = storage.resolve(storage.join(out, _ROWS))
     found = ds.dataset(
         inner, RESULT_SCHEMA, "parquet", filesystem, ds.partitioning(pa.schema([("task", pa.string())]), flavor="hive")
     )
-    table = found.to_table(columns=RESULT_SCHEMA.names)
+    if pair_ids is None:
+        table = found.to_table(columns=[name for name in RESULT_SCHEMA.names if name != "images"])
+    else:
+        table = found.to_table(columns=RESULT_SCHEMA.names, filter=ds.field("pair_id").isin(list(pair_ids)))
     rows: list[dict[str, Any]] = table.sort_by(
         [(key, "ascending") for key in ("task", "subject", "pair_id")]
     ).to_pylist()
@@ -195,23 +209,35 @@ def read_rows(out: str) -> list[dict[str, Any]]:
 
 def _write_results(config: EvaluateConfig, subjects: Sequence[Subject], results: dict[str, Any]) -> None:
     """Table and page, then ``results.json``, which says that all is there."""
-    rows = read_rows(config.out)
-    runner = Runner(config, subjects, *(storage.join(config.out, name) for name in (_QUERIES, _EXAMPLES)))
-    by_key = {(row["task"], row["pair_id"], row["subject"]): row for row in rows if row["error"] is None}
+    chosen = choose_episodes(read_rows(config.out), results)
+    shown = read_rows(config.out, {pair_id for ranks in chosen.values() for pair_id in ranks.values()})
+    by_key = {(row["task"], row["pair_id"], row["subject"]): row for row in shown if row["error"] is None}
+    here = config.model_copy(update={"engine": config.engine.model_copy(update={"device": "cpu"})})  # a head has no GPU
+    runner = Runner(here, subjects, *(storage.join(config.out, name) for name in (_QUERIES, _EXAMPLES)))
     strips = []
-    for task, ranks in choose_episodes(rows, results).items():
+    for task, ranks in chosen.items():
         primary = results["tasks"][task]["primary"]
         for rank, pair_id in ranks.items():
             for subject in subjects:
                 row = by_key.get((task, pair_id, subject.name))
                 if row is None:
                     continue
-                query, frames, answer, label = runner.pictures_of(row)
+                try:
+                    query, frames, answer, label = runner.pictures_of(row)
+                except PairError:  # a model read tokens where the query's picture has gone since
+                    continue
                 value = next(entry["value"] for entry in row["values"] if entry["metric"] == primary)
                 strips.append(Strip(task, subject.name, rank, pair_id, value, query, list(frames), answer, label))
     write_evaluation_page(results, strips, storage.join(config.out, PAGE))
     storage.write_bytes(storage.join(config.out, TABLE), to_csv(results).encode())
     storage.write_json(storage.join(config.out, RESULTS), results)
+
+
+def _track(tracker: Tracker, config: EvaluateConfig, results: dict[str, Any]) -> None:
+    """Figures and files to MLflow; figures that it has already stay as they are."""
+    tracker.log(0, {_metric(entry): entry["mean"] for entry in results["scores"]})
+    for name in (RESULTS, TABLE, PAGE):
+        tracker.artefacts(storage.join(config.out, name))
 
 
 # --- before anything expensive ---------------------------------------------------------------------------------------
@@ -245,6 +271,11 @@ def _resolve(config: EvaluateConfig, dataset: ChainDataset) -> EvaluateConfig:
         )
     if config.tokenizer is None:
         update["tokenizer"] = built.tokenizer
+    if config.lpips is None:
+        found = find_alexnet()
+        update["lpips"] = None if found is None else str(found)
+    else:
+        load_lpips(Path(config.lpips))
     if config.tasks is None:
         update["tasks"] = tuple(sorted(set(dataset.table(["task"], None, config.split)["task"].to_pylist()))) or None
     return config.model_copy(update=update)

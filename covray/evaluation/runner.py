@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -26,6 +27,7 @@ from covray.errors import ConfigError, DatasetError, PairError
 from covray.evaluation.baselines import mean_label, nearest_label, saliency
 from covray.evaluation.episodes import Episodes
 from covray.evaluation.frames import frame_figures
+from covray.evaluation.lpips import LEAST_PX, load_lpips
 from covray.evaluation.scores import VOC_CLASSES, score
 from covray.evaluation.subjects import SALIENCY, Subject
 from covray.images import decode, load_picture, resize, square
@@ -85,6 +87,7 @@ class Runner:
         self.dataset = ChainDataset(config.data)
         self.tokenizer = load_tokenizer(config.tokenizer, config.engine)
         require_tokenizer(self.dataset, config.tokenizer, self.tokenizer)
+        self._lpips = None if config.lpips is None else load_lpips(Path(config.lpips))
         self.fit = self.dataset.config.get("fit", "stretch")
         self._queries, self._examples = PairFile(queries), PairFile(examples)
         # One at a time: episodes come sorted by subject and task, and a large model fills a GPU.
@@ -129,7 +132,7 @@ class Runner:
         images = subject.length - 1
         written = writer.decoder.write(np.empty(0, np.uint16), np.stack(prompts), images, self.config.sampling, seeds)
         for row, prompt, ids, likelihood in zip(rows, prompts, written.ids, written.image_log_likelihood, strict=True):
-            row["images"], row["log_likelihood"] = ids, float(likelihood[-1])
+            row["images"], row["log_likelihood"] = ids.tolist(), float(likelihood[-1])
             answer = row["_chain"][-1]
             by_reference = writer.answer_nats(np.concatenate([prompt, row["_chain"][1:-1].reshape(-1)]), answer)
             by_own = by_reference
@@ -195,14 +198,14 @@ class Runner:
         except PairError as error:
             row["error"] = str(error)
             return
-        found = score(task, answer, label, meta)
+        large = min(label.shape[:2]) >= LEAST_PX
+        found = score(task, answer, label, meta, self._lpips if large else None)
         values: dict[str, float | None] = dict(found.values)
         if row["images"] is not None:
             values |= row["_nats"]
             if len(pictures) > 1:
                 query, *references = self.tokenizer.decode(row["_chain"][:-1])
                 values |= frame_figures(query, pictures[:-1], pictures[-1], np.stack(references))
-            row["images"] = [tokens.tolist() for tokens in row["images"]]
         row["values"] = [{"metric": metric, "value": value} for metric, value in values.items()]
         row["counts"] = None if found.counts is None else found.counts.tolist()
 
