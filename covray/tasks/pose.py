@@ -26,6 +26,9 @@ LIMBS = (
 LIMB_BRIGHTNESS = 0.6
 """OpenPose blends limbs at 0.6, so that the brightest channel tells a limb (153) from a disc (255)."""
 
+LEAST_VOTE = 0.03
+"""Smaller shares of a pixel's vote do not count: they are the tails of the other colours' distributions."""
+
 
 def disc_radius_px(height: int, width: int) -> float:
     """Radius of a keypoint's disc: OpenPose's 4 px at 256 px, never less than what a pixel grid shows."""
@@ -57,19 +60,36 @@ def draw(keypoints: NDArray[np.floating], height: int, width: int) -> NDArray[np
 
 
 def read(picture: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """The keypoints of one person, float32 [18, 3] of (x px, y px, visible 0 or 1).
+    """The keypoints of one person, float32 [18, 3] of (x px, y px, visible 0 or 1), from a picture uint8 [h, w, 3].
 
-    Every pixel goes to the nearest colour of discs, limbs and black; a keypoint is the centroid of its disc's pixels.
-    A disc that others cover entirely is not visible.
+    Every pixel shares one vote among the colours of discs, limbs and black, by a normal distribution around each, as
+    wide as the picture's pixels lie from their nearest: in a drawing all of it goes to one colour, in a picture that a
+    tokenizer or a model has blurred some to each that it may have been. A keypoint is where its votes are densest (mean
+    shift, Comaniciu & Meer 2002). A disc that others cover entirely is not visible.
     """
     height, width = picture.shape[:2]
     limbs = (COLOURS[: len(LIMBS)] * LIMB_BRIGHTNESS).astype(np.uint8)
-    colours = np.concatenate([COLOURS, limbs, np.zeros((1, 3), np.uint8)]).astype(np.int32)
-    pixels = picture.reshape(-1, 3).astype(np.int32)
-    nearest = ((colours**2).sum(1)[None, :] - 2 * pixels @ colours.T).argmin(1).reshape(height, width)
+    colours = np.concatenate([COLOURS, limbs, np.zeros((1, 3), np.uint8)]).astype(np.float32)
     keypoints = np.zeros((len(KEYPOINTS), 3), np.float32)
-    for index in range(len(KEYPOINTS)):
-        rows, columns = np.nonzero(nearest == index)
-        if rows.size:
-            keypoints[index] = (columns.mean() + 0.5, rows.mean() + 0.5, 1)
+    rows, columns = np.nonzero(picture.max(axis=2) > 255 * LIMB_BRIGHTNESS / 2)  # darker is ground
+    if not rows.size:
+        return keypoints
+    pixels = picture[rows, columns].astype(np.float32)
+    distances = (pixels**2).sum(axis=1) + (colours**2).sum(axis=1)[:, None] - 2 * colours @ pixels.T  # [36, pixels]
+    nearest = distances.min(axis=0)
+    variance = max(float(nearest.mean()), 10.0**2)  # of a drawing it would be 0, and nothing can be divided by it
+    votes = np.exp((nearest - distances) / (2 * variance))
+    votes = votes[: len(KEYPOINTS)] / votes.sum(axis=0)
+    reach_px = 2 * disc_radius_px(height, width)
+    cells = rows // round(reach_px) * width + columns // round(reach_px)
+    places = np.stack([columns, rows], axis=1) + 0.5
+    for index, vote in enumerate(votes):
+        voters = np.flatnonzero(vote > LEAST_VOTE)
+        if voters.size:
+            vote, cell, place = vote[voters], cells[voters], places[voters]
+            near = cell == np.bincount(cell, vote).argmax()
+            for _ in range(4):  # more move nothing
+                centre = np.average(place[near], axis=0, weights=vote[near])
+                near = ((place - centre) ** 2).sum(axis=1) <= reach_px**2
+            keypoints[index] = (*centre, 1)
     return keypoints

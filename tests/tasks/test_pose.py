@@ -27,6 +27,32 @@ def test_keypoints_come_back_within_a_pixel(size: int) -> None:
         assert np.abs(back[:, :2] - keypoints[:, :2]).max() < 1
 
 
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize(("dim", "least"), [(0.85, 0.9), (0.75, 0.5)])
+def test_keypoints_are_found_where_colours_have_suffered(size: int, dim: float, least: float) -> None:
+    """Tokens dim small discs, at worst until each is nearer to a limb's colour than to its own, and limbs cross."""
+    rng = np.random.default_rng(size)
+    found = []
+    for _ in range(10):
+        keypoints = _apart(size, rng, disc_radius_px(size, size) + 1)
+        picture = dim * draw(keypoints, size, size) + rng.normal(0, 5, (size, size, 3))
+        away = read(np.clip(picture, 0, 255).astype(np.uint8)) - keypoints
+        found.append((away[:, 2] == 0) & (np.linalg.norm(away[:, :2], axis=1) < 2 * disc_radius_px(size, size)))
+    assert np.mean(found) > least
+
+
+@pytest.mark.parametrize("size", [64, 256])
+def test_stray_pixels_do_not_move_a_keypoint(size: int) -> None:
+    rng = np.random.default_rng(size)
+    keypoints = _apart(size, rng, disc_radius_px(size, size) + 1)
+    picture = draw(keypoints, size, size)
+    for _ in range(3):  # far fewer than a disc has, anywhere on the ground
+        for colour in COLOURS:
+            ground = np.argwhere(~picture.any(axis=2))
+            picture[tuple(ground[rng.integers(len(ground))])] = colour
+    assert np.abs(read(picture) - keypoints).max() < 1
+
+
 @pytest.mark.parametrize("size", [64, 256])
 def test_what_is_not_visible_stays_so_and_has_no_limbs(size: int) -> None:
     rng = np.random.default_rng(size)
@@ -88,3 +114,14 @@ def test_nobody_is_black_and_read_as_nobody() -> None:
     assert picture.shape == (32, 48, 3)
     assert not picture.any()
     assert not read(picture).any()
+
+
+@pytest.mark.parametrize("level", [1, 77, 128, 255])
+def test_any_picture_can_be_read(level: int) -> None:
+    rng = np.random.default_rng(level)
+    for picture in (np.full((20, 30, 3), level, np.uint8), rng.integers(0, level + 1, (20, 30, 3), dtype=np.uint8)):
+        found = read(picture)
+        assert (found.dtype, found.shape) == (np.float32, (18, 3))
+        assert np.isin(found[:, 2], (0, 1)).all()
+        assert (found >= 0).all()
+        assert (found[:, :2] <= (30, 20)).all()
