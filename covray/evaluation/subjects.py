@@ -65,17 +65,18 @@ def subjects_of(config: EvaluateConfig, dataset: ChainDataset) -> tuple[Subject,
     or without the frames a run needs, sentences that exceed the context, a name given twice.
     """
     adapters = [_adapter(config, dataset, entry) for entry in config.adapters]
-    names = [subject.name for subject in adapters]
-    for name in names:
-        if names.count(name) > 1:
-            raise ConfigError(f"--adapter: two runs are called {name}; name them, as --adapter NAME=RUN")
-    untuned = list(_untuned(config, dataset, adapters))
+    # Baselines alone ask for no backbone: there may be none that knows the dataset's codes.
+    untuned = list(_untuned(config, dataset, adapters)) if config.untuned or "focus" in config.baselines else []
     focus = _focus(config, dataset, [*adapters, *untuned]) if "focus" in config.baselines else []
     simple = {key: Subject(*_BASELINES[key], baseline=key) for key in config.baselines if key in _BASELINES}
     ceiling = [simple.pop("ceiling")] if "ceiling" in simple else []
     found = (*simple.values(), *(untuned if config.untuned else ()), *focus, *adapters, *ceiling)
     if not found:
         raise ConfigError("nothing to evaluate: give --adapter RUN, or leave untuned and baselines as they are")
+    names = [subject.name for subject in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"--adapter: two are called {name}; give the run another name, as --adapter NAME=RUN")
     return found
 
 
@@ -141,7 +142,7 @@ def _focus(config: EvaluateConfig, dataset: ChainDataset, others: list[Subject])
         "labels, with a saliency map between image and label"
     )
     room = facts.llama.max_position_embeddings // dataset.tokens_per_image // 3 - 1
-    pairs = min(max(one.pairs or 0 for one in others), room)  # a chain of its three pictures may be longer
+    pairs = max(0, min(max(one.pairs or 0 for one in others), room))  # a chain of its three pictures may be longer
     focus = Subject("Chain-of-Focus", "focus", about, SALIENCY, 3, pairs, None, first.backbone, first.fingerprint)
     _require(focus, facts, dataset)
     return [focus]
