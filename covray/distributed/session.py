@@ -43,24 +43,35 @@ def ray_session() -> Iterator[int]:
         cores = int(ray.cluster_resources().get("CPU", 0))
     else:
         cores = os.cpu_count() or 1
-        with _without_backend_greeting():
-            ray.init(
-                address="local",
-                num_cpus=cores + READING_CPUS,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                # A machine that is busy with other things is no dead node: Ray's own patience is 15 s. And Ray warns on
-                # the terminal of four times as many processes as it starts at once: by default that is one a core.
-                _system_config={
-                    "health_check_failure_threshold": 100,
-                    "worker_maximum_startup_concurrency": max(4, cores),
-                },
-            )
+        try:
+            with _without_backend_greeting():
+                _start(cores)
+        except Exception as error:  # what Ray raises when a process of its own is late is of no narrower kind
+            raise ConfigError(
+                f"Ray did not start on this machine ({_line(error)}); it may be too busy, or out of memory: run the "
+                "same command again"
+            ) from error
     try:
         yield cores
     finally:
         ray.shutdown()
+
+
+def _start(cores: int) -> None:
+    """A Ray of our own, on free ports of the loopback interface."""
+    ray.init(
+        address="local",
+        num_cpus=cores + READING_CPUS,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        # A machine that is busy with other things is no dead node: Ray's own patience is 15 s. And Ray warns on the
+        # terminal of four times as many processes as it starts at once: by default that is one a core.
+        _system_config={
+            "health_check_failure_threshold": 100,
+            "worker_maximum_startup_concurrency": max(4, cores),
+        },
+    )
 
 
 @contextmanager
