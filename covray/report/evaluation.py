@@ -230,7 +230,7 @@ def _overview(results: dict[str, Any]) -> Iterator[str]:
 def _task(results: dict[str, Any], task: str, strips: Sequence[Strip]) -> Iterator[str]:
     about, lower = results["tasks"][task], set(results["lower_is_better"])
     counts = f"{about['episodes']:,} episodes"
-    counts += f", {about['rejected']:,} rejected pairs left out" if about["rejected"] else ""
+    counts += f", {about['rejected']:,} rejected" if about["rejected"] else ""
     yield f'<section id="{escape(task)}"><h2>{escape(human(task))} <small>{counts}</small></h2>'
     scored = {score["metric"] for score in results["scores"] if score["task"] == task}
     metrics = [metric for metric in about["metrics"] if metric in scored or metric not in about["absent"]]
