@@ -1,4 +1,4 @@
-"""The page in a real browser: its script runs, its pictures show, and it needs no network."""
+"""The pages in a real browser: their scripts run, their pictures show, and they need no network."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from covray.evaluation.results import tabulate
+from covray.evaluation.subjects import Subject
+from covray.report.evaluation import Strip, write_evaluation_page
 from covray.report.page import view
 
 pytestmark = pytest.mark.end_to_end
@@ -45,3 +48,32 @@ def test_the_page_shows_its_chains_without_a_network(
     browse(page, tmp_path / "profile", f"--screenshot={shot}", "--window-size=1200,1600")
     pixels = np.array(Image.open(shot).convert("RGB"))
     assert pixels.std() > 5, "something is drawn"
+
+
+def test_the_page_of_an_evaluation_shows_its_table_and_pictures_without_a_network(tmp_path: Path) -> None:
+    subjects = (Subject("copy", "baseline", "the query"), Subject("<b>tuned", "adapter", "a run", "linear", 4, 1))
+    rows = [
+        {
+            "task": "depth", "subject": subject.name, "pair_id": pair_id, "error": None, "counts": None,
+            "values": [{"metric": "abs_rel", "value": 0.1 * pair_id + number}],
+        }
+        for number, subject in enumerate(subjects)
+        for pair_id in range(1, 9)
+    ]  # fmt: skip
+    config = {"data": "chains", "split": "test", "example_split": "train", "selection": "random", "seed": 0}
+    results = tabulate(rows, subjects, 0) | {
+        "config": config | {"sampling": {"temperature": 0}}, "fingerprints": {"codebook": "ab"}, "seconds": 1.0,
+    }  # fmt: skip
+    picture = np.full((16, 16, 3), 90, np.uint8)
+    strips = [
+        Strip("depth", subject.name, "best", 1, 0.1, picture, [picture], picture, picture) for subject in subjects
+    ]
+    page = str(tmp_path / "index.html")
+    write_evaluation_page(results, strips, page)
+    dom = browse(page, tmp_path / "profile", "--dump-dom")
+    assert re.search(r'<html[^>]*class="js"', dom), "the script ran"
+    assert "&lt;b&gt;tuned" in dom, "a hostile name stays text"
+    assert "0.450" in dom, "the mean of the copy"
+    shot = tmp_path / "page.png"
+    browse(page, tmp_path / "profile", f"--screenshot={shot}", "--window-size=1200,1600")
+    assert np.array(Image.open(shot).convert("RGB")).std() > 5, "something is drawn"
