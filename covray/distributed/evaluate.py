@@ -47,14 +47,13 @@ from covray.evaluation.runner import (
     Runner,
     choose_pairs,
     require_pairs,
-    require_tokenizer,
     write_pairs,
 )
 from covray.evaluation.subjects import Subject, adapter_weights, subjects_of
 from covray.lvm.decoding import seed_of
 from covray.report.evaluation import Strip, write_evaluation_page
 from covray.tokens.shards import ChainDataset
-from covray.tokens.tokenizer import load_tokenizer
+from covray.tokens.tokenizer import load_tokenizer, require_same_tokens
 from covray.training.state import require_same
 
 DESCRIPTION, RESULTS, TABLE, PAGE = "_evaluation.json", "results.json", "table.csv", "index.html"
@@ -236,8 +235,7 @@ def _write_results(config: EvaluateConfig, subjects: Sequence[Subject], results:
 def _track(tracker: Tracker, config: EvaluateConfig, results: dict[str, Any]) -> None:
     """Figures and files to MLflow; figures that it has already stay as they are."""
     tracker.log(0, {_metric(entry): entry["mean"] for entry in results["scores"]})
-    for name in (RESULTS, TABLE, PAGE):
-        tracker.artefacts(storage.join(config.out, name))
+    tracker.artefacts(config.out, (RESULTS, TABLE, PAGE))
 
 
 # --- before anything expensive ---------------------------------------------------------------------------------------
@@ -304,7 +302,8 @@ def _probe(config: EvaluateConfig, gpus: float) -> None:
     @ray.remote(num_cpus=0 if gpus else 1, num_gpus=gpus, max_retries=2)
     def load(config: EvaluateConfig) -> None:
         assert config.tokenizer is not None
-        require_tokenizer(ChainDataset(config.data), config.tokenizer, load_tokenizer(config.tokenizer, config.engine))
+        tokenizer = load_tokenizer(config.tokenizer, config.engine)
+        require_same_tokens(ChainDataset(config.data), tokenizer, config.tokenizer.path)
 
     ray.get(load.remote(config))
 

@@ -12,7 +12,7 @@ import posixpath
 import re
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -96,21 +96,19 @@ class Tracker:
         if time.monotonic() >= self._next_try:
             self._send()
 
-    def artefacts(self, path: str) -> None:
-        """Copy the file ``path``, or all files of the folder below its own name, local or remote, into the run."""
+    def artefacts(self, folder: str, names: Iterable[str]) -> None:
+        """Copy the files ``names`` of ``folder``, local or remote, into the run, below the same names."""
         if self._client is None:
             return
-        name = posixpath.basename(path.rstrip("/"))
         with tempfile.TemporaryDirectory() as local, _environment(MLFLOW_HTTP_REQUEST_TIMEOUT=str(_UPLOAD_S)):
             try:
-                names = [f"{name}/{file}" for file in storage.list_files(path)] or [name]
-                for file in names:
-                    copy = Path(local, file)
+                for name in names:
+                    copy = Path(local, name)
                     copy.parent.mkdir(parents=True, exist_ok=True)
-                    copy.write_bytes(storage.read_bytes(storage.join(posixpath.dirname(path.rstrip("/")), file)))
+                    copy.write_bytes(storage.read_bytes(storage.join(folder, name)))
                 self._client.log_artifacts(self._run_id, local)
             except _errors() as error:
-                self._warn(f"{path} could not be copied there ({_line(error)})")
+                self._warn(f"files of {folder} could not be copied there ({_line(error)})")
 
     def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
         """Log what is left, and close the run."""

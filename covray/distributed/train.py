@@ -92,7 +92,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
         status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
         try:
             result = _run(config, tracker)
-            tracker.artefacts(storage.join(config.out, "adapter"))
+            files = storage.list_files(storage.join(config.out, "adapter"))
+            tracker.artefacts(config.out, [f"adapter/{name}" for name in files])
             status = "FINISHED"
         except KeyboardInterrupt:
             status = "KILLED"

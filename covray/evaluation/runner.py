@@ -21,9 +21,9 @@ import torch
 from numpy.typing import NDArray
 
 from covray import storage
-from covray.config import BackboneConfig, EvaluateConfig, LoraConfig, SentencesConfig, TokenizerConfig
+from covray.config import BackboneConfig, EvaluateConfig, LoraConfig, SentencesConfig
 from covray.diffusion.prior import resolve_device
-from covray.errors import ConfigError, DatasetError, PairError
+from covray.errors import DatasetError, PairError
 from covray.evaluation.baselines import mean_label, nearest_label, saliency
 from covray.evaluation.episodes import Episodes
 from covray.evaluation.frames import frame_figures
@@ -39,7 +39,7 @@ from covray.lvm.sentences import Chains
 from covray.pairs.manifest import check_manifest
 from covray.tasks import TASKS
 from covray.tokens.shards import ChainDataset
-from covray.tokens.tokenizer import load_tokenizer, require_same_codebook
+from covray.tokens.tokenizer import load_tokenizer, require_same_tokens
 
 EPISODE_SCHEMA = pa.schema(
     [("episode", pa.int64()), ("subject", pa.string()), ("task", pa.string()), ("pair_id", pa.int64())]
@@ -86,13 +86,14 @@ class Runner:
         self.config, self.subjects = config, {subject.name: subject for subject in subjects}
         self.dataset = ChainDataset(config.data)
         self.tokenizer = load_tokenizer(config.tokenizer, config.engine)
-        require_tokenizer(self.dataset, config.tokenizer, self.tokenizer)
+        require_same_tokens(self.dataset, self.tokenizer, config.tokenizer.path)
         self._lpips = None if config.lpips is None else load_lpips(Path(config.lpips))
         self.fit = self.dataset.config.get("fit", "stretch")
         self._queries, self._examples = PairFile(queries), PairFile(examples)
         # One at a time: episodes come sorted by subject and task, and a large model fills a GPU.
         self._writer = functools.lru_cache(maxsize=1)(self._load)
         self._chains = functools.lru_cache(maxsize=1)(self._load_chains)
+        self._episodes = functools.lru_cache(maxsize=1)(self._load_episodes)
         self._labels = functools.lru_cache(maxsize=2)(self._load_labels)
         self._mean = functools.lru_cache(maxsize=4)(self._load_mean)
 
@@ -118,7 +119,7 @@ class Runner:
         assert subject.method is not None
         assert subject.length is not None
         writer = self._writer(subject.name)
-        episodes, places = self._episodes(subject)
+        episodes, places = self._episodes(subject.name)
         prompts = []
         for row in rows:
             query = places[(row["task"], row["pair_id"])]
@@ -140,7 +141,8 @@ class Runner:
                 by_own = writer.answer_nats(np.concatenate([prompt, ids[:-1].reshape(-1)]), answer)
             row["_nats"] = {OWN: by_own, REFERENCE: by_reference}
 
-    def _episodes(self, subject: Subject) -> tuple[Episodes, dict[tuple[str, int], int]]:
+    def _load_episodes(self, name: str) -> tuple[Episodes, dict[tuple[str, int], int]]:
+        subject = self.subjects[name]
         method = "none" if subject.method == SALIENCY else str(subject.method)
         queries, examples = self._chains(method, 2 if method == "none" else subject.length)
         selection = "focus" if subject.method == SALIENCY else self.config.selection
@@ -375,13 +377,3 @@ def choose_pairs(
             chosen.append(row)
     chosen.sort(key=lambda row: (row["task"], row["pair_id"]))
     return pa.Table.from_pylist(chosen, table.schema)
-
-
-def require_tokenizer(dataset: ChainDataset, config: TokenizerConfig, tokenizer: Any) -> None:
-    """Refuse a tokenizer that did not write the tokens of ``dataset``. Raises DatasetError, ConfigError."""
-    require_same_codebook(dataset.fingerprints["codebook"], tokenizer.codebook_fingerprint, config.path)
-    if tokenizer.tokens_per_image != dataset.tokens_per_image:
-        raise ConfigError(
-            f"tokenizer.size_px: {tokenizer.size_px} gives {tokenizer.tokens_per_image} tokens a picture, "
-            f"{dataset.path} has {dataset.tokens_per_image}; give the size it was built with"
-        )

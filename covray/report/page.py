@@ -9,11 +9,10 @@ from itertools import groupby
 
 from covray import storage
 from covray.config import EngineConfig, TokenizerConfig
-from covray.errors import ConfigError
 from covray.report.document import TILE_MIN_PX, document, duration, facts, figures, human, img, navigation
 from covray.report.sheets import ChainPictures, decode_chains, draw_sheet, quality_lines
 from covray.tokens.shards import ChainDataset
-from covray.tokens.tokenizer import load_tokenizer, require_same_codebook
+from covray.tokens.tokenizer import load_tokenizer, require_same_tokens
 
 _EXAMPLES = 20  # rejected pairs named per task and reason
 _TILE_MAX_PX = 128  # at first; the page has a slider
@@ -65,12 +64,7 @@ def view(
     dataset = ChainDataset(dataset_path, unfinished=True)
     config = tokenizer or TokenizerConfig.model_validate(dataset.config["tokenizer"])
     vqgan = load_tokenizer(config, EngineConfig())
-    require_same_codebook(dataset.fingerprints["codebook"], vqgan.codebook_fingerprint, config.path)
-    if vqgan.tokens_per_image != dataset.tokens_per_image:
-        raise ConfigError(
-            f"tokenizer.size_px: {vqgan.size_px} gives {vqgan.tokens_per_image} tokens a picture, {dataset_path} has "
-            f"{dataset.tokens_per_image}; give the size it was built with"
-        )
+    require_same_tokens(dataset, vqgan, config.path)
     chains = decode_chains(dataset, vqgan, limit_per_task)
     written = []
     for task, group in groupby(chains, lambda chain: chain.task):

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from covray.config import EngineConfig, TokenizerConfig
 from covray.errors import ConfigError, DatasetError, WeightsError
+from covray.tokens.shards import ChainDataset
 from covray.weights import fingerprint_folder, require_files, resolve_folder
 
 MAX_CODES = 8192
@@ -138,6 +139,19 @@ def require_same_codebook(expected: str, found: str, what: str) -> None:
         raise DatasetError(
             f"{what}: its codebook is {found[:12]}, not {expected[:12]}; tokens of different tokenizers do not mix, "
             "use the same one throughout"
+        )
+
+
+def require_same_tokens(dataset: ChainDataset, tokenizer: Tokenizer, what: str) -> None:
+    """Refuse a tokenizer that did not write the tokens of ``dataset``; ``what``: the tokenizer, as the user knows it.
+
+    Raises DatasetError for another codebook, ConfigError for pictures of another size.
+    """
+    require_same_codebook(dataset.fingerprints["codebook"], tokenizer.codebook_fingerprint, what)
+    if tokenizer.tokens_per_image != dataset.tokens_per_image:
+        raise ConfigError(
+            f"tokenizer.size_px: {tokenizer.size_px} gives {tokenizer.tokens_per_image} tokens a picture, "
+            f"{dataset.path} has {dataset.tokens_per_image}; give the size it was built with"
         )
 
 

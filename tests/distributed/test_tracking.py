@@ -68,7 +68,7 @@ def test_without_tracking_nothing_is_written(tmp_path: Path) -> None:
     tracker = Tracker(config_of(tmp_path / "run", **{"tracking.uri": "none"}), None)
     assert tracker.start() is None
     tracker.log(1, {"loss": 1.0})
-    tracker.artefacts(str(tmp_path))
+    tracker.artefacts(str(tmp_path), ["absent"])
     tracker.finish("FINISHED")
     assert list(tmp_path.iterdir()) == []
 
@@ -122,7 +122,7 @@ def test_a_run_holds_parameters_metrics_and_artefacts(folder: Path, capfd: pytes
     (adapter / "deep").mkdir(parents=True)
     (adapter / "adapter_config.json").write_text("{}")
     (adapter / "deep" / "file").write_bytes(b"1")
-    tracker.artefacts(str(adapter))
+    tracker.artefacts(str(folder / "whole"), ["adapter/adapter_config.json", "adapter/deep/file"])
     tracker.finish("FINISHED")
 
     client = client_of(folder)
@@ -281,7 +281,7 @@ def test_a_server_that_goes_away_stops_nothing_and_misses_nothing(
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_model.safetensors").write_bytes(b"weights")
-    tracker.artefacts(str(adapter))
+    tracker.artefacts(str(tmp_path), ["adapter/adapter_model.safetensors"])
     tracker.finish("FINISHED")
     run = _rest(uri, "runs/get", run_id=run_id)["run"]
     assert run["info"]["status"] == "FINISHED"
@@ -306,7 +306,7 @@ def test_a_server_that_never_comes_back_is_told_at_the_end(
     tracker._client = MlflowClient(tracking_uri="http://127.0.0.1:9", registry_uri="http://127.0.0.1:9")
     for step in (1, 2):
         tracker.log(step, {"loss": 1.0})
-    tracker.artefacts(str(folder / "mlartifacts"))
+    tracker.artefacts(str(folder / "mlartifacts"), ["file"])
     tracker.finish("FAILED")
     said = capfd.readouterr().err
     assert "2 values could not be logged" in said

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
+import pyarrow.parquet as pq
 import pytest
 
 from covray.pairs.manifest import ManifestWriter
@@ -55,6 +57,18 @@ def tokens_of(dataset: Path) -> dict[int, Any]:
             tuple((frame["method"], frame["alpha"], frame["tokens"].tobytes()) for frame in frames),
         )
     return found
+
+
+def committed(out: Path) -> int:
+    """Rows of a build or an evaluation whose files are committed."""
+    files = [file for file in (out / "_checkpoint").glob("*.parquet") if not file.name.endswith(".pending.parquet")]
+    return sum(pq.read_metadata(file).num_rows for file in files)
+
+
+def actors_of(driver: subprocess.Popen[bytes], name: str) -> list[psutil.Process]:
+    """The processes of the actors of class ``name`` in the Ray that ``driver`` started."""
+    children = psutil.Process(driver.pid).children(recursive=True)
+    return [child for child in children if any(name in word for word in child.cmdline()[:1])]
 
 
 @pytest.fixture

@@ -11,28 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
-import pyarrow.parquet as pq
 import pytest
 
-from tests.end_to_end.conftest import COVRAY, FAST, environment, run, tokens_of
+from tests.end_to_end.conftest import COVRAY, FAST, actors_of, committed, environment, run, tokens_of
 
 SCENES = 44  # 308 pairs
 KILLS = ("driver", "actor", "driver", "actor", "driver")
-
-
-def committed(out: Path) -> int:
-    """Rows whose shards are committed."""
-    files = [file for file in (out / "_checkpoint").glob("*.parquet") if not file.name.endswith(".pending.parquet")]
-    return sum(pq.read_metadata(file).num_rows for file in files)
-
-
-def actors_of(driver: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """The actor processes of the Ray that ``driver`` started."""
-    return [
-        child
-        for child in psutil.Process(driver.pid).children(recursive=True)
-        if any("ChainActor" in word for word in child.cmdline()[:1])
-    ]
 
 
 @pytest.mark.ray
@@ -65,7 +49,7 @@ def test_a_build_killed_five_times_equals_an_undisturbed_one(
             build.wait()
             build = None
         else:
-            os.kill(rng.choice(actors_of(build)).pid, signal.SIGKILL)
+            os.kill(rng.choice(actors_of(build, "ChainActor")).pid, signal.SIGKILL)
     assert build is None
     assert committed(out) < SCENES * 7, "every kill came before the end"
     run(*command[1:])
