@@ -5,8 +5,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-from collections.abc import Iterable, Sequence
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from html import escape
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 from PIL import Image
@@ -53,24 +56,122 @@ tr:last-child td { border-bottom: 0; } td.count { font-variant-numeric: tabular-
 summary { cursor: pointer; }
 """
 
+TABLES_STYLE = """
+.scroll { overflow-x: auto; border-radius: 12px; }
+.scroll + .scroll, .scroll + .card, .card + .card, .facts + .card { margin-top: 12px; }
+.card > p { margin: 0; padding: 10px 20px; color: var(--faint); font-size: 12px; } .card > p + p { padding-top: 0; }
+summary, pre { padding: 10px 20px; color: var(--faint); font-size: 12px; } h3 + details summary { padding-top: 0; }
+.scores th, .scores td { padding: 8px 14px; white-space: nowrap; }
+.scores th { vertical-align: bottom; }
+.scores thead th { white-space: normal; border-bottom-color: var(--faint); }
+.scores tbody th { position: sticky; left: 0; z-index: 1; padding-left: 20px; background: var(--card);
+  color: var(--ink); font-size: 14px; vertical-align: top; white-space: normal; min-width: 210px; max-width: 280px;
+  overflow-wrap: anywhere; }
+.scores thead th:first-child { position: sticky; left: 0; z-index: 1; padding-left: 20px; background: var(--card); }
+.scores thead th:not(:first-child), .scores td { text-align: right; font-variant-numeric: tabular-nums; }
+.scores small { display: block; color: var(--faint); font-size: 11px; font-weight: 400; }
+.scores a { color: inherit; } .scores thead a { color: var(--accent); text-decoration: none; font-size: 14px; }
+.scores b { font-weight: 700; }
+.scores tbody tr:last-child > * { border-bottom: 0; }
+.scores tbody + tbody tr:first-child > * { border-top: 2px solid var(--faint); }
+.scores .ceiling td, .scores .ceiling th { color: var(--faint); }
+.about { text-decoration: underline dotted; text-underline-offset: 3px; cursor: help; }
+.differences th, .differences td { padding: 6px 14px; }
+.differences th:first-child, .differences td:first-child { padding-left: 20px; }
+.differences .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.text { min-width: 140px; overflow-wrap: anywhere; }
+.better, .worse, .open { white-space: nowrap; } .better { color: var(--good); } .worse { color: var(--warn); }
+h3 { margin: 0; padding: 16px 20px 8px; font-size: 14px; font-weight: 600; }
+h3 small { color: var(--faint); font-size: 12px; font-weight: 400; margin-left: 8px; }
+pre { margin: 0; white-space: pre-wrap; }
+@media (max-width: 800px) {
+  .scores tbody th, .scores thead th:first-child { min-width: 110px; max-width: 150px; }
+}
+"""
+"""Of the pages of scores."""
+
 _SCRIPT = """
 document.documentElement.classList.add('js');
-document.querySelector('nav input').oninput = function () {
-  document.documentElement.style.setProperty('--tile', this.value + 'px');
-};
+const size = document.querySelector('nav input');
+if (size) size.oninput = () => document.documentElement.style.setProperty('--tile', size.value + 'px');
 """
 
 
-def document(title: str, body: Iterable[str], *, tile_px: int, style: str = "", script: str = "") -> bytes:
-    """The file of a page: ``title`` is text, ``body`` HTML with one ``navigation``, ``style`` and ``script`` its own.
+class Metric(NamedTuple):
+    """How a metric is written and what it means."""
+
+    label: str
+    unit: str
+    about: str
+    ranked: bool = True
+    """Whether more or less of it is better."""
+
+
+METRICS = {
+    "iou": Metric(
+        "IoU", "", "Intersection over union of the classes that occur, mean over them; of every episode, then the mean."
+    ),
+    "miou": Metric(
+        "mIoU", "", "IoU of every class over all pixels of the set, then the mean over classes: no mean over episodes, "
+        "so it has no interval."
+    ),
+    "p_acc": Metric("P-ACC", "", "Share of pixels with the right class."),
+    "pck": Metric(
+        "PCK@0.1", "", "Share of the label's keypoints found within 0.1 of the longer side of the box around them."
+    ),
+    "lpips": Metric("LPIPS", "", "Perceptual distance of answer and label, by AlexNet (Zhang et al. 2018)."),
+    "mse": Metric("MSE", "", "Mean squared error of pixel values in [0, 1]."),
+    "psnr": Metric("PSNR", "dB", "Peak signal-to-noise ratio of the answer against the label."),
+    "ssim": Metric("SSIM", "", "Structural similarity of answer and label (Wang et al. 2004)."),
+    "mean_angle_deg": Metric("Mean angle", "°", "Angle between normals of answer and label, mean over pixels."),
+    "median_angle_deg": Metric("Median angle", "°", "The same angle, median over the pixels of an episode."),
+    "within_11_deg": Metric("< 11.25°", "", "Share of pixels whose normal is less than 11.25° off."),
+    "within_22_deg": Metric("< 22.5°", "", "Share of pixels whose normal is less than 22.5° off."),
+    "within_30_deg": Metric("< 30°", "", "Share of pixels whose normal is less than 30° off."),
+    "f": Metric("F", "", "F measure of the edges at each picture's own best threshold, mean over episodes."),
+    "ods_f": Metric(
+        "ODS F", "", "F measure of the edges at the one threshold that is best for the set, from summed counts; "
+        "no interval."
+    ),
+    "ois_f": Metric(
+        "OIS F", "", "F measure of the edges at each picture's own best threshold, from summed counts; no interval."
+    ),
+    "abs_rel": Metric("AbsRel", "", "Error of depth over depth, mean over pixels."),
+    "sq_rel": Metric("SqRel", "m", "Squared error of depth over depth, mean over pixels."),
+    "delta1": Metric("δ < 1.25", "", "Share of pixels whose depth is wrong by a factor below 1.25."),
+    "delta2": Metric("δ < 1.25²", "", "Share of pixels whose depth is wrong by a factor below 1.25²."),
+    "delta3": Metric("δ < 1.25³", "", "Share of pixels whose depth is wrong by a factor below 1.25³."),
+    "perplexity_own": Metric(
+        "Perplexity, own frames", "", "Of the reference answer's tokens, after the frames the model wrote itself."
+    ),
+    "perplexity_reference": Metric(
+        "Perplexity, reference frames", "", "Of the reference answer's tokens, after the frames of the reference chain."
+    ),
+    "frame_psnr": Metric("Frames: PSNR", "dB", "Peak signal-to-noise ratio against the reference frames."),
+    "frame_path": Metric(
+        "Frames: path", "", "Way through the frames over the direct way from query to answer; 1 is straight. Neither "
+        "more nor less of it is better as such.", ranked=False
+    ),
+    "frame_step_variation": Metric(
+        "Frames: step variation", "", "How unequal the steps from frame to frame are; 0 when all are alike."
+    ),
+}  # fmt: skip
+
+
+def document(
+    title: str, body: Iterable[str], *, tile_px: int | None = None, style: str = "", script: str = ""
+) -> bytes:
+    """The file of a page: ``title`` is text, ``body`` HTML with one ``navigation``, ``style`` and ``script`` its own,
+    ``tile_px`` how large its pictures are, where it has any.
 
     Its policy lets it show what it holds and run this very script, whatever else got into the body.
     """
     script = _SCRIPT + script
+    tile = "" if tile_px is None else f' style="--tile: {tile_px}px"'
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     parts = [
-        f'<!doctype html>\n<html lang="en" style="--tile: {tile_px}px"><head><meta charset="utf-8">',
+        f'<!doctype html>\n<html lang="en"{tile}><head><meta charset="utf-8">',
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{escape(title)}</title><style>{_STYLE}{style}</style></head><body><main>",
@@ -80,9 +181,11 @@ def document(title: str, body: Iterable[str], *, tile_px: int, style: str = "", 
     return "".join(parts).encode()
 
 
-def navigation(links: Iterable[tuple[str, str]], tile_px: int) -> str:
-    """The bar that stays in sight: links as (id, text), and how large pictures are."""
+def navigation(links: Iterable[tuple[str, str]], tile_px: int | None = None) -> str:
+    """The bar that stays in sight: links as (id, text), and how large pictures are, where there are any."""
     anchors = " ".join(f'<a href="#{escape(target)}">{escape(text)}</a>' for target, text in links)
+    if tile_px is None:
+        return f"<nav>{anchors}</nav>"
     return (
         f"<nav>{anchors}<label>picture size <input type='range' aria-label='picture size' "
         f"min='{TILE_MIN_PX}' max='{TILE_MAX_PX}' value='{tile_px}'></label></nav>"
@@ -107,6 +210,12 @@ def facts(lines: Iterable[tuple[str, str]], codes: Sequence[str] = ()) -> str:
     )
 
 
+def configuration(config: dict[str, Any]) -> str:
+    """All of a run's configuration, folded away."""
+    text = escape(json.dumps(config, indent=2, ensure_ascii=False))
+    return f'<div class="card"><details><summary>Configuration</summary><pre><code>{text}</code></pre></details></div>'
+
+
 def img(picture: np.ndarray, alt: str, attributes: str = "") -> str:
     """The picture, uint8 [h, w, 3], inside the page; ``attributes`` are HTML."""
     buffer = io.BytesIO()
@@ -125,3 +234,87 @@ def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def glossary(results: dict[str, Any]) -> Iterator[str]:
+    """What every metric of the page means: the tooltips again, for paper and for fingers."""
+    names = dict.fromkeys(metric for about in results["tasks"].values() for metric in about["metrics"])
+    if names:
+        lines = [(with_unit(metric_of(name)), metric_of(name).about) for name in names]
+        yield f'<section id="metrics"><h2>Metrics</h2>{facts(lines)}</section>'
+
+
+def metric_of(name: str) -> Metric:
+    """By its name in ``results.json``; one that is not in ``METRICS`` is called what it is."""
+    return METRICS.get(name) or Metric(human(name), "", "")
+
+
+def with_unit(metric: Metric) -> str:
+    """Its label and its unit, if any."""
+    return f"{metric.label}, {metric.unit}" if metric.unit else metric.label
+
+
+def metric_name(name: str, lower: set[str]) -> str:
+    """As HTML: the metric with its unit, an arrow to where it is better, and its definition as a tooltip."""
+    metric = metric_of(name)
+    arrow = "" if not metric.ranked else "\u00a0↓" if name in lower else "\u00a0↑"
+    return f'<span class="about" title="{escape(metric.about)}">{escape(with_unit(metric))}</span>{arrow}'
+
+
+def axis_title(name: str, lower: set[str]) -> str:
+    """The metric with its unit, and in words which way is better."""
+    metric = metric_of(name)
+    better = "" if not metric.ranked else " (less is better)" if name in lower else " (more is better)"
+    return with_unit(metric) + better
+
+
+def best_mean(metric: str, rows: Iterable[dict[str, Any] | None], lower: set[str]) -> float | None:
+    """The best mean of ``rows``; None where there is none, or no better and worse."""
+    means = [row["mean"] for row in rows if row is not None and known(row["mean"])]
+    if not means or not metric_of(metric).ranked:
+        return None
+    return min(means) if metric in lower else max(means)
+
+
+def score_cell(row: dict[str, Any] | None, best: float | None, note: str = "") -> str:
+    """A mean, bold where it is the ``best``, its interval, and a ``note``."""
+    if row is None or row["mean"] is None:
+        return '<td class="faint">–</td>'
+    mean, low, high = numbers(row["mean"], row["low"], row["high"])
+    text = f"<b>{mean}</b>" if row["mean"] == best else mean
+    if row["low"] is not None and row["high"] is not None:
+        text += f"<small>[{low}, {high}]</small>"
+    if note:
+        text += f"<small>{escape(note)}</small>"
+    return f"<td>{text}</td>"
+
+
+def numbers(value: float | None, *bounds: float | None) -> list[str]:
+    """``value`` with three significant digits, or what matters of it beside its ``bounds``; all with its decimals."""
+    size = max([abs(value) if known(value) else 0.0, *(abs(bound) / 10 for bound in bounds if known(bound))])
+    if size and not 1e-4 <= size < 1e7:
+        return ["–" if number is None else f"{number:.2e}" for number in (value, *bounds)]
+    # Rounding may carry (0.9996 is 1.00), so the digits are counted after it.
+    decimals = max(0, 2 - math.floor(math.log10(float(f"{size:.2e}")))) if size else 0
+    texts = ["–" if number is None else f"{number:,.{decimals}f}" for number in (value, *bounds)]
+    return [text.replace("-", "−") for text in texts]
+
+
+def known(value: float | None) -> TypeGuard[float]:
+    """Whether it is a number that can be compared and drawn."""
+    return value is not None and math.isfinite(value)
+
+
+def round_ticks(low: float, high: float) -> tuple[list[float], int]:
+    """About five round numbers from at most ``low`` to at least ``high``, and the decimals to write them with."""
+    if low == high:
+        low, high = low - (abs(low) or 1) / 10, high + (abs(high) or 1) / 10
+    power = math.floor(math.log10((high - low) / 5))
+    step = next(step * 10.0**power for step in (1, 2, 5, 10) if 5 * step * 10.0**power >= high - low)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    return [index * step for index in range(first, last + 1)], max(0, -math.floor(math.log10(step) + 1e-9))
+
+
+def plural(count: int, noun: str) -> str:
+    """``noun`` for ``count`` of them."""
+    return noun if count == 1 else f"{noun}s"

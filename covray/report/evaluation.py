@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
-import json
-import math
 import posixpath
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import groupby
-from typing import Any, Literal, NamedTuple, TypeGuard
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
 from covray import storage
-from covray.report.document import document, duration, facts, figures, human, img, navigation
+from covray.report.document import (
+    TABLES_STYLE,
+    axis_title,
+    best_mean,
+    configuration,
+    document,
+    duration,
+    facts,
+    figures,
+    glossary,
+    human,
+    img,
+    known,
+    metric_name,
+    metric_of,
+    navigation,
+    numbers,
+    plural,
+    round_ticks,
+    score_cell,
+)
 
 _SIGNIFICANT = 0.05
 _FAILED_SHOWN = 20
@@ -26,90 +44,7 @@ _ROW_PX, _CAP_PX, _AXIS_PX = 28, 22, 48  # of a plot: a subject, the ceiling's n
 _RANKS = ("best", "median", "worst")
 
 
-class _Metric(NamedTuple):
-    label: str
-    unit: str
-    about: str
-    ranked: bool = True
-
-
-_METRICS = {
-    "iou": _Metric(
-        "IoU", "", "Intersection over union of the classes that occur, mean over them; of every episode, then the mean."
-    ),
-    "miou": _Metric(
-        "mIoU", "", "IoU of every class over all pixels of the set, then the mean over classes: no mean over episodes, "
-        "so it has no interval."
-    ),
-    "p_acc": _Metric("P-ACC", "", "Share of pixels with the right class."),
-    "pck": _Metric(
-        "PCK@0.1", "", "Share of the label's keypoints found within 0.1 of the longer side of the box around them."
-    ),
-    "lpips": _Metric("LPIPS", "", "Perceptual distance of answer and label, by AlexNet (Zhang et al. 2018)."),
-    "mse": _Metric("MSE", "", "Mean squared error of pixel values in [0, 1]."),
-    "psnr": _Metric("PSNR", "dB", "Peak signal-to-noise ratio of the answer against the label."),
-    "ssim": _Metric("SSIM", "", "Structural similarity of answer and label (Wang et al. 2004)."),
-    "mean_angle_deg": _Metric("Mean angle", "°", "Angle between normals of answer and label, mean over pixels."),
-    "median_angle_deg": _Metric("Median angle", "°", "The same angle, median over the pixels of an episode."),
-    "within_11_deg": _Metric("< 11.25°", "", "Share of pixels whose normal is less than 11.25° off."),
-    "within_22_deg": _Metric("< 22.5°", "", "Share of pixels whose normal is less than 22.5° off."),
-    "within_30_deg": _Metric("< 30°", "", "Share of pixels whose normal is less than 30° off."),
-    "f": _Metric("F", "", "F measure of the edges at each picture's own best threshold, mean over episodes."),
-    "ods_f": _Metric(
-        "ODS F", "", "F measure of the edges at the one threshold that is best for the set, from summed counts; "
-        "no interval."
-    ),
-    "ois_f": _Metric(
-        "OIS F", "", "F measure of the edges at each picture's own best threshold, from summed counts; no interval."
-    ),
-    "abs_rel": _Metric("AbsRel", "", "Error of depth over depth, mean over pixels."),
-    "sq_rel": _Metric("SqRel", "m", "Squared error of depth over depth, mean over pixels."),
-    "delta1": _Metric("δ < 1.25", "", "Share of pixels whose depth is wrong by a factor below 1.25."),
-    "delta2": _Metric("δ < 1.25²", "", "Share of pixels whose depth is wrong by a factor below 1.25²."),
-    "delta3": _Metric("δ < 1.25³", "", "Share of pixels whose depth is wrong by a factor below 1.25³."),
-    "perplexity_own": _Metric(
-        "Perplexity, own frames", "", "Of the reference answer's tokens, after the frames the model wrote itself."
-    ),
-    "perplexity_reference": _Metric(
-        "Perplexity, reference frames", "", "Of the reference answer's tokens, after the frames of the reference chain."
-    ),
-    "frame_psnr": _Metric("Frames: PSNR", "dB", "Peak signal-to-noise ratio against the reference frames."),
-    "frame_path": _Metric(
-        "Frames: path", "", "Way through the frames over the direct way from query to answer; 1 is straight. Neither "
-        "more nor less of it is better as such.", ranked=False
-    ),
-    "frame_step_variation": _Metric(
-        "Frames: step variation", "", "How unequal the steps from frame to frame are; 0 when all are alike."
-    ),
-}  # fmt: skip
-
 _STYLE = """
-.scroll { overflow-x: auto; border-radius: 12px; }
-.scroll + .scroll, .scroll + .card, .card + .card, .facts + .card { margin-top: 12px; }
-.card > p { margin: 0; padding: 10px 20px; color: var(--faint); font-size: 12px; } .card > p + p { padding-top: 0; }
-summary, pre { padding: 10px 20px; color: var(--faint); font-size: 12px; } h3 + details summary { padding-top: 0; }
-.scores th, .scores td { padding: 8px 14px; white-space: nowrap; }
-.scores th { vertical-align: bottom; }
-.scores thead th { white-space: normal; border-bottom-color: var(--faint); }
-.scores tbody th { position: sticky; left: 0; z-index: 1; padding-left: 20px; background: var(--card);
-  color: var(--ink); font-size: 14px; vertical-align: top; white-space: normal; min-width: 210px; max-width: 280px;
-  overflow-wrap: anywhere; }
-.scores thead th:first-child { position: sticky; left: 0; z-index: 1; padding-left: 20px; background: var(--card); }
-.scores thead th:not(:first-child), .scores td { text-align: right; font-variant-numeric: tabular-nums; }
-.scores small { display: block; color: var(--faint); font-size: 11px; font-weight: 400; }
-.scores a { color: inherit; } .scores thead a { color: var(--accent); text-decoration: none; font-size: 14px; }
-.scores b { font-weight: 700; }
-.scores tbody tr:last-child > * { border-bottom: 0; }
-.scores tbody + tbody tr:first-child > * { border-top: 2px solid var(--faint); }
-.scores .ceiling td, .scores .ceiling th { color: var(--faint); }
-.about { text-decoration: underline dotted; text-underline-offset: 3px; cursor: help; }
-.differences th, .differences td { padding: 6px 14px; }
-.differences th:first-child, .differences td:first-child { padding-left: 20px; }
-.differences .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.text { min-width: 140px; overflow-wrap: anywhere; }
-.better, .worse, .open { white-space: nowrap; } .better { color: var(--good); } .worse { color: var(--warn); }
-h3 { margin: 0; padding: 16px 20px 8px; font-size: 14px; font-weight: 600; }
-h3 small { color: var(--faint); font-size: 12px; font-weight: 400; margin-left: 8px; }
 .plot { display: grid; grid-template-columns: fit-content(38%) minmax(0, 1fr); padding: 0 48px 0 20px; max-width: 900px;
   gap: 0 28px; }
 .plot ol { list-style: none; margin: 0; padding: 22px 0 0; min-width: 0; }
@@ -131,9 +66,8 @@ h3 small { color: var(--faint); font-size: 12px; font-weight: 400; margin-left: 
 .pictures { display: flex; gap: 6px; }
 .row img { height: var(--tile); width: auto; max-width: calc(2 * var(--tile)); object-fit: contain; }
 .small { image-rendering: pixelated; } .answer { outline: 2px solid var(--accent); outline-offset: 1px; }
-pre { margin: 0; white-space: pre-wrap; }
-@media (max-width: 800px) { .row { grid-template-columns: max-content 1fr; } .answers { grid-area: 3 / 1 / auto / -1; }
-  .scores tbody th, .scores thead th:first-child { min-width: 110px; max-width: 150px; } }
+@media (max-width: 800px) { .row { grid-template-columns: max-content 1fr; }
+  .answers { grid-area: 3 / 1 / auto / -1; } }
 """
 
 
@@ -172,9 +106,9 @@ def write_evaluation_page(results: dict[str, Any], strips: Sequence[Strip], out:
     parts = [*_header(results), navigation(links, _TILE_PX), *_overview(results)]
     for task in tasks:
         parts += _task(results, task, of_task[task])
-    parts += [*_failed(results["failed"]), *_glossary(results)]
+    parts += [*_failed(results["failed"]), *glossary(results)]
     title = f"Evaluation on {_base(results['config'].get('data', ''))}"
-    storage.write_bytes(out, document(title, parts, tile_px=_TILE_PX, style=_STYLE))
+    storage.write_bytes(out, document(title, parts, tile_px=_TILE_PX, style=TABLES_STYLE + _STYLE))
 
 
 def _header(results: dict[str, Any]) -> Iterator[str]:
@@ -184,9 +118,9 @@ def _header(results: dict[str, Any]) -> Iterator[str]:
     yield figures(
         [
             (f"{sum(task['episodes'] for task in tasks.values()):,}", "episodes"),
-            (str(len(tasks)), _plural(len(tasks), "task")),
-            (str(len(subjects)), _plural(len(subjects), "row") + " in the table"),
-            (f"{len(results['failed']):,}", _plural(len(results["failed"]), "failed answer")),
+            (str(len(tasks)), plural(len(tasks), "task")),
+            (str(len(subjects)), plural(len(subjects), "row") + " in the table"),
+            (f"{len(results['failed']):,}", plural(len(results["failed"]), "failed answer")),
             (duration(results["seconds"]), "of work"),
         ]
     )
@@ -203,16 +137,14 @@ def _header(results: dict[str, Any]) -> Iterator[str]:
     ]
     hashes = [(human(name), str(value)) for name, value in results["fingerprints"].items()]
     yield facts([*lines, *hashes], codes=[name for name, _ in hashes])
-    everything = escape(json.dumps(config, indent=2, ensure_ascii=False))
-    yield f'<div class="card"><details><summary>Configuration</summary><pre><code>{everything}</code></pre></details>'
-    yield "</div></header>"
+    yield configuration(config) + "</header>"
 
 
 def _overview(results: dict[str, Any]) -> Iterator[str]:
     """One row a subject, one column a task with its primary metric; then who the subjects are."""
     tasks, lower = results["tasks"], set(results["lower_is_better"])
     heads = [
-        f'<a href="#{escape(task)}">{escape(human(task))}</a><small>{_metric_name(about["primary"], lower)}</small>'
+        f'<a href="#{escape(task)}">{escape(human(task))}</a><small>{metric_name(about["primary"], lower)}</small>'
         for task, about in tasks.items()
     ]
     columns = [(task, about["primary"]) for task, about in tasks.items()]
@@ -234,11 +166,11 @@ def _task(results: dict[str, Any], task: str, strips: Sequence[Strip]) -> Iterat
     yield f'<section id="{escape(task)}"><h2>{escape(human(task))} <small>{counts}</small></h2>'
     scored = {score["metric"] for score in results["scores"] if score["task"] == task}
     metrics = [metric for metric in about["metrics"] if metric in scored or metric not in about["absent"]]
-    heads = [_metric_name(metric, lower) for metric in metrics]
+    heads = [metric_name(metric, lower) for metric in metrics]
     table = _table(results, heads, [(task, metric) for metric in metrics])
     yield f'<div class="card"><div class="scroll">{table}</div>'
     for metric, why in about["absent"].items():
-        yield f"<p>{escape(_metric(metric).label)} is absent: {escape(why)}</p>"
+        yield f"<p>{escape(metric_of(metric).label)} is absent: {escape(why)}</p>"
     yield "</div>"
     yield from _plot(results, task, about["primary"], lower)
     yield from _differences([row for row in results["differences"] if row["task"] == task], lower)
@@ -258,9 +190,7 @@ def _table(results: dict[str, Any], heads: Sequence[str], columns: Sequence[tupl
         counts = {row["episodes"] for row in rows.values() if row is not None and row["mean"] is not None}
         episodes[column] = counts.pop() if len(counts) == 1 else results["tasks"][column[0]]["episodes"]
         found = [rows[subject["name"]] for subject in others]
-        means = [row["mean"] for row in found if row is not None and _known(row["mean"])]
-        if means and _metric(column[1]).ranked:
-            best[column] = min(means) if column[1] in lower else max(means)
+        best[column] = best_mean(column[1], found, lower)
     parts = ['<table class="scores"><thead><tr><th></th>']
     parts += [
         f"<th>{head}<small>n = {episodes[column]:,}</small></th>" for head, column in zip(heads, columns, strict=True)
@@ -274,24 +204,11 @@ def _table(results: dict[str, Any], heads: Sequence[str], columns: Sequence[tupl
             parts.append(f"<tr><th>{escape(subject['name'])}<small>{escape(_form(subject))}</small></th>")
             for column in columns:
                 row = scores.get((*column, subject["name"]))
-                bold = not css and row is not None and row["mean"] is not None and row["mean"] == best.get(column)
-                parts.append(_cell(row, episodes[column], bold=bold))
+                note = f"n = {row['episodes']:,}" if row is not None and row["episodes"] != episodes[column] else ""
+                parts.append(score_cell(row, None if css else best[column], note))
             parts.append("</tr>")
         parts.append("</tbody>")
     return "".join([*parts, "</table>"])
-
-
-def _cell(row: dict[str, Any] | None, episodes: int, *, bold: bool) -> str:
-    """A mean, its interval, and of how many episodes it is where that is not the column's number of ``episodes``."""
-    if row is None or row["mean"] is None:
-        return '<td class="faint">–</td>'
-    mean, low, high = _numbers(row["mean"], row["low"], row["high"])
-    text = f"<b>{mean}</b>" if bold else mean
-    if row["low"] is not None and row["high"] is not None:
-        text += f"<small>[{low}, {high}]</small>"
-    if row["episodes"] != episodes:
-        text += f"<small>n = {row['episodes']:,}</small>"
-    return f"<td>{text}</td>"
 
 
 def _plot(results: dict[str, Any], task: str, metric: str, lower: set[str]) -> Iterator[str]:
@@ -299,29 +216,29 @@ def _plot(results: dict[str, Any], task: str, metric: str, lower: set[str]) -> I
     scores = {
         row["subject"]: row
         for row in results["scores"]
-        if (row["task"], row["metric"]) == (task, metric) and _known(row["mean"])
+        if (row["task"], row["metric"]) == (task, metric) and known(row["mean"])
     }
     shown = [subject for subject in results["subjects"] if subject["name"] in scores]
     if not shown:
         return
     rows = [subject for subject in shown if subject["kind"] != "ceiling"]
-    values = [value for row in scores.values() for value in (row["mean"], row["low"], row["high"]) if _known(value)]
-    ticks, decimals = _ticks(min(values), max(values))
+    values = [value for row in scores.values() for value in (row["mean"], row["low"], row["high"]) if known(value)]
+    ticks, decimals = round_ticks(min(values), max(values))
 
     def x(value: float) -> str:
         return f"{100 * (value - ticks[0]) / (ticks[-1] - ticks[0]):.2f}%"
 
     bottom = _CAP_PX + _ROW_PX * len(rows)
-    yield f'<div class="card"><h3>{_metric_name(metric, lower)}<small>mean and 95% interval</small></h3>'
+    yield f'<div class="card"><h3>{metric_name(metric, lower)}<small>mean and 95% interval</small></h3>'
     yield '<div class="plot"><ol>'
     for subject in rows:
         yield f'<li title="{escape(subject["name"])}">{escape(subject["name"])}</li>'
-    label = f"{_metric(metric).label} of {human(task)}: means with 95% intervals, as in the table above"
+    label = f"{metric_of(metric).label} of {human(task)}: means with 95% intervals, as in the table above"
     yield f'</ol><svg role="img" aria-label="{escape(label)}" height="{bottom + _AXIS_PX}">'
     for tick in ticks:
         yield f'<line x1="{x(tick)}" x2="{x(tick)}" y1="{_CAP_PX}" y2="{bottom}"/>'
         yield f'<text x="{x(tick)}" y="{bottom + 16}" text-anchor="middle">{tick:,.{decimals}f}</text>'
-    yield f'<text x="50%" y="{bottom + 36}" text-anchor="middle">{escape(_axis(metric, lower))}</text>'
+    yield f'<text x="50%" y="{bottom + 36}" text-anchor="middle">{escape(axis_title(metric, lower))}</text>'
     for subject in shown:
         if subject["kind"] == "ceiling":
             at = x(scores[subject["name"]]["mean"])
@@ -330,23 +247,13 @@ def _plot(results: dict[str, Any], task: str, metric: str, lower: set[str]) -> I
             yield f'<text x="{at}" y="{_CAP_PX - 10}" text-anchor="{anchor}">{escape(subject["name"])}</text></g>'
     for index, subject in enumerate(rows):
         row, y = scores[subject["name"]], _CAP_PX + _ROW_PX * (index + 0.5)
-        mean, low, high = _numbers(row["mean"], row["low"], row["high"])
+        mean, low, high = numbers(row["mean"], row["low"], row["high"])
         css = ' class="adapter"' if subject["kind"] == "adapter" else ""
         yield f"<g{css}><title>{escape(subject['name'])}: {mean} [{low}, {high}]</title>"
-        if _known(row["low"]) and _known(row["high"]):
+        if known(row["low"]) and known(row["high"]):
             yield f'<line class="whisker" x1="{x(row["low"])}" x2="{x(row["high"])}" y1="{y}" y2="{y}"/>'
         yield f'<circle cx="{x(row["mean"])}" cy="{y}" r="5"/></g>'
     yield "</svg></div></div>"
-
-
-def _ticks(low: float, high: float) -> tuple[list[float], int]:
-    """About five round numbers from at most ``low`` to at least ``high``, and the decimals to write them with."""
-    if low == high:
-        low, high = low - (abs(low) or 1) / 10, high + (abs(high) or 1) / 10
-    power = math.floor(math.log10((high - low) / 5))
-    step = next(step * 10.0**power for step in (1, 2, 5, 10) if 5 * step * 10.0**power >= high - low)
-    first, last = math.floor(low / step), math.ceil(high / step)
-    return [index * step for index in range(first, last + 1)], max(0, -math.floor(math.log10(step) + 1e-9))
 
 
 def _differences(rows: Sequence[dict[str, Any]], lower: set[str]) -> Iterator[str]:
@@ -354,17 +261,17 @@ def _differences(rows: Sequence[dict[str, Any]], lower: set[str]) -> Iterator[st
         return
     yield '<div class="card"><h3>Paired differences<small>of the same episodes, first minus second</small></h3>'
     opened = " open" if len(rows) <= _DIFFERENCES_OPEN else ""
-    yield f"<details{opened}><summary>{len(rows):,} {_plural(len(rows), 'comparison')}</summary>"
+    yield f"<details{opened}><summary>{len(rows):,} {plural(len(rows), 'comparison')}</summary>"
     yield '<div class="scroll"><table class="differences"><tr><th>First</th><th>Second</th><th>Metric</th>'
     yield '<th class="number">First − second</th><th class="number">95% interval</th><th class="number">p</th>'
     yield '<th class="number">Episodes</th><th>The first is</th></tr>'
     for row in rows:
-        mean, low, high = _numbers(row["mean"], row["low"], row["high"])
+        mean, low, high = numbers(row["mean"], row["low"], row["high"])
         interval = "–" if row["low"] is None or row["high"] is None else f"[{low}, {high}]"
         verdict, css = _verdict(row, lower)
         yield (
             f'<tr><td class="text">{escape(row["first"])}</td><td class="text">{escape(row["second"])}</td>'
-            f'<td>{_metric_name(row["metric"], lower)}</td><td class="number">{mean}</td>'
+            f'<td>{metric_name(row["metric"], lower)}</td><td class="number">{mean}</td>'
             f'<td class="number">{interval}</td><td class="number">{_p_value(row["p_value"])}</td>'
             f'<td class="number">{row["episodes"]:,}</td><td class="{css}">{verdict}</td></tr>'
         )
@@ -386,7 +293,7 @@ def _strips(strips: Sequence[Strip], subjects: Sequence[str], primary: str) -> I
     """A row for every rank and query: the query, what each subject made of it, the label."""
     if not strips:
         return
-    label = escape(_metric(primary).label)
+    label = escape(metric_of(primary).label)
     yield f'<div class="card"><h3>Answers<small>best, median and worst by {label}; a model\'s frames, then, '
     yield "outlined, its answer</small></h3>"
     place = {name: index for index, name in enumerate(subjects)}
@@ -405,7 +312,7 @@ def _strips(strips: Sequence[Strip], subjects: Sequence[str], primary: str) -> I
                 _picture(frame, f"frame {index} of {strip.subject}") for index, frame in enumerate(strip.frames, 1)
             ]
             shown.append(_picture(strip.answer, f"answer of {strip.subject}", "answer"))
-            score = "–" if strip.score is None else _numbers(strip.score)[0]
+            score = "–" if strip.score is None else numbers(strip.score)[0]
             yield f'<figure><div class="pictures">{"".join(shown)}</div>'
             yield f"<figcaption>{escape(strip.subject)} <span>{score}</span></figcaption></figure>"
         yield f'</div><figure class="label"><div class="pictures">{_picture(first.label, "label")}</div>'
@@ -428,7 +335,7 @@ def _failed(failed: Sequence[dict[str, Any]]) -> Iterator[str]:
     if not failed:
         return
     shown = f", the first {_FAILED_SHOWN}" if len(failed) > _FAILED_SHOWN else ""
-    count = f"{len(failed):,} {_plural(len(failed), 'answer')} without scores{shown}"
+    count = f"{len(failed):,} {plural(len(failed), 'answer')} without scores{shown}"
     yield f'<section id="failed"><h2>Failed <small>{count}</small></h2><div class="card"><div class="scroll"><table>'
     yield "<tr><th>Task</th><th>Subject</th><th>Pair</th><th>Error</th></tr>"
     for row in failed[:_FAILED_SHOWN]:
@@ -439,69 +346,20 @@ def _failed(failed: Sequence[dict[str, Any]]) -> Iterator[str]:
     yield "</table></div></div></section>"
 
 
-def _glossary(results: dict[str, Any]) -> Iterator[str]:
-    """What every metric of the page means: the tooltips again, for paper and for fingers."""
-    names = dict.fromkeys(metric for about in results["tasks"].values() for metric in about["metrics"])
-    if names:
-        lines = [(_with_unit(_metric(name)), _metric(name).about) for name in names]
-        yield f'<section id="metrics"><h2>Metrics</h2>{facts(lines)}</section>'
-
-
-def _metric(name: str) -> _Metric:
-    return _METRICS.get(name) or _Metric(human(name), "", "")
-
-
-def _with_unit(metric: _Metric) -> str:
-    return f"{metric.label}, {metric.unit}" if metric.unit else metric.label
-
-
-def _metric_name(name: str, lower: set[str]) -> str:
-    """As HTML: the metric with its unit, an arrow to where it is better, and its definition as a tooltip."""
-    metric = _metric(name)
-    arrow = "" if not metric.ranked else "\u00a0↓" if name in lower else "\u00a0↑"
-    return f'<span class="about" title="{escape(metric.about)}">{escape(_with_unit(metric))}</span>{arrow}'
-
-
-def _axis(name: str, lower: set[str]) -> str:
-    metric = _metric(name)
-    better = "" if not metric.ranked else " (less is better)" if name in lower else " (more is better)"
-    return _with_unit(metric) + better
-
-
 def _form(subject: dict[str, Any]) -> str:
     """What kind of subject it is, and after what chains it answers."""
     parts = [subject["kind"]]
     if subject["method"] is not None:
         parts.append("no frames" if subject["method"] == "none" else f"{subject['method']}, L={subject['length']}")
     if subject["pairs"] is not None:
-        parts.append(f"{subject['pairs']} {_plural(subject['pairs'], 'pair')}")
+        parts.append(f"{subject['pairs']} {plural(subject['pairs'], 'pair')}")
     return " · ".join(parts)
-
-
-def _numbers(value: float | None, *bounds: float | None) -> list[str]:
-    """``value`` with three significant digits, or what matters of it beside its ``bounds``; all with its decimals."""
-    size = max([abs(value) if _known(value) else 0.0, *(abs(bound) / 10 for bound in bounds if _known(bound))])
-    if size and not 1e-4 <= size < 1e7:
-        return ["–" if number is None else f"{number:.2e}" for number in (value, *bounds)]
-    # Rounding may carry (0.9996 is 1.00), so the digits are counted after it.
-    decimals = max(0, 2 - math.floor(math.log10(float(f"{size:.2e}")))) if size else 0
-    texts = ["–" if number is None else f"{number:,.{decimals}f}" for number in (value, *bounds)]
-    return [text.replace("-", "−") for text in texts]
-
-
-def _known(value: float | None) -> TypeGuard[float]:
-    """Whether it is a number that can be compared and drawn."""
-    return value is not None and math.isfinite(value)
 
 
 def _p_value(value: float | None) -> str:
     if value is None:
         return "–"
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def _plural(count: int, noun: str) -> str:
-    return noun if count == 1 else f"{noun}s"
 
 
 def _base(path: str) -> str:

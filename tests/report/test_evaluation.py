@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,6 @@ import numpy as np
 import pytest
 
 from covray.evaluation.scores import LOWER_IS_BETTER, METRICS, SET_METRICS
-from covray.report import evaluation
 from covray.report.evaluation import Strip, write_evaluation_page
 from tests.report.conftest import Page
 
@@ -203,26 +201,6 @@ def test_the_plot_is_to_scale(written: Writer) -> None:
 def _percent(text: str | None) -> float:
     assert text is not None
     return float(text.removesuffix("%"))
-
-
-@pytest.mark.parametrize(
-    ("low", "high"), [(0.0, 1.0), (0.4631, 0.4633), (-3.0, 17.2), (0.0, 0.0), (5.0, 5.0), (1e-9, 3e-9), (0.3, 8192.0)]
-)
-def test_ticks_are_round_enclose_the_values_and_read_apart(low: float, high: float) -> None:
-    ticks, decimals = evaluation._ticks(low, high)
-    assert ticks[0] <= low <= high <= ticks[-1]
-    assert 2 <= len(ticks) <= 8
-    labels = [f"{tick:.{decimals}f}" for tick in ticks]
-    assert len(set(labels)) == len(labels)
-    assert np.allclose([float(label) for label in labels], ticks, rtol=1e-9, atol=0)
-
-
-@pytest.mark.parametrize("value", [0.5, 0.9996, 18.974, 99.96, 123.4, 0.00123, -0.0361, 4.2e-7, 8.1e12, 1.0])
-def test_numbers_keep_three_digits(value: float) -> None:
-    (text,) = evaluation._numbers(value)
-    assert float(text.replace("−", "-")) == pytest.approx(value, rel=5e-3)
-    digits = re.sub(r"[^0-9]", "", text.split("e")[0]).lstrip("0")
-    assert len(digits) == 3
 
 
 def test_what_is_absent_is_named_with_its_reason(written: Writer) -> None:
