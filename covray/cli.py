@@ -36,7 +36,9 @@ app = typer.Typer(
 pairs_app = typer.Typer(help="Make a manifest of (image, label) pairs.", no_args_is_help=True)
 nano_app = typer.Typer(help="The nano family: train it again, measure it.", no_args_is_help=True)
 app.add_typer(pairs_app, name="pairs")
+experiments_app = typer.Typer(help="Fixed experiments on the nano family.", no_args_is_help=True)
 app.add_typer(nano_app, name="nano")
+app.add_typer(experiments_app, name="experiments")
 
 Out = Annotated[str, typer.Option("--out", help="What the command writes.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one machine-readable object last.")]
@@ -562,6 +564,134 @@ def _print_evaluation(results: dict[str, Any], out: str) -> None:
     console.print(table)
     if results["failed"]:
         console.print(f"[yellow]{len(results['failed'])} episodes failed[/yellow]: they are named on the page")
+    console.print(f"{_escape(out.rstrip('/'))}/index.html", highlight=False, soft_wrap=True)
+
+
+# --- sweep ---------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def sweep(
+    out: Annotated[str | None, typer.Option("--out", help="Folder of the sweep.")] = None,
+    data: Annotated[str | None, typer.Option(help="Dataset of chains.")] = None,
+    manifest: Annotated[str | None, typer.Option(help="Or pairs, to build the dataset from.")] = None,
+    concurrency: Annotated[int | None, typer.Option(help="Trials at a time; by default as many as fit.")] = None,
+    tracking_uri: Annotated[
+        str | None, typer.Option(help="MLflow; by default a file beside OUT; none: no MLflow.")
+    ] = None,
+    config: ConfigFile = None,
+    sets: Sets = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the sweep in OUT, as it was configured.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Say what would happen, and stop.")] = False,
+    tokens_per_s: Annotated[float | None, typer.Option(help="With --plan: of one worker, for the hours.")] = None,
+    json_: Json = False,
+) -> None:
+    """Train and score a grid of chain lengths, pairs and methods. Killed anywhere, the same command continues."""
+    from covray.config import SweepConfig, load_config
+
+    if tokens_per_s is not None and not plan:
+        raise ConfigError("--tokens-per-s: is for --plan, which computes hours from it; give both")
+    options: dict[str, Any] = {
+        "out": out,
+        "data": data,
+        "manifest": manifest,
+        "concurrency": concurrency,
+        "tracking.uri": tracking_uri,
+    }
+    with _quiet_libraries():
+        if resume:
+            given = [key for key, value in options.items() if value is not None and key != "out"]
+            if out is None or config is not None or sets or given:
+                raise ConfigError("--resume: takes --out SWEEP alone; what else holds is in its folder")
+            from covray.distributed.sweep import resumed
+
+            resolved = resumed(out)
+        else:
+            resolved = load_config(SweepConfig, config, options, sets or ())
+        if plan:
+            from covray.sweeps.grid import plan_sweep
+
+            _print_sweep_plan(plan_sweep(resolved, tokens_per_s), json_)
+            return
+        from covray.distributed.sweep import sweep as run_sweep
+
+        results = run_sweep(resolved)
+    _print_sweep(results, resolved.out, json_)
+
+
+@app.command()
+def report(
+    folder: Annotated[str, typer.Argument(metavar="EVAL|SWEEP", help="An evaluation, or a sweep, finished or not.")],
+    json_: Json = False,
+) -> None:
+    """Page and table of an evaluation, or of a sweep from the trials that are done so far."""
+    with _quiet_libraries():
+        from covray import storage
+        from covray.distributed import evaluate as evaluations
+        from covray.distributed import sweep as sweeps
+
+        if storage.exists(storage.join(folder, evaluations.DESCRIPTION)):
+            results = evaluations.report(folder)
+            if json_:
+                print(json.dumps(results))
+            else:
+                _print_evaluation(results, folder)
+            return
+        results = sweeps.report(folder)
+    _print_sweep(results, folder, json_)
+
+
+@experiments_app.command("claims")
+def experiments_claims(
+    out: Out,
+    data: Annotated[str | None, typer.Option(help="Chains of 4 by both methods; by default scenes, built.")] = None,
+    json_: Json = False,
+) -> None:
+    """None, linear and diffusion on seven tasks, three seeds: hours on two cores. The same command continues."""
+    with _quiet_libraries():
+        from covray.experiments import run_claims
+
+        results = run_claims(out, data)
+    _print_sweep(results, f"{out}/sweep", json_)
+
+
+def _print_sweep_plan(planned: dict[str, Any], json_: bool) -> None:
+    if json_:
+        print(json.dumps(planned))
+        return
+    trials, total = planned["trials"], planned["total"]
+    shown: dict[str, Any] = {"trials": f"{len(trials):,}", "left out": f"{len(planned['left_out']):,}"}
+    shown |= {key: f"{value:,.1f}" if isinstance(value, float) else f"{value:,}" for key, value in total.items()}
+    if planned["builds"] is not None:
+        lengths = ", ".join(map(str, planned["builds"]["lengths"]))
+        shown["builds first"] = f"chains of {lengths} by {', '.join(planned['builds']['methods']) or 'no method'}"
+    _print(shown, False)
+    if "gpu_hours" not in total:
+        console.print("hours: give --tokens-per-s, which covray train prints", highlight=False)
+
+
+def _print_sweep(results: dict[str, Any], out: str, json_: bool) -> None:
+    """What the claims came to, and how the trials ended; all else is on the page."""
+    if json_:
+        print(json.dumps(results))
+        return
+    table = Table("claim", "gain", "95%", "verdict", box=None, pad_edge=False)
+    for claim in results["claims"]:
+        overall = claim["overall"]
+        if overall is None or overall["gain_percent"] is None:
+            continue
+        low, high = overall["low"], overall["high"]
+        interval = "–" if low is None else f"{low:+.1f} to {high:+.1f}"
+        table.add_row(_escape(claim["claim"]), f"{overall['gain_percent']:+.1f}%", interval, overall["verdict"])
+    if table.row_count:
+        console.print(table)
+    ended = [trial["status"] for trial in results["trials"]]
+    counts = [f"{ended.count(status)} {status}" for status in ("finished", "stopped", "failed", "waiting")]
+    console.print(", ".join(count for count in counts if not count.startswith("0 ")), highlight=False)
+    for trial in results["trials"]:
+        if trial["status"] == "failed":
+            why = f"[yellow]{_escape(trial['name'])} failed[/yellow]: {_escape(str(trial['error']))}"
+            console.print(why, highlight=False, soft_wrap=True)
     console.print(f"{_escape(out.rstrip('/'))}/index.html", highlight=False, soft_wrap=True)
 
 

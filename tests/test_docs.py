@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from covray.config import BuildConfig, EvaluateConfig, GenerateConfig, Section, TrainConfig
+from covray.config import BuildConfig, EvaluateConfig, GenerateConfig, Section, SweepConfig, TrainConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -22,7 +22,10 @@ def keys(model: type[Section], prefix: str = "") -> Iterator[str]:
 
 @pytest.mark.parametrize(
     ("section", "model"),
-    [("build", BuildConfig), ("train", TrainConfig), ("generate", GenerateConfig), ("evaluate", EvaluateConfig)],
+    [
+        ("build", BuildConfig), ("train", TrainConfig), ("generate", GenerateConfig), ("evaluate", EvaluateConfig),
+        ("sweep", SweepConfig),
+    ],  # fmt: skip
 )
 def test_every_key_of_the_configuration_is_documented_and_no_other(section: str, model: type[Section]) -> None:
     page = (ROOT / "docs" / "configuration.md").read_text()

@@ -23,7 +23,7 @@ import torch
 from ray.data import Dataset
 
 from covray import storage
-from covray.config import BuildConfig, EvaluateConfig
+from covray.config import BuildConfig, EvaluateConfig, load_config
 from covray.distributed.pool import (
     CHECKPOINT,
     absolute,
@@ -121,6 +121,18 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         finally:
             tracker.finish(status)
     delete_checkpoint(config.out)
+    return results
+
+
+def report(out: str) -> dict[str, Any]:
+    """Write table and page of the finished evaluation ``out`` again; returns its results. Raises ConfigError."""
+    path = storage.join(absolute(out), RESULTS)
+    described = _read_description(EvaluateConfig(data="", out=absolute(out)))
+    if described is None or not storage.exists(path):
+        raise ConfigError(f"{out}: holds no finished evaluation; run its covray evaluate again to continue it")
+    config = load_config(EvaluateConfig, None, described["config"]).model_copy(update={"out": absolute(out)})
+    results = dict(storage.read_json(path))
+    _write_results(config, [Subject(**subject) for subject in described["subjects"]], results)
     return results
 
 

@@ -16,6 +16,9 @@ READING_CPUS = 2
 """Logical CPUs beyond the cores of a Ray of our own: reading, checking and writing mostly wait for the disk, and a
 resume's filter holds one CPU for as long as it runs."""
 
+_CORES = "covray_cores"
+"""A resource that a Ray of our own has for no other purpose than to say how many of its CPUs are cores."""
+
 
 @contextmanager
 def ray_session() -> Iterator[int]:
@@ -26,7 +29,8 @@ def ray_session() -> Iterator[int]:
     named cluster does not answer.
     """
     if ray.is_initialized():
-        yield int(ray.cluster_resources().get("CPU", 0))
+        resources = ray.cluster_resources()
+        yield int(resources.get(_CORES, resources.get("CPU", 0)))
         return
     # Ray's own reports of its inner life go to its log folder; what concerns the user, covray says.
     logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -62,6 +66,7 @@ def _start(cores: int) -> None:
     ray.init(
         address="local",
         num_cpus=cores + READING_CPUS,
+        resources={_CORES: cores},
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from covray import storage
-from covray.config import EvaluateConfig, TrainConfig, leaves
+from covray.config import EvaluateConfig, SweepConfig, TrainConfig, leaves
 from covray.errors import ConfigError
 
 FLUSH_S = 5.0
@@ -41,6 +41,8 @@ _ENVIRONMENT = {
     "GIT_PYTHON_REFRESH": "quiet",
 }
 
+Tracked = TrainConfig | EvaluateConfig | SweepConfig
+
 
 class Tracker:
     """The MLflow run of a training, or of what else ``command`` is.
@@ -50,7 +52,7 @@ class Tracker:
     nothing. Raises ConfigError when the run's folder is remote and no store is named.
     """
 
-    def __init__(self, config: TrainConfig | EvaluateConfig, run_id: str | None, command: str = "covray train"):
+    def __init__(self, config: Tracked, run_id: str | None, command: str = "covray train"):
         self._config, self._run_id, self._command = config, run_id, command
         self._uri = store_of(config)
         self._client: Any = None
@@ -160,6 +162,15 @@ class Tracker:
             experiment_id = self._client.create_experiment(name)
         run_name = posixpath.basename(self._config.out.rstrip("/"))
         tags = {"mlflow.source.name": self._command}
+        parent = self._config.tracking.parent_run_id
+        if parent is not None:
+            tags["mlflow.parentRunId"] = parent
+            # A kill may have come between its beginning and its being written down.
+            wanted = f"tags.`mlflow.parentRunId` = '{parent}' AND attributes.run_name = '{run_name}'"
+            found = self._client.search_runs([experiment_id], wanted, max_results=1)
+            if found:
+                self._run_id = str(found[0].info.run_id)
+                return str(self._continue())
         return str(self._client.create_run(experiment_id, run_name=run_name, tags=tags).info.run_id)
 
     def _log_parameters(self) -> None:
@@ -197,7 +208,7 @@ class Tracker:
         )
 
 
-def store_of(config: TrainConfig | EvaluateConfig) -> str | None:
+def store_of(config: Tracked) -> str | None:
     """The MLflow store of a run as MLflow names it; None for no tracking.
 
     Raises ConfigError when the run's folder is remote, where no file can be a database, and no store is named.

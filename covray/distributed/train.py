@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
 from contextlib import contextmanager
@@ -51,8 +51,10 @@ LINE_EVERY_S = 30.0
 _STARTED = "metrics.jsonl"  # the first that workers write: before it, a run holds nothing that would bind it
 
 
-def train(config: TrainConfig) -> dict[str, Any]:
+def train(config: TrainConfig, watch: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
     """Train the adapter of the run ``config.out``; returns the figures of ``_result.json``.
+
+    ``watch`` is given every record of ``metrics.jsonl``, of a continued run those before it too.
 
     Called again on an unfinished run it continues it; on a finished one it returns the result at once. Raises
     CovrayError: a dataset, backbone, configuration or storage that cannot be used, before any worker is started;
@@ -91,7 +93,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         _write_run(config, run)
         status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
         try:
-            result = _run(config, tracker)
+            result = _run(config, tracker, watch)
             files = storage.list_files(storage.join(config.out, "adapter"))
             tracker.artefacts(config.out, [f"adapter/{name}" for name in files])
             status = "FINISHED"
@@ -103,7 +105,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     return result
 
 
-def _run(config: TrainConfig, tracker: Tracker) -> dict[str, Any]:
+def _run(config: TrainConfig, tracker: Tracker, watch: Callable[[dict[str, Any]], None] | None) -> dict[str, Any]:
     """Start the workers and follow them to the end."""
     # A node may take minutes to arrive, and to load; by default Ray Train begins again after one.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "900")
@@ -119,7 +121,7 @@ def _run(config: TrainConfig, tracker: Tracker) -> dict[str, Any]:
         run_config=_ray_folder(config),
         torch_config=TorchConfig(backend="nccl" if config.compute.device == "cuda" else "gloo"),
     )
-    follower = _Follower(config, tracker, board)
+    follower = _Follower(config, tracker, board, watch)
     threads = ThreadPoolExecutor(1)  # not this thread: Ray Train would take the signals for itself, and end workers
     try:
         with _stopping(board, follower.say), follower:
@@ -369,8 +371,11 @@ class Tail:
 class _Follower:
     """Shows how the training is getting on, and logs it."""
 
-    def __init__(self, config: TrainConfig, tracker: Tracker, board: Any):
+    def __init__(
+        self, config: TrainConfig, tracker: Tracker, board: Any, watch: Callable[[dict[str, Any]], None] | None
+    ):
         self.board = board
+        self._watch = watch
         self._tracker = tracker
         self._tail = Tail(storage.join(config.out, _STARTED))
         self._console = Console(stderr=True, emoji=False)
@@ -380,7 +385,7 @@ class _Follower:
 
     def __enter__(self) -> _Follower:
         for record in self._tail.new():  # of earlier runs: MLflow may lack the last of them
-            self._tracker.log(record["step"], _values(record))
+            self._take(record)
         self._bar.__enter__()
         return self
 
@@ -399,12 +404,17 @@ class _Follower:
             self.say(text)
         records = self._tail.new()
         for record in records:
-            self._tracker.log(record["step"], _values(record))
+            self._take(record)
             if "validation_loss" in record:
                 self._checked = f", validation {record['validation_loss']:.3f}"
         steps = [record for record in records if "loss" in record]
         if steps:
             self._show(steps[-1])
+
+    def _take(self, record: dict[str, Any]) -> None:
+        self._tracker.log(record["step"], _values(record))
+        if self._watch is not None:
+            self._watch(record)
 
     def _show(self, record: dict[str, Any]) -> None:
         left = f"{record['seconds'] * (record['steps'] - record['step']) / 60:.0f} min left"

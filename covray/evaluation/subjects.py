@@ -113,22 +113,23 @@ def _adapter(config: EvaluateConfig, dataset: ChainDataset, entry: str) -> Subje
 
 def _untuned(config: EvaluateConfig, dataset: ChainDataset, adapters: list[Subject]) -> Iterator[Subject]:
     """The backbones without their adapters, each for every form of chain; without adapters one, of plain pairs."""
-    alone = (config.backbone or BackboneConfig()).model_dump(mode="json"), "none", 2, config.pairs or 0
-    if config.pairs is None:
-        alone = (*alone[:3], 1)
-    forms = [(one.backbone, str(one.method), one.length or 2, one.pairs or 0) for one in adapters] or [alone]
+    backbone = (config.backbone or BackboneConfig()).model_dump(mode="json")
+    forms = [(one.backbone, str(one.method), one.length or 2, one.pairs or 0) for one in adapters]
+    forms += [(backbone, form.method, form.length, form.pairs) for form in config.forms]
+    forms = forms or [(backbone, "none", 2, 1 if config.pairs is None else config.pairs)]
     distinct: dict[tuple[str, str, int, int], tuple[Any, BackboneFacts]] = {}
-    for backbone, method, length, pairs in forms:
-        facts = backbone_facts(BackboneConfig.model_validate(backbone))
-        distinct.setdefault((facts.fingerprint, method, length, pairs), (backbone, facts))
+    for entry, method, length, pairs in forms:
+        facts = backbone_facts(BackboneConfig.model_validate(entry))
+        key = (facts.fingerprint, method, length, pairs) if length > 2 else (facts.fingerprint, "none", 2, pairs)
+        distinct.setdefault(key, (entry, facts))
     # A name says what tells it from the others, and no more.
     parts = [(key[1], f"L={key[2]}", f"{key[3]} pairs", key[0][:6]) for key in distinct]
     told = next((count for count in range(5) if len({part[:count] for part in parts}) == len(parts)), 4)
-    for part, (key, (backbone, facts)) in zip(parts, distinct.items(), strict=True):
+    for part, (key, (entry, facts)) in zip(parts, distinct.items(), strict=True):
         fingerprint, method, length, pairs = key
         name = " ".join(["untuned", *part[:told]])
         about = f"the backbone without an adapter, after examples with frames by {method}"
-        subject = Subject(name, "untuned", about, method, length, pairs, None, backbone, fingerprint)
+        subject = Subject(name, "untuned", about, method, length, pairs, None, entry, fingerprint)
         _require(subject, facts, dataset)
         yield subject
 

@@ -1,0 +1,167 @@
+"""From a grid to its trials: all combinations, each once, none that cannot be, and what they take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from covray.config import SweepConfig, load_config
+from covray.errors import ConfigError, CovrayError
+from covray.sweeps.grid import grid_of, plan_sweep
+from covray.training.plan import plan
+from tests.conftest import TOKENS
+from tests.lvm.conftest import llama_folder  # noqa: F401 (a fixture)
+
+# ruff: noqa: F811 (a fixture is an argument)
+
+Make = Callable[..., SweepConfig]
+
+
+@pytest.fixture
+def make(tmp_path: Path, write_dataset: Callable[..., Any], llama_folder: Path) -> Make:
+    """A sweep over a small dataset that has chains of 3 and 5 by both methods."""
+    data, _ = write_dataset({"depth": 24, "edges": 24}, lengths=(3, 5))
+
+    def sweep(**options: Any) -> SweepConfig:
+        base = {"out": str(tmp_path / "sweep"), "data": data}
+        backbone = {"train.backbone.scale": "custom", "train.backbone.path": str(llama_folder)}
+        given = {"evaluate.split": "val", "grid.lengths": [2, 3, 5], "grid.pairs": [1]}
+        return load_config(SweepConfig, None, base | backbone | given | options)
+
+    return sweep
+
+
+def test_every_combination_is_one_trial_and_what_has_no_frames_is_one_for_all_lengths(make: Make) -> None:
+    config = make(**{"grid.pairs": [1, 2], "grid.seeds": [0, 1]})
+    grid = grid_of(config)
+    found = {(trial.method, trial.length, trial.pairs, trial.seed) for trial in grid.trials}
+    expected = {
+        (method, length, pairs, seed)
+        for method, length in [("none", 2), ("linear", 3), ("linear", 5), ("diffusion", 3), ("diffusion", 5)]
+        for pairs in (1, 2)
+        for seed in (0, 1)
+    }
+    assert found == expected
+    assert len(grid.trials) == len(expected) == len({trial.name for trial in grid.trials})
+    # Three methods, three lengths, two pairs, two seeds: each combination is a trial or is listed, none is lost.
+    assert len(grid.trials) + len(grid.left_out) == 3 * 3 * 2 * 2
+    assert all(left.reason.startswith("repeats none-L2-") for left in grid.left_out)
+    assert [trial.seed for trial in grid.trials] == sorted(trial.seed for trial in grid.trials), "a seed at a time"
+
+
+def test_a_trial_trains_and_evaluates_what_it_says(make: Make) -> None:
+    config = make(**{"grid.tasks": [None, ["depth"]], "train.optimizer.steps": 7, "evaluate.episodes": 3})
+    for trial in grid_of(config).trials:
+        train, evaluate = trial.train, trial.evaluate
+        assert (train.sentences.method, train.sentences.lengths, train.sentences.pairs) == (
+            trial.method, (trial.length,), (trial.pairs,)
+        )  # fmt: skip
+        assert train.sentences.tasks == trial.tasks == evaluate.tasks
+        assert (train.seed, train.optimizer.steps, evaluate.episodes) == (trial.seed, 7, 3)
+        assert evaluate.adapters == (f"{trial.name}={train.out}",)
+        assert not evaluate.untuned
+        assert not evaluate.baselines
+        assert trial.context_tokens == trial.length * (trial.pairs + 1) * TOKENS
+        assert Path(train.out).parent.name == "runs"
+        assert Path(train.out).name == trial.name == Path(evaluate.out).name
+
+
+def test_what_all_trials_share_is_evaluated_once(make: Make) -> None:
+    grid = grid_of(make(**{"grid.seeds": [0, 1, 2], "evaluate.baselines": ["copy", "ceiling"]}))
+    (references,) = grid.references
+    assert references.baselines == ("copy", "ceiling")
+    assert not references.adapters
+    forms = [(form.method, form.length, form.pairs) for form in references.forms]
+    assert sorted(forms) == sorted({(trial.method, trial.length, trial.pairs) for trial in grid.trials})
+    assert not grid_of(make(**{"evaluate.baselines": [], "evaluate.untuned": False})).references
+
+
+def test_what_exceeds_the_context_is_left_out_with_the_arithmetic(make: Make) -> None:
+    grid = grid_of(make(**{"grid.pairs": [1, 63], "grid.methods": ["diffusion"], "grid.lengths": [5]}))
+    assert [trial.name for trial in grid.trials] == ["diffusion-L5-p1-s0"]
+    (left,) = grid.left_out
+    assert left.name == "diffusion-L5-p63-s0"
+    assert f"5 pictures x (63 + 1) chains x {TOKENS} tokens = {5 * 64 * TOKENS}" in left.reason
+    with pytest.raises(ConfigError, match="grid: none of 1 combinations fits"):
+        grid_of(make(**{"grid.pairs": [63], "grid.methods": ["diffusion"], "grid.lengths": [5]}))
+
+
+def test_any_field_of_a_training_can_be_swept(make: Make) -> None:
+    rates = {"optimizer.learning_rate": [0.01, 0.001], "lora.rank": [2, 4]}
+    grid = grid_of(make(**{"grid.fields": rates, "grid.lengths": [3], "grid.methods": ["linear"]}))
+    assert {(t.train.optimizer.learning_rate, t.train.lora.rank) for t in grid.trials} == {
+        (0.01, 2), (0.01, 4), (0.001, 2), (0.001, 4)
+    }  # fmt: skip
+    assert len({trial.name for trial in grid.trials}) == len({trial.label for trial in grid.trials}) == 4
+    # The name is of the trial alone: a grid that grows finds what is done.
+    more = rates | {"lora.rank": [2, 4, 8]}
+    grown = grid_of(make(**{"grid.fields": more, "grid.lengths": [3], "grid.methods": ["linear"]}))
+    assert {trial.name for trial in grid.trials} < {trial.name for trial in grown.trials}
+
+
+def test_names_are_safe_in_paths(make: Make) -> None:
+    hostile = {"compute.deepspeed": ["../../etc/passwd", "none"], "backbone.revision": ["a/b c'\"", "x" * 300]}
+    grid = grid_of(make(**{"grid.fields": hostile, "grid.lengths": [3], "grid.methods": ["linear"]}))
+    assert len({trial.name for trial in grid.trials}) == 4
+    for trial in grid.trials:
+        assert "/" not in trial.name
+        assert len(trial.name) < 200
+        assert not set(trial.name) & set("'\" ")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"train.optimizer.learning_rat": 1}, "train: optimizer.learning_rat: no such key"),
+        ({"train.optimizer.epochs": -1}, "train: optimizer.epochs: Input should be greater than 0"),
+        ({"evaluate.episode": 3}, "evaluate: episode: no such key"),
+        ({"train.sentences.method": "none"}, "train.sentences.method: is decided by the sweep"),
+        ({"evaluate.adapters": ["x"]}, "evaluate.adapters: is decided by the sweep"),
+        ({"train.tracking.uri": "none"}, "train.tracking.uri: is decided by the sweep"),
+        ({"build.prior.steps": 4}, "build: is for a dataset that the sweep builds"),
+        ({"grid.fields": {"seed": [1]}}, "grid.fields.seed: the grid has an entry for it"),
+        ({"grid.fields": {"optimizer.rate": [1]}}, "train: optimizer.rate: no such key"),
+        ({"grid.scales": ["nano"]}, "train.backbone: is what grid.scales says"),
+        ({"grid.lengths": [4]}, "a chain of 4 needs alpha 0.3333, 0.6667, the dataset has 0.25, 0.5, 0.75"),
+        ({"train.sentences.split": "nowhere"}, "nowhere"),
+    ],
+)
+def test_mistakes_are_one_line_that_names_the_key(make: Make, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(CovrayError) as refused:
+        grid_of(make(**options))
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "options", [{"grid.lengths": []}, {"grid.methods": ["magic"]}, {"grid.fields": {"lora.rank": []}}, {"data": None}]
+)
+def test_a_grid_of_nothing_is_refused(make: Make, options: dict[str, Any]) -> None:
+    given = make().model_dump(mode="json") | {"data": options.pop("data", make().data)}
+    with pytest.raises(ConfigError):
+        load_config(SweepConfig, None, {**given, **options})
+
+
+def test_the_plan_is_the_sum_of_the_trainings_plans(make: Make) -> None:
+    config = make(**{"grid.seeds": [0, 1], "train.optimizer.epochs": 3.0, "train.optimizer.batch_tokens": 512})
+    planned = plan_sweep(config, tokens_per_s=100.0)
+    trials = grid_of(config).trials
+    assert [line["name"] for line in planned["trials"]] == [trial.name for trial in trials]
+    for trial, line in zip(trials, planned["trials"], strict=True):
+        alone = plan(trial.train, tokens_per_s=100.0)
+        assert (line["steps"], line["train_tokens"]) == (alone.steps, alone.tokens)
+        assert line["gpu_hours"] == pytest.approx(alone.gpu_hours)
+    assert planned["total"]["train_tokens"] == sum(line["train_tokens"] for line in planned["trials"])
+    assert planned["total"]["gpu_hours"] == pytest.approx(sum(line["gpu_hours"] for line in planned["trials"]))
+    assert "gpu_hours" not in plan_sweep(config)["total"]
+
+
+def test_two_thousand_trials_are_planned_before_anything_exists(make: Make) -> None:
+    fields = {"optimizer.learning_rate": [number / 10000 for number in range(1, 101)]}
+    planned = plan_sweep(make(**{"grid.fields": fields, "grid.seeds": [0, 1, 2, 3]}))
+    assert len(planned["trials"]) == 5 * 100 * 4
+    assert len({line["name"] for line in planned["trials"]}) == 2000
+    assert not Path(make().out).exists()
