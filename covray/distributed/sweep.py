@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
+from pathlib import Path
 from typing import Any, Literal
 
 import ray
@@ -397,9 +399,10 @@ class _Progress(tune.Callback):
 
 
 def _failure(trial: TuneTrial) -> str:
-    """The one line of why it failed."""
-    error = trial.pickled_error_file and trial.get_pickled_error()
-    return reason(error) if isinstance(error, BaseException) else "a worker was lost"
+    """The one line of why it failed: the last that names an error, without the error's class."""
+    text = Path(trial.error_file).read_text(encoding="utf-8") if trial.error_file else ""
+    named = re.findall(r"^[\w.]*(?:Error|Exception)[^:\s]*: (.+)$", text, re.MULTILINE)
+    return str(named[-1]).strip() if named else "a worker was lost"
 
 
 def _close_run(trial: Trial, status: Literal["FAILED", "KILLED"]) -> None:

@@ -216,7 +216,7 @@ def _configs(
             **_given(config, "evaluate"),
             "data": data,
             "out": storage.join(config.out, EVALUATIONS, name),
-            "adapters": [f"{name}={run}"],
+            "adapters": [run],
             "tasks": _given(config, "evaluate").get("tasks") if tasks is None else list(tasks),
             "untuned": False,
             "baselines": [],
@@ -331,8 +331,8 @@ def _name(
         parts.append(scale.scale)
     if len(grid.tasks) > 1:
         parts.append("all" if tasks is None else "+".join(tasks))
-    parts += [f"{key.rpartition('.')[2]}={value}" for key, value in fields.items()]
-    text = re.sub(r"[^\w.=+-]", "_", "-".join(parts))
+    parts += [f"{key.rpartition('.')[2]}_{value}" for key, value in fields.items()]
+    text = re.sub(r"[^\w.+-]", "_", "-".join(parts))
     exact = repr((method, length, pairs, tasks, scale, sorted(fields.items())))
     alike = len({backbone.scale for backbone in grid.scales}) < len(grid.scales)
     if len(text) > _NAME_CHARACTERS or fields or alike:  # fields may end alike, scales may have several folders

@@ -1,0 +1,135 @@
+"""Kill a sweep twice: no trial that was done is repeated, none is lost, one parent and a child a trial in MLflow."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+from mlflow import MlflowClient
+
+from covray.distributed.evaluate import RESULTS
+from covray.distributed.sweep import PAGE, TABLE
+from tests.distributed.test_tracking import folder, server  # noqa: F401 (fixtures)
+from tests.end_to_end.conftest import COVRAY, environment, run
+from tests.evaluation.conftest import write_manifest  # noqa: F401 (a fixture)
+from tests.lvm.conftest import llama_folder  # noqa: F401 (a fixture)
+
+# ruff: noqa: F811 (fixtures are arguments)
+
+pytestmark = [pytest.mark.ray, pytest.mark.end_to_end]
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[[list[str]], subprocess.Popen[bytes]]]:
+    """Starts a sweep as a process of its own; nothing of it outlives the test."""
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def begin(command: list[str]) -> subprocess.Popen[bytes]:
+        processes.append(subprocess.Popen([COVRAY, *command], env=environment(), stderr=subprocess.DEVNULL))
+        return processes[-1]
+
+    yield begin
+    for process in processes:
+        if process.poll() is None:
+            for child in (*psutil.Process(process.pid).children(recursive=True), process):
+                child.kill()
+
+
+def wait_for_trials(sweep: subprocess.Popen[bytes], out: Path, count: int) -> dict[str, str]:
+    """Wait until so many trials are done; gives their files' content."""
+    deadline = time.monotonic() + 600
+    while len(done := {path.name: path.read_text() for path in (out / "trials").glob("*.json")}) < count:
+        assert sweep.poll() is None, f"ended with {sweep.returncode} before {count} trials"
+        assert time.monotonic() < deadline, f"{len(done)} trials, and no more for ten minutes"
+        time.sleep(0.05)
+    return done
+
+
+def test_a_sweep_killed_twice_repeats_nothing_and_loses_nothing(
+    tmp_path: Path, write_dataset: Callable[..., Any], write_manifest: Callable[..., str], llama_folder: Path,
+    server: Callable[[], Any], start: Callable[[list[str]], subprocess.Popen[bytes]],
+) -> None:  # fmt: skip
+    data, pairs = write_dataset({"depth": 24, "edges": 24}, lengths=(3,))
+    uri, _ = server()
+    # A backbone that was lost: its trials fail, and the others go on.
+    lost = tmp_path / "lost"
+    shutil.copytree(llama_folder, lost, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = {
+        "data": data,
+        "out": str(tmp_path / "sweep"),
+        "grid": {
+            "methods": ["none", "diffusion"], "lengths": [3], "pairs": [1],
+            "fields": {"backbone.path": [str(llama_folder), str(lost)]},
+        },
+        "train": {
+            "backbone": {"scale": "custom"}, "optimizer": {"steps": 6, "batch_tokens": 512},
+            "compute": {"threads": 1, "dtype": "float32"}, "validate_every_steps": 3,
+        },
+        "evaluate": {
+            "split": "val", "manifest": write_manifest(pairs), "episodes": 3, "untuned": False,
+            "baselines": ["copy"], "batch": 4,
+        },
+        "concurrency": 2,
+        "retries": 0,
+        "tracking": {"uri": uri, "experiment": "sweeps"},
+    }  # fmt: skip
+    file = tmp_path / "sweep.yaml"
+    file.write_text(yaml.safe_dump(config))
+    out, command = tmp_path / "sweep", ["sweep", "--config", str(file)]
+
+    first = start(command)
+    done = wait_for_trials(first, out, 1)
+    first.kill()
+    first.wait()
+    second = start(["sweep", "--resume", "--out", str(out)])
+    done |= wait_for_trials(second, out, len(done) + 1)
+    second.kill()
+    second.wait()
+    finished = {name for name, text in done.items() if json.loads(text)["status"] == "finished"}
+
+    said = run("sweep", "--resume", "--out", str(out), "--json")
+    results = json.loads(said.stdout.splitlines()[-1])
+    assert results == json.loads((out / RESULTS).read_text())
+    assert {name: (out / "trials" / name).read_text() for name in finished} == {name: done[name] for name in finished}
+    # Without their weights two of the four failed, each with its one line.
+    assert Counter(trial["status"] for trial in results["trials"]) == {"finished": 2, "failed": 2}
+    failed = [trial for trial in results["trials"] if trial["status"] == "failed"]
+    assert all(str(lost) in trial["error"] and "\n" not in trial["error"] for trial in failed)
+    assert "Traceback" not in said.stderr
+    assert {path.name for path in out.iterdir()} >= {RESULTS, TABLE, PAGE}
+
+    for weights in llama_folder.glob("*.safetensors"):
+        shutil.copy(weights, lost)
+    results = json.loads(run(*command, "--json").stdout.splitlines()[-1])
+    assert [trial["status"] for trial in results["trials"]] == ["finished"] * 4
+    assert {trial["name"] for trial in results["trials"]} == {path.stem for path in (out / "trials").iterdir()}
+    # The same weights in two folders: trials that shared nothing came to the same, killed or not.
+    scores = Counter(json.dumps(trial["scores"]) for trial in results["trials"])
+    assert sorted(scores.values()) == [2, 2]
+
+    client = MlflowClient(uri)
+    tracked = client.search_runs([client.get_experiment_by_name("sweeps").experiment_id])
+    (parent,) = [one for one in tracked if "mlflow.parentRunId" not in one.data.tags]
+    children = [one for one in tracked if one.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert sorted(one.info.run_name for one in children) == sorted(trial["name"] for trial in results["trials"])
+    assert {one.info.status for one in tracked} == {"FINISHED"}
+    assert {entry.path for entry in client.list_artifacts(parent.info.run_id)} == {RESULTS, TABLE, PAGE}
+    for child in children:
+        assert len(client.get_metric_history(child.info.run_id, "loss")) == 6
+        (trial,) = [trial for trial in results["trials"] if trial["name"] == child.info.run_name]
+        means = {f"{entry['task']}/{entry['metric']}": entry["mean"] for entry in trial["scores"]}
+        for name, mean in means.items():
+            assert child.data.metrics.get(name) == (None if mean is None else pytest.approx(mean))
+
+    refused = run(*command, "--set", "train.optimizer.steps=7", code=2)
+    assert "train.optimizer.steps was 6, is 7" in refused.stderr
+    assert refused.stderr.count("\n") == 1
