@@ -121,7 +121,8 @@ def report(out: str) -> dict[str, Any]:
     about: dict[str, Any] = {}
     for table in tables:
         for task, facts in table["tasks"].items():
-            about.setdefault(task, facts)
+            known = about.setdefault(task, facts | {"metrics": []})
+            known["metrics"] += [metric for metric in facts["metrics"] if metric not in known["metrics"]]
     results = tabulate(
         trials,
         [_reference(subject, table) for table in references for subject in table["subjects"]],

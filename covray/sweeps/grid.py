@@ -115,9 +115,8 @@ def grid_of(config: SweepConfig) -> Grid:
             left_out.append(LeftOut(name, str(error).removeprefix("sentences: ").partition(";")[0]))
             continue
         label = _label(config, method, length, pairs, tasks, scale, fields)
-        trials[key] = Trial(
-            name, label, method, length, pairs, tasks, train.backbone.scale, seed, fields, tokens, train, evaluate
-        )
+        shown = _scale(config, train.backbone)
+        trials[key] = Trial(name, label, method, length, pairs, tasks, shown, seed, fields, tokens, train, evaluate)
     if not trials:
         raise ConfigError(f"grid: none of {len(left_out)} combinations fits; the first: {left_out[0].reason}")
     if build is None:
@@ -320,6 +319,12 @@ def _manifest_counts(manifest: str, split: str) -> dict[str, int]:
     return {str(entry["values"]): int(entry["counts"]) for entry in counted}
 
 
+def _scale(config: SweepConfig, backbone: BackboneConfig) -> str:
+    """The scale, and of several backbones of one scale also which."""
+    alike = [other for other in config.grid.scales if other.scale == backbone.scale]
+    return backbone.scale if len(alike) < 2 else f"{backbone.scale} {backbone.path} {backbone.revision or ''}".strip()
+
+
 def _name(
     config: SweepConfig, method: str, length: int, pairs: int, tasks: Any, scale: Any, fields: Mapping[str, Any],
     seed: int,
@@ -328,14 +333,14 @@ def _name(
     grid = config.grid
     parts = [method, f"L{length}", f"p{pairs}"]
     if len(grid.scales) > 1:
-        parts.append(scale.scale)
+        parts.append(_scale(config, scale))
     if len(grid.tasks) > 1:
         parts.append("all" if tasks is None else "+".join(tasks))
     parts += [f"{key.rpartition('.')[2]}_{value}" for key, value in fields.items()]
-    text = re.sub(r"[^\w.+-]", "_", "-".join(parts))
+    whole = "-".join(parts)
+    text = re.sub(r"[^\w.+-]", "_", whole)
     exact = repr((method, length, pairs, tasks, scale, sorted(fields.items())))
-    alike = len({backbone.scale for backbone in grid.scales}) < len(grid.scales)
-    if len(text) > _NAME_CHARACTERS or fields or alike:  # fields may end alike, scales may have several folders
+    if len(text) > _NAME_CHARACTERS or text != whole or fields:  # two fields may end alike, two values look alike
         text = f"{text[:_NAME_CHARACTERS]}-{hashlib.sha256(exact.encode()).hexdigest()[:6]}"
     return f"{text}-s{seed}"
 
@@ -346,7 +351,7 @@ def _label(
     grid = config.grid
     parts = [method if method == "none" else f"{method} L={length}", f"{pairs} pair{'s' * (pairs != 1)}"]
     if len(grid.scales) > 1:
-        parts.append(scale.scale)
+        parts.append(_scale(config, scale))
     if len(grid.tasks) > 1:
         parts.append("all tasks" if tasks is None else " + ".join(tasks))
     return ", ".join([*parts, *(f"{key} {value}" for key, value in fields.items())])

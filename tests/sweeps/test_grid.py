@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,20 @@ def test_any_field_of_a_training_can_be_swept(make: Make) -> None:
     more = rates | {"lora.rank": [2, 4, 8]}
     grown = grid_of(make(**{"grid.fields": more, "grid.lengths": [3], "grid.methods": ["linear"]}))
     assert {trial.name for trial in grid.trials} < {trial.name for trial in grown.trials}
+
+
+def test_two_backbones_of_one_scale_are_told_apart(make: Make, llama_folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(llama_folder, other)
+    scales = [{"scale": "custom", "path": str(path)} for path in (llama_folder, other)]
+    config = make(**{"grid.methods": ["linear"], "grid.lengths": [3]})
+    given = config.model_dump(mode="json") | {"train": {}}
+    given["grid"]["scales"] = scales
+    grid = grid_of(load_config(SweepConfig, None, given))
+    assert len({trial.name for trial in grid.trials}) == len({trial.label for trial in grid.trials}) == 2
+    assert [trial.train.backbone.path for trial in grid.trials] == [scale["path"] for scale in scales]
+    assert len(grid.references) == 2, "the untuned backbone of each, the baselines once"
+    assert [bool(reference.baselines) for reference in grid.references] == [True, False]
 
 
 def test_names_are_safe_in_paths(make: Make) -> None:
