@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import re
@@ -11,6 +12,7 @@ from typing import Any, TypeVar
 
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from transformers import LlamaConfig
 
 from covray import storage
 from covray.config import (
@@ -96,6 +98,7 @@ def grid_of(config: SweepConfig) -> Grid:
     build = _build(config)
     data = str(config.data) if build is None else build.out
     tokens_per_image = _tokens_per_image(config, build)
+    context = functools.cache(lambda backbone: int(_architecture(backbone).max_position_embeddings))
     trials: dict[tuple[Any, ...], Trial] = {}
     left_out = []
     for combination in _combinations(config):
@@ -110,7 +113,7 @@ def grid_of(config: SweepConfig) -> Grid:
         name = _name(config, method, length, pairs, tasks, scale, fields, seed)
         train, evaluate = _configs(config, data, name, combination, method, length)
         try:
-            tokens = require_context(train.sentences, tokens_per_image, _context(train.backbone))
+            tokens = require_context(train.sentences, tokens_per_image, context(train.backbone))
         except ConfigError as error:
             left_out.append(LeftOut(name, str(error).removeprefix("sentences: ").partition(";")[0]))
             continue
@@ -143,9 +146,10 @@ def plan_sweep(config: SweepConfig, tokens_per_s: float | None = None) -> dict[s
     """
     grid = grid_of(config)
     tokens_per_image = _tokens_per_image(config, grid.build)
+    architecture = functools.cache(_architecture)
     plans: list[tuple[Trial, TrainPlan]] = []
     for trial in grid.trials:
-        llama = backbone_facts(_architecture(trial.train.backbone)).llama
+        llama = architecture(trial.train.backbone)
         pairs = _count(config, grid.build, trial.train)
         plans.append((trial, plan_training(trial.train, llama, pairs, tokens_per_image)))
     smallest = min(plan.parameters for _, plan in plans)
@@ -281,13 +285,9 @@ def _tokens_per_image(config: SweepConfig, build: BuildConfig | None) -> int:
     return load_tokenizer(build.tokenizer, build.engine).tokens_per_image
 
 
-def _architecture(backbone: BackboneConfig) -> BackboneConfig:
-    """``backbone`` without its weights, which a plan does not need."""
-    return backbone.model_copy(update={"init": "random"})
-
-
-def _context(backbone: BackboneConfig) -> int:
-    return int(backbone_facts(_architecture(backbone)).llama.max_position_embeddings)
+def _architecture(backbone: BackboneConfig) -> LlamaConfig:
+    """Of ``backbone``, without its weights, which a plan does not need."""
+    return backbone_facts(backbone.model_copy(update={"init": "random"})).llama
 
 
 def _count(config: SweepConfig, build: BuildConfig | None, train: TrainConfig) -> int:
