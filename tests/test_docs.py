@@ -23,7 +23,10 @@ def keys(model: type[Section], prefix: str = "") -> Iterator[str]:
 @pytest.mark.parametrize(
     ("section", "model"),
     [
-        ("build", BuildConfig), ("train", TrainConfig), ("generate", GenerateConfig), ("evaluate", EvaluateConfig),
+        ("build", BuildConfig),
+        ("train", TrainConfig),
+        ("generate", GenerateConfig),
+        ("evaluate", EvaluateConfig),
         ("sweep", SweepConfig),
     ],  # fmt: skip
 )

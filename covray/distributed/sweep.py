@@ -281,7 +281,9 @@ def _scheduler(config: SweepConfig) -> TrialScheduler | None:
     rule = {"time_attr": "tokens", "metric": "answer_perplexity", "mode": "min"}
     grace = max(1, int(config.grace * min(tokens)))
     if config.stopping == "median":
-        return MedianStoppingRule(**rule, grace_period=grace, min_samples_required=2)
+        # It would pause trials to wait for others; a paused one loses its workers, and gains nothing.
+        never: Any = float("inf")
+        return MedianStoppingRule(**rule, grace_period=grace, min_samples_required=2, min_time_slice=never)
     return ASHAScheduler(**rule, grace_period=grace, max_t=max(*tokens, grace + 1), stop_last_trials=False)
 
 

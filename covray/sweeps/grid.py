@@ -144,6 +144,8 @@ def plan_sweep(config: SweepConfig, tokens_per_s: float | None = None) -> dict[s
     ``tokens_per_s``: of one worker at the smallest scale of the grid, for the hours; at a larger scale it is as much
     smaller as the backbone has more parameters. Raises CovrayError as ``grid_of``.
     """
+    if tokens_per_s is not None and tokens_per_s <= 0:
+        raise ConfigError(f"--tokens-per-s {tokens_per_s:g}: must be more than 0")
     grid = grid_of(config)
     tokens_per_image = _tokens_per_image(config, grid.build)
     architecture = functools.cache(_architecture)

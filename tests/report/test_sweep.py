@@ -14,7 +14,7 @@ from covray.report.sweep import write_sweep_page
 from covray.sweeps.results import tabulate
 from tests.report.conftest import Page
 
-HOSTILE = "</td></svg><script>alert(1)</script><img src=http://evil/x onerror=alert(2)> & \"'"
+HOSTILE = "\"'></td></svg><script>alert(1)</script><img src=http://evil/x onerror=alert(2)> &"
 OF_MODELS = ("perplexity_own", "perplexity_reference", "frame_path")
 Writer = Callable[[dict[str, Any]], Page]
 
@@ -181,6 +181,8 @@ def test_charts_are_to_scale(written: Writer) -> None:
     chart = _chart(written(results), "Depth, AbsRel (less is better) against chain length, images")
     marks = [attributes for tag, attributes in chart if tag == "circle"]
     ends = _places(chart, "whisker", "y1")[::3] + _places(chart, "whisker", "y2")[::3]
+    (line,) = [attributes["points"] for tag, attributes in chart if tag == "polyline"]
+    assert line == " ".join(f"{mark['cx']},{mark['cy']}" for mark in marks), "the line goes through its marks"
     values = [row["mean"] for row in rows] + [row["low"] for row in rows] + [row["high"] for row in rows]
     places = [float(mark["cy"] or "") for mark in marks] + ends
     slope, offset = np.polyfit(values, places, 1)

@@ -1,0 +1,245 @@
+"""What ``covray sweep`` decides before a trial starts, and what it says of trials that are not done."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from covray import cli, storage
+from covray.config import SweepConfig, load_config
+from covray.distributed import sweep as sweeps
+from covray.distributed.sweep import DESCRIPTION, report, resumed, sweep
+from covray.errors import ConfigError
+from covray.sweeps.grid import grid_of
+from tests.lvm.conftest import llama_folder  # noqa: F401 (a fixture)
+
+# ruff: noqa: F811 (fixtures are arguments)
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(autouse=True)
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing here needs Ray."""
+
+    def started() -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr("covray.distributed.sweep.ray_session", started)
+
+
+@pytest.fixture
+def config(tmp_path: Path, write_dataset: Callable[..., Any], llama_folder: Path) -> SweepConfig:
+    """Three trials."""
+    data, _ = write_dataset({"depth": 24, "edges": 24}, lengths=(3,))
+    return load_config(
+        SweepConfig,
+        None,
+        {
+            "out": str(tmp_path / "sweep"),
+            "data": data,
+            "grid.lengths": [3],
+            "grid.pairs": [1],
+            "train.backbone": {"scale": "custom", "path": str(llama_folder)},
+            "evaluate.split": "val",
+        },
+    )
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs ``covray`` in this process: exit code, output, errors."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["covray", *map(str, arguments)])
+        code: object = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code or 0
+        out, err = capsys.readouterr()
+        assert isinstance(code, int)
+        return code, out, err
+
+    return run
+
+
+def begun(config: SweepConfig) -> None:
+    """What a sweep leaves that was killed before its first trial."""
+    description = {
+        "version": 1,
+        "config": config.model_dump(mode="json"),
+        "identity": config.identity(),
+        "mlflow_run_id": None,
+        "seconds": 0.0,
+    }
+    storage.write_json(f"{config.out}/{DESCRIPTION}", description)
+
+
+def test_mistakes_are_one_line_before_anything_starts(config: SweepConfig, run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "sweep.yaml"
+    file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    occupied = tmp_path / "occupied"
+    occupied.mkdir()
+    (occupied / "letter.txt").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    mistakes: list[tuple[tuple[object, ...], str]] = [
+        (("--config", file, "--set", "grid.length=[4]"), "grid.length: no such key"),
+        (("--config", file, "--set", "train.lora.rank=0"), "train: lora.rank"),
+        (("--config", file, "--set", "grid.lengths=[7]"), "a chain of 7 needs alpha"),
+        (("--config", file, "--manifest", "pairs"), "give data, a dataset of chains, or manifest"),
+        (("--config", file, "--data", tmp_path / "nothing"), str(tmp_path / "nothing")),
+        (("--config", file, "--out", occupied), "holds files that are no sweep of covray"),
+        (("--config", file, "--tokens-per-s", 5), "--tokens-per-s: is for --plan"),
+        (("--config", file, "--plan", "--tokens-per-s", 0), "--tokens-per-s"),
+        (("--resume",), "--resume: takes --out SWEEP alone"),
+        (("--resume", "--out", occupied, "--config", file), "--resume: takes --out SWEEP alone"),
+        (("--resume", "--out", occupied), "holds no sweep to continue"),
+        (("--resume", "--out", tmp_path / "nothing"), "holds no sweep to continue"),
+    ]
+    for arguments, said in mistakes:
+        code, out, err = run("sweep", *arguments)
+        assert (code, out, err.count("\n")) == (2, "", 1), (arguments, out, err)
+        assert said in err, arguments
+    code, out, err = run("report", occupied)
+    assert (code, err.count("\n")) == (2, 1)
+    assert sorted(tmp_path.rglob("*")) == before, "and nothing is written"
+
+
+def test_a_plan_starts_nothing_and_writes_nothing(config: SweepConfig, run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "sweep.yaml"
+    file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    code, out, _ = run("sweep", "--config", file, "--plan", "--json", "--tokens-per-s", 100)
+    planned = json.loads(out)
+    assert code == 0
+    assert [line["name"] for line in planned["trials"]] == [trial.name for trial in grid_of(config).trials]
+    code, out, _ = run("sweep", "--config", file, "--plan", "--tokens-per-s", 100)
+    assert code == 0
+    assert f"{planned['total']['train_tokens']:,}" in out
+    assert not Path(config.out).exists()
+
+
+def test_a_sweep_is_resumed_as_it_was_configured_wherever_it_lies_now(config: SweepConfig, tmp_path: Path) -> None:
+    begun(config)
+    assert resumed(config.out) == config
+    moved = tmp_path / "moved"
+    Path(config.out).rename(moved)
+    assert resumed(str(moved)) == config.model_copy(update={"out": str(moved)})
+
+
+def test_another_training_in_the_same_folder_is_refused_and_a_larger_grid_is_not(config: SweepConfig) -> None:
+    begun(config)
+    other = config.model_copy(update={"train": config.train | {"lora": {"rank": 4}}})
+    with pytest.raises(ConfigError, match=r"train\.lora\.rank was None, is 4"):
+        sweep(other)
+    larger = config.model_copy(update={"grid": config.grid.model_copy(update={"seeds": (0, 1)})})
+    with pytest.raises(AssertionError, match="Ray was started"):
+        sweep(larger)
+
+
+def test_a_report_is_made_of_the_trials_that_ended_whatever_became_of_them(config: SweepConfig) -> None:
+    begun(config)
+    names = [trial.name for trial in grid_of(config).trials]
+    assert [trial["status"] for trial in report(config.out)["trials"]] == ["waiting"] * 3
+    score = {"task": "depth", "subject": names[0], "metric": "abs_rel", "mean": 0.25, "low": 0.2, "high": 0.3}
+    table = {
+        "tasks": {"depth": {"episodes": 4, "primary": "abs_rel", "metrics": ["abs_rel"]}},
+        "lower_is_better": ["abs_rel"],
+        "scores": [score | {"episodes": 4}],
+    }
+    finished = {
+        "status": "finished", "train_seconds": 2.0, "evaluate_seconds": 1.0, "steps": 3, "tokens": 300, "gpus": 0.0,
+        "gpu_hours": 0.0, "validation": [{"tokens": 0, "answer_perplexity": 9.0}], "table": table,
+    }  # fmt: skip
+    failed = {"status": "failed", "error": "<b>no weights</b>", "validation": []}
+    for name, record in zip(names, (finished, failed), strict=False):
+        storage.write_json(f"{config.out}/trials/{name}.json", record)
+    results = report(config.out)
+    assert {trial["name"]: trial["status"] for trial in results["trials"]} == dict(
+        zip(names, ("finished", "failed", "waiting"), strict=True)
+    )
+    (cell,) = results["cells"]
+    assert cell["scores"][0]["mean"] == 0.25
+    assert cell["trials"] == [names[0]]
+    page = Path(config.out, sweeps.PAGE).read_text()
+    assert "&lt;b&gt;no weights&lt;/b&gt;" in page
+    assert "<b>no weights" not in page
+    assert json.loads(Path(config.out, "results.json").read_text()) == results
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("Traceback\ncovray.errors.WeightsError: a: b is missing; complete it\n", "a: b is missing; complete it"),
+        ("ValueError: first\n  File x\nray.exceptions.RayTaskError(OSError): last: of all\nmore", "last: of all"),
+        ("the actor died", "a worker was lost"),
+    ],
+)
+def test_why_a_trial_failed_is_its_last_error(tmp_path: Path, text: str, line: str) -> None:
+    class Ended:
+        error_file = str(tmp_path / "error.txt")
+
+    Path(Ended.error_file).write_text(text)
+    assert sweeps._failure(Ended()) == line  # type: ignore[arg-type]
+
+
+class Ended:
+    """A trial of Tune that is over, as far as a callback looks at it."""
+
+    error_file = None
+
+    def __init__(self, name: str):
+        self.config = {"trial": name}
+        self.trial_id = name
+
+
+def test_a_trial_that_was_stopped_or_lost_is_written_down_with_what_it_was_compared_by(config: SweepConfig) -> None:
+    begun(config)
+    trials = {trial.name: trial for trial in grid_of(config).trials}
+    stopped, lost, waiting = trials
+    progress = sweeps._Progress(config.out, trials, 0)
+    for tokens, perplexity in ((0, 9.0), (100, 8.0)):
+        seen: Any = Ended(stopped)
+        progress.on_trial_result(0, [], seen, {"tokens": tokens, "answer_perplexity": perplexity, "pid": 1})
+    one: Any
+    for one, ends in ((Ended(stopped), progress.on_trial_complete), (Ended(lost), progress.on_trial_error)):
+        ends(0, [], one)
+    found = {trial["name"]: trial for trial in report(config.out)["trials"]}
+    assert [found[name]["status"] for name in (stopped, lost, waiting)] == ["stopped", "failed", "waiting"]
+    assert found[stopped]["validation"] == [
+        {"tokens": 0, "answer_perplexity": 9.0},
+        {"tokens": 100, "answer_perplexity": 8.0},
+    ]
+    assert found[lost]["error"] == "a worker was lost"
+
+
+@pytest.mark.parametrize("rule", ["median", "asha"])
+def test_a_rule_stops_who_is_worse_at_equal_tokens_and_nobody_before_the_grace(config: SweepConfig, rule: str) -> None:
+    given = config.model_dump(mode="json")
+    given["train"]["optimizer"] = {"batch_tokens": 512, "epochs": 8.0}
+    chosen = load_config(SweepConfig, None, given | {"stopping": rule, "grace": 0.5})
+    scheduler = sweeps._scheduler(chosen)
+    assert scheduler is not None
+    tokens = min(line["train_tokens"] for line in sweeps.plan_sweep(chosen)["trials"])
+    controller: Any = None
+    good = [Ended(f"good {number}") for number in range(4)]
+    bad: Any = Ended("bad")
+    for trial in (*good, bad):
+        scheduler.on_trial_add(controller, trial)  # type: ignore[arg-type]
+
+    def decide(trial: Any, share: float, perplexity: float) -> str:
+        result = {"tokens": int(share * tokens), "answer_perplexity": perplexity, "training_iteration": 1}
+        return scheduler.on_trial_result(controller, trial, result | {"time_total_s": 1.0})
+
+    assert {decide(trial, share, 10.0) for trial in good for share in (0.1, 0.4)} == {"CONTINUE"}
+    assert decide(bad, 0.4, 99.0) == "CONTINUE"
+    assert {decide(trial, 0.6, 8.0) for trial in good} == {"CONTINUE"}
+    assert decide(bad, 0.6, 99.0) == "STOP"
+    assert sweeps._scheduler(config) is None
