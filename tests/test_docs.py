@@ -28,7 +28,7 @@ def keys(model: type[Section], prefix: str = "") -> Iterator[str]:
         ("generate", GenerateConfig),
         ("evaluate", EvaluateConfig),
         ("sweep", SweepConfig),
-    ],  # fmt: skip
+    ],
 )
 def test_every_key_of_the_configuration_is_documented_and_no_other(section: str, model: type[Section]) -> None:
     page = (ROOT / "docs" / "configuration.md").read_text()
