@@ -17,6 +17,8 @@ from covray.evaluation.results import tabulate
 from covray.evaluation.subjects import Subject
 from covray.report.evaluation import Strip, write_evaluation_page
 from covray.report.page import view
+from covray.report.sweep import write_sweep_page
+from tests.report.test_sweep import sweep_results
 
 pytestmark = pytest.mark.end_to_end
 QUIET = (
@@ -74,6 +76,22 @@ def test_the_page_of_an_evaluation_shows_its_table_and_pictures_without_a_networ
     assert re.search(r'<html[^>]*class="js"', dom), "the script ran"
     assert "&lt;b&gt;tuned" in dom, "a hostile name stays text"
     assert "0.450" in dom, "the mean of the copy"
+    shot = tmp_path / "page.png"
+    browse(page, tmp_path / "profile", f"--screenshot={shot}", "--window-size=1200,1600")
+    assert np.array(Image.open(shot).convert("RGB")).std() > 5, "something is drawn"
+
+
+def test_the_page_of_a_sweep_shows_its_tables_and_charts_without_a_network(tmp_path: Path) -> None:
+    results = sweep_results()
+    results["trials"][0] |= {"status": "failed", "error": "<img src=x onerror=alert(1)>"}
+    page = str(tmp_path / "index.html")
+    write_sweep_page(results, page)
+    dom = browse(page, tmp_path / "profile", "--dump-dom")
+    assert re.search(r'<html[^>]*class="js"', dom), "the script ran"
+    assert "&lt;img src=x" in dom, "a hostile error stays text"
+    assert all(claim["claim"] in dom for claim in results["claims"])
+    assert all(cell["label"] in dom for cell in results["cells"])
+    assert len(re.findall(r"<svg", dom)) >= 4, "charts"
     shot = tmp_path / "page.png"
     browse(page, tmp_path / "profile", f"--screenshot={shot}", "--window-size=1200,1600")
     assert np.array(Image.open(shot).convert("RGB")).std() > 5, "something is drawn"

@@ -19,7 +19,7 @@ OF_MODELS = ("perplexity_own", "perplexity_reference", "frame_path")
 Writer = Callable[[dict[str, Any]], Page]
 
 
-def _results(
+def sweep_results(
     tasks: Iterable[str] = ("depth",),
     methods: Iterable[str] = ("none", "linear", "diffusion"),
     lengths: Iterable[int] = (3, 4, 8),
@@ -27,7 +27,7 @@ def _results(
     seeds: Sequence[int] = (0, 1, 2),
     fields: Sequence[dict[str, Any]] = ({},),
 ) -> dict[str, Any]:
-    """A sweep in which every figure is another one."""
+    """The results of a sweep in which every figure is another one."""
     generator = np.random.default_rng(0)
     about = {
         task: {"episodes": 40, "primary": METRICS[task][0], "metrics": [*METRICS[task], *OF_MODELS]} for task in tasks
@@ -96,7 +96,7 @@ PLACES = ("x", "y", "x1", "x2", "y1", "y2", "cx", "cy", "points")
 
 
 def test_every_score_of_every_cell_and_reference_appears_with_its_interval(written: Writer) -> None:
-    results = _results(METRICS, lengths=(4,), pairs=(1,))
+    results = sweep_results(METRICS, lengths=(4,), pairs=(1,))
     page = written(results)
     for row in [*results["cells"], *results["references"]]:
         for score in row["scores"]:
@@ -106,7 +106,7 @@ def test_every_score_of_every_cell_and_reference_appears_with_its_interval(writt
 
 
 def test_the_best_trained_row_is_bold_and_references_do_not_compete(written: Writer) -> None:
-    results = _results(METRICS)
+    results = sweep_results(METRICS)
     for reference in results["references"]:
         for score in reference["scores"]:
             score["mean"] = 0.001 if score["metric"] in results["lower_is_better"] else 0.999
@@ -128,7 +128,7 @@ def test_the_best_trained_row_is_bold_and_references_do_not_compete(written: Wri
 
 @pytest.mark.parametrize("verdict", ["holds", "does not hold", "not significant", "not tried"])
 def test_a_claim_says_what_the_paper_says_and_its_verdict(written: Writer, verdict: str) -> None:
-    results = _results()
+    results = sweep_results()
     row = {"first": "one cell", "second": "another", "task": "depth", "metric": "abs_rel", "mean": -0.0125,
            "low": -0.0131, "high": -0.0119, "seeds": 3, "verdict": verdict}  # fmt: skip
     overall = {"gain_percent": 4.321, "low": -1.5, "high": 10.25, "seeds": 3, "verdict": verdict}
@@ -146,7 +146,7 @@ def test_a_claim_says_what_the_paper_says_and_its_verdict(written: Writer, verdi
 
 
 def test_what_failed_stands_first_with_the_first_line_of_its_error(written: Writer) -> None:
-    results = _results(pairs=(1,))
+    results = sweep_results(pairs=(1,))
     results["trials"][3] |= {"status": "failed", "error": "out of memory\nTraceback", "steps": None, "tokens": None}
     results["trials"][5] |= {"status": "stopped"}
     results["left_out"] = [{"name": "diffusion-L16", "reason": "2,048 tokens do not fit"}]
@@ -173,7 +173,7 @@ def _places(elements: Iterable[tuple[str, dict[str, str | None]]], css: str, nam
 
 
 def test_charts_are_to_scale(written: Writer) -> None:
-    results = _results(methods=("diffusion",), pairs=(1,), seeds=(0,), lengths=(3, 4, 6, 8))
+    results = sweep_results(methods=("diffusion",), pairs=(1,), seeds=(0,), lengths=(3, 4, 6, 8))
     results["trials"] = []
     rows = [score for cell in results["cells"] for score in cell["scores"] if score["metric"] == "abs_rel"]
     for row in rows:
@@ -194,7 +194,7 @@ def test_charts_are_to_scale(written: Writer) -> None:
 
 
 def test_a_very_wide_interval_does_not_flatten_the_rest_and_is_left_open(written: Writer) -> None:
-    results = _results(methods=("diffusion",), pairs=(1,), lengths=(3, 4, 8))
+    results = sweep_results(methods=("diffusion",), pairs=(1,), lengths=(3, 4, 8))
     rows = [score for cell in results["cells"] for score in cell["scores"] if score["metric"] == "abs_rel"]
     for row, mean, wide in zip(rows, (0.30, 0.31, 0.34), (0.001, 50.0, 0.001), strict=True):
         row |= {"mean": mean, "low": mean - wide, "high": mean + wide}
@@ -207,7 +207,7 @@ def test_a_very_wide_interval_does_not_flatten_the_rest_and_is_left_open(written
 
 
 def test_methods_differ_in_shape_as_well_as_in_colour(written: Writer) -> None:
-    page = written(_results())
+    page = written(sweep_results())
     shapes: dict[str, set[int]] = {}
     css = ""
     for tag, attributes in page.elements:
@@ -230,14 +230,14 @@ def test_methods_differ_in_shape_as_well_as_in_colour(written: Writer) -> None:
 def test_a_plot_with_nothing_to_show_is_left_out(
     written: Writer, change: dict[str, Any], shown: list[str], absent: list[str]
 ) -> None:
-    heads = written(_results(**change)).texts_in("h3")
+    heads = written(sweep_results(**change)).texts_in("h3")
     assert set(shown) <= set(heads)
     assert not set(absent) & set(heads)
 
 
 def test_lines_join_only_what_is_alike_in_everything_else(written: Writer) -> None:
     rates = [{"optimizer.learning_rate": rate} for rate in (0.1, 0.2)]
-    page = written(_results(fields=rates))
+    page = written(sweep_results(fields=rates))
     names = [text for text in page.texts_in("summary") if text.startswith("1 pair")]
     assert names == [f"1 pair, optimizer.learning_rate {rate}" for rate in (0.1, 0.2)] * 2  # of scores and perplexity
     lines = [attributes for tag, attributes in _chart(page, "Depth, AbsRel") if tag == "polyline"]
@@ -245,7 +245,7 @@ def test_lines_join_only_what_is_alike_in_everything_else(written: Writer) -> No
 
 
 def test_perplexities_of_very_different_size_stand_on_a_logarithmic_axis(written: Writer) -> None:
-    results = _results(methods=("diffusion",), lengths=(4,), pairs=(1,), seeds=(0,))
+    results = sweep_results(methods=("diffusion",), lengths=(4,), pairs=(1,), seeds=(0,))
     chart = _chart(written(results), "1 pair, answer perplexity")
     (line,) = [attributes["points"] or "" for tag, attributes in chart if tag == "polyline"]
     heights = [float(point.split(",")[1]) for point in line.split()]
@@ -253,7 +253,7 @@ def test_perplexities_of_very_different_size_stand_on_a_logarithmic_axis(written
 
 
 def test_hostile_text_stays_text(written: Writer) -> None:
-    results = _results(pairs=(1,), lengths=(3, 4))
+    results = sweep_results(pairs=(1,), lengths=(3, 4))
     results["config"] = {"out": HOSTILE, "data": HOSTILE, HOSTILE: [HOSTILE], "stopping": HOSTILE}
     for cell in results["cells"]:
         cell |= {"label": cell["label"] + HOSTILE, "scale": HOSTILE + cell["label"], "fields": {HOSTILE: HOSTILE}}
@@ -282,7 +282,7 @@ def test_hostile_text_stays_text(written: Writer) -> None:
 
 @pytest.mark.parametrize("value", [None, float("nan"), float("inf"), 0.0, -1e300, 1e300])
 def test_degenerate_figures_break_nothing(written: Writer, value: float | None) -> None:
-    results = _results(pairs=(1, 2), lengths=(3, 4))
+    results = sweep_results(pairs=(1, 2), lengths=(3, 4))
     for row in [*results["cells"], *results["references"]]:
         for score in row["scores"]:
             score |= {"mean": value, "low": value, "high": value}
@@ -300,25 +300,25 @@ def test_degenerate_figures_break_nothing(written: Writer, value: float | None) 
 
 
 def test_a_sweep_of_nothing_of_one_and_of_many_is_a_page(written: Writer) -> None:
-    nothing = _results(tasks=(), methods=())
+    nothing = sweep_results(tasks=(), methods=())
     page = written(nothing | {"config": {}, "claims": [], "references": []})
     assert "Plots" not in page.texts
-    unfinished = _results()
+    unfinished = sweep_results()
     for trial in unfinished["trials"]:
         trial |= {"status": "waiting", "scores": [], "validation": [], "tokens": None, "steps": None}
         trial |= {"train_seconds": None, "evaluate_seconds": None}
     keys = ("tasks", "lower_is_better", "left_out", "config", "seconds")
     none_yet = tabulate(unfinished["trials"], [], **{key: unfinished[key] for key in keys})
     assert "No trial has finished yet." in written(none_yet).texts
-    one = _results(methods=("diffusion",), lengths=(4,), pairs=(1,), seeds=(0,))
+    one = sweep_results(methods=("diffusion",), lengths=(4,), pairs=(1,), seeds=(0,))
     assert any("over episodes, as there is one seed" in text for text in written(one).texts)
-    many = _results(lengths=range(3, 14), pairs=(1, 2, 3), seeds=(0, 1, 2))
+    many = sweep_results(lengths=range(3, 14), pairs=(1, 2, 3), seeds=(0, 1, 2))
     assert len(many["trials"]) > 200
     written(many)
 
 
 def test_cells_that_lack_a_task_or_a_seed_say_so(written: Writer) -> None:
-    trials = _results(("depth", "edges"), pairs=(1,))
+    trials = sweep_results(("depth", "edges"), pairs=(1,))
     for trial in trials["trials"]:
         if trial["method"] == "linear":
             trial["scores"] = [score for score in trial["scores"] if score["task"] == "depth"]
@@ -333,7 +333,7 @@ def test_cells_that_lack_a_task_or_a_seed_say_so(written: Writer) -> None:
 
 
 def test_many_forms_of_the_untuned_backbone_stay_out_of_the_first_table(written: Writer) -> None:
-    results = _results()
+    results = sweep_results()
     for count, times in ((3, 2), (20, 1)):
         named = [results["references"][0] | {"name": f"untuned {index}", "kind": "untuned"} for index in range(count)]
         heads = written(results | {"references": named}).texts_in("th")
@@ -344,6 +344,6 @@ def test_many_forms_of_the_untuned_backbone_stay_out_of_the_first_table(written:
     ("tokens", "text"), [(0, "0"), (999, "999"), (172_032, "172k"), (999_951, "1M"), (1_234_567, "1.23M"), (5e9, "5B")]
 )
 def test_counts_have_three_digits(written: Writer, tokens: int, text: str) -> None:
-    results = _results(methods=("none",), pairs=(1,), seeds=(0,))
+    results = sweep_results(methods=("none",), pairs=(1,), seeds=(0,))
     results["trials"][0]["tokens"] = int(tokens)
     assert text in written(results).texts_in("b")
