@@ -120,7 +120,8 @@ def _untuned(config: EvaluateConfig, dataset: ChainDataset, adapters: list[Subje
     distinct: dict[tuple[str, str, int, int], tuple[Any, BackboneFacts]] = {}
     for entry, method, length, pairs in forms:
         facts = backbone_facts(BackboneConfig.model_validate(entry))
-        key = (facts.fingerprint, method, length, pairs) if length > 2 else (facts.fingerprint, "none", 2, pairs)
+        form = ("none", 2) if method == "none" or length == 2 else (method, length)
+        key = (facts.fingerprint, *form, pairs)
         distinct.setdefault(key, (entry, facts))
     # A name says what tells it from the others, and no more.
     parts = [(key[1], f"L={key[2]}", f"{key[3]} pairs", key[0][:6]) for key in distinct]

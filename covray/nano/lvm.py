@@ -30,6 +30,8 @@ TASK_PICTURES = {
     "low_light": ("dark", "colour"),
 }  # fmt: skip
 """Image and label of every task, by kind of picture."""
+DRAWN = (*TASK_PICTURES, "pose", "pose", "depth")
+"""What a sentence of pairs draws its task from: where a person stands, and how far all is, is learned slowest."""
 PICTURES = 16
 """Pictures of a sentence: the context."""
 BATCH = 6
@@ -56,7 +58,7 @@ class Corpus:
         """One sentence of 16 pictures, and where it carries loss; int64, bool [16 * tokens]; all from ``generator``."""
         kind = float(torch.rand((), generator=generator))
         if kind < PAIRS_SHARE:
-            pictures = self.pairs(list(TASK_PICTURES)[self._draw(len(TASK_PICTURES), 1, generator)[0]], generator)
+            pictures = self.pairs(DRAWN[self._draw(len(DRAWN), 1, generator)[0]], generator)
         elif kind < PAIRS_SHARE + VIEWS_SHARE:
             pictures = self.views[self._draw(len(self.views), PICTURES // VIEWS, generator)].flatten(0, 1)
         else:

@@ -21,7 +21,7 @@ from covray.nano.prior import train_prior
 from covray.weights import require_files
 
 WEIGHTS = Path(__file__).parent / "weights"
-STEPS = {"vae": 2300, "vqgan": 4000, "prior": 3000, "lvm": 2300}
+STEPS = {"vae": 2300, "vqgan": 4000, "prior": 3000, "lvm": 5500}
 HELD_OUT_SCENES = 250
 
 

@@ -81,6 +81,24 @@ def test_the_untuned_backbone_stands_once_for_every_form_of_chain(
     assert names(subjects(data, adapters=(three,), untuned=False, **kept)) == ["three"]
 
 
+def test_the_untuned_backbone_is_asked_for_any_form_without_an_adapter(
+    subjects: Write, write_dataset: Write, write_run: Write
+) -> None:
+    data, _ = write_dataset({"depth": 4}, lengths=(3, 4))
+    asked = [("linear", 3, 1), ("linear", 3, 2), ("linear", 2, 1), ("none", 4, 1), ("linear", 3, 1)]
+    wanted = [{"method": method, "length": length, "pairs": pairs} for method, length, pairs in asked]
+    found = subjects(data, forms=wanted, baselines=())
+    # A form that is named twice, or that has no frames by another name, stands once.
+    assert forms(found) == [
+        ("untuned linear L=3 1 pairs", "linear", 3, 1), ("untuned linear L=3 2 pairs", "linear", 3, 2),
+        ("untuned none L=2 1 pairs", "none", 2, 1),
+    ]  # fmt: skip
+    run = write_run(data, "three", method="linear", lengths=(3,))
+    assert len(subjects(data, adapters=(run,), forms=wanted, baselines=())) == 3 + 1, (
+        "the run's own form is one of them"
+    )
+
+
 def test_chains_of_two_pictures_have_no_frames_whatever_the_method(
     subjects: Write, write_dataset: Write, write_run: Write
 ) -> None:
