@@ -114,6 +114,8 @@ def _adapter(config: EvaluateConfig, dataset: ChainDataset, entry: str) -> Subje
 def _untuned(config: EvaluateConfig, dataset: ChainDataset, adapters: list[Subject]) -> Iterator[Subject]:
     """The backbones without their adapters, each for every form of chain; without adapters one, of plain pairs."""
     backbone = (config.backbone or BackboneConfig()).model_dump(mode="json")
+    if config.backbone is None and adapters:
+        backbone = adapters[0].backbone or backbone
     forms = [(one.backbone, str(one.method), one.length or 2, one.pairs or 0) for one in adapters]
     forms += [(backbone, form.method, form.length, form.pairs) for form in config.forms]
     forms = forms or [(backbone, "none", 2, 1 if config.pairs is None else config.pairs)]
