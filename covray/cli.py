@@ -647,7 +647,7 @@ def experiments_claims(
     data: Annotated[str | None, typer.Option(help="Chains of 4 by both methods; by default scenes, built.")] = None,
     json_: Json = False,
 ) -> None:
-    """None, linear and diffusion on seven tasks, three seeds: hours on two cores. The same command continues."""
+    """None, linear and diffusion on seven tasks, four seeds: an hour on two cores. The same command continues."""
     with _quiet_libraries():
         from covray.experiments import run_claims
 
