@@ -9,9 +9,10 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -22,8 +23,11 @@ from covray import __version__
 from covray.errors import ConfigError, CovrayError
 
 if TYPE_CHECKING:
+    from covray.config import Section
     from covray.pairs.manifest import Pair
     from covray.training.plan import TrainPlan
+
+C = TypeVar("C", bound="Section")
 
 app = typer.Typer(
     name="covray",
@@ -96,6 +100,23 @@ def _numbers(option: str, text: str | None) -> list[int] | None:
         return None if text is None else [int(part) for part in _split(text) or []]
     except ValueError as error:
         raise ConfigError(f"{option} {text}: write whole numbers separated by commas, for example 4,8") from error
+
+
+_checking: ContextVar[bool] = ContextVar("checking", default=False)
+
+
+class _Resolved(Exception):
+    """The configuration of a command that is only being checked."""
+
+
+def _resolve(model: type[C], file: Path | None, options: dict[str, Any], sets: list[str] | None) -> C:
+    """``load_config``; while ``covray submit`` checks a command, the command ends with it."""
+    from covray.config import load_config
+
+    config = load_config(model, file, options, sets or ())
+    if _checking.get():
+        raise _Resolved(config)
+    return config
 
 
 @app.callback(invoke_without_command=True)
@@ -206,7 +227,7 @@ def build(
     json_: Json = False,
 ) -> None:
     """Turn pairs into chains of tokens. Killed anywhere, the same command continues."""
-    from covray.config import BuildConfig, load_config
+    from covray.config import BuildConfig
 
     options: dict[str, Any] = {
         "pairs": pairs,
@@ -220,7 +241,7 @@ def build(
         "keep_noise": keep_noise,
         "noise_from": noise_from,
     }
-    resolved = load_config(BuildConfig, config, options, sets or ())
+    resolved = _resolve(BuildConfig, config, options, sets)
     with _quiet_libraries():
         from covray.distributed import build as building
 
@@ -320,7 +341,7 @@ def train(
     json_: Json = False,
 ) -> None:
     """Teach an adapter to think in chains. Killed anywhere, the same command continues."""
-    from covray.config import TrainConfig, load_config
+    from covray.config import TrainConfig
 
     options: dict[str, Any] = {
         "data": data,
@@ -338,7 +359,7 @@ def train(
         "tracking.uri": tracking_uri,
         "seed": seed,
     }
-    resolved = load_config(TrainConfig, config, options, sets or ())
+    resolved = _resolve(TrainConfig, config, options, sets)
     if tokens_per_s is not None and not plan:
         raise ConfigError("--tokens-per-s: is for --plan, which computes hours from it; give both")
     with _quiet_libraries():
@@ -509,7 +530,7 @@ def evaluate(
     json_: Json = False,
 ) -> None:
     """Score adapters, their backbone and baselines on the same queries. Killed anywhere, the same command continues."""
-    from covray.config import EvaluateConfig, load_config
+    from covray.config import EvaluateConfig
 
     options: dict[str, Any] = {
         "data": data,
@@ -529,7 +550,7 @@ def evaluate(
         "tracking.uri": tracking_uri,
         "seed": seed,
     }
-    resolved = load_config(EvaluateConfig, config, options, sets or ())
+    resolved = _resolve(EvaluateConfig, config, options, sets)
     with _quiet_libraries():
         from covray.distributed.evaluate import evaluate as run_evaluation
 
@@ -587,7 +608,7 @@ def sweep(
     json_: Json = False,
 ) -> None:
     """Train and score a grid of chain lengths, pairs and methods. Killed anywhere, the same command continues."""
-    from covray.config import SweepConfig, load_config
+    from covray.config import SweepConfig
 
     if tokens_per_s is not None and not plan:
         raise ConfigError("--tokens-per-s: is for --plan, which computes hours from it; give both")
@@ -607,7 +628,7 @@ def sweep(
 
             resolved = resumed(out)
         else:
-            resolved = load_config(SweepConfig, config, options, sets or ())
+            resolved = _resolve(SweepConfig, config, options, sets)
         if plan:
             from covray.sweeps.grid import plan_sweep
 
@@ -693,6 +714,54 @@ def _print_sweep(results: dict[str, Any], out: str, json_: bool) -> None:
             why = f"[yellow]{_escape(trial['name'])} failed[/yellow]: {_escape(str(trial['error']))}"
             console.print(why, highlight=False, soft_wrap=True)
     console.print(f"{_escape(out.rstrip('/'))}/index.html", highlight=False, soft_wrap=True)
+
+
+# --- submit --------------------------------------------------------------------------------------------------------
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
+)
+def submit(
+    context: typer.Context,
+    step: Annotated[str, typer.Argument(metavar="build|train|evaluate|sweep", help="Its options follow it.")],
+    address: Annotated[
+        str | None, typer.Option(help="Of the dashboard; by default RAY_API_SERVER_ADDRESS, or this machine's.")
+    ] = None,
+    submission_id: Annotated[str | None, typer.Option(help="Name of the job; by default Ray gives one.")] = None,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Show the job's output, and end as it does.")] = True,
+) -> None:
+    """Run a step on a Ray cluster: checked here first, then sent with this very covray. Its paths are the cluster's."""
+    from covray.distributed.submit import STEPS
+    from covray.distributed.submit import submit as submit_job
+
+    if step not in STEPS:
+        raise ConfigError(f"{step}: cannot be submitted; give one of {', '.join(STEPS)}")
+    arguments = list(context.args)
+    if "--plan" in arguments:
+        raise ConfigError("--plan: needs no cluster; run it here, without submit")
+    config: Section | None = None
+    # A sweep that is resumed has its configuration on the cluster.
+    if "--resume" not in arguments:
+        checking = _checking.set(True)
+        try:
+            typer.main.get_command(app).main(args=[step, *arguments], prog_name="covray submit")
+        except _Resolved as resolved:
+            config = resolved.args[0]
+        finally:
+            _checking.reset(checking)
+    flags = ["--json"] if "--json" in arguments and config is not None else []
+    raise typer.Exit(
+        submit_job(
+            step,
+            config,
+            flags if config is not None else arguments,
+            address=address,
+            submission_id=submission_id,
+            wait=wait,
+            console=console,
+        )
+    )
 
 
 # --- nano ----------------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ def run_claims(out: str, data: str | None = None) -> dict[str, Any]:
     ``data``: a dataset of chains of 4 by both methods to use in place of the experiment's own scenes; null renders and
     builds those. Raises CovrayError.
     """
-    options: dict[str, Any] = {"out": storage.join(out, "sweep")}
+    options = CLAIMS | {"out": storage.join(out, "sweep")}
     if data is None:
         manifest = Path(out, "pairs.parquet")
         if not manifest.exists():
@@ -51,5 +51,6 @@ def run_claims(out: str, data: str | None = None) -> dict[str, Any]:
                     writer.add(pair)
         options["manifest"] = str(manifest)
     else:
+        del options["build"]
         options["data"] = data
-    return sweep(load_config(SweepConfig, None, options | CLAIMS))
+    return sweep(load_config(SweepConfig, None, options))

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.conftest import FAST, environment, run, tokens_of
+from tests.end_to_end.conftest import COVRAY, FAST, environment, run, tokens_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.end_to_end]
 RAY = str(Path(sys.executable).parent / "ray")
@@ -110,6 +110,23 @@ def test_a_submitted_job_builds_what_the_command_builds(
     run("build", "--pairs", str(pairs), "--out", str(local), *FAST)
     assert tokens_of(out) == tokens_of(local)
 
-    wrong = submit(head, head.environment, "--pairs", str(tmp_path / "absent"), "--out", str(out))
-    assert wrong.returncode != 0
-    assert "Traceback" not in wrong.stdout.split("Job 'raysubmit")[0]
+    # The short form, from a folder that is no checkout: checked here, then the same job with the package itself.
+    def short(*arguments: str, code: int, **variables: str) -> str:
+        given = {**head.environment, **variables}
+        command = [COVRAY, "submit", "--address", head.dashboard, *arguments]
+        ended = subprocess.run(
+            command, cwd=tmp_path, env=given, capture_output=True, text=True, timeout=600, check=False
+        )
+        assert ended.returncode == code, ended.stdout + ended.stderr
+        assert "Traceback" not in ended.stderr
+        return ended.stdout + ended.stderr
+
+    build = ("build", "--pairs", str(pairs), "--out", str(tmp_path / "short"), *FAST)
+    assert "14 chains" in short("--submission-id", "mine", *build, code=0)
+    assert tokens_of(tmp_path / "short") == tokens_of(local)
+    assert "has a job of this --submission-id" in short("--submission-id", "mine", *build, code=2)
+    assert "does not accept this token" in short(*build, code=2, RAY_AUTH_TOKEN_PATH=str(tmp_path / "none"))
+    assert "lengths.0" in short("build", "--pairs", "p", "--out", "o", "--lengths", "99", code=2)
+    # A mistake that only the cluster can see has the code that it has there.
+    absent = short("build", "--pairs", str(tmp_path / "absent"), "--out", str(out), code=2)
+    assert f"{tmp_path}/absent" in absent

@@ -1,0 +1,97 @@
+"""``covray submit``: a command that was checked here, as a job of a Ray cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shlex
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+from ray.job_submission import JobStatus, JobSubmissionClient
+from rich.console import Console
+
+import covray
+from covray.config import Section
+from covray.errors import ConfigError
+
+ADDRESS = "http://127.0.0.1:8265"
+"""Where a head's dashboard answers on the head itself, and here by ``ray dashboard cluster/gpu.yaml``."""
+STEPS = ("build", "train", "evaluate", "sweep")
+_FILE = "config.yaml"
+_POLL_S = 0.5
+
+
+def submit(
+    step: str,
+    config: Section | None,
+    arguments: Sequence[str],
+    *,
+    address: str | None,
+    submission_id: str | None,
+    wait: bool,
+    console: Console,
+) -> int:
+    """Run ``covray step`` on the cluster; gives its exit code, 0 at once without ``wait``, 130 if it was stopped.
+
+    ``config``: resolved; ``arguments`` are passed on as they are. The job gets this very package and the configuration,
+    and nothing else from here: no data, no caches. ``address``: of the dashboard; by default RAY_API_SERVER_ADDRESS, or
+    that of a head on this machine. Raises ConfigError when the cluster does not answer, or does not take the job.
+    """
+    address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or ADDRESS
+    command = ["python", "-m", "covray", step, *(() if config is None else ("--config", _FILE)), *arguments]
+    try:
+        client = JobSubmissionClient(address)
+        with tempfile.TemporaryDirectory() as folder:
+            if config is not None:
+                Path(folder, _FILE).write_text(yaml.safe_dump(config.model_dump(mode="json")), encoding="utf-8")
+            job = client.submit_job(
+                entrypoint=shlex.join(command),
+                submission_id=submission_id,
+                runtime_env={"working_dir": folder, "py_modules": [str(Path(covray.__file__).parent)]},
+                metadata={"covray": covray.__version__, "step": step},
+            )
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        raise ConfigError(f"{address}: {_why(error)}") from error
+    console.print(f"job {job}: ray job logs {job}, ray job stop {job}", highlight=False, soft_wrap=True)
+    if not wait:
+        return 0
+    try:
+        asyncio.run(_show(client, job, console))
+        while not client.get_job_status(job).is_terminal():  # the logs end before it is known how the job did
+            time.sleep(_POLL_S)
+        details = client.get_job_info(job)
+    except (ConnectionError, RuntimeError, OSError) as error:
+        raise ConfigError(f"{address}: {_why(error)}; the job {job} may go on: ray job status {job}") from error
+    except KeyboardInterrupt:
+        console.print(f"the job {job} goes on; to stop it: ray job stop {job}", highlight=False, soft_wrap=True)
+        raise
+    if details.status == JobStatus.SUCCEEDED:
+        return 0
+    if details.status == JobStatus.STOPPED:
+        console.print("stopped; the same command continues", highlight=False)
+        return 130
+    return details.driver_exit_code or 1
+
+
+async def _show(client: JobSubmissionClient, job: str, console: Console) -> None:
+    async for text in client.tail_job_logs(job):
+        console.print(text, end="", highlight=False, soft_wrap=True, markup=False)
+
+
+def _why(error: BaseException) -> str:
+    """What is wrong and what to do, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if "401" in str(error) or "403" in str(error) or "oken" in str(error):
+        return (
+            "the cluster does not accept this token; set RAY_AUTH_MODE=token, with its token in ~/.ray/auth_token or "
+            "RAY_AUTH_TOKEN_PATH"
+        )
+    if "onnect" in str(error):
+        return "no Ray cluster answers there; give --address, or open it by ray dashboard cluster/gpu.yaml"
+    if "already exists" in str(error):
+        return "has a job of this --submission-id; give another"
+    return f"did not take the job ({lines[-1]})"
