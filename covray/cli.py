@@ -668,7 +668,7 @@ def experiments_claims(
     data: Annotated[str | None, typer.Option(help="Chains of 4 by both methods; by default scenes, built.")] = None,
     json_: Json = False,
 ) -> None:
-    """None, linear and diffusion on seven tasks, four seeds: an hour on two cores. The same command continues."""
+    """None, linear and diffusion on seven tasks, three seeds: an hour on two cores. The same command continues."""
     with _quiet_libraries():
         from covray.experiments import run_claims
 
@@ -762,6 +762,37 @@ def submit(
             console=console,
         )
     )
+
+
+# --- doctor --------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def doctor(
+    path: Annotated[str, typer.Option("--path", help="Storage where datasets and runs are to go.")] = ".",
+    prior: Annotated[str, typer.Option(help="nano, a diffusers folder, or a hub id.")] = "nano",
+    tokenizer: Annotated[str, typer.Option(help="nano, a VQModel folder, or a hub id.")] = "nano",
+    backbone: Annotated[str, typer.Option(help="nano, a LlamaForCausalLM folder, or a hub id.")] = "nano",
+    json_: Json = False,
+) -> None:
+    """Check this machine, or the cluster of RAY_ADDRESS, and say what to do. Exit code 1: there are problems."""
+    with _quiet_libraries():
+        from covray.distributed.doctor import examine
+
+        findings = list(examine(path, prior, tokenizer, backbone))
+    counts = {status: sum(finding.status == status for finding in findings) for status in ("problem", "note", "ok")}
+    if json_:
+        print(json.dumps([asdict(finding) for finding in findings]))
+    else:
+        styles = {"problem": "red", "note": "yellow", "ok": "dim"}
+        table = Table(show_header=False, box=None, pad_edge=False)
+        for finding in sorted(findings, key=lambda finding: list(counts).index(finding.status)):
+            advice = f"\n[default]{_escape(finding.advice)}[/default]" if finding.advice else ""
+            table.add_row(_escape(finding.name), _escape(finding.found) + advice, style=styles[finding.status])
+        console.print(table, highlight=False)
+        console.print(f"{counts['problem']} problems, {counts['note']} notes, {counts['ok']} ok", highlight=False)
+    if counts["problem"]:
+        raise typer.Exit(1)
 
 
 # --- nano ----------------------------------------------------------------------------------------------------------
