@@ -201,8 +201,8 @@ def check_compiler() -> list[Finding]:
     except ConfigError as error:
         found, _, advice = str(error).rpartition("; ")
         return [Finding("compiler", "note", found, advice)]
-    found = shutil.which(os.environ.get("CXX", "c++"))
-    return [Finding("compiler", "ok", found or "none, and none is needed beside a GPU")]
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    return [Finding("compiler", "ok", compiler or "none, and none is needed beside a GPU")]
 
 
 def check_disks() -> list[Finding]:
