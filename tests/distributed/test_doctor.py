@@ -205,6 +205,12 @@ def test_storage_is_measured_and_left_as_it_was(tmp_path: Path, below: str) -> N
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
+@pytest.mark.parametrize(("slow", "status"), [(0.0, "ok"), (float("inf"), "note")])
+def test_a_slow_storage_is_noted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, slow: float, status: str) -> None:
+    monkeypatch.setattr(doctor, "SLOW_BYTES_PER_S", slow)
+    assert only(doctor.check_storage(str(tmp_path)), "storage").status == status
+
+
 def test_a_storage_that_cannot_be_written_is_a_problem_with_the_reason(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
