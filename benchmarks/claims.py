@@ -22,8 +22,8 @@ def lines(results: dict[str, Any]) -> Iterator[str]:
     tasks, lower = results["tasks"], results["lower_is_better"]
     names = [f"{task} {about['primary']} {'↓' if about['primary'] in lower else '↑'}" for task, about in tasks.items()]
     yield from ("## What the paper says, and what was found", "")
-    yield "Gain: the first metric of every task, relative to the second; positive is better. Mean of tasks and seeds,"
-    yield "with Student's 95% interval over seeds."
+    yield "Gain: the first metric of every task, relative to the second; positive is better. Geometric mean of tasks,"
+    yield "mean over seeds, with Student's 95% interval over these."
     yield from ("", "| claim | the paper | gain | 95% | seeds | verdict |", "|---|---|---|---|---|---|")
     for claim in results["claims"]:
         overall = claim["overall"]
@@ -75,7 +75,6 @@ def main() -> None:
     results = json.loads((options.folder / "sweep" / "results.json").read_text(encoding="utf-8"))
     about = [
         f"{SCENES} scenes, seven pairs each, splits {SPLITS}; {json.dumps(CLAIMS)}.",
-        f"{results['seconds'] / 60:.0f} minutes in all.",
         "",
     ]
     packages = ("covray", "torch", "ray", "diffusers")

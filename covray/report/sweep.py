@@ -197,8 +197,8 @@ def _claims(results: dict[str, Any]) -> Iterator[str]:
             )
         yield "</table></div></details>"
     yield "</div><div class='card'><p>Gain: how much better the first is than the second, in percent of the second's "
-    yield "primary metric, mean over tasks and over all pairs of cells that are alike in everything else. Interval: "
-    yield "95%, Student t over seeds. A claim holds where the interval lies above 0, does not hold where it lies "
+    yield "primary metric: geometric mean of the ratios over tasks and all pairs of cells alike in everything else. "
+    yield "Interval: 95%, Student t over seeds. A claim holds where the interval lies above 0, does not hold where it lies "
     yield "below, and is not significant in between, or with one seed, which shows nothing of training's luck. The "
     yield "paper's figures are those of its own models and data.</p></div></section>"
 
@@ -464,7 +464,7 @@ def _efficiency(results: dict[str, Any], cells: Sequence[dict[str, Any]]) -> Ite
             for row in rows
         ],
     )
-    about = "gain over no frames in percent, mean over tasks; lines join chains with as many pairs"
+    about = "gain over no frames in percent, geometric mean over tasks; lines join chains with as many pairs"
     yield from _plot(
         "Information efficiency", about, [_Charts("", [chart])], [of_label[row["cell"]] for row in rows], table, "large"
     )
@@ -506,7 +506,7 @@ def _returns(results: dict[str, Any], cells: Sequence[dict[str, Any]]) -> Iterat
             if any(len(points) > 1 for points in found.values())
         ]
         table = _figures(("From", "To", f"Gain per {noun}, %", "95% interval"), lines)
-        about = f"what every further {noun} gains, in percent of the scores before it, mean over tasks"
+        about = f"what every further {noun} gains, in percent of the scores before it, geometric mean over tasks"
         yield from _plot(f"Diminishing returns: {noun}s", about, [_Charts("", drawn)], compared, table)
 
 

@@ -119,8 +119,10 @@ def tabulate(
     second, over the seeds both have. The claim ``holds`` where the interval excludes 0 on its side, ``does not hold``
     where it excludes 0 on the other. One seed shows nothing of training's luck: no interval, ``not significant``. Every
     row has a level of 95% of its own; one in twenty of many is wrong by chance. ``overall``: the relative gain in
-    percent, positive where the claim is right: per seed the mean over tasks and pairs of cells that this seed has, then
-    over seeds. A task whose second score is 0 has no relative gain and is left out. None: nothing to compare.
+    percent, positive where the claim is right: per seed the geometric mean of the scores' ratios over tasks and pairs
+    of cells that this seed has, then over seeds (Fleming & Wallace 1986: an arithmetic mean of ratios would depend on
+    which of the two is the reference). Scores that are not above 0 have no ratio and are left out. None: nothing to
+    compare.
 
     ``efficiency``: that gain of every cell with frames over the one without (of as many pairs, else of the fewest),
     beside the tokens of its sentences. ``returns``: the gain from one length, or number of pairs, (``first``, ``from``)
@@ -279,16 +281,17 @@ Primary = Mapping[str, tuple[str, int]]
 
 
 def _gain(pairs: Iterable[Pair], primary: Primary) -> dict[str, Any] | None:
-    """How much better the first cells are, in percent of the second ones' scores."""
+    """How much better the first cells are, in percent of the second ones' scores: geometric means of their ratios."""
     by_seed: dict[int, list[float]] = defaultdict(list)
     for first, second in pairs:
         for task, (metric, sign) in primary.items():
             for seed, ours, theirs in _common(first, second, task, metric):
-                if theirs:
-                    by_seed[seed].append(sign * 100 * (ours - theirs) / abs(theirs))
+                if ours > 0 and theirs > 0:
+                    by_seed[seed].append(sign * math.log(ours / theirs))
     if not by_seed:
         return None
-    mean, low, high = t_interval([float(np.mean(gains)) for _, gains in sorted(by_seed.items())])
+    interval = t_interval([float(np.mean(logarithms)) for _, logarithms in sorted(by_seed.items())])
+    mean, low, high = (None if value is None else 100 * math.expm1(min(value, _MOST_NATS)) for value in interval)
     return {"gain_percent": mean, "low": low, "high": high, "seeds": len(by_seed)}
 
 

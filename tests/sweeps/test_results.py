@@ -13,6 +13,7 @@ import random
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 from scipy import stats
 
@@ -211,14 +212,19 @@ def test_what_is_given_is_passed_on() -> None:
     assert results["left_out"] == [{"name": "linear-L2-p1-s0", "reason": "repeats none-L2-p1-s0"}]
 
 
+def percent(logarithm: float) -> float:
+    """The gain of a ratio."""
+    return 100 * float(np.expm1(logarithm))
+
+
 # --- claims ----------------------------------------------------------------------------------------------------------
 
 
 def test_every_verdict_by_hand() -> None:
     trials = [
-        *by_seed("none", 2, 1, iou=[0.5, 0.5, 0.25], abs_rel=[0.5, 0.25, 0.5]),
-        *by_seed("linear", 4, 1, iou=[0.25, 0.25, 0.0], abs_rel=[0.25, 0.5, 0.5]),
-        *by_seed("diffusion", 4, 1, iou=[0.75, 0.75, 0.5], abs_rel=[0.25, 0.0, 0.25]),
+        *by_seed("none", 2, 1, iou=[0.75, 0.75, 0.5], abs_rel=[0.75, 0.5, 0.75]),
+        *by_seed("linear", 4, 1, iou=[0.5, 0.5, 0.25], abs_rel=[0.5, 0.75, 0.75]),
+        *by_seed("diffusion", 4, 1, iou=[1.0, 1.0, 0.75], abs_rel=[0.5, 0.25, 0.5]),
     ]
     results = table(trials)
     found = {
@@ -236,15 +242,19 @@ def test_every_verdict_by_hand() -> None:
             ("segmentation", "iou", 0.5, "holds"), ("depth", "abs_rel", -0.25, "not significant"),
         ],
     }  # fmt: skip
-    # By seed: IoU +50%, +50%, +100%; A.Rel 50%, 100%, 50% lower.
+    # By seed: IoU 4/3, 4/3, 3/2 times; A.Rel smaller by 3/2, 2, 3/2.
+    logarithms = np.log([4 / 3 * 3 / 2, 4 / 3 * 2, 3 / 2 * 3 / 2]) / 2
+    half = 4.302653 * logarithms.std(ddof=1) / 3**0.5
     overall = claim_of(results, "diffusion_none")["overall"]
     assert overall == {
-        "gain_percent": pytest.approx(200 / 3), "low": pytest.approx(200 / 3 - 4.302653 * 25 / 3, rel=1e-6),
-        "high": pytest.approx(200 / 3 + 4.302653 * 25 / 3, rel=1e-6), "seeds": 3, "verdict": "holds",
+        "gain_percent": pytest.approx(percent(logarithms.mean())),
+        "low": pytest.approx(percent(logarithms.mean() - half), rel=1e-5),
+        "high": pytest.approx(percent(logarithms.mean() + half), rel=1e-5), "seeds": 3, "verdict": "holds",
     }  # fmt: skip
-    # Where one claim's overall gain is of IoU -50%, -50%, -100% and A.Rel 50%, -100%, 0%.
-    assert claim_of(results, "linear_none")["overall"]["gain_percent"] == pytest.approx(-125 / 3)
-    assert claim_of(results, "linear_none")["overall"]["verdict"] == "not significant"
+    # Where one claim's overall gain is of IoU 2/3, 2/3, 1/2 and A.Rel 3/2, 2/3, 1.
+    overall = claim_of(results, "linear_none")["overall"]
+    assert overall["gain_percent"] == pytest.approx(percent(np.log([1, 4 / 9, 1 / 2]).mean() / 2))
+    assert overall["verdict"] == "not significant"
 
 
 def test_differences_are_of_the_same_seed() -> None:
@@ -275,10 +285,10 @@ def test_one_seed_is_never_significant() -> None:
     assert (row["mean"], row["low"], row["high"], row["seeds"]) == (0.875, None, None, 1)
     assert row["verdict"] == "not significant"
     assert claim["overall"] == {
-        "gain_percent": 700.0, "low": None, "high": None, "seeds": 1, "verdict": "not significant",
+        "gain_percent": pytest.approx(700.0), "low": None, "high": None, "seeds": 1, "verdict": "not significant",
     }  # fmt: skip
     assert [(entry["gain_percent"], entry["low"], entry["high"]) for entry in results["efficiency"]] == [
-        (700.0, None, None)
+        (pytest.approx(700.0), None, None)
     ]
 
 
@@ -304,24 +314,30 @@ def test_a_metric_of_which_less_is_better_mirrors_every_verdict_and_gain() -> No
             seen.add(row["verdict"])
             assert back == row | {"verdict": opposite[row["verdict"]]}
         ours, theirs = claim["overall"], other["overall"]
-        assert (theirs["gain_percent"], theirs["low"], theirs["high"]) == pytest.approx(
-            (-ours["gain_percent"], -ours["high"], -ours["low"])
-        )
+        # What is a third less seen from one side is a half more from the other.
+        inverse = [percent(-np.log1p(ours[key] / 100)) for key in ("gain_percent", "high", "low")]
+        assert [theirs["gain_percent"], theirs["low"], theirs["high"]] == pytest.approx(inverse)
         assert theirs["verdict"] == opposite[ours["verdict"]]
     assert seen == set(opposite)
 
 
-def test_a_score_and_its_negative_say_the_same() -> None:
-    """Less of minus x is more of x; relative gains are by the absolute value."""
+def test_a_score_and_its_inverse_gain_the_same() -> None:
+    """Less of 1 / x is more of x: whichever of two ways a metric is written, the gain is one."""
     trials = whole_grid()
-    negative = [
-        one | {"scores": [score | {"mean": -score["mean"]} for score in one["scores"] if score["metric"] != PERPLEXITY]}
+    inverse = [
+        one
+        | {"scores": [score | {"mean": 1 / score["mean"]} for score in one["scores"] if score["metric"] != PERPLEXITY]}
         for one in trials
     ]
-    plain, other = table(trials, lower=[]), table(negative, lower=["iou", "abs_rel"])
+    plain, other = table(trials, lower=[]), table(inverse, lower=["iou", "abs_rel"])
     for key in ("efficiency", "returns"):
-        assert other[key] == plain[key]
-    assert [claim["overall"] for claim in other["claims"]] == [claim["overall"] for claim in plain["claims"]]
+        assert [entry["gain_percent"] for entry in other[key]] == pytest.approx(
+            [entry["gain_percent"] for entry in plain[key]]
+        )
+    for ours, theirs in zip(plain["claims"], other["claims"], strict=True):
+        assert theirs["overall"] == ours["overall"] | {
+            key: pytest.approx(ours["overall"][key]) for key in ("gain_percent", "low", "high")
+        }
 
 
 def test_what_each_claim_compares() -> None:
@@ -375,7 +391,8 @@ def test_a_task_without_a_relative_gain_is_left_out_of_its_seed() -> None:
     none = by_seed("none", 2, 1, iou=[0.0, 0.25], abs_rel=[0.5, 0.5])
     diffusion = by_seed("diffusion", 4, 1, iou=[0.5, 0.5], abs_rel=[0.25, 0.5])
     claim = claim_of(table(none + diffusion), "diffusion_none")
-    assert claim["overall"]["gain_percent"] == 50.0  # of 50 (A.Rel alone) and the mean of 100 and 0
+    # Of 2 times (A.Rel alone), and 2 times and even.
+    assert claim["overall"]["gain_percent"] == pytest.approx(percent(0.75 * np.log(2)))
     assert [row["mean"] for row in claim["rows"]] == [0.375, -0.125]  # the rows keep it
     zero = claim_of(table(by_seed("none", 2, 1, iou=[0.0, 0.0]) + diffusion), "diffusion_none")
     assert (len(zero["rows"]), zero["overall"]) == (1, None)
@@ -392,25 +409,29 @@ def test_efficiency_is_against_no_frames_of_as_many_pairs_or_of_the_fewest() -> 
         *by_seed("diffusion", 4, 3, iou=[0.75, 0.75], abs_rel=[0.5, 0.5]),
     ]
     first, second = table(trials)["efficiency"]
-    # Over none of 2 pairs: IoU +100%, +200%; A.Rel +50%, 0%. Means 75 and 100.
-    half = stats.t.ppf(0.975, 1) * 12.5
+    # Over none of 2 pairs: IoU 2 and 3 times; A.Rel half, and even.
+    logarithms = np.log([2 * 2, 3]) / 2
+    half = stats.t.ppf(0.975, 1) * abs(logarithms[0] - logarithms[1]) / 2
     assert first == {
-        "cell": "diffusion L=4, 2 pairs", "context_tokens": 768, "gain_percent": 87.5,
-        "low": pytest.approx(87.5 - half), "high": pytest.approx(87.5 + half),
+        "cell": "diffusion L=4, 2 pairs", "context_tokens": 768,
+        "gain_percent": pytest.approx(percent(logarithms.mean())),
+        "low": pytest.approx(percent(logarithms.mean() - half)),
+        "high": pytest.approx(percent(logarithms.mean() + half)),
     }  # fmt: skip
+    gain = pytest.approx(percent(np.log(1.5) / 2))
     assert second == {
-        "cell": "diffusion L=4, 3 pairs", "context_tokens": 1024, "gain_percent": 25.0, "low": 25.0, "high": 25.0,
+        "cell": "diffusion L=4, 3 pairs", "context_tokens": 1024, "gain_percent": gain, "low": gain, "high": gain,
     }  # fmt: skip
 
 
 def test_returns_go_from_one_value_to_the_next_and_start_without_frames() -> None:
     scores = {("none", 2, 1): 0.25, ("diffusion", 4, 1): 0.5, ("diffusion", 8, 1): 0.75, ("diffusion", 8, 3): 1.5}
     results = table(trial(*form, 0, iou=value) for form, value in scores.items())
-    keys = ("axis", "first", "second", "from", "to", "gain_percent", "per_added", "low")
+    near, keys = pytest.approx, ("axis", "first", "second", "from", "to", "gain_percent", "per_added", "low")
     assert [tuple(entry[key] for key in keys) for entry in results["returns"]] == [
-        ("length", "none L=2, 1 pairs", "diffusion L=4, 1 pairs", 2, 4, 100.0, 50.0, None),
-        ("length", "diffusion L=4, 1 pairs", "diffusion L=8, 1 pairs", 4, 8, 50.0, 12.5, None),
-        ("pairs", "diffusion L=8, 1 pairs", "diffusion L=8, 3 pairs", 1, 3, 100.0, 50.0, None),
+        ("length", "none L=2, 1 pairs", "diffusion L=4, 1 pairs", 2, 4, near(100.0), near(50.0), None),
+        ("length", "diffusion L=4, 1 pairs", "diffusion L=8, 1 pairs", 4, 8, near(50.0), near(12.5), None),
+        ("pairs", "diffusion L=8, 1 pairs", "diffusion L=8, 3 pairs", 1, 3, near(100.0), near(50.0), None),
     ]
     assert [[entry[key] for key in ("method", "length", "pairs", "scale")] for entry in results["returns"]] == [
         ["diffusion", 4, 1, "nano"], ["diffusion", 8, 1, "nano"], ["diffusion", 8, 3, "nano"],
