@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="--out of covray experiments claims")
     parser.add_argument("--write", type=Path, required=True, help="Markdown file")
     options = parser.parse_args()
-    results = json.loads((options.folder / "sweep" / "results.json").read_text(encoding="utf-8"))
+    results = json.loads((options.folder / "claims" / "results.json").read_text(encoding="utf-8"))
     about = [
         f"{SCENES} scenes, seven pairs each, splits {SPLITS}; {json.dumps(CLAIMS)}.",
         "",

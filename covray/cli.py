@@ -673,7 +673,7 @@ def experiments_claims(
         from covray.experiments import run_claims
 
         results = run_claims(out, data)
-    _print_sweep(results, f"{out}/sweep", json_)
+    _print_sweep(results, f"{out}/claims", json_)
 
 
 def _print_sweep_plan(planned: dict[str, Any], json_: bool) -> None:

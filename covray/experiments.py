@@ -38,7 +38,7 @@ def run_claims(out: str, data: str | None = None) -> dict[str, Any]:
     ``data``: a dataset of chains of 4 by both methods to use in place of the experiment's own scenes; null renders and
     builds those. Raises CovrayError.
     """
-    options = CLAIMS | {"out": storage.join(out, "sweep")}
+    options = CLAIMS | {"out": storage.join(out, "claims")}
     if data is None:
         manifest = Path(out, "pairs.parquet")
         if not manifest.exists():

@@ -135,7 +135,7 @@ def load_prior(config: PriorConfig, engine: EngineConfig, *, verify: bool = True
     of steps or a device that cannot be had.
     """
     folder = resolve_folder(config.path, config.revision, "prior", (*NETWORK_PATTERNS, CONTEXT_FILE, *TEXT_PATTERNS))
-    _require_prior_files(folder)
+    require_prior_files(folder)
     device, dtype = resolve_device(engine)
     schedule = make_schedule(_read_scheduler(folder / "scheduler" / "scheduler_config.json"), config.steps)
     unet = _load_model(UNet2DConditionModel, folder / "unet", device, dtype)
@@ -254,7 +254,7 @@ def _time_prediction(prior: Prior, size: int, repetitions: int = 3) -> float:
     return (time.perf_counter() - start) / repetitions
 
 
-def _require_prior_files(folder: Path) -> None:
+def require_prior_files(folder: Path) -> None:
     required: list[str | tuple[str, ...]] = ["scheduler/scheduler_config.json"]
     rooms = [("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model")]
     if not (folder / CONTEXT_FILE).is_file():

@@ -305,7 +305,7 @@ def check_weights(prior: str, tokenizer: str, backbone: str) -> list[Finding]:
         config = PriorConfig(path=prior)
         patterns = (*priors.NETWORK_PATTERNS, priors.CONTEXT_FILE, *priors.TEXT_PATTERNS)
         folder = resolve_folder(config.path, config.revision, "prior", patterns)
-        priors._require_prior_files(folder)  # load_prior's own check, without gigabytes of tensors
+        priors.require_prior_files(folder)  # load_prior's own check, without gigabytes of tensors
         return priors.fingerprint_prior(folder)
 
     def find_tokenizer() -> str:

@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
 from pathlib import Path
@@ -63,7 +63,6 @@ def sweep(config: SweepConfig) -> dict[str, Any]:
     grid = grid_of(config)
     if described is None:
         require_fresh(config.out, "sweep")
-    started = time.time()
     with ray_session() as cores, one_line_errors(config.out, "sweep"):
         description: dict[str, Any] = {
             "version": 1,
@@ -76,20 +75,27 @@ def sweep(config: SweepConfig) -> dict[str, Any]:
         tracker = Tracker(config, description["mlflow_run_id"], "covray sweep")
         description["mlflow_run_id"] = tracker.start()
         storage.write_json(storage.join(config.out, DESCRIPTION), description)
+        started, before = time.monotonic(), description["seconds"]
+
+        def count() -> None:
+            """Write down how long it took so far: a killed sweep took its time, too."""
+            description["seconds"] = before + time.monotonic() - started
+            storage.write_json(storage.join(config.out, DESCRIPTION), description)
+
         status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
         try:
             if grid.build is not None:
                 build(grid.build)
             for reference in grid.references:
                 evaluate(reference)
-            _run(config, grid, cores, description["mlflow_run_id"])
+            count()
+            _run(config, grid, cores, description["mlflow_run_id"], count)
             status = "FINISHED"
         except KeyboardInterrupt:
             status = "KILLED"
             raise
         finally:
-            description["seconds"] += time.time() - started
-            storage.write_json(storage.join(config.out, DESCRIPTION), description)
+            count()
             if status == "FINISHED":
                 results = report(config.out)
                 _track(tracker, config, results)
@@ -219,8 +225,8 @@ def _follow(parameters: dict[str, str], trials: Mapping[str, Trial], out: str) -
             return
 
 
-def _run(config: SweepConfig, grid: Grid, cores: int, parent: str | None) -> None:
-    """Run the trials that are not done."""
+def _run(config: SweepConfig, grid: Grid, cores: int, parent: str | None, count: Callable[[], None]) -> None:
+    """Run the trials that are not done; ``count`` is called now and then."""
     concurrency = _concurrency(config, grid, cores)
     trials = {trial.name: _placed(config, trial, cores, concurrency, parent) for trial in grid.trials}
     records = {name: _record(config.out, name) for name in trials}
@@ -260,12 +266,16 @@ def _run(config: SweepConfig, grid: Grid, cores: int, parent: str | None) -> Non
     try:
         with board:
             fitting: Future[Any] = threads.submit(tuner.fit)
+            count_due = 0.0
             while True:
                 try:
                     fitting.result(timeout=_POLL_S)
                     break
                 except NotYet:
                     board.show()
+                    if time.monotonic() > count_due:
+                        count_due = time.monotonic() + _LINE_EVERY_S
+                        count()
     finally:
         threads.shutdown(wait=False)
     for name in waiting:  # whatever became of it, it is written down

@@ -199,8 +199,8 @@ def _claims(results: dict[str, Any]) -> Iterator[str]:
     yield "</div><div class='card'><p>Gain: how much better the first is than the second, in percent of the second's "
     yield "primary metric: geometric mean of the ratios over tasks and all pairs of cells alike in everything else. "
     yield "Interval: 95%, Student t over seeds. A claim holds where the interval lies above 0, does not hold where it "
-    yield "lies below, and is not significant in between, or with one seed, which shows nothing of training's luck. The "
-    yield "paper's figures are those of its own models and data.</p></div></section>"
+    yield "lies below, and is not significant in between, or with one seed, which shows nothing of training's luck. "
+    yield "The paper's figures are those of its own models and data.</p></div></section>"
 
 
 def _claim(claim: dict[str, Any], reach: float) -> str:
