@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ from covray.training.plan import TrainPlan, plan_training
 CHAINS, RUNS, EVALUATIONS = "chains", "runs", "evaluations"
 """Folders of a sweep: its dataset, and one run and one evaluation a trial."""
 _NAME_CHARACTERS = 120
+_DOWNSAMPLING = 16
+"""Of LVM's tokenizer, and of every published one of its kind."""
 _DECIDED = {
     "build": ("pairs", "out", "lengths", "methods"),
     "train": (
@@ -282,14 +285,24 @@ def _build(config: SweepConfig) -> BuildConfig | None:
 
 
 def _tokens_per_image(config: SweepConfig, build: BuildConfig | None) -> int:
+    """Of the dataset; of one that is not built yet by its tokenizer, or where that is not at hand by its size."""
     if build is None:
         return ChainDataset(str(config.data)).tokens_per_image
+    if build.tokenizer.size_px is not None and build.tokenizer.path != "nano" and not _at_hand(build.tokenizer.path):
+        return (build.tokenizer.size_px // _DOWNSAMPLING) ** 2
     return load_tokenizer(build.tokenizer, build.engine).tokens_per_image
 
 
 def _architecture(backbone: BackboneConfig) -> LlamaConfig:
-    """Of ``backbone``, without its weights, which a plan does not need."""
-    return backbone_facts(backbone.model_copy(update={"init": "random"})).llama
+    """Of ``backbone``, without its weights, which a plan does not need: the scale says it."""
+    known = backbone.path in (None, "nano") or backbone.scale == "custom" or _at_hand(str(backbone.path))
+    return backbone_facts(
+        backbone.model_copy(update={"path": backbone.path if known else None, "init": "random"})
+    ).llama
+
+
+def _at_hand(path: str) -> bool:
+    return os.path.isdir(os.path.expanduser(path))
 
 
 def _count(config: SweepConfig, build: BuildConfig | None, train: TrainConfig) -> int:

@@ -14,6 +14,7 @@ from covray.errors import ConfigError, CovrayError
 from covray.sweeps.grid import grid_of, plan_sweep
 from covray.training.plan import plan
 from tests.conftest import TOKENS
+from tests.evaluation.conftest import write_manifest  # noqa: F401 (a fixture)
 from tests.lvm.conftest import llama_folder  # noqa: F401 (a fixture)
 
 # ruff: noqa: F811 (a fixture is an argument)
@@ -180,3 +181,21 @@ def test_two_thousand_trials_are_planned_before_anything_exists(make: Make) -> N
     assert len(planned["trials"]) == 5 * 100 * 4
     assert len({line["name"] for line in planned["trials"]}) == 2000
     assert not Path(make().out).exists()
+
+
+def test_the_paper_is_planned_from_a_manifest_without_its_weights(
+    write_manifest: Callable[..., str], tmp_path: Path
+) -> None:
+    splits = ("train", "train", "train", "test")
+    manifest = write_manifest([{"pair_id": n, "task": "depth", "split": splits[n % 4]} for n in range(40)])
+    config = load_config(
+        SweepConfig,
+        Path(__file__).parents[2] / "configs" / "sweep" / "ablation.yaml",
+        {"manifest": manifest, "out": str(tmp_path / "sweep"), "grid.tasks": [["depth"]]},
+    )
+    planned = plan_sweep(config, tokens_per_s=3000.0)
+    # Of L = 2 with any pairs, 3 to 6 with those that fit 16 pictures of 256 tokens, 8 with one pair; by two methods.
+    fit = sum(length * (pairs + 1) <= 16 for length in (3, 4, 6, 8) for pairs in (1, 2, 3))
+    assert len(planned["trials"]) == 3 * (3 + 2 * fit)
+    assert planned["builds"]["lengths"] == (3, 4, 6, 8)
+    assert planned["total"]["gpu_hours"] > 0
