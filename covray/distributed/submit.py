@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
+from ray.exceptions import RayError
 from ray.job_submission import JobStatus, JobSubmissionClient
 from rich.console import Console
 
@@ -54,7 +55,7 @@ def submit(
                 runtime_env={"working_dir": folder, "py_modules": [str(Path(covray.__file__).parent)]},
                 metadata={"covray": covray.__version__, "step": step},
             )
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+    except (RayError, ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise ConfigError(f"{address}: {_why(error)}") from error
     console.print(f"job {job}: ray job logs {job}, ray job stop {job}", highlight=False, soft_wrap=True)
     if not wait:
@@ -64,7 +65,7 @@ def submit(
         while not client.get_job_status(job).is_terminal():  # the logs end before it is known how the job did
             time.sleep(_POLL_S)
         details = client.get_job_info(job)
-    except (ConnectionError, RuntimeError, OSError) as error:
+    except (RayError, ConnectionError, RuntimeError, OSError) as error:
         raise ConfigError(f"{address}: {_why(error)}; the job {job} may go on: ray job status {job}") from error
     except KeyboardInterrupt:
         console.print(f"the job {job} goes on; to stop it: ray job stop {job}", highlight=False, soft_wrap=True)
