@@ -30,7 +30,7 @@ from covray.distributed.pool import (
     map_exactly_once,
     one_line_errors,
     pool_of,
-    reason,
+    read_description,
     require_fresh,
 )
 from covray.distributed.progress import Meter
@@ -74,7 +74,7 @@ def build(config: BuildConfig) -> dict[str, Any]:
     # A relative path means nothing to those who come later, and elsewhere.
     config = config.model_copy(update={"pairs": absolute(config.pairs)})
     info = check_manifest(config.pairs)
-    described = _read_description(config)
+    described = read_description(storage.join(config.out, "_dataset.json"))
     audit_path = storage.join(config.out, "_audit.json")
     if described is not None:
         _require_same_pairs(config, described, info)
@@ -183,19 +183,6 @@ def _probe(config: BuildConfig, gpus: float) -> tuple[BuildConfig, Facts]:
     with one_line_errors(config.out, "build"):
         found: tuple[BuildConfig, Facts] = ray.get(load.remote(config))
     return found
-
-
-def _read_description(config: BuildConfig) -> dict[str, Any] | None:
-    path = storage.join(config.out, "_dataset.json")
-    try:
-        description = storage.read_json(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError) as error:
-        raise DatasetError(f"{path}: cannot be read ({reason(error)}); give another --out") from error
-    if not isinstance(description, dict) or description.get("version") != 1:
-        raise DatasetError(f"{path}: is no description of this version; give another --out")
-    return description
 
 
 def _write_description(config: BuildConfig, info: ManifestInfo, facts: Facts) -> None:

@@ -32,7 +32,7 @@ from covray.distributed.pool import (
     map_exactly_once,
     one_line_errors,
     pool_of,
-    reason,
+    read_description,
     require_fresh,
 )
 from covray.distributed.progress import Meter
@@ -67,7 +67,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     CovrayError: a dataset, run, backbone, manifest or configuration that cannot be used, before any actor is started.
     """
     config = _absolute(config)
-    described = _read_description(config)
+    described = read_description(storage.join(config.out, DESCRIPTION))
     dataset = ChainDataset(config.data)
     config = _resolve(config, dataset)
     subjects = subjects_of(config, dataset)
@@ -127,7 +127,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 def report(out: str) -> dict[str, Any]:
     """Write table and page of the finished evaluation ``out`` again; returns its results. Raises ConfigError."""
     path = storage.join(absolute(out), RESULTS)
-    described = _read_description(EvaluateConfig(data="", out=absolute(out)))
+    described = read_description(storage.join(absolute(out), DESCRIPTION))
     if described is None or not storage.exists(path):
         raise ConfigError(f"{out}: holds no finished evaluation; run its covray evaluate again to continue it")
     config = load_config(EvaluateConfig, None, described["config"]).model_copy(update={"out": absolute(out)})
@@ -341,19 +341,6 @@ def _fingerprints(dataset: ChainDataset, subjects: Sequence[Subject]) -> dict[st
         if subject.adapter is not None:
             found[f"{subject.name}.adapter"] = hashlib.sha256(storage.read_bytes(adapter_weights(subject))).hexdigest()
     return found
-
-
-def _read_description(config: EvaluateConfig) -> dict[str, Any] | None:
-    path = storage.join(config.out, DESCRIPTION)
-    try:
-        description = storage.read_json(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read ({reason(error)}); give another --out") from error
-    if not isinstance(description, dict) or description.get("version") != 1:
-        raise ConfigError(f"{path}: is no description of this version; give another --out")
-    return description
 
 
 def _metric(entry: dict[str, Any]) -> str:

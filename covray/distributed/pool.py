@@ -117,6 +117,19 @@ def require_fresh(out: str, what: str) -> None:
         raise ConfigError(f"{out}: cannot be written ({reason(error)}); give another --out") from error
 
 
+def read_description(path: str) -> dict[str, Any] | None:
+    """What a build, an evaluation or a sweep wrote first, of itself; None where none has begun. Raises DatasetError."""
+    try:
+        description = storage.read_json(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise DatasetError(f"{path}: cannot be read ({reason(error)}); give another --out") from error
+    if not isinstance(description, dict) or description.get("version") != 1:
+        raise DatasetError(f"{path}: is no description of this version; give another --out")
+    return description
+
+
 def absolute(path: str) -> str:
     """``path`` as it means the same in a worker's folder."""
     return path if "://" in path else storage.resolve(path)[1]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
-from ray.exceptions import RayError
+from ray.exceptions import AuthenticationError, RayError
 from ray.job_submission import JobStatus, JobSubmissionClient
 from rich.console import Console
 
@@ -86,7 +86,7 @@ async def _show(client: JobSubmissionClient, job: str, console: Console) -> None
 def _why(error: BaseException) -> str:
     """What is wrong and what to do, in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    if "401" in str(error) or "403" in str(error) or "oken" in str(error):
+    if isinstance(error, AuthenticationError):
         return (
             "the cluster does not accept this token; set RAY_AUTH_MODE=token, with its token in ~/.ray/auth_token or "
             "RAY_AUTH_TOKEN_PATH"

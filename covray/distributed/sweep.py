@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,10 +30,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from covray import storage
-from covray.config import ActorsConfig, SweepConfig, load_config
+from covray.config import SweepConfig, load_config
 from covray.distributed.build import build
 from covray.distributed.evaluate import RESULTS, evaluate
-from covray.distributed.pool import absolute, one_line_errors, reason, require_fresh
+from covray.distributed.pool import absolute, one_line_errors, read_description, require_fresh
 from covray.distributed.session import ray_session
 from covray.distributed.tracking import Tracker, store_of
 from covray.distributed.train import train
@@ -57,7 +58,7 @@ def sweep(config: SweepConfig) -> dict[str, Any]:
     used, before any trial is started; a trial that fails is in the results.
     """
     config = _absolute(config)
-    described = _read_description(config.out)
+    described = read_description(storage.join(config.out, DESCRIPTION))
     if described is not None:
         require_same(config.out, described["identity"], config.identity())
     grid = grid_of(config)
@@ -90,22 +91,22 @@ def sweep(config: SweepConfig) -> dict[str, Any]:
                 evaluate(reference)
             count()
             _run(config, grid, cores, description["mlflow_run_id"], count)
+            count()
+            results = report(config.out)
+            _track(tracker, config, results)
             status = "FINISHED"
         except KeyboardInterrupt:
             status = "KILLED"
             raise
         finally:
             count()
-            if status == "FINISHED":
-                results = report(config.out)
-                _track(tracker, config, results)
             tracker.finish(status)
     return results
 
 
 def resumed(out: str) -> SweepConfig:
     """The configuration of the sweep in the folder ``out``, as it was started. Raises ConfigError."""
-    described = _read_description(out)
+    described = read_description(storage.join(absolute(out), DESCRIPTION))
     if described is None:
         raise ConfigError(f"{out}: holds no sweep to continue; give the --out of a covray sweep")
     return load_config(SweepConfig, None, described["config"]).model_copy(update={"out": out})
@@ -114,7 +115,7 @@ def resumed(out: str) -> SweepConfig:
 def report(out: str) -> dict[str, Any]:
     """Write table and page of the sweep ``out`` from the trials that are done so far; returns its results."""
     config = _absolute(resumed(out))
-    described = _read_description(config.out)
+    described = read_description(storage.join(config.out, DESCRIPTION))
     assert described is not None
     grid = grid_of(config)
     references = [
@@ -166,10 +167,7 @@ class _TrialDriver:
                 validation.append({"tokens": tokens, "answer_perplexity": record["answer_perplexity"]})
                 self._records.append(validation[-1])
 
-        finished = storage.exists(storage.join(trial.train.out, "_result.json"))
         result = train(trial.train, watch)
-        if finished:  # the training itself was done before, and watched by nobody
-            _watch_again(trial.train.out, watch)
         scores = evaluate(trial.evaluate)
         run_id = storage.read_json(storage.join(trial.train.out, "_run.json"))["mlflow_run_id"]
         tracker = Tracker(trial.train, run_id)
@@ -196,13 +194,6 @@ class _TrialDriver:
         """The validations since the last call."""
         taken, self._records = self._records, []
         return taken
-
-
-def _watch_again(run: str, watch: Any) -> None:
-    from covray.distributed.train import Tail
-
-    for record in Tail(storage.join(run, "metrics.jsonl")).new():
-        watch(record)
 
 
 def _follow(parameters: dict[str, str], trials: Mapping[str, Trial], out: str) -> None:
@@ -246,7 +237,7 @@ def _run(config: SweepConfig, grid: Grid, cores: int, parent: str | None, count:
     if storage.exists(folder):
         filesystem.delete_dir(inner)
     filesystem.create_dir(inner, recursive=True)
-    board = _Progress(config.out, trials, len(trials) - len(waiting))
+    board = _Progress(config.out, trials, len(trials) - len(told))
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(_follow, trials=trials, out=config.out), {"CPU": _TRIAL_CPUS}),
         param_space={"trial": tune.grid_search(told)},
@@ -321,13 +312,11 @@ def _placed(config: SweepConfig, trial: Trial, cores: int, concurrency: int, par
     if actors.max is None:
         resources = ray.cluster_resources()
         fit = int(resources.get("GPU", 0) or cores // evaluation.engine.threads) // concurrency
-        actors = ActorsConfig(min=actors.min, max=max(actors.min, fit, 1), gpus=actors.gpus, cpus=actors.cpus)
-    return Trial(
-        **vars(trial)
-        | {
-            "train": trial.train.model_copy(update={"compute": compute, "tracking": tracking}),
-            "evaluate": evaluation.model_copy(update={"actors": actors}),
-        }
+        actors = actors.model_copy(update={"max": max(actors.min, fit)})
+    return replace(
+        trial,
+        train=trial.train.model_copy(update={"compute": compute, "tracking": tracking}),
+        evaluate=evaluation.model_copy(update={"actors": actors}),
     )
 
 
@@ -493,16 +482,3 @@ def _absolute(config: SweepConfig) -> SweepConfig:
         if path is not None:
             update[key] = absolute(path)
     return config.model_copy(update=update)
-
-
-def _read_description(out: str) -> dict[str, Any] | None:
-    path = storage.join(absolute(out), DESCRIPTION)
-    try:
-        description = storage.read_json(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read ({reason(error)}); give another --out") from error
-    if not isinstance(description, dict) or description.get("version") != 1:
-        raise ConfigError(f"{path}: is no description of this version; give another --out")
-    return description

@@ -54,7 +54,7 @@ _STARTED = "metrics.jsonl"  # the first that workers write: before it, a run hol
 def train(config: TrainConfig, watch: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
     """Train the adapter of the run ``config.out``; returns the figures of ``_result.json``.
 
-    ``watch`` is given every record of ``metrics.jsonl``, of a continued run those before it too.
+    ``watch`` is given every record of ``metrics.jsonl``, of a continued or finished run those before too.
 
     Called again on an unfinished run it continues it; on a finished one it returns the result at once. Raises
     CovrayError: a dataset, backbone, configuration or storage that cannot be used, before any worker is started;
@@ -75,6 +75,9 @@ def train(config: TrainConfig, watch: Callable[[dict[str, Any]], None] | None = 
     if described is not None:
         require_same(config.out, described["fingerprints"], fingerprints)
         if storage.exists(storage.join(config.out, "_result.json")):
+            if watch is not None:
+                for record in Tail(storage.join(config.out, _STARTED)).new():
+                    watch(record)
             return dict(storage.read_json(storage.join(config.out, "_result.json")))
     with ray_session() as cores:
         config = _resolve(config, facts, cores)

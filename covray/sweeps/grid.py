@@ -152,15 +152,20 @@ def plan_sweep(config: SweepConfig, tokens_per_s: float | None = None) -> dict[s
     grid = grid_of(config)
     tokens_per_image = _tokens_per_image(config, grid.build)
     architecture = functools.cache(_architecture)
+    by_task = functools.cache(functools.partial(_pairs_by_task, config, grid.build))
     plans: list[tuple[Trial, TrainPlan]] = []
     for trial in grid.trials:
         llama = architecture(trial.train.backbone)
-        pairs = _count(config, grid.build, trial.train)
+        sentences = trial.train.sentences
+        found = by_task(sentences.split)
+        pairs = sum(count for task, count in found.items() if sentences.tasks is None or task in sentences.tasks)
+        if not pairs:
+            raise DatasetError(f"{config.manifest}: no pairs in split {sentences.split}; set train.sentences.split")
         plans.append((trial, plan_training(trial.train, llama, pairs, tokens_per_image)))
     smallest = min(plan.parameters for _, plan in plans)
-    queries = _queries(config, grid.build)
     lines = []
     for trial, plan in plans:
+        queries = by_task(trial.evaluate.split)
         asked = [queries[task] for task in (trial.tasks or queries) if task in queries]
         episodes = sum(min(count, trial.evaluate.episodes or count) for count in asked)
         line: dict[str, Any] = {
@@ -305,32 +310,15 @@ def _at_hand(path: str) -> bool:
     return os.path.isdir(os.path.expanduser(path))
 
 
-def _count(config: SweepConfig, build: BuildConfig | None, train: TrainConfig) -> int:
-    """Pairs of a training's split; of a manifest that is not built yet all of them."""
-    sentences = train.sentences
+def _pairs_by_task(config: SweepConfig, build: BuildConfig | None, split: str) -> dict[str, int]:
+    """Pairs of ``split`` by task: the good ones of the dataset, of a manifest that is not built yet all of them."""
     if build is None:
-        return sum(count_pairs(ChainDataset(str(config.data)), sentences, sentences.split).values())
-    counts = _manifest_counts(build.pairs, sentences.split)
-    found = sum(count for task, count in counts.items() if sentences.tasks is None or task in sentences.tasks)
-    if not found:
-        raise DatasetError(f"{build.pairs}: no pairs in split {sentences.split}; set train.sentences.split")
-    return found
-
-
-def _queries(config: SweepConfig, build: BuildConfig | None) -> dict[str, int]:
-    """Pairs by task of the split that is evaluated."""
-    split = str(config.evaluate.get("split", EvaluateConfig.model_fields["split"].default))
-    if build is not None:
-        return _manifest_counts(build.pairs, split)
-    tasks = ChainDataset(str(config.data)).table(["task"], None, split)["task"].to_pylist()
-    return {task: tasks.count(task) for task in sorted(set(tasks))}
-
-
-def _manifest_counts(manifest: str, split: str) -> dict[str, int]:
-    check_manifest(manifest)
-    filesystem, inner = storage.resolve(manifest)
-    table = pq.read_table(inner, columns=["task"], filesystem=filesystem, filters=[("split", "==", split)])
-    counted = pc.value_counts(table["task"].combine_chunks()).to_pylist()
+        tasks = ChainDataset(str(config.data)).table(["task"], None, split)["task"]
+    else:
+        check_manifest(build.pairs)
+        filesystem, inner = storage.resolve(build.pairs)
+        tasks = pq.read_table(inner, columns=["task"], filesystem=filesystem, filters=[("split", "==", split)])["task"]
+    counted = pc.value_counts(tasks.combine_chunks()).to_pylist()
     return {str(entry["values"]): int(entry["counts"]) for entry in counted}
 
 
