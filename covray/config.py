@@ -77,6 +77,8 @@ class ActorsConfig(Section):
     """GPUs of one actor, whole or a fraction; by default 1 where the cluster has GPUs, else 0."""
     cpus: float | None = Field(default=None, gt=0)
     """Logical CPUs one actor reserves; by default a share that leaves room for reading and writing."""
+    node_type: str | None = None
+    """Only on nodes that have this custom resource; the node types of ``cluster/gpu.yaml`` have one of their name."""
 
     @model_validator(mode="after")
     def _ordered(self) -> ActorsConfig:
@@ -231,6 +233,8 @@ class WorkersConfig(Section):
     """GPUs of one worker; by default 1 where the cluster has GPUs, else 0."""
     cpus: float = Field(default=1.0, gt=0)
     """Logical CPUs one worker reserves."""
+    node_type: str | None = None
+    """Only on nodes that have this custom resource; the node types of ``cluster/gpu.yaml`` have one of their name."""
     max_failures: int = Field(default=3, ge=-1)
     """Restarts after the loss of a worker before the run is given up; -1: without end."""
 

@@ -28,6 +28,7 @@ from covray.distributed.pool import (
     delete_checkpoint,
     gpus_of,
     map_exactly_once,
+    on,
     one_line_errors,
     pool_of,
     read_description,
@@ -174,7 +175,7 @@ class ChainActor:
 def _probe(config: BuildConfig, gpus: float) -> tuple[BuildConfig, Facts]:
     """Load the models once where an actor will, so that what is wrong with them is one line before the pool starts."""
 
-    @ray.remote(num_cpus=0 if gpus else 1, num_gpus=gpus, max_retries=2)
+    @ray.remote(num_cpus=0 if gpus else 1, num_gpus=gpus, resources=on(config.actors.node_type), max_retries=2)
     def load(config: BuildConfig) -> tuple[BuildConfig, Facts]:
         torch.set_num_threads(config.engine.threads)
         builder = BlockBuilder(config)

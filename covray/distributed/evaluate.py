@@ -30,6 +30,7 @@ from covray.distributed.pool import (
     delete_checkpoint,
     gpus_of,
     map_exactly_once,
+    on,
     one_line_errors,
     pool_of,
     read_description,
@@ -311,7 +312,7 @@ def _pairs(config: EvaluateConfig, dataset: ChainDataset, subjects: Sequence[Sub
 def _probe(config: EvaluateConfig, gpus: float) -> None:
     """Load the tokenizer where an actor will, so that what is wrong with it is one line before the pool starts."""
 
-    @ray.remote(num_cpus=0 if gpus else 1, num_gpus=gpus, max_retries=2)
+    @ray.remote(num_cpus=0 if gpus else 1, num_gpus=gpus, resources=on(config.actors.node_type), max_retries=2)
     def load(config: EvaluateConfig) -> None:
         assert config.tokenizer is not None
         tokenizer = load_tokenizer(config.tokenizer, config.engine)

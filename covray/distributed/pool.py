@@ -99,7 +99,12 @@ def pool_of(actors: ActorsConfig, engine: EngineConfig, cores: int, gpus: float)
         spare = max(0.0, resources.get("CPU", 0) - READING_CPUS)
         cpus = min(float(engine.threads), int(100 * spare / maximum) / 100)
     pool = ActorPoolStrategy(min_size=actors.min, max_size=maximum, initial_size=min(maximum, max(actors.min, fit)))
-    return {"compute": pool, "num_cpus": cpus} | ({"num_gpus": gpus} if gpus else {})
+    return {"compute": pool, "num_cpus": cpus, "resources": on(actors.node_type)} | ({"num_gpus": gpus} if gpus else {})
+
+
+def on(node_type: str | None) -> dict[str, float]:
+    """What to reserve of a custom resource so as to stand on a node that has it."""
+    return {} if node_type is None else {node_type: 0.001}
 
 
 def require_fresh(out: str, what: str) -> None:

@@ -35,6 +35,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from covray import storage
 from covray.config import TrainConfig
 from covray.distributed.board import Board
+from covray.distributed.pool import on
 from covray.distributed.session import ray_session
 from covray.distributed.tracking import Tracker
 from covray.errors import ConfigError, CovrayError
@@ -119,7 +120,7 @@ def _run(config: TrainConfig, tracker: Tracker, watch: Callable[[dict[str, Any]]
         scaling_config=ScalingConfig(
             num_workers=config.workers.count,
             use_gpu=bool(config.workers.gpus),
-            resources_per_worker={"CPU": config.workers.cpus, **_gpu(config)},
+            resources_per_worker={"CPU": config.workers.cpus, **_gpu(config), **on(config.workers.node_type)},
         ),
         run_config=_ray_folder(config),
         torch_config=TorchConfig(backend="nccl" if config.compute.device == "cuda" else "gloo"),
@@ -257,7 +258,7 @@ def _resolve(config: TrainConfig, facts: BackboneFacts, cores: int) -> TrainConf
                     f"{resources.get(name, 0):g}; lower --workers, or workers.{name.lower()}s"
                 )
     if compute.deepspeed == "auto":
-        deepspeed = choose(config, facts.llama, _gpu_bytes(gpus) if device == "cuda" else None)
+        deepspeed = choose(config, facts.llama, _gpu_bytes(gpus, workers.node_type) if device == "cuda" else None)
     else:
         deepspeed = compute.deepspeed
     if deepspeed != "none":
@@ -273,10 +274,10 @@ def _resolve(config: TrainConfig, facts: BackboneFacts, cores: int) -> TrainConf
     )
 
 
-def _gpu_bytes(gpus: float) -> int:
-    """Memory of a GPU of the cluster, looked up where one is."""
+def _gpu_bytes(gpus: float, node_type: str | None) -> int:
+    """Memory of a GPU of the cluster, looked up where a worker will be."""
 
-    @ray.remote(num_cpus=0, num_gpus=gpus)
+    @ray.remote(num_cpus=0, num_gpus=gpus, resources=on(node_type))
     def look() -> int:
         return int(torch.cuda.get_device_properties(0).total_memory)
 
