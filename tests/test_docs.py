@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from covray.config import BuildConfig, EvaluateConfig, GenerateConfig, Section, SweepConfig, TrainConfig
+from covray.config import BuildConfig, EvaluateConfig, GenerateConfig, PlanConfig, Section, SweepConfig, TrainConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,6 +28,7 @@ def keys(model: type[Section], prefix: str = "") -> Iterator[str]:
         ("generate", GenerateConfig),
         ("evaluate", EvaluateConfig),
         ("sweep", SweepConfig),
+        ("plan", PlanConfig),
     ],
 )
 def test_every_key_of_the_configuration_is_documented_and_no_other(section: str, model: type[Section]) -> None:
