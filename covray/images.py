@@ -6,6 +6,7 @@ or its URI hold, and nothing outside the manifest's root is opened.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -15,7 +16,7 @@ import stat
 import struct
 import urllib.parse
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -103,6 +104,27 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
     Raises PairError: ``empty``, ``not_an_image``, ``truncated``, ``damaged``, ``animated``, ``unsupported``,
     ``too_small`` (a side under 2 px), ``too_large``.
     """
+    with _opened(data, max_pixels) as image:
+        return _rgb(_upright(image))
+
+
+def decode_levels(data: bytes, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8] | NDArray[np.uint16]:
+    """The one channel [h, w] of an encoded file as it is stored: grey levels of 8 or 16 bits, or indices of a palette.
+
+    For labels whose numbers mean something, such as classes or millimetres: neither scaled to 8 bits, nor looked up as
+    colours, nor turned. Limits and errors are those of ``decode``; a picture of several channels is ``unsupported``.
+    """
+    with _opened(data, max_pixels) as image:
+        if image.mode in ("L", "P"):
+            return np.array(image)
+        if image.mode == "I" or image.mode.startswith("I;16"):
+            return _sixteen_bits(image)
+        raise PairError("unsupported", f"pixels of mode {image.mode}, where one channel of whole numbers is needed")
+
+
+@contextlib.contextmanager
+def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
+    """The decoded picture; whatever goes wrong with it, here or in the ``with`` block, is a PairError."""
     if not data:
         raise PairError("empty", "zero bytes")
     try:
@@ -115,7 +137,7 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
             if image.format != "MPO" and getattr(image, "is_animated", False):
                 raise PairError("animated", f"{image.format} of several frames; give one picture a file")
             image.load()
-            return _rgb(_upright(image))
+            yield image
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise PairError("too_large", _line(error)) from error
     except MemoryError as error:
@@ -251,15 +273,20 @@ def _rgb(image: Image.Image) -> NDArray[np.uint8]:
     if image.mode == "F":
         raise PairError("unsupported", "floating point pixels have no agreed range; save 8 or 16 bits")
     if image.mode == "I" or image.mode.startswith("I;16"):
-        levels = np.asarray(image).astype(np.int64)
-        if levels.min() < 0 or levels.max() > 65535:
-            raise PairError("unsupported", "integers beyond 16 bits have no agreed range; save 8 or 16 bits")
+        levels = _sixteen_bits(image).astype(np.int64)
         return np.repeat(((levels + 128) // 257).astype(np.uint8)[..., None], 3, axis=2)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         cut_out = image.convert("RGBA")
         ground = Image.new("RGBA", cut_out.size, (0, 0, 0, 255))
         image = Image.alpha_composite(ground, cut_out)
     return np.array(image.convert("RGB"))
+
+
+def _sixteen_bits(image: Image.Image) -> NDArray[np.uint16]:
+    levels = np.asarray(image).astype(np.int64)
+    if levels.min() < 0 or levels.max() > 65535:
+        raise PairError("unsupported", "integers beyond 16 bits have no agreed range; save 8 or 16 bits")
+    return levels.astype(np.uint16)
 
 
 def _broken(data: bytes, error: BaseException) -> PairError:

@@ -51,11 +51,15 @@ def draw(keypoints: NDArray[np.floating], height: int, width: int) -> NDArray[np
                 line = [(float(x) - 0.5, float(y) - 0.5) for x, y in person[[start, end], :2]]
                 pen.line(line, fill=dimmed, width=max(2, round(radius * 1.5)))
     picture = np.array(canvas)
-    rows, columns = np.mgrid[:height, :width] + 0.5
     for person in people:
         for (x, y, visible), colour in zip(person, COLOURS, strict=True):
             if visible > 0:
-                picture[(columns - x) ** 2 + (rows - y) ** 2 <= radius**2] = colour
+                # Only around the disc: a large picture of many people has hundreds of them.
+                left, right = np.clip([x - radius - 1, x + radius + 1], 0, width).astype(int)
+                top, bottom = np.clip([y - radius - 1, y + radius + 1], 0, height).astype(int)
+                rows, columns = np.ogrid[top:bottom, left:right]
+                inside = (columns + 0.5 - x) ** 2 + (rows + 0.5 - y) ** 2 <= radius**2
+                picture[top:bottom, left:right][inside] = colour
     return picture
 
 
