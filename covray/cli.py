@@ -795,6 +795,89 @@ def doctor(
         raise typer.Exit(1)
 
 
+# --- plan, benchmark -----------------------------------------------------------------------------------------------
+
+
+@app.command()
+def plan(
+    steps: Annotated[list[str] | None, typer.Argument(metavar="[build] [train]", help="build by default.")] = None,
+    pairs: Annotated[int | None, typer.Option(help="Pairs of the build.")] = None,
+    gpus: Annotated[int | None, typer.Option(help="GPUs of the build; of the training: train_on.gpus.")] = None,
+    calibration: Annotated[str | None, typer.Option(help="What covray benchmark wrote.")] = None,
+    config: ConfigFile = None,
+    sets: Sets = None,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Everything random follows from it.")] = None,
+    json_: Json = False,
+) -> None:
+    """What a build or a training will take in time, GPU hours, money and storage."""
+    from covray.config import PlanConfig, load_config
+
+    options: dict[str, Any] = {
+        "steps": steps or None,
+        "pairs": pairs,
+        "build_on.gpus": gpus,
+        "calibration": calibration,
+        "seed": seed,
+    }
+    resolved = load_config(PlanConfig, config, options, sets or ())
+    with _quiet_libraries():
+        from covray.planning.plan import plan as make_plan
+
+        planned = make_plan(resolved)
+    if json_:
+        print(json.dumps(planned))
+        return
+    for step in resolved.steps:
+        console.print(f"[bold]{step}[/bold]")
+        values = planned[step]
+        notes = values.pop("notes")
+        _print({key: _figure(value) for key, value in values.items()}, False)
+        for note in notes:
+            console.print(f"[yellow]note:[/yellow] {_escape(note)}", highlight=False, soft_wrap=True)
+    console.print(f"rates: {_escape(planned['rates'])}", highlight=False, soft_wrap=True)
+
+
+def _figure(value: Any) -> str:
+    """A number, or the mean of several with their range."""
+    if isinstance(value, dict):
+        mean, low, high = (_figure(value[key]) for key in ("mean", "low", "high"))
+        return mean if low == high else f"{mean}  ({low} to {high})"
+    if isinstance(value, float) and abs(value) < 100:
+        return f"{value:.3g}"
+    return f"{value:,.0f}"
+
+
+@app.command()
+def benchmark(
+    out: Annotated[str, typer.Option("--out", help="Calibration to write, .yaml or .json.")],
+    pairs: Annotated[str | None, typer.Option(help="Pairs of the two builds, by default 4 and 12 blocks.")] = None,
+    train_steps: Annotated[int, typer.Option(min=8, help="Steps of the training.")] = 24,
+    config: ConfigFile = None,
+    sets: Sets = None,
+    json_: Json = False,
+) -> None:
+    """Measure small real builds and a training on this hardware, for covray plan. Takes a PLAN's configuration."""
+    from covray.config import PlanConfig, load_config
+
+    resolved = load_config(PlanConfig, config, {}, sets or ())
+    with _quiet_libraries():
+        from covray.distributed.benchmark import calibrate
+        from covray.planning.rates import write_calibration
+
+        calibration = calibrate(resolved, _numbers("--pairs", pairs), train_steps)
+        write_calibration(out, calibration)
+    values = calibration.model_dump(mode="json")
+    if json_:
+        print(json.dumps(values))
+        return
+    for section in ("build", "train"):
+        if values[section] is not None:
+            console.print(f"[bold]{section}[/bold]")
+            rates = {key: value for key, value in values[section].items() if key != "identity"}
+            _print({key: _figure(value) for key, value in rates.items()}, False)
+    console.print(_escape(out), highlight=False, soft_wrap=True)
+
+
 # --- nano ----------------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,1 @@
+"""What a build or a training will take, before it is started."""
