@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -52,6 +53,8 @@ Sets = Annotated[list[str] | None, typer.Option("--set", help="key=value, for an
 Tasks = Annotated[str | None, typer.Option("--tasks", help="Comma-separated; all that apply by default.")]
 
 Splits = Annotated[str | None, typer.Option(help="Shares, such as train=8,val=1,test=1.")]
+Root = Annotated[str, typer.Argument(help="The dataset's folder; docs/datasets.md says what lies in it.")]
+Count = Annotated[int | None, typer.Option("--count", min=1, help="Draw so many, by the seed; all by default.")]
 
 console = Console(emoji=False)  # a path may hold ":car:"
 
@@ -136,6 +139,7 @@ def photos(
     tasks: Tasks = None,
     size: Annotated[int, typer.Option(min=16, max=4096, help="Shorter side is shrunk to this many pixels.")] = 512,
     splits: Splits = None,
+    count: Count = None,
     seed: Seed = 0,
     json_: Json = False,
 ) -> None:
@@ -143,7 +147,8 @@ def photos(
     from covray.pairs.photos import PHOTO_TASKS, photo_pairs
 
     chosen = _split(tasks) or list(PHOTO_TASKS)
-    _write_manifest(out, folder, photo_pairs(folder, chosen, size, _shares(splits), seed), json_)
+    pairs = photo_pairs(folder, chosen, size, _shares(splits), seed, count)
+    _write_manifest(out, folder, _told(pairs, count and count * len(set(chosen))), json_)
 
 
 @pairs_app.command()
@@ -182,6 +187,89 @@ def manifest(
     from covray.pairs.manifest import list_root, read_user_list
 
     _write_manifest(out, list_root(file, root), read_user_list(file, task, split, root), json_)
+
+
+@pairs_app.command()
+def coco(
+    root: Root,
+    out: Out,
+    task: Annotated[str, typer.Option(help="segmentation or pose.")] = "segmentation",
+    labels: Annotated[str, typer.Option(help="Of segmentation: panoptic (133 classes) or stuff (182).")] = "panoptic",
+    split: Annotated[str, typer.Option(help="train or val.")] = "train",
+    count: Count = None,
+    seed: Seed = 0,
+    json_: Json = False,
+) -> None:
+    """COCO 2017: classes of the panoptic or stuff labels, or people's skeletons."""
+    from covray.pairs.coco import coco_pairs
+
+    _write_manifest(out, root, _told(coco_pairs(root, task, labels, split, count, seed), count), json_, count)
+
+
+@pairs_app.command()
+def nyuv2(
+    root: Root,
+    out: Out,
+    task: Annotated[str, typer.Option(help="depth or normals.")],
+    split: Annotated[str, typer.Option(help="train or test.")] = "train",
+    count: Count = None,
+    seed: Seed = 0,
+    json_: Json = False,
+) -> None:
+    """NYU Depth v2: depth in metres, or surface normals."""
+    from covray.pairs.nyuv2 import nyuv2_pairs
+
+    _write_manifest(out, root, _told(nyuv2_pairs(root, task, split, count, seed), count), json_, count)
+
+
+@pairs_app.command()
+def bsds(
+    root: Root,
+    out: Out,
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "train",
+    share: Annotated[float, typer.Option(help="Share of the annotators who must have drawn an edge.")] = 0.5,
+    listing: Annotated[
+        str | None, typer.Option("--list", help="File below ROOT of lines 'image label', as HED-BSDS has.")
+    ] = None,
+    count: Count = None,
+    seed: Seed = 0,
+    json_: Json = False,
+) -> None:
+    """BSDS500, or HED-BSDS: the edges that people drew."""
+    from covray.pairs.bsds import bsds_pairs
+
+    _write_manifest(out, root, _told(bsds_pairs(root, split, share, listing, count, seed), count), json_, count)
+
+
+@pairs_app.command()
+def lol(
+    root: Root,
+    out: Out,
+    split: Annotated[str, typer.Option(help="train (our485) or test (eval15).")] = "train",
+    count: Count = None,
+    seed: Seed = 0,
+    json_: Json = False,
+) -> None:
+    """LOL: photographs in the dark and in good light."""
+    from covray.pairs.lol import lol_pairs
+
+    _write_manifest(out, root, _told(lol_pairs(root, split, count, seed), count), json_, count)
+
+
+def _told(pairs: Iterator[Pair], count: int | None) -> Iterator[Pair]:
+    """``pairs``; says at their end where they are fewer than ``count``, and which cannot be used."""
+    found, reasons = 0, Counter[str]()
+    for pair in pairs:
+        found += 1
+        if "error" in pair.meta:
+            reasons[pair.meta["error"].partition(":")[0]] += 1
+        yield pair
+    stderr = Console(stderr=True, emoji=False)
+    if count is not None and found < count:
+        stderr.print(f"{count} pairs asked for, {found} there are: all were taken", soft_wrap=True)
+    if reasons:
+        named = ", ".join(f"{reason} {number}" for reason, number in reasons.most_common())
+        stderr.print(f"{reasons.total()} pairs cannot be used and will be rejected: {_escape(named)}", soft_wrap=True)
 
 
 def _write_manifest(out: str, root: str | None, pairs: Iterator[Pair], json_: bool, total: int | None = None) -> None:

@@ -6,7 +6,6 @@ import hashlib
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,20 +13,14 @@ from numpy.typing import NDArray
 from skimage.feature import canny
 from skimage.morphology import dilation, disk
 
-from covray import storage
 from covray.errors import ConfigError, ManifestError, PairError
 from covray.images import decode, encode_png, load_picture, resize
+from covray.pairs.datasets import ENDINGS, draw, list_pictures
 from covray.pairs.manifest import Pair, Picture
 from covray.tasks import colorization, edges, low_light
 
 PHOTO_TASKS = ("colorization", "edges", "low_light")
 SPLITS = {"train": 0.8, "val": 0.1, "test": 0.1}
-
-ENDINGS = (
-    *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".pnm"),
-    *(".heic", ".heif", ".avif", ".jp2"),
-)
-"""What counts as a photograph. The last row cannot be decoded: better a rejected row than a silent gap."""
 
 EDGE_CONTRAST = (0.06, 0.15)
 """Canny's hysteresis: a line starts at a step of the upper contrast (of black to white), and goes on to the lower."""
@@ -39,8 +32,11 @@ def photo_pairs(
     size_px: int = 512,
     splits: Mapping[str, float] | None = None,
     seed: int = 0,
+    count: int | None = None,
 ) -> Iterator[Pair]:
     """A pair for every photograph below ``folder`` (on any storage) and every task, in the order of the paths.
+
+    With ``count`` only so many photographs are used, drawn by ``seed`` and their paths.
 
     The pairs of a photograph follow each other, so that a build inverts it once. Pictures are PNG bytes, shrunk so
     that the shorter side is at most ``size_px``, never enlarged; both ends have the same size.
@@ -65,10 +61,10 @@ def photo_pairs(
         raise ConfigError(f"size_px: must be at least 2 (got {size_px})")
     if not all(0 <= share < math.inf for share in shares.values()) or not sum(shares.values()) > 0:
         raise ConfigError(f"splits: shares must be at least 0, and not all 0 (got {shares})")
-    names = _photographs(folder)
+    names = list_pictures(folder)
     if not names:
         raise ManifestError(f"{folder}: holds no photographs ({', '.join(ENDINGS)})")
-    return _labelled(folder, names, tasks, size_px, shares, seed)
+    return _labelled(folder, draw(names, count, seed), tasks, size_px, shares, seed)
 
 
 def edge_map(photo: NDArray[np.uint8]) -> NDArray[np.bool_]:
@@ -114,31 +110,6 @@ def _labelled(
                 image = Picture(bytes=encode_png(low_light.darken(photo, generator, exposure)))
                 more = {"seed": seed, **vars(exposure)}
             yield Pair(task, _split(identity, shares), image, label, meta | more)
-
-
-def _photographs(folder: str) -> list[str]:
-    """Paths below ``folder``, relative to it, sorted."""
-    if "://" in folder:
-        names = storage.list_files(folder)
-    else:
-        # Not by pyarrow: it follows links to folders, in circles where they lead back.
-        base = Path(folder).expanduser()
-        if not base.is_dir():
-            raise ManifestError(f"{folder}: no such folder; give a folder of photographs")
-        names = [
-            Path(place, name).relative_to(base).as_posix()
-            for place, _, files in os.walk(base, onerror=_unreadable)
-            for name in files
-        ]
-    return sorted(
-        name
-        for name in names
-        if name.lower().endswith(ENDINGS) and not any(part.startswith(".") for part in name.split("/"))
-    )
-
-
-def _unreadable(error: OSError) -> None:
-    raise ManifestError(f"{error.filename}: cannot be read: {error.strerror}; give it read rights, or move it away")
 
 
 def _shrunk(photo: NDArray[np.uint8], size_px: int) -> NDArray[np.uint8]:
