@@ -20,6 +20,7 @@ class Tally:
     """Adds up what the actors report, a block at a time."""
 
     def __init__(self) -> None:
+        self.created = time.time()
         self.rows = self.rejected = self.evaluations = self.padded = 0
         self.spans: dict[str, list[tuple[float, float, int]]] = {}
         self.ready: set[str] = set()
@@ -46,7 +47,8 @@ class Tally:
         """What the audit says of the run: chains/s, and the share of the actors' time spent computing.
 
         An actor's first block is its warm-up and left out where it had more than one. A block in a queue counts as
-        waiting, whoever is to blame.
+        waiting, whoever is to blame. For ``covray benchmark``: ``row_s``, an actor's seconds for a row; ``load_s``, what
+        an actor took beyond its rows until its first block was done; ``last_block_s``, when the last one was.
         """
         spans = [sorted(blocks)[1:] or blocks for blocks in self.spans.values()]
         busy = sum(end - start for blocks in spans for start, end, _ in blocks)
@@ -54,10 +56,16 @@ class Tally:
         warm_rows = sum(rows for blocks in spans for _, _, rows in blocks)
         spent = max((blocks[-1][1] for blocks in spans), default=0.0) - min((b[0][0] for b in spans), default=0.0)
         evaluated = self.evaluations + self.padded
+        row_s = busy / warm_rows if warm_rows else 0.0
+        firsts = [min(blocks) for blocks in self.spans.values()]
+        loads = [end - rows * row_s - self.created for _, end, rows in firsts]
         return {
             "actors": len(self.spans),
             "chains_per_s": round(warm_rows / spent, 3) if spent else None,
             "busy_share": round(busy / present, 4) if present else None,
+            "row_s": round(row_s, 6) if row_s else None,
+            "load_s": round(max(0.0, sum(loads) / len(loads)), 2) if loads else None,
+            "last_block_s": round(max(blocks[-1][1] for blocks in spans) - self.created, 2) if spans else None,
             "unet_evaluations": self.evaluations,
             "padded_share": round(self.padded / evaluated, 4) if evaluated else None,
         }

@@ -43,3 +43,16 @@ def test_an_actor_with_a_single_block_is_counted_with_it() -> None:
     tally = Tally()
     tally.report("a", 0, 4, 8, 0, 1, 0)
     assert tally.usage()["chains_per_s"] == pytest.approx(2)
+
+
+def test_the_time_until_an_actor_computes_at_full_speed_is_told_from_its_rows() -> None:
+    tally = Tally()
+    tally.created = 1000.0
+    tally.report("a", 1030, 1050, 8, 0, 1, 0)  # its first block takes 20 s, of which 12 are warm-up
+    tally.report("a", 1050, 1058, 8, 0, 1, 0)
+    tally.report("b", 1040, 1054, 4, 0, 1, 0)
+    tally.report("b", 1054, 1062, 8, 0, 1, 0)
+    usage = tally.usage()
+    assert usage["row_s"] == pytest.approx(1)
+    assert usage["load_s"] == pytest.approx((42 + 50) / 2)
+    assert usage["last_block_s"] == pytest.approx(62)
