@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +15,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from covray import storage
+from covray.checkpoints import new_folder, require_new
 from covray.config import BackboneConfig
 from covray.errors import ConfigError, WeightsError
 from covray.lvm.backbone import BackboneFacts, backbone_facts, stored_tensors, write_backbone
@@ -143,7 +140,7 @@ def export_merged(facts: BackboneFacts, adapter: str, out: Path, dtype: torch.dt
         low, high = (tensors[f"{projection}.{part}.weight"].float() for part in ("lora_A", "lora_B"))
         return weight.float().addmm_(high, low, alpha=lora.alpha / lora.rank)
 
-    with _new_folder(out) as folder:
+    with new_folder(out) as folder:
         write_backbone(folder, facts, merged, dtype or stored("model.embed_tokens.weight").dtype)
 
 
@@ -156,12 +153,12 @@ def export_run(run: str, out: str, merge: bool) -> None:
     if "://" in out:
         raise ConfigError(f"--out {out}: is not on this machine; export to a folder here, and copy it from there")
     target = Path(out).expanduser()
-    _require_new(target)  # before a large backbone is read
+    require_new(target)  # before a large backbone is read
     about = read_run(run)
     adapter = storage.join(run, "adapter")
     read_adapter(adapter)  # complete, or refused
     if not merge:
-        with _new_folder(target) as folder:
+        with new_folder(target) as folder:
             for name in storage.list_files(adapter):
                 storage.write_bytes(str(folder / name), storage.read_bytes(storage.join(adapter, name)))
         return
@@ -206,25 +203,3 @@ def _require_shapes(tensors: Mapping[str, Tensor], due: Mapping[str, tuple[int, 
                 f"{what}: {name.removeprefix(_PREFIX)} is {found}, the model has {wanted}; give the adapter of this "
                 "backbone, with the same rank and targets"
             )
-
-
-def _require_new(out: Path) -> None:
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ConfigError(f"--out {out}: is there already; give a new folder")
-
-
-@contextlib.contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """A folder beside ``out`` that becomes ``out`` when all went well, so that ``out`` is never half a model."""
-    _require_new(out)
-    try:
-        out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
-    except OSError as error:
-        raise ConfigError(f"--out {out}: cannot be written ({error.strerror}); give another folder") from error
-    try:
-        yield aside
-        aside.chmod(0o755)  # mkdtemp's is private
-        os.replace(aside, out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig
 
 from covray import storage
+from covray.checkpoints import one_line, weight_files
 from covray.config import BackboneConfig, LoraConfig
 from covray.errors import ConfigError, DatasetError, WeightsError
 from covray.lvm.model import Lora, Lvm
@@ -37,8 +38,9 @@ from covray.weights import fingerprint_folder, require_files, resolve_folder
 
 ABOUT_FILE = "covray.json"
 _WEIGHTS = "model.safetensors"
+_INDEX = f"{_WEIGHTS}.index.json"
 _ABOUT_FILES = ("config.json", ABOUT_FILE)
-_WEIGHT_FILES = (_WEIGHTS, "model-*-of-*.safetensors", f"{_WEIGHTS}.index.json")
+_WEIGHT_FILES = (_WEIGHTS, "model-*-of-*.safetensors", _INDEX)
 _SHARD_SIZE = "5GB"
 
 
@@ -78,22 +80,39 @@ def backbone_facts(config: BackboneConfig) -> BackboneFacts:
             )
         path = "nano"
     if path is None:
-        llama = llama_config(config.scale)
-        return BackboneFacts(llama, None, _fingerprint(llama), _codes(llama, config.scale), None, None)
+        return weightless_facts(llama_config(config.scale), config.scale)
 
     patterns = _ABOUT_FILES if random else (*_ABOUT_FILES, *_WEIGHT_FILES)
+    if path != "nano" and Path(path).expanduser().is_file():
+        raise WeightsError(
+            f"{path}: is a file, not a folder; if EasyLM wrote it: covray convert backbone {path} --out DIR"
+        )
     folder = resolve_folder(path, config.revision, "lvm", patterns)
     llama = _read_llama(folder)
-    codes = _codes(llama, folder)
     _require_scale(llama, folder, config.scale)
-    llama.bos_token_id = llama.eos_token_id = None
-    llama.pad_token_id = codes if codes < llama.vocab_size else None
+    facts = weightless_facts(llama, folder)
     if random:
-        return BackboneFacts(llama, None, _fingerprint(llama), codes, None, None)
+        return facts
     about = _read_about(folder)
     _find_tensors(folder, llama)
-    fingerprint = fingerprint_folder(folder, ("config.json", *_WEIGHT_FILES))
-    return BackboneFacts(llama, folder, fingerprint, codes, about.get("codebook"), about.get("tokens_per_image"))
+    return replace(
+        facts,
+        folder=folder,
+        fingerprint=fingerprint_folder(folder, ("config.json", *_WEIGHT_FILES)),
+        codebook=about.get("codebook"),
+        tokens_per_image=about.get("tokens_per_image"),
+    )
+
+
+def weightless_facts(llama: LlamaConfig, where: Path | str) -> BackboneFacts:
+    """What the architecture alone says; from here on it has no ids for the beginning and end of a sequence.
+
+    ``where``: whose it is, for the WeightsError about a vocabulary that is not one of image codes.
+    """
+    codes = _codes(llama, where)
+    llama.bos_token_id = llama.eos_token_id = None
+    llama.pad_token_id = codes if codes < llama.vocab_size else None
+    return BackboneFacts(llama, None, _fingerprint(llama), codes, None, None)
 
 
 def require_same_codes(facts: BackboneFacts, dataset: ChainDataset) -> None:
@@ -180,7 +199,7 @@ def write_backbone(folder: Path, facts: BackboneFacts, tensor: Callable[[str], T
         save_file(part, folder / file, {"format": "pt"})
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-        storage.write_json(str(folder / f"{_WEIGHTS}.index.json"), index)
+        storage.write_json(str(folder / _INDEX), index)
     special = list(range(facts.codes, llama.vocab_size))
     GenerationConfig(pad_token_id=llama.pad_token_id, suppress_tokens=special or None).save_pretrained(folder)
     about = {"version": 1, "codebook": facts.codebook, "tokens_per_image": facts.tokens_per_image}
@@ -202,19 +221,35 @@ def stored_tensors(folder: Path, llama: LlamaConfig) -> Callable[[str], Tensor]:
 
 def _read_llama(folder: Path) -> LlamaConfig:
     """The architecture in ``config.json``, if it is one that ``Lvm`` computes."""
+    values = read_config(folder)
+    kind = values.get("model_type")
+    if kind == "internlm":
+        raise WeightsError(
+            f"{folder}: is an InternLM, as DeLVM's are; covray convert backbone {folder} --out DIR makes it a LLaMA"
+        )
+    return checked_llama(values, folder / "config.json")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """``config.json`` of a model folder. Raises WeightsError when it is missing or no JSON object."""
     require_files(folder, ["config.json"])
     file = folder / "config.json"
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{file}: cannot be read ({_line(error)}); get the folder again") from error
-    kind = values.get("model_type") if isinstance(values, dict) else None
+    except (OSError, ValueError, RecursionError) as error:
+        raise WeightsError(f"{file}: cannot be read ({one_line(error)}); get the folder again") from error
+    return values if isinstance(values, dict) else {}
+
+
+def checked_llama(values: dict[str, Any], file: Path) -> LlamaConfig:
+    """The architecture that ``values`` of ``file`` describe. Raises WeightsError for one that ``Lvm`` has not."""
+    kind = values.get("model_type")
     if kind != "llama":
         raise WeightsError(f"{file}: is of model type {kind}, not llama; give the folder of a LlamaForCausalLM")
     try:
         llama = LlamaConfig.from_dict(values)
     except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
-        raise WeightsError(f"{file}: is no LlamaConfig ({_line(error)}); get the folder again") from error
+        raise WeightsError(f"{file}: is no LlamaConfig ({one_line(error)}); get the folder again") from error
     rope = llama.rope_parameters
     expected = {
         "hidden_act": (llama.hidden_act, "silu"),
@@ -260,7 +295,7 @@ def _read_about(folder: Path) -> dict[str, Any]:
     try:
         about = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise WeightsError(f"{file}: cannot be read ({_line(error)}); get the folder again") from error
+        raise WeightsError(f"{file}: cannot be read ({one_line(error)}); get the folder again") from error
     version = about.get("version") if isinstance(about, dict) else None
     if version != 1:
         raise WeightsError(f"{file}: is of version {version}, not 1; use the covray that wrote it")
@@ -297,29 +332,22 @@ def _disagreement(folder: Path, detail: str) -> WeightsError:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    index = folder / f"{_WEIGHTS}.index.json"
-    if (folder / _WEIGHTS).is_file():
-        return [folder / _WEIGHTS]
-    if not index.is_file():
-        if any(folder.glob("pytorch_model*.bin")):
-            raise WeightsError(
-                f"{folder}: has weights only as pytorch_model.bin, which can run code; save them as safetensors "
-                "(load with transformers, then save_pretrained)"
-            )
-        raise WeightsError(f"{folder}: {_WEIGHTS} or {index.name} is missing; complete the folder, or give another")
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{index}: cannot be read ({_line(error)}); get the folder again") from error
-    require_files(folder, names)
-    return [folder / name for name in names]
+    files = weight_files(folder, (_WEIGHTS, _INDEX))
+    if files:
+        return files
+    if any(folder.glob("pytorch_model*.bin")):
+        raise WeightsError(
+            f"{folder}: has weights only as pytorch_model.bin, which can run code; covray convert backbone {folder} "
+            "--out DIR reads them without, and writes safetensors"
+        )
+    raise WeightsError(f"{folder}: {_WEIGHTS} or {_INDEX} is missing; complete the folder, or give another")
 
 
 def _opened(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt", device="cpu")
     except (OSError, SafetensorError) as error:
-        raise WeightsError(f"{file}: cannot be read ({_line(error)}); get the folder again") from error
+        raise WeightsError(f"{file}: cannot be read ({one_line(error)}); get the folder again") from error
 
 
 def _fill_from(folder: Path, llama: LlamaConfig, tensors: dict[str, Tensor]) -> None:
@@ -355,7 +383,3 @@ def _generator(seed: int, name: str, device: torch.device | str) -> torch.Genera
 def _fingerprint(llama: LlamaConfig) -> str:
     values = {key: value for key, value in llama.to_dict().items() if key not in ("transformers_version", "dtype")}
     return hashlib.sha256(f"random {json.dumps(values, sort_keys=True)}".encode()).hexdigest()
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

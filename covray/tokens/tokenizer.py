@@ -1,11 +1,13 @@
 """The VQGAN tokenizer: pictures to tokens and back.
 
-A ``diffusers.VQModel``, as LVM's tokenizer can be stored. Unlike Stable Diffusion's VAE it reads pixels in [0, 1].
+A ``diffusers.VQModel``, as LVM's tokenizer can be stored. Unlike Stable Diffusion's VAE it reads pixels in [0, 1]; one
+that was trained on [-1, 1], as taming-transformers' are, has a ``covray.json`` beside it that says so.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import torch
 from diffusers import VQModel
 from safetensors import SafetensorError
 
+from covray.checkpoints import one_line
 from covray.config import EngineConfig, TokenizerConfig
 from covray.errors import ConfigError, DatasetError, WeightsError
 from covray.tokens.shards import ChainDataset
@@ -22,8 +25,9 @@ from covray.weights import fingerprint_folder, require_files, resolve_folder
 MAX_CODES = 8192
 """LVM's vocabulary: ids above are special."""
 _MIN_TOKENS = 16  # fewer come of VQModel's own default sample_size of 32, that is, of a size nobody stated
-_WEIGHTS = "diffusion_pytorch_model.safetensors"
-_FILES = ("config.json", "diffusion_pytorch_model*.safetensors*")
+ABOUT_FILE = "covray.json"
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+_FILES = ("config.json", ABOUT_FILE, "diffusion_pytorch_model*.safetensors*")
 _HUB_PATTERNS = (*_FILES, *(f"vqvae/{name}" for name in _FILES))
 
 
@@ -34,8 +38,12 @@ class Tokenizer:
     shape, and no operation mixes pictures.
     """
 
-    def __init__(self, model: VQModel, size_px: int, image_batch: int, fingerprint: str):
-        """``model`` on its device in float32; ``image_batch``: pictures of the fixed batch. See ``load_tokenizer``."""
+    def __init__(self, model: VQModel, size_px: int, image_batch: int, fingerprint: str, signed: bool = False):
+        """``model`` on its device in float32; ``image_batch``: pictures of the fixed batch. See ``load_tokenizer``.
+
+        ``signed``: the model's pixels are in [-1, 1]. No weights can hide that: zero padding is grey there, black in
+        [0, 1].
+        """
         side = size_px // _downsampling(model)
         self.size_px = size_px
         """Side of the square pictures."""
@@ -50,6 +58,7 @@ class Tokenizer:
         """SHA-256 (hex) of the codebook's float32 values, however they are stored: who shares it shares the tokens."""
         self._model = model
         self._batch = image_batch
+        self._signed = signed
 
     @property
     def codebook(self) -> np.ndarray:
@@ -70,6 +79,8 @@ class Tokenizer:
         for start, count, batch in self._padded(images):
             # [B, S, S, 3] seen as [B, 3, S, S] is channels_last already.
             pixels = torch.from_numpy(batch).to(self._model.device).permute(0, 3, 1, 2).float().div_(255)
+            if self._signed:
+                pixels.mul_(2).sub_(1)
             _, _, (_, _, indices) = self._model.quantize(self._model.encode(pixels).latents)
             ids[start : start + count] = indices.view(len(batch), -1)[:count].cpu().numpy()
         return ids
@@ -92,6 +103,8 @@ class Tokenizer:
             codes = model.quantize.get_codebook_entry(indices, (len(batch), *self.grid, model.quantize.vq_embed_dim))
             codes = codes.to(memory_format=torch.channels_last)
             pixels = model.decoder(model.post_quant_conv(codes), codes if model.config.norm_type == "spatial" else None)
+            if self._signed:
+                pixels.add_(1).div_(2)
             levels = pixels[:count].clamp(0, 1).mul(255).round().to(torch.uint8)
             images[start : start + count] = levels.permute(0, 2, 3, 1).cpu().numpy()
         return images
@@ -112,10 +125,14 @@ def load_tokenizer(config: TokenizerConfig, engine: EngineConfig) -> Tokenizer:
     tokenizer is a few per cent of a chain's arithmetic. Raises WeightsError for weights that are missing, incomplete or
     unfit for uint16 LVM tokens, ConfigError for a size or device that cannot be used.
     """
+    if config.path != "nano" and Path(config.path).expanduser().is_file():
+        raise _foreign(config.path)
     folder = resolve_folder(config.path, config.revision, "vqgan", _HUB_PATTERNS)
     if not (folder / "config.json").is_file() and (folder / "vqvae").is_dir():
         folder = folder / "vqvae"
-    require_files(folder, ["config.json", (_WEIGHTS, f"{_WEIGHTS}.index.json")])
+    if _is_foreign(folder):
+        raise _foreign(folder)
+    require_files(folder, ["config.json", (WEIGHTS_FILE, f"{WEIGHTS_FILE}.index.json")])
     model = _load_model(folder)
     codes = model.config.num_vq_embeddings
     if codes > MAX_CODES:
@@ -126,7 +143,8 @@ def load_tokenizer(config: TokenizerConfig, engine: EngineConfig) -> Tokenizer:
     if engine.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("engine.device: cuda is asked for and not there; set auto or cpu")
     model = model.to(device, memory_format=torch.channels_last)
-    return Tokenizer(model, _size_px(model, config, folder), engine.image_batch, fingerprint_folder(folder, _FILES))
+    size_px, fingerprint = _size_px(model, config, folder), fingerprint_folder(folder, _FILES)
+    return Tokenizer(model, size_px, engine.image_batch, fingerprint, _is_signed(folder))
 
 
 def require_same_codebook(expected: str, found: str, what: str) -> None:
@@ -153,6 +171,39 @@ def require_same_tokens(dataset: ChainDataset, tokenizer: Tokenizer, what: str) 
             f"tokenizer.size_px: {tokenizer.size_px} gives {tokenizer.tokens_per_image} tokens a picture, "
             f"{dataset.path} has {dataset.tokens_per_image}; give the size it was built with"
         )
+
+
+def _is_foreign(folder: Path) -> bool:
+    """Whether the folder is one of muse's or taming's, as far as its names tell."""
+    if any(folder.glob("diffusion_pytorch_model*")):
+        return False
+    if any(any(folder.glob(pattern)) for pattern in ("pytorch_model.*", "*.ckpt", "*/*.ckpt")):
+        return True
+    # Of a hub id only config.json has been downloaded.
+    config = folder / "config.json"
+    return config.is_file() and b"VQGANModel" in config.read_bytes()
+
+
+def _foreign(path: Path | str) -> WeightsError:
+    return WeightsError(
+        f"{path}: is no folder of a diffusers VQModel; if it is a VQGAN of muse, taming or LlamaGen, download it and "
+        "give its folder or file to covray convert tokenizer"
+    )
+
+
+def _is_signed(folder: Path) -> bool:
+    """Whether ``covray.json`` says that pixels are in [-1, 1]; without one they are in [0, 1]."""
+    file = folder / ABOUT_FILE
+    if not file.is_file():
+        return False
+    try:
+        about = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{file}: cannot be read ({one_line(error)}); get the folder again") from error
+    version, pixels = (about.get("version"), about.get("pixels")) if isinstance(about, dict) else (None, None)
+    if version != 1 or pixels not in ([0, 1], [-1, 1]):
+        raise WeightsError(f"{file}: is of version {version} with pixels {pixels}; use the covray that wrote it")
+    return bool(pixels == [-1, 1])
 
 
 def _load_model(folder: Path) -> VQModel:
