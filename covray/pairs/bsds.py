@@ -48,7 +48,7 @@ def bsds_pairs(
     """Edge pairs below ``root``, ``count`` of them drawn by ``seed`` and the image's name (all by default).
 
     Without ``listing`` those of BSDS500, 200 of train, 100 of val, 200 of test: ``images/{split}/*.jpg`` and
-    ``groundTruth/{split}/*.mat`` in ``BSR/BSDS500/data``. With it those of a file below ``root`` whose lines are ``image
+    ``groundTruth/{split}/*.mat`` in ``BSR/BSDS500/data``. With it those of a file below ``root`` of lines ``image
     label``, as HED-BSDS's ``train_pair.lst``: URIs below ``root``, the label as white as the share of annotators who
     drew a pixel. Either way a pixel is an edge, drawn white, where at least ``share`` of the annotators drew it: the
     smallest share is their union, 1 what all agree on.

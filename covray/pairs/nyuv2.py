@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,7 +47,7 @@ def nyuv2_pairs(
 
 def _depths(root: str, folder: str) -> dict[str, Entry]:
     hint = f"depth is expected as {folder}/<scene>/rgb_00000.jpg and sync_depth_00000.png"
-    frames = _frames(list_below(root, folder, hint), r"(?:rgb|sync_depth)_(\d+)\.(?:jpg|png)")
+    frames = _frames(list_below(root, folder, hint), r"rgb_(\d+)\.jpg", r"sync_depth_(\d+)\.png")
     return {
         f"{place}rgb_{number}.jpg": Entry(
             functools.partial(_draw_depth, root, f"{place}sync_depth_{number}.png"), {"source": "nyuv2 depth"}
@@ -56,9 +56,9 @@ def _depths(root: str, folder: str) -> dict[str, Entry]:
     }
 
 
-def _frames(uris: Iterable[str], pattern: str) -> set[tuple[str, str]]:
-    """Folder, with its slash, and number of every frame of which a file is there."""
-    found = (re.fullmatch(f"(.*/){pattern}", uri) for uri in uris)
+def _frames(uris: list[str], *patterns: str) -> set[tuple[str, str]]:
+    """Folder, with its slash, and number of every frame of which one of the files is there."""
+    found = [re.fullmatch(f"(.*/){pattern}", uri) for pattern in patterns for uri in uris]
     return {(match[1], match[2]) for match in found if match}
 
 
@@ -71,7 +71,7 @@ def _draw_depth(root: str, uri: str) -> NDArray[np.uint8]:
 
 def _normals(root: str, folder: str) -> dict[str, Entry]:
     hint = f"normals are expected as {folder}/000000_img.png and 000000_normal.png"
-    frames = _frames(list_below(root, folder, hint), r"(\d+)_(?:img|normal)\.png")
+    frames = _frames(list_below(root, folder, hint), r"(\d+)_img\.png", r"(\d+)_normal\.png")
     return {
         f"{place}{number}_img.png": Entry(
             functools.partial(_draw_normals, root, f"{place}{number}_normal.png"), {"source": "nyuv2 normals"}
