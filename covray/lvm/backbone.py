@@ -93,7 +93,7 @@ def backbone_facts(config: BackboneConfig) -> BackboneFacts:
     facts = weightless_facts(llama, folder)
     if random:
         return facts
-    about = _read_about(folder)
+    about = read_about(folder)
     _find_tensors(folder, llama)
     return replace(
         facts,
@@ -287,7 +287,7 @@ def _require_scale(llama: LlamaConfig, folder: Path, scale: str) -> None:
         )
 
 
-def _read_about(folder: Path) -> dict[str, Any]:
+def read_about(folder: Path) -> dict[str, Any]:
     """``covray.json``; a folder that covray did not write has none, and says nothing."""
     file = folder / ABOUT_FILE
     if not file.is_file():

@@ -320,7 +320,9 @@ def _network(
     """Arguments of ``VQModel``; ``first``: channels after the first convolution, ``codebook``: its codes and their
     dimensions, ``channels`` and ``attention``: of every level, from the picture down."""
     if first != channels[0]:
-        raise WeightsError(f"{where}: its first level widens {first} channels to {channels[0]}, which VQModel does not")
+        raise WeightsError(
+            f"{where}: its first level widens {first} channels to {channels[0]}, no VQModel can be that; give another"
+        )
     return {
         "block_out_channels": list(channels),
         "down_block_types": ["AttnDownEncoderBlock2D" if attends else "DownEncoderBlock2D" for attends in attention],
