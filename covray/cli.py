@@ -42,8 +42,10 @@ pairs_app = typer.Typer(help="Make a manifest of (image, label) pairs.", no_args
 nano_app = typer.Typer(help="The nano family: train it again, measure it.", no_args_is_help=True)
 app.add_typer(pairs_app, name="pairs")
 experiments_app = typer.Typer(help="Fixed experiments on the nano family.", no_args_is_help=True)
+convert_app = typer.Typer(help="Weights of other programs, written as covray reads them.", no_args_is_help=True)
 app.add_typer(nano_app, name="nano")
 app.add_typer(experiments_app, name="experiments")
+app.add_typer(convert_app, name="convert")
 
 Out = Annotated[str, typer.Option("--out", help="What the command writes.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one machine-readable object last.")]
@@ -515,6 +517,37 @@ def export(
 
         export_run(run, out, merge)
     console.print(_escape(out), highlight=False, soft_wrap=True)
+
+
+# --- convert -------------------------------------------------------------------------------------------------------
+
+
+@convert_app.command("tokenizer")
+def convert_a_tokenizer(
+    source: Annotated[str, typer.Argument(help="Folder of muse or taming, or file of LlamaGen.")],
+    out: Out,
+    json_: Json = False,
+) -> None:
+    """A VQGAN of muse, taming-transformers or LlamaGen becomes a VQModel folder, for --tokenizer."""
+    with _quiet_libraries():
+        from covray.tokens.convert import convert_tokenizer
+
+        _print(convert_tokenizer(source, out), json_)
+
+
+@convert_app.command("backbone")
+def convert_a_backbone(
+    source: Annotated[str, typer.Argument(help="Folder of DeLVM or a LLaMA, or file of EasyLM.")],
+    out: Out,
+    heads: Annotated[int | None, typer.Option(min=1, help="Of EasyLM's, if its size is no published one.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Whose codes it knows: chains of others are refused.")] = None,
+    json_: Json = False,
+) -> None:
+    """A backbone of DeLVM, EasyLM or transformers becomes a LlamaForCausalLM folder of safetensors, for --backbone."""
+    with _quiet_libraries():
+        from covray.lvm.convert import convert_backbone
+
+        _print(convert_backbone(source, out, heads, tokenizer), json_)
 
 
 # --- generate ------------------------------------------------------------------------------------------------------
