@@ -271,7 +271,7 @@ def _told(pairs: Iterator[Pair], count: int | None) -> Iterator[Pair]:
         stderr.print(f"{count} pairs asked for, {found} there are: all were taken", soft_wrap=True)
     if reasons:
         named = ", ".join(f"{reason} {number}" for reason, number in reasons.most_common())
-        stderr.print(f"{reasons.total()} pairs cannot be used and will be rejected: {_escape(named)}", soft_wrap=True)
+        stderr.print(f"cannot be used, and will be rejected: {_escape(named)}", soft_wrap=True)
 
 
 def _write_manifest(out: str, root: str | None, pairs: Iterator[Pair], json_: bool, total: int | None = None) -> None:
@@ -985,7 +985,7 @@ def benchmark(
         from covray.distributed.benchmark import calibrate
         from covray.planning.rates import write_calibration
 
-        calibration = calibrate(resolved, _numbers("--pairs", pairs), train_steps)
+        calibration = calibrate(resolved, f"{out}.work", _numbers("--pairs", pairs), train_steps)
         write_calibration(out, calibration)
     values = calibration.model_dump(mode="json")
     if json_:

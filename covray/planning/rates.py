@@ -35,6 +35,7 @@ _TOKENIZER_GFLOPS, _TOKENIZER_PX = 216.3, 256
 _DOWNSAMPLING, _CODES = 16, 8192
 _BUILD_KEYS, _TRAIN_KEYS = ("prior", "tokenizer", "engine", "fit", "keep_noise"), ("backbone", "lora", "compute")
 _MAX_FILE_CHARACTERS = 100_000
+_MOST_ROWS = 256  # of the shard that is written to see how large one is
 
 
 class BuildRates(Section):
@@ -155,7 +156,9 @@ def assumed_build(
 ) -> BuildRates:
     """Rates of a build on a ``gpu`` that is not at hand. Raises ConfigError for a GPU or sizes that are not known."""
     tokens = ((build.tokenizer.size_px or 256) // _DOWNSAMPLING) ** 2
-    row_bytes, shard_bytes = _shard_bytes(build, tokens, max(1, build.rows_per_block // tasks_per_block))
+    row_bytes, shard_bytes = _shard_bytes(
+        build, tokens, min(_MOST_ROWS, max(1, build.rows_per_block // tasks_per_block))
+    )
     return BuildRates(
         identity={},
         rows_per_block=build.rows_per_block,

@@ -1,0 +1,219 @@
+"""``covray benchmark``: rates for ``covray plan``, from small real builds and a small real training on this hardware.
+
+    rendered scenes -> two builds, the second larger -> where their time went -> a training on the chains of the second
+
+A build's wall time is its start (Ray, checks, loading the models once), the load of an actor, its rows, and the audit.
+What a step records of itself, and when, tells a training's start, steps, and pauses for validations and checkpoints.
+"""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+
+from covray import storage
+from covray.config import BuildConfig, PlanConfig, TrainConfig
+from covray.distributed.build import build
+from covray.distributed.train import train
+from covray.errors import ConfigError
+from covray.lvm.sentences import count_pairs
+from covray.pairs.manifest import ManifestWriter, check_manifest
+from covray.pairs.scenes import scene_pairs
+from covray.planning.plan import build_config, train_config
+from covray.planning.rates import (
+    BuildRates,
+    Calibration,
+    TrainRates,
+    identity_of,
+    parquet_bytes,
+    pictures_per_pair,
+)
+from covray.tasks import TASKS
+from covray.tokens.audit import audit_dataset
+from covray.tokens.shards import ChainDataset, shard_files
+from covray.training.state import CHECKPOINTS, checkpoint_name
+
+_SPLITS = {"train": 3.0, "val": 1.0}
+_BLOCKS = (4, 12)
+_PAUSES = 4  # validations of the training, each with a checkpoint
+_SCENE_PX = 512  # of the pictures, where the prior is not the nano's 64
+
+
+def calibrate(config: PlanConfig, folder: str, pairs: list[int] | None = None, train_steps: int = 24) -> Calibration:
+    """Measure what ``config.build`` and, if it is among the steps, ``config.train`` cost on the hardware at hand.
+
+    ``folder``: where builds and run go, absent before and after; on a cluster storage that all nodes share. ``pairs``:
+    of the two builds, by default 4 and 12 blocks. Raises CovrayError as builds and trainings do.
+    """
+    chosen = build_config(config)
+    small, large = _sizes(pairs, chosen)
+    if storage.exists(folder):
+        raise ConfigError(f"{folder}: is left of a benchmark that was stopped; delete it, or give another --out")
+    try:
+        builds = [_measure_build(chosen, storage.join(folder, name), n) for name, n in (("a", small), ("b", large))]
+        trained = None
+        if "train" in config.steps:
+            trained = _measure_training(train_config(config), storage.join(folder, "b"), folder, train_steps)
+    finally:
+        filesystem, inner = storage.resolve(folder)
+        if storage.exists(folder):
+            filesystem.delete_dir(inner)
+    return Calibration(
+        hardware=_hardware(),
+        date=datetime.date.today().isoformat(),
+        build=build_rates(chosen, builds),
+        train=trained,
+    )
+
+
+def build_rates(config: BuildConfig, builds: list[dict[str, Any]]) -> BuildRates:
+    """Rates from what ``_measure_build`` found of each build; those of a row are the last's, the largest."""
+    last = builds[-1]
+    return BuildRates(
+        identity=identity_of("build", config.identity()),
+        rows_per_block=config.rows_per_block,
+        actors=last["actors"],
+        start_s=_mean(max(0.0, found["wall_s"] - found["last_block_s"] - found["audit_s"]) for found in builds),
+        load_s=_mean(found["load_s"] for found in builds),
+        row_s=last["row_s"] / last["busy_share"],
+        evaluations=last["unet_evaluations"] / last["rows"],
+        pictures=pictures_per_pair(config),
+        tokens_per_image=last["tokens_per_image"],
+        row_bytes=last["row_bytes"] / last["rows"],
+        shard_bytes=last["other_bytes"] / last["shards"],
+        audit_shard_s=last["audit_s"] / last["shards"],
+    )
+
+
+def train_rates(
+    config: TrainConfig,
+    records: list[tuple[float, dict[str, Any]]],
+    wall_s: float,
+    validation_sentences: int,
+    checkpoint: dict[str, float],
+) -> TrainRates:
+    """Rates from the ``records`` of a training, each with the time (s) it came at, and its ``wall_s``.
+
+    The first step is warm-up. What lies between the records beyond the steps' own seconds are pauses: a validation of
+    ``validation_sentences`` and a checkpoint, of which ``checkpoint`` says ``seconds`` and ``bytes``.
+    """
+    steps = [(at, record) for at, record in records if "loss" in record]
+    warm = [record for _, record in steps[1:]]
+    seconds = sum(record["seconds"] for record in warm)
+    tokens = sum(record["tokens"] for record in warm)
+    paused = {record["step"] for _, record in records if "validation_loss" in record and record["step"] > 1}
+    pauses = len(paused) or 1
+    pause_s = max(0.0, records[-1][0] - steps[0][0] - seconds) / pauses
+    workers = config.workers.count
+    per_sentence = tokens / sum(record["sentences"] for record in warm)
+    checked_tokens = validation_sentences * per_sentence
+    validation_s = max(0.0, pause_s - checkpoint["seconds"])
+    return TrainRates(
+        identity=identity_of("train", config.identity()),
+        workers=workers,
+        start_s=max(0.0, wall_s - len(steps) * seconds / len(warm) - pauses * pause_s),
+        token_s=seconds * workers / tokens,
+        validation_token_s=validation_s * workers / checked_tokens if checked_tokens else 0.0,
+        checkpoint_s=checkpoint["seconds"],
+        checkpoint_bytes=checkpoint["bytes"],
+    )
+
+
+def _sizes(pairs: list[int] | None, config: BuildConfig) -> tuple[int, int]:
+    sizes = [blocks * config.rows_per_block for blocks in _BLOCKS] if pairs is None else pairs
+    if len(sizes) != 2 or not len(TASKS) * 2 <= sizes[0] < sizes[1]:
+        raise ConfigError(
+            f"--pairs {','.join(map(str, sizes))}: give two numbers from {2 * len(TASKS)} up, the second the larger"
+        )
+    return sizes[0], sizes[1]
+
+
+def _measure_build(config: BuildConfig, folder: str, pairs: int) -> dict[str, Any]:
+    """One build of ``pairs`` pairs of scenes, timed from outside, with what it says of itself."""
+    manifest, out = storage.join(folder, "pairs.parquet"), storage.join(folder, "chains")
+    size = 64 if config.prior.path == "nano" else _SCENE_PX
+    scenes = scene_pairs(-(-pairs // len(TASKS)), size_px=size, splits=_SPLITS)
+    with ManifestWriter(manifest) as writer:
+        for pair in itertools.islice(scenes, pairs):
+            writer.add(pair)
+    started = time.monotonic()
+    found = build(config.model_copy(update={"pairs": manifest, "out": out}))
+    wall_s = time.monotonic() - started
+    if found["rejected"] or found["row_s"] is None:
+        raise ConfigError(f"build: {found['rejected']} of {pairs} rendered pairs were rejected; see covray build")
+    info = check_manifest(manifest)
+    started = time.monotonic()
+    audit_dataset(out, info.pair_ids, info.per_task)
+    audit_s = time.monotonic() - started
+    files = shard_files(out)
+    sizes = [_file_bytes(storage.join(out, name)) for name in files]
+    return {
+        **found,
+        "wall_s": wall_s,
+        "audit_s": audit_s,
+        "rows": pairs,
+        "shards": len(files),
+        "row_bytes": sum(rows for rows, _ in sizes),
+        "other_bytes": sum(other for _, other in sizes),
+        "tokens_per_image": ChainDataset(out).tokens_per_image,
+    }
+
+
+def _measure_training(config: TrainConfig, built: str, folder: str, steps: int) -> TrainRates:
+    """One training of ``steps`` steps on the chains below ``built``."""
+    every = max(2, steps // _PAUSES)
+    out, data = storage.join(folder, "run"), storage.join(built, "chains")
+    config = config.model_copy(
+        update={
+            "data": data,
+            "out": out,
+            "optimizer": config.optimizer.model_copy(update={"steps": steps}),
+            "validate_every_steps": every,
+            "checkpoints": config.checkpoints.model_copy(update={"every_steps": every}),
+        }
+    )
+    records: list[tuple[float, dict[str, Any]]] = []
+    started = time.monotonic()
+    train(config, lambda record: records.append((time.monotonic(), record)))
+    wall_s = time.monotonic() - started
+    validated, split = 0, config.sentences.validation_split
+    if split is not None:
+        pairs = sum(count_pairs(ChainDataset(data), config.sentences, split).values())
+        validated = min(config.validation_sentences, pairs)
+    return train_rates(config, records, wall_s, validated, _measure_checkpoint(out, steps))
+
+
+def _measure_checkpoint(run: str, step: int) -> dict[str, float]:
+    """Bytes of the checkpoint after ``step`` steps, and the seconds it takes to write them once more."""
+    folder = storage.join(run, CHECKPOINTS, checkpoint_name(step))
+    files = {name: storage.read_bytes(storage.join(folder, name)) for name in storage.list_files(folder)}
+    started = time.monotonic()
+    for name, data in files.items():
+        storage.write_bytes(storage.join(run, "again", name), data)
+    return {"seconds": time.monotonic() - started, "bytes": float(sum(map(len, files.values())))}
+
+
+def _file_bytes(path: str) -> tuple[int, int]:
+    filesystem, inner = storage.resolve(path)
+    size = filesystem.get_file_info(inner).size
+    return parquet_bytes(size, pq.read_metadata(inner, filesystem=filesystem))
+
+
+def _mean(values: Any) -> float:
+    found = list(values)
+    return float(sum(found) / len(found))
+
+
+def _hardware() -> str:
+    """Processor, cores and GPU of this machine."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    gpus = f", {torch.cuda.device_count()} x {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{names[0] if names else platform.processor()}, {len(names) or 1} cores{gpus}"

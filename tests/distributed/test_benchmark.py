@@ -1,0 +1,94 @@
+"""What a benchmark makes of measured times: the rates that they follow from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from covray.config import BuildConfig, PlanConfig, TrainConfig, load_config
+from covray.distributed.benchmark import build_rates, calibrate, train_rates
+from covray.distributed.progress import Tally
+from covray.errors import ConfigError
+from covray.planning.plan import plan
+from covray.planning.rates import Calibration, write_calibration
+from covray.planning.simulation import BuildWork, Fleet, simulate_build
+
+START_S, LOAD_S, ROW_S, WARM_UP_S, AUDIT_SHARD_S = 14.0, 8.0, 0.5, 3.0, 0.01
+
+
+def built(blocks: int, actors: int = 2, rows: int = 8) -> dict[str, Any]:
+    """What would be measured of a build with these rates, an actor's first block longer than the others."""
+    tally = Tally()
+    for number in range(blocks):
+        first = number < actors
+        begin = tally.created + LOAD_S + (0 if first else WARM_UP_S) + number // actors * rows * ROW_S
+        end = begin + rows * ROW_S + (WARM_UP_S if first else 0)
+        tally.report(f"{number % actors}", begin, end, rows, 0, rows * 200, 0)
+    usage = tally.usage()
+    audit_s = blocks * AUDIT_SHARD_S
+    return {
+        **usage, "wall_s": START_S + usage["last_block_s"] + audit_s, "audit_s": audit_s, "rows": blocks * rows,
+        "shards": blocks, "row_bytes": 700 * blocks * rows, "other_bytes": 5000 * blocks, "tokens_per_image": 64,
+    }  # fmt: skip
+
+
+def test_a_build_s_time_comes_apart_into_its_rates() -> None:
+    rates = build_rates(BuildConfig(pairs="p", out="o", rows_per_block=8), [built(4), built(12)])
+    assert rates.row_s == pytest.approx(ROW_S)
+    assert rates.load_s == pytest.approx(LOAD_S + WARM_UP_S, abs=0.02)
+    assert rates.start_s == pytest.approx(START_S, abs=0.02)
+    assert (rates.audit_shard_s, rates.row_bytes, rates.shard_bytes) == (AUDIT_SHARD_S, 700, 5000)
+    assert (rates.actors, rates.evaluations, rates.pictures) == (2, 200, 6)
+
+
+def test_the_plan_of_a_build_that_was_measured_is_its_time(tmp_path: Path) -> None:
+    large = built(30)
+    config = BuildConfig(pairs="p", out="o", rows_per_block=8, check_endpoints=0.0)
+    path = str(tmp_path / "calibration.yaml")
+    rates = build_rates(config, [built(4), built(12)])
+    write_calibration(path, Calibration(hardware="here", date="2026-11-21", build=rates))
+    options = {
+        "pairs": 240, "calibration": path, "build.rows_per_block": 8, "build.check_endpoints": 0.0,
+        "build_on.gpus": 2, "build_on.gpus_per_node": 2,
+    }  # fmt: skip
+    planned = plan(load_config(PlanConfig, None, options))
+    assert planned["rates"] == "measured on here, 2026-11-21"
+    assert planned["build"]["hours"]["mean"] * 3600 == pytest.approx(large["wall_s"], abs=0.1)
+    assert planned["build"]["shard_bytes"] == 240 * 700 + 30 * 5000
+    alone = simulate_build(BuildWork(240, 8, ROW_S), Fleet(1, 2), np.random.default_rng(0))
+    assert planned["build"]["useful_gpu_hours"]["mean"] * 3600 == pytest.approx(alone.busy_s)
+
+
+def test_a_training_s_time_comes_apart_into_its_rates() -> None:
+    """Steps of 2 s after a first of 7, a pause of 5 s every fourth, of which the checkpoint is 1."""
+    records: list[tuple[float, dict[str, Any]]] = [(20.0, {"step": 0, "validation_loss": 1.0})]
+    now = 20.0
+    for step in range(1, 13):
+        seconds = 7.0 if step == 1 else 2.0
+        now += seconds
+        records.append((now, {"step": step, "loss": 1.0, "seconds": seconds, "tokens": 8000, "sentences": 16}))
+        if step % 4 == 0:
+            now += 5.0
+            records.append((now, {"step": step, "validation_loss": 1.0}))
+    config = TrainConfig(data="d", out="o", workers={"count": 2})
+    rates = train_rates(config, records, now + 3, 32, {"seconds": 1.0, "bytes": 1000.0})
+    assert rates.token_s == pytest.approx(2 * 2 / 8000)
+    assert rates.validation_token_s == pytest.approx(4 * 2 / (32 * 500))
+    assert (rates.checkpoint_s, rates.checkpoint_bytes, rates.workers) == (1, 1000, 2)
+    assert rates.start_s == pytest.approx(20 + 3 + (7 - 2)), "what is left is paid at every start"
+
+
+@pytest.mark.parametrize("pairs", [[56], [168, 56], [7, 56], [56, 168, 700]])
+def test_two_sizes_are_asked_for_before_anything_starts(pairs: list[int], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^--pairs .*: give two numbers"):
+        calibrate(PlanConfig(), str(tmp_path / "work"), pairs)
+
+
+def test_a_folder_of_another_benchmark_is_not_touched(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("x")
+    with pytest.raises(ConfigError, match="is left of a benchmark"):
+        calibrate(PlanConfig(), str(tmp_path))
+    assert (tmp_path / "mine").read_text() == "x"
