@@ -170,7 +170,7 @@ def _panoptic(root: str, folder: str) -> dict[str, Entry]:
     name = f"annotations/panoptic_{folder}"
     hint = "unpack panoptic_annotations_trainval2017.zip there"
     file = _read(root, f"{name}.json", hint, _Panoptic)
-    require(root, name, f"{hint}, and {name}.zip, which comes out of it")
+    require(root, name, f"{hint}, and panoptic_{folder}.zip, which comes out of it, in annotations")
     categories = sorted(file.categories, key=lambda category: category.id)
     if len(categories) >= _MAX_CLASSES:
         raise ManifestError(f"{root}: {name}.json has {len(categories)} categories; {_MAX_CLASSES - 1} can be drawn")

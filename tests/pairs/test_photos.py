@@ -176,6 +176,20 @@ def test_names_that_are_not_utf8_are_used(folder: Path, tmp_path: Path) -> None:
     assert (writer.rows, writer.duplicates) == (5, 1)  # the copy is the same photograph
 
 
+def test_so_many_as_asked_for_are_drawn_by_the_seed(folder: Path) -> None:
+    def drawn(count: int | None, seed: int = 0) -> list[Pair]:
+        return list(photo_pairs(folder, ["colorization"], seed=seed, count=count))
+
+    whole = drawn(None)
+    assert drawn(9) == whole
+    draws = [drawn(count) for count in (1, 2, 3)]
+    assert [len(pairs) for pairs in draws] == [1, 2, 3]
+    for pairs in draws:
+        assert pairs == [pair for pair in whole if pair in pairs]  # the same pairs, in the same order
+    assert draws[0][0] in draws[1]
+    assert len({drawn(1, seed)[0].meta["photo"] for seed in range(9)}) > 1
+
+
 def test_links_in_circles_end(folder: Path) -> None:
     (folder / "sub" / "loop").symlink_to(folder)
     assert len(list(photo_pairs(folder, ["edges"]))) == 4
