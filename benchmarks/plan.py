@@ -79,11 +79,12 @@ def main() -> None:
     ]
     lines = ["| | planned | measured | planned / measured |", "|---|---|---|---|"]
     lines += [f"| {name} | {due:,.0f} | {found:,.0f} | {due / found:.3f} |" for name, due, found in compared]
+    sizes = " and ".join(map(str, options.calibration_pairs))
     lines += [
         "",
         f"{options.pairs} pairs of scenes, {options.prior_steps} DDIM steps, {audit['actors']} actors, busy "
-        f"{audit['busy_share']:.1%} of their time; {options.train_steps} steps of {config.train['optimizer']['batch_tokens']} "
-        f"tokens. Calibrated with builds of {options.calibration_pairs[0]} and {options.calibration_pairs[1]} pairs and "
+        f"{audit['busy_share']:.1%} of their time; {options.train_steps} steps of "
+        f"{result['tokens'] // options.train_steps} tokens. Calibrated with builds of {sizes} pairs and "
         f"{options.calibration_steps} steps; their rates:",
         "",
         *(f"    {line}" for line in Path(path).read_text(encoding="utf-8").splitlines()),

@@ -541,7 +541,7 @@ class PlanConfig(Section):
     train_pairs: int | None = Field(default=None, ge=1)
     """Pairs of the training; null: those of the build."""
     pairs_per_source: float = Field(default=1.0, ge=1)
-    """Pairs of a block that share their image, which is then inverted once."""
+    """Pairs that follow each other and share their image, which is inverted once a block."""
     tasks_per_block: int = Field(default=1, ge=1, le=7)
     """Tasks that pairs of one block have; each is a shard file."""
     build: dict[str, Any] = {}

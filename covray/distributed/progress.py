@@ -47,8 +47,8 @@ class Tally:
         """What the audit says of the run: chains/s, and the share of the actors' time spent computing.
 
         An actor's first block is its warm-up and left out where it had more than one. A block in a queue counts as
-        waiting, whoever is to blame. For ``covray benchmark``: ``row_s``, an actor's seconds for a row; ``load_s``, what
-        an actor took beyond its rows until its first block was done; ``last_block_s``, when the last one was.
+        waiting, whoever is to blame. For ``covray benchmark``: ``row_s``, an actor's seconds for a row; ``load_s``,
+        what an actor took beyond its rows until its first block was done; ``last_block_s``, when the last one was.
         """
         spans = [sorted(blocks)[1:] or blocks for blocks in self.spans.values()]
         busy = sum(end - start for blocks in spans for start, end, _ in blocks)

@@ -120,12 +120,22 @@ def write_calibration(path: str, calibration: Calibration) -> None:
 def evaluations_per_pair(build: BuildConfig, pairs_per_source: float = 1.0) -> float:
     """Passes of the UNet for a pair: steps x (inversions + frames + ends that are checked).
 
-    ``pairs_per_source``: pairs of a block that share their image. With 1 it is what ``covray build --plan`` counts.
+    ``pairs_per_source``: pairs that follow each other and share their image. With 1 it is what ``covray build --plan``
+    counts.
     """
     if not needs_prior(build):
         return 0.0
     frames = len(union_alphas(build.lengths, build.alphas)) if "diffusion" in build.methods else 0
-    return build.prior.steps * (1 / pairs_per_source + 1 + frames + 2 * build.check_endpoints)
+    return build.prior.steps * (inversions_per_pair(build, pairs_per_source) + frames + 2 * build.check_endpoints)
+
+
+def inversions_per_pair(build: BuildConfig, pairs_per_source: float) -> float:
+    """Pictures that are inverted for a pair: its label, and its share of an image that is inverted once a block.
+
+    A block of r rows, wherever it begins, meets (r + s - 1) / s images of s pairs each on average.
+    """
+    rows, shared = build.rows_per_block, pairs_per_source
+    return 1 + (rows + shared - 1) / (shared * rows)
 
 
 def pictures_per_pair(build: BuildConfig) -> int:
@@ -145,7 +155,7 @@ def build_flops(build: BuildConfig, pairs_per_source: float = 1.0) -> float:
                 f"not for {build.prior.path} at {size}; run covray benchmark, and give its file as calibration"
             )
         unet, encode, decode = _PRIOR_GFLOPS[size]
-        inverted = 1 / pairs_per_source + 1
+        inverted = inversions_per_pair(build, pairs_per_source)
         denoised = evaluations / build.prior.steps - inverted
         flops += evaluations * unet + inverted * encode + denoised * decode
     return flops * _GIGA

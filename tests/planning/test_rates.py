@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -23,6 +24,7 @@ from covray.planning.rates import (
     build_flops,
     evaluations_per_pair,
     identity_of,
+    inversions_per_pair,
     measured_build,
     measured_training,
     read_calibration,
@@ -68,10 +70,14 @@ def test_evaluations_are_those_that_a_build_counts(tmp_path: Path) -> None:
         assert plan_build(config).unet_evaluations == round(10 * evaluations_per_pair(config))
 
 
-def test_a_shared_image_is_inverted_once() -> None:
-    config = build(check_endpoints=0.0)
+def test_a_shared_image_is_inverted_once_a_block() -> None:
+    config = build(check_endpoints=0.0, rows_per_block=16)
     assert evaluations_per_pair(config) == 50 * (2 + 2)
-    assert evaluations_per_pair(config, pairs_per_source=7) == pytest.approx(50 * (1 / 7 + 1 + 2))
+    rows, shared = 16, 7
+    images = np.arange(70) // shared
+    met = np.mean([len(set(images[begin : begin + rows])) for begin in range(shared)])
+    assert evaluations_per_pair(config, shared) == pytest.approx(50 * (met / rows + 1 + 2))
+    assert inversions_per_pair(build(rows_per_block=1), shared) == 2
 
 
 def test_the_flops_of_a_pair_are_the_published_parts() -> None:
