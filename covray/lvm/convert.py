@@ -32,7 +32,7 @@ from covray.checkpoints import (
 )
 from covray.config import EngineConfig, TokenizerConfig
 from covray.errors import ConfigError, WeightsError
-from covray.lvm.backbone import checked_llama, read_about, read_config, weightless_facts, write_backbone
+from covray.lvm.backbone import BackboneFacts, checked_llama, read_about, read_config, weightless_facts, write_backbone
 from covray.lvm.model import Lvm
 from covray.lvm.scales import SCALES, llama_config, parameters
 from covray.tokens.tokenizer import load_tokenizer
@@ -69,8 +69,7 @@ class _Source:
     """A checkpoint, its weights by their names in ``LlamaForCausalLM``, asked for one after another."""
 
     layout: str
-    where: Path
-    llama: LlamaConfig
+    facts: BackboneFacts
     tensor: Callable[[str], Tensor]
     dtype: torch.dtype
     """The narrowest type that holds every weight exactly."""
@@ -94,14 +93,13 @@ def convert_backbone(source: str, out: str, heads: int | None = None, tokenizer:
         checkpoint = _read_folder(path)
     else:
         raise ConfigError(f"{path}: no such file or folder; give a downloaded checkpoint")
-    facts = weightless_facts(checkpoint.llama, checkpoint.where)
     about = read_about(path)
-    facts = replace(facts, codebook=about.get("codebook"), tokens_per_image=about.get("tokens_per_image"))
+    facts = replace(checkpoint.facts, codebook=about.get("codebook"), tokens_per_image=about.get("tokens_per_image"))
     if tokenizer is not None:
         known = load_tokenizer(TokenizerConfig(path=tokenizer), EngineConfig(device="cpu"))
         if known.codes > facts.codes:
             raise WeightsError(
-                f"{tokenizer}: has {known.codes} codes, {checkpoint.where} knows {facts.codes}; give its own tokenizer"
+                f"{tokenizer}: has {known.codes} codes, {path} knows {facts.codes}; give its own tokenizer"
             )
         facts = replace(facts, codebook=known.codebook_fingerprint, tokens_per_image=known.tokens_per_image)
     with new_folder(target) as folder:
@@ -129,6 +127,7 @@ def _read_folder(folder: Path) -> _Source:
         known = {key: values[key] for keys in _INTERNLM for key in keys if key in values}
         values = known | {"model_type": "llama", "attention_bias": bool(values.get("bias", True))}
     llama = checked_llama(values, file)
+    facts = weightless_facts(llama, folder)
     files = weight_files(folder, _WEIGHTS)
     if not files:
         raise WeightsError(f"{folder}: {' or '.join(_WEIGHTS)} is missing; complete the folder, or give another")
@@ -143,7 +142,7 @@ def _read_folder(folder: Path) -> _Source:
     def tensor(name: str) -> Tensor:
         return require_finite(where, name, tensors[name])
 
-    return _Source(layout, where, llama, tensor, _common({tensor.dtype for tensor in tensors.values()}))
+    return _Source(layout, facts, tensor, _common({tensor.dtype for tensor in tensors.values()}))
 
 
 def _due(llama: LlamaConfig) -> dict[str, Shape]:
@@ -170,6 +169,7 @@ class _Place:
 def _read_easylm(file: Path, heads: int | None) -> _Source:
     places = _index(file)
     llama = _easylm_llama(file, places, heads)
+    facts = weightless_facts(llama, file)
     due = _due(llama)
     names = {name: _easylm_name(name) for name in due}
     stored = {names[name]: shape[::-1] if _is_kernel(name) else shape for name, shape in due.items()}
@@ -185,7 +185,7 @@ def _read_easylm(file: Path, heads: int | None) -> _Source:
         array = array.t() if _is_kernel(name) else array
         return _halves(array, llama.num_attention_heads) if re.search(r"\.[qk]_proj\.", name) else array
 
-    return _Source("easylm", file, llama, tensor, _common({place.dtype for place in places.values()}))
+    return _Source("easylm", facts, tensor, _common({place.dtype for place in places.values()}))
 
 
 def _index(file: Path) -> dict[str, _Place]:
