@@ -56,6 +56,9 @@ Tasks = Annotated[str | None, typer.Option("--tasks", help="Comma-separated; all
 
 Splits = Annotated[str | None, typer.Option(help="Shares, such as train=8,val=1,test=1.")]
 Root = Annotated[str, typer.Argument(help="The dataset's folder; docs/datasets.md says what lies in it.")]
+Base = Annotated[
+    str | None, typer.Option("--root", help="Folder that holds it: paths are below that, so that several build as one.")
+]
 Count = Annotated[int | None, typer.Option("--count", min=1, help="Draw so many, by the seed; all by default.")]
 
 console = Console(emoji=False)  # a path may hold ":car:"
@@ -143,6 +146,7 @@ def photos(
     splits: Splits = None,
     count: Count = None,
     seed: Seed = 0,
+    base: Base = None,
     json_: Json = False,
 ) -> None:
     """Photographs label themselves: colorization, edges, low light."""
@@ -150,7 +154,7 @@ def photos(
 
     chosen = _split(tasks) or list(PHOTO_TASKS)
     pairs = photo_pairs(folder, chosen, size, _shares(splits), seed, count)
-    _write_manifest(out, folder, _told(pairs, count and count * len(set(chosen))), json_)
+    _write_drawn(out, folder, base, pairs, count and count * len(set(chosen)), json_)
 
 
 @pairs_app.command()
@@ -200,12 +204,13 @@ def coco(
     split: Annotated[str, typer.Option(help="train or val.")] = "train",
     count: Count = None,
     seed: Seed = 0,
+    base: Base = None,
     json_: Json = False,
 ) -> None:
     """COCO 2017: classes of the panoptic or stuff labels, or people's skeletons."""
     from covray.pairs.coco import coco_pairs
 
-    _write_manifest(out, root, _told(coco_pairs(root, task, labels, split, count, seed), count), json_, count)
+    _write_drawn(out, root, base, coco_pairs(root, task, labels, split, count, seed), count, json_)
 
 
 @pairs_app.command()
@@ -216,12 +221,13 @@ def nyuv2(
     split: Annotated[str, typer.Option(help="train or test.")] = "train",
     count: Count = None,
     seed: Seed = 0,
+    base: Base = None,
     json_: Json = False,
 ) -> None:
     """NYU Depth v2: depth in metres, or surface normals."""
     from covray.pairs.nyuv2 import nyuv2_pairs
 
-    _write_manifest(out, root, _told(nyuv2_pairs(root, task, split, count, seed), count), json_, count)
+    _write_drawn(out, root, base, nyuv2_pairs(root, task, split, count, seed), count, json_)
 
 
 @pairs_app.command()
@@ -235,12 +241,13 @@ def bsds(
     ] = None,
     count: Count = None,
     seed: Seed = 0,
+    base: Base = None,
     json_: Json = False,
 ) -> None:
     """BSDS500, or HED-BSDS: the edges that people drew."""
     from covray.pairs.bsds import bsds_pairs
 
-    _write_manifest(out, root, _told(bsds_pairs(root, split, share, listing, count, seed), count), json_, count)
+    _write_drawn(out, root, base, bsds_pairs(root, split, share, listing, count, seed), count, json_)
 
 
 @pairs_app.command()
@@ -250,12 +257,20 @@ def lol(
     split: Annotated[str, typer.Option(help="train (our485) or test (eval15).")] = "train",
     count: Count = None,
     seed: Seed = 0,
+    base: Base = None,
     json_: Json = False,
 ) -> None:
     """LOL: photographs in the dark and in good light."""
     from covray.pairs.lol import lol_pairs
 
-    _write_manifest(out, root, _told(lol_pairs(root, split, count, seed), count), json_, count)
+    _write_drawn(out, root, base, lol_pairs(root, split, count, seed), count, json_)
+
+
+def _write_drawn(out: str, root: str, base: str | None, pairs: Iterator[Pair], count: int | None, json_: bool) -> None:
+    from covray.pairs.datasets import rebased
+
+    placed = pairs if base is None else rebased(pairs, root, base)
+    _write_manifest(out, base or root, _told(placed, count), json_, count)
 
 
 def _told(pairs: Iterator[Pair], count: int | None) -> Iterator[Pair]:

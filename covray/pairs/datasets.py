@@ -6,7 +6,7 @@ import hashlib
 import heapq
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,23 @@ def draw(names: Iterable[str], count: int | None, seed: int) -> list[str]:
         return hashlib.sha256(f"draw {seed} {name}".encode("utf-8", "surrogateescape")).digest()
 
     return sorted(heapq.nsmallest(count, names, key=rank))
+
+
+def rebased(pairs: Iterable[Pair], root: str | os.PathLike[str], base: str | os.PathLike[str]) -> Iterator[Pair]:
+    """``pairs`` whose URIs are below ``root`` as pairs whose URIs are below ``base``, a folder that holds ``root``.
+
+    So manifests of several datasets can name one root. Raises ConfigError where ``root`` is not below ``base``.
+    """
+    places = [storage.resolve(os.fspath(path)) for path in (base, root)]
+    (base_storage, outer), (root_storage, inner) = ((system, f"{path.rstrip('/')}/") for system, path in places)
+    if base_storage != root_storage or not inner.startswith(outer):
+        raise ConfigError(f"root: {os.fspath(base)} does not hold {os.fspath(root)}")
+    prefix = inner.removeprefix(outer)
+
+    def moved(picture: Picture) -> Picture:
+        return replace(picture, uri=prefix + picture.uri) if picture.uri else picture
+
+    return (replace(pair, image=moved(pair.image), label=moved(pair.label)) for pair in pairs)
 
 
 def list_pictures(folder: str) -> list[str]:
