@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from covray.errors import ConfigError, ManifestError
-from covray.pairs.datasets import draw, list_below, list_pictures, read_file
+from covray.images import Picture
+from covray.pairs.datasets import draw, list_below, list_pictures, read_file, rebased
+from covray.pairs.manifest import Pair
 from tests.pairs.conftest import photo, save
 
 NAMES = [f"train2017/{number:012d}.jpg" for number in range(300)]
@@ -69,3 +71,21 @@ def test_pictures_are_listed_whatever_their_folder_and_ending(tmp_path: Path) ->
     (tmp_path / "notes.txt").write_text("none")
     (tmp_path / "b" / "circle").symlink_to(tmp_path)
     assert list_pictures(str(tmp_path)) == ["a/deep/2.png", "b/1.JPG"]
+
+
+def test_paths_below_a_dataset_are_paths_below_what_holds_it(tmp_path: Path) -> None:
+    held = Pair("depth", "train", Picture(uri="a/1.png"), Picture(bytes=b"x"), {"k": 1})
+    named = Pair("low_light", "test", Picture(uri="low/1.png"), Picture(uri="high/1.png"))
+    bad = Pair("depth", "train", Picture(uri="a/2.png"), Picture(), {"error": "missing: it"})
+    root = tmp_path / "sets" / "nyu"
+    moved = list(rebased([held, named, bad], root, f"{tmp_path}/"))
+    assert [pair.image.uri for pair in moved] == ["sets/nyu/a/1.png", "sets/nyu/low/1.png", "sets/nyu/a/2.png"]
+    assert [pair.label for pair in moved] == [held.label, Picture(uri="sets/nyu/high/1.png"), Picture()]
+    assert [(pair.task, pair.split, pair.meta) for pair in moved] == [
+        (pair.task, pair.split, pair.meta) for pair in (held, named, bad)
+    ]
+    assert list(rebased([held, named], root, root)) == [held, named]
+    assert next(rebased([held], f"file://{root}", f"file://{tmp_path}")).image.uri == "sets/nyu/a/1.png"
+    for base in (tmp_path / "sets" / "ny", root / "a"):
+        with pytest.raises(ConfigError, match="does not hold"):
+            rebased([held], root, base)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from covray.errors import ConfigError, ManifestError
@@ -81,3 +82,18 @@ def test_the_command_says_when_there_are_fewer(
     assert check_manifest(out).root == str(root)
     answer, told = command("lol", root, "--out", out, "--count", 1, "--split", "test")
     assert (answer["splits"], told) == ({"test": 1}, "")
+
+
+def test_several_datasets_name_the_folder_that_holds_them(
+    root: Path, tmp_path: Path, command: Callable[..., tuple[Any, str]]
+) -> None:
+    pairs = tmp_path / "pairs"
+    command("lol", root, "--root", tmp_path, "--out", pairs / "lol.parquet")
+    command("photos", root / "eval15", "--root", tmp_path, "--tasks", "edges", "--out", pairs / "edges.parquet")
+    info = check_manifest(pairs)
+    assert (info.root, info.per_task) == (str(tmp_path), {"edges": 2, "low_light": 3})
+    rows = pq.read_table(pairs / "lol.parquet").to_pylist()
+    for row in rows:
+        for name in ("image", "label"):
+            assert row[name]["uri"].startswith("LOL/our485/")
+            assert decode(load_picture(row[name], info.root)).shape == (16, 24, 3)
