@@ -43,6 +43,7 @@ from covray.training.state import CHECKPOINTS, checkpoint_name
 _SPLITS = {"train": 3.0, "val": 1.0}
 _BLOCKS = (4, 12)
 _PAUSES = 4  # validations of the training, each with a checkpoint
+_FEWEST = 16 * len(TASKS)  # pairs of the larger build: then the validation split has several of every task
 _SCENE_PX = 512  # of the pictures, where the prior is not the nano's 64
 
 
@@ -128,9 +129,9 @@ def train_rates(
 
 def _sizes(pairs: list[int] | None, config: BuildConfig) -> tuple[int, int]:
     sizes = [blocks * config.rows_per_block for blocks in _BLOCKS] if pairs is None else pairs
-    if len(sizes) != 2 or not len(TASKS) * 2 <= sizes[0] < sizes[1]:
+    if len(sizes) != 2 or not 0 < sizes[0] < sizes[1] or sizes[1] < _FEWEST:
         raise ConfigError(
-            f"--pairs {','.join(map(str, sizes))}: give two numbers from {2 * len(TASKS)} up, the second the larger"
+            f"--pairs {','.join(map(str, sizes))}: give two numbers, the second the larger and {_FEWEST} at least"
         )
     return sizes[0], sizes[1]
 

@@ -81,7 +81,7 @@ def test_a_training_s_time_comes_apart_into_its_rates() -> None:
     assert rates.start_s == pytest.approx(20 + 3 + (7 - 2)), "what is left is paid at every start"
 
 
-@pytest.mark.parametrize("pairs", [[56], [168, 56], [7, 56], [56, 168, 700]])
+@pytest.mark.parametrize("pairs", [[56], [168, 56], [0, 168], [7, 56], [56, 168, 700]])
 def test_two_sizes_are_asked_for_before_anything_starts(pairs: list[int], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^--pairs .*: give two numbers"):
         calibrate(PlanConfig(), str(tmp_path / "work"), pairs)
