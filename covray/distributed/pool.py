@@ -87,7 +87,7 @@ def gpus_of(actors: ActorsConfig, engine: EngineConfig) -> float:
 
 
 def pool_of(actors: ActorsConfig, engine: EngineConfig, cores: int, gpus: float) -> dict[str, Any]:
-    """Arguments of ``map_batches`` for the actor pool: as many actors as fit now, as few and as many as configured."""
+    """Arguments of ``map_batches`` for the actor pool: as many actors as are asked for, or fit now."""
     resources = ray.cluster_resources()
     fit = int(resources.get("GPU", 0) / gpus) if gpus else cores // engine.threads
     maximum = actors.max or max(fit, actors.min, 1)
@@ -98,7 +98,8 @@ def pool_of(actors: ActorsConfig, engine: EngineConfig, cores: int, gpus: float)
     else:  # on a small cluster the actors reserve less than they use, or nothing could be read beside them
         spare = max(0.0, resources.get("CPU", 0) - READING_CPUS)
         cpus = min(float(engine.threads), int(100 * spare / maximum) / 100)
-    pool = ActorPoolStrategy(min_size=actors.min, max_size=maximum, initial_size=min(maximum, max(actors.min, fit)))
+    # The pool begins whole: actors that wait are what an autoscaler brings nodes for.
+    pool = ActorPoolStrategy(min_size=actors.min, max_size=maximum, initial_size=maximum)
     return {"compute": pool, "num_cpus": cpus, "resources": on(actors.node_type)} | ({"num_gpus": gpus} if gpus else {})
 
 

@@ -46,7 +46,7 @@ def test_the_pool_takes_every_gpu_or_what_it_is_told(monkeypatch: pytest.MonkeyP
     halves = pool_of(config(actors={"gpus": 0.5}).actors, config().engine, 32, 0.5)
     assert (halves["compute"].max_size, halves["num_gpus"]) == (8, 0.5)
     more = pool_of(config(actors={"min": 2, "max": 64}).actors, config().engine, 32, 1.0)
-    assert (more["compute"].min_size, more["compute"].max_size, more["compute"].initial_size) == (2, 64, 4)
+    assert (more["compute"].min_size, more["compute"].max_size, more["compute"].initial_size) == (2, 64, 64)
 
 
 def test_what_fails_in_a_worker_is_one_line() -> None:
