@@ -255,8 +255,8 @@ def test_a_stream_that_was_cut_is_refused_wherever(weights: Weights, tmp_path: P
     [
         (b"version https://git-lfs.github.com/spec/v1\n", "is no EasyLM stream at the item at byte 0"),
         (b"\xc1" * 9, "is no EasyLM stream at the item at byte 0"),
-        (b"\xdd\xff\xff\xff\xff", "is no EasyLM stream"),  # announces 4 G entries
-        (b"\xdf\xff\xff\xff\xff", "is no EasyLM stream"),
+        (b"\xdd\x7f\xff\xff\xf0", "is no EasyLM stream"),  # announces 2 G entries
+        (b"\xdf\x7f\xff\xff\xf0", "is no EasyLM stream"),
         (b"\x92\x91\xa1a\xc6\x7f\xff\xff\xf0", "ends within"),  # announces 2 GiB of bytes
         (b"\x91" * 5000, "is no EasyLM stream"),
         (msgpack.packb({"params": {"lm_head": 1}}), "is no EasyLM stream"),  # what flax writes whole
