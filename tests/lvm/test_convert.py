@@ -18,7 +18,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaForCausalLM
+from typer.testing import CliRunner
 
+from covray.cli import app
 from covray.config import BackboneConfig, EngineConfig, TokenizerConfig
 from covray.errors import ConfigError, CovrayError, WeightsError
 from covray.lvm.backbone import backbone_facts
@@ -543,6 +545,15 @@ def test_what_is_not_converted_names_the_command(weights: Weights, delvm: Weight
             backbone_facts(BackboneConfig(scale="custom", path=str(path)))
         assert one_line(raised.value)
         assert str(path) in str(raised.value)
+
+
+def test_the_command_says_what_it_wrote(weights: Weights, tmp_path: Path) -> None:
+    file = write_easylm(tmp_path / "params", weights)
+    arguments = ["convert", "backbone", str(file), "--out", str(tmp_path / "out"), "--heads", str(HEADS), "--json"]
+    done = CliRunner().invoke(app, arguments)
+    assert json.loads(done.stdout)["parameters"] == sum(tensor.numel() for tensor in weights.values())
+    again = CliRunner().invoke(app, arguments)
+    assert isinstance(again.exception, ConfigError)  # one line and exit code 2, as every CovrayError
 
 
 def test_a_source_or_out_that_cannot_be_used(weights: Weights, tmp_path: Path) -> None:

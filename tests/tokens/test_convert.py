@@ -19,7 +19,9 @@ import yaml
 from diffusers import VQModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from typer.testing import CliRunner
 
+from covray.cli import app
 from covray.config import EngineConfig, TokenizerConfig
 from covray.errors import ConfigError, CovrayError, WeightsError
 from covray.tokens.convert import convert_tokenizer
@@ -642,6 +644,14 @@ def test_a_checkpoint_of_lightning_is_read_without_lightning(tmp_path: Path, mon
     with pytest.raises(WeightsError, match=r"last\.ckpt: wants posix\.mkdir"):
         convert_tokenizer(str(bad), str(tmp_path / "other"))
     assert not ran.exists()
+
+
+def test_the_command_says_what_it_wrote(plain: Weights, tmp_path: Path) -> None:
+    source = write_muse(tmp_path / "muse", plain)
+    arguments = ["convert", "tokenizer", str(source), "--out", str(tmp_path / "out"), "--json"]
+    done = CliRunner().invoke(app, arguments)
+    made = json.loads(done.stdout)
+    assert (made["layout"], made["out"], made["codes"]) == ("muse", str(tmp_path / "out"), CODES)
 
 
 def test_a_folder_that_is_there_is_not_overwritten(plain: Weights, tmp_path: Path) -> None:
