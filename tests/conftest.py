@@ -23,6 +23,13 @@ CODES = 64
 TOKENS = 16
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that start Ray run one after another, whatever else runs beside them: a Ray is a dozen processes."""
+    for item in items:
+        if item.get_closest_marker("ray"):
+            item.add_marker(pytest.mark.xdist_group("ray"))
+
+
 @pytest.fixture(scope="session")
 def vqgan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A VQModel folder with random weights: pictures of 16 px, 4x4 = 16 tokens, 64 codes that lie where latents do."""

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +26,7 @@ from covray.pairs.scenes import scene_pairs
 from covray.tokens.shards import ChainDataset
 
 COVRAY = str(Path(sys.executable).parent / "covray")
+RAY = str(Path(sys.executable).parent / "ray")
 FAST = ("--lengths", "3", "--set", "prior.steps=5", "--set", "engine.batch=16")
 """Fewer steps than anyone would build with: the tests ask whether rows are lost, not how frames look."""
 
@@ -41,7 +50,7 @@ def run(*arguments: str, code: int = 0, **changes: str) -> subprocess.CompletedP
     return done
 
 
-def tokens_of(dataset: Path) -> dict[int, Any]:
+def tokens_of(dataset: Path | str) -> dict[int, Any]:
     """Everything that a pair's identity promises, by pair."""
     rows = ChainDataset(str(dataset)).rows(errors=True)
     found: dict[int, Any] = {}
@@ -57,6 +66,15 @@ def tokens_of(dataset: Path) -> dict[int, Any]:
             tuple((frame["method"], frame["alpha"], frame["tokens"].tobytes()) for frame in frames),
         )
     return found
+
+
+def wait_for(condition: Callable[[], bool], what: str, running: subprocess.Popen[Any] | None = None) -> None:
+    """Wait until ``condition`` holds; ``running`` must not end before."""
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert running is None or running.poll() is None, f"ended with {running and running.returncode} before {what}"
+        assert time.monotonic() < deadline, f"not in five minutes: {what}"
+        time.sleep(0.05)
 
 
 def committed(out: Path) -> int:
@@ -83,3 +101,81 @@ def scenes_manifest(tmp_path: Path) -> Callable[..., Path]:
         return tmp_path / name
 
     return write
+
+
+def free_port() -> int:
+    """A port of loopback that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Head:
+    """A Ray head as a user starts one: own ports, own folder, token authentication. It can be killed and started again.
+
+    ``options`` of ``ray start``; ``changes`` of its environment.
+    """
+
+    def __init__(self, folder: Path, *options: str, **changes: str):
+        token = folder / "token"
+        token.write_text("covray-test-token-0123456789abcdef")
+        token.chmod(0o600)
+        self.environment = environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token), **changes)
+        self.port, dashboard = free_port(), free_port()
+        self.dashboard = f"http://127.0.0.1:{dashboard}"
+        self._options = [
+            "--node-ip-address=127.0.0.1", f"--port={self.port}", "--dashboard-host=127.0.0.1",
+            f"--dashboard-port={dashboard}", "--disable-usage-stats", *options,
+        ]  # fmt: skip
+        self._process: subprocess.Popen[bytes] | None = None
+        self._folders: list[str] = []
+
+    def start(self) -> None:
+        """Start, and wait until the dashboard answers."""
+        self._folders.append(tempfile.mkdtemp(prefix="cv", dir="/tmp"))  # Ray's sockets need a short path
+        command = [RAY, "start", "--head", "--block", *self._options, f"--temp-dir={self._folders[-1]}"]
+        command += ["--dashboard-agent-listen-port", str(free_port())]
+        self._process = subprocess.Popen(
+            command, env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        deadline = time.monotonic() + 120
+        while not self._answers():
+            assert self._process.poll() is None, "ray start ended"
+            assert time.monotonic() < deadline, "the head did not come up in two minutes"
+            time.sleep(0.5)
+
+    def processes(self) -> list[psutil.Process]:
+        """All that the head started, nodes of a fake provider among them."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if self._folders[-1] in " ".join(process.cmdline()):
+                    found.append(process)
+        return found
+
+    def kill(self) -> None:
+        """The machine of the head is gone, from one moment to the next."""
+        for process in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.stop()
+
+    def stop(self) -> None:
+        """End it, and all that it left."""
+        if self._process is not None and self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGTERM)
+            try:
+                self._process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(self._process.pid, signal.SIGKILL)
+        for folder in self._folders:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _answers(self) -> bool:
+        try:
+            urllib.request.urlopen(f"{self.dashboard}/api/version", timeout=5)
+        except urllib.error.HTTPError:
+            return True  # it asks who we are
+        except OSError:
+            return False
+        return True

@@ -3,83 +3,29 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import signal
-import socket
 import subprocess
-import sys
-import tempfile
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.conftest import COVRAY, FAST, environment, run, tokens_of
+from tests.end_to_end.conftest import COVRAY, FAST, RAY, Head, committed, run, tokens_of, wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.end_to_end]
-RAY = str(Path(sys.executable).parent / "ray")
 PROJECT = Path(__file__).parents[2]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@dataclass(frozen=True)
-class Head:
-    dashboard: str
-    environment: dict[str, str]
 
 
 @pytest.fixture
 def head(tmp_path: Path) -> Iterator[Head]:
-    """A Ray head of our own: own ports, own folder, token authentication; only it is stopped at the end."""
-    token = tmp_path / "token"
-    token.write_text("covray-test-token-0123456789abcdef")
-    token.chmod(0o600)
-    folder = tempfile.mkdtemp(prefix="cv", dir="/tmp")  # Ray's sockets need a short path
-    variables = environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token))
-    ports = free_port(), free_port()
-    command = [
-        RAY, "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={ports[0]}",
-        "--dashboard-host=127.0.0.1", f"--dashboard-port={ports[1]}", f"--temp-dir={folder}",
-        "--num-cpus=2", "--disable-usage-stats", "--dashboard-agent-listen-port", str(free_port()),
-    ]  # fmt: skip
-    process = subprocess.Popen(
-        command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    url = f"http://127.0.0.1:{ports[1]}"
+    """A head of two CPUs; only it is stopped at the end."""
+    head = Head(tmp_path, "--num-cpus=2")
     try:
-        deadline = time.monotonic() + 120
-        while not answers(url):
-            assert process.poll() is None, "ray start ended"
-            assert time.monotonic() < deadline, "the head did not come up in two minutes"
-            time.sleep(0.5)
-        yield Head(url, variables)
+        head.start()
+        yield head
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def answers(url: str) -> bool:
-    try:
-        urllib.request.urlopen(f"{url}/api/version", timeout=5)
-    except urllib.error.HTTPError:
-        return True  # it asks who we are
-    except OSError:
-        return False
-    return True
+        head.stop()
 
 
 def submit(head: Head, variables: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -130,3 +76,30 @@ def test_a_submitted_job_builds_what_the_command_builds(
     # A mistake that only the cluster can see has the code that it has there.
     absent = short("build", "--pairs", str(tmp_path / "absent"), "--out", str(out), code=2)
     assert f"{tmp_path}/absent" in absent
+
+    # Stopped, a job says so; the same command continues it.
+    more, stopped = scenes_manifest(8, "more.parquet"), tmp_path / "stopped"
+    build = ("build", "--pairs", str(more), "--out", str(stopped), *FAST, "--set", "rows_per_block=4")
+    command = [COVRAY, "submit", "--address", head.dashboard, "--submission-id", "long", *build]
+    job = subprocess.Popen(command, cwd=tmp_path, env=head.environment, stdout=subprocess.DEVNULL)
+    wait_for(lambda: committed(stopped) > 0, "a block", job)
+    stop = [RAY, "job", "stop", "--address", head.dashboard, "long"]
+    subprocess.run(stop, env=head.environment, check=True, capture_output=True, timeout=120)
+    assert job.wait(120) == 130
+    assert 0 < committed(stopped) < 56
+    assert "continuing: " in short(*build, code=0)
+    assert len(tokens_of(stopped)) == 56
+
+    # The other steps, on what the first has made.
+    small = ("--set", "optimizer.batch_tokens=512", "--tracking-uri", "none")
+    trained = short(
+        "train", "--scale", "nano", "--data", str(stopped), "--out", str(tmp_path / "run"), "--length", "3",
+        "--steps", "1", "--set", "sentences.validation_split=null", *small, code=0,
+    )  # fmt: skip
+    assert f"adapter in {tmp_path}/run/adapter" in trained
+    scored = short(
+        "evaluate", "--data", str(stopped), "--adapter", str(tmp_path / "run"), "--out", str(tmp_path / "scores"),
+        "--split", "train", "--set", "example_split=train", "--tasks", "depth", "--episodes", "1", "--baselines",
+        "copy", "--tracking-uri", "none", code=0,
+    )  # fmt: skip
+    assert f"{tmp_path}/scores/index.html" in scored

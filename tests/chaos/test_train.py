@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import random
 import signal
 import subprocess
 import sys
@@ -15,14 +15,16 @@ import psutil
 import pytest
 import yaml
 from mlflow import MlflowClient
+from ray.cluster_utils import Cluster
 
 from covray.config import TrainConfig
 from covray.training import loop
 from covray.training.state import read_records
-from tests.end_to_end.conftest import environment
+from tests.end_to_end.conftest import RAY, environment, wait_for
 from tests.training.conftest import curve, tiny_config  # noqa: F401 (a fixture)
 
 pytestmark = [pytest.mark.ray, pytest.mark.end_to_end]
+VICTIMS = ["worker"] * 3 + ["driver", "driver", "ray"]
 COMMAND = """
 import sys
 from covray.config import TrainConfig, load_config
@@ -36,11 +38,11 @@ def start() -> Iterator[Callable[[TrainConfig], subprocess.Popen[str]]]:
     """Starts a training as a process of its own; nothing of it outlives the test."""
     processes: list[subprocess.Popen[str]] = []
 
-    def begin(config: TrainConfig) -> subprocess.Popen[str]:
+    def begin(config: TrainConfig, **changes: str) -> subprocess.Popen[str]:
         file = Path(config.out).with_suffix(".yaml")
         file.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_none=True)))
         # A driver whose Ray is gone gives up after these seconds (a minute by default).
-        variables = environment(RAY_gcs_rpc_server_reconnect_timeout_s="5")
+        variables = environment(RAY_gcs_rpc_server_reconnect_timeout_s="5", **changes)
         command = [sys.executable, "-c", COMMAND, str(file)]
         processes.append(subprocess.Popen(command, env=variables, stderr=subprocess.PIPE, text=True))
         return processes[-1]
@@ -77,32 +79,33 @@ def test_a_killed_training_equals_an_undisturbed_one(
     start: Callable[[TrainConfig], subprocess.Popen[str]],
     tiny_config: Callable[..., TrainConfig],  # noqa: F811
     tmp_path: Path,
+    rng: random.Random,
+    started: list[psutil.Process],
 ) -> None:
     long = {"optimizer__steps": 300, "validate_every_steps": 20, "checkpoints__every_steps": 10, "workers__count": 2}
     store = f"sqlite:///{tmp_path}/mlflow.db"
     whole, killed = tiny_config("whole", **long), tiny_config("killed", tracking__uri=store, **long)
     finish(start(whole))
 
-    started: list[psutil.Process] = []
-    training = start(killed)
-    wait_for_step(killed, training, 35)
-    os.kill(workers_of(training)[1].pid, signal.SIGKILL)  # Ray Train starts the workers again
-    wait_for_step(killed, training, 120)
+    training: subprocess.Popen[str] | None = None
+    victims = rng.sample(VICTIMS, len(VICTIMS))
+    for victim, moment in zip(victims, sorted(rng.sample(range(12, 240), len(victims))), strict=True):
+        training = training or start(killed)
+        wait_for_step(killed, training, moment)
+        everything = psutil.Process(training.pid).children(recursive=True)
+        started += everything
+        if victim == "worker":  # Ray Train starts the workers again
+            workers = workers_of(training)
+            rng.choice(workers).kill()
+            psutil.wait_procs(workers, timeout=60)
+            continue
+        for process in everything if victim == "ray" else [psutil.Process(training.pid)]:
+            process.kill()
+        assert training.wait(120) != 0
+        training.communicate()
+        training = None
 
-    started += psutil.Process(training.pid).children(recursive=True)
-    training.kill()  # the driver
-    training.communicate()
-    training = start(killed)
-    wait_for_step(killed, training, 200)
-
-    everything = psutil.Process(training.pid).children(recursive=True)  # the whole of Ray
-    started += everything
-    for process in everything:
-        process.kill()
-    assert training.wait(120) != 0
-    training.communicate()
-
-    said = finish(start(killed))
+    said = finish(training or start(killed))
     assert "continuing after step" in said
     assert curve(killed) == curve(whole)
     adapters = [Path(run.out, "adapter", "adapter_model.safetensors").read_bytes() for run in (killed, whole)]
@@ -112,8 +115,32 @@ def test_a_killed_training_equals_an_undisturbed_one(
     history = MlflowClient(store).get_metric_history(run_id, "loss")
     losses = {record["step"]: record["loss"] for record in curve(killed) if "loss" in record}
     assert [(metric.step, metric.value) for metric in history] == list(losses.items()), "one run, every step once"
-    _, alive = psutil.wait_procs(started, timeout=120)
-    assert not alive, f"left running: {alive}"
+
+
+def test_a_notice_of_preemption_is_answered_by_a_checkpoint(
+    start: Callable[..., subprocess.Popen[str]],
+    tiny_config: Callable[..., TrainConfig],  # noqa: F811
+) -> None:
+    """A node that is to go says so before: what was done until then is kept, and goes on where another node is."""
+    long = {"optimizer__steps": 300, "validate_every_steps": 300, "checkpoints__every_steps": 1000}
+    whole, moved = tiny_config("whole", **long), tiny_config("moved", workers__node_type="spot", **long)
+    loop.train(whole)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    try:
+        going = cluster.add_node(num_cpus=1, resources={"spot": 1})
+        training = start(moved, RAY_ADDRESS=cluster.address, RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S="0.2")
+        wait_for_step(moved, training, 20)
+        cluster.add_node(num_cpus=1, resources={"spot": 1})
+        drain = ["drain-node", "--address", cluster.address, "--node-id", going.node_id, "--reason-message", "spot"]
+        drain += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--deadline-remaining-seconds", "15"]
+        subprocess.run([RAY, *drain], env=environment(), check=True, capture_output=True, timeout=60)
+        checkpoints = Path(moved.out, "checkpoints")
+        wait_for(lambda: any(checkpoints.glob("*/state.json")), "a checkpoint out of turn", training)
+        cluster.remove_node(going, allow_graceful=False)
+        finish(training)
+    finally:
+        cluster.shutdown()
+    assert curve(moved) == curve(whole)
 
 
 def test_a_stopped_training_leaves_a_checkpoint_and_no_process(

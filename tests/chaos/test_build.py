@@ -1,0 +1,61 @@
+"""Kill a build anywhere: nothing is lost, doubled, or changed by a bit."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.chaos.conftest import folders_left
+from tests.end_to_end.conftest import COVRAY, FAST, actors_of, committed, environment, run, tokens_of, wait_for
+
+pytestmark = [pytest.mark.ray, pytest.mark.end_to_end]
+SCENES = 44  # 308 pairs
+VICTIMS = ["actor"] * 5 + ["driver"] * 2 + ["ray"]
+
+
+def test_a_build_killed_nine_times_equals_an_undisturbed_one(
+    tmp_path: Path, scenes_manifest: Callable[..., Path], rng: random.Random, started: list[psutil.Process]
+) -> None:
+    manifest, out = scenes_manifest(SCENES), tmp_path / "killed"
+    command = [COVRAY, "build", "--pairs", str(manifest), "--out", str(out), "--actors", "2", *FAST]
+    command += ["--set", "rows_per_block=8"]
+    victims = [*rng.sample(VICTIMS, len(VICTIMS)), "driver"]
+    moments = sorted(rng.sample(range(8, SCENES * 7 - 60, 8), len(victims)))
+    # A driver whose Ray is gone gives up after these seconds (a minute by default).
+    variables = environment(RAY_gcs_rpc_server_reconnect_timeout_s="5")
+
+    build: subprocess.Popen[bytes] | None = None
+    for victim, moment in zip(victims, moments, strict=True):
+        if build is None:
+            build = subprocess.Popen(command, env=variables)
+        wait_for(lambda: committed(out) >= moment, f"{moment} rows", build)  # noqa: B023 (called here)
+        everything = psutil.Process(build.pid).children(recursive=True)
+        started += everything
+        if victim == "actor":
+            wait_for(lambda: bool(actors_of(build, "ChainActor")), "an actor", build)  # noqa: B023
+            os.kill(rng.choice(actors_of(build, "ChainActor")).pid, signal.SIGKILL)
+            continue
+        for process in [*everything] if victim == "ray" else [build]:
+            process.kill()
+        assert build.wait(120) != 0
+        build = None
+    assert build is None
+    assert committed(out) < SCENES * 7, "every kill came before the end"
+    run(*command[1:])
+
+    other = scenes_manifest(SCENES, "reversed.parquet", reverse=True)
+    undisturbed = tmp_path / "undisturbed"
+    run(
+        "build", "--pairs", str(other), "--out", str(undisturbed), "--actors", "1", *FAST,
+        "--set", "rows_per_block=50",
+    )  # fmt: skip
+    assert len(tokens_of(out)) == SCENES * 7
+    assert tokens_of(out) == tokens_of(undisturbed)
+    assert not folders_left(out)

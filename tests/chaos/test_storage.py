@@ -1,0 +1,141 @@
+"""Storage that is slow, refuses, goes away or is full: the same command continues, and no half file counts."""
+
+from __future__ import annotations
+
+import logging
+import random
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pyarrow.parquet as pq
+import pytest
+from moto.server import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import BaseWSGIServer, make_server
+
+from covray import storage
+from tests.chaos.conftest import folders_left
+from tests.end_to_end.conftest import COVRAY, FAST, environment, free_port, run, tokens_of, wait_for
+
+pytestmark = [pytest.mark.ray, pytest.mark.end_to_end]
+
+
+class S3:
+    """An S3 server on loopback: slow, now and then overloaded, and it can be stopped and started with what it holds."""
+
+    def __init__(self, rng: random.Random):
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)
+        self.port = free_port()
+        self.refusals = 0.0
+        self.requests = 0
+        self._rng = rng
+        self._store = DomainDispatcherApplication(create_backend_app)
+        self._server: BaseWSGIServer | None = None
+        self.start()
+
+    def __call__(self, request: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        self.requests += 1
+        time.sleep(self._rng.uniform(0, 0.02))
+        if self._rng.random() < self.refusals:
+            start_response("503 Slow Down", [("Content-Type", "application/xml")])
+            return [b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"]
+        answer: Iterable[bytes] = self._store(request, start_response)
+        return answer
+
+    def start(self) -> None:
+        self._server = make_server("127.0.0.1", self.port, self, threaded=True)
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def stop(self) -> None:
+        if self._server is not None:
+            self._server.shutdown()
+            self._server.server_close()
+            self._server = None
+
+
+@pytest.fixture
+def s3(rng: random.Random, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
+    server = S3(rng)
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.port}",
+        "AWS_ACCESS_KEY_ID": "covray",
+        "AWS_SECRET_ACCESS_KEY": "covray",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }.items():
+        monkeypatch.setenv(name, value)
+    boto3.client("s3").create_bucket(Bucket="covray")
+    yield server
+    server.stop()
+
+
+def committed(out: str) -> int:
+    """Rows of a build on any storage whose files are committed."""
+    filesystem, inner = storage.resolve(storage.join(out, "_checkpoint"))
+    names = [name for name in storage.list_files(f"{out}/_checkpoint", ".parquet") if "pending" not in name]
+    return sum(pq.read_metadata(f"{inner}/{name}", filesystem=filesystem).num_rows for name in names)
+
+
+def test_a_build_on_s3_outlives_its_outages(
+    s3: S3, tmp_path: Path, scenes_manifest: Callable[..., Path], rng: random.Random
+) -> None:
+    manifest = scenes_manifest(16)  # 112 pairs
+    storage.write_bytes("s3://covray/in/pairs.parquet", manifest.read_bytes())
+    out = "s3://covray/out/chains"
+    command = [COVRAY, "build", "--pairs", "s3://covray/in/pairs.parquet", "--out", out, *FAST]
+    command += ["--set", "rows_per_block=8"]
+    s3.refusals = 0.02
+
+    build = subprocess.Popen(command, env=environment())
+    wait_for(lambda: committed(out) >= 16, "16 rows", build)
+    s3.stop()
+    time.sleep(rng.uniform(2, 8))
+    s3.start()
+    before = committed(out)
+    wait_for(lambda: committed(out) > before, "rows after the outage", build)
+    s3.stop()
+    time.sleep(rng.uniform(0, 3))
+    build.kill()
+    build.wait()
+    s3.start()
+    assert committed(out) < 112
+    run(*command[1:])
+    assert not storage.list_files(f"{out}/_checkpoint")
+
+    run("build", "--pairs", str(manifest), "--out", str(tmp_path / "local"), *FAST)
+    assert len(tokens_of(out)) == 112
+    assert tokens_of(out) == tokens_of(tmp_path / "local")
+
+
+def test_a_build_on_a_full_disk_is_one_line_and_continues_when_there_is_room(
+    tmp_path: Path, scenes_manifest: Callable[..., Path]
+) -> None:
+    """A disk of our own, in a namespace of mounts that ends with the script: nothing else sees it."""
+    own_mounts = ["unshare", "--user", "--map-root-user", "--mount"]
+    if subprocess.run([*own_mounts, "true"], check=False).returncode:
+        pytest.skip("this kernel gives no namespace of mounts to its users")
+    manifest, disk, kept = scenes_manifest(16), tmp_path / "disk", tmp_path / "kept"
+    disk.mkdir()
+    build = f"{COVRAY} build --pairs {manifest} --out {disk}/chains --set rows_per_block=8 {' '.join(FAST)}"
+    script = f"""
+        mount -t tmpfs -o size=256k none {disk}
+        {build} 2> {tmp_path}/said; echo $? > {tmp_path}/code
+        mount -o remount,size=64m none {disk}
+        {build} && cp -r {disk}/chains {kept}
+    """
+    done = subprocess.run(
+        [*own_mounts, "sh", "-c", script], env=environment(), capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "code").read_text() == "2\n"
+    lines = (tmp_path / "said").read_text().splitlines()
+    assert "No space left on device" in lines[-1]
+    assert lines[-1].startswith("covray: ")
+    assert "continuing" in done.stderr
+    run("build", "--pairs", str(manifest), "--out", str(tmp_path / "roomy"), *FAST)
+    assert tokens_of(kept) == tokens_of(tmp_path / "roomy")
+    assert not folders_left(kept)
