@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from covray.errors import DatasetError
 from covray.tokens.shards import shard_files, task_of
 
 _UNREADABLE = (OSError, pa.ArrowInvalid)
+_READERS = 16
 
 
 def audit_dataset(out: str, pair_ids: np.ndarray, per_task: Mapping[str, int] | None = None) -> dict[str, Any]:
@@ -34,8 +36,7 @@ def audit_dataset(out: str, pair_ids: np.ndarray, per_task: Mapping[str, int] | 
     good: Counter[str] = Counter()
     reasons: dict[str, Counter[str]] = {}
     torn: list[str] = []
-    for name in shard_files(out):
-        narrow = _read_narrow(out, name, ["pair_id", "error"])
+    for name, narrow in _read_narrow(out, ["pair_id", "error"]):
         if narrow is None:
             torn.append(name)
             continue
@@ -75,16 +76,23 @@ def audit_dataset(out: str, pair_ids: np.ndarray, per_task: Mapping[str, int] | 
 
 def unreadable_shards(out: str) -> list[str]:
     """Shards of ``out``, relative to it, that a killed writer left without a readable footer. A resume deletes them."""
-    return [name for name in shard_files(out) if _read_narrow(out, name, []) is None]
+    return [name for name, narrow in _read_narrow(out, []) if narrow is None]
 
 
-def _read_narrow(out: str, name: str, columns: list[str]) -> pa.Table | None:
-    filesystem, inner = storage.resolve(storage.join(out, name))
-    try:
-        with pq.ParquetFile(inner, filesystem=filesystem) as file:
-            return file.read(columns=columns)
-    except _UNREADABLE:
-        return None
+def _read_narrow(out: str, columns: list[str]) -> Iterator[tuple[str, pa.Table | None]]:
+    """``columns`` of every shard of ``out``, several at a time: of an object store each takes three requests."""
+    filesystem, folder = storage.resolve(out)
+
+    def read(name: str) -> pa.Table | None:
+        try:
+            with pq.ParquetFile(f"{folder}/{name}", filesystem=filesystem) as file:
+                return file.read(columns=columns)
+        except _UNREADABLE:
+            return None
+
+    names = shard_files(out)
+    with ThreadPoolExecutor(_READERS) as readers:
+        yield from zip(names, readers.map(read, names), strict=True)
 
 
 def _problems(asked: np.ndarray, rows: np.ndarray, torn: list[str]) -> list[str]:
