@@ -11,6 +11,7 @@ import os
 import pickle
 import re
 import shutil
+import struct
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,19 @@ from torch import Tensor
 from covray.errors import ConfigError, WeightsError
 
 Shape = tuple[int, ...]
+# What PyTorch's reader, plain Python for the most part, raises on damaged files.
+_DAMAGED = (
+    OSError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    struct.error,
+)
 
 
 class _Inert:
@@ -63,8 +77,10 @@ def read_tensors(file: Path, keys: Sequence[str] = (), inert: Sequence[str] = ()
     """
     values = _read_safetensors(file) if file.suffix == ".safetensors" else _read_pytorch(file, keys, inert)
     for name, value in values.items():
-        if not (isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided):
-            raise WeightsError(f"{file}: {name} is no plain tensor; give the weights alone, as safetensors")
+        named = isinstance(name, str) and name.isprintable()
+        if not (named and isinstance(value, Tensor) and value.layout == torch.strided):
+            shown = name if named else repr(name)[:60]
+            raise WeightsError(f"{file}: {shown} is no plain tensor; give the weights alone, as safetensors")
     return values
 
 
@@ -144,7 +160,7 @@ def _read_pytorch(file: Path, keys: Sequence[str], inert: Sequence[str]) -> dict
         raise WeightsError(
             f"{file}: {reason}, and covray runs no code from a file; give its tensors alone, as safetensors"
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, TypeError, LookupError, AttributeError) as error:
+    except _DAMAGED as error:
         raise WeightsError(f"{file}: cannot be read ({one_line(error)}); get it again") from error
     if keys:
         key = next((key for key in keys if isinstance(values, dict) and isinstance(values.get(key), dict)), None)
@@ -159,5 +175,5 @@ def _read_pytorch(file: Path, keys: Sequence[str], inert: Sequence[str]) -> dict
 def _is_zip(file: Path) -> bool:
     try:
         return zipfile.is_zipfile(file)
-    except OSError as error:
-        raise WeightsError(f"{file}: cannot be read ({error.strerror}); get it again") from error
+    except (OSError, zipfile.BadZipFile) as error:
+        raise WeightsError(f"{file}: cannot be read ({one_line(error)}); get it again") from error

@@ -227,11 +227,15 @@ def _next(file: Path, unpacker: Any) -> tuple[tuple[str, ...], bytes]:
         kind = "ends within" if isinstance(error, msgpack.OutOfData) else "is no EasyLM stream at"
         raise WeightsError(f"{file}: {kind} the item at byte {start}; get the checkpoint again") from error
     pair = item if isinstance(item, list) and len(item) == 2 else (None, None)
-    if not (isinstance(pair[0], list) and pair[0] and all(isinstance(part, str) for part in pair[0])):
+    if not (isinstance(pair[0], list) and pair[0] and all(map(_is_name, pair[0]))):
         raise WeightsError(f"{file}: is no EasyLM stream at the item at byte {start}; give one of (name, array) pairs")
     if not isinstance(pair[1], bytes):
         raise WeightsError(f"{file}: {'/'.join(pair[0])} is no array; give another checkpoint")
     return tuple(pair[0]), pair[1]
+
+
+def _is_name(part: object) -> bool:
+    return isinstance(part, str) and part.isprintable()
 
 
 def _array(file: Path, name: str, value: bytes) -> tuple[Shape, torch.dtype, bytes]:
@@ -249,7 +253,9 @@ def _array(file: Path, name: str, value: bytes) -> tuple[Shape, torch.dtype, byt
     ):
         raise WeightsError(f"{file}: {name} is no array; give another checkpoint")
     if dtype not in _DTYPES:
-        raise WeightsError(f"{file}: {name} is of type {dtype}, not {', '.join(_DTYPES)}; give another checkpoint")
+        raise WeightsError(
+            f"{file}: {name} is of type {dtype!r:.40}, not {', '.join(_DTYPES)}; give another checkpoint"
+        )
     if functools.reduce(lambda size, side: size * side, shape, _DTYPES[dtype].itemsize) != len(data):
         raise WeightsError(f"{file}: {name} has {len(data)} bytes for {shape}; get the checkpoint again")
     return tuple(shape), _DTYPES[dtype], data

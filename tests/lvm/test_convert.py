@@ -220,7 +220,7 @@ DOWN = "transformer/h/1/feed_forward/w2/kernel"
         ({"transformer/h/0/attention/bq/bias": torch.zeros(3)}, "attention/bq/bias is too many"),
         ({DOWN: torch.zeros(WIDTH, INNER)}, f"{DOWN} is [64, 96], not [96, 64]"),
         ({DOWN: torch.full((INNER, WIDTH), torch.inf)}, f"{DOWN} holds values that are not finite"),
-        ({DOWN: torch.zeros(INNER, WIDTH, dtype=torch.float64)}, f"{DOWN} is of type float64"),
+        ({DOWN: torch.zeros(INNER, WIDTH, dtype=torch.float64)}, f"{DOWN} is of type 'float64'"),
         ({"transformer/wte/embedding": torch.zeros(32000, WIDTH), HEAD: torch.zeros(WIDTH, 32000)}, "of 32000 is none"),
     ],
 )
@@ -264,12 +264,13 @@ def test_a_stream_that_was_cut_is_refused_wherever(weights: Weights, tmp_path: P
         (msgpack.packb({"params": {"lm_head": 1}}), "is no EasyLM stream"),  # what flax writes whole
         (msgpack.packb((["a", 1], b"")), "is no EasyLM stream"),
         (msgpack.packb(([], b"")), "is no EasyLM stream"),
+        (msgpack.packb((["a\nb"], b"")), "is no EasyLM stream"),
         (msgpack.packb((["a"], "text")), "a is no array"),
         (msgpack.packb((["a"], b"\xc1")), "a cannot be read"),
         (msgpack.packb((["a"], msgpack.packb(3))), "a is no array"),
         (msgpack.packb((["a"], msgpack.packb(msgpack.ExtType(2, b"\x01")))), "a is no array"),
         (msgpack.packb((["a"], msgpack.packb(msgpack.ExtType(1, b"\x01")))), "a cannot be read"),
-        (item("a", packed(torch.zeros(2), "int8")), "a is of type int8"),
+        (item("a", packed(torch.zeros(2), "int8")), "a is of type 'int8'"),
         (item("a", packed(torch.zeros(2), "float16")), "a has 8 bytes for [2]"),
         (item("a", packed(torch.zeros(2))), "transformer/wte/embedding is missing"),
     ],

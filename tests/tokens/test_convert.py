@@ -616,6 +616,13 @@ def test_files_that_are_no_weights_are_refused_and_nothing_in_them_runs(plain: W
     assert "wants posix.mkdir, and covray runs no code from a file" in refusal()
     torch.save(plain, file, _use_new_zipfile_serialization=False)
     assert "is no PyTorch file" in refusal()
+    for position in (whole.index(b"PK\x06\x07") + 4, whole.index(b"ctorch._utils") - 3, whole.index(b"ctorch._utils")):
+        damaged = bytearray(whole)  # the archive's number of disks, the pickle's framing, a name in it
+        damaged[position] = 77
+        file.write_bytes(damaged)
+        refusal()
+    torch.save(plain | {"a\nb": torch.zeros(1)}, file)
+    assert r"'a\nb' is no plain tensor" in refusal()
     torch.save([1, 2], file)
     assert "holds a list, not tensors by name" in refusal()
     shutil.make_archive(str(tmp_path / "some"), "zip", tmp_path / "muse")
