@@ -82,7 +82,7 @@ class Stub:
 
 def run(pairs: str, out: str, rows_per_block: int) -> None:
     """The build, as its own process."""
-    building._prepare, building.ChainActor = prepare, Stub
+    building.prepare, building.ChainActor = prepare, Stub
     options = {"pairs": pairs, "out": out, "rows_per_block": rows_per_block, "actors.max": 1, "check_endpoints": 0}
     print(json.dumps(building.build(load_config(BuildConfig, None, options))))
 

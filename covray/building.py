@@ -1,60 +1,25 @@
 """One block of a manifest to shard rows: decode, invert once per picture, interpolate, tokenize. Knows no ray.
 
 What an actor of ``covray build`` does, and what a bare GPU machine can profile. Two halves, so that CPUs can feed GPUs:
-``prepare_block`` decodes and checks, ``BlockBuilder`` computes.
+``covray.preparing`` decodes and checks, ``BlockBuilder`` computes.
 """
 
 from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from covray import storage
 from covray.config import BuildConfig
 from covray.diffusion.chains import ChainEngine, Interpolation, Request
 from covray.diffusion.prior import load_prior, propose_batch, resolve_device
-from covray.errors import DatasetError, PairError
-from covray.images import decode, load_picture, square
-from covray.tasks import TASKS
-from covray.tokens.shards import ChainDataset, frame_order, shard_schema, union_alphas
+from covray.images import square
+from covray.preparing import Facts
+from covray.tokens.shards import frame_order, shard_schema, union_alphas
 from covray.tokens.tokenizer import load_tokenizer
-
-ASPECT_TOLERANCE = 0.02
-"""A label may be of another size than its image, but of the same shape: its aspect within this share."""
-
-PREPARED_SCHEMA = pa.schema(
-    [
-        ("pair_id", pa.int64()),
-        ("task", pa.string()),
-        ("split", pa.string()),
-        ("source", pa.large_binary()),  # pixels at the prior's size
-        ("label", pa.large_binary()),
-        ("source_small", pa.large_binary()),  # pixels at the tokenizer's size; null where the sizes are one
-        ("label_small", pa.large_binary()),
-        ("source_noise", pa.binary()),  # kept by an earlier build
-        ("label_noise", pa.binary()),
-        ("error", pa.string()),
-    ]
-)
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What the models of a build are, found once before it starts."""
-
-    prior_px: int
-    """Side of the pictures that are interpolated; the tokenizer's where no frame needs the prior."""
-    tokenizer_px: int
-    tokens_per_image: int
-    codes: int
-    latent_shape: tuple[int, int, int] | None
-    """None where no frame needs the prior."""
-    fingerprints: dict[str, str]
 
 
 @dataclass
@@ -72,50 +37,6 @@ def needs_prior(config: BuildConfig) -> bool:
     """Whether any frame or kept noise of ``config`` needs diffusion."""
     frames = "diffusion" in config.methods and bool(union_alphas(config.lengths, config.alphas))
     return frames or config.keep_noise
-
-
-def prepare_block(
-    table: pa.Table, config: BuildConfig, facts: Facts, root: str | None, noise: KeptNoise | None = None
-) -> pa.Table:
-    """Manifest rows to ``PREPARED_SCHEMA``: pictures decoded and square, or a reason why the pair is rejected."""
-    kept = noise.read(table["pair_id"].to_numpy()) if noise is not None else {}
-    rows: list[dict[str, Any]] = []
-    for row in table.to_pylist():
-        prepared: dict[str, Any] = {name: row[name] for name in ("pair_id", "task", "split")}
-        try:
-            prepared |= _prepare_pair(row, config, facts, root)
-            source_noise, label_noise = kept.get(row["pair_id"], (None, None))
-            prepared |= {"source_noise": source_noise, "label_noise": label_noise}
-        except PairError as error:
-            prepared["error"] = str(error)
-        rows.append(prepared)
-    return pa.Table.from_pylist(rows, PREPARED_SCHEMA)
-
-
-def _prepare_pair(row: dict[str, Any], config: BuildConfig, facts: Facts, root: str | None) -> dict[str, bytes]:
-    if row["task"] not in TASKS:
-        raise PairError("unknown_task", f"{row['task']!r} is none of {', '.join(TASKS)}")
-    task = TASKS[row["task"]]
-    image, label = (_decoded(row[name], name, root) for name in ("image", "label"))
-    aspects = [picture.shape[1] / picture.shape[0] for picture in (image, label)]
-    if abs(aspects[0] / aspects[1] - 1) > ASPECT_TOLERANCE:
-        sizes = [f"{picture.shape[1]}x{picture.shape[0]}" for picture in (image, label)]
-        raise PairError("label_shape", f"label is {sizes[1]} px, image is {sizes[0]} px; their aspects differ")
-    prepared: dict[str, bytes] = {}
-    for name, picture, resample in (("source", image, "bicubic"), ("label", label, task.RESAMPLE)):
-        how = cast(Literal["bicubic", "nearest"], resample)
-        prepared[name] = square(picture, facts.prior_px, config.fit, how).tobytes()
-        if facts.tokenizer_px != facts.prior_px:
-            prepared[f"{name}_small"] = square(picture, facts.tokenizer_px, config.fit, how).tobytes()
-    return prepared
-
-
-def _decoded(picture: dict[str, Any] | None, name: str, root: str | None) -> np.ndarray:
-    try:
-        return decode(load_picture(picture or {}, root))
-    except PairError as error:
-        reason, _, detail = str(error).partition(": ")
-        raise PairError(reason, f"{name}: {detail}") from error
 
 
 class BlockBuilder:
@@ -261,63 +182,6 @@ class BlockBuilder:
             if len(chains.frames[number]):
                 quality["diffusion_path"] = path_ratio([first, *chains.frames[number], last])
         return quality
-
-
-@dataclass(frozen=True, eq=False)
-class KeptNoise:
-    """The noise of a dataset built with ``keep_noise``, found by pair: which file holds whom.
-
-    16 bytes a pair, so that ten million pairs travel to the workers as 160 MB, once.
-    """
-
-    path: str
-    files: tuple[str, ...]
-    pair_ids: np.ndarray  # int64 [n], ascending
-    file_of: np.ndarray  # int32 [n]
-
-    @classmethod
-    def of(cls, path: str, config: BuildConfig, facts: Facts) -> KeptNoise:
-        """Index the dataset at ``path``. Raises DatasetError where its noise is not what ``config`` would invert."""
-        dataset = ChainDataset(path)
-        theirs, ours = dataset.identity, config.identity()
-        if not theirs.get("keep_noise"):
-            raise DatasetError(f"noise_from: {path} was built without --keep-noise; build it again with it")
-        if dataset.fingerprints["prior"] != facts.fingerprints["prior"]:
-            raise DatasetError(
-                f"noise_from: {path} was inverted with prior {dataset.fingerprints['prior'][:12]}, "
-                f"this build has {facts.fingerprints['prior'][:12]}; use the same prior"
-            )
-        differing = [key for key in ("fit",) if theirs[key] != ours[key]]
-        differing += [f"prior.{key}" for key in ("size_px", "steps") if theirs["prior"][key] != ours["prior"][key]]
-        differing += [f"engine.{key}" for key in ours["engine"] if theirs["engine"].get(key) != ours["engine"][key]]
-        if differing:
-            raise DatasetError(f"noise_from: {path} was inverted with another {', '.join(differing)}; use the same")
-        files = tuple(dataset.shards)
-        found = [_read_columns(path, name, ["pair_id"])["pair_id"].to_numpy() for name in files]
-        ids = np.concatenate([np.zeros(0, np.int64), *found])
-        owners = np.repeat(np.arange(len(files), dtype=np.int32), [len(part) for part in found])
-        order = np.argsort(ids, kind="stable")
-        return cls(path, files, ids[order], owners[order])
-
-    def read(self, pair_ids: np.ndarray) -> dict[int, tuple[bytes, bytes]]:
-        """Source and label noise (float32 little-endian bytes) of those of ``pair_ids`` that the dataset has."""
-        place = np.searchsorted(self.pair_ids, pair_ids)
-        place = np.minimum(place, max(len(self.pair_ids) - 1, 0))
-        wanted = place[self.pair_ids[place] == pair_ids] if len(self.pair_ids) else place[:0]
-        asked = set(pair_ids.tolist())
-        noise: dict[int, tuple[bytes, bytes]] = {}
-        for number in np.unique(self.file_of[wanted]):
-            table = _read_columns(self.path, self.files[number], ["pair_id", "source_noise", "label_noise"])
-            for row in table.to_pylist():
-                if row["pair_id"] in asked and row["source_noise"] is not None:
-                    noise[row["pair_id"]] = (row["source_noise"], row["label_noise"])
-        return noise
-
-
-def _read_columns(path: str, name: str, columns: list[str]) -> pa.Table:
-    filesystem, inner = storage.resolve(storage.join(path, name))
-    with pq.ParquetFile(inner, filesystem=filesystem) as file:
-        return file.read(columns=columns)
 
 
 def mix_pixels(source: np.ndarray, label: np.ndarray, alpha: float) -> np.ndarray:

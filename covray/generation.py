@@ -21,7 +21,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from covray import storage
-from covray.building import BlockBuilder, prepare_block
+from covray.building import BlockBuilder
 from covray.config import (
     BackboneConfig,
     BuildConfig,
@@ -38,6 +38,7 @@ from covray.lvm.adapter import WEIGHTS_FILE, load_adapter_tensors, read_adapter,
 from covray.lvm.backbone import BackboneFacts, backbone_facts, load_backbone
 from covray.lvm.decoding import Decoder, require_room, seed_of
 from covray.pairs.manifest import MANIFEST_SCHEMA, Pair, Picture
+from covray.preparing import prepare_block
 from covray.report.sheets import draw_strip
 from covray.tasks import TASKS
 from covray.tasks.pose import KEYPOINTS

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from covray import building, cli, storage
-from covray.building import BlockBuilder, prepare_block
+from covray.building import BlockBuilder
 from covray.config import BackboneConfig, BuildConfig, GenerateConfig, LoraConfig, TrainConfig, load_config
 from covray.diffusion.prior import load_prior
 from covray.errors import CovrayError
@@ -26,6 +26,7 @@ from covray.lvm.adapter import save_adapter
 from covray.lvm.backbone import backbone_facts
 from covray.lvm.decoding import Decoder
 from covray.pairs.manifest import MANIFEST_SCHEMA
+from covray.preparing import prepare_block
 from covray.tasks import TASKS, pose
 from tests.conftest import CODES, TOKENS
 from tests.diffusion.conftest import write_prior

@@ -20,7 +20,7 @@ import torch
 from ray.data import Dataset
 
 from covray import storage
-from covray.building import BlockBuilder, Facts, KeptNoise, needs_prior, prepare_block
+from covray.building import BlockBuilder, needs_prior
 from covray.config import BuildConfig, differences
 from covray.distributed.pool import (
     TASK_CPUS,
@@ -34,10 +34,12 @@ from covray.distributed.pool import (
     read_description,
     require_fresh,
 )
+from covray.distributed.prepare import prepare
 from covray.distributed.progress import Meter
 from covray.distributed.session import ray_session
 from covray.errors import DatasetError
 from covray.pairs.manifest import ManifestInfo, check_manifest
+from covray.preparing import Facts, KeptNoise
 from covray.tokens.audit import audit_dataset
 from covray.tokens.shards import shard_schema, union_alphas
 
@@ -111,7 +113,7 @@ def _run(
 
     def chains(blocks: Dataset) -> Dataset:
         prepared = blocks.map_batches(
-            _prepare,
+            prepare,
             batch_format="pyarrow",
             batch_size=config.rows_per_block,
             num_cpus=TASK_CPUS,
@@ -142,10 +144,6 @@ def _run(
         )
     usage: dict[str, Any] = ray.get(meter.usage.remote())
     return usage | {"seconds": round(time.monotonic() - started, 1), "rows_of_earlier_runs": before}
-
-
-def _prepare(table: pa.Table, config: BuildConfig, facts: Facts, root: str | None, noise: Any) -> pa.Table:
-    return prepare_block(table, config, facts, root, ray.get(noise))
 
 
 class ChainActor:

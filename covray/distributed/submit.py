@@ -45,7 +45,10 @@ def submit(
     """
     address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or ADDRESS
     command = ["python", "-m", "covray", step, *(() if config is None else ("--config", _FILE)), *arguments]
-    for name in ("ray", "ray.dashboard.modules.dashboard_sdk"):  # which tell of every package, and that weights are large
+    for name in (
+        "ray",
+        "ray.dashboard.modules.dashboard_sdk",
+    ):  # which tell of every package, and that weights are large
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         client = JobSubmissionClient(address)

@@ -1,0 +1,16 @@
+"""The task of a build that feeds its actors. A module of its own: its workers are many, and load no PyTorch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+import ray
+
+from covray.config import BuildConfig
+from covray.preparing import Facts, prepare_block
+
+
+def prepare(table: pa.Table, config: BuildConfig, facts: Facts, root: str | None, noise: Any) -> pa.Table:
+    """``prepare_block``, with the index of kept noise (or None) by reference: it is large, and blocks are many."""
+    return prepare_block(table, config, facts, root, ray.get(noise))
