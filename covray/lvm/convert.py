@@ -246,11 +246,8 @@ def _array(file: Path, name: str, value: bytes) -> tuple[Shape, torch.dtype, byt
         shape, dtype, data = msgpack.unpackb(extension.data) if code == _ARRAY else (None, None, None)
     except (msgpack.UnpackException, ValueError, TypeError) as error:
         raise WeightsError(f"{file}: {name} cannot be read ({one_line(error)}); get the checkpoint again") from error
-    if not (
-        isinstance(shape, list)
-        and all(isinstance(side, int) and side >= 0 for side in shape)
-        and isinstance(data, bytes)
-    ):
+    sides = isinstance(shape, list) and all(isinstance(side, int) and side >= 0 for side in shape)
+    if not (sides and isinstance(dtype, str) and isinstance(data, bytes)):
         raise WeightsError(f"{file}: {name} is no array; give another checkpoint")
     if dtype not in _DTYPES:
         raise WeightsError(

@@ -270,6 +270,7 @@ def test_a_stream_that_was_cut_is_refused_wherever(weights: Weights, tmp_path: P
         (msgpack.packb((["a"], msgpack.packb(3))), "a is no array"),
         (msgpack.packb((["a"], msgpack.packb(msgpack.ExtType(2, b"\x01")))), "a is no array"),
         (msgpack.packb((["a"], msgpack.packb(msgpack.ExtType(1, b"\x01")))), "a cannot be read"),
+        (item("a", msgpack.packb(msgpack.ExtType(1, msgpack.packb(([2], ["float32"], b""))))), "a is no array"),
         (item("a", packed(torch.zeros(2), "int8")), "a is of type 'int8'"),
         (item("a", packed(torch.zeros(2), "float16")), "a has 8 bytes for [2]"),
         (item("a", packed(torch.zeros(2))), "transformer/wte/embedding is missing"),
