@@ -243,11 +243,12 @@ def _array(file: Path, name: str, value: bytes) -> tuple[Shape, torch.dtype, byt
     try:
         extension = msgpack.unpackb(value)
         code = extension.code if isinstance(extension, msgpack.ExtType) else None
-        shape, dtype, data = msgpack.unpackb(extension.data) if code == _ARRAY else (None, None, None)
+        fields: Any = msgpack.unpackb(extension.data) if code == _ARRAY else (None, None, None)
+        shape, dtype, data = fields
     except (msgpack.UnpackException, ValueError, TypeError) as error:
         raise WeightsError(f"{file}: {name} cannot be read ({one_line(error)}); get the checkpoint again") from error
-    sides = isinstance(shape, list) and all(isinstance(side, int) and side >= 0 for side in shape)
-    if not (sides and isinstance(dtype, str) and isinstance(data, bytes)):
+    whole = isinstance(shape, list) and isinstance(dtype, str) and isinstance(data, bytes)
+    if not (whole and all(isinstance(side, int) and side >= 0 for side in shape)):
         raise WeightsError(f"{file}: {name} is no array; give another checkpoint")
     if dtype not in _DTYPES:
         raise WeightsError(
