@@ -25,6 +25,7 @@ from covray.errors import ConfigError, CovrayError, DatasetError
 TASK_CPUS = 0.5
 """Logical CPUs of a task that reads, decodes or writes: such tasks wait for storage, and must fit beside the actors."""
 CHECKPOINT = "_checkpoint"
+_COMMITTED, _PENDING = ".parquet", ".pending.parquet"
 
 
 def map_exactly_once(
@@ -58,6 +59,7 @@ def map_exactly_once(
     context.enable_progress_bars = False
     context.execution_options.verbose_progress = False
     context.execution_no_progress_timeout_s = 24 * 3600  # GPU nodes may take long to arrive
+    finish_commits(out)
     before = _committed_rows(out)
     with DataContext.current(context), PoolProgress(total, before, meter, unit):
         rows = ray.data.read_parquet(absolute(source), columns=columns, num_cpus=TASK_CPUS)
@@ -77,6 +79,20 @@ def delete_checkpoint(out: str) -> None:
     filesystem, inner = storage.resolve(storage.join(out, CHECKPOINT))
     filesystem.delete_dir_contents(inner, missing_dir_ok=True)
     filesystem.delete_dir(inner)
+
+
+def finish_commits(out: str) -> None:
+    """Delete what announces a block that is committed all the same.
+
+    A commit is the move of a file, and an object store moves by copying and deleting. A kill between the two leaves
+    both files, and Ray Data would take the block for unwritten, delete its shards, and not compute it again.
+    """
+    folder = storage.join(out, CHECKPOINT)
+    filesystem, inner = storage.resolve(folder)
+    names = set(storage.list_files(folder, _COMMITTED))
+    for name in names:
+        if name.endswith(_PENDING) and name.removesuffix(_PENDING) + _COMMITTED in names:
+            filesystem.delete_file(f"{inner}/{name}")
 
 
 def gpus_of(actors: ActorsConfig, engine: EngineConfig) -> float:
@@ -145,7 +161,7 @@ def _committed_rows(out: str) -> int:
     """Rows that earlier calls have committed."""
     folder = storage.join(out, CHECKPOINT)
     filesystem, inner = storage.resolve(folder)
-    names = [name for name in storage.list_files(folder, ".parquet") if not name.endswith(".pending.parquet")]
+    names = [name for name in storage.list_files(folder, _COMMITTED) if not name.endswith(_PENDING)]
     return sum(pq.read_metadata(f"{inner}/{name}", filesystem=filesystem).num_rows for name in names)
 
 

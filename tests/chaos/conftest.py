@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
+import boto3
 import psutil
 import pytest
+from moto.server import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import BaseWSGIServer, make_server
 
-from tests.end_to_end.conftest import scenes_manifest  # noqa: F401 (a fixture)
+from tests.end_to_end.conftest import free_port, scenes_manifest  # noqa: F401 (a fixture)
 
 
 @pytest.fixture
@@ -36,3 +43,52 @@ def started() -> Iterator[list[psutil.Process]]:
 def folders_left(out: Path) -> list[str]:
     """Names below ``out`` that only an unfinished build has."""
     return [path.name for path in out.rglob("*") if path.name == "_checkpoint" or path.name.endswith(".part")]
+
+
+class S3:
+    """An S3 server on loopback: slow, now and then overloaded, and it can be stopped and started with what it holds."""
+
+    def __init__(self, rng: random.Random):
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)
+        self.port = free_port()
+        self.refusals = 0.0
+        self.requests = 0
+        self._rng = rng
+        self._store = DomainDispatcherApplication(create_backend_app)
+        self._server: BaseWSGIServer | None = None
+        self.start()
+
+    def __call__(self, request: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        self.requests += 1
+        time.sleep(self._rng.uniform(0, 0.02))
+        if self._rng.random() < self.refusals:
+            start_response("503 Slow Down", [("Content-Type", "application/xml")])
+            return [b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"]
+        answer: Iterable[bytes] = self._store(request, start_response)
+        return answer
+
+    def start(self) -> None:
+        self._server = make_server("127.0.0.1", self.port, self, threaded=True)
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def stop(self) -> None:
+        if self._server is not None:
+            self._server.shutdown()
+            self._server.server_close()
+            self._server = None
+
+
+@pytest.fixture
+def s3(rng: random.Random, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
+    server = S3(rng)
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.port}",
+        "AWS_ACCESS_KEY_ID": "covray",
+        "AWS_SECRET_ACCESS_KEY": "covray",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }.items():
+        monkeypatch.setenv(name, value)
+    boto3.client("s3").create_bucket(Bucket="covray")
+    yield server
+    server.stop()

@@ -17,9 +17,11 @@ import yaml
 from mlflow import MlflowClient
 from ray.cluster_utils import Cluster
 
+from covray import storage
 from covray.config import TrainConfig
 from covray.training import loop
 from covray.training.state import read_records
+from tests.chaos.conftest import S3
 from tests.end_to_end.conftest import RAY, environment, wait_for
 from tests.training.conftest import curve, tiny_config  # noqa: F401 (a fixture)
 
@@ -34,12 +36,12 @@ train(load_config(TrainConfig, sys.argv[1]))
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[[TrainConfig], subprocess.Popen[str]]]:
+def start(tmp_path: Path) -> Iterator[Callable[[TrainConfig], subprocess.Popen[str]]]:
     """Starts a training as a process of its own; nothing of it outlives the test."""
     processes: list[subprocess.Popen[str]] = []
 
     def begin(config: TrainConfig, **changes: str) -> subprocess.Popen[str]:
-        file = Path(config.out).with_suffix(".yaml")
+        file = tmp_path / f"{Path(config.out).name}.yaml"
         file.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_none=True)))
         # A driver whose Ray is gone gives up after these seconds (a minute by default).
         variables = environment(RAY_gcs_rpc_server_reconnect_timeout_s="5", **changes)
@@ -115,6 +117,32 @@ def test_a_killed_training_equals_an_undisturbed_one(
     history = MlflowClient(store).get_metric_history(run_id, "loss")
     losses = {record["step"]: record["loss"] for record in curve(killed) if "loss" in record}
     assert [(metric.step, metric.value) for metric in history] == list(losses.items()), "one run, every step once"
+
+
+def test_a_training_keeps_checkpoints_and_artefacts_on_s3(
+    start: Callable[[TrainConfig], subprocess.Popen[str]],
+    tiny_config: Callable[..., TrainConfig],  # noqa: F811
+    s3: S3,
+    tmp_path: Path,
+) -> None:
+    long = {"optimizer__steps": 60, "validate_every_steps": 20, "checkpoints__every_steps": 10}
+    whole, store = tiny_config("whole", **long), f"sqlite:///{tmp_path}/mlflow.db"
+    loop.train(whole)
+    MlflowClient(store).create_experiment("far", artifact_location="s3://covray/artefacts")
+    far = tiny_config(**long, tracking__uri=store, tracking__experiment="far")
+    far = far.model_copy(update={"out": "s3://covray/runs/far"})
+    s3.refusals = 0.02
+
+    training = start(far)
+    checkpoints = "s3://covray/runs/far/checkpoints"
+    wait_for(lambda: any(name.endswith("state.json") for name in storage.list_files(checkpoints)), "one", training)
+    training.kill()
+    training.communicate()
+    assert "continuing after step" in finish(start(far))
+    assert curve(far) == curve(whole)
+    adapter = "adapter/adapter_model.safetensors"
+    assert storage.read_bytes(f"{far.out}/{adapter}") == Path(whole.out, adapter).read_bytes()
+    assert any(name.endswith(adapter) for name in storage.list_files("s3://covray/artefacts"))
 
 
 def test_a_notice_of_preemption_is_answered_by_a_checkpoint(

@@ -11,7 +11,7 @@ import ray
 import ray.exceptions
 
 from covray.config import BuildConfig
-from covray.distributed.pool import gpus_of, one_line_errors, pool_of, require_fresh
+from covray.distributed.pool import finish_commits, gpus_of, one_line_errors, pool_of, require_fresh
 from covray.errors import ConfigError, DatasetError, WeightsError
 
 
@@ -72,3 +72,13 @@ def test_an_output_of_something_else_is_not_touched(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be written"):
         require_fresh(str(tmp_path / "file" / "out"), "dataset")
+
+
+def test_a_commit_that_was_cut_short_is_finished(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "_checkpoint"
+    checkpoint.mkdir()
+    for name in ("a.parquet", "a.pending.parquet", "b.pending.parquet", "c.parquet"):
+        (checkpoint / name).touch()
+    finish_commits(str(tmp_path))
+    assert sorted(file.name for file in checkpoint.iterdir()) == ["a.parquet", "b.pending.parquet", "c.parquet"]
+    finish_commits(str(tmp_path / "absent"))
