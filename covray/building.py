@@ -17,7 +17,7 @@ from covray.config import BuildConfig
 from covray.diffusion.chains import ChainEngine, Interpolation, Request
 from covray.diffusion.prior import load_prior, propose_batch, resolve_device
 from covray.images import square
-from covray.preparing import Facts
+from covray.preparing import Facts, needs_prior
 from covray.tokens.shards import frame_order, shard_schema, union_alphas
 from covray.tokens.tokenizer import load_tokenizer
 
@@ -31,12 +31,6 @@ class Work:
     evaluations: int = 0
     padded: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
-
-
-def needs_prior(config: BuildConfig) -> bool:
-    """Whether any frame or kept noise of ``config`` needs diffusion."""
-    frames = "diffusion" in config.methods and bool(union_alphas(config.lengths, config.alphas))
-    return frames or config.keep_noise
 
 
 class BlockBuilder:

@@ -17,7 +17,7 @@ from covray.config import BuildConfig
 from covray.errors import DatasetError, PairError
 from covray.images import decode, load_picture, square
 from covray.tasks import TASKS
-from covray.tokens.shards import ChainDataset
+from covray.tokens.shards import ChainDataset, union_alphas
 
 ASPECT_TOLERANCE = 0.02
 """A label may be of another size than its image, but of the same shape: its aspect within this share."""
@@ -50,6 +50,12 @@ class Facts:
     latent_shape: tuple[int, int, int] | None
     """None where no frame needs the prior."""
     fingerprints: dict[str, str]
+
+
+def needs_prior(config: BuildConfig) -> bool:
+    """Whether any frame or kept noise of ``config`` needs diffusion."""
+    frames = "diffusion" in config.methods and bool(union_alphas(config.lengths, config.alphas))
+    return frames or config.keep_noise
 
 
 def prepare_block(

@@ -15,14 +15,14 @@ import pytest
 from PIL import Image
 
 from covray import building, storage
-from covray.building import BlockBuilder, is_checked, mix_pixels, needs_prior, path_ratio, psnr
+from covray.building import BlockBuilder, is_checked, mix_pixels, path_ratio, psnr
 from covray.config import BuildConfig, load_config
 from covray.diffusion.chains import Request
 from covray.diffusion.prior import load_prior
 from covray.errors import DatasetError
 from covray.images import encode_png, square
 from covray.pairs.manifest import MANIFEST_SCHEMA
-from covray.preparing import PREPARED_SCHEMA, Facts, KeptNoise, prepare_block
+from covray.preparing import PREPARED_SCHEMA, Facts, KeptNoise, needs_prior, prepare_block
 from covray.tokens.shards import shard_schema, union_alphas, validate_rows
 from tests.diffusion.conftest import write_prior
 

@@ -12,15 +12,13 @@ import hashlib
 import json
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import ray
-import torch
 from ray.data import Dataset
 
 from covray import storage
-from covray.building import BlockBuilder, needs_prior
 from covray.config import BuildConfig, differences
 from covray.distributed.pool import (
     TASK_CPUS,
@@ -39,9 +37,12 @@ from covray.distributed.progress import Meter
 from covray.distributed.session import ray_session
 from covray.errors import DatasetError
 from covray.pairs.manifest import ManifestInfo, check_manifest
-from covray.preparing import Facts, KeptNoise
+from covray.preparing import Facts, KeptNoise, needs_prior
 from covray.tokens.audit import audit_dataset
 from covray.tokens.shards import shard_schema, union_alphas
+
+if TYPE_CHECKING:
+    from covray.building import BlockBuilder
 
 
 @dataclass(frozen=True)
@@ -150,8 +151,7 @@ class ChainActor:
     """One worker of the pool: holds the models, turns prepared blocks into shard rows, reports what it did."""
 
     def __init__(self, config: BuildConfig, facts: Facts, meter: Any):
-        torch.set_num_threads(config.engine.threads)
-        self.builder = BlockBuilder(config)
+        self.builder = _builder(config)
         if self.builder.facts() != facts:
             raise DatasetError(f"this node's weights differ from the driver's: {self.builder.facts()}, not {facts}")
         self.meter = meter
@@ -167,6 +167,16 @@ class ChainActor:
         return rows
 
 
+def _builder(config: BuildConfig) -> BlockBuilder:
+    # Here, not above: the driver computes nothing, and need not wait for PyTorch.
+    import torch
+
+    from covray.building import BlockBuilder
+
+    torch.set_num_threads(config.engine.threads)
+    return BlockBuilder(config)
+
+
 # --- before anything expensive -------------------------------------------------------------------------------------
 
 
@@ -175,8 +185,7 @@ def _probe(config: BuildConfig, gpus: float) -> tuple[BuildConfig, Facts]:
 
     @ray.remote(num_cpus=0 if gpus else 1, num_gpus=gpus, resources=on(config.actors.node_type), max_retries=2)
     def load(config: BuildConfig) -> tuple[BuildConfig, Facts]:
-        torch.set_num_threads(config.engine.threads)
-        builder = BlockBuilder(config)
+        builder = _builder(config)
         return builder.config, builder.facts()
 
     with one_line_errors(config.out, "build"):

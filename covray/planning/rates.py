@@ -19,10 +19,10 @@ from pydantic import Field
 from transformers import LlamaConfig
 
 from covray import storage
-from covray.building import needs_prior
 from covray.config import AssumedConfig, BuildConfig, Section, TrainConfig, differences, load_config
 from covray.errors import ConfigError
 from covray.lvm.scales import parameters
+from covray.preparing import needs_prior
 from covray.tokens.shards import QUALITY, frame_order, shard_schema, union_alphas
 from covray.training.loop import peak_flops
 from covray.training.plan import adapter_parameters

@@ -17,7 +17,7 @@ from tests.end_to_end.conftest import COVRAY, FAST, actors_of, committed, enviro
 
 pytestmark = [pytest.mark.ray, pytest.mark.end_to_end]
 SCENES = 44  # 308 pairs
-VICTIMS = ["actor"] * 5 + ["driver"] * 2 + ["ray"]
+VICTIMS = ["actor"] * 7 + ["ray"]
 
 
 def test_a_build_killed_nine_times_equals_an_undisturbed_one(

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from tests.chaos.conftest import folders_left
-from tests.end_to_end.conftest import COVRAY, FAST, RAY, Head, committed, run, tokens_of, wait_for
+from tests.end_to_end.conftest import COVRAY, FAST, RAY, Head, committed, is_called, run, tokens_of, wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.end_to_end]
 FAKE = Path(__file__).parents[2] / "cluster" / "fake.yaml"
@@ -25,7 +25,7 @@ SCENES = 16  # 112 pairs
 
 def raylets(head: Head) -> list[psutil.Process]:
     """Of the nodes that came; the head's own is not among them."""
-    return [raylet for raylet in head.processes() if _is(raylet, "raylet") and _came(raylet)]
+    return [raylet for raylet in head.processes() if is_called(raylet, "raylet") and _came(raylet)]
 
 
 def actors(head: Head) -> list[psutil.Process]:
@@ -33,14 +33,8 @@ def actors(head: Head) -> list[psutil.Process]:
     found = []
     for raylet in raylets(head):
         with contextlib.suppress(psutil.NoSuchProcess):
-            found += [child for child in raylet.children(recursive=True) if _is(child, "ChainActor")]
+            found += [child for child in raylet.children(recursive=True) if is_called(child, "ChainActor")]
     return found
-
-
-def _is(process: psutil.Process, name: str) -> bool:
-    with contextlib.suppress(psutil.Error):  # it may go while one looks
-        return name in " ".join(process.cmdline()[:1])
-    return False
 
 
 def _came(raylet: psutil.Process) -> bool:

@@ -22,11 +22,11 @@ from covray.config import TrainConfig
 from covray.training import loop
 from covray.training.state import read_records
 from tests.chaos.conftest import S3
-from tests.end_to_end.conftest import RAY, environment, wait_for
+from tests.end_to_end.conftest import RAY, actors_of, environment, wait_for
 from tests.training.conftest import curve, tiny_config  # noqa: F401 (a fixture)
 
 pytestmark = [pytest.mark.ray, pytest.mark.end_to_end]
-VICTIMS = ["worker"] * 3 + ["driver", "driver", "ray"]
+VICTIMS = ["worker"] * 3 + ["driver", "ray"]
 COMMAND = """
 import sys
 from covray.config import TrainConfig, load_config
@@ -71,12 +71,6 @@ def wait_for_step(config: TrainConfig, process: subprocess.Popen[str], step: int
         time.sleep(0.02)
 
 
-def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """Ray Train's workers that ``process`` started."""
-    children = psutil.Process(process.pid).children(recursive=True)
-    return [child for child in children if "RayTrainWorker" in " ".join(child.cmdline()[:1])]
-
-
 def test_a_killed_training_equals_an_undisturbed_one(
     start: Callable[[TrainConfig], subprocess.Popen[str]],
     tiny_config: Callable[..., TrainConfig],  # noqa: F811
@@ -97,7 +91,7 @@ def test_a_killed_training_equals_an_undisturbed_one(
         everything = psutil.Process(training.pid).children(recursive=True)
         started += everything
         if victim == "worker":  # Ray Train starts the workers again
-            workers = workers_of(training)
+            workers = actors_of(training, "RayTrainWorker")
             rng.choice(workers).kill()
             psutil.wait_procs(workers, timeout=60)
             continue

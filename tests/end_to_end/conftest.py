@@ -83,10 +83,16 @@ def committed(out: Path) -> int:
     return sum(pq.read_metadata(file).num_rows for file in files)
 
 
-def actors_of(driver: subprocess.Popen[bytes], name: str) -> list[psutil.Process]:
+def is_called(process: psutil.Process, name: str) -> bool:
+    """Whether a process, if it still is one, has ``name`` in the title that Ray gave it."""
+    with contextlib.suppress(psutil.Error):
+        return name in " ".join(process.cmdline()[:1])
+    return False
+
+
+def actors_of(driver: subprocess.Popen[Any], name: str) -> list[psutil.Process]:
     """The processes of the actors of class ``name`` in the Ray that ``driver`` started."""
-    children = psutil.Process(driver.pid).children(recursive=True)
-    return [child for child in children if any(name in word for word in child.cmdline()[:1])]
+    return [child for child in psutil.Process(driver.pid).children(recursive=True) if is_called(child, name)]
 
 
 @pytest.fixture
