@@ -6,6 +6,7 @@ Ray Data's checkpoint commits a block when what became of it is written; what is
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -208,4 +209,7 @@ def reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno in errno.errorcode and error.strerror:
         return error.strerror
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    of_system = re.search(r"\[errno \d+\] (.+)", lines[-1])  # as Arrow ends what a filesystem refused
+    return of_system[1] if of_system else lines[-1]

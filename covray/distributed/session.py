@@ -33,7 +33,7 @@ def ray_session() -> Iterator[int]:
         yield int(resources.get(_CORES, resources.get("CPU", 0)))
         return
     # Ray's own reports of its inner life go to its log folder; what concerns the user, covray says.
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     address = os.environ.get("RAY_ADDRESS")
     if address:

@@ -17,12 +17,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import pytest
 
+from covray.config import BuildConfig, load_config
 from covray.pairs.manifest import ManifestWriter
 from covray.pairs.scenes import scene_pairs
+from covray.preparing import prepare_block
 from covray.tokens.shards import ChainDataset
 
 COVRAY = str(Path(sys.executable).parent / "covray")
@@ -66,6 +69,27 @@ def tokens_of(dataset: Path | str) -> dict[int, Any]:
             tuple((frame["method"], frame["alpha"], frame["tokens"].tobytes()) for frame in frames),
         )
     return found
+
+
+def computed(manifest: Path) -> dict[int, Any]:
+    """What ``tokens_of`` a build of ``manifest`` with ``FAST`` must give: computed here, in one block, without Ray."""
+    from covray.building import BlockBuilder
+
+    options = {"pairs": str(manifest), "out": "nowhere", "lengths": [3]}
+    builder = BlockBuilder(load_config(BuildConfig, None, options, [FAST[3], FAST[5]]))
+    pairs = pq.read_table(manifest, columns=["pair_id", "task", "split", "image", "label"])
+    rows, _ = builder.build(prepare_block(pairs, builder.config, builder.facts(), None))
+
+    def data(tokens: list[int] | None) -> bytes | None:
+        return None if tokens is None else np.array(tokens, np.uint16).tobytes()
+
+    return {
+        row["pair_id"]: (
+            row["task"], row["split"], row["error"], data(row["source"]), data(row["label"]),
+            tuple((frame["method"], frame["alpha"], data(frame["tokens"])) for frame in row["frames"] or []),
+        )
+        for row in rows.to_pylist()
+    }  # fmt: skip
 
 
 def wait_for(condition: Callable[[], bool], what: str, running: subprocess.Popen[Any] | None = None) -> None:
