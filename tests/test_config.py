@@ -9,7 +9,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from covray.config import BuildConfig, EvaluateConfig, Section, SweepConfig, TrainConfig, load_config
+from covray.config import BuildConfig, EvaluateConfig, PlanConfig, Section, SweepConfig, TrainConfig, load_config
 from covray.errors import ConfigError
 
 REQUIRED = {"pairs": "pairs.parquet", "out": "chains"}
@@ -19,6 +19,7 @@ MODELS: dict[str, tuple[type[Section], dict[str, Any]]] = {
     "train": (TrainConfig, {"data": "chains", "out": "run"}),
     "evaluate": (EvaluateConfig, {"data": "chains", "out": "eval"}),
     "sweep": (SweepConfig, {"manifest": "pairs.parquet", "out": "sweep"}),
+    "plan": (PlanConfig, {}),
 }
 """Folder of configs/ -> the model its files are of, and what it requires."""
 
