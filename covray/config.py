@@ -328,6 +328,8 @@ class GenerateConfig(Section):
     """A finished run of ``covray train``; null: the untuned backbone."""
     task: Task | None = None
     """How labels are resized and answers read as data; null: the run's if it has one, else answers are pictures."""
+    classes: int = Field(default=21, ge=1, le=256)
+    """Of a segmentation: by whose colours an answer is read (PASCAL VOC has 21, COCO's panoptic labels 134)."""
     backbone: BackboneConfig | None = None
     length: Length | None = None
     """Pictures of a chain, both ends counted; of a run trained at several it must be given. Without a run 4."""

@@ -40,7 +40,7 @@ from covray.lvm.decoding import Decoder, require_room, seed_of
 from covray.pairs.manifest import MANIFEST_SCHEMA, Pair, Picture
 from covray.preparing import prepare_block
 from covray.report.sheets import draw_strip
-from covray.tasks import TASKS
+from covray.tasks import TASKS, segmentation
 from covray.tasks.pose import KEYPOINTS
 from covray.tokens.shards import ChainDataset, alphas_of
 from covray.tokens.tokenizer import require_same_codebook
@@ -103,7 +103,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
 
     answers = []
     for number, name in enumerate(_names(config.queries)):
-        files = _answer_files(config.task, queries[number], squares[number], pictures[number], fit)
+        files = _answer_files(config, queries[number], squares[number], pictures[number], fit)
         for file, data in files.items():
             _write(storage.join(config.out, name, file), data)
         likelihood = written.image_log_likelihood[number].tolist()
@@ -260,9 +260,10 @@ def _prompt(config: GenerateConfig, builder: BlockBuilder, examples: Sequence[tu
 
 
 def _answer_files(
-    task: str | None, query: np.ndarray, small: np.ndarray, pictures: np.ndarray, fit: str
+    config: GenerateConfig, query: np.ndarray, small: np.ndarray, pictures: np.ndarray, fit: str
 ) -> dict[str, bytes]:
     """A query's files by name. ``pictures``: uint8 [images, s, s, 3], its frames and its answer."""
+    task = config.task
     height_px, width_px = query.shape[:2]
     if fit == "crop":
         height_px = width_px = min(height_px, width_px)
@@ -272,7 +273,7 @@ def _answer_files(
     files = {"strip.png": draw_strip([small, *pictures], captions), "answer.png": encode_png(answer)}
     if task in _READ:
         name, pack = _READ[task]
-        files[name] = pack(TASKS[task].read(answer))
+        files[name] = pack(segmentation.read(answer, config.classes) if name == _CLASSES else TASKS[task].read(answer))
     return files
 
 
@@ -294,8 +295,9 @@ def _keypoints(values: np.ndarray) -> bytes:
     return (json.dumps([{"name": name, "x_px": x, "y_px": y} for name, x, y in shown], indent=2) + "\n").encode()
 
 
+_CLASSES = "classes.png"
 _READ: dict[str, tuple[str, Callable[[np.ndarray], bytes]]] = {
-    "segmentation": ("classes.png", _grey_png),
+    "segmentation": (_CLASSES, _grey_png),
     "pose": ("keypoints.json", _keypoints),
     "normals": ("normals.npy", _npy),
     "edges": ("edges.npy", _npy),

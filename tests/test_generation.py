@@ -27,7 +27,7 @@ from covray.lvm.backbone import backbone_facts
 from covray.lvm.decoding import Decoder
 from covray.pairs.manifest import MANIFEST_SCHEMA
 from covray.preparing import prepare_block
-from covray.tasks import TASKS, pose
+from covray.tasks import TASKS, pose, segmentation
 from tests.conftest import CODES, TOKENS
 from tests.diffusion.conftest import write_prior
 from tests.lvm.conftest import load, write_llama
@@ -208,6 +208,16 @@ def test_an_answer_is_written_as_what_its_task_reads(
         found = np.load(folder / data)
     assert found.dtype == expected.dtype
     assert np.array_equal(found, expected)
+
+
+def test_a_segmentation_is_read_by_the_classes_that_are_asked_for(
+    answered: Generate, write_run: Callable[..., str], pictures: Any, tmp_path: Path
+) -> None:
+    answered(adapter=write_run(method="none"), queries=pictures(1), task="segmentation", classes=134)
+    folder = tmp_path / "out" / "picture0"
+    expected = segmentation.read(read_png(folder, "answer.png"), 134)
+    assert np.array_equal(read_png(folder, "classes.png"), expected)
+    assert expected.max() > 20
 
 
 def test_cropped_answers_are_of_the_centre_square(
