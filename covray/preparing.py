@@ -5,6 +5,7 @@ Apart from ``covray.building``, so that the many short-lived workers that feed t
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -80,7 +81,10 @@ def _prepare_pair(row: dict[str, Any], config: BuildConfig, facts: Facts, root: 
     if row["task"] not in TASKS:
         raise PairError("unknown_task", f"{row['task']!r} is none of {', '.join(TASKS)}")
     task = TASKS[row["task"]]
-    image, label = (_decoded(row[name], name, root) for name in ("image", "label"))
+    image = _decoded(row["image"], "image", root)
+    if not any((row["label"] or {}).values()):
+        _tell_why_there_is_none(row.get("meta"))
+    label = _decoded(row["label"], "label", root)
     aspects = [picture.shape[1] / picture.shape[0] for picture in (image, label)]
     if abs(aspects[0] / aspects[1] - 1) > ASPECT_TOLERANCE:
         sizes = [f"{picture.shape[1]}x{picture.shape[0]}" for picture in (image, label)]
@@ -92,6 +96,17 @@ def _prepare_pair(row: dict[str, Any], config: BuildConfig, facts: Facts, root: 
         if facts.tokenizer_px != facts.prior_px:
             prepared[f"{name}_small"] = square(picture, facts.tokenizer_px, config.fit, how).tobytes()
     return prepared
+
+
+def _tell_why_there_is_none(meta: str | None) -> None:
+    """Raise the PairError for which ``covray pairs`` could not draw a label, if the manifest has noted one."""
+    try:
+        error = json.loads(meta or "{}").get("error")
+    except (ValueError, AttributeError, RecursionError):
+        return
+    if isinstance(error, str):
+        reason, _, detail = error.partition(": ")
+        raise PairError(reason, f"label: {detail}")
 
 
 def _decoded(picture: dict[str, Any] | None, name: str, root: str | None) -> np.ndarray:

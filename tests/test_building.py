@@ -127,11 +127,13 @@ def test_hostile_rows_become_reasons(config: BuildConfig, facts: Facts, tmp_path
         (_row(13, _png(1, 40, 60), _png(2, 60, 40)), "label_shape: "),
         (_row(14, {"uri": "good.png", "bytes": None}, good), None),
         (_row(15, _png(1, 60, 40), _png(2, 30, 20)), None),  # another size of the same aspect
+        (_row(16, good, None) | {"meta": '{"error": "bad_label: no such class"}'}, "bad_label: label: no such class"),
+        (_row(17, good, None) | {"meta": "[no json"}, "missing: label: "),
     ]
     table = _manifest([row for row, _ in cases])
     prepared = prepare_block(table, config, facts, str(tmp_path / "root"))
     assert prepared.schema == PREPARED_SCHEMA
-    assert prepared["pair_id"].to_pylist() == list(range(1, 16))
+    assert prepared["pair_id"].to_pylist() == list(range(1, 18))
     for row, (_, expected) in zip(prepared.to_pylist(), cases, strict=True):
         pictures = [row[name] for name in ("source", "label", "source_small", "label_small")]
         if expected is None:

@@ -134,7 +134,7 @@ def _run(
             config.out,
             "shards",
             chains,
-            columns=["pair_id", "task", "split", "image", "label"],
+            columns=["pair_id", "task", "split", "image", "label", "meta"],
             id_column="pair_id",
             rows_per_block=config.rows_per_block,
             schema=shard_schema(config.keep_noise).with_metadata(_file_metadata(config, facts)),
