@@ -23,6 +23,7 @@ CODES = 64
 TOKENS = 16
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that start Ray run one after another, whatever else runs beside them: a Ray is a dozen processes."""
     for item in items:
