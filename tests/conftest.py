@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from covray import storage
 from covray.tokens.shards import frame_order, shard_schema, union_alphas
@@ -23,12 +24,15 @@ CODES = 64
 TOKENS = 16
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that start Ray run one after another, whatever else runs beside them: a Ray is a dozen processes."""
-    for item in items:
-        if item.get_closest_marker("ray"):
-            item.add_marker(pytest.mark.xdist_group("ray"))
+class _OneRayAtATime(LoadScopeScheduling):
+    """Files are shared out among the workers, but tests that start Ray, a dozen processes each, go to one of them."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "ray" if nodeid.startswith(("tests/chaos/", "tests/end_to_end/")) else nodeid.split("::")[0]
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    return _OneRayAtATime(config, log)
 
 
 @pytest.fixture(scope="session")
