@@ -206,9 +206,8 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 def reason(error: BaseException) -> str:
     """The last telling line: Ray puts whole remote tracebacks into messages."""
-    if isinstance(error, OSError) and error.errno in errno.errorcode and error.strerror:
-        return error.strerror
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    named = isinstance(error, OSError) and error.errno in errno.errorcode and error.strerror
+    lines = [line.strip() for line in (named or str(error)).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
     of_system = re.search(r"\[errno \d+\] (.+)", lines[-1])  # as Arrow ends what a filesystem refused

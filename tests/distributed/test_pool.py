@@ -85,6 +85,6 @@ def test_a_commit_that_was_cut_short_is_finished(tmp_path: Path) -> None:
 
 
 def test_what_a_filesystem_refused_is_told_without_its_wrapping() -> None:
-    arrow = OSError("Error writing bytes to file. Detail: [errno 28] No space left on device")
-    assert reason(arrow) == "No space left on device"
+    arrow = "Error writing bytes to file. Detail: [errno 28] No space left on device"
+    assert reason(OSError(arrow)) == reason(OSError(errno.ENOSPC, arrow)) == "No space left on device"
     assert reason(OSError("AWS Error NETWORK_CONNECTION")) == "AWS Error NETWORK_CONNECTION"
