@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import weakref
 from collections.abc import Callable
@@ -135,6 +136,7 @@ def measured(llama: LlamaConfig, config: TrainConfig, tokens: int, recompute: bo
     live = Live([*model.parameters(), *known, ids, positions])
     with live:
         total, _ = model(Batch(ids, lengths, positions))
+        gc.collect()  # what only the collector frees is not kept
         kept = live.now
         total.backward()
     return kept, live.peak
