@@ -78,14 +78,14 @@ def test_a_killed_training_equals_an_undisturbed_one(
     rng: random.Random,
     started: list[psutil.Process],
 ) -> None:
-    long = {"optimizer__steps": 300, "validate_every_steps": 20, "checkpoints__every_steps": 10, "workers__count": 2}
+    long = {"optimizer__steps": 200, "validate_every_steps": 20, "checkpoints__every_steps": 10, "workers__count": 2}
     store = f"sqlite:///{tmp_path}/mlflow.db"
     whole, killed = tiny_config("whole", **long), tiny_config("killed", tracking__uri=store, **long)
     finish(start(whole))
 
     training: subprocess.Popen[str] | None = None
     victims = rng.sample(VICTIMS, len(VICTIMS))
-    for victim, moment in zip(victims, sorted(rng.sample(range(12, 200), len(victims))), strict=True):
+    for victim, moment in zip(victims, sorted(rng.sample(range(12, 110), len(victims))), strict=True):
         training = training or start(killed)
         wait_for_step(killed, training, moment)
         everything = psutil.Process(training.pid).children(recursive=True)
