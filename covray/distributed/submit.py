@@ -45,10 +45,8 @@ def submit(
     """
     address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or ADDRESS
     command = ["python", "-m", "covray", step, *(() if config is None else ("--config", _FILE)), *arguments]
-    for name in (
-        "ray",
-        "ray.dashboard.modules.dashboard_sdk",
-    ):  # which tell of every package, and that weights are large
+    # They tell of every package they send.
+    for name in ("ray", "ray.dashboard.modules.dashboard_sdk"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         client = JobSubmissionClient(address)
