@@ -34,7 +34,7 @@ from covray.distributed.pool import (
 )
 from covray.distributed.prepare import prepare
 from covray.distributed.progress import Meter
-from covray.distributed.session import ray_session
+from covray.distributed.session import here, ray_session
 from covray.errors import DatasetError
 from covray.pairs.manifest import ManifestInfo, check_manifest
 from covray.preparing import Facts, KeptNoise, needs_prior
@@ -109,7 +109,7 @@ def _run(
 ) -> dict[str, Any]:
     """Compute and write every pair that the checkpoint does not have."""
     started = time.monotonic()
-    meter = Meter.remote()
+    meter = Meter.options(scheduling_strategy=here()).remote()
     shared = {"config": config, "facts": facts}
 
     def chains(blocks: Dataset) -> Dataset:

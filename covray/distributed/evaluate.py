@@ -37,7 +37,7 @@ from covray.distributed.pool import (
     require_fresh,
 )
 from covray.distributed.progress import Meter
-from covray.distributed.session import ray_session
+from covray.distributed.session import here, ray_session
 from covray.distributed.tracking import Tracker
 from covray.errors import ConfigError, DatasetError, PairError
 from covray.evaluation.lpips import find_alexnet, load_lpips
@@ -167,7 +167,7 @@ def _run(
         buffer = pa.BufferOutputStream()
         pq.write_table(episodes, buffer)
         storage.write_bytes(storage.join(config.out, _EPISODES), buffer.getvalue().to_pybytes())
-    meter = Meter.remote()
+    meter = Meter.options(scheduling_strategy=here()).remote()
 
     def answers(blocks: Dataset) -> Dataset:
         return blocks.map_batches(

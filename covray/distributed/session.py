@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from covray.errors import ConfigError
 
@@ -59,6 +60,11 @@ def ray_session() -> Iterator[int]:
         yield cores
     finally:
         ray.shutdown()
+
+
+def here() -> NodeAffinitySchedulingStrategy:
+    """Where to put an actor that shall live as long as its driver: on the same node. Others may go at any time."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def _start(cores: int) -> None:

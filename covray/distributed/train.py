@@ -36,7 +36,7 @@ from covray import storage
 from covray.config import TrainConfig
 from covray.distributed.board import Board
 from covray.distributed.pool import on
-from covray.distributed.session import ray_session
+from covray.distributed.session import here, ray_session
 from covray.distributed.tracking import Tracker
 from covray.errors import ConfigError, CovrayError
 from covray.lvm.backbone import BackboneFacts, backbone_facts, require_same_codes
@@ -113,7 +113,7 @@ def _run(config: TrainConfig, tracker: Tracker, watch: Callable[[dict[str, Any]]
     """Start the workers and follow them to the end."""
     # A node may take minutes to arrive, and to load; by default Ray Train begins again after one.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "900")
-    board = Board.remote()
+    board = Board.options(scheduling_strategy=here()).remote()
     trainer = TorchTrainer(
         _work,
         train_loop_config={"config": config, "board": board},
