@@ -6,6 +6,7 @@ Ray Data's checkpoint commits a block when what became of it is written; what is
 from __future__ import annotations
 
 import errno
+import os
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -62,6 +63,8 @@ def map_exactly_once(
     context.enable_progress_bars = False
     context.execution_options.verbose_progress = False
     context.execution_no_progress_timeout_s = 24 * 3600  # GPU nodes may take long to arrive
+    # Ray Data would start 32 processes to read footers; one, of 128 threads, reads those of thousands of files.
+    os.environ.setdefault("RAY_DATA_PARQUET_FOOTER_NUM_ACTORS", "1")
     finish_commits(out)
     before = _committed_rows(out)
     with DataContext.current(context), PoolProgress(total, before, meter, unit):

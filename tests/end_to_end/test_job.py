@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.conftest import COVRAY, FAST, RAY, Head, committed, run, tokens_of, wait_for
+from tests.end_to_end.conftest import COVRAY, FAST, RAY, Head, committed, computed, tokens_of, wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.end_to_end]
 PROJECT = Path(__file__).parents[2]
@@ -41,7 +41,7 @@ def test_a_submitted_job_builds_what_the_command_builds(
     head: Head, tmp_path: Path, scenes_manifest: Callable[..., Path]
 ) -> None:
     pairs = scenes_manifest(2)
-    out, stranger_out, local = tmp_path / "job", tmp_path / "stranger", tmp_path / "local"
+    out, stranger_out, built = tmp_path / "job", tmp_path / "stranger", computed(pairs)
     stranger = {**head.environment, "RAY_AUTH_TOKEN_PATH": str(tmp_path / "none")}
     (tmp_path / "none").write_text("not-the-token-0123456789abcdef")
     refused = submit(head, stranger, "--pairs", str(pairs), "--out", str(stranger_out), *FAST)
@@ -53,8 +53,7 @@ def test_a_submitted_job_builds_what_the_command_builds(
     done = submit(head, head.environment, "--pairs", str(pairs), "--out", str(out), *FAST)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "14 chains" in done.stdout
-    run("build", "--pairs", str(pairs), "--out", str(local), *FAST)
-    assert tokens_of(out) == tokens_of(local)
+    assert tokens_of(out) == built
 
     # The short form, from a folder that is no checkout: checked here, then the same job with the package itself.
     def short(*arguments: str, code: int, **variables: str) -> str:
@@ -69,7 +68,7 @@ def test_a_submitted_job_builds_what_the_command_builds(
 
     build = ("build", "--pairs", str(pairs), "--out", str(tmp_path / "short"), *FAST)
     assert "14 chains" in short("--submission-id", "mine", *build, code=0)
-    assert tokens_of(tmp_path / "short") == tokens_of(local)
+    assert tokens_of(tmp_path / "short") == built
     assert "has a job of this --submission-id" in short("--submission-id", "mine", *build, code=2)
     assert "does not accept this token" in short(*build, code=2, RAY_AUTH_TOKEN_PATH=str(tmp_path / "none"))
     assert "lengths.0" in short("build", "--pairs", "p", "--out", "o", "--lengths", "99", code=2)

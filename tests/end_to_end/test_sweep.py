@@ -76,7 +76,7 @@ def test_a_sweep_killed_twice_repeats_nothing_and_loses_nothing(
         },
         "evaluate": {
             "split": "val", "manifest": write_manifest(pairs), "episodes": 3, "untuned": False,
-            "baselines": ["copy"], "batch": 4,
+            "baselines": ["copy"], "batch": 4, "actors": {"max": 1},
         },
         "concurrency": 2,
         "retries": 0,
