@@ -21,7 +21,7 @@ MODELS: dict[str, tuple[type[Section], dict[str, Any]]] = {
     "sweep": (SweepConfig, {"manifest": "pairs.parquet", "out": "sweep"}),
     "plan": (PlanConfig, {}),
 }
-"""Folder of configs/, or first word of a file in configs/paper/ -> the model such a file is of, and what it requires."""
+"""Folder of configs/, or first word of a file in configs/paper/ -> the model it is of, and what that requires."""
 
 
 def _load(*sets: str, file: Path | None = None, **options: Any) -> BuildConfig:

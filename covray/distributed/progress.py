@@ -133,11 +133,18 @@ class PoolProgress:
             if not rows:
                 self._console.print(f"{actors} actors at their first blocks" if actors else "starting actors")
                 continue
-            left = f", {(self._total - self._before - rows) / rate / 60:.0f} min left" if rate else ""
-            self._console.print(
-                f"{self._before + rows}/{self._total} {self._unit}, {actors} actors, {rate:.2f} {self._unit}/s, "
-                f"{rejected} rejected{left}"
-            )
+            said = [f"{self._before + rows}/{self._total} {self._unit}", f"{actors} actor{'s' if actors != 1 else ''}"]
+            said += [f"{rate:.2f} {self._unit}/s"] if rate else []
+            said += [f"{rejected} rejected"] if rejected else []
+            said += [time_left((self._total - self._before - rows) / rate)] if rate else []
+            self._console.print(", ".join(said), highlight=False, soft_wrap=True)
+
+
+def time_left(seconds: float) -> str:
+    """``seconds`` for a reader who waits for them."""
+    if seconds < 90:
+        return f"{seconds:.0f} s left"
+    return f"{seconds / 60:.0f} min left" if seconds < 5400 else f"{seconds / 3600:.1f} h left"
 
 
 def _rate(first: tuple[float, int] | None, rows: int) -> float:

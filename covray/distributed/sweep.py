@@ -34,6 +34,7 @@ from covray.config import SweepConfig, load_config
 from covray.distributed.build import build
 from covray.distributed.evaluate import RESULTS, evaluate
 from covray.distributed.pool import absolute, one_line_errors, read_description, require_fresh
+from covray.distributed.progress import time_left
 from covray.distributed.session import ray_session
 from covray.distributed.tracking import Tracker, store_of
 from covray.distributed.train import train
@@ -390,9 +391,7 @@ class _Progress(tune.Callback):
                 counts.append(f"{number} {status}")
         if ended:
             seconds = (time.monotonic() - self._started) / ended
-            counts.append(
-                f"{seconds / 60:.1f} min a trial, {seconds * (total - self._before - ended) / 60:.0f} min left"
-            )
+            counts.append(f"{seconds / 60:.1f} min a trial, {time_left(seconds * (total - self._before - ended))}")
         text = "trials: " + ", ".join(counts)
         self._progress.update(self._task, completed=min(total, self._before + ended), description=text)
         if not sys.stderr.isatty() and time.monotonic() > self._line_due:

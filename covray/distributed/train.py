@@ -36,6 +36,7 @@ from covray import storage
 from covray.config import TrainConfig
 from covray.distributed.board import Board
 from covray.distributed.pool import on
+from covray.distributed.progress import time_left
 from covray.distributed.session import here, ray_session
 from covray.distributed.tracking import Tracker
 from covray.errors import ConfigError, CovrayError
@@ -421,7 +422,7 @@ class _Follower:
             self._watch(record)
 
     def _show(self, record: dict[str, Any]) -> None:
-        left = f"{record['seconds'] * (record['steps'] - record['step']) / 60:.0f} min left"
+        left = time_left(record["seconds"] * (record["steps"] - record["step"]))
         text = f"loss {record['loss']:.3f}{self._checked}, {record['tokens_per_s']:.0f} tokens/s"
         self._bar.show(record["step"], record["steps"], text)
         if not sys.stderr.isatty() and time.monotonic() > self._line_due:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from covray.distributed.progress import Tally
+from covray.distributed.progress import Tally, time_left
 
 
 def test_an_actor_that_never_waits_is_busy_all_the_time() -> None:
@@ -56,3 +56,10 @@ def test_the_time_until_an_actor_computes_at_full_speed_is_told_from_its_rows() 
     assert usage["row_s"] == pytest.approx(1)
     assert usage["load_s"] == pytest.approx((42 + 50) / 2)
     assert usage["last_block_s"] == pytest.approx(62)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0.2, "0 s left"), (89, "89 s left"), (100, "2 min left"), (7200, "2.0 h left")]
+)
+def test_what_is_left_is_said_in_the_unit_one_waits_in(seconds: float, said: str) -> None:
+    assert time_left(seconds) == said
