@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from covray.errors import ConfigError, WeightsError
+from covray.errors import ConfigError, WeightsError, one_line
 
 Shape = tuple[int, ...]
 # What PyTorch's reader, plain Python for the most part, raises on damaged files.
@@ -127,11 +127,6 @@ def new_folder(out: Path) -> Iterator[Path]:
         os.replace(aside, out)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-
-
-def one_line(error: BaseException) -> str:
-    """What an exception says, on one line of at most 200 characters."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:

@@ -30,3 +30,10 @@ class PairError(Exception):
     def __init__(self, reason: str, detail: str):
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, on one line of at most 200 characters; of an OSError what went wrong, not where."""
+    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    text = " ".join(str(said).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."

@@ -32,7 +32,7 @@ from covray.config import (
     TrainConfig,
 )
 from covray.diffusion.prior import resolve_device
-from covray.errors import ConfigError, DatasetError, PairError, WeightsError
+from covray.errors import ConfigError, DatasetError, PairError, WeightsError, one_line
 from covray.images import decode, encode_png, resize, square
 from covray.lvm.adapter import WEIGHTS_FILE, load_adapter_tensors, read_adapter, read_run
 from covray.lvm.backbone import BackboneFacts, backbone_facts, load_backbone
@@ -147,7 +147,7 @@ def _picture(option: str, path: str) -> NDArray[np.uint8]:
     except FileNotFoundError as error:
         raise ConfigError(f"{option} {path}: is not there; give a picture file") from error
     except OSError as error:
-        raise ConfigError(f"{option} {path}: cannot be read ({_line(error)}); give a picture file") from error
+        raise ConfigError(f"{option} {path}: cannot be read ({one_line(error)}); give a picture file") from error
     except PairError as error:
         raise ConfigError(f"{option} {path}: {error}; give another picture") from error
 
@@ -197,7 +197,7 @@ def _resolve(config: GenerateConfig) -> tuple[GenerateConfig, dict[str, str] | N
             if config.tokenizer is None:
                 raise ConfigError(
                     f"--tokenizer: {config.adapter} was trained on {trained.data}, which does not say by which "
-                    f"tokenizer ({_line(error)}); give it, and --prior"
+                    f"tokenizer ({one_line(error)}); give it, and --prior"
                 ) from error
             built = BuildConfig(pairs="", out="")
         update |= {"prior": built.prior, "tokenizer": built.tokenizer, "fit": built.fit}
@@ -323,7 +323,7 @@ def _write(path: str, data: bytes) -> None:
     try:
         storage.write_bytes(path, data)
     except OSError as error:
-        raise ConfigError(f"--out: {path} cannot be written ({_line(error)}); give another folder") from error
+        raise ConfigError(f"--out: {path} cannot be written ({one_line(error)}); give another folder") from error
 
 
 def _file_hash(path: str) -> str:
@@ -332,9 +332,3 @@ def _file_hash(path: str) -> str:
 
 def _name(backbone: BackboneConfig) -> str:
     return backbone.path or backbone.scale
-
-
-def _line(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split())[:200] or type(error).__name__

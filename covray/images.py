@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
 from covray import storage
-from covray.errors import ConfigError, PairError
+from covray.errors import ConfigError, PairError, one_line
 
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM")
 """What is decoded. Nothing that runs a program (EPS), draws (PDF, SVG) or fetches."""
@@ -139,7 +139,7 @@ def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
             image.load()
             yield image
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise PairError("too_large", _line(error)) from error
+        raise PairError("too_large", one_line(error)) from error
     except MemoryError as error:
         raise PairError("too_large", "does not fit into memory") from error
     except Image.UnidentifiedImageError as error:
@@ -208,7 +208,7 @@ def _fetch(uri: str, root: str | None) -> bytes:
     except FileNotFoundError as error:
         raise PairError("missing", f"{_show(uri)} is not below the root") from error
     except (OSError, ValueError, pa.ArrowException, ConfigError) as error:  # ValueError: a NUL in the path
-        raise PairError("unreadable", f"{_show(uri)}: {_line(error)}") from error
+        raise PairError("unreadable", f"{_show(uri)}: {one_line(error)}") from error
 
 
 def _fetch_local(uri: str, root: str) -> bytes:
@@ -296,15 +296,10 @@ def _broken(data: bytes, error: BaseException) -> PairError:
     short_webp = data.startswith(b"RIFF") and number + 8 > len(data)  # the length of what follows
     short_tiff = data.startswith((b"II*\0", b"MM\0*")) and number >= len(data)  # where the directory lies
     cut = short_webp or short_tiff or isinstance(error, EOFError) or "truncated" in str(error).lower()
-    return PairError("truncated" if cut else "damaged", _line(error))
+    return PairError("truncated" if cut else "damaged", one_line(error))
 
 
 def _show(uri: str | None) -> str:
     """A URI for a message: on one line, and not endless."""
     text = repr(uri)
-    return text if len(text) <= 200 else text[:197] + "..."
-
-
-def _line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:197] + "..."

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import fs
 
-from covray.errors import ConfigError
+from covray.errors import ConfigError, one_line
 
 
 def resolve(path: str) -> tuple[fs.FileSystem, str]:
@@ -21,7 +21,7 @@ def resolve(path: str) -> tuple[fs.FileSystem, str]:
     try:
         filesystem, inner = fs.FileSystem.from_uri(path)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
-        raise ConfigError(f"{path}: no such storage: {_first_line(error)}") from error
+        raise ConfigError(f"{path}: no such storage: {one_line(error)}") from error
     return filesystem, inner
 
 
@@ -87,7 +87,3 @@ def read_json(path: str) -> Any:
 def write_json(path: str, value: Any) -> None:
     """Write ``value`` as indented JSON, whole or not at all."""
     write_bytes(path, (json.dumps(value, indent=2, sort_keys=False) + "\n").encode())
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

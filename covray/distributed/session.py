@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from covray.errors import ConfigError
+from covray.errors import ConfigError, one_line
 
 READING_CPUS = 2
 """Logical CPUs beyond the cores of a Ray of our own: reading, checking and writing mostly wait for the disk, and a
@@ -43,7 +43,8 @@ def ray_session() -> Iterator[int]:
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise ConfigError(
-                f"RAY_ADDRESS={address}: no Ray cluster answers there ({_line(error)}); start it, or unset RAY_ADDRESS"
+                f"RAY_ADDRESS={address}: no Ray cluster answers there ({one_line(error)}); start it, or unset "
+                "RAY_ADDRESS"
             ) from error
         cores = int(ray.cluster_resources().get("CPU", 0))
     else:
@@ -53,7 +54,7 @@ def ray_session() -> Iterator[int]:
                 _start(cores)
         except Exception as error:  # what Ray raises when a process of its own is late is of no narrower kind
             raise ConfigError(
-                f"Ray did not start on this machine ({_line(error)}); it may be too busy, or out of memory: run the "
+                f"Ray did not start on this machine ({one_line(error)}); it may be too busy, or out of memory: run the "
                 "same command again"
             ) from error
     try:
@@ -98,8 +99,3 @@ def _without_backend_greeting() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(nowhere)
-
-
-def _line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -27,9 +27,9 @@ from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig
 
 from covray import storage
-from covray.checkpoints import one_line, weight_files
+from covray.checkpoints import weight_files
 from covray.config import BackboneConfig, LoraConfig
-from covray.errors import ConfigError, DatasetError, WeightsError
+from covray.errors import ConfigError, DatasetError, WeightsError, one_line
 from covray.lvm.model import Lora, Lvm
 from covray.lvm.scales import SPECIAL_IDS, llama_config
 from covray.tokens.shards import ChainDataset

@@ -23,7 +23,6 @@ from transformers import LlamaConfig
 from covray.checkpoints import (
     Shape,
     new_folder,
-    one_line,
     read_tensors,
     require_finite,
     require_new,
@@ -31,7 +30,7 @@ from covray.checkpoints import (
     weight_files,
 )
 from covray.config import EngineConfig, TokenizerConfig
-from covray.errors import ConfigError, WeightsError
+from covray.errors import ConfigError, WeightsError, one_line
 from covray.lvm.backbone import BackboneFacts, checked_llama, read_about, read_config, weightless_facts, write_backbone
 from covray.lvm.model import Lvm
 from covray.lvm.scales import SCALES, llama_config, parameters

@@ -31,7 +31,7 @@ from pyarrow import fs
 
 from covray import storage
 from covray.config import Task
-from covray.errors import ConfigError, ManifestError
+from covray.errors import ConfigError, ManifestError, one_line
 from covray.images import Picture, picture_identity
 
 __all__ = [
@@ -402,7 +402,7 @@ def _parsed(where: str, text: str | bytes) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ManifestError(f"{where}: not valid JSON: {_line(error)}") from error
+        raise ManifestError(f"{where}: not valid JSON: {one_line(error)}") from error
 
 
 def _manifest_files(path: str) -> tuple[list[str], fs.FileSystem]:
@@ -498,7 +498,9 @@ def _writing(path: str) -> Iterator[None]:
     try:
         yield
     except (OSError, pa.ArrowException, ConfigError) as error:
-        raise ManifestError(f"{path}: cannot be written: {_line(error)}; give a path with room that you own") from error
+        raise ManifestError(
+            f"{path}: cannot be written: {one_line(error)}; give a path with room that you own"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -508,11 +510,6 @@ def _reading(path: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise ManifestError(f"{path}: no such file") from error
     except pa.ArrowInvalid as error:
-        raise ManifestError(f"{path}: is not a Parquet file, or a damaged one: {_line(error)}") from error
+        raise ManifestError(f"{path}: is not a Parquet file, or a damaged one: {one_line(error)}") from error
     except (OSError, UnicodeEncodeError, pa.ArrowException, ConfigError) as error:  # Unicode: pyarrow wants UTF-8 paths
-        raise ManifestError(f"{path}: cannot be read: {_line(error)}") from error
-
-
-def _line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."
+        raise ManifestError(f"{path}: cannot be read: {one_line(error)}") from error

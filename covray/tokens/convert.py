@@ -28,14 +28,13 @@ from covray import storage
 from covray.checkpoints import (
     Shape,
     new_folder,
-    one_line,
     read_tensors,
     require_finite,
     require_new,
     require_tensors,
     weight_files,
 )
-from covray.errors import ConfigError, WeightsError
+from covray.errors import ConfigError, WeightsError, one_line
 from covray.tokens.tokenizer import ABOUT_FILE, MAX_CODES, WEIGHTS_FILE
 
 M = TypeVar("M", bound=BaseModel)

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from covray import storage
-from covray.errors import ConfigError, DatasetError
+from covray.errors import ConfigError, DatasetError, one_line
 
 QUALITY = ("source_noise_rms", "label_noise_rms", "source_psnr", "label_psnr", "diffusion_path", "linear_path")
 """Figures of a row: ``*_noise_rms`` is |z_T|/sqrt(d), expected 1; ``*_psnr`` the round trip of an end in dB, null where
@@ -285,7 +285,7 @@ class ChainDataset:
         except _UNREADABLE as error:
             if self.audit is not None:
                 raise DatasetError(
-                    f"{self.path}/{name}: cannot be read ({_first_line(error)}); delete it and _audit.json, "
+                    f"{self.path}/{name}: cannot be read ({one_line(error)}); delete it and _audit.json, "
                     "and run the same covray build again"
                 ) from error
             if name not in self.unreadable:
@@ -325,7 +325,7 @@ def _read_description(path: str, name: str) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
-        raise DatasetError(f"{path}/{name}: cannot be read: {_first_line(error)}") from error
+        raise DatasetError(f"{path}/{name}: cannot be read: {one_line(error)}") from error
     version = description.get("version") if isinstance(description, dict) else None
     if version != 1:
         raise DatasetError(f"{path}/{name}: is of version {version}, not 1; use the covray that wrote it")
@@ -366,7 +366,3 @@ def _list_slices(column: pa.Array) -> list[slice | None]:
 
 def _rounded(alphas: Iterable[float]) -> str:
     return ", ".join(f"{alpha:.4g}" for alpha in sorted(alphas)) or "none"
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

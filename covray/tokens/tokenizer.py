@@ -16,9 +16,8 @@ import torch
 from diffusers import VQModel
 from safetensors import SafetensorError
 
-from covray.checkpoints import one_line
 from covray.config import EngineConfig, TokenizerConfig
-from covray.errors import ConfigError, DatasetError, WeightsError
+from covray.errors import ConfigError, DatasetError, WeightsError, one_line
 from covray.tokens.shards import ChainDataset
 from covray.weights import fingerprint_folder, require_files, resolve_folder
 
