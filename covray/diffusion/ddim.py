@@ -17,6 +17,9 @@ from diffusers import DDIMScheduler
 from covray.errors import ConfigError, WeightsError
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
+_PNDM = {"clip_sample": False, "set_alpha_to_one": False}
+"""What PNDMScheduler, which Stable Diffusion's repositories name, means by absent keys where DDIMScheduler does not:
+it never clips."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,8 @@ def make_schedule(config: dict[str, Any], steps: int) -> Schedule:
     Raises WeightsError for a configuration that asks for what is not implemented, and ConfigError for a number of steps
     that does not divide the training steps (diffusers would silently stop short of the last timesteps).
     """
+    if config.get("_class_name") == "PNDMScheduler":
+        config = _PNDM | config
     _refuse_unknown(config)
     try:
         scheduler = DDIMScheduler.from_config(config)

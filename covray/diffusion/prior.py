@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
@@ -24,6 +25,9 @@ from covray.weights import fingerprint_folder, require_files, resolve_folder
 CPU_BATCH = 32
 GPU_BATCHES = (8, 16, 32, 64, 128, 256)
 CONTEXT_FILE = "empty_prompt.safetensors"
+PROBE_LATENTS = 16
+"""Side of the latents of pictures that only probe: 128 px for Stable Diffusion."""
+LATENT_STD = (0.4, 2.5)
 
 
 def _model_patterns(room: str, stem: str) -> tuple[str, ...]:
@@ -194,12 +198,23 @@ def cache_context(unet: UNet2DConditionModel, context: torch.Tensor) -> None:
 
 
 def verify_prior(prior: Prior, where: str | Path = "prior") -> None:
-    """Check that the network is what its scheduler says: an epsilon network run as a v network (or the reverse)
-    collapses without an error.
+    """Check that the weights are what the configuration says: the prediction type and the VAE's scaling factor. With
+    a wrong one everything runs, and the frames are noise. Raises WeightsError."""
+    probed, slope = probe_prediction(prior, where)
+    if probed != prior.prediction_type:
+        raise WeightsError(
+            f"{where}: scheduler_config.json says prediction_type {prior.prediction_type}, but the UNet answers noise "
+            f"like {probed} (slope {slope:.2f}); take the scheduler that belongs to these weights"
+        )
+    verify_scale(prior, where)
+
+
+def probe_prediction(prior: Prior, where: str | Path = "prior") -> tuple[str, float]:
+    """What the UNet predicts, ``epsilon`` or ``v_prediction``, by its answer to noise; and the slope of that answer.
 
     At the last training timestep a latent is nearly all noise, so a network that predicts the noise answers its input
     (slope near 1), and one that predicts v answers nearly minus the picture (slope near 0, Salimans & Ho 2022).
-    Raises WeightsError.
+    Raises WeightsError for an answer that is not finite.
     """
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn((4, *prior.latent_shape), generator=generator).to(prior.device)
@@ -209,12 +224,37 @@ def verify_prior(prior: Prior, where: str | Path = "prior") -> None:
     if not bool(output.isfinite().all()):
         raise WeightsError(f"{where}: the UNet answers Gaussian noise with values that are not finite")
     slope = float((output * noise).sum() / noise.square().sum())
-    probed = "epsilon" if slope > 0.5 else "v_prediction"
-    if probed != prior.prediction_type:
+    return ("epsilon" if slope > 0.5 else "v_prediction"), slope
+
+
+def verify_scale(prior: Prior, where: str | Path = "prior") -> None:
+    """Check that the scaling factor brings the VAE's latents near unit variance, as the UNet expects them.
+
+    Bounds are wide, since the pictures are but two: they tell a factor that is absent or of another family of VAEs (a
+    Stable Diffusion's is 0.18215), not one that is a little off. Raises WeightsError.
+    """
+    side = PROBE_LATENTS * (prior.size_px // prior.latent_shape[-1])
+    deviation = float(prior.encode(torch.from_numpy(probe_pictures(side))).std())
+    if not LATENT_STD[0] <= deviation <= LATENT_STD[1]:  # nan is in no bounds either
+        factor = prior.vae.config.scaling_factor
         raise WeightsError(
-            f"{where}: scheduler_config.json says prediction_type {prior.prediction_type}, but the UNet answers noise "
-            f"like {probed} (slope {slope:.2f}); take the scheduler that belongs to these weights"
+            f"{where}: with scaling_factor {factor:g} the VAE's latents have a standard deviation of {deviation:.2f}, "
+            "not near 1; take the vae/config.json that belongs to these weights"
         )
+
+
+def probe_pictures(size_px: int) -> np.ndarray:
+    """Two pictures, uint8 [2, size_px, size_px, 3]: shades, edges and texture as in a photo, and a label's flat areas.
+
+    Whole numbers only, so that they are the same to the bit everywhere.
+    """
+    y, x = np.mgrid[:size_px, :size_px] * 256 // size_px
+    disc = ((x - 96) ** 2 + (y - 112) ** 2 < 64**2)[..., None]
+    checks = ((x // 16 + y // 16) % 2 * (x > 144))[..., None] > 0
+    shades = np.stack([x, (x + y) // 2, 255 - y], axis=-1)
+    photo = np.where(disc, 255 - shades, np.where(checks, (60, 40, 20), shades))
+    label = np.where(disc, (220, 20, 60), np.where(x[..., None] > 144, (244, 232, 32), (32, 96, 160)))
+    return np.stack([photo, label]).astype(np.uint8)
 
 
 def propose_batch(prior: Prior) -> int:
@@ -284,12 +324,16 @@ def _load_model(model_class: Any, folder: Path, device: torch.device, dtype: tor
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
         line = " ".join(str(error).split())[:300]
         raise WeightsError(f"{folder}: cannot be loaded as {model_class.__name__}: {line}") from error
-    # diffusers fills a missing tensor with random numbers and only warns.
-    wrong: Sequence[str] = sorted(report["missing_keys"])
-    if wrong:
-        raise WeightsError(f"{folder}: {len(wrong)} tensors are missing, {wrong[0]} among them; fetch the folder again")
+    _require_whole(folder, report)
     # channels_last: 4% less time a step on a CPU at batch 32, and what tensor cores want on a GPU.
     return model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+
+
+def _require_whole(folder: Path, report: Mapping[str, Collection[str]]) -> None:
+    # diffusers and transformers fill a missing tensor with random numbers and only warn.
+    wrong = sorted(report["missing_keys"])
+    if wrong:
+        raise WeightsError(f"{folder}: {len(wrong)} tensors are missing, {wrong[0]} among them; fetch the folder again")
 
 
 def _load_context(folder: Path) -> torch.Tensor:
@@ -313,15 +357,20 @@ def _encode_empty_prompt(folder: Path) -> torch.Tensor:
 
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        encoder = CLIPTextModel.from_pretrained(
-            folder / "text_encoder", use_safetensors=True, dtype=torch.float32, local_files_only=True
-        ).eval()
+        encoder, report = CLIPTextModel.from_pretrained(
+            folder / "text_encoder",
+            use_safetensors=True,
+            dtype=torch.float32,
+            local_files_only=True,
+            output_loading_info=True,
+        )
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
         line = " ".join(str(error).split())[:300]
         raise WeightsError(f"{folder}: the text encoder cannot be loaded: {line}") from error
+    _require_whole(folder / "text_encoder", report)
     length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
     ids = tokenizer("", padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
-    context: torch.Tensor = encoder(ids).last_hidden_state
+    context: torch.Tensor = encoder.eval()(ids).last_hidden_state
     return context
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMInverseScheduler, DDIMScheduler
+from diffusers import DDIMInverseScheduler, DDIMScheduler, PNDMScheduler
 
 from covray.diffusion.ddim import make_schedule, slerp
 from covray.errors import ConfigError, WeightsError
@@ -58,6 +58,25 @@ def test_denoising_undoes_inversion_under_one_noise() -> None:
     for k in reversed(range(50)):
         latents = schedule.step(latents, noise, torch.tensor([k]), torch.tensor([0]))
     torch.testing.assert_close(latents, picture, rtol=1e-4, atol=1e-4)
+
+
+def test_absent_keys_of_pndm_mean_what_pndm_means() -> None:
+    """Stable Diffusion's repositories name PNDMScheduler, which never clips and ends at the first training step."""
+    stated = make_schedule(STABLE_DIFFUSION, 50)
+    pndm = {key: STABLE_DIFFUSION[key] for key in ("beta_start", "beta_end", "beta_schedule", "steps_offset")}
+    pndm |= {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "trained_betas": None}
+    theirs = PNDMScheduler.from_config(pndm)
+    theirs.set_timesteps(50)
+    for config in (pndm, pndm | {"clip_sample": False, "set_alpha_to_one": False}):
+        schedule = make_schedule(config, 50)
+        assert set(schedule.timesteps.tolist()) == set(theirs.timesteps.tolist())
+        assert torch.equal(schedule.latent_scale, stated.latent_scale)
+        assert torch.equal(schedule.output_scale, stated.output_scale)
+        # The first step ends at the signal that PNDM ends at, not at the picture itself.
+        end, start = theirs.final_alpha_cumprod, theirs.alphas_cumprod[1]
+        torch.testing.assert_close(schedule.latent_scale[0, 0], (end / start).sqrt())
+    with pytest.raises(WeightsError, match="clip_sample is absent"):
+        make_schedule(pndm | {"_class_name": "DDIMScheduler"}, 50)
 
 
 @pytest.mark.parametrize(

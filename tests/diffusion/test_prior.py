@@ -17,10 +17,12 @@ from covray.diffusion.prior import (
     Prior,
     fingerprint_prior,
     load_prior,
+    probe_pictures,
     propose_batch,
     resolve_device,
     smallest_good_batch,
     verify_prior,
+    verify_scale,
 )
 from covray.errors import ConfigError, WeightsError
 
@@ -103,14 +105,15 @@ def test_decoding_reports_what_is_not_finite(prior_folder: Path) -> None:
     assert prior.decode(latents)[1].tolist() == [True, False]
 
 
-def test_the_empty_prompt_comes_from_the_text_encoder(prior_folder: Path) -> None:
+def write_text_encoder(prior_folder: Path, pad_token: str) -> CLIPTextModel:
+    """Tokenizer and text encoder of four words in place of the embedding: 0 is "!", 2 begins, 3 ends."""
     (prior_folder / "empty_prompt.safetensors").unlink()
     tokenizer = prior_folder / "tokenizer"
     tokenizer.mkdir()
     words = {"!": 0, "!</w>": 1, "<|startoftext|>": 2, "<|endoftext|>": 3}
     (tokenizer / "vocab.json").write_text(json.dumps(words))
     (tokenizer / "merges.txt").write_text("#version: 0.2\n")
-    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "!"}
+    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": pad_token}
     settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 6, "unk_token": "<|endoftext|>"}
     (tokenizer / "tokenizer_config.json").write_text(json.dumps(settings | special))
     with torch.random.fork_rng():
@@ -128,10 +131,53 @@ def test_the_empty_prompt_comes_from_the_text_encoder(prior_folder: Path) -> Non
         )
         encoder = CLIPTextModel(config).eval()
     encoder.save_pretrained(prior_folder / "text_encoder")
-    prior = load(prior_folder)
-    with torch.inference_mode():
-        expected = encoder(torch.tensor([[2, 3, 0, 0, 0, 0]])).last_hidden_state
-    torch.testing.assert_close(prior.context, expected)
+    return encoder
+
+
+@torch.inference_mode()
+def test_the_empty_prompt_comes_from_the_text_encoder(prior_folder: Path) -> None:
+    encoder = write_text_encoder(prior_folder, "!")
+    expected = encoder(torch.tensor([[2, 3, 0, 0, 0, 0]])).last_hidden_state
+    torch.testing.assert_close(load(prior_folder).context, expected)
+    file = prior_folder / "text_encoder" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors[next(name for name in tensors if name.endswith("fc1.weight"))]
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(WeightsError, match=r"text_encoder.*fc1\.weight"):
+        load(prior_folder)
+
+
+@torch.inference_mode()
+def test_a_folder_like_stable_diffusion_1_5_loads(prior_folder: Path) -> None:
+    """Written by libraries of years ago, with more rooms: padded with the end, no scaling factor, PNDM, old names."""
+    new = load(prior_folder)
+    encoder = write_text_encoder(prior_folder, "<|endoftext|>")
+    file = prior_folder / "text_encoder" / "model.safetensors"
+    tensors = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in load_file(file).items()}
+    save_file(tensors | {"text_model.embeddings.position_ids": torch.arange(6)[None]}, file, {"format": "pt"})
+    for room in ("safety_checker", "feature_extractor"):
+        (prior_folder / room).mkdir()
+        (prior_folder / room / "config.json").write_text("{}")
+    scheduler = {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "steps_offset": 1, "trained_betas": None}
+    scheduler |= {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    (prior_folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    file = prior_folder / "vae" / "config.json"
+    keys = ("block_out_channels", "down_block_types", "up_block_types", "latent_channels", "norm_num_groups")
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({key: config[key] for key in keys}))
+    file = prior_folder / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    for name, of_old in {"to_q.": "query.", "to_k.": "key.", "to_v.": "value.", "to_out.0.": "proj_attn."}.items():
+        tensors = {key.replace(name, of_old): tensor for key, tensor in tensors.items()}
+    assert tensors.keys() != load_file(file).keys()
+    save_file(tensors, file, {"format": "pt"})
+
+    old = load(prior_folder)
+    expected = encoder(torch.tensor([[2, 3, 3, 3, 3, 3]])).last_hidden_state
+    torch.testing.assert_close(old.context, expected)
+    assert torch.equal(old.schedule.latent_scale, new.schedule.latent_scale)
+    images = torch.from_numpy(probe_pictures(32))
+    torch.testing.assert_close(old.encode(images) / 0.18215, new.encode(images) / 6.0)
 
 
 @pytest.mark.parametrize(
@@ -214,6 +260,36 @@ def test_the_probe_tells_epsilon_from_v(priors: Callable[[str], Prior], slope: f
 def test_the_probe_finds_what_is_not_finite(priors: Callable[[str], Prior]) -> None:
     with pytest.raises(WeightsError, match="not finite"):
         verify_prior(replace(priors("epsilon"), unet=Answer(float("nan"))))
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.0 / 6.0, 60.0, 0.0])
+def test_a_scaling_factor_of_other_weights_is_refused(prior_folder: Path, factor: float) -> None:
+    edit(prior_folder / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
+    load_prior(PriorConfig(path=str(prior_folder), steps=5), CPU)
+    edit(prior_folder / "vae" / "config.json", scaling_factor=factor)
+    with pytest.raises(WeightsError, match=f"scaling_factor {factor:g}.*vae/config.json") as raised:
+        load_prior(PriorConfig(path=str(prior_folder), steps=5), CPU)
+    assert "\n" not in str(raised.value)
+
+
+def test_an_absent_scaling_factor_is_stable_diffusions(prior_folder: Path) -> None:
+    file = prior_folder / "vae" / "config.json"
+    config = json.loads(file.read_text())
+    del config["scaling_factor"]
+    file.write_text(json.dumps(config))
+    prior = load(prior_folder)
+    assert prior.vae.config.scaling_factor == 0.18215
+    with pytest.raises(WeightsError, match=r"scaling_factor 0\.18215"):
+        verify_scale(prior)
+
+
+def test_probe_pictures_are_neither_flat_nor_alike() -> None:
+    for size in (32, 128):
+        images = probe_pictures(size)
+        assert images.shape == (2, size, size, 3)
+        assert images.astype(float).std(axis=(1, 2)).min() > 20
+        assert len(np.unique(images[0].reshape(-1, 3), axis=0)) > size * 4
+        assert len(np.unique(images[1].reshape(-1, 3), axis=0)) == 3
 
 
 def test_loading_verifies_unless_told_otherwise(prior_folder: Path) -> None:
