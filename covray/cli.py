@@ -565,6 +565,67 @@ def convert_a_backbone(
         _print(convert_backbone(source, out, heads, tokenizer), json_)
 
 
+@convert_app.command("prior")
+def convert_a_prior(
+    source: Annotated[str, typer.Argument(help="Stable Diffusion 1 or 2 in one .safetensors file.")],
+    out: Out,
+    like: Annotated[str | None, typer.Option(help="Diffusers folder with its configs, if it is another.")] = None,
+    json_: Json = False,
+) -> None:
+    """A single-file Stable Diffusion becomes a diffusers folder with the empty prompt in it, for --prior."""
+    with _quiet_libraries():
+        from covray.diffusion.convert import convert_prior
+
+        _print(convert_prior(source, out, like), json_)
+
+
+# --- fetch ---------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def fetch(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Without it: list what there is.")] = None,
+    out: Annotated[str | None, typer.Option("--out", help="Folder; by default models/NAME or data/NAME.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of the hub's repository.")] = None,
+    hub_id: Annotated[str | None, typer.Option("--id", help="Another repository of the hub, such as a mirror.")] = None,
+    json_: Json = False,
+) -> None:
+    """Download weights or a dataset by name, checked by SHA-256. The same command continues, verifies and mends."""
+    with _quiet_libraries():
+        from covray.fetching.fetch import fetch as fetch_artefact
+        from covray.fetching.fetch import list_artefacts
+
+        if name is None:
+            _print_artefacts(list_artefacts(), json_)
+            return
+        result = fetch_artefact(name, out, revision, hub_id)
+    if json_:
+        print(json.dumps(result))
+        return
+    shown = {key: result[key] for key in ("folder", "origin", "revision", "next") if result[key] is not None}
+    if "files" in result:
+        shown["files"] = (
+            f"{result['files']:,}, {result['bytes']:,} bytes, of which {len(result['fetched']):,} fetched now"
+        )
+    if result["damaged"]:
+        shown["mended"] = result["damaged"]
+    if "self_test" in result:
+        difference = result["self_test"]["difference"]
+        compared = "nothing is recorded for it" if difference is None else f"as recorded (differs by {difference:.2g})"
+        shown["self_test"] = f"{compared}, fingerprint {result['self_test']['fingerprint']}"
+    _print(shown, False)
+
+
+def _print_artefacts(artefacts: list[dict[str, Any]], json_: bool) -> None:
+    if json_:
+        print(json.dumps(artefacts))
+        return
+    table = Table("name", "kind", "licence", "size", "", box=None, pad_edge=False)
+    for artefact in artefacts:
+        table.add_row(*(artefact[key] for key in ("name", "kind", "licence", "size", "state")))
+    console.print(table, highlight=False)
+
+
 # --- generate ------------------------------------------------------------------------------------------------------
 
 

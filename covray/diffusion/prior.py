@@ -28,6 +28,7 @@ CONTEXT_FILE = "empty_prompt.safetensors"
 PROBE_LATENTS = 16
 """Side of the latents of pictures that only probe: 128 px for Stable Diffusion."""
 LATENT_STD = (0.4, 2.5)
+"""Bounds for latents of the probe pictures: nano's have 1.06; a Stable Diffusion's without its factor, about 5.5."""
 
 
 def _model_patterns(room: str, stem: str) -> tuple[str, ...]:
@@ -141,14 +142,17 @@ def load_prior(config: PriorConfig, engine: EngineConfig, *, verify: bool = True
     folder = resolve_folder(config.path, config.revision, "prior", (*NETWORK_PATTERNS, CONTEXT_FILE, *TEXT_PATTERNS))
     require_prior_files(folder)
     device, dtype = resolve_device(engine)
-    schedule = make_schedule(_read_scheduler(folder / "scheduler" / "scheduler_config.json"), config.steps)
+    schedule = make_schedule(read_config(folder / "scheduler" / "scheduler_config.json"), config.steps)
     unet = _load_model(UNet2DConditionModel, folder / "unet", device, dtype)
     vae = _load_model(AutoencoderKL, folder / "vae", device, dtype)
     context = _load_context(folder).to(device, dtype)
     _require_agreement(folder, unet, vae, context)
 
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    size_px = config.size_px or unet.config.sample_size * factor
+    sample_size = unet.config.sample_size
+    if config.size_px is None and not isinstance(sample_size, int):
+        raise ConfigError(f"prior.size_px: {folder}/unet/config.json has sample_size {sample_size}, no side; give one")
+    size_px = config.size_px or sample_size * factor
     if size_px % factor:
         raise ConfigError(f"prior.size_px: {size_px} is not a multiple of {factor}, the downsampling of {folder}/vae")
     cache_context(unet, context)
@@ -306,10 +310,11 @@ def require_prior_files(folder: Path) -> None:
     require_files(folder, required)
 
 
-def _read_scheduler(file: Path) -> dict[str, Any]:
+def read_config(file: Path) -> dict[str, Any]:
+    """The keys and values of a JSON file. Raises WeightsError for a file that is none."""
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise WeightsError(f"{file}: not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise WeightsError(f"{file}: holds {type(config).__name__}, not keys and values")

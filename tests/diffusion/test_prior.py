@@ -229,6 +229,14 @@ def test_a_size_the_vae_cannot_make_is_refused(prior_folder: Path) -> None:
         load_prior(PriorConfig.model_construct(path=str(prior_folder), revision=None, size_px=42, steps=5), CPU)
 
 
+@pytest.mark.parametrize("stated", [None, [8, 12]])
+def test_a_unet_that_states_no_side_wants_one(prior_folder: Path, stated: list[int] | None) -> None:
+    edit(prior_folder / "unet" / "config.json", sample_size=stated)
+    with pytest.raises(ConfigError, match=r"prior\.size_px.*sample_size"):
+        load(prior_folder)
+    assert load(prior_folder, size_px=64).latent_shape == (4, 16, 16)
+
+
 def test_a_clipping_scheduler_is_refused(prior_folder: Path) -> None:
     edit(prior_folder / "scheduler" / "scheduler_config.json", clip_sample=True)
     with pytest.raises(WeightsError, match="clip_sample is True"):
