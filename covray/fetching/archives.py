@@ -1,0 +1,156 @@
+"""Archives: every member is looked at before the first is written, and nothing is written outside the folder."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import gzip
+import hashlib
+import lzma
+import os
+import stat
+import struct
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+from covray.fetching.manifest import Archive, FetchError, File, inner_path, one_line
+
+UNPACKED_RATIO = 20
+"""An archive may hold so many times its own bytes. What covray reads is pictures and JSON, which stay below 5."""
+UNPACKED_LEAST = 64 * 2**20
+"""But always so many."""
+_CHUNK = 2**20
+# What the readers of zip and tar raise on hostile files.
+_DAMAGED = (
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    gzip.BadGzipFile,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    LookupError,
+    ArithmeticError,
+)
+
+
+class Unpacking:
+    """An archive on its way into a folder: every member is looked at before the first is written."""
+
+    def __init__(self, folder: Path, archive: Archive, limit_bytes: int):
+        self.folder = folder
+        self.archive = archive
+        self.limit_bytes = limit_bytes
+        self.total_bytes = 0
+
+    def unpack(self, file: Path) -> dict[str, File]:
+        """The files written, by their paths below the folder. Raises FetchError for an archive that is damaged, leads
+        out of the folder, holds links or devices where files should be, is a bomb, or has nothing that is wanted."""
+        place = f"{self.archive.into}/" if self.archive.into else ""
+        try:
+            files = self._unpack(file, place, (*self.archive.members, *self.archive.inner))
+            for path in self.archive.inner:
+                if files.pop(path, None) is None:
+                    raise FetchError(f"{file}: has no {path} in it; give another archive")
+                files |= self._unpack(self.folder / path, path.rpartition("/")[0] + "/", self.archive.members)
+                (self.folder / path).unlink()
+        except _DAMAGED as error:
+            raise FetchError(f"{file}: cannot be unpacked ({one_line(error)}); remove it, and try again") from error
+        if not files:
+            raise FetchError(f"{file}: has no {' or '.join(self.archive.members)} in it; remove it")
+        return files
+
+    def _unpack(self, file: Path, place: str, patterns: Sequence[str]) -> dict[str, File]:
+        wanted: dict[str, _Member] = {}
+        with _opened(file, self.folder / place) as members:
+            for member in members:  # as they come: a bomb is not decompressed to its end
+                self._look(file, member)
+                path = place + PurePosixPath(member.name).as_posix()
+                if not member.is_folder and any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns):
+                    wanted[path] = member
+            for member in wanted.values():
+                if member.read is None:
+                    raise FetchError(f"{file}: {member.name} is a link, not a file; nothing was unpacked of it")
+            return {path: self._write(path, member) for path, member in wanted.items()}
+
+    def _look(self, file: Path, member: _Member) -> None:
+        try:
+            inner_path(member.name)
+        except ValueError as error:
+            raise FetchError(f"{file}: {one_line(error)}; nothing was unpacked of it, do not use it") from error
+        self.total_bytes += member.bytes
+        if self.total_bytes > self.limit_bytes:
+            raise FetchError(f"{file}: unpacks to more than {self.limit_bytes} bytes; nothing was unpacked of it")
+
+    def _write(self, path: str, member: _Member) -> File:
+        target = self.folder / path
+        if not target.parent.resolve().is_relative_to(self.folder.resolve()):
+            raise FetchError(f"{target}: leads out of {self.folder} by a link; remove the link, and try again")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = target.with_name(f"{target.name}.part")
+        aside.unlink(missing_ok=True)  # a link would be written through
+        sha256, size = hashlib.sha256(), 0
+        assert member.read is not None
+        with member.read() as stream, aside.open("xb") as out:
+            while chunk := stream.read(_CHUNK):
+                out.write(chunk)
+                sha256.update(chunk)
+                size += len(chunk)
+        os.replace(aside, target)
+        return File(bytes=size, sha256=sha256.hexdigest())
+
+
+@dataclass(frozen=True)
+class _Member:
+    """What an archive says of a member."""
+
+    name: str
+    bytes: int
+    is_folder: bool
+    read: Callable[[], IO[Any]] | None
+    """Opens it, where it is a regular file. What is read is no longer than ``bytes``."""
+
+
+@contextlib.contextmanager
+def _opened(file: Path, folder: Path) -> Iterator[Iterator[_Member]]:
+    """The members of a zip or tar. Raises FetchError for one that is a device, or a link out of ``folder``."""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as packed:
+            yield _zip_members(file, packed)
+    else:
+        with tarfile.open(file) as tar:
+            yield _tar_members(file, tar, folder)
+
+
+def _zip_members(file: Path, packed: zipfile.ZipFile) -> Iterator[_Member]:
+    for info in packed.infolist():
+        if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
+            raise FetchError(
+                f"{file}: {info.filename} is a link or a device; nothing was unpacked of it, do not use it"
+            )
+        yield _Member(info.filename, info.file_size, info.is_dir(), partial(packed.open, info))
+
+
+def _tar_members(file: Path, tar: tarfile.TarFile, folder: Path) -> Iterator[_Member]:
+    for member in tar:
+        try:
+            tarfile.data_filter(member, str(folder))
+        except tarfile.FilterError as error:
+            raise FetchError(f"{file}: {one_line(error)}; nothing was unpacked of it, do not use it") from error
+        # A link is not read, though it may lead to a member: it would bring bytes that were not counted.
+        read = partial(_extract, tar, member) if member.isreg() else None
+        yield _Member(member.name, member.size, member.isdir(), read)
+
+
+def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
+    stream = tar.extractfile(member)
+    assert stream is not None  # it is a regular file
+    return stream

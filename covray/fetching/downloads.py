@@ -1,0 +1,148 @@
+"""Downloads by HTTP that continue where they were cut, and what the hub's client raises, as one line."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from covray.fetching.manifest import FetchError, one_line
+
+_TRIES = 4
+"""Attempts in a row that bring no byte, after which a download is given up."""
+TIMEOUT_S = 30.0
+_CHUNK = 2**20
+
+
+class Unreachable(Exception):
+    """There is no network, or the other side does not answer."""
+
+
+@contextlib.contextmanager
+def hub_errors(hub_id: str, revision: str | None) -> Iterator[None]:
+    """What the hub's client raises, as one line; Unreachable where nobody answered."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        HTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        yield
+    except OfflineModeIsEnabled as error:
+        raise Unreachable("HF_HUB_OFFLINE is set") from error
+    except GatedRepoError as error:
+        raise FetchError(
+            f"{hub_id}: asks for its terms to be accepted; do so on its page, then hf auth login, or give --id of a "
+            "mirror"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise FetchError(f"{hub_id}: has no revision {revision}; give another --revision") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise FetchError(
+            f"{hub_id}: no such repository, or a private one; give --id of a mirror, or hf auth login"
+        ) from error
+    except HfHubHTTPError as error:
+        raise FetchError(f"{hub_id}: the hub answers {error.response.status_code}; try again later") from error
+    except (HTTPError, LocalEntryNotFoundError) as error:
+        raise Unreachable(f"the hub cannot be reached ({one_line(error)})") from error
+
+
+def is_offline() -> bool:
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_OFFLINE
+
+
+def download(url: str, file: Path) -> None:
+    """Download ``url`` to ``file``, by way of ``.part``, which the next attempt continues."""
+    part = file.with_name(f"{file.name}.part")
+    try:
+        if is_offline():
+            raise Unreachable("HF_HUB_OFFLINE is set")
+        with _progress(file.name) as show:
+            most, idle = 0, 0
+            while not _pull(url, part, show):
+                have = part.stat().st_size if part.is_file() else 0
+                most, idle = max(most, have), (0 if have > most else idle + 1)
+                if idle == _TRIES:
+                    raise Unreachable("the connection breaks again and again")
+                if idle:
+                    time.sleep(2.0**idle)
+    except Unreachable as error:
+        raise FetchError(
+            f"missing: {file}; {error}: put {url} there, or go where there is a network; the same command continues"
+        ) from error
+    _tag(part).unlink(missing_ok=True)
+    os.replace(part, file)
+
+
+@contextlib.contextmanager
+def _progress(name: str) -> Iterator[Callable[[int, int | None], None]]:
+    """Shows a download on a terminal; gives what takes the bytes so far and, where known, of how many."""
+    from rich.console import Console
+    from rich.progress import DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = ("{task.description}", DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    shown = Progress(*columns, console=Console(stderr=True, emoji=False), disable=not sys.stderr.isatty())
+    with shown:
+        task = shown.add_task(name, total=None)
+        yield lambda done, total: shown.update(task, completed=done, total=total)
+
+
+def _pull(url: str, part: Path, show: Callable[[int, int | None], None]) -> bool:
+    """One request for what ``part`` has not yet; whether it is whole then. A part is continued only where the server
+    vouches that it is of the same file (If-Range); else it is begun anew."""
+    tag = _tag(part).read_text(encoding="utf-8") if _tag(part).is_file() else ""
+    have = part.stat().st_size if tag and part.is_file() else 0
+    request = urllib.request.Request(url, headers={"User-Agent": "covray", "Accept-Encoding": "identity"})
+    if have:
+        request.add_header("Range", f"bytes={have}-")
+        request.add_header("If-Range", tag)
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
+            continued = answer.status == 206
+            if continued and not answer.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+                raise FetchError(f"{url}: the server sends another part than asked for; remove {part}, and try again")
+            have = have if continued else 0
+            length = answer.headers.get("Content-Length")
+            total = have + int(length) if length else None
+            etag = answer.headers.get("ETag", "")
+            # A weak ETag (W/) does not vouch for bytes.
+            vouched = etag if etag.startswith('"') else answer.headers.get("Last-Modified", "")
+            _tag(part).write_text(vouched, encoding="utf-8")
+            with part.open("ab" if continued else "wb") as out:
+                while chunk := answer.read(_CHUNK):
+                    out.write(chunk)
+                    have += len(chunk)
+                    show(have, total)
+            return total is None or have == total
+    except urllib.error.HTTPError as error:
+        if error.code == 416:
+            whole = error.headers.get("Content-Range") == f"bytes */{have}"  # the last attempt was stopped at its end
+            if not whole:
+                part.unlink()
+            return whole
+        if error.code >= 500:
+            return False
+        raise FetchError(f"{url}: the server answers {error.code} ({error.reason}); get it by hand") from error
+    except urllib.error.URLError as error:
+        raise Unreachable(f"the server cannot be reached ({one_line(error)})") from error
+    except (http.client.HTTPException, TimeoutError, ConnectionError):
+        return False
+
+
+def _tag(part: Path) -> Path:
+    """File of what identifies the version that ``part`` is a part of."""
+    return part.with_name(f"{part.name}.tag")
