@@ -385,6 +385,7 @@ def test_an_out_that_is_there_is_kept(v: Source, tmp_path: Path) -> None:
         ("vae/config.json", {"scaling_factor": 1.0}, "scaling_factor 1"),
         ("vae/config.json", {"down_block_types": ["Unheard", "Of", "Blocks"]}, "vae/config.json: describes no network"),
         ("unet/config.json", {"block_out_channels": [3, 5, 7]}, "unet/config.json: describes no network"),
+        ("unet/config.json", {"sample_size": None}, "model.safetensors/unet/config.json has sample_size None"),
         ("text_encoder/config.json", {"hidden_size": "wide"}, "text_encoder/config.json: describes no network"),
         ("scheduler/scheduler_config.json", {"clip_sample": True}, "clip_sample is True"),
     ],
@@ -397,7 +398,7 @@ def test_configs_that_do_not_fit_are_one_line(
         (like / file.parent.name).mkdir(parents=True)
         (like / file.parent.name / file.name).write_text(file.read_text())
     (like / room).write_text(json.dumps(json.loads((like / room).read_text()) | changes))
-    with pytest.raises(WeightsError, match=named) as raised:
+    with pytest.raises(CovrayError, match=named) as raised:
         convert_prior(str(v.file), str(tmp_path / "out"), str(like))
     require_one_line(raised.value, "")
     assert not (tmp_path / "out").exists()
