@@ -26,10 +26,10 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from covray import storage
-from covray.checkpoints import new_folder, one_line, read_tensors, require_finite, require_new, require_tensors
+from covray.checkpoints import new_folder, read_tensors, require_finite, require_new, require_tensors
 from covray.config import EngineConfig, PriorConfig
 from covray.diffusion.prior import CONTEXT_FILE, load_prior, probe_prediction, read_config, verify_scale
-from covray.errors import ConfigError, WeightsError
+from covray.errors import ConfigError, WeightsError, one_line
 from covray.weights import require_files
 
 Tensors = dict[str, Tensor]
