@@ -22,6 +22,7 @@ import pytest
 import yaml
 from huggingface_hub import constants
 
+from covray import cli
 from covray.errors import ConfigError, WeightsError
 from covray.fetching import archives, downloads, manifest
 from covray.fetching.fetch import fetch, list_artefacts
@@ -448,6 +449,26 @@ def test_no_connection_is_as_offline(model: Hub, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(FetchError, match=r"missing: models/it/config.json, .*; the hub cannot be reached"):
         fetch("it")
+
+
+def test_the_command_lists_fetches_and_mends(
+    model: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["covray", "fetch", *arguments])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert end.value.code == 0
+        return capsys.readouterr().out
+
+    assert "absent" in run()
+    assert json.loads(run("it", "--json"))["revision"] == COMMITS[0]
+    Path("models/it/config.json").write_text("{}")
+    shown = run("it")
+    for said in ("models/it", "owner/model", COMMITS[0], "covray read models/it", "1 fetched now", "config.json"):
+        assert said in shown
+    listed = json.loads(run("--json"))
+    assert [(entry["name"], entry["state"], entry["licence"]) for entry in listed] == [("it", "here", "none")]
 
 
 def test_the_command_ends_with_one_line_and_2(model: Hub, tmp_path: Path) -> None:

@@ -57,6 +57,11 @@ def hub_errors(hub_id: str, revision: str | None) -> Iterator[None]:
         raise FetchError(f"{hub_id}: the hub answers {error.response.status_code}; try again later") from error
     except (HTTPError, LocalEntryNotFoundError) as error:
         raise Unreachable(f"the hub cannot be reached ({one_line(error)})") from error
+    except RuntimeError as error:  # all that the client of Xet, where the hub stores large files, raises
+        raise FetchError(
+            f"{hub_id}: the download broke ({one_line(error)}); the same command continues, with HF_HUB_DISABLE_XET=1 "
+            "by plain HTTP"
+        ) from error
 
 
 def is_offline() -> bool:
