@@ -25,6 +25,7 @@ from torch import Tensor
 from covray.errors import ConfigError, WeightsError, one_line
 
 Shape = tuple[int, ...]
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # What PyTorch's reader, plain Python for the most part, raises on damaged files.
 _DAMAGED = (
     OSError,
@@ -98,9 +99,9 @@ def require_tensors(where: Path, found: Mapping[str, Shape], due: Mapping[str, S
 
 
 def require_finite(where: Path, name: str, tensor: Tensor) -> Tensor:
-    """``tensor``, or WeightsError when it is no floating-point tensor or holds values that are not finite."""
-    if not tensor.is_floating_point():
-        raise WeightsError(f"{where}: {name} is of type {tensor.dtype}, not floating-point; give another checkpoint")
+    """``tensor``, or WeightsError when it is of no plain floating-point type or holds values that are not finite."""
+    if tensor.dtype not in _FLOATS:
+        raise WeightsError(f"{where}: {name} is of type {tensor.dtype}, not float16, 32 or 64; give another checkpoint")
     if not tensor.isfinite().all():
         raise WeightsError(f"{where}: {name} holds values that are not finite; get the checkpoint again")
     return tensor

@@ -569,6 +569,10 @@ def count(weights: Weights) -> None:
     weights["quant_conv.bias"] = torch.zeros(DIMENSIONS, dtype=torch.int64)
 
 
+def shrink(weights: Weights) -> None:
+    weights["quant_conv.bias"] = weights["quant_conv.bias"].to(torch.float8_e4m3fn)
+
+
 def nest(weights: Weights) -> None:
     weights["optimizer"] = {}  # type: ignore[assignment]
 
@@ -581,6 +585,7 @@ def nest(weights: Weights) -> None:
         (reshape, r"decoder.conv_in.weight is \[64, 8, 1, 1\], not \[64, 8, 3, 3\]"),
         (poison, "quant_conv.weight holds values that are not finite"),
         (count, "quant_conv.bias is of type torch.int64"),
+        (shrink, "quant_conv.bias is of type torch.float8_e4m3fn"),
         (nest, "optimizer is no plain tensor"),
     ],
 )
