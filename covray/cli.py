@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 C = TypeVar("C", bound="Section")
 
+STEPS, MODELS, SCALE = "Step by step", "Models and data", "Before it starts, and at scale"
+
 app = typer.Typer(
     name="covray",
     help="Chains of vision: a diffusion model interpolates from an image to its label, a VQGAN writes every frame as "
@@ -40,12 +42,12 @@ app = typer.Typer(
 )
 pairs_app = typer.Typer(help="Make a manifest of (image, label) pairs.", no_args_is_help=True)
 nano_app = typer.Typer(help="The nano family: train it again, measure it.", no_args_is_help=True)
-app.add_typer(pairs_app, name="pairs")
+app.add_typer(pairs_app, name="pairs", rich_help_panel=STEPS)
 experiments_app = typer.Typer(help="Fixed experiments on the nano family.", no_args_is_help=True)
 convert_app = typer.Typer(help="Weights of other programs, written as covray reads them.", no_args_is_help=True)
-app.add_typer(nano_app, name="nano")
-app.add_typer(experiments_app, name="experiments")
-app.add_typer(convert_app, name="convert")
+app.add_typer(nano_app, name="nano", rich_help_panel=MODELS)
+app.add_typer(experiments_app, name="experiments", rich_help_panel=SCALE)
+app.add_typer(convert_app, name="convert", rich_help_panel=MODELS)
 
 Out = Annotated[str, typer.Option("--out", help="What the command writes.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one machine-readable object last.")]
@@ -315,7 +317,7 @@ def _write_manifest(out: str, root: str | None, pairs: Iterator[Pair], json_: bo
 # --- build, view, inspect ------------------------------------------------------------------------------------------
 
 
-@app.command()
+@app.command(rich_help_panel=STEPS)
 def build(
     pairs: Annotated[str | None, typer.Option(help="Manifest, or a folder of manifests.")] = None,
     out: Annotated[str | None, typer.Option("--out", help="Dataset folder to write.")] = None,
@@ -373,7 +375,7 @@ def _print_audit(audit: dict[str, Any], out: str) -> None:
     console.print(f"next: covray view {_escape(out)}", soft_wrap=True)
 
 
-@app.command()
+@app.command(rich_help_panel=STEPS)
 def view(
     dataset: Annotated[str, typer.Argument(help="Dataset folder, finished or not.")],
     out: Annotated[str | None, typer.Option("--out", help="Folder to write; by default DATASET/view.")] = None,
@@ -392,7 +394,7 @@ def view(
         console.print(_escape(path), highlight=False, soft_wrap=True)
 
 
-@app.command()
+@app.command(rich_help_panel=STEPS)
 def inspect(dataset: Annotated[str, typer.Argument(help="Dataset folder.")], json_: Json = False) -> None:
     """Schema, counts, fingerprints and configuration of a dataset."""
     from covray.report.inspect import describe, print_description
@@ -404,7 +406,7 @@ def inspect(dataset: Annotated[str, typer.Argument(help="Dataset folder.")], jso
         print_description(description, console)
 
 
-@app.command()
+@app.command(rich_help_panel=STEPS)
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Folder to write.")] = Path("covray-demo"),
     json_: Json = False,
@@ -421,7 +423,7 @@ def demo(
 # --- train, export --------------------------------------------------------------------------------------------------
 
 
-@app.command()
+@app.command(rich_help_panel=STEPS)
 def train(
     scale: Annotated[str | None, typer.Option(help="nano, 300m, 600m, 1b, 3b, 7b, or custom (a folder's own).")] = None,
     data: Annotated[str | None, typer.Option(help="Dataset of chains: the --out of a covray build.")] = None,
@@ -520,7 +522,7 @@ def _print_training(result: dict[str, Any], out: str) -> None:
     console.print(f"next: covray export {where} --merge --out {where}/merged", highlight=False, soft_wrap=True)
 
 
-@app.command()
+@app.command(rich_help_panel=STEPS)
 def export(
     run: Annotated[str, typer.Argument(help="Run folder of a covray train.")],
     out: Out,
@@ -582,7 +584,7 @@ def convert_a_prior(
 # --- fetch ---------------------------------------------------------------------------------------------------------
 
 
-@app.command()
+@app.command(rich_help_panel=MODELS)
 def fetch(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="Without it: list what there is.")] = None,
     out: Annotated[str | None, typer.Option("--out", help="Folder; by default models/NAME or data/NAME.")] = None,
@@ -629,7 +631,7 @@ def _print_artefacts(artefacts: list[dict[str, Any]], json_: bool) -> None:
 # --- generate ------------------------------------------------------------------------------------------------------
 
 
-@app.command()
+@app.command(rich_help_panel=STEPS)
 def generate(
     query: Annotated[list[str] | None, typer.Option(metavar="IMAGE", help="Picture to answer; repeatable.")] = None,
     example: Annotated[
@@ -699,7 +701,7 @@ def generate(
 # --- evaluate ------------------------------------------------------------------------------------------------------
 
 
-@app.command()
+@app.command(rich_help_panel=STEPS)
 def evaluate(
     data: Annotated[str | None, typer.Option(help="Dataset of chains.")] = None,
     adapter: Annotated[
@@ -788,7 +790,7 @@ def _print_evaluation(results: dict[str, Any], out: str) -> None:
 # --- sweep ---------------------------------------------------------------------------------------------------------
 
 
-@app.command()
+@app.command(rich_help_panel=STEPS)
 def sweep(
     out: Annotated[str | None, typer.Option("--out", help="Folder of the sweep.")] = None,
     data: Annotated[str | None, typer.Option(help="Dataset of chains.")] = None,
@@ -837,7 +839,7 @@ def sweep(
     _print_sweep(results, resolved.out, json_)
 
 
-@app.command()
+@app.command(rich_help_panel=STEPS)
 def report(
     folder: Annotated[str, typer.Argument(metavar="EVAL|SWEEP", help="An evaluation, or a sweep, finished or not.")],
     json_: Json = False,
@@ -917,7 +919,8 @@ def _print_sweep(results: dict[str, Any], out: str, json_: bool) -> None:
 
 
 @app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False},
+    rich_help_panel=SCALE,
 )
 def submit(
     context: typer.Context,
@@ -964,7 +967,7 @@ def submit(
 # --- doctor --------------------------------------------------------------------------------------------------------
 
 
-@app.command()
+@app.command(rich_help_panel=SCALE)
 def doctor(
     path: Annotated[str, typer.Option("--path", help="Storage where datasets and runs are to go.")] = ".",
     prior: Annotated[str, typer.Option(help="nano, a diffusers folder, or a hub id.")] = "nano",
@@ -995,7 +998,7 @@ def doctor(
 # --- plan, benchmark -----------------------------------------------------------------------------------------------
 
 
-@app.command()
+@app.command(rich_help_panel=SCALE)
 def plan(
     steps: Annotated[list[str] | None, typer.Argument(metavar="[build] [train]", help="build by default.")] = None,
     pairs: Annotated[int | None, typer.Option(help="Pairs of the build.")] = None,
@@ -1044,7 +1047,7 @@ def _figure(value: Any) -> str:
     return f"{value:,.0f}"
 
 
-@app.command()
+@app.command(rich_help_panel=SCALE)
 def benchmark(
     out: Annotated[str, typer.Option("--out", help="Calibration to write, .yaml or .json.")],
     pairs: Annotated[str | None, typer.Option(help="Pairs of the two builds, by default 4 and 12 blocks.")] = None,

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from covray.errors import WeightsError
+from covray.errors import WeightsError, one_line
 
 NANO_FOLDER = Path(__file__).parent / "nano" / "weights"
 """The family that ships with the package: one folder a model."""
@@ -66,9 +66,9 @@ def _download(hub_id: str, revision: str | None, allow_patterns: Sequence[str]) 
 
     try:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(allow_patterns)))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:  # offline with an empty cache is a FileNotFoundError
-        lines = str(error).strip().splitlines()
+    # Offline with an empty cache is a FileNotFoundError; Xet, where the hub keeps large files, raises RuntimeErrors.
+    except (HfHubHTTPError, HFValidationError, OSError, RuntimeError) as error:
         raise WeightsError(
             f"{hub_id}{f'@{revision}' if revision else ''}: no such folder, and the hub does not give it "
-            f"({lines[0] if lines else type(error).__name__}); download it where there is a network and give its folder"
+            f"({one_line(error)}); download it where there is a network and give its folder"
         ) from error

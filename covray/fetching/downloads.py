@@ -12,7 +12,8 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from covray.fetching.manifest import FetchError, one_line
+from covray.errors import one_line
+from covray.fetching.manifest import FetchError
 
 _TRIES = 4
 """Attempts in a row that bring no byte, after which a download is given up."""

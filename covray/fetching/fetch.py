@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from covray.errors import ConfigError, WeightsError
+from covray.errors import ConfigError, WeightsError, one_line
 from covray.fetching.archives import UNPACKED_LEAST, UNPACKED_RATIO, Unpacking
 from covray.fetching.downloads import TIMEOUT_S, Unreachable, download, hub_errors, is_offline
 from covray.fetching.manifest import (
@@ -26,7 +26,6 @@ from covray.fetching.manifest import (
     File,
     Source,
     default_folder,
-    one_line,
     read_artefacts,
     read_record,
     write_record,
@@ -46,7 +45,8 @@ def list_artefacts() -> list[dict[str, Any]]:
 def fetch(name: str, out: str | None = None, revision: str | None = None, hub_id: str | None = None) -> dict[str, Any]:
     """Make the artefact ``name`` complete in the folder ``out`` and compare all of it with its record.
 
-    A folder that is whole needs no network. ``revision``: commit, tag or branch of a hub's repository; ``hub_id``: a
+    ``name`` may be a kind of model, such as ``prior``: its first entry in the manifest is the paper's. A folder that is
+    whole needs no network. ``revision``: commit, tag or branch of a hub's repository; ``hub_id``: a
     mirror. Gives ``folder``, ``origin``, ``revision``, numbers of ``files`` and ``bytes``, what was ``fetched``, what
     was ``damaged`` before, ``next`` and, for a prior of which something was fetched, its ``self_test``.
 
@@ -54,6 +54,7 @@ def fetch(name: str, out: str | None = None, revision: str | None = None, hub_id
     for all else: no connection, no such repository, other bytes than those expected, a hostile archive.
     """
     artefacts = read_artefacts()
+    name = next((first for first, artefact in artefacts.items() if artefact.kind == name != "dataset"), name)
     artefact = artefacts.get(name)
     if artefact is None:
         raise ConfigError(f"{name}: no such artefact; give one of {', '.join(artefacts)}")

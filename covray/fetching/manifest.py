@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_
 
 from covray import storage
 from covray.config import Section
-from covray.errors import ConfigError, CovrayError
+from covray.errors import ConfigError, CovrayError, one_line
 
 ARTEFACTS_FILE = Path(__file__).parents[1] / "artefacts.yaml"
 RECORD_FILE = "covray-fetch.json"
@@ -139,8 +139,3 @@ def read_record(folder: Path) -> dict[str, tuple[Source, ...]]:
 def write_record(folder: Path, record: dict[str, tuple[Source, ...]]) -> None:
     """Write what ``read_record`` reads."""
     storage.write_json(str(folder / RECORD_FILE), _Record.dump_python(record, mode="json"))
-
-
-def one_line(error: BaseException) -> str:
-    """What an exception says, on one line of at most 200 characters."""
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -217,7 +217,7 @@ def _load_model(folder: Path) -> VQModel:
         RuntimeError,
         SafetensorError,
     ) as error:  # what diffusers raises for bad files
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = one_line(error)
         raise WeightsError(f"{folder}: is not a diffusers VQModel: {reason}") from error
     # diffusers starts what it does not find at random values, with a warning only.
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):

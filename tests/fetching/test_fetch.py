@@ -31,7 +31,7 @@ from covray.weights import NANO_FOLDER
 
 COMMITS = ("a" * 40, "b" * 40)
 BIG = bytes(range(256)) * 2000
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 class Hub(ThreadingHTTPServer):
@@ -298,6 +298,7 @@ def test_a_repository_comes_whole_with_what_is_wanted_only_and_then_needs_no_net
         name: {"bytes": len(data), "sha256": _sha(data)} for name, data in there.items()
     }
     assert (result["files"], result["bytes"]) == (3, sum(map(len, there.values())))
+    assert fetch("tokenizer")["name"] == "it", "a kind is its first entry"
     assert sorted(result["fetched"]) == sorted(WANTED)
     assert result["next"] == "covray read models/it"
     assert [entry["state"] for entry in list_artefacts()] == ["here"]
