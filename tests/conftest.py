@@ -25,8 +25,8 @@ TOKENS = 16
 
 
 class _RoomsOfRay(LoadScopeScheduling):
-    """Files are shared out among the workers, the longest first; but each of the two rooms whose tests start Ray, a dozen
-    processes each, goes to one worker as a whole: not more than two Rays at a time."""
+    """Files are shared out among the workers, the longest first; but each of the two rooms whose tests start Ray, a
+    dozen processes each, goes to one worker as a whole: not more than two Rays at a time."""
 
     def _split_scope(self, nodeid: str) -> str:
         room = nodeid.split("/")[1]
