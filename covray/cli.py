@@ -369,7 +369,8 @@ def _print_audit(audit: dict[str, Any], out: str) -> None:
         reasons = ", ".join(f"{reason} {number}" for reason, number in counts["reasons"].items())
         table.add_row(task, str(counts["written"]), str(counts["rejected"]), _escape(reasons))
     console.print(table)
-    speed = f"{audit['chains_per_s']:.2f} chains/s on {audit['actors']} actors" if audit.get("chains_per_s") else ""
+    on = f"{audit['actors']} actor{'s' if audit['actors'] != 1 else ''}"
+    speed = f"{audit['chains_per_s']:.2f} chains/s on {on}" if audit.get("chains_per_s") else ""
     busy = f", busy {audit['busy_share']:.0%} of their time" if audit.get("busy_share") else ""
     console.print(f"{audit['written']} chains in {_escape(out)}  {speed}{busy}", highlight=False, soft_wrap=True)
     console.print(f"next: covray view {_escape(out)}", soft_wrap=True)
