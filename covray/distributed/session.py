@@ -49,18 +49,27 @@ def ray_session() -> Iterator[int]:
         cores = int(ray.cluster_resources().get("CPU", 0))
     else:
         cores = os.cpu_count() or 1
-        try:
-            with _without_backend_greeting():
-                _start(cores)
-        except Exception as error:  # what Ray raises when a process of its own is late is of no narrower kind
-            raise ConfigError(
-                f"Ray did not start on this machine ({one_line(error)}); it may be too busy, or out of memory: run the "
-                "same command again"
-            ) from error
+        _start_patiently(cores)
     try:
         yield cores
     finally:
         ray.shutdown()
+
+
+def _start_patiently(cores: int) -> None:
+    """Ray gives its own node 30 seconds to start, which are too few on a machine that is busy: it is tried again."""
+    for attempts_left in (2, 1, 0):
+        try:
+            with _without_backend_greeting():
+                _start(cores)
+            return
+        except Exception as error:  # what Ray raises when a process of its own is late is of no narrower kind
+            ray.shutdown()
+            if not attempts_left:
+                raise ConfigError(
+                    f"Ray did not start on this machine ({one_line(error)}); it may be too busy, or out of memory: run "
+                    "the same command again"
+                ) from error
 
 
 def here() -> NodeAffinitySchedulingStrategy:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import ray
 
@@ -30,3 +32,18 @@ def test_a_ray_that_does_not_come_up_is_one_line(
     with pytest.raises(ConfigError, match=told) as caught, ray_session():
         raise AssertionError("there is no Ray to work on")
     assert "\n" not in str(caught.value)
+
+
+def test_a_ray_that_is_late_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    started: list[object] = []
+
+    def late(**options: object) -> None:
+        started.append(options)
+        if len(started) < 3:
+            raise Exception("The current node timed out during startup.")  # as Ray raises it
+
+    monkeypatch.setattr(ray, "init", late)
+    with ray_session() as cores:
+        assert cores == os.cpu_count()
+    assert len(started) == 3

@@ -41,7 +41,7 @@ def test_a_submitted_job_builds_what_the_command_builds(
     head: Head, tmp_path: Path, scenes_manifest: Callable[..., Path]
 ) -> None:
     pairs = scenes_manifest(2)
-    out, stranger_out, built = tmp_path / "job", tmp_path / "stranger", computed(pairs)
+    out, stranger_out = tmp_path / "job", tmp_path / "stranger"
     stranger = {**head.environment, "RAY_AUTH_TOKEN_PATH": str(tmp_path / "none")}
     (tmp_path / "none").write_text("not-the-token-0123456789abcdef")
     refused = submit(head, stranger, "--pairs", str(pairs), "--out", str(stranger_out), *FAST)
@@ -53,7 +53,7 @@ def test_a_submitted_job_builds_what_the_command_builds(
     done = submit(head, head.environment, "--pairs", str(pairs), "--out", str(out), *FAST)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "14 chains" in done.stdout
-    assert tokens_of(out) == built
+    assert tokens_of(out) == computed(pairs)
 
     # The short form, from a folder that is no checkout: checked here, then the same job with the package itself.
     def short(*arguments: str, code: int, **variables: str) -> str:
@@ -66,28 +66,27 @@ def test_a_submitted_job_builds_what_the_command_builds(
         assert "Traceback" not in ended.stderr
         return ended.stdout + ended.stderr
 
-    build = ("build", "--pairs", str(pairs), "--out", str(tmp_path / "short"), *FAST)
-    assert "14 chains" in short("--submission-id", "mine", *build, code=0)
-    assert tokens_of(tmp_path / "short") == built
+    # Stopped, a job says so; the same command continues it.
+    more, stopped = scenes_manifest(16, "more.parquet"), tmp_path / "stopped"
+    build = ("build", "--pairs", str(more), "--out", str(stopped), *FAST, "--set", "rows_per_block=4")
+    command = [COVRAY, "submit", "--address", head.dashboard, "--submission-id", "mine", *build]
+    job = subprocess.Popen(command, cwd=tmp_path, env=head.environment, stdout=subprocess.DEVNULL)
+    wait_for(lambda: committed(stopped) > 0, "a block", job)
+    stop = [RAY, "job", "stop", "--address", head.dashboard, "mine"]
+    subprocess.run(stop, env=head.environment, check=True, capture_output=True, timeout=120)
+    assert job.wait(120) == 130
+    assert 0 < committed(stopped) < 112
+    continued = short(*build, code=0)
+    assert "continuing: " in continued
+    assert "112 chains" in continued
+    assert len(tokens_of(stopped)) == 112
+
     assert "has a job of this --submission-id" in short("--submission-id", "mine", *build, code=2)
     assert "does not accept this token" in short(*build, code=2, RAY_AUTH_TOKEN_PATH=str(tmp_path / "none"))
     assert "lengths.0" in short("build", "--pairs", "p", "--out", "o", "--lengths", "99", code=2)
     # A mistake that only the cluster can see has the code that it has there.
     absent = short("build", "--pairs", str(tmp_path / "absent"), "--out", str(out), code=2)
     assert f"{tmp_path}/absent" in absent
-
-    # Stopped, a job says so; the same command continues it.
-    more, stopped = scenes_manifest(8, "more.parquet"), tmp_path / "stopped"
-    build = ("build", "--pairs", str(more), "--out", str(stopped), *FAST, "--set", "rows_per_block=4")
-    command = [COVRAY, "submit", "--address", head.dashboard, "--submission-id", "long", *build]
-    job = subprocess.Popen(command, cwd=tmp_path, env=head.environment, stdout=subprocess.DEVNULL)
-    wait_for(lambda: committed(stopped) > 0, "a block", job)
-    stop = [RAY, "job", "stop", "--address", head.dashboard, "long"]
-    subprocess.run(stop, env=head.environment, check=True, capture_output=True, timeout=120)
-    assert job.wait(120) == 130
-    assert 0 < committed(stopped) < 56
-    assert "continuing: " in short(*build, code=0)
-    assert len(tokens_of(stopped)) == 56
 
     # The other steps, on what the first has made.
     small = ("--set", "optimizer.batch_tokens=512", "--tracking-uri", "none")

@@ -52,7 +52,7 @@ def test_from_coco_and_lvm_to_scores(tmp_path: Path) -> None:
     )  # fmt: skip
     table = json.loads((scores / "results.json").read_text())["scores"]
     subjects = {entry["subject"] for entry in table if entry["task"] == "segmentation" and entry["metric"] == "iou"}
-    assert subjects == {"run", "untuned", "ceiling"}
+    assert subjects == {"run", "untuned", "VQGAN ceiling"}
     # Tokens, frames and answers are of this tokenizer: an adapter is none for chains of another.
     other = run(
         "evaluate", "--data", str(chains), "--adapter", str(adapter), "--out", str(tmp_path / "other"),
