@@ -31,23 +31,21 @@ COMMAND = """
 import sys
 from covray.config import TrainConfig, load_config
 from covray.distributed.train import train
-for file in sys.argv[1:]:
-    train(load_config(TrainConfig, file))
+train(load_config(TrainConfig, sys.argv[1]))
 """
 
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[[TrainConfig], subprocess.Popen[str]]]:
-    """Starts trainings, one after the other, as a process of their own; nothing of it outlives the test."""
+    """Starts a training as a process of its own; nothing of it outlives the test."""
     processes: list[subprocess.Popen[str]] = []
 
-    def begin(*configs: TrainConfig, **changes: str) -> subprocess.Popen[str]:
-        files = [tmp_path / f"{Path(config.out).name}.yaml" for config in configs]
-        for config, file in zip(configs, files, strict=True):
-            file.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_none=True)))
+    def begin(config: TrainConfig, **changes: str) -> subprocess.Popen[str]:
+        file = tmp_path / f"{Path(config.out).name}.yaml"
+        file.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_none=True)))
         # A driver whose Ray is gone gives up after these seconds (a minute by default).
         variables = environment(RAY_gcs_rpc_server_reconnect_timeout_s="5", **changes)
-        command = [sys.executable, "-c", COMMAND, *map(str, files)]
+        command = [sys.executable, "-c", COMMAND, str(file)]
         processes.append(subprocess.Popen(command, env=variables, stderr=subprocess.PIPE, text=True))
         return processes[-1]
 
@@ -198,16 +196,17 @@ def test_a_mistake_that_workers_find_is_one_line(
 
 
 def test_two_workers_with_zero_make_the_losses_of_one_without(
-    start: Callable[..., subprocess.Popen[str]],
+    start: Callable[[TrainConfig], subprocess.Popen[str]],
     tiny_config: Callable[..., TrainConfig],  # noqa: F811
 ) -> None:
     one_worker = tiny_config("plain", optimizer__steps=20, validate_every_steps=20)
     loop.train(one_worker)
     plain = [record["loss"] for record in curve(one_worker) if "loss" in record]
     assert len(plain) == 20
-    two = {"optimizer__steps": 20, "validate_every_steps": 20, "workers__count": 2}
-    configs = [tiny_config(stage, **two, compute__deepspeed=stage) for stage in ("zero2", "zero3")]
-    finish(start(*configs))
-    for config in configs:
+    for stage in ("zero2", "zero3"):
+        config = tiny_config(
+            stage, optimizer__steps=20, validate_every_steps=20, workers__count=2, compute__deepspeed=stage
+        )
+        finish(start(config))
         losses = [record["loss"] for record in curve(config) if "loss" in record]
-        assert losses == pytest.approx(plain, rel=1e-4), config.out
+        assert losses == pytest.approx(plain, rel=1e-4), stage
