@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from covray.errors import WeightsError
+from covray.errors import WeightsError, one_line
 
 ALEXNET = "alexnet-owt-7be5be79.pth"
 """The file of torchvision's AlexNet trained on ImageNet; its name has the beginning of its SHA-256."""
@@ -68,8 +68,7 @@ def load_lpips(path: Path) -> Lpips:
         trunk = _read(path)
         convolutions = [(trunk[f"features.{index}.weight"], trunk[f"features.{index}.bias"]) for index, *_ in _LAYERS]
     except (OSError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
-        raise WeightsError(f"{path}: is not torchvision's AlexNet ({reason}); give {ALEXNET}") from error
+        raise WeightsError(f"{path}: is not torchvision's AlexNet ({one_line(error)}); give {ALEXNET}") from error
     linear = _read(Path(str(files("torchmetrics"))) / "functional" / "image" / "lpips_models" / "alex.pth")
     return Lpips(convolutions, [linear[f"lin{number}.model.1.weight"] for number in range(len(_LAYERS))])
 

@@ -54,7 +54,8 @@ def fetch(name: str, out: str | None = None, revision: str | None = None, hub_id
     for all else: no connection, no such repository, other bytes than those expected, a hostile archive.
     """
     artefacts = read_artefacts()
-    name = next((first for first, artefact in artefacts.items() if artefact.kind == name != "dataset"), name)
+    if name in ("prior", "tokenizer", "backbone"):
+        name = next((entry for entry, artefact in artefacts.items() if artefact.kind == name), name)
     artefact = artefacts.get(name)
     if artefact is None:
         raise ConfigError(f"{name}: no such artefact; give one of {', '.join(artefacts)}")
