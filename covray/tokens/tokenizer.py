@@ -11,9 +11,9 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import diffusers  # its models load where one is named, which a training never does
 import numpy as np
 import torch
-from diffusers import VQModel
 from safetensors import SafetensorError
 
 from covray.config import EngineConfig, TokenizerConfig
@@ -37,7 +37,9 @@ class Tokenizer:
     shape, and no operation mixes pictures.
     """
 
-    def __init__(self, model: VQModel, size_px: int, image_batch: int, fingerprint: str, signed: bool = False):
+    def __init__(
+        self, model: diffusers.VQModel, size_px: int, image_batch: int, fingerprint: str, signed: bool = False
+    ):
         """``model`` on its device in float32; ``image_batch``: pictures of the fixed batch. See ``load_tokenizer``.
 
         ``signed``: the model's pixels are in [-1, 1]. No weights can hide that: zero padding is grey there, black in
@@ -205,9 +207,9 @@ def _is_signed(folder: Path) -> bool:
     return bool(pixels == [-1, 1])
 
 
-def _load_model(folder: Path) -> VQModel:
+def _load_model(folder: Path) -> diffusers.VQModel:
     try:
-        model, report = VQModel.from_pretrained(
+        model, report = diffusers.VQModel.from_pretrained(
             folder, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
     except (
@@ -230,7 +232,7 @@ def _load_model(folder: Path) -> VQModel:
     return model.eval().requires_grad_(False)
 
 
-def _size_px(model: VQModel, config: TokenizerConfig, folder: Path) -> int:
+def _size_px(model: diffusers.VQModel, config: TokenizerConfig, folder: Path) -> int:
     downsampling = _downsampling(model)
     size_px = config.size_px or int(model.config.sample_size)
     if size_px % downsampling:
@@ -242,10 +244,10 @@ def _size_px(model: VQModel, config: TokenizerConfig, folder: Path) -> int:
     return size_px
 
 
-def _downsampling(model: VQModel) -> int:
+def _downsampling(model: diffusers.VQModel) -> int:
     return int(2 ** (len(model.config.block_out_channels) - 1))
 
 
-def _fingerprint_codebook(model: VQModel) -> str:
+def _fingerprint_codebook(model: diffusers.VQModel) -> str:
     codebook = model.quantize.embedding.weight.detach().float().cpu().contiguous().numpy()
     return hashlib.sha256(codebook.astype("<f4", copy=False).tobytes()).hexdigest()
