@@ -118,8 +118,8 @@ class PoolProgress:
                 rate = _rate(first, rows)
                 note = f"{rate:.2f} {self._unit}/s" if rate else ""
                 note += f", {rejected} rejected" if rejected else ""
-                title = f"{actors} actor{'s' if actors != 1 else ''}" if actors else "starting actors"
-                bar.update(task, completed=min(self._before + rows, self._total), description=title, rate=note)
+                done = min(self._before + rows, self._total)
+                bar.update(task, completed=done, description=_at_work(actors), rate=note)
                 if stopped:
                     return
 
@@ -131,13 +131,17 @@ class PoolProgress:
                 first = (time.monotonic(), rows)
             rate = _rate(first, rows)
             if not rows:
-                self._console.print(f"{actors} actors at their first blocks" if actors else "starting actors")
+                self._console.print(f"{_at_work(actors)}, no block done yet" if actors else _at_work(actors))
                 continue
-            said = [f"{self._before + rows}/{self._total} {self._unit}", f"{actors} actor{'s' if actors != 1 else ''}"]
+            said = [f"{self._before + rows}/{self._total} {self._unit}", _at_work(actors)]
             said += [f"{rate:.2f} {self._unit}/s"] if rate else []
             said += [f"{rejected} rejected"] if rejected else []
             said += [time_left((self._total - self._before - rows) / rate)] if rate else []
             self._console.print(", ".join(said), highlight=False, soft_wrap=True)
+
+
+def _at_work(actors: int) -> str:
+    return f"{actors} actor{'s' if actors != 1 else ''}" if actors else "starting actors"
 
 
 def time_left(seconds: float) -> str:
