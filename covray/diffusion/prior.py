@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from covray.config import EngineConfig, PriorConfig
+from covray.config import EngineConfig, PriorConfig, require_compiler
 from covray.diffusion.ddim import Schedule, make_schedule
 from covray.errors import ConfigError, WeightsError, one_line
 from covray.weights import fingerprint_folder, require_files, resolve_folder
@@ -137,11 +137,13 @@ def load_prior(config: PriorConfig, engine: EngineConfig, *, verify: bool = True
     safetensors are read. ``verify`` also checks the network itself, see ``verify_prior``.
 
     Raises WeightsError for a folder that is missing, incomplete or contradicts itself, ConfigError for a size, a number
-    of steps or a device that cannot be had.
+    of steps, a device or a compilation that cannot be had.
     """
     folder = resolve_folder(config.path, config.revision, "prior", (*NETWORK_PATTERNS, CONTEXT_FILE, *TEXT_PATTERNS))
     require_prior_files(folder)
     device, dtype = resolve_device(engine)
+    if engine.compile:
+        require_compiler("engine.compile", device.type)
     schedule = make_schedule(read_config(folder / "scheduler" / "scheduler_config.json"), config.steps)
     unet = _load_model(UNet2DConditionModel, folder / "unet", device, dtype)
     vae = _load_model(AutoencoderKL, folder / "vae", device, dtype)
@@ -171,7 +173,7 @@ def load_prior(config: PriorConfig, engine: EngineConfig, *, verify: bool = True
         verify_prior(prior, folder)
     if engine.compile:
         # The batch has one shape for the whole build, so shapes are compiled in. On a CPU: 14% less time a step, for
-        # half a minute at the start; it needs a C++ compiler there.
+        # half a minute at the start.
         unet.compile(dynamic=False)
     return prior
 

@@ -33,10 +33,9 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from covray import storage
-from covray.config import BackboneConfig, EngineConfig, PriorConfig, TokenizerConfig
+from covray.config import BackboneConfig, EngineConfig, PriorConfig, TokenizerConfig, require_compiler
 from covray.distributed.session import ray_session
 from covray.errors import ConfigError, CovrayError
-from covray.training.zero import require_compiler
 from covray.weights import NANO_FOLDER
 
 Status = Literal["ok", "note", "problem"]
@@ -196,14 +195,14 @@ def _built_for(capability: tuple[int, int], architectures: Sequence[str]) -> boo
 
 
 def check_compiler() -> list[Finding]:
-    """A C++ compiler, where DeepSpeed would need one; nothing does by default."""
+    """What ``engine.compile`` and ``compute.compile`` need; nothing does by default."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        require_compiler("cuda" if torch.cuda.is_available() else "cpu")
+        require_compiler("engine.compile, compute.compile", device)
     except ConfigError as error:
         found, _, advice = str(error).rpartition("; ")
         return [Finding("compiler", "note", found, advice)]
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    return [Finding("compiler", "ok", compiler or "none, and none is needed beside a GPU")]
+    return [Finding("compiler", "ok", f"one for torch.compile on {device}, and Python's headers")]
 
 
 def check_disks() -> list[Finding]:

@@ -46,7 +46,7 @@ from covray.tokens.shards import ChainDataset
 from covray.training import loop
 from covray.training.loop import Place, Wish
 from covray.training.state import require_same
-from covray.training.zero import choose, read_settings, require_compiler
+from covray.training.zero import choose, read_settings
 
 POLL_S = 0.5
 LINE_EVERY_S = 30.0
@@ -262,8 +262,6 @@ def _resolve(config: TrainConfig, facts: BackboneFacts, cores: int) -> TrainConf
         deepspeed = choose(config, facts.llama, _gpu_bytes(gpus, workers.node_type) if device == "cuda" else None)
     else:
         deepspeed = compute.deepspeed
-    if deepspeed != "none":
-        require_compiler(device)
     threads = compute.threads or (max(1, cores // workers.count) if device == "cpu" else max(1, int(workers.cpus)))
     return config.model_copy(
         update={

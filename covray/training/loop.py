@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from covray import storage
-from covray.config import TrainConfig
+from covray.config import TrainConfig, require_compiler
 from covray.errors import ConfigError
 from covray.lvm.adapter import adapter_files
 from covray.lvm.backbone import BackboneFacts, backbone_facts, load_backbone
@@ -114,6 +114,8 @@ def resolved_dtype(config: TrainConfig) -> torch.dtype:
 class _Run:
     def __init__(self, config: TrainConfig, place: Place, report: Callable[[dict[str, Any]], None]):
         self.config, self.place, self.report = config, place, report
+        if config.compute.compile:
+            require_compiler("compute.compile", place.device.type)
         dataset = ChainDataset(config.data)
         self.facts = backbone_facts(config.backbone)
         context = self.facts.llama.max_position_embeddings

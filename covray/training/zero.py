@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -54,16 +53,6 @@ def read_settings(name: str) -> dict[str, Any]:
         if key in settings:
             raise ConfigError(f"compute.deepspeed: {name}: sets {key}, which covray's configuration sets; remove it")
     return settings
-
-
-def require_compiler(device: str) -> None:
-    """On CPUs DeepSpeed compiles its communication on first use. Raises ConfigError when there is no C++ compiler."""
-    compiler = os.environ.get("CXX", "c++")
-    if device == "cpu" and shutil.which(compiler) is None:
-        raise ConfigError(
-            f"compute.deepspeed: DeepSpeed needs a C++ compiler on a CPU, and {compiler} is not there; "
-            "install g++ (apt-get install g++), or set compute.deepspeed=none"
-        )
 
 
 def choose(config: TrainConfig, llama: LlamaConfig, gpu_bytes: int | None) -> str:
@@ -162,9 +151,13 @@ class ZeroUpdate:
 def _import_deepspeed(device: torch.device) -> Any:
     # Else it takes whatever accelerator it finds.
     os.environ.setdefault("DS_ACCELERATOR", device.type)
-    # Its compiler driver, ninja, lies beside Python, where a worker of a virtual environment does not look.
+    # Settings may ask for what it compiles, as offloading to a disk: its ninja lies beside Python, where a worker of a
+    # virtual environment does not look.
     os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)])
     import deepspeed
 
+    if device.type == "cpu":
+        # On a CPU it would compile, for a minute, an all-reduce for inference, which no training calls.
+        deepspeed.ops.__compatible_ops__ = {}
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     return deepspeed

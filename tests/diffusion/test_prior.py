@@ -334,6 +334,13 @@ def test_loading_twice_gives_the_same_numbers(prior_folder: Path) -> None:
     assert torch.equal(one.predict(latents, timesteps), two.predict(latents, timesteps))
 
 
+def test_compiling_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(ConfigError, match=r"engine\.compile: .* g\+\+ is not there"):
+        load_prior(PriorConfig(path="nano"), EngineConfig(compile=True, device="cpu"))
+
+
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=r"engine\.device"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from covray.config import TrainConfig
+from covray.errors import ConfigError
 from covray.lvm.backbone import backbone_facts, load_backbone
 from covray.lvm.model import Batch, Lvm
 from covray.lvm.sentences import Chains, Sentences, loss_tokens, micro_batches, step_bounds
@@ -270,3 +273,12 @@ def test_the_peak_is_claimed_only_of_known_gpus() -> None:
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
     assert peak_flops("NVIDIA GeForce RTX 3060") is None
+
+
+def test_compiling_without_pythons_headers_is_refused(
+    tiny_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setenv("CXX", sys.executable)
+    with pytest.raises(ConfigError, match=r"compute\.compile: .*Python\.h is not there; apt-get install python3-dev"):
+        train(tiny_config(compute__compile=True))
