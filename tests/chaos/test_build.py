@@ -25,7 +25,7 @@ from tests.end_to_end.conftest import (
 )
 
 pytestmark = [pytest.mark.ray, pytest.mark.end_to_end]
-SCENES = 32  # 224 pairs
+SCENES = 24  # 168 pairs
 VICTIMS = ["actor"] * 9 + ["ray"]
 
 

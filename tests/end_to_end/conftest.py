@@ -1,4 +1,4 @@
-"""What the end-to-end tests share: the console script, run as a user would, and manifests of rendered scenes."""
+"""What the end-to-end tests share: commands run as a user would, trainings, and manifests of rendered scenes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
-from covray.config import BuildConfig, load_config
+from covray.config import BuildConfig, TrainConfig, load_config
 from covray.pairs.manifest import ManifestWriter
 from covray.pairs.scenes import scene_pairs
 from covray.preparing import prepare_block
@@ -32,6 +33,12 @@ COVRAY = str(Path(sys.executable).parent / "covray")
 RAY = str(Path(sys.executable).parent / "ray")
 FAST = ("--lengths", "3", "--set", "prior.steps=5", "--set", "engine.batch=16")
 """Fewer steps than anyone would build with: the tests ask whether rows are lost, not how frames look."""
+_TRAIN = """
+import sys
+from covray.config import TrainConfig, load_config
+from covray.distributed.train import train
+train(load_config(TrainConfig, sys.argv[1]))
+"""
 
 
 def environment(**changes: str) -> dict[str, str]:
@@ -131,6 +138,34 @@ def scenes_manifest(tmp_path: Path) -> Callable[..., Path]:
         return tmp_path / name
 
     return write
+
+
+@pytest.fixture
+def start_training(tmp_path: Path) -> Iterator[Callable[[TrainConfig], subprocess.Popen[str]]]:
+    """Starts a training as a process of its own; nothing of it outlives the test."""
+    processes: list[subprocess.Popen[str]] = []
+
+    def begin(config: TrainConfig, **changes: str) -> subprocess.Popen[str]:
+        file = tmp_path / f"{Path(config.out).name}.yaml"
+        file.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_none=True)))
+        # A driver whose Ray is gone gives up after these seconds (a minute by default).
+        variables = environment(RAY_gcs_rpc_server_reconnect_timeout_s="5", **changes)
+        command = [sys.executable, "-c", _TRAIN, str(file)]
+        processes.append(subprocess.Popen(command, env=variables, stderr=subprocess.PIPE, text=True))
+        return processes[-1]
+
+    yield begin
+    for process in processes:
+        if process.poll() is None:
+            for child in (*psutil.Process(process.pid).children(recursive=True), process):
+                child.kill()
+
+
+def finish_training(process: subprocess.Popen[str]) -> str:
+    """Wait for a good end; gives what it said."""
+    _, said = process.communicate(timeout=600)
+    assert process.returncode == 0, said
+    return said
 
 
 def free_port() -> int:

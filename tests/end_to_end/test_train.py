@@ -1,0 +1,44 @@
+"""Trainings as processes of their own: what workers find is one line, and ZeRO's losses are the plain ones."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+
+import pytest
+
+from covray.config import TrainConfig
+from covray.training import loop
+from tests.end_to_end.conftest import finish_training
+from tests.training.conftest import curve, tiny_config  # noqa: F401 (a fixture)
+
+pytestmark = [pytest.mark.ray, pytest.mark.end_to_end]
+
+
+def test_a_mistake_that_workers_find_is_one_line(
+    start_training: Callable[[TrainConfig], subprocess.Popen[str]],
+    tiny_config: Callable[..., TrainConfig],  # noqa: F811
+) -> None:
+    training = start_training(tiny_config(optimizer__learning_rate=1e38, optimizer__warmup=0))
+    said = training.communicate(timeout=600)[1]
+    assert training.returncode != 0
+    last = said.strip().splitlines()[-1]
+    assert last.startswith("covray.errors.ConfigError: step ")
+    assert "not finite; lower optimizer.learning_rate" in last
+
+
+def test_two_workers_with_zero_make_the_losses_of_one_without(
+    start_training: Callable[[TrainConfig], subprocess.Popen[str]],
+    tiny_config: Callable[..., TrainConfig],  # noqa: F811
+) -> None:
+    one_worker = tiny_config("plain", optimizer__steps=20, validate_every_steps=20)
+    loop.train(one_worker)
+    plain = [record["loss"] for record in curve(one_worker) if "loss" in record]
+    assert len(plain) == 20
+    for stage in ("zero2", "zero3"):
+        config = tiny_config(
+            stage, optimizer__steps=20, validate_every_steps=20, workers__count=2, compute__deepspeed=stage
+        )
+        finish_training(start_training(config))
+        losses = [record["loss"] for record in curve(config) if "loss" in record]
+        assert losses == pytest.approx(plain, rel=1e-4), stage
