@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
+from ray.exceptions import AuthenticationError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from covray.errors import ConfigError, one_line
@@ -20,6 +22,9 @@ resume's filter holds one CPU for as long as it runs."""
 _CORES = "covray_cores"
 """A resource that a Ray of our own has for no other purpose than to say how many of its CPUs are cores."""
 
+TOKEN_ADVICE = "set RAY_AUTH_MODE=token, with the cluster's token in ~/.ray/auth_token or RAY_AUTH_TOKEN_PATH"
+_CONNECT_PATIENCE_S = 5.0
+
 
 @contextmanager
 def ray_session() -> Iterator[int]:
@@ -27,7 +32,7 @@ def ray_session() -> Iterator[int]:
 
     An initialised Ray is used as it is; else the cluster of ``RAY_ADDRESS`` (which ``ray job submit`` sets); else a
     local one is started on free ports of the loopback interface and stopped at the end. Raises ConfigError when the
-    named cluster does not answer.
+    named cluster does not answer, or not to us.
     """
     if ray.is_initialized():
         resources = ray.cluster_resources()
@@ -38,13 +43,16 @@ def ray_session() -> Iterator[int]:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     address = os.environ.get("RAY_ADDRESS")
     if address:
+        _require_answer(address)
         try:
             with _without_backend_greeting():
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except AuthenticationError as error:
+            raise ConfigError(f"RAY_ADDRESS={address}: {_refusal(error)}; {TOKEN_ADVICE}") from error
+        except (ConnectionError, RuntimeError, ValueError) as error:  # the first is also what a wrong token comes to
             raise ConfigError(
-                f"RAY_ADDRESS={address}: no Ray cluster answers there ({one_line(error)}); start it, or unset "
-                "RAY_ADDRESS"
+                f"RAY_ADDRESS={address}: no Ray cluster answers us there ({one_line(error)}); start it, or unset "
+                f"RAY_ADDRESS; or, if it asks for a token, {TOKEN_ADVICE}"
             ) from error
         cores = int(ray.cluster_resources().get("CPU", 0))
     else:
@@ -63,6 +71,8 @@ def _start_patiently(cores: int) -> None:
             with _without_backend_greeting():
                 _start(cores)
             return
+        except AuthenticationError as error:
+            raise ConfigError(f"{_refusal(error)}; mend it, or unset RAY_AUTH_MODE") from error
         except Exception as error:  # what Ray raises when a process of its own is late is of no narrower kind
             ray.shutdown()
             if not attempts_left:
@@ -70,6 +80,24 @@ def _start_patiently(cores: int) -> None:
                     f"Ray did not start on this machine ({one_line(error)}); it may be too busy, or out of memory: run "
                     "the same command again"
                 ) from error
+
+
+def _require_answer(address: str) -> None:
+    """Ray itself asks a dead address for minutes. Raises ConfigError when no connection is taken there."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdecimal() or "://" in host:  # auto, and what Ray itself refuses
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_PATIENCE_S).close()
+    except OSError as error:
+        raise ConfigError(
+            f"RAY_ADDRESS={address}: nothing listens there ({one_line(error)}); start the cluster, or unset RAY_ADDRESS"
+        ) from error
+
+
+def _refusal(error: AuthenticationError) -> str:
+    """What Ray says of a token, without its paragraph of advice."""
+    return str(error).partition(". Ensure that")[0]
 
 
 def here() -> NodeAffinitySchedulingStrategy:

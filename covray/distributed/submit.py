@@ -18,6 +18,7 @@ from rich.console import Console
 
 import covray
 from covray.config import Section
+from covray.distributed.session import TOKEN_ADVICE
 from covray.errors import ConfigError
 
 ADDRESS = "http://127.0.0.1:8265"
@@ -91,10 +92,7 @@ def _why(error: BaseException) -> str:
     """What is wrong and what to do, in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     if isinstance(error, AuthenticationError):
-        return (
-            "the cluster does not accept this token; set RAY_AUTH_MODE=token, with its token in ~/.ray/auth_token or "
-            "RAY_AUTH_TOKEN_PATH"
-        )
+        return f"the cluster does not accept this token; {TOKEN_ADVICE}"
     if "onnect" in str(error):
         return "no Ray cluster answers there; give --address, or open it by ray dashboard cluster/gpu.yaml"
     if "already exists" in str(error):

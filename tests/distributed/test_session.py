@@ -3,27 +3,41 @@
 from __future__ import annotations
 
 import os
+import socket
+from collections.abc import Iterator
 
 import pytest
 import ray
+from ray.exceptions import AuthenticationError
 
 from covray.distributed.session import ray_session
 from covray.errors import ConfigError
 
+ADVICE = ". Ensure that the token is available.\nSee: its page"
+
+
+@pytest.fixture
+def listening() -> Iterator[str]:
+    """The address of something that takes connections."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+
 
 @pytest.mark.parametrize(
-    ("address", "error", "told"),
+    ("named", "error", "told"),
     [
-        (None, Exception("The current node timed out during startup.\nMore."), "Ray did not start on this machine"),
-        ("10.0.0.1:6379", ConnectionError("no answer"), "no Ray cluster answers there"),
+        (False, Exception("The current node timed out during startup.\nMore."), "Ray did not start on this machine"),
+        (False, AuthenticationError(f"/absent cannot be opened{ADVICE}"), "^/absent cannot be opened; mend it"),
+        (True, ConnectionError("no answer"), "no Ray cluster answers us there .*RAY_AUTH_TOKEN_PATH"),
+        (True, AuthenticationError(f"token missing{ADVICE}"), "RAY_ADDRESS=.*: token missing; set RAY_AUTH_MODE=token"),
     ],
 )
 def test_a_ray_that_does_not_come_up_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, address: str | None, error: Exception, told: str
+    monkeypatch: pytest.MonkeyPatch, listening: str, named: bool, error: Exception, told: str
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    if address:
-        monkeypatch.setenv("RAY_ADDRESS", address)
+    if named:
+        monkeypatch.setenv("RAY_ADDRESS", listening)
 
     def late(**_: object) -> None:
         raise error
@@ -32,6 +46,14 @@ def test_a_ray_that_does_not_come_up_is_one_line(
     with pytest.raises(ConfigError, match=told) as caught, ray_session():
         raise AssertionError("there is no Ray to work on")
     assert "\n" not in str(caught.value)
+
+
+def test_a_dead_address_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        dead = f"127.0.0.1:{listener.getsockname()[1]}"
+    monkeypatch.setenv("RAY_ADDRESS", dead)
+    with pytest.raises(ConfigError, match=f"{dead}: nothing listens there"), ray_session():
+        raise AssertionError("Ray itself would have asked for half a minute")
 
 
 def test_a_ray_that_is_late_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
