@@ -331,7 +331,7 @@ def open_home(token: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Folders that everybody may enter, as far up as they are pytest's."""
     base = tmp_path_factory.getbasetemp()
     for folder in token.parents:
-        if folder.is_relative_to(base) or folder.name.startswith("pytest-of-"):
+        if folder.is_relative_to(base) or folder.name.startswith("pytest-"):
             folder.chmod(0o755)
 
 
