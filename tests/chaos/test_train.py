@@ -55,6 +55,8 @@ def test_a_killed_training_equals_an_undisturbed_one(
         everything = psutil.Process(training.pid).children(recursive=True)
         started += everything
         if victim == "worker":  # Ray Train starts the workers again
+            # A step that an earlier process made is there before the next one's workers are.
+            wait_for(lambda: len(actors_of(training, "RayTrainWorker")) == 2, "two workers", training)  # noqa: B023
             workers = actors_of(training, "RayTrainWorker")
             rng.choice(workers).kill()
             psutil.wait_procs(workers, timeout=60)
