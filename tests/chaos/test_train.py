@@ -36,11 +36,11 @@ def wait_for_step(config: TrainConfig, process: subprocess.Popen[str], step: int
 
 
 def test_a_killed_training_equals_an_undisturbed_one(
+    started: list[psutil.Process],  # first: what is still running after a failure ends before it looks
     start_training: Callable[[TrainConfig], subprocess.Popen[str]],
     tiny_config: Callable[..., TrainConfig],  # noqa: F811
     tmp_path: Path,
     rng: random.Random,
-    started: list[psutil.Process],
 ) -> None:
     long = {"optimizer__steps": 200, "validate_every_steps": 20, "checkpoints__every_steps": 10, "workers__count": 2}
     store = f"sqlite:///{tmp_path}/mlflow.db"
