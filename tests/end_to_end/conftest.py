@@ -13,7 +13,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +140,14 @@ def scenes_manifest(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
+def kill_all(processes: Sequence[subprocess.Popen[Any]]) -> None:
+    """Kill those that still run, with all that they started."""
+    for process in processes:
+        if process.poll() is None:
+            for child in (*psutil.Process(process.pid).children(recursive=True), process):
+                child.kill()
+
+
 @pytest.fixture
 def start_training(tmp_path: Path) -> Iterator[Callable[[TrainConfig], subprocess.Popen[str]]]:
     """Starts a training as a process of its own; nothing of it outlives the test."""
@@ -155,10 +163,7 @@ def start_training(tmp_path: Path) -> Iterator[Callable[[TrainConfig], subproces
         return processes[-1]
 
     yield begin
-    for process in processes:
-        if process.poll() is None:
-            for child in (*psutil.Process(process.pid).children(recursive=True), process):
-                child.kill()
+    kill_all(processes)
 
 
 def finish_training(process: subprocess.Popen[str]) -> str:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import yaml
 from mlflow import MlflowClient
@@ -19,7 +18,7 @@ from mlflow import MlflowClient
 from covray.distributed.evaluate import RESULTS
 from covray.distributed.sweep import PAGE, TABLE
 from tests.distributed.test_tracking import folder, server  # noqa: F401 (fixtures)
-from tests.end_to_end.conftest import COVRAY, environment, run
+from tests.end_to_end.conftest import COVRAY, environment, kill_all, run
 from tests.evaluation.conftest import write_manifest  # noqa: F401 (a fixture)
 from tests.lvm.conftest import llama_folder  # noqa: F401 (a fixture)
 
@@ -38,10 +37,7 @@ def start() -> Iterator[Callable[[list[str]], subprocess.Popen[bytes]]]:
         return processes[-1]
 
     yield begin
-    for process in processes:
-        if process.poll() is None:
-            for child in (*psutil.Process(process.pid).children(recursive=True), process):
-                child.kill()
+    kill_all(processes)
 
 
 def wait_for_trials(sweep: subprocess.Popen[bytes], out: Path, count: int) -> dict[str, str]:
