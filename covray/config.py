@@ -176,8 +176,9 @@ class SentencesConfig(Section):
     split: str = "train"
     validation_split: str | None = "val"
     """Split for the validation loss; null validates nothing."""
-    loss: Literal["all", "chain", "answer"] = "all"
-    """Where loss is taken: every token (as LVM), the frames and answer of the query, or the answer only."""
+    loss: Literal["all", "chains", "chain", "answer"] = "all"
+    """Where loss is taken: every token (as LVM), the frames and answers of examples and query, those of the query, or
+    its answer only."""
 
     @field_validator("lengths", "pairs", "tasks")
     @classmethod

@@ -9,7 +9,7 @@ says how far a run is.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +20,14 @@ from covray.config import SentencesConfig
 from covray.errors import ConfigError, DatasetError
 from covray.lvm.model import Batch
 from covray.tokens.shards import ChainDataset, frame_order, task_of
+
+# The chains of a sentence, and the pictures of those, that carry loss.
+_LOSS: dict[str, tuple[slice | int, slice | int]] = {
+    "all": (slice(None), slice(None)),
+    "chains": (slice(None), slice(1, None)),
+    "chain": (-1, slice(1, None)),
+    "answer": (-1, -1),
+}
 
 
 def require_context(config: SentencesConfig, tokens_per_image: int, context_tokens: int) -> int:
@@ -113,8 +121,8 @@ class Sentence:
 
     ids: np.ndarray
     """uint16 [T]."""
-    loss_from: int
-    """The first position whose token carries loss; all after it do."""
+    loss_at: np.ndarray
+    """The positions whose tokens carry loss, ascending, int64 [loss tokens]."""
 
 
 class Sentences:
@@ -129,6 +137,7 @@ class Sentences:
         self.chains, self.config, self.seed = chains, config, seed
         # Two: a step may lie across the end of an epoch.
         self._epoch = lru_cache(maxsize=2)(self._draw)
+        self._loss_at = cache(self._find_loss)  # of every shape of sentence
 
     def __len__(self) -> int:
         """Queries of an epoch."""
@@ -145,13 +154,9 @@ class Sentences:
         length, pairs = self.shape(index)
         return length * (pairs + 1) * self.chains.tokens_per_image
 
-    def loss_from(self, index: int) -> int:
-        """The first position of the sentence whose token carries loss."""
-        if self.config.loss == "all":
-            return 1  # nothing stands before the first token to predict it from
-        length, _ = self.shape(index)
-        pictures = length - 1 if self.config.loss == "chain" else 1
-        return self.tokens(index) - pictures * self.chains.tokens_per_image
+    def loss_at(self, index: int) -> np.ndarray:
+        """The positions of the sentence whose tokens carry loss, ascending, int64 [loss tokens]."""
+        return self._loss_at(*self.shape(index))
 
     def rows(self, index: int) -> np.ndarray:
         """Rows of ``chains`` in the order of the sentence, int64 [pairs + 1]; the query is the last."""
@@ -163,7 +168,13 @@ class Sentences:
         """Sentence ``index``."""
         length, _ = self.shape(index)
         ids = self.chains.tokens[self.rows(index)[:, None], self.chains.pictures[length]]  # [pairs + 1, length, tokens]
-        return Sentence(ids.reshape(-1), self.loss_from(index))
+        return Sentence(ids.reshape(-1), self.loss_at(index))
+
+    def _find_loss(self, length: int, pairs: int) -> np.ndarray:
+        carries = np.zeros((pairs + 1, length, self.chains.tokens_per_image), bool)
+        carries[_LOSS[self.config.loss]] = True
+        carries[0, 0, 0] = False  # nothing stands before the first token to predict it from
+        return np.flatnonzero(carries)
 
     def _draw(self, epoch: int) -> _Epoch:
         """All that is left to chance in an epoch.
@@ -217,7 +228,7 @@ def micro_batches(
 
 def loss_tokens(sentences: Sentences, first: int, last: int) -> int:
     """Tokens that carry loss in the sentences ``[first, last)``, over all workers."""
-    return sum(sentences.tokens(index) - sentences.loss_from(index) for index in range(first, last))
+    return sum(len(sentences.loss_at(index)) for index in range(first, last))
 
 
 @dataclass(frozen=True)
@@ -293,8 +304,6 @@ def _batch(sentences: Sentences, indices: list[int]) -> Batch:
     parts = [sentences.sentence(index) for index in indices]
     lengths = tuple(len(part.ids) for part in parts)
     ends = np.cumsum(lengths)
-    positions = [
-        np.arange(end - len(part.ids) + part.loss_from - 1, end - 1) for end, part in zip(ends, parts, strict=True)
-    ]
+    positions = [end - len(part.ids) + part.loss_at - 1 for end, part in zip(ends, parts, strict=True)]
     ids = np.concatenate([part.ids for part in parts]).astype(np.int64)
     return Batch(torch.from_numpy(ids), lengths, torch.from_numpy(np.concatenate(positions)))

@@ -54,7 +54,7 @@ def streams(draw: st.DrawFn) -> Sentences:
         method=draw(st.sampled_from(["none", "linear"])),
         lengths=lengths,
         pairs=pairs,
-        loss=draw(st.sampled_from(["all", "chain", "answer"])),
+        loss=draw(st.sampled_from(["all", "chains", "chain", "answer"])),
     )
     return Sentences(numbered(sizes, config.lengths), config, CONTEXT, draw(st.integers(0, 2**40)))
 
@@ -183,13 +183,15 @@ def test_fewer_examples_are_the_same_sentence_without_its_beginning() -> None:
 def test_loss_is_taken_where_the_configuration_says(sentences: Sentences) -> None:
     for index in range(len(sentences)):
         ids = sentences.sentence(index).ids
-        length, _ = sentences.shape(index)
+        length, pairs = sentences.shape(index)
+        chains = ids.reshape(pairs + 1, length, TOKENS)
         expected = {
             "all": ids[1:],
+            "chains": np.concatenate([chain[1:].reshape(-1) for chain in chains]),
             "chain": ids[-(length - 1) * TOKENS :],  # all of the query's chain but its image
             "answer": sentences.chains.tokens[sentences.rows(index)[-1], -1],
         }[sentences.config.loss]
-        assert np.array_equal(ids[sentences.sentence(index).loss_from :], expected)
+        assert np.array_equal(ids[sentences.sentence(index).loss_at], expected)
         (batch,) = micro_batches(sentences, index, index + 1, rank=0, world=1, micro_tokens=1)
         assert batch is not None
         assert batch.targets.tolist() == expected.tolist()

@@ -48,8 +48,12 @@ def model_and_sentences(config: TrainConfig, dtype: torch.dtype = torch.float32)
 
 
 def test_the_golden_losses_are_made_again(tiny_config: Callable[..., TrainConfig]) -> None:
-    """A change that is not meant to change the numbers does not. Tolerance: another CPU adds in another order."""
-    config = tiny_config(optimizer__steps=20, optimizer__learning_rate=3e-2, validate_every_steps=20)
+    """A change that is not meant to change the numbers does not.
+
+    Tolerance: another CPU adds in another order. What that is worth grows with the learning rate: at 3e-2 an EPYC was
+    1.6% from a Xeon after twenty steps, at 5e-3 two instruction sets are 1e-7 apart.
+    """
+    config = tiny_config(optimizer__steps=20, optimizer__learning_rate=5e-3, validate_every_steps=20)
     result = train(config)
     assert result is not None
     losses = [record["loss"] for record in curve(config) if "loss" in record]
@@ -144,7 +148,7 @@ def test_a_warning_of_preemption_saves_once_and_goes_on(
     assert kept == ["step-00000002", f"step-{STEPS:08d}"]
 
 
-@pytest.mark.parametrize("loss", ["all", "chain", "answer"])
+@pytest.mark.parametrize("loss", ["all", "chains", "chain", "answer"])
 def test_workers_and_micro_batches_only_change_the_order_of_sums(
     loss: str, tiny_config: Callable[..., TrainConfig]
 ) -> None:
