@@ -217,7 +217,7 @@ class ComputeConfig(Section):
     """``auto`` takes the GPU if there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the frozen backbone and of the arithmetic; the adapter is float32. ``auto``: bfloat16 on a GPU and on a CPU
-    with matrix units for it (AMX), else float32."""
+    with units for it (AMX, AVX512-BF16), else float32."""
     threads: int | None = Field(default=None, ge=1, le=256)
     """CPU threads of one worker; by default the machine's cores over its workers."""
     recompute: bool = False

@@ -36,6 +36,7 @@ from covray import storage
 from covray.config import BackboneConfig, EngineConfig, PriorConfig, TokenizerConfig, require_compiler
 from covray.distributed.session import ray_session
 from covray.errors import ConfigError, CovrayError
+from covray.lvm.model import bfloat16_units
 from covray.weights import NANO_FOLDER
 
 Status = Literal["ok", "note", "problem"]
@@ -133,13 +134,8 @@ def check_packages() -> list[Finding]:
 
 def check_processor() -> list[Finding]:
     """Cores, memory, and whether bfloat16 is worth it without a GPU."""
-    # The rule of covray train's compute.dtype=auto, by the same question.
-    if torch.cpu._is_amx_tile_supported():
-        bf16 = "AMX: bfloat16 is worth it (covray train takes it by itself)"
-    elif torch.cpu._is_avx512_bf16_supported():
-        bf16 = "AVX512-BF16, no matrix units: float32 is taken; compute.dtype=bfloat16 may be worth a try"
-    else:
-        bf16 = "no bfloat16 units: stay with float32"
+    units = bfloat16_units()  # what covray train's compute.dtype=auto asks, too
+    bf16 = f"{units}: covray train computes in bfloat16" if units else "no units for bfloat16: float32 is faster"
     return [Finding("processor", "ok", f"{os.cpu_count()} cores, {_memory_bytes() / GIB:.1f} GiB memory; {bf16}")]
 
 

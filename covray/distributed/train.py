@@ -41,6 +41,7 @@ from covray.distributed.session import here, ray_session
 from covray.distributed.tracking import Tracker
 from covray.errors import ConfigError, CovrayError
 from covray.lvm.backbone import BackboneFacts, backbone_facts, require_same_codes
+from covray.lvm.model import bfloat16_units
 from covray.lvm.sentences import count_pairs, require_context
 from covray.tokens.shards import ChainDataset
 from covray.training import loop
@@ -250,7 +251,7 @@ def _resolve(config: TrainConfig, facts: BackboneFacts, cores: int) -> TrainConf
         )
     dtype = compute.dtype
     if dtype == "auto":
-        dtype = "bfloat16" if device == "cuda" or torch.cpu._is_amx_tile_supported() else "float32"
+        dtype = "bfloat16" if device == "cuda" or bfloat16_units() else "float32"
     if "RAY_ADDRESS" not in os.environ:  # a cluster may still grow
         for name, each in (("CPU", workers.cpus), ("GPU", gpus)):
             if workers.count * each > resources.get(name, 0):

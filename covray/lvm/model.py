@@ -26,6 +26,16 @@ _CHUNK = 2048
 """Positions whose logits exist at a time: 2048 x 8292 in float32 is 68 MB."""
 
 
+def bfloat16_units() -> str | None:
+    """What makes bfloat16 faster than float32 on this CPU, by name; None where nothing does.
+
+    Training the nano LVM, bfloat16 was 1.9 times as fast on a Xeon with AMX, 2.4 times on an EPYC with AVX512-BF16.
+    """
+    if torch.cpu._is_amx_tile_supported():
+        return "AMX"
+    return "AVX512-BF16" if torch.cpu._is_avx512_bf16_supported() else None
+
+
 @dataclass(frozen=True)
 class Batch:
     """Sentences laid flat, and where loss is taken."""

@@ -97,6 +97,19 @@ def test_a_package_that_is_absent_is_a_problem_with_its_extras(monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
+    ("amx", "avx512", "told"), [(True, True, "AMX"), (False, True, "AVX512-BF16"), (False, False, "float32 is faster")]
+)
+def test_the_processor_says_what_trainings_compute_in(
+    monkeypatch: pytest.MonkeyPatch, amx: bool, avx512: bool, told: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    [finding] = doctor.check_processor()
+    assert finding.status == "ok"
+    assert told in finding.found
+
+
+@pytest.mark.parametrize(
     ("capability", "built", "runs"),
     [
         ((9, 0), ["sm_80", "sm_90"], True),
