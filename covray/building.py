@@ -7,7 +7,7 @@ What an actor of ``covray build`` does, and what a bare GPU machine can profile.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from covray.config import BuildConfig
 from covray.diffusion.chains import ChainEngine, Interpolation, Request
 from covray.diffusion.prior import load_prior, propose_batch, resolve_device
 from covray.images import square
-from covray.preparing import Facts, needs_prior
+from covray.preparing import Facts, needs_prior, picture_digest
 from covray.tokens.shards import frame_order, shard_schema, union_alphas
 from covray.tokens.tokenizer import load_tokenizer
 
@@ -30,7 +30,6 @@ class Work:
     rejected: int = 0
     evaluations: int = 0
     padded: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
 
 
 class BlockBuilder:
@@ -129,9 +128,9 @@ class BlockBuilder:
             ]
             row["quality"] = self._quality(row["pair_id"], images, ends[number], number, chains)
             if self.config.keep_noise and chains is not None:
-                source, label = ends[number]
-                row["source_noise"] = chains.noise[source].astype("<f4").tobytes()
-                row["label_noise"] = chains.noise[label].astype("<f4").tobytes()
+                for name, end in zip(("source", "label"), ends[number], strict=True):
+                    row[f"{name}_noise"] = chains.noise[end].astype("<f4").tobytes()
+                    row[f"{name}_pixels"] = picture_digest(images[end].tobytes())
 
     def _interpolate(
         self, images: np.ndarray, ends: list[tuple[int, ...]], ids: list[int], prepared: pa.Table, work: Work
@@ -152,7 +151,7 @@ class BlockBuilder:
             noise,
             {image for number in checked for image in ends[number]},
         )
-        work.evaluations, work.padded, work.seconds = chains.evaluations, chains.padded, chains.seconds
+        work.evaluations, work.padded = chains.evaluations, chains.padded
         return chains
 
     def _quality(

@@ -114,7 +114,8 @@ class BuildConfig(Section):
     keep_noise: bool = False
     """Keep the inverted noise in the shards, so that a later build needs no inversion."""
     noise_from: str | None = None
-    """A dataset built with ``keep_noise`` and the same prior: its noise is used where it has the pair."""
+    """A dataset built with ``keep_noise`` and the same prior: its noise is used where it has the pair, of the same
+    pixels."""
     rows_per_block: int = Field(default=64, ge=1, le=100_000)
     """Pairs an actor takes at a time; also the unit that a kill can cost."""
 

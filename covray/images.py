@@ -95,7 +95,8 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
 
     - Transparent pixels are composited on black: in label pictures black is "nothing here", and showing the hidden
       colour below would invent content.
-    - 16 bits are scaled to 8 (v / 257, rounded), not cut. Floating point has no agreed range and is refused.
+    - One channel of 16 bits is scaled to 8 (v / 257, rounded), not cut; of colours Pillow keeps the high byte. Floating
+      point has no agreed range and is refused.
     - Values are taken as sRGB, as LVM does; colour profiles are not applied, so a broken one does no harm.
     - Animations and multi-page files are refused, since taking the first frame would drop the others silently; a
       JPEG with further pictures attached (MPO: previews, gain maps) is its main picture.

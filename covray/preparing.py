@@ -5,7 +5,7 @@ Apart from ``covray.building``, so that the many short-lived workers that feed t
 
 from __future__ import annotations
 
-import json
+import hashlib
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -17,6 +17,7 @@ from covray import storage
 from covray.config import BuildConfig
 from covray.errors import DatasetError, PairError
 from covray.images import decode, load_picture, square
+from covray.pairs.manifest import read_meta
 from covray.tasks import TASKS
 from covray.tokens.shards import ChainDataset, union_alphas
 
@@ -69,8 +70,9 @@ def prepare_block(
         prepared: dict[str, Any] = {name: row[name] for name in ("pair_id", "task", "split")}
         try:
             prepared |= _prepare_pair(row, config, facts, root)
-            source_noise, label_noise = kept.get(row["pair_id"], (None, None))
-            prepared |= {"source_noise": source_noise, "label_noise": label_noise}
+            for name, (noise_of_it, digest) in kept.get(row["pair_id"], {}).items():
+                if digest == picture_digest(prepared[name]):
+                    prepared[f"{name}_noise"] = noise_of_it
         except PairError as error:
             prepared["error"] = str(error)
         rows.append(prepared)
@@ -100,13 +102,15 @@ def _prepare_pair(row: dict[str, Any], config: BuildConfig, facts: Facts, root: 
 
 def _tell_why_there_is_none(meta: str | None) -> None:
     """Raise the PairError for which ``covray pairs`` could not draw a label, if the manifest has noted one."""
-    try:
-        error = json.loads(meta or "{}").get("error")
-    except (ValueError, AttributeError, RecursionError):
-        return
+    error = read_meta(meta).get("error")
     if isinstance(error, str):
         reason, _, detail = error.partition(": ")
         raise PairError(reason, f"label: {detail}")
+
+
+def picture_digest(pixels: bytes) -> bytes:
+    """What a picture's noise is found by again, beside its pair: a pair's id follows from names, and files change."""
+    return hashlib.blake2b(pixels, digest_size=16).digest()
 
 
 def _decoded(picture: dict[str, Any] | None, name: str, root: str | None) -> np.ndarray:
@@ -153,18 +157,21 @@ class KeptNoise:
         order = np.argsort(ids, kind="stable")
         return cls(path, files, ids[order], owners[order])
 
-    def read(self, pair_ids: np.ndarray) -> dict[int, tuple[bytes, bytes]]:
-        """Source and label noise (float32 little-endian bytes) of those of ``pair_ids`` that the dataset has."""
+    def read(self, pair_ids: np.ndarray) -> dict[int, dict[str, tuple[bytes, bytes]]]:
+        """Noise (float32 little-endian bytes) and ``picture_digest`` of ``source`` and ``label`` of those of
+        ``pair_ids`` that the dataset has."""
         place = np.searchsorted(self.pair_ids, pair_ids)
         place = np.minimum(place, max(len(self.pair_ids) - 1, 0))
         wanted = place[self.pair_ids[place] == pair_ids] if len(self.pair_ids) else place[:0]
         asked = set(pair_ids.tolist())
-        noise: dict[int, tuple[bytes, bytes]] = {}
+        ends = ("source", "label")
+        columns = ["pair_id", *(f"{end}_{what}" for end in ends for what in ("noise", "pixels"))]
+        noise: dict[int, dict[str, tuple[bytes, bytes]]] = {}
         for number in np.unique(self.file_of[wanted]):
-            table = _read_columns(self.path, self.files[number], ["pair_id", "source_noise", "label_noise"])
+            table = _read_columns(self.path, self.files[number], columns)
             for row in table.to_pylist():
                 if row["pair_id"] in asked and row["source_noise"] is not None:
-                    noise[row["pair_id"]] = (row["source_noise"], row["label_noise"])
+                    noise[row["pair_id"]] = {end: (row[f"{end}_noise"], row[f"{end}_pixels"]) for end in ends}
         return noise
 
 

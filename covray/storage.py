@@ -26,7 +26,12 @@ def resolve(path: str) -> tuple[fs.FileSystem, str]:
 
 
 def join(path: str, *parts: str) -> str:
-    """``path`` and ``parts`` joined, whatever the scheme."""
+    """``path`` and ``parts`` joined, whatever the scheme. Raises ConfigError where ``path`` carries options."""
+    if "://" in path and "?" in path:  # behind them nothing can be appended
+        raise ConfigError(
+            f"{path}: a folder's address ends before the ?; set what follows it in the environment "
+            "(AWS_REGION, AWS_ENDPOINT_URL)"
+        )
     return posixpath.join(path, *parts)
 
 

@@ -23,8 +23,9 @@ from covray.errors import DatasetError
 from covray.images import encode_png, square
 from covray.pairs.manifest import MANIFEST_SCHEMA
 from covray.preparing import PREPARED_SCHEMA, Facts, KeptNoise, needs_prior, prepare_block
-from covray.tokens.shards import shard_schema, union_alphas, validate_rows
+from covray.tokens.shards import shard_schema, union_alphas
 from tests.diffusion.conftest import write_prior
+from tests.tokens.contract import validate_rows
 
 PRIOR_PX, SMALL_PX = 32, 16
 
@@ -376,6 +377,15 @@ def test_a_pair_without_kept_noise_is_inverted(builder: BlockBuilder, kept: str)
     noise = KeptNoise.of(kept, builder.config, builder.facts())
     new = _row(99, _png(8), _png(9))
     assert _build(builder, [ROWS[0], new], noise)[0].slice(1).equals(_build(builder, [new])[0])
+
+
+def test_kept_noise_of_a_picture_that_changed_is_not_used(builder: BlockBuilder, kept: str) -> None:
+    noise = KeptNoise.of(kept, builder.config, builder.facts())
+    changed = ROWS[0] | {"label": _png(9)}
+    rows, work = _build(builder, [changed], noise)
+    fresh, all_work = _build(builder, [changed])
+    assert rows.equals(fresh)
+    assert work.evaluations < all_work.evaluations, "its other end's noise is"
 
 
 def test_kept_noise_of_another_inversion_is_refused(

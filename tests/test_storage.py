@@ -97,6 +97,9 @@ def test_local_paths_become_absolute_and_home_is_known(tmp_path: Path, monkeypat
     assert storage.resolve("~/y")[1] == str(tmp_path / "y")
     assert storage.join("s3://bucket/a", "b", "c") == "s3://bucket/a/b/c"
     assert storage.join("/a/", "b") == "/a/b"
+    assert storage.join("/what?", "b") == "/what?/b"
+    with pytest.raises(ConfigError, match=r"ends before the \?.*AWS_REGION"):
+        storage.join("s3://bucket/a?region=x", "b")
 
 
 @pytest.mark.parametrize("path", ["gopher://host/x", "://", "file:// x", "a b://c"])

@@ -23,6 +23,7 @@ from covray.config import BuildConfig, differences
 from covray.distributed.pool import (
     TASK_CPUS,
     absolute,
+    commit_again,
     delete_checkpoint,
     gpus_of,
     map_exactly_once,
@@ -39,7 +40,7 @@ from covray.errors import DatasetError
 from covray.pairs.manifest import ManifestInfo, check_manifest
 from covray.preparing import Facts, KeptNoise, needs_prior
 from covray.tokens.audit import audit_dataset
-from covray.tokens.shards import shard_schema, union_alphas
+from covray.tokens.shards import ChainDataset, shard_schema, union_alphas
 
 if TYPE_CHECKING:
     from covray.building import BlockBuilder
@@ -96,12 +97,22 @@ def build(config: BuildConfig) -> dict[str, Any]:
         else:
             _require_same(config, described["identity"], config.identity())
             _require_same(config, described["fingerprints"], facts.fingerprints)
+            commit_again(config.out, "pair_id", lambda: _standing(config.out))
         noise = KeptNoise.of(config.noise_from, config, facts) if config.noise_from else None
         usage = _run(config, info, facts, noise, pool_of(config.actors, config.engine, cores, gpus))
     audit = audit_dataset(config.out, info.pair_ids, info.per_task) | usage
     storage.write_json(audit_path, audit)
     delete_checkpoint(config.out)
     return audit
+
+
+def _standing(out: str) -> pa.ChunkedArray:
+    """Pair ids of the rows that ``out`` has. Raises DatasetError for a shard that cannot be read."""
+    dataset = ChainDataset(out, unfinished=True)
+    ids = dataset.table(["pair_id"], errors=True)["pair_id"]
+    if dataset.unreadable:
+        raise DatasetError(f"{out}/{dataset.unreadable[0]}: cannot be read; delete it, and run the same command again")
+    return ids
 
 
 def _run(

@@ -80,6 +80,15 @@ def map_exactly_once(
     return before
 
 
+def commit_again(out: str, id_column: str, ids: Callable[[], pa.ChunkedArray]) -> None:
+    """Commit ``ids``, of rows that stand in ``out``, if it has no checkpoint any more: a finished result that somebody
+    took files from is continued, not made a second time beside what is left of it."""
+    if not storage.list_files(storage.join(out, CHECKPOINT)) and len(standing := ids()):
+        buffer = pa.BufferOutputStream()
+        pq.write_table(pa.table({id_column: standing}), buffer)
+        storage.write_bytes(storage.join(out, CHECKPOINT, f"standing{_COMMITTED}"), buffer.getvalue().to_pybytes())
+
+
 def delete_checkpoint(out: str) -> None:
     """Forget what was committed, once the result stands."""
     filesystem, inner = storage.resolve(storage.join(out, CHECKPOINT))

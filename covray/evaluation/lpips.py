@@ -67,7 +67,7 @@ def load_lpips(path: Path) -> Lpips:
             raise WeightsError(f"{path}: is damaged, its SHA-256 is not that of its name; get it again")
         trunk = _read(path)
         convolutions = [(trunk[f"features.{index}.weight"], trunk[f"features.{index}.bias"]) for index, *_ in _LAYERS]
-    except (OSError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
+    except (OSError, EOFError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
         raise WeightsError(f"{path}: is not torchvision's AlexNet ({one_line(error)}); give {ALEXNET}") from error
     linear = _read(Path(str(files("torchmetrics"))) / "functional" / "image" / "lpips_models" / "alex.pth")
     return Lpips(convolutions, [linear[f"lin{number}.model.1.weight"] for number in range(len(_LAYERS))])

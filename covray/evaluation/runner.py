@@ -28,7 +28,7 @@ from covray.evaluation.baselines import mean_label, nearest_label, saliency
 from covray.evaluation.episodes import Episodes
 from covray.evaluation.frames import frame_figures
 from covray.evaluation.lpips import LEAST_PX, load_lpips
-from covray.evaluation.scores import VOC_CLASSES, score
+from covray.evaluation.scores import class_count, score
 from covray.evaluation.subjects import SALIENCY, Subject
 from covray.images import decode, load_picture, resize, square
 from covray.lvm.adapter import load_adapter_tensors, read_adapter
@@ -36,7 +36,7 @@ from covray.lvm.backbone import backbone_facts, load_backbone
 from covray.lvm.decoding import Decoder, seed_of
 from covray.lvm.model import Batch, Lvm
 from covray.lvm.sentences import Chains
-from covray.pairs.manifest import check_manifest
+from covray.pairs.manifest import check_manifest, read_manifest, read_meta
 from covray.tasks import TASKS
 from covray.tokens.shards import ChainDataset
 from covray.tokens.tokenizer import load_tokenizer, require_same_tokens
@@ -195,7 +195,7 @@ class Runner:
         try:
             pair = self._queries.read([row["pair_id"]])[0]
             label = self._picture(pair, "label", row["pair_id"])
-            meta = json.loads(pair["meta"] or "{}")
+            meta = read_meta(pair["meta"])
             answer, pictures = self._answer(subject, row, label, meta)
         except PairError as error:
             row["error"] = str(error)
@@ -232,7 +232,7 @@ class Runner:
         if not other.any():
             raise PairError("no_examples", f"no example of {task} has pictures that can be read")
         if subject.baseline == "mean":
-            found = self._mean(task, row["pair_id"] if not other.all() else None, len(meta.get("classes") or ()))
+            found = self._mean(task, row["pair_id"] if not other.all() else None, class_count(meta))
         else:
             image = self._picture(self._queries.read([row["pair_id"]])[0], "image", row["pair_id"])
             found = nearest_label(square(image, size_px, self.fit), images[other], labels[other])
@@ -240,7 +240,7 @@ class Runner:
 
     def _load_mean(self, task: str, without: int | None, classes: int) -> Picture:
         ids, _, labels = self._labels(task)
-        return mean_label(task, labels[ids != without] if without is not None else labels, classes or VOC_CLASSES)
+        return mean_label(task, labels[ids != without] if without is not None else labels, classes)
 
     def _load_labels(self, task: str) -> tuple[NDArray[np.int64], NDArray[np.uint8], NDArray[np.uint8]]:
         """Pair ids, images and labels of the examples of ``task`` at the tokenizer's size; without those unreadable."""
@@ -273,7 +273,7 @@ class Runner:
         subject = self.subjects[row["subject"]]
         pair = self._queries.read([row["pair_id"]])[0]
         query, label = (self._picture(pair, name, row["pair_id"]) for name in ("image", "label"))
-        answer, pictures = self._answer(subject, row, label, json.loads(pair["meta"] or "{}"))
+        answer, pictures = self._answer(subject, row, label, read_meta(pair["meta"]))
         return query, pictures[:-1], answer, label
 
 
@@ -337,13 +337,10 @@ def require_pairs(manifest: str, wanted: pa.Table) -> str | None:
 
 def write_pairs(path: str, manifest: str, root: str | None, wanted: pa.Table) -> None:
     """Write the rows of ``manifest`` that ``wanted`` (pair_id, task) names, in its order, for ``PairFile``."""
-    filesystem, inner = storage.resolve(manifest)
-    parts = []
-    source = pq.ParquetDataset(inner, filesystem=filesystem)
-    for fragment in source.fragments:
-        for batch in fragment.to_batches(columns=PAIR_SCHEMA.names):
-            parts.append(batch.filter(pc.is_in(batch.column("pair_id"), value_set=wanted["pair_id"].combine_chunks())))
-    found = pa.Table.from_batches(parts).select(PAIR_SCHEMA.names).cast(PAIR_SCHEMA)
+    ids = wanted["pair_id"].combine_chunks()
+    rows = read_manifest(manifest, PAIR_SCHEMA.names)
+    parts = [batch.filter(pc.is_in(batch.column("pair_id"), value_set=ids)) for batch in rows]
+    found = pa.Table.from_batches(parts)
     order = pc.index_in(wanted["pair_id"], value_set=found["pair_id"].combine_chunks())
     metadata = {"covray.root": json.dumps(root)}
     buffer = pa.BufferOutputStream()

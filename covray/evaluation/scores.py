@@ -72,7 +72,7 @@ def score(
         raise ValueError(f"answer {answer.dtype} {answer.shape} and label {label.dtype} {label.shape} do not match")
     perceptual = {} if lpips is None else {"lpips": float(lpips(answer, label))}
     if task == "segmentation":
-        classes = len((meta or {}).get("classes") or range(VOC_CLASSES))
+        classes = class_count(meta or {})
         found, truth = segmentation.read(answer, classes), segmentation.read(label, classes)
         counts = class_counts(found, truth, classes)
         return Score({"iou": mean_iou(counts), "p_acc": float((found == truth).mean())}, counts)
@@ -193,13 +193,19 @@ def angle_figures(answer: NDArray[np.floating], label: NDArray[np.floating]) -> 
     return {"mean_angle_deg": float(angle.mean()), "median_angle_deg": float(np.median(angle)), **shares}
 
 
+def class_count(meta: Mapping[str, Any]) -> int:
+    """Classes of a segmentation: as many as ``meta`` of its manifest row names in ``classes``, else PASCAL VOC's."""
+    names = meta.get("classes")
+    return len(names) if isinstance(names, list) and 1 <= len(names) <= 256 else VOC_CLASSES
+
+
 def edge_counts(answer: NDArray[np.floating], label: NDArray[np.bool_]) -> NDArray[np.int64]:
     """What edge strength [h, w] in [0, 1] gets right of the edges [h, w], int64 [4, thresholds].
 
     The rows: pixels of at least the threshold; of these, within the tolerance of an edge; edge pixels; of these, within
     the tolerance of a pixel of at least the threshold. BSDS500 (Martin et al. 2004; Arbelaez et al. 2011) matches
     pixels one to one and thins the answer before; this is the simple variant that matches by distance alone and leaves
-    lines as wide as they are drawn, as labels are. Below 134 px of side the tolerance is less than a pixel.
+    lines as wide as they are drawn, as labels are. Below 134 px of diagonal the tolerance is less than a pixel.
     """
     height, width = label.shape
     tolerance_px = EDGE_TOLERANCE * math.hypot(height, width)

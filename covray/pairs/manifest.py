@@ -18,7 +18,7 @@ import posixpath
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, get_args
@@ -42,6 +42,8 @@ __all__ = [
     "Picture",
     "check_manifest",
     "list_root",
+    "read_manifest",
+    "read_meta",
     "read_user_list",
 ]
 
@@ -253,6 +255,25 @@ def check_manifest(path: str | os.PathLike[str]) -> ManifestInfo:
     _check_unique(path, pair_ids)
     (root,) = roots
     return ManifestInfo(len(pair_ids), dict(sorted(per_task.items())), dict(sorted(splits.items())), root, pair_ids)
+
+
+def read_manifest(path: str | os.PathLike[str], columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """The rows of a checked manifest, ``columns`` of ``MANIFEST_SCHEMA`` in its types; files by name."""
+    files, filesystem = _manifest_files(os.fspath(path))
+    schema = pa.schema([MANIFEST_SCHEMA.field(name) for name in columns])
+    for file in files:
+        with _reading(file), pq.ParquetFile(file, filesystem=filesystem) as parquet:
+            for batch in parquet.iter_batches(256, columns=list(columns)):
+                yield batch.select(list(columns)).cast(schema)
+
+
+def read_meta(text: str | None) -> dict[str, Any]:
+    """A row's ``meta``; empty where a stranger's is no JSON object."""
+    try:
+        values = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def list_root(file: str | os.PathLike[str], root: str | os.PathLike[str] | None = None) -> str:

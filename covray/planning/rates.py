@@ -273,6 +273,7 @@ def _shard_bytes(build: BuildConfig, tokens_per_image: int, rows: int) -> tuple[
     def noise() -> bytes:  # of both ends, float32 latents of 4 channels, an eighth of the side
         return generator.bytes(4 * 4 * ((build.prior.size_px or 512) // 8) ** 2)
 
+    kept = ("source", "label") if build.keep_noise else ()
     table = [
         {
             "pair_id": int(generator.integers(2**62)),
@@ -282,7 +283,7 @@ def _shard_bytes(build: BuildConfig, tokens_per_image: int, rows: int) -> tuple[
             "label": picture(),
             "frames": [{"method": method, "alpha": alpha, "tokens": picture()} for method, alpha in order],
             "quality": dict.fromkeys(QUALITY, float(generator.random())),
-            **({"source_noise": noise(), "label_noise": noise()} if build.keep_noise else {}),
+            **({f"{end}_noise": noise() for end in kept} | {f"{end}_pixels": generator.bytes(16) for end in kept}),
         }
         for _ in range(rows)
     ]

@@ -27,7 +27,8 @@ _ROWS_AT_ONCE = 1024  # rows of 256 tokens and a dozen frames: some 7 MB
 
 
 def shard_schema(keep_noise: bool) -> pa.Schema:
-    """The schema of a shard; ``keep_noise`` adds the inverted noise of both ends (float32 little-endian bytes)."""
+    """The schema of a shard; ``keep_noise`` adds the inverted noise of both ends (float32 little-endian bytes), and
+    the BLAKE2b digests (16 bytes) of the pixels that were inverted."""
     frame = pa.struct([("method", pa.string()), ("alpha", pa.float32()), ("tokens", _TOKENS)])
     fields = [
         ("pair_id", pa.int64()),
@@ -39,8 +40,8 @@ def shard_schema(keep_noise: bool) -> pa.Schema:
         ("quality", pa.struct([(name, pa.float32()) for name in QUALITY])),
         ("error", pa.string()),
     ]
-    noise = [("source_noise", pa.binary()), ("label_noise", pa.binary())] if keep_noise else []
-    return pa.schema(fields + noise)
+    kept = [(f"{end}_{what}", pa.binary()) for what in ("noise", "pixels") for end in ("source", "label")]
+    return pa.schema(fields + (kept if keep_noise else []))
 
 
 def alphas_of(length: int) -> tuple[float, ...]:
@@ -63,65 +64,6 @@ def frame_order(methods: Iterable[str], alphas: Iterable[float]) -> list[tuple[s
     """The (method, alpha) of a row's frames in their fixed order: by method, then by alpha."""
     ascending = sorted(alphas)
     return [(method, alpha) for method in sorted(methods) for alpha in ascending]
-
-
-def validate_rows(
-    table: pa.Table, *, tokens_per_image: int, codes: int, methods: Sequence[str], alphas: Sequence[float]
-) -> None:
-    """Check that every row of a shard ``table`` keeps the contract.
-
-    A good row: ``tokens_per_image`` tokens below ``codes`` in source, label and every frame, frames exactly
-    ``frame_order(methods, alphas)``. A bad row: an error ``reason: detail``, and no tokens, quality or noise.
-    Raises DatasetError naming the first pair that breaks it.
-    """
-    schema = shard_schema(keep_noise="source_noise" in table.column_names)
-    for field in schema:
-        if field.name not in table.column_names:
-            raise DatasetError(f"shard: column {field.name} is missing; build the dataset again")
-        if table.schema.field(field.name).type != field.type:
-            found = table.schema.field(field.name).type
-            raise DatasetError(f"shard: column {field.name} is {found}, not {field.type}; build the dataset again")
-    if table["pair_id"].null_count:
-        raise DatasetError("shard: a row has no pair_id; build the dataset again")
-    pair_ids = table["pair_id"].to_numpy()
-
-    def refuse(broken: np.ndarray, ids: np.ndarray, what: str) -> None:
-        if broken.any():
-            raise DatasetError(f"pair {ids[np.argmax(broken)]}: {what}; build the dataset again")
-
-    rejected = _flags(pc.is_valid(table["error"]))
-    well_formed = pc.match_substring_regex(table["error"], r"^[a-z][a-z0-9_]*: ")
-    refuse(~_flags(pc.fill_null(well_formed, True)), pair_ids, "its error is not 'reason: detail'")
-    for name in schema.names:
-        present = _flags(pc.is_valid(table[name]))
-        if name not in ("pair_id", "task", "split", "error"):
-            refuse(rejected & present, pair_ids, f"it has an error and yet {name}")
-        if name in ("task", "source", "label", "frames"):
-            refuse(~rejected & ~present, pair_ids, f"it has no error and no {name}")
-
-    good, good_ids = table.filter(pa.array(~rejected)), pair_ids[~rejected]
-    order = frame_order(methods, alphas)
-    frame_counts = pc.list_value_length(good["frames"]).to_numpy()
-    refuse(frame_counts != len(order), good_ids, f"it does not have {len(order)} frames")
-    pictures = [("source", good["source"], 1), ("label", good["label"], 1)]
-    if order and len(good):
-        frames = pc.list_flatten(good["frames"])
-        methods_due = pa.array([method for method, _ in order] * len(good), pa.string())
-        alphas_due = pa.array([alpha for _, alpha in order] * len(good), pa.float32())
-        as_due = pc.and_(
-            pc.fill_null(pc.equal(pc.struct_field(frames, "method"), methods_due), False),
-            pc.fill_null(pc.equal(pc.struct_field(frames, "alpha"), alphas_due), False),
-        )
-        ids = np.repeat(good_ids, len(order))
-        refuse(~_flags(as_due), ids, "its frames are not the methods and alphas of the build, in order")
-        pictures.append(("a frame", pc.struct_field(frames, "tokens"), len(order)))
-    for name, column, per_row in pictures:
-        ids = np.repeat(good_ids, per_row)
-        lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy()
-        refuse(lengths != tokens_per_image, ids, f"{name} does not have {tokens_per_image} tokens")
-        tokens, owners = pc.list_flatten(column), np.repeat(ids, tokens_per_image)
-        refuse(_flags(pc.is_null(tokens)), owners, f"{name} has an empty token")
-        refuse(tokens.to_numpy() >= codes, owners, f"{name} has a token beyond the {codes} codes")
 
 
 class ChainDataset:
@@ -285,8 +227,8 @@ class ChainDataset:
         except _UNREADABLE as error:
             if self.audit is not None:
                 raise DatasetError(
-                    f"{self.path}/{name}: cannot be read ({one_line(error)}); delete it and _audit.json, "
-                    "and run the same covray build again"
+                    f"{self.path}/{name}: cannot be read ({one_line(error)}); try again, and where it is damaged "
+                    "delete it and _audit.json, and run the same covray build again: it makes what is missing"
                 ) from error
             if name not in self.unreadable:
                 self.unreadable.append(name)
@@ -313,10 +255,6 @@ def task_of(shard: str) -> str:
         if part.startswith("task="):
             return part.removeprefix("task=")
     raise DatasetError(f"{shard}: is not below a folder task=...; it is no shard of this dataset, move it away")
-
-
-def _flags(column: pa.ChunkedArray) -> np.ndarray:
-    return column.to_numpy().astype(bool)
 
 
 def _read_description(path: str, name: str) -> dict[str, Any] | None:

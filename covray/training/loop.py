@@ -230,11 +230,12 @@ class _Run:
             improved = self.step % self.config.validate_every_steps == 0 or self.step == self.steps
             improved = improved and self._validate()
             wish = Wish.GO_ON
+            save_now = False
             if asking:
                 asked = time.monotonic()
                 wish = self.place.ask()
-            save_now = wish is Wish.STOP or (wish is Wish.SAVE and not saved_for_wish)
-            saved_for_wish = wish is Wish.SAVE
+                save_now = wish is Wish.STOP or (wish is Wish.SAVE and not saved_for_wish)
+                saved_for_wish = wish is Wish.SAVE
             due = self.step % self.config.checkpoints.every_steps == 0 or self.step == self.steps
             if due or improved or save_now:
                 self._save()

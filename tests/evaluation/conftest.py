@@ -51,6 +51,7 @@ def write_manifest(tmp_path: Path) -> Callable[..., str]:
         images: Mapping[int, bytes] | None = None,
         labels: Mapping[int, bytes] | None = None,
         name: str = "pairs.parquet",
+        meta: str | None = "{}",
     ) -> str:
         table = [
             {
@@ -59,7 +60,7 @@ def write_manifest(tmp_path: Path) -> Callable[..., str]:
                 "split": row["split"],
                 "image": {"bytes": (images or {}).get(row["pair_id"], png(smooth(2 * number, 20, 24)))},
                 "label": {"bytes": (labels or {}).get(row["pair_id"], png(smooth(2 * number + 1, 20, 24)))},
-                "meta": "{}",
+                "meta": meta,
             }
             for number, row in enumerate(rows)
         ]

@@ -50,13 +50,14 @@ def test_it_is_torchmetrics_lpips(
 
 
 def test_weights_that_are_something_else_are_refused_in_one_line(tmp_path: Path, weights: Path) -> None:
-    for name, data in (("text.pth", b"no weights"), (ALEXNET, weights.read_bytes())):
+    for name, data in (("text.pth", b"no weights"), ("empty.pth", b""), (ALEXNET, weights.read_bytes())):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(WeightsError, match=name) as caught:
             load_lpips(tmp_path / name)
         assert "\n" not in str(caught.value)
     torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
-    for name in ("other.pth", "absent.pth"):
+    torch.save([torch.zeros(1)], tmp_path / "list.pth")
+    for name in ("other.pth", "list.pth", "absent.pth"):
         with pytest.raises(WeightsError, match="is not torchvision's AlexNet"):
             load_lpips(tmp_path / name)
 

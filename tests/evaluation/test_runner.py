@@ -310,6 +310,21 @@ def test_without_a_readable_example_the_baselines_say_so(
     assert {row["error"].partition(":")[0] for row in runner.run(episodes).to_pylist()} == {"no_examples"}
 
 
+@pytest.mark.parametrize("meta", [None, "null", "[1]", "7", "{", "[" * 100_000])
+def test_meta_that_is_no_object_says_nothing(
+    meta: str | None, write_dataset: Write, write_manifest: Write, config_of: Write, runner_of: Write
+) -> None:
+    data, rows = write_dataset({"segmentation": 8})
+    config = config_of(data, baselines=("mean", "ceiling"), untuned=False)
+    found = []
+    for each in (meta, "{}"):
+        write_manifest(rows, meta=each)
+        runner, episodes = runner_of(config)
+        found.append(runner.run(episodes))
+    assert found[0].equals(found[1])
+    assert not found[0]["error"].drop_null()
+
+
 def test_a_label_with_nothing_to_score_is_undefined_and_no_warning(
     write_dataset: Write, write_manifest: Write, config_of: Write, runner_of: Write
 ) -> None:
@@ -355,13 +370,20 @@ def test_tokens_of_another_tokenizer_are_refused(
 
 
 def test_pairs_come_back_as_the_manifest_has_them(
-    write_dataset: Write, write_manifest: Write, config_of: Write, runner_of: Write, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, write_dataset: Write, write_manifest: Write, config_of: Write, runner_of: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("covray.evaluation.runner._ROWS_AT_ONCE", 3)
     data, rows = write_dataset({"depth": 40})
-    manifest = write_manifest(rows)
-    runner, _ = runner_of(config_of(data, baselines=("copy",), untuned=False))
-    expected = {row["pair_id"]: row for row in pq.read_table(manifest).to_pylist()}
+    # A folder, of whose files one has wider strings, beside the list they were made of.
+    folder = tmp_path / "manifest"
+    folder.mkdir()
+    table = pq.read_table(write_manifest(rows))
+    wide = table.schema.set(1, pa.field("task", pa.large_string())).set(5, pa.field("meta", pa.large_string()))
+    pq.write_table(table.slice(0, 20).cast(wide), folder / "a.parquet")
+    pq.write_table(table.slice(20), folder / "b.parquet")
+    (folder / "list.csv").write_text("image,label\n")
+    runner, _ = runner_of(config_of(data, baselines=("copy",), untuned=False, manifest=str(folder)))
+    expected = {row["pair_id"]: row for row in table.to_pylist()}
     ids = runner._queries.ids_of("depth")
     assert len(ids) == 10
     for pair_id, found in zip(reversed(ids), runner._queries.read(reversed(ids)), strict=True):

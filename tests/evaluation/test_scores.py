@@ -171,6 +171,14 @@ def test_a_mask_of_background_alone_is_a_class_like_any_other() -> None:
     assert mean_iou(np.zeros((2, 4), np.int64)) is None
 
 
+@pytest.mark.parametrize("classes", ["21", 21, [], [str(number) for number in range(257)], {"a": 1}, None])
+def test_what_names_no_classes_leaves_those_of_voc(classes: Any) -> None:
+    answer, label = (np.random.default_rng(seed).integers(0, 256, (SIZE, SIZE, 3), np.uint8) for seed in (0, 1))
+    found = score("segmentation", answer, label, {"classes": classes})
+    assert found.values == score("segmentation", answer, label, {}).values
+    assert found.values != score("segmentation", answer, label, {"classes": ["sky", "floor"]}).values
+
+
 def test_pictures_of_fewer_classes_count_in_the_same_set() -> None:
     few, many = np.array([[3, 1], [4, 1]]), np.array([[5, 5, 2], [5, 10, 2]])
     assert aggregate("segmentation", [Score({}, few), Score({}, many)]) == {"miou": (8 / 9 + 6 / 11 + 1) / 3}

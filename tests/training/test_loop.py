@@ -8,6 +8,7 @@ import sys
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -144,6 +145,27 @@ def test_a_warning_of_preemption_saves_once_and_goes_on(
     config = tiny_config(checkpoints__every_steps=100, validate_every_steps=100, checkpoints__keep=10)
     wishes = iter([Wish.GO_ON, Wish.SAVE, Wish.SAVE, Wish.SAVE, Wish.GO_ON, Wish.GO_ON])
     assert train(config, Place(ask=lambda: next(wishes))) is not None
+    kept = sorted(folder.name for folder in Path(config.out, "checkpoints").iterdir())
+    assert kept == ["step-00000002", f"step-{STEPS:08d}"]
+
+
+def test_a_warning_that_stands_while_steps_go_by_unasked_saves_once(
+    tiny_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask_after_even_steps(config: Any, step: int, steps: int) -> float:
+        monkeypatch.setattr("covray.training.loop._ASK_EVERY_S", math.inf if step % 2 else -1.0)
+        return 1e-3
+
+    monkeypatch.setattr("covray.training.loop.learning_rate", ask_after_even_steps)
+    config = tiny_config(checkpoints__every_steps=100, validate_every_steps=100, checkpoints__keep=10)
+    asked: list[Wish] = []
+
+    def ask() -> Wish:
+        asked.append(Wish.SAVE)
+        return Wish.SAVE
+
+    assert train(config, Place(ask=ask)) is not None
+    assert 2 <= len(asked) < STEPS
     kept = sorted(folder.name for folder in Path(config.out, "checkpoints").iterdir())
     assert kept == ["step-00000002", f"step-{STEPS:08d}"]
 
