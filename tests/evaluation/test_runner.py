@@ -370,7 +370,12 @@ def test_tokens_of_another_tokenizer_are_refused(
 
 
 def test_pairs_come_back_as_the_manifest_has_them(
-    tmp_path: Path, write_dataset: Write, write_manifest: Write, config_of: Write, runner_of: Write, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    write_dataset: Write,
+    write_manifest: Write,
+    config_of: Write,
+    runner_of: Write,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("covray.evaluation.runner._ROWS_AT_ONCE", 3)
     data, rows = write_dataset({"depth": 40})
