@@ -245,7 +245,9 @@ def check_manifest(path: str | os.PathLike[str]) -> ManifestInfo:
         roots.pop(None, None)
     if len(roots) > 1:
         found = ", ".join(f"{root} ({name})" for root, name in list(roots.items())[:3])
-        raise ManifestError(f"{path}: its files have different roots: {found}; build each by itself")
+        raise ManifestError(
+            f"{path}: its files have different roots: {found}; write them with one --root, a folder above all pictures"
+        )
     unknown = sorted(set(per_task) - set(TASK_NAMES))
     if unknown:
         raise ManifestError(f"{path}: {_unknown_task(*unknown)}")
