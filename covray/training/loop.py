@@ -44,6 +44,8 @@ from covray.training.state import (
 from covray.training.update import PlainUpdate, Update, learning_rate
 from covray.training.zero import ZeroUpdate, read_settings
 
+_FEW_STEPS = 20
+"""A run of fewer is told so: the paper's batch is for the paper's 70,000 pairs."""
 _ASK_EVERY_S = 2.0
 _PEAK_FLOPS = {  # dense bfloat16, data sheets
     "H200": 989e12, "H100": 989e12, "H20": 148e12, "A100": 312e12, "L40S": 362e12, "A10G": 70e12, "B200": 2250e12,
@@ -148,6 +150,11 @@ class _Run:
         state = self._continue()
         self.curve = Curve(self.config.out, state.step if state else None) if self.place.rank == 0 else None
         if state is None:
+            if self.place.rank == 0 and self.config.optimizer.steps is None and self.steps < _FEW_STEPS:
+                self.place.notice(
+                    f"steps in all: {self.steps}, of {self.config.optimizer.batch_tokens} tokens: few to learn by; "
+                    "lower optimizer.batch_tokens (configs/train/nano.yaml has 8192), or give more epochs"
+                )
             self._validate()
         with ThreadPoolExecutor(1, "assemble") as assembler, ThreadPoolExecutor(1, "write") as writer:
             self.writer = writer

@@ -110,6 +110,15 @@ def test_a_torn_checkpoint_is_passed_over(
     assert curve(config) == curve(whole)
 
 
+def test_a_batch_too_large_for_the_data_is_said(tiny_config: Callable[..., TrainConfig]) -> None:
+    notices: list[str] = []
+    train(tiny_config("few", optimizer__steps=None, optimizer__batch_tokens=100_000), Place(notice=notices.append))
+    assert [notice for notice in notices if notice.startswith("steps in all: 1, of 100000 tokens")]
+    notices.clear()
+    train(tiny_config("as asked for"), Place(notice=notices.append))
+    assert not notices
+
+
 def test_another_summation_is_said_and_continues(tiny_config: Callable[..., TrainConfig], ask_every_step: None) -> None:
     config, whole = tiny_config("other"), tiny_config("whole")
     stop_after(config, 3)
