@@ -17,7 +17,7 @@ from covray import storage
 from covray.config import BuildConfig
 from covray.errors import DatasetError, PairError
 from covray.images import decode, load_picture, square
-from covray.pairs.manifest import read_meta
+from covray.pairs.manifest import read_meta, row_dicts
 from covray.tasks import TASKS
 from covray.tokens.shards import ChainDataset, union_alphas
 
@@ -66,7 +66,7 @@ def prepare_block(
     """Manifest rows to ``PREPARED_SCHEMA``: pictures decoded and square, or a reason why the pair is rejected."""
     kept = noise.read(table["pair_id"].to_numpy()) if noise is not None else {}
     rows: list[dict[str, Any]] = []
-    for row in table.to_pylist():
+    for row in row_dicts(table):
         prepared: dict[str, Any] = {name: row[name] for name in ("pair_id", "task", "split")}
         try:
             prepared |= _prepare_pair(row, config, facts, root)

@@ -349,7 +349,7 @@ def kept(builder: BlockBuilder, built: tuple[pa.Table, building.Work], tmp_path_
         folder = Path(out, "shards", "task=depth")
         folder.mkdir(parents=True, exist_ok=True)
         pq.write_table(rows, folder / f"{part}.parquet")
-    storage.write_json(f"{out}/_audit.json", {"version": 1, "written": 5, "rejected": 1})
+    storage.write_json(f"{out}/_audit.json", {"version": 1, "written": 5, "rejected": 1, "per_task": {}})
     return out
 
 
@@ -414,7 +414,7 @@ def test_a_dataset_without_noise_is_refused(builder: BlockBuilder, kept: str, tm
     description = storage.read_json(f"{kept}/_dataset.json")
     description["identity"]["keep_noise"] = False
     storage.write_json(f"{tmp_path}/_dataset.json", description)
-    storage.write_json(f"{tmp_path}/_audit.json", {"version": 1})
+    storage.write_json(f"{tmp_path}/_audit.json", {"version": 1, "written": 0, "rejected": 0, "per_task": {}})
     with pytest.raises(DatasetError, match="without --keep-noise"):
         KeptNoise.of(str(tmp_path), builder.config, builder.facts())
     with pytest.raises(DatasetError, match=r"no _dataset\.json"):

@@ -79,7 +79,8 @@ def build(config: BuildConfig) -> dict[str, Any]:
     # A relative path means nothing to those who come later, and elsewhere.
     config = config.model_copy(update={"pairs": absolute(config.pairs)})
     info = check_manifest(config.pairs)
-    described = read_description(storage.join(config.out, "_dataset.json"))
+    keys = ("config", "identity", "fingerprints", "pairs")
+    described = read_description(storage.join(config.out, "_dataset.json"), keys)
     audit_path = storage.join(config.out, "_audit.json")
     if described is not None:
         _require_same_pairs(config, described, info)
@@ -141,7 +142,7 @@ def _run(
 
     with one_line_errors(config.out, "build"):
         before = map_exactly_once(
-            config.pairs,
+            (storage.resolve(config.pairs)[0], info.files),
             config.out,
             "shards",
             chains,
@@ -194,13 +195,13 @@ def _builder(config: BuildConfig) -> BlockBuilder:
 def _probe(config: BuildConfig, gpus: float) -> tuple[BuildConfig, Facts]:
     """Load the models once where an actor will, so that what is wrong with them is one line before the pool starts."""
 
-    @ray.remote(num_cpus=0 if gpus else 1, num_gpus=gpus, resources=on(config.actors.node_type), max_retries=2)
     def load(config: BuildConfig) -> tuple[BuildConfig, Facts]:
         builder = _builder(config)
         return builder.config, builder.facts()
 
+    where = {"num_cpus": 0 if gpus else 1, "num_gpus": gpus, "resources": on(config.actors.node_type)}
     with one_line_errors(config.out, "build"):
-        found: tuple[BuildConfig, Facts] = ray.get(load.remote(config))
+        found: tuple[BuildConfig, Facts] = ray.get(ray.remote(max_retries=2, **where)(load).remote(config))
     return found
 
 

@@ -59,6 +59,7 @@ from covray.training.state import require_same
 
 DESCRIPTION, RESULTS, TABLE, PAGE = "_evaluation.json", "results.json", "table.csv", "index.html"
 _EPISODES, _QUERIES, _EXAMPLES, _ROWS = "_episodes.parquet", "_queries.parquet", "_examples.parquet", "rows"
+_KEYS = ("config", "identity", "fingerprints", "subjects", "mlflow_run_id")
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -68,7 +69,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     CovrayError: a dataset, run, backbone, manifest or configuration that cannot be used, before any actor is started.
     """
     config = _absolute(config)
-    described = read_description(storage.join(config.out, DESCRIPTION))
+    described = read_description(storage.join(config.out, DESCRIPTION), _KEYS)
     dataset = ChainDataset(config.data)
     config = _resolve(config, dataset)
     subjects = subjects_of(config, dataset)
@@ -128,7 +129,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 def report(out: str) -> dict[str, Any]:
     """Write table and page of the finished evaluation ``out`` again; returns its results. Raises ConfigError."""
     path = storage.join(absolute(out), RESULTS)
-    described = read_description(storage.join(absolute(out), DESCRIPTION))
+    described = read_description(storage.join(absolute(out), DESCRIPTION), _KEYS)
     if described is None or not storage.exists(path):
         raise ConfigError(f"{out}: holds no finished evaluation; run its covray evaluate again to continue it")
     config = load_config(EvaluateConfig, None, described["config"]).model_copy(update={"out": absolute(out)})
@@ -178,8 +179,9 @@ def _run(
             **pool,
         )
 
+    filesystem, asked = storage.resolve(storage.join(config.out, _EPISODES))
     map_exactly_once(
-        storage.join(config.out, _EPISODES),
+        (filesystem, [asked]),
         config.out,
         _ROWS,
         answers,

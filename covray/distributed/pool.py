@@ -1,4 +1,4 @@
-"""A map over a Parquet file on a pool of actors that is exactly once: killed anywhere, continued by the same call.
+"""A map over Parquet files on a pool of actors that is exactly once: killed anywhere, continued by the same call.
 
 Ray Data's checkpoint commits a block when what became of it is written; what is committed is not read again.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import ray.exceptions
+from pyarrow import fs
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 from ray.data.checkpoint import CheckpointConfig
 
@@ -33,7 +34,7 @@ _READERS = 16
 
 
 def map_exactly_once(
-    source: str,
+    files: tuple[fs.FileSystem, Sequence[str]],
     out: str,
     folder: str,
     mapping: Callable[[Dataset], Dataset],
@@ -47,12 +48,12 @@ def map_exactly_once(
     unit: str,
     meter: Any,
 ) -> int:
-    """Write ``mapping`` of the rows of ``source`` that no earlier call has written, below ``out``/``folder``.
+    """Write ``mapping`` of the rows of ``files`` that no earlier call has written, below ``out``/``folder``.
 
-    ``source``: Parquet with ``columns``, of which ``id_column`` (int64) is unique; ``mapping`` keeps one row a row and
-    its id; ``schema``: of what is written, a folder for every value of the column ``partition``; ``total`` rows, called
-    ``unit`` where progress is shown, as ``meter`` reports it. Returns the rows of earlier calls. The checkpoint stays
-    until ``delete_checkpoint``: a kill right after the end must not start afresh.
+    ``files``: storage and paths of Parquet with ``columns``, of which ``id_column`` (int64) is unique; ``mapping`` keeps
+    one row a row and its id; ``schema``: of what is written, a folder for every value of the column ``partition``;
+    ``total`` rows, called ``unit`` where progress is shown, as ``meter`` reports it. Returns the rows of earlier calls.
+    The checkpoint stays until ``delete_checkpoint``: a kill right after the end must not start afresh.
     """
     context = DataContext.get_current().copy()
     context.checkpoint_config = CheckpointConfig(
@@ -68,7 +69,16 @@ def map_exactly_once(
     finish_commits(out)
     before = _committed_rows(out)
     with DataContext.current(context), PoolProgress(total, before, meter, unit):
-        rows = ray.data.read_parquet(absolute(source), columns=columns, num_cpus=TASK_CPUS)
+        # These files and no others, whatever they are called and whatever their folders' names look like.
+        filesystem, paths = files
+        rows = ray.data.read_parquet(
+            list(paths),
+            filesystem=filesystem,
+            columns=columns,
+            num_cpus=TASK_CPUS,
+            partitioning=None,
+            file_extensions=None,
+        )
         # A small file is read as one block: without this, one actor would get it all.
         blocks = rows.repartition(target_num_rows_per_block=rows_per_block)
         mapping(blocks).write_parquet(
@@ -154,15 +164,16 @@ def require_fresh(out: str, what: str) -> None:
         raise ConfigError(f"{out}: cannot be written ({reason(error)}); give another --out") from error
 
 
-def read_description(path: str) -> dict[str, Any] | None:
-    """What a build, an evaluation or a sweep wrote first, of itself; None where none has begun. Raises DatasetError."""
+def read_description(path: str, keys: Sequence[str] = ("config", "identity")) -> dict[str, Any] | None:
+    """What a build, an evaluation or a sweep wrote first, of itself, with ``keys``; None where none has begun. Raises
+    DatasetError."""
     try:
         description = storage.read_json(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
         raise DatasetError(f"{path}: cannot be read ({reason(error)}); give another --out") from error
-    if not isinstance(description, dict) or description.get("version") != 1:
+    if not isinstance(description, dict) or description.get("version") != 1 or not set(keys) <= set(description):
         raise DatasetError(f"{path}: is no description of this version; give another --out")
     return description
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
+from ray._private import ray_constants
 from ray.exceptions import AuthenticationError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -107,6 +108,12 @@ def here() -> NodeAffinitySchedulingStrategy:
 
 def _start(cores: int) -> None:
     """A Ray of our own, on free ports of the loopback interface."""
+    # Linux' Ray takes the machine's address for its own, and listens to all who reach that, unless it may not be a
+    # cluster, as on other systems. Its processes read the variable, this one has read it.
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    if sys.platform == "linux":
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # a training's workers among themselves
     ray.init(
         address="local",
         num_cpus=cores + READING_CPUS,

@@ -49,6 +49,7 @@ def submit(
     # They tell of every package they send.
     for name in ("ray", "ray.dashboard.modules.dashboard_sdk"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ["RAY_API_SERVER_ADDRESS"] = address  # the client prefers it, and RAY_ADDRESS, to what it is given
     try:
         client = JobSubmissionClient(address)
         with tempfile.TemporaryDirectory() as folder:

@@ -11,7 +11,7 @@ import functools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -36,7 +36,7 @@ from covray.lvm.backbone import backbone_facts, load_backbone
 from covray.lvm.decoding import Decoder, seed_of
 from covray.lvm.model import Batch, Lvm
 from covray.lvm.sentences import Chains
-from covray.pairs.manifest import check_manifest, read_manifest, read_meta
+from covray.pairs.manifest import check_manifest, read_manifest, read_meta, row_dicts
 from covray.tasks import TASKS
 from covray.tokens.shards import ChainDataset
 from covray.tokens.tokenizer import load_tokenizer, require_same_tokens
@@ -320,7 +320,7 @@ class PairFile:
     def _read_group(self, number: int) -> list[dict[str, Any]]:
         filesystem, inner = storage.resolve(self.path)
         with pq.ParquetFile(inner, filesystem=filesystem) as file:
-            return cast(list[dict[str, Any]], file.read_row_group(number).to_pylist())
+            return row_dicts(file.read_row_group(number))
 
 
 def require_pairs(manifest: str, wanted: pa.Table) -> str | None:

@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -45,6 +45,7 @@ __all__ = [
     "read_manifest",
     "read_meta",
     "read_user_list",
+    "row_dicts",
 ]
 
 TASK_NAMES: tuple[str, ...] = get_args(Task)
@@ -174,6 +175,8 @@ class ManifestWriter:
                         self._flush()
                 finally:
                     self._writer.close()
+                if kind is None and not self.rows:  # what stood there may be good
+                    raise ManifestError(f"{self.path}: is not written: there are no pairs to write")
                 if kind is None:
                     self._publish()
         except ManifestError:
@@ -213,6 +216,8 @@ class ManifestInfo:
     root: str | None
     pair_ids: NDArray[np.int64]
     """In the order of the rows, files by name."""
+    files: tuple[str, ...]
+    """The Parquet files, as paths of their storage, by name."""
 
 
 def check_manifest(path: str | os.PathLike[str]) -> ManifestInfo:
@@ -256,7 +261,9 @@ def check_manifest(path: str | os.PathLike[str]) -> ManifestInfo:
         raise ManifestError(f"{path}: holds no pairs; write some with covray pairs")
     _check_unique(path, pair_ids)
     (root,) = roots
-    return ManifestInfo(len(pair_ids), dict(sorted(per_task.items())), dict(sorted(splits.items())), root, pair_ids)
+    return ManifestInfo(
+        len(pair_ids), dict(sorted(per_task.items())), dict(sorted(splits.items())), root, pair_ids, tuple(files)
+    )
 
 
 def read_manifest(path: str | os.PathLike[str], columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
@@ -267,6 +274,30 @@ def read_manifest(path: str | os.PathLike[str], columns: Sequence[str]) -> Itera
         with _reading(file), pq.ParquetFile(file, filesystem=filesystem) as parquet:
             for batch in parquet.iter_batches(256, columns=list(columns)):
                 yield batch.select(list(columns)).cast(schema)
+
+
+def row_dicts(table: pa.Table) -> list[dict[str, Any]]:
+    """The rows of a manifest's ``table``. Parquet may call text what is not UTF-8: such parts come as U+FFFD."""
+    try:
+        return cast(list[dict[str, Any]], table.to_pylist())
+    except UnicodeDecodeError:
+        kinds = {field.name: field.type for field in table.schema}
+        raw = table.cast(pa.schema([(name, _undecoded(kind)) for name, kind in kinds.items()])).to_pylist()
+        return [{name: _replaced(value, kinds[name]) for name, value in row.items()} for row in raw]
+
+
+def _undecoded(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_struct(kind):
+        return pa.struct([(part.name, _undecoded(part.type)) for part in kind])
+    return pa.large_binary() if pa.types.is_string(kind) or pa.types.is_large_string(kind) else kind
+
+
+def _replaced(value: Any, kind: pa.DataType) -> Any:
+    if pa.types.is_struct(kind) and value is not None:
+        return {part.name: _replaced(value[part.name], part.type) for part in kind}
+    if isinstance(value, bytes) and (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        return value.decode("utf-8", "replace")
+    return value
 
 
 def read_meta(text: str | None) -> dict[str, Any]:
@@ -436,10 +467,16 @@ def _manifest_files(path: str) -> tuple[list[str], fs.FileSystem]:
             raise ManifestError(f"{path}: no such file or folder; write it with covray pairs")
         if kind == fs.FileType.File:
             return [inner], filesystem
-        names = [name for name in storage.list_files(path, ".parquet") if not posixpath.basename(name).startswith(".")]
+        names = [name for name in storage.list_files(path) if _is_part(name)]
     if not names:
         raise ManifestError(f"{path}: holds no Parquet files; give a manifest written by covray pairs")
     return [posixpath.join(inner, name) for name in names], filesystem
+
+
+def _is_part(name: str) -> bool:
+    """Whether a file of a manifest's folder belongs to it; names that begin with ``.`` or ``_`` are private to all who
+    read Parquet."""
+    return name.lower().endswith((".parquet", ".pq")) and not any(part[0] in "._" for part in name.split("/"))
 
 
 def _check_schema(name: str, schema: pa.Schema) -> None:
@@ -520,7 +557,7 @@ def _writing(path: str) -> Iterator[None]:
     """What goes wrong with the output's storage is the user's to mend: one line."""
     try:
         yield
-    except (OSError, pa.ArrowException, ConfigError) as error:
+    except (OSError, UnicodeEncodeError, pa.ArrowException, ConfigError) as error:
         raise ManifestError(
             f"{path}: cannot be written: {one_line(error)}; give a path with room that you own"
         ) from error
@@ -534,5 +571,6 @@ def _reading(path: str) -> Iterator[None]:
         raise ManifestError(f"{path}: no such file") from error
     except pa.ArrowInvalid as error:
         raise ManifestError(f"{path}: is not a Parquet file, or a damaged one: {one_line(error)}") from error
-    except (OSError, UnicodeEncodeError, pa.ArrowException, ConfigError) as error:  # Unicode: pyarrow wants UTF-8 paths
+    except (OSError, UnicodeError, OverflowError, pa.ArrowException, ConfigError) as error:
+        # Unicode: of a path or a text that is no UTF-8; overflow: of a date that Python does not have.
         raise ManifestError(f"{path}: cannot be read: {one_line(error)}") from error

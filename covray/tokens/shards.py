@@ -76,10 +76,14 @@ class ChainDataset:
 
     def __init__(self, path: str, *, unfinished: bool = False):
         self.path = path
-        self._description = _read_description(path, "_dataset.json")
+        self._description = _read_description(
+            path, "_dataset.json", ("config", "methods"), ("config", "lengths"), ("config", "alphas")
+        )
         if self._description is None:
             raise DatasetError(f"{path}: no _dataset.json there, so not a dataset; give the --out of a covray build")
-        self.audit: dict[str, Any] | None = _read_description(path, "_audit.json")
+        self.audit: dict[str, Any] | None = _read_description(
+            path, "_audit.json", ("written",), ("rejected",), ("per_task",)
+        )
         """What the finished build wrote: rows asked, written, rejected, per task. None while it is unfinished."""
         if self.audit is None and not unfinished:
             raise DatasetError(f"{path}: is unfinished; run the same covray build again")
@@ -257,7 +261,7 @@ def task_of(shard: str) -> str:
     raise DatasetError(f"{shard}: is not below a folder task=...; it is no shard of this dataset, move it away")
 
 
-def _read_description(path: str, name: str) -> dict[str, Any] | None:
+def _read_description(path: str, name: str, *due: tuple[str, ...]) -> dict[str, Any] | None:
     try:
         description = storage.read_json(storage.join(path, name))
     except (FileNotFoundError, NotADirectoryError):
@@ -267,6 +271,12 @@ def _read_description(path: str, name: str) -> dict[str, Any] | None:
     version = description.get("version") if isinstance(description, dict) else None
     if version != 1:
         raise DatasetError(f"{path}/{name}: is of version {version}, not 1; use the covray that wrote it")
+    for keys in due:
+        value: Any = description
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        if value is None:
+            raise DatasetError(f"{path}/{name}: lacks {'.'.join(keys)}; build the dataset again")
     return dict(description)
 
 

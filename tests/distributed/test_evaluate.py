@@ -131,8 +131,9 @@ def test_an_output_of_something_else_is_refused(
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
     assert "holds files that are no evaluation of covray" in mistake(*command)
-    (tmp_path / "out" / DESCRIPTION).write_text('{"version": 2}')
-    assert "is no description of this version" in mistake(*command)
+    for text in ('{"version": 2}', '{"version": 1, "config": {}, "identity": {}}'):
+        (tmp_path / "out" / DESCRIPTION).write_text(text)
+        assert "is no description of this version" in mistake(*command)
     (tmp_path / "out" / DESCRIPTION).write_text("{")
     assert "cannot be read" in mistake(*command)
     assert "cannot be written" in mistake(*command, "--out", tmp_path / "pairs.parquet" / "out")
@@ -146,7 +147,8 @@ def test_another_configuration_does_not_continue(
     config = EvaluateConfig(
         data=data, out=str(tmp_path / "out"), adapters=(run,), split="val", manifest=str(tmp_path / "pairs.parquet")
     )
-    described = {"version": 1, "identity": {"seed": 7}, "fingerprints": {}, "mlflow_run_id": None}
+    described = {"version": 1, "config": {}, "identity": {"seed": 7}, "fingerprints": {}, "subjects": []}
+    described["mlflow_run_id"] = None
     storage.write_json(f"{config.out}/{DESCRIPTION}", described)
     with pytest.raises(ConfigError, match=r"was begun with another configuration: .*seed was 7, is 0") as error:
         evaluate(config)

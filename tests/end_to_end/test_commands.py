@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from PIL import Image
 from covray.nano.recipe import WEIGHTS
 from covray.pairs.manifest import ManifestWriter, Pair, Picture
 from covray.tokens.shards import ChainDataset
-from tests.end_to_end.conftest import FAST, run, tokens_of
+from tests.end_to_end.conftest import FAST, environment, run, tokens_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.end_to_end]
 
@@ -112,6 +114,26 @@ def test_from_photographs_to_the_page(tmp_path: Path, scenes_manifest: Callable[
         described["fingerprints"]["codebook"]
         == json.loads((out / "_dataset.json").read_text())["fingerprints"]["codebook"]
     )
+
+
+_LISTENING = """
+import json, psutil, ray
+from covray.distributed.session import ray_session
+
+with ray_session():
+    ray.get(ray.remote(lambda: None).remote())
+    own = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    print(json.dumps([each.laddr.ip for one in own for each in one.net_connections() if each.status == "LISTEN"]))
+"""
+
+
+def test_a_ray_of_our_own_listens_to_this_machine_only() -> None:
+    said = subprocess.run(
+        [sys.executable, "-c", _LISTENING], env=environment(), capture_output=True, text=True, check=True, timeout=300
+    )
+    addresses = json.loads(said.stdout)
+    assert len(addresses) > 4
+    assert set(addresses) <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
 
 
 def test_a_bad_command_is_one_line_before_anything_starts(tmp_path: Path, scenes_manifest: Callable[..., Path]) -> None:

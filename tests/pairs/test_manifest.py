@@ -25,6 +25,7 @@ from covray.pairs.manifest import (
     check_manifest,
     list_root,
     read_user_list,
+    row_dicts,
 )
 
 
@@ -193,6 +194,56 @@ def test_a_folder_of_files_is_one_manifest(tmp_path: Path) -> None:
     text = refused(check_manifest, tmp_path)
     assert "2 rows repeat a pair_id" in text
     assert str(pair(1).pair_id) in text
+
+
+def test_private_files_are_none_of_a_manifest(tmp_path: Path) -> None:
+    write(tmp_path / "split=old" / "a.parquet", [pair(1)])
+    write(tmp_path / "B.PARQUET", [pair(2)])
+    for private in ("_b.parquet", ".c.parquet", "_old/d.parquet", ".trash/e.parquet"):
+        write(tmp_path / private, [pair(1)])
+    (tmp_path / "list.csv").write_text("image,label")
+    info = check_manifest(tmp_path)
+    assert {Path(file).name for file in info.files} == {"a.parquet", "B.PARQUET"}
+    assert sorted(info.pair_ids) == sorted([pair(1).pair_id, pair(2).pair_id])
+    assert info.splits == {pair(1).split: 2}
+
+
+def test_no_pairs_leave_what_stood_there(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.parquet"
+    write(path, [pair(1)])
+    assert "no pairs to write" in refused(write, path, [])
+    assert check_manifest(path).rows == 1
+
+
+def broken(column: str) -> pa.Table:
+    """A manifest's table as another writer may leave it: of its second row the text in ``column`` is no UTF-8."""
+    rows = table()
+    text = pa.array([b"i", b"\xff", b"i", b"i", b"i"]).view(pa.string())
+    if column in ("image", "label"):
+        text = pa.StructArray.from_arrays([text, pa.nulls(5, pa.binary())], ["uri", "bytes"])
+    return rows.set_column(rows.schema.get_field_index(column), column, text)
+
+
+@pytest.mark.parametrize("column", ["image", "label", "meta", "split", "task"])
+def test_text_that_is_no_utf8_is_a_row_or_a_line(tmp_path: Path, column: str) -> None:
+    path = tmp_path / "pairs.parquet"
+    pq.write_table(broken(column), path)
+    if column in ("split", "task"):
+        assert "cannot be read" in refused(check_manifest, path)
+        return
+    assert check_manifest(path).rows == 5
+    rows, whole = row_dicts(pq.read_table(path)), table().to_pylist()
+    found = rows[1].pop(column)
+    whole[1].pop(column)
+    assert found in ("\ufffd", {"uri": "\ufffd", "bytes": None})
+    assert [{**row, column: None} for row in rows] == [{**row, column: None} for row in whole]
+
+
+def test_a_list_with_what_python_has_not_is_refused_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "list.parquet"
+    for strange in (pa.array([b"\xff"]).view(pa.string()), pa.array([2**31 - 1], pa.date32())):
+        pq.write_table(pa.table({"image": ["i"], "label": ["l"], "when": strange}), path)
+        assert "cannot be read" in refused(read_user_list, path, "depth")
 
 
 def test_files_of_different_roots_are_refused(tmp_path: Path) -> None:

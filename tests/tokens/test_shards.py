@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from covray import storage
 from covray.errors import ConfigError, DatasetError
 from covray.tokens.shards import ChainDataset, alphas_of, frame_order, shard_schema, union_alphas
 from tests.tokens.contract import validate_rows
@@ -146,6 +147,25 @@ def test_a_finished_dataset_with_a_damaged_shard_is_refused(write_dataset: Write
     shard.write_bytes(shard.read_bytes()[:-40])
     with pytest.raises(DatasetError, match=rf"{shard.name}: cannot be read"):
         list(ChainDataset(out).rows())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        ("_dataset.json", {"version": 1}, "lacks config.methods"),
+        ("_dataset.json", {"version": 1, "config": {"methods": ["linear"]}}, "lacks config.lengths"),
+        ("_dataset.json", {"version": 1, "config": 7}, "lacks config.methods"),
+        ("_audit.json", {"version": 1}, "lacks written"),
+        ("_audit.json", {"version": 1, "written": 1, "rejected": 0}, "lacks per_task"),
+    ],
+)
+def test_a_description_that_says_too_little_is_refused(
+    write_dataset: Writer, name: str, content: dict[str, Any], what: str
+) -> None:
+    out, _ = write_dataset({"depth": 4})
+    storage.write_json(f"{out}/{name}", content)
+    with pytest.raises(DatasetError, match=rf"{name}: {what}; build"):
+        ChainDataset(out)
 
 
 def test_no_dataset_and_another_version_are_refused(tmp_path: Path) -> None:
