@@ -50,10 +50,10 @@ def map_exactly_once(
 ) -> int:
     """Write ``mapping`` of the rows of ``files`` that no earlier call has written, below ``out``/``folder``.
 
-    ``files``: storage and paths of Parquet with ``columns``, of which ``id_column`` (int64) is unique; ``mapping`` keeps
-    one row a row and its id; ``schema``: of what is written, a folder for every value of the column ``partition``;
-    ``total`` rows, called ``unit`` where progress is shown, as ``meter`` reports it. Returns the rows of earlier calls.
-    The checkpoint stays until ``delete_checkpoint``: a kill right after the end must not start afresh.
+    ``files``: storage and paths of Parquet with ``columns``, of which ``id_column`` (int64) is unique; ``mapping``
+    keeps one row a row and its id; ``schema``: of what is written, a folder for every value of the column
+    ``partition``; ``total`` rows, called ``unit`` where progress is shown, as ``meter`` reports it. Returns the rows of
+    earlier calls. The checkpoint stays until ``delete_checkpoint``: a kill right after the end must not start afresh.
     """
     context = DataContext.get_current().copy()
     context.checkpoint_config = CheckpointConfig(
