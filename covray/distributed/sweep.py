@@ -55,7 +55,7 @@ def sweep(config: SweepConfig) -> dict[str, Any]:
     """Train and evaluate every trial of ``config``; returns what is written to ``results.json``.
 
     Called again it continues: trials that are done are not repeated, those that failed are tried once more. The grid
-    may have grown meanwhile. Raises CovrayError: a configuration, dataset, manifest, model or storage that cannot be
+    may be another meanwhile. Raises CovrayError: a configuration, dataset, manifest, model or storage that cannot be
     used, before any trial is started; a trial that fails is in the results.
     """
     config = _absolute(config)
@@ -88,6 +88,7 @@ def sweep(config: SweepConfig) -> dict[str, Any]:
         try:
             if grid.build is not None:
                 build(grid.build)
+                grid = grid_of(config)  # of the pairs that are good there may be too few
             for reference in grid.references:
                 evaluate(reference)
             count()
@@ -170,13 +171,9 @@ class _TrialDriver:
 
         result = train(trial.train, watch)
         scores = evaluate(trial.evaluate)
-        run_id = storage.read_json(storage.join(trial.train.out, "_run.json"))["mlflow_run_id"]
-        tracker = Tracker(trial.train, run_id)
-        tracker.start()
-        tracker.log(
-            result["steps"], {f"{entry['task']}/{entry['metric']}": entry["mean"] for entry in scores["scores"]}
-        )
-        tracker.finish("FINISHED")
+        means = {f"{entry['task']}/{entry['metric']}": entry["mean"] for entry in scores["scores"]}
+        # Before the record, after which nobody comes back here: a kill in between must not cost MLflow the scores.
+        _close_run(trial, "FINISHED", means)
         gpus = trial.train.workers.count * (trial.train.workers.gpus or 0.0)
         record = {
             "status": "finished",
@@ -406,16 +403,25 @@ def _failure(trial: TuneTrial) -> str:
     return str(named[-1]).strip() if named else "a worker was lost"
 
 
-def _close_run(trial: Trial, status: Literal["FAILED", "KILLED"]) -> None:
-    """Say in MLflow how the run of a trial ended that cannot say it any more."""
+def _close_run(
+    trial: Trial, status: Literal["FINISHED", "FAILED", "KILLED"], means: Mapping[str, float | None] | None = None
+) -> None:
+    """Log ``means`` and how the run of a trial ended, to MLflow; a store that is away is one line, and no more."""
     path = storage.join(trial.train.out, "_run.json")
-    if not storage.exists(path):
+    run_id = storage.read_json(path)["mlflow_run_id"] if storage.exists(path) else None
+    if run_id is None:
         return
-    run_id = storage.read_json(path)["mlflow_run_id"]
-    if run_id is not None:
+    try:
         tracker = Tracker(trial.train, run_id)
         tracker.start()
-        tracker.finish(status)
+    except ConfigError as error:
+        Console(stderr=True, emoji=False).print(
+            f"covray: {trial.name}: {error}; the sweep goes on, and its folder has what MLflow lacks",
+            highlight=False, soft_wrap=True, markup=False,
+        )  # fmt: skip
+        return
+    tracker.log(0, means or {})
+    tracker.finish(status)
 
 
 # --- what is done ----------------------------------------------------------------------------------------------------

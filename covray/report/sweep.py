@@ -153,7 +153,7 @@ def _header(title: str, results: dict[str, Any]) -> Iterator[str]:
     yield figures([*tiles, (duration(results["seconds"]), "from start to end")])
     fields = dict.fromkeys(key for trial in trials for key in trial["fields"])
     lines = [
-        ("Data", str(config.get("data") or config.get("pairs") or "–")),
+        ("Data", str(config.get("data") or config.get("manifest") or "–")),
         ("Tasks", ", ".join(human(task) for task in results["tasks"]) or "–"),
         ("Methods", _values(sorted((trial["method"] for trial in trials), key=_rank))),
         ("Chain lengths", _values(sorted(trial["length"] for trial in trials))),

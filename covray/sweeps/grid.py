@@ -7,12 +7,11 @@ import hashlib
 import itertools
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
+import pyarrow as pa
 from transformers import LlamaConfig
 
 from covray import storage
@@ -29,8 +28,8 @@ from covray.config import (
 from covray.errors import ConfigError, DatasetError
 from covray.lvm.backbone import backbone_facts
 from covray.lvm.sentences import count_pairs, require_context
-from covray.pairs.manifest import check_manifest
-from covray.tokens.shards import ChainDataset
+from covray.pairs.manifest import check_manifest, read_manifest
+from covray.tokens.shards import ChainDataset, union_alphas
 from covray.tokens.tokenizer import load_tokenizer
 from covray.training.plan import TrainPlan, plan_training
 
@@ -89,31 +88,36 @@ class Grid:
     build: BuildConfig | None
     """The dataset to build first; None where there is one."""
     references: tuple[EvaluateConfig, ...]
-    """What is evaluated once for all trials, a scale each: baselines, and the untuned backbone for every form."""
+    """What is evaluated once for all trials, a backbone each: baselines, and the untuned backbone for every form."""
 
 
 def grid_of(config: SweepConfig) -> Grid:
     """The trials of ``config``; reads no tokens and no weights.
 
-    Raises CovrayError: a key that is not there or that the grid decides, a value out of bounds, a dataset without the
-    frames a trial needs, or no combination that fits.
+    The name of a trial follows from what it is, not from what else is in the grid: a grid that grows, shrinks or is
+    reordered finds what is done. Raises CovrayError: a key that is not there or that the grid decides, a value out of
+    bounds, a dataset without the frames a trial needs, a split without the pairs, or no combination that fits.
     """
     build = _build(config)
     data = str(config.data) if build is None else build.out
     tokens_per_image = _tokens_per_image(config, build)
     context = functools.cache(lambda backbone: int(_architecture(backbone).max_position_embeddings))
-    trials: dict[tuple[Any, ...], Trial] = {}
+    base = _base(config, data)
+    usual = {} if base is None else dict(leaves(base.model_dump(mode="json")))
+    trials: dict[str, Trial] = {}
     left_out = []
     for combination in _combinations(config):
         method, length, pairs, tasks, scale, fields, seed = combination
+        name = _name(usual, *combination)
         plain = method == "none" or length == 2
-        key = (*(("none", 2) if plain else (method, length)), pairs, tasks, scale, str(fields), seed)
-        name = _name(config, method, length, pairs, tasks, scale, fields, seed)
-        if key in trials:
-            left_out.append(LeftOut(name, f"repeats {trials[key].name}: there is nothing between image and label"))
+        if plain:
+            method, length = "none", 2
+        once = _name(usual, method, length, pairs, tasks, scale, fields, seed)
+        if once in trials:
+            why = ": there is nothing between image and label" if plain else ""
+            left_out.append(LeftOut(name, f"repeats {once}{why}"))
             continue
-        method, length = key[:2]
-        name = _name(config, method, length, pairs, tasks, scale, fields, seed)
+        name = once
         train, evaluate = _configs(config, data, name, combination, method, length)
         try:
             tokens = require_context(train.sentences, tokens_per_image, context(train.backbone))
@@ -121,24 +125,22 @@ def grid_of(config: SweepConfig) -> Grid:
             left_out.append(LeftOut(name, str(error).removeprefix("sentences: ").partition(";")[0]))
             continue
         label = _label(config, method, length, pairs, tasks, scale, fields)
-        shown = _scale(config, train.backbone)
-        trials[key] = Trial(name, label, method, length, pairs, tasks, shown, seed, fields, tokens, train, evaluate)
+        shown = _scale(train.backbone, config.grid.scales)
+        trials[name] = Trial(name, label, method, length, pairs, tasks, shown, seed, fields, tokens, train, evaluate)
     if not trials:
         raise ConfigError(f"grid: none of {len(left_out)} combinations fits; the first: {left_out[0].reason}")
+    found = tuple(trials.values())
+    references = tuple(_references(config, data, found))
     if build is None:
         dataset = ChainDataset(data)
-        for sentences in {trial.train.sentences: None for trial in trials.values()}:
+        for sentences in {trial.train.sentences: None for trial in found}:
             for split in (sentences.split, sentences.validation_split):
                 if split is not None:
                     count_pairs(dataset, sentences, split)
     else:
-        used = [trial for trial in trials.values() if trial.length > 2]
-        methods = sorted({trial.method for trial in used})
-        build = build.model_copy(
-            update={"lengths": tuple(sorted({trial.length for trial in used})) or (2,), "methods": tuple(methods)}
-        )
-    found = tuple(trials.values())
-    return Grid(found, tuple(left_out), build, tuple(_references(config, data, found)))
+        build = _with_frames(build, found)
+    _require_pairs(config, build, found, references)
+    return Grid(found, tuple(left_out), build, references)
 
 
 def plan_sweep(config: SweepConfig, tokens_per_s: float | None = None) -> dict[str, Any]:
@@ -152,21 +154,19 @@ def plan_sweep(config: SweepConfig, tokens_per_s: float | None = None) -> dict[s
     grid = grid_of(config)
     tokens_per_image = _tokens_per_image(config, grid.build)
     architecture = functools.cache(_architecture)
-    by_task = functools.cache(functools.partial(_pairs_by_task, config, grid.build))
+    by_split = _pairs_by_task(config, grid.build)
     plans: list[tuple[Trial, TrainPlan]] = []
     for trial in grid.trials:
         llama = architecture(trial.train.backbone)
         sentences = trial.train.sentences
-        found = by_task(sentences.split)
+        found = by_split[sentences.split]
         pairs = sum(count for task, count in found.items() if sentences.tasks is None or task in sentences.tasks)
-        if not pairs:
-            raise DatasetError(f"{config.manifest}: no pairs in split {sentences.split}; set train.sentences.split")
         plans.append((trial, plan_training(trial.train, llama, pairs, tokens_per_image)))
     smallest = min(plan.parameters for _, plan in plans)
     lines = []
     for trial, plan in plans:
-        queries = by_task(trial.evaluate.split)
-        asked = [queries[task] for task in (trial.tasks or queries) if task in queries]
+        queries = by_split[trial.evaluate.split]
+        asked = [queries[task] for task in (trial.evaluate.tasks or queries)]
         episodes = sum(min(count, trial.evaluate.episodes or count) for count in asked)
         line: dict[str, Any] = {
             "name": trial.name,
@@ -195,8 +195,9 @@ def _combinations(config: SweepConfig) -> Iterator[tuple[Any, ...]]:
         dict(zip(grid.fields, values, strict=True)) for values in itertools.product(*grid.fields.values())
     ]  # one, empty, where the grid has no fields
     scales = grid.scales or (None,)
+    sets = [None if tasks is None else tuple(sorted(tasks)) for tasks in grid.tasks]  # a set has no order
     for seed in grid.seeds:
-        for form in itertools.product(grid.methods, grid.lengths, grid.pairs, grid.tasks, scales, fields):
+        for form in itertools.product(grid.methods, grid.lengths, grid.pairs, dict.fromkeys(sets), scales, fields):
             yield (*form, seed)
 
 
@@ -240,17 +241,22 @@ def _configs(
     return train, evaluate
 
 
-def _references(config: SweepConfig, data: str, trials: tuple[Trial, ...]) -> Iterator[EvaluateConfig]:
-    """An evaluation without adapters for every backbone; the first has the baselines."""
+def _references(config: SweepConfig, data: str, trials: Sequence[Trial]) -> Iterator[EvaluateConfig]:
+    """An evaluation without adapters for every backbone; the first has the baselines.
+
+    Another grid has others: a hash of the forms in their folders' names keeps them apart.
+    """
     backbones = {trial.train.backbone: None for trial in trials}
     given = _given(config, "evaluate")
     for number, backbone in enumerate(backbones):
         mine = [trial for trial in trials if trial.train.backbone == backbone]
-        forms = dict.fromkeys((trial.method, trial.length, trial.pairs) for trial in mine)
+        forms = sorted({(trial.method, trial.length, trial.pairs) for trial in mine})
+        exact = repr((number == 0, forms, backbone.model_dump()))
+        name = f"_references-{hashlib.sha256(exact.encode()).hexdigest()[:6]}"
         options = {
             **given,
             "data": data,
-            "out": storage.join(config.out, EVALUATIONS, f"_references{number or ''}"),
+            "out": storage.join(config.out, EVALUATIONS, name),
             "forms": [{"method": method, "length": length, "pairs": pairs} for method, length, pairs in forms],
             "backbone": backbone.model_dump(mode="json"),
             "tracking.uri": "none",
@@ -310,51 +316,145 @@ def _at_hand(path: str) -> bool:
     return os.path.isdir(os.path.expanduser(path))
 
 
-def _pairs_by_task(config: SweepConfig, build: BuildConfig | None, split: str) -> dict[str, int]:
-    """Pairs of ``split`` by task: the good ones of the dataset, of a manifest that is not built yet all of them."""
-    if build is None:
-        tasks = ChainDataset(str(config.data)).table(["task"], None, split)["task"]
+def _with_frames(build: BuildConfig, trials: Sequence[Trial]) -> BuildConfig:
+    """``build`` with the frames that ``trials`` need; one that has begun with more goes on with those.
+
+    Raises ConfigError where it has begun with fewer: the dataset of a sweep does not grow.
+    """
+    used = [trial for trial in trials if trial.length > 2]
+    lengths, methods = sorted({trial.length for trial in used}) or [2], sorted({trial.method for trial in used})
+    if storage.exists(storage.join(build.out, "_dataset.json")):
+        begun = ChainDataset(build.out, unfinished=True)
+        had = ", ".join(map(str, begun.config["lengths"]))
+        if not (set(methods) <= set(begun.methods) and set(union_alphas(lengths)) <= set(begun.alphas)):
+            raise ConfigError(
+                f"grid: needs chains of {', '.join(map(str, lengths))} by {', '.join(methods)}, {build.out} was begun "
+                f"with {had} by {', '.join(begun.methods) or 'no method'}; leave out the others, or give another --out"
+            )
+        lengths, methods = begun.config["lengths"], list(begun.methods)
+    return build.model_copy(update={"lengths": tuple(lengths), "methods": tuple(methods)})
+
+
+def _pairs_by_task(config: SweepConfig, build: BuildConfig | None) -> dict[str, dict[str, int]]:
+    """Pairs by split and task: the good ones of the dataset, of a manifest that is not built yet all of them.
+
+    Raises CovrayError where neither can be read.
+    """
+    columns = ["split", "task"]
+    dataset = _dataset(config, build)
+    if dataset is not None:
+        table = ChainDataset(dataset).table(columns)
     else:
-        check_manifest(build.pairs)
-        filesystem, inner = storage.resolve(build.pairs)
-        tasks = pq.read_table(inner, columns=["task"], filesystem=filesystem, filters=[("split", "==", split)])["task"]
-    counted = pc.value_counts(tasks.combine_chunks()).to_pylist()
-    return {str(entry["values"]): int(entry["counts"]) for entry in counted}
+        check_manifest(str(config.manifest))
+        table = pa.Table.from_batches(read_manifest(str(config.manifest), columns))
+    found: dict[str, dict[str, int]] = {}
+    for entry in table.drop_null().group_by(columns).aggregate([([], "count_all")]).sort_by("task").to_pylist():
+        found.setdefault(entry["split"], {})[entry["task"]] = entry["count_all"]
+    return found
 
 
-def _scale(config: SweepConfig, backbone: BackboneConfig) -> str:
-    """The scale, and of several backbones of one scale also which."""
-    alike = [other for other in config.grid.scales if other.scale == backbone.scale]
-    return backbone.scale if len(alike) < 2 else f"{backbone.scale} {backbone.path} {backbone.revision or ''}".strip()
+def _dataset(config: SweepConfig, build: BuildConfig | None) -> str | None:
+    """The dataset of the trials; None where it is not built yet."""
+    if build is None:
+        return config.data
+    return build.out if storage.exists(storage.join(build.out, "_audit.json")) else None
+
+
+def _require_pairs(
+    config: SweepConfig, build: BuildConfig | None, trials: Sequence[Trial], references: Sequence[EvaluateConfig]
+) -> None:
+    """Whether every split that is read has pairs enough, of every task that is asked for. Raises DatasetError."""
+    found = _pairs_by_task(config, build)
+    needs: dict[tuple[str, str, str, tuple[str, ...], int], None] = {}
+
+    def need(key: str, by: str, split: str, tasks: Iterable[str], least: int) -> None:
+        needs[key, by, split, tuple(tasks), least] = None
+
+    for trial in trials:
+        sentences = trial.train.sentences
+        for key in ("split", "validation_split"):
+            split = getattr(sentences, key)
+            if split is not None:
+                need(f"train.sentences.{key}", "grid.tasks", split, sentences.tasks or (), trial.pairs + 1)
+    asked = [("grid.tasks", trial.evaluate, trial.pairs) for trial in trials]
+    for one in references:
+        asked.append(("evaluate.tasks", one, max((form.pairs for form in one.forms), default=0)))
+    for by, evaluate, pairs in asked:
+        tasks: Iterable[str] = evaluate.tasks or ()
+        tasks = tasks or found.get(evaluate.split, {})  # without a choice the queries' tasks need examples
+        least = max(1, pairs + (evaluate.split == evaluate.example_split))
+        need("evaluate.split", by, evaluate.split, tasks, 1)
+        need("evaluate.example_split", by, evaluate.example_split, tasks, least)
+    where = _dataset(config, build) or config.manifest
+    for key, by, split, wanted, least in needs:
+        there = found.get(split, {})
+        if not there:
+            raise DatasetError(f"{where}: no pairs in split {split}, only in {', '.join(sorted(found))}; set {key}")
+        for task in wanted or there:
+            if there.get(task, 0) < least:
+                raise DatasetError(
+                    f"{where}: {task} has {there.get(task, 0)} pairs in split {split}, the grid needs {least}; "
+                    f"lower grid.pairs, set {key}, or name the other tasks in {by}"
+                )
+
+
+def _base(config: SweepConfig, data: str) -> TrainConfig | None:
+    """The training that ``train`` alone describes; None where it is none without the grid's fields."""
+    try:
+        return _load("train", TrainConfig, {**_given(config, "train"), "data": data, "out": config.out})
+    except ConfigError:
+        return None
+
+
+def _full(backbone: BackboneConfig) -> str:
+    """All that tells one backbone from another."""
+    random = "random" if backbone.init == "random" else None
+    return " ".join(filter(None, (backbone.scale, backbone.path, backbone.revision, random)))
+
+
+def _scale(backbone: BackboneConfig, among: Iterable[BackboneConfig]) -> str:
+    """The scale, and where several backbones ``among`` those of the grid are of that scale also which."""
+    return backbone.scale if sum(other.scale == backbone.scale for other in among) < 2 else _full(backbone)
 
 
 def _name(
-    config: SweepConfig, method: str, length: int, pairs: int, tasks: Any, scale: Any, fields: Mapping[str, Any],
+    usual: Mapping[str, Any], method: str, length: int, pairs: int, tasks: Any, scale: Any, fields: Mapping[str, Any],
     seed: int,
 ) -> str:  # fmt: skip
-    """A name for folders and for MLflow: what the grid varies, the seed last."""
-    grid = config.grid
+    """A name for folders and for MLflow: what is not by default, or for fields as in ``usual``; the seed last."""
+    changed = sorted((key, value) for key, value in fields.items() if key not in usual or usual[key] != value)
     parts = [method, f"L{length}", f"p{pairs}"]
-    if len(grid.scales) > 1:
-        parts.append(_scale(config, scale))
-    if len(grid.tasks) > 1:
-        parts.append("all" if tasks is None else "+".join(tasks))
-    parts += [f"{key.rpartition('.')[2]}_{value}" for key, value in fields.items()]
+    if scale == BackboneConfig():
+        scale = None
+    if scale is not None:
+        parts.append(_full(scale))
+    if tasks is not None:
+        parts.append("+".join(tasks))
+    parts += [f"{key.rpartition('.')[2]}_{value}" for key, value in changed]
+    # Two fields may end alike.
+    return f"{_safe(parts, (method, length, pairs, tasks, scale, changed), bool(changed))}-s{seed}"
+
+
+def _safe(parts: Iterable[str], exact: tuple[Any, ...], ambiguous: bool = False) -> str:
+    """``parts`` as the name of a folder; with a hash of ``exact`` where that alone might not tell it from others."""
     whole = "-".join(parts)
     text = re.sub(r"[^\w.+-]", "_", whole)
-    exact = repr((method, length, pairs, tasks, scale, sorted(fields.items())))
-    if len(text) > _NAME_CHARACTERS or text != whole or fields:  # two fields may end alike, two values look alike
-        text = f"{text[:_NAME_CHARACTERS]}-{hashlib.sha256(exact.encode()).hexdigest()[:6]}"
-    return f"{text}-s{seed}"
+    if len(text) > _NAME_CHARACTERS or text != whole or ambiguous:
+        text = f"{text[:_NAME_CHARACTERS]}-{hashlib.sha256(repr(exact).encode()).hexdigest()[:6]}"
+    return text
+
+
+def _form_label(method: str, length: int, pairs: int) -> str:
+    return f"{method if method == 'none' else f'{method} L={length}'}, {pairs} pair{'s' * (pairs != 1)}"
 
 
 def _label(
     config: SweepConfig, method: str, length: int, pairs: int, tasks: Any, scale: Any, fields: Mapping[str, Any]
 ) -> str:
     grid = config.grid
-    parts = [method if method == "none" else f"{method} L={length}", f"{pairs} pair{'s' * (pairs != 1)}"]
+    parts = [_form_label(method, length, pairs)]
     if len(grid.scales) > 1:
-        parts.append(_scale(config, scale))
+        parts.append(_scale(scale, grid.scales))
     if len(grid.tasks) > 1:
         parts.append("all tasks" if tasks is None else " + ".join(tasks))
     return ", ".join([*parts, *(f"{key} {value}" for key, value in fields.items())])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from covray.config import SweepConfig, load_config
 from covray.distributed import sweep as sweeps
 from covray.distributed.sweep import DESCRIPTION, report, resumed, sweep
 from covray.errors import ConfigError
-from covray.sweeps.grid import grid_of
+from covray.sweeps.grid import Trial, grid_of
 from tests.lvm.conftest import llama_folder  # noqa: F401 (a fixture)
 
 # ruff: noqa: F811 (fixtures are arguments)
@@ -218,6 +219,56 @@ def test_a_trial_that_was_stopped_or_lost_is_written_down_with_what_it_was_compa
         {"tokens": 100, "answer_perplexity": 8.0},
     ]
     assert found[lost]["error"] == "a worker was lost"
+
+
+def away(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> Trial:
+    """``trial``, trained and evaluated, with a run in an MLflow that does not answer."""
+    storage.write_json(f"{trial.train.out}/_run.json", {"mlflow_run_id": "0" * 32})
+    score = {"task": "depth", "metric": "abs_rel", "mean": 0.25}
+    monkeypatch.setattr(sweeps, "train", lambda config, watch: {"steps": 7, "seconds": 1.0, "tokens": 70})
+    monkeypatch.setattr(
+        sweeps, "evaluate", lambda config: {"scores": [score], "seconds": 1.0, "tasks": {}, "lower_is_better": []}
+    )
+    tracking = trial.train.tracking.model_copy(update={"uri": "http://127.0.0.1:9", "log_every_steps": 4})
+    return replace(trial, train=trial.train.model_copy(update={"tracking": tracking}))
+
+
+def test_an_mlflow_that_is_away_costs_no_trial_and_ends_no_sweep(
+    config: SweepConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trials = {trial.name: away(trial, monkeypatch) for trial in grid_of(config).trials}
+    finished, stopped, lost = trials
+    sweeps._TrialDriver().run(trials[finished], config.out)
+    progress = sweeps._Progress(config.out, trials, 0)
+    one: Any
+    for one, ends in ((Ended(stopped), progress.on_trial_complete), (Ended(lost), progress.on_trial_error)):
+        ends(0, [], one)
+    found = [storage.read_json(f"{config.out}/trials/{name}.json")["status"] for name in trials]
+    assert found == ["finished", "stopped", "failed"]
+    said = capsys.readouterr().err.splitlines()
+    assert [line for name in trials for line in said if line.startswith(f"covray: {name}: MLflow at http://")] == [
+        line for line in said if "MLflow" in line
+    ]
+    assert sum("MLflow" in line for line in said) == 3
+
+
+def test_a_trial_s_scores_reach_mlflow_however_seldom_steps_are_logged_and_before_it_is_done(
+    config: SweepConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial = away(grid_of(config).trials[0], monkeypatch)
+    logged: dict[str, float] = {}
+
+    class Store:
+        def log_batch(self, run_id: str, metrics: Any) -> None:
+            assert sweeps._record(config.out, trial.name) is None, "a kill here would leave MLflow without the scores"
+            logged.update({metric.key: metric.value for metric in metrics})
+
+        def set_terminated(self, run_id: str, status: str) -> None:
+            assert status == "FINISHED"
+
+    monkeypatch.setattr(sweeps.Tracker, "start", lambda tracker: setattr(tracker, "_client", Store()))
+    sweeps._TrialDriver().run(trial, config.out)
+    assert logged == {"depth/abs_rel": 0.25}
 
 
 @pytest.mark.parametrize("rule", ["median", "asha"])

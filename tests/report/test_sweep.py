@@ -126,6 +126,13 @@ def test_the_best_trained_row_is_bold_and_references_do_not_compete(written: Wri
     assert sorted(bold) == sorted(expected)
 
 
+@pytest.mark.parametrize("key", ["data", "manifest"])
+def test_the_head_says_what_the_trials_were_trained_on(written: Writer, key: str) -> None:
+    results = sweep_results()
+    results["config"] = {"data": None, "manifest": None} | {key: "s3://lab/source"}
+    assert "s3://lab/source" in written(results).texts_in("dd")
+
+
 @pytest.mark.parametrize("verdict", ["holds", "does not hold", "not significant", "not tried"])
 def test_a_claim_says_what_the_paper_says_and_its_verdict(written: Writer, verdict: str) -> None:
     results = sweep_results()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -81,6 +82,46 @@ def test_what_all_trials_share_is_evaluated_once(make: Make) -> None:
     assert not grid_of(make(**{"evaluate.baselines": [], "evaluate.untuned": False})).references
 
 
+def test_a_grid_that_grows_shrinks_or_is_reordered_finds_all_that_is_done(
+    write_dataset: Callable[..., Any], tmp_path: Path
+) -> None:
+    data, _ = write_dataset({"depth": 24, "edges": 24}, lengths=(3, 5))
+    small: dict[str, Any] = {"methods": ["none", "linear", "diffusion"], "lengths": [3], "pairs": [1]}
+    alike = [
+        small,
+        small | {"methods": ["diffusion", "none"]},
+        small | {"methods": ["linear", "diffusion", "none"], "lengths": [5, 2, 3], "pairs": [0, 2, 1]},
+        small | {"seeds": [1, 0]},
+        small | {"scales": ["nano"]},
+        small | {"scales": ["300m", {"scale": "nano", "init": "random"}, "nano"]},
+        small | {"scales": [{"scale": "300m", "path": "there"}, "300m"]},
+        small | {"tasks": [["depth"], None]},
+        small | {"tasks": [["edges", "depth"], ["depth"]]},
+        small | {"tasks": [["depth", "edges"]]},
+        small | {"fields": {"lora.rank": [32, 4]}},
+        small | {"fields": {"optimizer.learning_rate": [0.5], "lora.rank": [4, 32]}},
+        small | {"fields": {"lora.rank": [4], "optimizer.learning_rate": [0.5], "backbone.scale": ["300m", "nano"]}},
+    ]
+    trials: dict[str, set[str]] = {}
+    references: dict[str, set[str]] = {}
+    for grid in alike:
+        options = {"data": data, "out": str(tmp_path / "sweep"), "evaluate.split": "val", "grid": grid}
+        found = grid_of(load_config(SweepConfig, None, options))
+        for trial in found.trials:
+            what = trial.train.identity() | {"evaluated": trial.evaluate.identity() | {"adapters": None}}
+            trials.setdefault(trial.name, set()).add(json.dumps(what, sort_keys=True))
+        for reference in found.references:
+            what = reference.identity()
+            references.setdefault(reference.out, set()).add(json.dumps(what, sort_keys=True))
+    for names in (trials, references):
+        # A folder is always begun with the same configuration, which has no other folder.
+        assert {len(what) for what in names.values()} == {1}
+        assert len({what for (what,) in names.values()}) == len(names)
+    assert {"none-L2-p1-s0", "linear-L3-p1-s0", "diffusion-L3-p1-s0", "diffusion-L3-p1-300m-s0"} <= trials.keys()
+    assert not [name for name in trials if "edges+depth" in name], "a set of tasks has no order"
+    assert not {Path(out).name for out in references} & trials.keys()
+
+
 def test_what_exceeds_the_context_is_left_out_with_the_arithmetic(make: Make) -> None:
     grid = grid_of(make(**{"grid.pairs": [1, 63], "grid.methods": ["diffusion"], "grid.lengths": [5]}))
     assert [trial.name for trial in grid.trials] == ["diffusion-L5-p1-s0"]
@@ -143,6 +184,11 @@ def test_names_are_safe_in_paths(make: Make) -> None:
         ({"grid.scales": ["nano"]}, "train.backbone: is what grid.scales says"),
         ({"grid.lengths": [4]}, "a chain of 4 needs alpha 0.3333, 0.6667, the dataset has 0.25, 0.5, 0.75"),
         ({"train.sentences.split": "nowhere"}, "nowhere"),
+        ({"evaluate.split": "tset"}, "no pairs in split tset, only in train, val; set evaluate.split"),
+        (
+            {"evaluate.example_split": "trian"},
+            "no pairs in split trian, only in train, val; set evaluate.example_split",
+        ),
     ],
 )
 def test_mistakes_are_one_line_that_names_the_key(make: Make, options: dict[str, Any], said: str) -> None:
@@ -186,8 +232,10 @@ def test_two_thousand_trials_are_planned_before_anything_exists(make: Make) -> N
 def test_the_paper_is_planned_from_a_manifest_without_its_weights(
     write_manifest: Callable[..., str], tmp_path: Path
 ) -> None:
-    splits = ("train", "train", "train", "test")
+    splits = ("train", "train", "val", "test")
     manifest = write_manifest([{"pair_id": n, "task": "depth", "split": splits[n % 4]} for n in range(40)])
+    Path(manifest).parent.joinpath("notes.txt").write_text("mine")
+    manifest = str(Path(manifest).parent)  # a folder, in which other things may lie
     config = load_config(
         SweepConfig,
         Path(__file__).parents[2] / "configs" / "paper" / "sweep.yaml",
@@ -199,3 +247,57 @@ def test_the_paper_is_planned_from_a_manifest_without_its_weights(
     assert len(planned["trials"]) == 3 * (3 + 2 * fit)
     assert planned["builds"]["lengths"] == (3, 4, 6, 8)
     assert planned["total"]["gpu_hours"] > 0
+
+
+Planned = Callable[..., SweepConfig]
+
+
+@pytest.fixture
+def planned(write_manifest: Callable[..., str], tmp_path: Path, vqgan_folder: Path, llama_folder: Path) -> Planned:
+    """A sweep that builds its dataset; of edges there are two pairs in train, and none in test."""
+    splits = ("train", "train", "val", "test")
+    rows = [{"pair_id": n, "task": "depth", "split": splits[n % 4]} for n in range(16)]
+    rows += [{"pair_id": n, "task": "edges", "split": split} for n, split in enumerate(("train", "train", "val"), 100)]
+    base = {"manifest": write_manifest(rows), "out": str(tmp_path), "build.tokenizer.path": str(vqgan_folder)}
+    base |= {"train.backbone": {"scale": "custom", "path": str(llama_folder)}, "grid.pairs": [1]}
+    return lambda **options: load_config(SweepConfig, None, base | {"grid.tasks": [["depth"]]} | options)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"train.sentences.split": "trian"}, "no pairs in split trian, only in test, train, val; set train.sentences"),
+        ({"train.sentences.validation_split": "vla"}, "split vla, only in test, train, val; set train.sentences.valid"),
+        ({"evaluate.split": "tset"}, "no pairs in split tset, only in test, train, val; set evaluate.split"),
+        ({"evaluate.example_split": "x"}, "no pairs in split x, only in test, train, val; set evaluate.example_split"),
+        ({"grid.tasks": [["depth"], ["pose"]]}, "pose has 0 pairs in split train, the grid needs 2"),
+        ({"grid.pairs": [2], "grid.tasks": [None]}, "edges has 2 pairs in split train, the grid needs 3; lower grid."),
+        ({"grid.tasks": [["edges"]], "grid.pairs": [0]}, "edges has 0 pairs in split test, the grid needs 1"),
+        (
+            {"grid.pairs": [3], "evaluate.split": "val", "evaluate.example_split": "val"},
+            "needs 4; lower grid.pairs, set evaluate.example_split, or name the other tasks in evaluate.tasks",
+        ),
+    ],
+)
+def test_splits_are_checked_before_the_dataset_is_built(planned: Planned, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(CovrayError) as refused:
+        grid_of(planned(**options))
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_dataset_that_was_begun_keeps_its_frames_when_the_grid_shrinks_and_does_not_grow(
+    planned: Planned, write_dataset: Callable[..., Any], finished: bool
+) -> None:
+    options: dict[str, Any] = {"evaluate.split": "val", "grid.lengths": [3, 5], "grid.methods": ["none", "linear"]}
+    build = grid_of(planned(**options)).build
+    assert build is not None
+    assert (build.lengths, build.methods) == ((3, 5), ("linear",))
+    data, _ = write_dataset({"depth": 24}, lengths=(3, 5), methods=("linear",), finished=finished)
+    assert data == build.out
+    for fewer in ({}, {"grid.lengths": [2]}, {"grid.lengths": [3]}, {"grid.methods": ["none"]}):
+        assert grid_of(planned(**options | fewer)).build == build
+    for more in ({"grid.lengths": [3, 4, 5]}, {"grid.methods": ["linear", "diffusion"]}):
+        with pytest.raises(ConfigError, match="was begun with 3, 5 by linear; leave out the others, or give another"):
+            grid_of(planned(**options | more))
