@@ -23,7 +23,6 @@ from covray.distributed.train import train
 from covray.pairs.manifest import ManifestWriter
 from covray.pairs.scenes import scene_pairs
 from covray.planning.plan import build_config, plan, train_config
-from covray.planning.rates import write_calibration
 from covray.tasks import TASKS
 
 TOLERANCE = 0.15
@@ -43,11 +42,8 @@ def main() -> None:
     options = parser.parse_args()
 
     config = configured(options)
-    calibration = calibrate(
-        config, str(options.work / "benchmark"), options.calibration_pairs, options.calibration_steps
-    )
     path = str(options.work / "calibration.yaml")
-    write_calibration(path, calibration)
+    calibration = calibrate(config, path, options.calibration_pairs, options.calibration_steps)
     planned = plan(config.model_copy(update={"calibration": path}))
 
     manifest, chains = str(options.work / "pairs.parquet"), str(options.work / "chains")

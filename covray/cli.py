@@ -112,6 +112,17 @@ def _numbers(option: str, text: str | None) -> list[int] | None:
         raise ConfigError(f"{option} {text}: write whole numbers separated by commas, for example 4,8") from error
 
 
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if value is not None}
+
+
+def _require_speed(tokens_per_s: float | None, plan: bool) -> None:
+    if tokens_per_s is not None and not plan:
+        raise ConfigError("--tokens-per-s: is for --plan, which computes hours from it; give both")
+    if tokens_per_s is not None and not 1e-6 <= tokens_per_s <= 1e12:  # not a number is neither
+        raise ConfigError(f"--tokens-per-s {tokens_per_s:g}: must be a number above 0; covray train prints it")
+
+
 _checking: ContextVar[bool] = ContextVar("checking", default=False)
 
 
@@ -123,7 +134,7 @@ def _resolve(model: type[C], file: Path | None, options: dict[str, Any], sets: l
     """``load_config``; while ``covray submit`` checks a command, the command ends with it."""
     from covray.config import load_config
 
-    config = load_config(model, file, options, sets or ())
+    config = load_config(model, file, _given(options), sets or ())
     if _checking.get():
         raise _Resolved(config)
     return config
@@ -468,8 +479,7 @@ def train(
         "seed": seed,
     }
     resolved = _resolve(TrainConfig, config, options, sets)
-    if tokens_per_s is not None and not plan:
-        raise ConfigError("--tokens-per-s: is for --plan, which computes hours from it; give both")
+    _require_speed(tokens_per_s, plan)
     with _quiet_libraries():
         if plan:
             from covray.training.plan import plan as plan_training
@@ -683,7 +693,7 @@ def generate(
         "sampling.best_of": best_of,
         "seed": seed,
     }
-    resolved = load_config(GenerateConfig, config, options, sets or ())
+    resolved = load_config(GenerateConfig, config, _given(options), sets or ())
     with _quiet_libraries():
         from covray.generation import generate as run_generation
 
@@ -810,8 +820,7 @@ def sweep(
     """Train and score a grid of chain lengths, pairs and methods. Killed anywhere, the same command continues."""
     from covray.config import SweepConfig
 
-    if tokens_per_s is not None and not plan:
-        raise ConfigError("--tokens-per-s: is for --plan, which computes hours from it; give both")
+    _require_speed(tokens_per_s, plan)
     options: dict[str, Any] = {
         "out": out,
         "data": data,
@@ -1020,7 +1029,7 @@ def plan(
         "calibration": calibration,
         "seed": seed,
     }
-    resolved = load_config(PlanConfig, config, options, sets or ())
+    resolved = load_config(PlanConfig, config, _given(options), sets or ())
     with _quiet_libraries():
         from covray.planning.plan import plan as make_plan
 
@@ -1063,10 +1072,8 @@ def benchmark(
     resolved = load_config(PlanConfig, config, {}, sets or ())
     with _quiet_libraries():
         from covray.distributed.benchmark import calibrate
-        from covray.planning.rates import write_calibration
 
-        calibration = calibrate(resolved, f"{out}.work", _numbers("--pairs", pairs), train_steps)
-        write_calibration(out, calibration)
+        calibration = calibrate(resolved, out, _numbers("--pairs", pairs), train_steps)
     values = calibration.model_dump(mode="json")
     if json_:
         print(json.dumps(values))

@@ -21,6 +21,7 @@ Task = Literal["segmentation", "pose", "colorization", "normals", "edges", "dept
 Method = Literal["linear", "diffusion"]
 Length = Annotated[int, Field(ge=2, le=64)]
 Alpha = Annotated[float, Field(gt=0.0, lt=1.0)]
+_DEEPEST = 20  # sections in sections; the deepest of ours stand in two
 
 
 class Section(BaseModel):
@@ -201,13 +202,13 @@ class OptimizerConfig(Section):
     """Learning rate at the end, as a share of the highest."""
     clip: float = Field(default=1.0, gt=0)
     """Largest norm of the gradient."""
-    epochs: float = Field(default=1.0, gt=0)
+    epochs: float = Field(default=1.0, gt=0, le=1e6)
     """How often each pair is the query."""
-    steps: int | None = Field(default=None, ge=1)
+    steps: int | None = Field(default=None, ge=1, le=10**9)
     """Steps, in place of ``epochs``."""
-    batch_tokens: int = Field(default=172_032, ge=1)
+    batch_tokens: int = Field(default=172_032, ge=1, le=10**12)
     """Tokens of a step over all workers (the paper: 172K); the loss is their mean, however many workers there are."""
-    micro_batch_tokens: int = Field(default=8192, ge=1)
+    micro_batch_tokens: int = Field(default=8192, ge=1, le=10**12)
     """Tokens a worker computes at a time; at least one sentence."""
 
 
@@ -248,7 +249,7 @@ class CheckpointsConfig(Section):
     """When the state of a run is kept, and how much of it."""
 
     every_steps: int = Field(default=100, ge=1)
-    keep: int = Field(default=2, ge=1)
+    keep: int = Field(default=2, ge=1, le=10**9)
     """The last so many, beside the best by validation loss."""
 
 
@@ -279,7 +280,7 @@ class TrainConfig(Section):
     checkpoints: CheckpointsConfig = CheckpointsConfig()
     tracking: TrackingConfig = TrackingConfig()
     validate_every_steps: int = Field(default=100, ge=1)
-    validation_sentences: int = Field(default=64, ge=1)
+    validation_sentences: int = Field(default=64, ge=1, le=10**12)
     """At most so many sentences of the validation split."""
     seed: int = Field(default=0, ge=0)
 
@@ -503,15 +504,15 @@ class NodesConfig(Section):
     gpus: int = Field(default=1, ge=1, le=100_000)
     """GPUs of all nodes together; each is one actor, or one worker. Without GPUs: actors, or workers."""
     gpus_per_node: int = Field(default=1, ge=1, le=1024)
-    price: float = Field(default=0.0, ge=0)
+    price: float = Field(default=0.0, ge=0, le=1e9)
     """Of one GPU for an hour, in any currency."""
     interruptions: float = Field(default=0.0, ge=0, le=100)
     """How often a node is taken away, an hour; 0: never, as on demand."""
-    boot_s: float = Field(default=0.0, ge=0)
+    boot_s: float = Field(default=0.0, ge=0, le=1e9)
     """From asking for a node until Ray runs on it; also of one that replaces another."""
-    upscaling_speed: float = Field(default=1.0, gt=0)
+    upscaling_speed: float = Field(default=1.0, gt=0, le=100_000)
     """Of the autoscaler: so many times the nodes there are may be under way, or five."""
-    idle_timeout_s: float = Field(default=0.0, ge=0)
+    idle_timeout_s: float = Field(default=0.0, ge=0, le=1e9)
     """How long a node stays, and is paid, when there is nothing left to do."""
 
     @model_validator(mode="after")
@@ -524,17 +525,17 @@ class NodesConfig(Section):
 class AssumedConfig(Section):
     """Rates of hardware that was not measured, where there is no calibration."""
 
-    build_utilisation: float = Field(default=0.386, gt=0, le=1)
+    build_utilisation: float = Field(default=0.386, ge=1e-6, le=1)
     """Share of the GPU's peak that chains reach: published for Stable Diffusion 1.5, batch 16, compiled, on an A100."""
-    train_utilisation: float = Field(default=0.406, gt=0, le=1)
+    train_utilisation: float = Field(default=0.406, ge=1e-6, le=1)
     """Share of the peak that a LoRA training reaches: the fastest published, an 8B LLaMA on an H100."""
-    start_s: float = Field(default=60.0, ge=0)
+    start_s: float = Field(default=60.0, ge=0, le=1e9)
     """Of a step, before the first actor or worker starts: Ray, checks, and loading the models once."""
-    load_s: float = Field(default=60.0, ge=0)
+    load_s: float = Field(default=60.0, ge=0, le=1e9)
     """Of an actor or a worker, until it computes."""
-    audit_shard_s: float = Field(default=0.006, ge=0)
+    audit_shard_s: float = Field(default=0.006, ge=0, le=1e9)
     """Seconds of the driver for a shard, at the end: three requests of some 30 ms on object storage, 16 at a time."""
-    checkpoint_s: float = Field(default=5.0, ge=0)
+    checkpoint_s: float = Field(default=5.0, ge=0, le=1e9)
     """For which a checkpoint holds up the training."""
 
 
@@ -543,9 +544,9 @@ class PlanConfig(Section):
 
     steps: tuple[Literal["build", "train"], ...] = ("build",)
     """What is planned."""
-    pairs: int = Field(default=70_000, ge=1, le=10**12)
+    pairs: int = Field(default=70_000, ge=1, le=10**11)
     """Pairs of the build (by default the paper's, 10,000 for each of seven tasks)."""
-    train_pairs: int | None = Field(default=None, ge=1)
+    train_pairs: int | None = Field(default=None, ge=1, le=10**11)
     """Pairs of the training; null: those of the build."""
     pairs_per_source: float = Field(default=1.0, ge=1)
     """Pairs that follow each other and share their image, which is inverted once a block."""
@@ -557,9 +558,9 @@ class PlanConfig(Section):
     """Keys of ``covray train``."""
     build_on: NodesConfig = NodesConfig()
     train_on: NodesConfig = NodesConfig()
-    head_price: float = Field(default=0.0, ge=0)
+    head_price: float = Field(default=0.0, ge=0, le=1e9)
     """Of the head for an hour."""
-    driver_blocks_per_s: float = Field(default=20.0, gt=0)
+    driver_blocks_per_s: float = Field(default=20.0, ge=1e-6, le=1e9)
     """Blocks that the driver can hand out a second."""
     calibration: str | None = None
     """What ``covray benchmark`` measured; null: rates are computed from FLOPs and assumptions."""
@@ -590,7 +591,9 @@ def differences(theirs: dict[str, Any], ours: dict[str, Any], *, open_matches: b
 
 
 def leaves(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value of nested dictionaries with its dotted key."""
+    """Every value of nested dictionaries with its dotted key. Raises ConfigError for one that holds itself."""
+    if prefix.count(".") > _DEEPEST:  # by an alias YAML can write a section that stands in itself
+        raise ConfigError(f"{prefix.partition('.')[0]}: is nested too deeply, or in itself; give the section's keys")
     for key, inner in value.items():
         if isinstance(inner, dict):
             yield from leaves(inner, f"{prefix}{key}.")
@@ -606,35 +609,46 @@ def load_config(
 ) -> C:
     """Resolve a configuration: defaults, then ``file`` (YAML), then ``options``, then ``sets`` (``a.b=value``).
 
-    ``options`` has dotted keys; entries that are None were not given. Raises ConfigError with the full key path.
+    ``options`` has dotted keys. None is a value like others below a section (``a.b``); in place of a section it leaves
+    the defaults, as YAML reads a section whose keys are all commented out. Raises ConfigError with the full key path.
     """
     values: dict[str, Any] = {}
     if file is not None:
         try:
-            loaded = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+            loaded = read_yaml(Path(file).read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"--config {file}: {error.strerror}; give an existing YAML file") from error
-        except (yaml.YAMLError, ValueError) as error:  # ValueError: bytes that are no text, dates of a 13th month
-            raise ConfigError(f"--config {file}: not valid YAML: {' '.join(str(error).split())}") from error
+        except ValueError as error:  # also bytes that are no text
+            raise ConfigError(f"--config {file}: not valid YAML: {error}") from error
         if loaded is not None and not isinstance(loaded, dict):
             raise ConfigError(f"--config {file}: holds {type(loaded).__name__}, not keys and values")
-        # A section whose keys are all commented out reads as null.
-        values = {key: value for key, value in (loaded or {}).items() if value is not None}
-    for key, value in (options or {}).items():
-        if value is not None:
-            _set(values, key, value)
+        values = _without_null(loaded or {})
+    for key, value in _without_null(options or {}).items():
+        _set(values, key, value)
     for assignment in sets:
         key, separator, text = assignment.partition("=")
         if not separator or not key:
             raise ConfigError(f"--set {assignment}: write key=value, for example --set engine.batch=32")
         try:
-            _set(values, key, yaml.safe_load(text))
-        except (yaml.YAMLError, ValueError) as error:
+            _set(values, key, read_yaml(text))
+        except ValueError as error:
             raise ConfigError(f"--set {assignment}: the value is not valid YAML") from error
+    for _ in leaves(values):  # refuses a section that stands in itself
+        pass
     try:
         return model.model_validate(values)
     except ValidationError as error:
         raise ConfigError("; ".join(_describe(model, entry) for entry in error.errors())) from error
+
+
+def read_yaml(text: str) -> Any:
+    """The value that ``text`` is in YAML. Raises ValueError, in one line: no YAML, or nested too deeply."""
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: dates of a 13th month
+        raise ValueError(" ".join(str(error).split())) from error
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 def require_compiler(field: str, device: str) -> None:
@@ -650,6 +664,11 @@ def require_compiler(field: str, device: str) -> None:
     else:
         return
     raise ConfigError(f"{field}: torch.compile needs {lacks}; apt-get install {package}, or leave it false")
+
+
+def _without_null(values: dict[str, Any]) -> dict[str, Any]:
+    """``values`` without sections that are null: their keys are all commented out."""
+    return {key: value for key, value in values.items() if value is not None or "." in str(key)}
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:

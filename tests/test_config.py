@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import pytest
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from covray.config import BuildConfig, EvaluateConfig, PlanConfig, Section, SweepConfig, TrainConfig, load_config
+from covray.config import (
+    BuildConfig,
+    EvaluateConfig,
+    GenerateConfig,
+    PlanConfig,
+    Section,
+    SweepConfig,
+    TrainConfig,
+    load_config,
+)
 from covray.errors import ConfigError
 
 REQUIRED = {"pairs": "pairs.parquet", "out": "chains"}
@@ -136,6 +146,68 @@ def test_yaml_makes_no_objects(tmp_path: Path) -> None:
     assert not (tmp_path / "made").exists()
 
 
+def test_null_is_a_value_below_a_section_and_leaves_a_section_as_it_is(tmp_path: Path) -> None:
+    """However it is given: in a file, as an option, as one of ``--set``."""
+    text = "sentences: {validation_split: null}\noptimizer: null\n"
+    given = {"sentences.validation_split": None, "optimizer": None}
+    trains = [
+        _train(file=_file(tmp_path, text)),
+        load_config(TrainConfig, None, {"data": "chains", "out": "run"} | given),
+        _train("sentences.validation_split=null"),
+    ]
+    for train in trains:
+        assert train == _train("sentences.validation_split=null")
+        assert train.sentences.validation_split is None
+
+
+DEEP = 700  # more than Python's stack holds
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * DEEP + "]" * DEEP, "{prior: " * DEEP + "}" * DEEP, "&b {prior: *b}", "&b {c: {d: {e: *b}}}"]
+)
+def test_what_is_nested_without_end_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"nested too deeply") as caught:
+        load_config(PlanConfig, _file(tmp_path, f"build: {text}\n"))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"nested too deeply|not valid YAML"):
+        load_config(PlanConfig, None, {}, [f"build={text}"])
+
+
+def numbers(model: type[BaseModel]) -> Iterator[str]:
+    """Dotted keys of ``model`` that take a number, without those that stand in lists."""
+    for key, field in model.model_fields.items():
+        if get_origin(field.annotation) is tuple:
+            continue
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if kind in (int, float):
+                yield key
+            elif isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from (f"{key}.{inner}" for inner in numbers(kind))
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf"])
+def test_what_is_no_number_is_refused_wherever_one_is_asked_for(value: str) -> None:
+    for model, required in [*MODELS.values(), (GenerateConfig, {"queries": ["a"], "out": "o"})]:
+        for key in numbers(model):
+            with pytest.raises(ConfigError, match=rf"^{key}: "):
+                load_config(model, None, required, [f"{key}={value}"])
+
+
+@pytest.mark.parametrize(
+    "assignment",
+    [
+        "pairs=100000000001", "train_pairs=100000000001", "build_on.upscaling_speed=1e+308", "build_on.boot_s=1e+308",
+        "train_on.price=1e+308", "head_price=1e+308", "driver_blocks_per_s=1e-300", "assumed.start_s=1e+308",
+        "assumed.build_utilisation=1e-300",
+    ],
+)  # fmt: skip
+def test_a_value_of_a_plan_out_of_bounds_is_named_with_its_key(assignment: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(PlanConfig, None, {}, [assignment])
+    assert str(caught.value).startswith(assignment.partition("=")[0])
+
+
 @pytest.mark.parametrize("text", ["", "# nothing\n", "engine:\n  # batch: 8\n", "prior: null\n"])
 def test_a_file_or_section_of_comments_only_changes_nothing(tmp_path: Path, text: str) -> None:
     assert _load(file=_file(tmp_path, text)) == _load()
@@ -144,7 +216,7 @@ def test_a_file_or_section_of_comments_only_changes_nothing(tmp_path: Path, text
 
 def test_what_is_nearer_to_the_user_wins(tmp_path: Path) -> None:
     file = _file(tmp_path, "prior: {steps: 10, path: file}\nfit: crop\nengine: {batch: 1}\n")
-    options = {"prior.path": "option", "engine.batch": 2, "prior.steps": None}  # None: not given
+    options = {"prior.path": "option", "engine.batch": 2}
     config = load_config(BuildConfig, file, REQUIRED | options, ["engine.batch=3", "engine.batch=4"])
     assert (config.prior.steps, config.prior.path, config.fit) == (10, "option", "crop")
     assert config.engine.batch == 4
@@ -235,7 +307,7 @@ def _train(*sets: str, file: Path | None = None) -> TrainConfig:
         "optimizer.steps=0", "optimizer.batch_tokens=0", "optimizer.micro_batch_tokens=0", "compute.device=tpu",
         "compute.dtype=float16", "compute.threads=0", "workers.count=0", "workers.gpus=-1", "workers.cpus=0",
         "workers.max_failures=-2", "checkpoints.every_steps=0", "checkpoints.keep=0", "tracking.log_every_steps=0",
-        "validate_every_steps=0", "validation_sentences=0", "seed=-1", "data=null",
+        "validate_every_steps=0", "validation_sentences=0", "seed=-1", "data=null", "optimizer.epochs=1e+300",
     ],
 )  # fmt: skip
 def test_a_value_of_a_training_out_of_bounds_is_named_with_its_key(assignment: str) -> None:

@@ -285,6 +285,8 @@ def test_options_that_do_not_add_up_are_refused(mistake: Callable[..., str], pic
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("")
     assert "no generation of covray" in mistake("--query", first, *out)
+    assert "cannot be written" in mistake("--query", first, "--out", tmp_path / "out" / "thesis.txt")
+    assert "cannot be written" in mistake("--query", first, "--out", "/proc/out")
 
 
 def test_runs_that_cannot_answer_are_refused(

@@ -17,12 +17,14 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import torch
+from pyarrow import fs
 
 from covray import storage
 from covray.config import BuildConfig, PlanConfig, TrainConfig
 from covray.distributed.build import build
 from covray.distributed.train import train
-from covray.errors import ConfigError
+from covray.errors import ConfigError, one_line
+from covray.lvm.backbone import backbone_facts
 from covray.lvm.sentences import count_pairs
 from covray.pairs.manifest import ManifestWriter, check_manifest
 from covray.pairs.scenes import scene_pairs
@@ -34,11 +36,14 @@ from covray.planning.rates import (
     identity_of,
     parquet_bytes,
     pictures_per_pair,
+    write_calibration,
 )
+from covray.report.page import require_writable
 from covray.tasks import TASKS
 from covray.tokens.audit import audit_dataset
-from covray.tokens.shards import ChainDataset, shard_files
+from covray.tokens.shards import ChainDataset, shard_files, union_alphas
 from covray.training.state import CHECKPOINTS, checkpoint_name
+from covray.training.zero import read_settings
 
 _SPLITS = {"train": 3.0, "val": 1.0}
 _BLOCKS = (4, 12)
@@ -47,31 +52,33 @@ _FEWEST = 16 * len(TASKS)  # pairs of the larger build: then the validation spli
 _SCENE_PX = 512  # of the pictures, where the prior is not the nano's 64
 
 
-def calibrate(config: PlanConfig, folder: str, pairs: list[int] | None = None, train_steps: int = 24) -> Calibration:
+def calibrate(config: PlanConfig, out: str, pairs: list[int] | None = None, train_steps: int = 24) -> Calibration:
     """Measure what ``config.build`` and, if it is among the steps, ``config.train`` cost on the hardware at hand.
 
-    ``folder``: where builds and run go, absent before and after; on a cluster storage that all nodes share. ``pairs``:
-    of the two builds, by default 4 and 12 blocks. Raises CovrayError as builds and trainings do.
+    ``out``: file for the calibration, which is also returned; builds and run go beside it into ``out``.work, absent
+    before and after, on a cluster on storage that all nodes share. ``pairs``: of the two builds, by default 4 and 12
+    blocks. Raises CovrayError as builds and trainings do: for a configuration or an ``out`` that cannot be used before
+    the first build.
     """
-    chosen = build_config(config)
+    chosen, folder = build_config(config), f"{out}.work"
     small, large = _sizes(pairs, chosen)
-    if storage.exists(folder):
-        raise ConfigError(f"{folder}: is left of a benchmark that was stopped; delete it, or give another --out")
+    training = _training(config, chosen, folder, train_steps) if "train" in config.steps else None
+    _require_out(out, folder)
     try:
         builds = [_measure_build(chosen, storage.join(folder, name), n) for name, n in (("a", small), ("b", large))]
-        trained = None
-        if "train" in config.steps:
-            trained = _measure_training(train_config(config), storage.join(folder, "b"), folder, train_steps)
+        trained = None if training is None else _measure_training(training)
     finally:
         filesystem, inner = storage.resolve(folder)
         if storage.exists(folder):
             filesystem.delete_dir(inner)
-    return Calibration(
+    calibration = Calibration(
         hardware=_hardware(),
         date=datetime.date.today().isoformat(),
         build=build_rates(chosen, builds),
         train=trained,
     )
+    write_calibration(out, calibration)
+    return calibration
 
 
 def build_rates(config: BuildConfig, builds: list[dict[str, Any]]) -> BuildRates:
@@ -167,28 +174,62 @@ def _measure_build(config: BuildConfig, folder: str, pairs: int) -> dict[str, An
     }
 
 
-def _measure_training(config: TrainConfig, built: str, folder: str, steps: int) -> TrainRates:
-    """One training of ``steps`` steps on the chains below ``built``."""
+def _training(config: PlanConfig, build: BuildConfig, folder: str, steps: int) -> TrainConfig:
+    """The training of ``steps`` steps on the chains of the larger build, checked as far as they need not be there."""
+    planned = train_config(config)
     every = max(2, steps // _PAUSES)
-    out, data = storage.join(folder, "run"), storage.join(built, "chains")
-    config = config.model_copy(
+    training = planned.model_copy(
         update={
-            "data": data,
-            "out": out,
-            "optimizer": config.optimizer.model_copy(update={"steps": steps}),
+            "data": storage.join(folder, "b", "chains"),
+            "out": storage.join(folder, "run"),
+            "optimizer": planned.optimizer.model_copy(update={"steps": steps}),
             "validate_every_steps": every,
-            "checkpoints": config.checkpoints.model_copy(update={"every_steps": every}),
+            "checkpoints": planned.checkpoints.model_copy(update={"every_steps": every}),
         }
     )
+    backbone_facts(training.backbone)
+    if training.tracking.uri is None and "://" in folder:
+        raise ConfigError("train.tracking.uri: beside a remote --out there can be no mlflow.db; give a server, or none")
+    if training.compute.deepspeed not in ("auto", "none"):
+        read_settings(training.compute.deepspeed)
+    sentences = training.sentences
+    needed = set() if sentences.method == "none" else set(union_alphas(sentences.lengths))
+    if needed and (sentences.method not in build.methods or needed - set(union_alphas(build.lengths, build.alphas))):
+        raise ConfigError(
+            "train.sentences: has lengths or a method that build does not make; set build.lengths, .methods"
+        )
+    for split in (sentences.split, sentences.validation_split):
+        if split not in (*_SPLITS, None):
+            raise ConfigError(f"train.sentences: a benchmark has the splits {' and '.join(_SPLITS)}, not {split}")
+    return training
+
+
+def _require_out(out: str, folder: str) -> None:
+    """Refuse an ``out`` that could not be written at the end."""
+    try:
+        filesystem, inner = storage.resolve(out)
+        if filesystem.get_file_info(inner).type == fs.FileType.Directory:
+            raise ConfigError(f"--out {out}: is a folder; give a file, as calibration.yaml")
+        if storage.exists(folder):
+            raise ConfigError(f"{folder}: is left of a benchmark that was stopped; delete it, or give another --out")
+    except OSError as error:
+        raise ConfigError(f"--out {out}: cannot be written ({one_line(error)}); give another file") from error
+    require_writable(folder)
+
+
+def _measure_training(config: TrainConfig) -> TrainRates:
+    """One training, as it is configured."""
+    steps = config.optimizer.steps
+    assert steps is not None
     records: list[tuple[float, dict[str, Any]]] = []
     started = time.monotonic()
     train(config, lambda record: records.append((time.monotonic(), record)))
     wall_s = time.monotonic() - started
     validated, split = 0, config.sentences.validation_split
     if split is not None:
-        pairs = sum(count_pairs(ChainDataset(data), config.sentences, split).values())
+        pairs = sum(count_pairs(ChainDataset(config.data), config.sentences, split).values())
         validated = min(config.validation_sentences, pairs)
-    return train_rates(config, records, wall_s, validated, _measure_checkpoint(out, steps))
+    return train_rates(config, records, wall_s, validated, _measure_checkpoint(config.out, steps))
 
 
 def _measure_checkpoint(run: str, step: int) -> dict[str, float]:

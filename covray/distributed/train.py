@@ -35,10 +35,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from covray import storage
 from covray.config import TrainConfig
 from covray.distributed.board import Board
-from covray.distributed.pool import on
+from covray.distributed.pool import on, require_fresh
 from covray.distributed.progress import time_left
 from covray.distributed.session import here, ray_session
-from covray.distributed.tracking import Tracker
+from covray.distributed.tracking import Tracker, store_of
 from covray.errors import ConfigError, CovrayError
 from covray.lvm.backbone import BackboneFacts, backbone_facts, require_same_codes
 from covray.lvm.model import bfloat16_units
@@ -219,7 +219,7 @@ def _delete_ray_folder(config: TrainConfig) -> None:
 
 
 def _check(config: TrainConfig, dataset: ChainDataset, facts: BackboneFacts) -> None:
-    """All that can be wrong with data and backbone together."""
+    """All that can be wrong with data and backbone together, and with what the run would find only later."""
     chosen = config.sentences
     require_same_codes(facts, dataset)
     tokens = require_context(chosen, dataset.tokens_per_image, facts.llama.max_position_embeddings)
@@ -234,6 +234,7 @@ def _check(config: TrainConfig, dataset: ChainDataset, facts: BackboneFacts) -> 
         )
     if config.compute.deepspeed not in ("auto", "none"):
         read_settings(config.compute.deepspeed)
+    store_of(config)
 
 
 def _resolve(config: TrainConfig, facts: BackboneFacts, cores: int) -> TrainConfig:
@@ -313,8 +314,7 @@ def _read_run(config: TrainConfig) -> dict[str, Any] | None:
     try:
         described = storage.read_json(path)
     except (FileNotFoundError, NotADirectoryError):
-        if storage.list_files(config.out):
-            raise ConfigError(f"{config.out}: holds files that are no run of covray; give another --out") from None
+        require_fresh(config.out, "run")
         return None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read ({_reason(error)}); give another --out") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -23,6 +24,8 @@ from covray.planning.simulation import BuildWork, Fleet, Outcome, TrainWork, sim
 from covray.training.plan import plan_training
 
 _HOUR_S = 3600.0
+_MOST_PLAYED = 10_000_000
+"""Blocks, and ten times as many as losses of a training, of all replicas together: some 15 s on one core."""
 _MOST_LOSSES = 3.0
 """Expected interruptions between two points where work is kept, above which hardly anything ever is."""
 _DECIDED = {"build": ("pairs", "out"), "train": ("data", "out", "workers.count")}
@@ -35,7 +38,8 @@ def plan(config: PlanConfig) -> dict[str, Any]:
 
     A figure that depends on chance is ``{"mean", "low", "high"}`` over the replicas, low and high the 5th and 95th
     percentile. Raises ConfigError: keys and values that the step itself would refuse, rates that are not known or were
-    measured with something else, and machines that are taken away faster than they get anything done.
+    measured with something else, machines that are taken away faster than they get anything done, and more blocks or
+    losses than can be played through.
     """
     calibration = None if config.calibration is None else read_calibration(config.calibration)
     build = build_config(config)
@@ -94,7 +98,14 @@ def _plan_build(config: PlanConfig, build: BuildConfig, rates: BuildRates, times
     )
     fleet = _fleet(config.build_on)
     block_s = build.rows_per_block * rates.row_s
-    _require_progress(fleet.interruptions_per_s, rates.load_s + block_s, "build", "a block", "build.rows_per_block")
+    began_s = fleet.boot_s + max(rates.start_s, rates.load_s + block_s)
+    _require_progress(fleet.interruptions_per_s, began_s, "build", "the way to a block", "build.rows_per_block")
+    played = config.replicas * blocks * math.exp(fleet.interruptions_per_s * block_s)  # done again when lost
+    if played > _MOST_PLAYED:
+        raise ConfigError(
+            f"build.rows_per_block: {blocks:,} blocks of {build.rows_per_block} pairs, {config.replicas} times, are "
+            f"more than can be played through; raise it, or lower replicas"
+        )
     outcomes = _replicas(config, lambda generator: simulate_build(work, fleet, generator))
     actors = min(config.build_on.gpus, blocks)
     notes = [] if times == 1 else [f"a row costs {times:.2f} times the measured one, by its UNet evaluations"]
@@ -146,6 +157,12 @@ def _plan_training(config: PlanConfig, tokens_per_image: int, calibration: Calib
     kept_s = work.start_s + min(work.checkpoint_every_steps, work.steps) * work.step_s
     rate = fleet.nodes * fleet.interruptions_per_s
     _require_progress(rate, kept_s, "train", "the way to a checkpoint", "train.checkpoints.every_steps")
+    lost = config.replicas * rate * work.seconds_to(work.steps) * math.exp(rate * kept_s)
+    if lost > _MOST_PLAYED / 10:
+        raise ConfigError(
+            f"train_on.interruptions: about {lost / config.replicas:,.0f} nodes would be lost, {config.replicas} "
+            "times: more than can be played through; take machines that stay, or lower replicas"
+        )
     outcomes = _replicas(config, lambda generator: simulate_training(work, fleet, generator))
     losses = float(np.mean([outcome.interruptions for outcome in outcomes]))
     notes = []

@@ -9,7 +9,7 @@ denoised, and a pass of the tokenizer for each of its pictures.
 from __future__ import annotations
 
 import json
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -19,8 +19,8 @@ from pydantic import Field
 from transformers import LlamaConfig
 
 from covray import storage
-from covray.config import AssumedConfig, BuildConfig, Section, TrainConfig, differences, load_config
-from covray.errors import ConfigError
+from covray.config import AssumedConfig, BuildConfig, Section, TrainConfig, differences, load_config, read_yaml
+from covray.errors import ConfigError, one_line
 from covray.lvm.scales import parameters
 from covray.preparing import needs_prior
 from covray.tokens.shards import QUALITY, frame_order, shard_schema, union_alphas
@@ -37,6 +37,9 @@ _BUILD_KEYS, _TRAIN_KEYS = ("prior", "tokenizer", "engine", "fit", "keep_noise")
 _MAX_FILE_CHARACTERS = 100_000
 _MOST_ROWS = 256  # of the shard that is written to see how large one is
 
+Seconds = Annotated[float, Field(ge=0, le=1e9)]
+Bytes = Annotated[float, Field(ge=0, le=1e15)]
+
 
 class BuildRates(Section):
     """Of a build."""
@@ -46,21 +49,21 @@ class BuildRates(Section):
     rows_per_block: int = Field(ge=1)
     actors: int = Field(ge=1)
     """At work together when it was measured."""
-    start_s: float = Field(ge=0)
+    start_s: Seconds
     """Before the first actor, and after the last: Ray's start and end, checks, loading the models once."""
-    load_s: float = Field(ge=0)
+    load_s: Seconds
     """Of an actor until it computes at full speed, beside its blocks."""
-    row_s: float = Field(gt=0)
+    row_s: float = Field(ge=1e-12, le=1e9)
     """Of one actor."""
-    evaluations: float = Field(ge=0)
+    evaluations: float = Field(ge=0, le=1e9)
     """Of the UNet for a row."""
-    pictures: int = Field(ge=2)
+    pictures: int = Field(ge=2, le=10**9)
     """Tokenized for a row."""
-    tokens_per_image: int = Field(ge=1)
-    row_bytes: float = Field(ge=0)
-    shard_bytes: float = Field(ge=0)
+    tokens_per_image: int = Field(ge=1, le=10**9)
+    row_bytes: Bytes
+    shard_bytes: Bytes
     """Of a shard beside its rows."""
-    audit_shard_s: float = Field(ge=0)
+    audit_shard_s: Seconds
 
 
 class TrainRates(Section):
@@ -69,14 +72,14 @@ class TrainRates(Section):
     identity: dict[str, Any]
     """The part of the configuration that they hold for; empty where they are assumed."""
     workers: int = Field(ge=1)
-    start_s: float = Field(ge=0)
+    start_s: Seconds
     """Until the first step and after the last: Ray, loading, the first validation."""
-    token_s: float = Field(gt=0)
+    token_s: float = Field(ge=1e-15, le=1e9)
     """Of one worker, forward and back."""
-    validation_token_s: float = Field(ge=0)
+    validation_token_s: Seconds
     """Of one worker, forward."""
-    checkpoint_s: float = Field(ge=0)
-    checkpoint_bytes: float = Field(ge=0)
+    checkpoint_s: Seconds
+    checkpoint_bytes: Bytes
 
 
 class Calibration(Section):
@@ -99,9 +102,9 @@ def read_calibration(path: str) -> Calibration:
     if len(text) > _MAX_FILE_CHARACTERS:
         raise ConfigError(f"calibration {path}: is no calibration; give a file that covray benchmark wrote")
     try:
-        values = yaml.safe_load(text)  # JSON is YAML
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"calibration {path}: not valid YAML: {' '.join(str(error).split())}") from error
+        values = read_yaml(text)  # JSON is YAML
+    except ValueError as error:
+        raise ConfigError(f"calibration {path}: not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"calibration {path}: holds {type(values).__name__}, not keys and values")
     try:
@@ -111,10 +114,13 @@ def read_calibration(path: str) -> Calibration:
 
 
 def write_calibration(path: str, calibration: Calibration) -> None:
-    """Write ``calibration`` as YAML, or as JSON where ``path`` says so."""
+    """Write ``calibration`` as YAML, or as JSON where ``path`` says so. Raises ConfigError where it cannot."""
     values = calibration.model_dump(mode="json")
     text = json.dumps(values, indent=2) if path.endswith(".json") else yaml.safe_dump(values, sort_keys=False)
-    storage.write_bytes(path, text.encode("utf-8"))
+    try:
+        storage.write_bytes(path, text.encode("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"calibration {path}: cannot be written ({one_line(error)}); give another file") from error
 
 
 def evaluations_per_pair(build: BuildConfig, pairs_per_source: float = 1.0) -> float:
@@ -211,7 +217,7 @@ def measured_build(build: BuildConfig, calibration: Calibration, pairs_per_sourc
         raise ConfigError("calibration: has no build; run covray benchmark with steps=[build]")
     _require_measured(rates.identity, build.identity(), _BUILD_KEYS, "build")
     evaluations, pictures = evaluations_per_pair(build, pairs_per_source), pictures_per_pair(build)
-    if bool(evaluations) != bool(rates.evaluations):
+    if bool(evaluations) != (rates.evaluations >= 1):
         raise ConfigError("calibration: of builds with and without a prior one was measured, the other is planned")
     times = evaluations / rates.evaluations if evaluations else pictures / rates.pictures
     update = {

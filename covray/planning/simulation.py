@@ -9,6 +9,7 @@ Times are seconds; a node is paid from the moment it is asked for until it is ta
 
 from __future__ import annotations
 
+import bisect
 import heapq
 import itertools
 import math
@@ -17,8 +18,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from covray.errors import ConfigError
+
 _FIRST_LAUNCHES = 5
 """Nodes that Ray's autoscaler lets be under way however few there are (AUTOSCALER_UPSCALING_INITIAL_NUM_NODES)."""
+_MOST_EVENTS = 100
+"""For every block and actor; with more nothing gets done."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,22 @@ class TrainWork:
     checkpoint_s: float = 0.0
     checkpoint_every_steps: int = 1
 
+    @property
+    def checkpoints(self) -> int:
+        """Their number."""
+        return -(-self.steps // self.checkpoint_every_steps)
+
+    def seconds_to(self, step: int) -> float:
+        """From the first step to the end of number ``step``, with the pauses until then."""
+        last = step == self.steps
+        validations = step // self.validate_every_steps + (last and step % self.validate_every_steps > 0)
+        checkpoints = self.checkpoints if last else step // self.checkpoint_every_steps
+        return step * self.step_s + validations * self.validation_s + checkpoints * self.checkpoint_s
+
+    def kept(self, checkpoint: int) -> float:
+        """Seconds of ``seconds_to`` that the checkpoint of this number keeps; 0 is the beginning."""
+        return self.seconds_to(min(checkpoint * self.checkpoint_every_steps, self.steps))
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -88,7 +109,7 @@ class Outcome:
 
 
 def simulate_build(work: BuildWork, fleet: Fleet, generator: np.random.Generator) -> Outcome:
-    """One course of a build."""
+    """One course of a build. Raises ConfigError where nodes are lost faster than they get anything done."""
     return _Build(work, fleet, generator).run()
 
 
@@ -133,7 +154,15 @@ class _Build:
 
     def run(self) -> Outcome:
         self._launch()
-        while self.done < self.blocks:
+        most = _MOST_EVENTS * (self.blocks + self.fleet.nodes * self.fleet.actors)
+        for played in itertools.count():
+            if self.done == self.blocks:
+                break
+            if played > most:
+                raise ConfigError(
+                    f"build_on.interruptions: {self.interruptions:,} nodes were taken away and {self.done:,} of "
+                    f"{self.blocks:,} blocks done; take machines that stay, that come sooner, or fewer"
+                )
             self.now, _, event, subject = heapq.heappop(self.events)
             event(*subject)
         for node in self.nodes:
@@ -250,13 +279,7 @@ def simulate_training(work: TrainWork, fleet: Fleet, generator: np.random.Genera
 
     While one is being replaced no other is lost: both at a time are rare, and cost hardly more than one.
     """
-    number = np.arange(1, work.steps + 1)
-    last = number == work.steps
-    validated = (number % work.validate_every_steps == 0) | last
-    saved = (number % work.checkpoint_every_steps == 0) | last
-    ends = np.cumsum(work.step_s + validated * work.validation_s + saved * work.checkpoint_s)
-    checkpoints, whole_s = np.concatenate(([0.0], ends[saved])), float(ends[-1])
-
+    whole_s, checkpoints = work.seconds_to(work.steps), range(work.checkpoints + 1)
     launched = launch_times(fleet)
     seconds = launched[-1] + fleet.boot_s
     before_s = sum(seconds - time for time in launched)  # paid while the last are still booting
@@ -269,7 +292,7 @@ def simulate_training(work: TrainWork, fleet: Fleet, generator: np.random.Genera
             break
         interruptions += 1
         reached = kept_s + max(0.0, life - work.start_s)
-        kept_s = float(checkpoints[np.searchsorted(checkpoints, reached, side="right") - 1])
+        kept_s = work.kept(bisect.bisect_right(checkpoints, reached, key=work.kept) - 1)
         lost_s += reached - kept_s
         seconds += life + fleet.boot_s
     seconds += left

@@ -9,6 +9,7 @@ from itertools import groupby
 
 from covray import storage
 from covray.config import EngineConfig, TokenizerConfig
+from covray.errors import ConfigError, one_line
 from covray.report.document import TILE_MIN_PX, document, duration, facts, figures, human, img, navigation
 from covray.report.sheets import ChainPictures, decode_chains, draw_sheet, quality_lines
 from covray.tokens.shards import ChainDataset
@@ -59,22 +60,40 @@ def view(
 
     ``dataset_path``: a dataset folder, finished or not; ``out``: folder to write; ``limit_per_task``: chains shown of
     each task; ``tokenizer``: where the dataset's tokenizer is now, if it has moved. Returns the paths written. Raises
-    DatasetError for no dataset, or a tokenizer with another codebook; WeightsError for one that cannot be loaded.
+    DatasetError for no dataset, or a tokenizer with another codebook; WeightsError for one that cannot be loaded;
+    ConfigError for an ``out`` that cannot be written.
     """
     dataset = ChainDataset(dataset_path, unfinished=True)
+    require_writable(out)
     config = tokenizer or TokenizerConfig.model_validate(dataset.config["tokenizer"])
     vqgan = load_tokenizer(config, EngineConfig())
     require_same_tokens(dataset, vqgan, config.path)
     chains = decode_chains(dataset, vqgan, limit_per_task)
     written = []
-    for task, group in groupby(chains, lambda chain: chain.task):
-        of_task = list(group)
-        subtitle = f"{dataset.path} · {len(of_task)} of its chains, decoded from their tokens"
-        written.append(storage.join(out, f"{task}.png"))
-        storage.write_bytes(written[-1], draw_sheet(of_task, human(task), subtitle))
-    written.append(storage.join(out, "index.html"))
-    write_page(dataset, chains, written[-1])
+    try:
+        for task, group in groupby(chains, lambda chain: chain.task):
+            of_task = list(group)
+            subtitle = f"{dataset.path} · {len(of_task)} of its chains, decoded from their tokens"
+            written.append(storage.join(out, f"{task}.png"))
+            storage.write_bytes(written[-1], draw_sheet(of_task, human(task), subtitle))
+        written.append(storage.join(out, "index.html"))
+        write_page(dataset, chains, written[-1])
+    except OSError as error:  # the disk may have become full
+        raise ConfigError(f"{written[-1]}: cannot be written ({one_line(error)}); give another --out") from error
     return written
+
+
+def require_writable(out: str) -> None:
+    """Refuse a folder that cannot be written, before work is put in; an absent one stays absent. Raises ConfigError."""
+    try:
+        existed = storage.exists(out)
+        storage.write_bytes(storage.join(out, ".writable"), b"")
+        filesystem, inner = storage.resolve(out)
+        filesystem.delete_file(f"{inner}/.writable")
+        if not existed:
+            filesystem.delete_dir(inner)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: cannot be written ({one_line(error)}); give another folder") from error
 
 
 def write_page(dataset: ChainDataset, chains: Sequence[ChainPictures], out: str) -> None:

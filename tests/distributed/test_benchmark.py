@@ -11,7 +11,7 @@ import pytest
 from covray.config import BuildConfig, PlanConfig, TrainConfig, load_config
 from covray.distributed.benchmark import build_rates, calibrate, train_rates
 from covray.distributed.progress import Tally
-from covray.errors import ConfigError
+from covray.errors import ConfigError, CovrayError
 from covray.planning.plan import plan
 from covray.planning.rates import Calibration, write_calibration
 from covray.planning.simulation import BuildWork, Fleet, simulate_build
@@ -88,7 +88,36 @@ def test_two_sizes_are_asked_for_before_anything_starts(pairs: list[int], tmp_pa
 
 
 def test_a_folder_of_another_benchmark_is_not_touched(tmp_path: Path) -> None:
-    (tmp_path / "mine").write_text("x")
+    mine = tmp_path / "rates.yaml.work" / "mine"
+    mine.parent.mkdir()
+    mine.write_text("x")
     with pytest.raises(ConfigError, match="is left of a benchmark"):
-        calibrate(PlanConfig(), str(tmp_path))
-    assert (tmp_path / "mine").read_text() == "x"
+        calibrate(PlanConfig(), str(tmp_path / "rates.yaml"))
+    assert mine.read_text() == "x"
+
+
+@pytest.mark.parametrize(
+    ("out", "train", "message"),
+    [
+        ("rates.yaml", {"optimizer": {"learning_rte": 1}}, "^train: optimizer.learning_rte: no such key"),
+        ("rates.yaml", {"backbone": {"path": "./absent"}}, "absent: no such folder"),
+        ("rates.yaml", {"compute": {"deepspeed": "zero9"}}, "zero9 is none of"),
+        ("rates.yaml", {"sentences": {"lengths": [6]}}, "^train.sentences: has lengths or a method"),
+        ("rates.yaml", {"sentences": {"validation_split": "test"}}, "^train.sentences: .* not test"),
+        ("s3://bucket/rates.yaml", {}, "^train.tracking.uri: "),
+        ("folder", {}, "is a folder"),
+        ("folder/file/rates.yaml", {}, "cannot be written"),
+        ("/proc/rates.yaml", {}, "cannot be written"),
+    ],
+)
+def test_what_could_lose_the_measurements_is_found_before_the_first_build(
+    out: str, train: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").write_text("")
+    monkeypatch.setattr("covray.distributed.benchmark._measure_build", lambda *_: pytest.fail("a build was begun"))
+    with pytest.raises(CovrayError, match=message) as error:
+        calibrate(PlanConfig(steps=("build", "train"), train=train), out)
+    assert "\n" not in str(error.value)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder"]

@@ -92,7 +92,11 @@ def test_a_folder_that_holds_something_else_is_refused(
 ) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("mine")
-    refused(tiny_config(), ConfigError, "no run of covray")
+    refused(tiny_config(), DatasetError, "no run of covray")
+    for out in (str(tmp_path / "run" / "thesis.txt"), "/proc/run"):
+        refused(tiny_config(out=out), ConfigError, "cannot be written")
+    remote = tiny_config(tracking__uri=None).model_copy(update={"out": f"file://{tmp_path}/remote"})
+    refused(remote, ConfigError, "beside a remote run there can be no mlflow.db")
     (tmp_path / "run" / "_run.json").write_text('{"version": 2}')
     refused(tiny_config(), ConfigError, "no description of a run of this version")
 

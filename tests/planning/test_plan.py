@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 
 from covray.config import PlanConfig, load_config
 from covray.errors import ConfigError
-from covray.planning.plan import plan
+from covray.planning.plan import plan, train_config
 from tests.test_cli import Done, mistake, run  # noqa: F401 (fixtures)
 
 # ruff: noqa: F811 (a fixture is an argument)
@@ -100,6 +101,16 @@ def test_the_training_has_the_steps_of_its_own_plan() -> None:
         ({"build.prior.path": "nano"}, r"^build\.prior: FLOPs are known for"),
         ({"build.prior.size_px": 384}, r"^build\.prior: FLOPs are known for"),
         ({"build_on.interruptions": 100, "build.rows_per_block": 2000}, r"^build_on\.interruptions: .*hardly anything"),
+        ({"pairs": 10**11}, r"^build\.rows_per_block: 1,562,500,000 blocks of 64 pairs, 4 times, are more than can be"),
+        ({"build_on.boot_s": 1e6}, r"^build_on\.interruptions: .*hardly anything"),
+        (
+            {"build_on.gpus": 1600, "build_on.interruptions": 9, "driver_blocks_per_s": 0.1, "replicas": 1},
+            r"^build_on\.interruptions: .* nodes were taken away and",
+        ),
+        (
+            {**TRAIN, "steps": ["train"], "train.optimizer.steps": 10**9, "train_on.interruptions": 1},
+            r"^train_on\.interruptions: about .* nodes would be lost",
+        ),
         ({"calibration": "/nowhere.yaml"}, r"^calibration /nowhere\.yaml: cannot be read"),
     ],
 )
@@ -107,6 +118,30 @@ def test_what_cannot_be_is_one_line(options: dict[str, Any], message: str) -> No
     with pytest.raises(ConfigError, match=message) as error:
         make(**options)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"train_pairs": 10**11},
+        {"train.optimizer.steps": 10**9, "train_on.interruptions": 1e-6},
+        {"train.optimizer.epochs": 1e6, "pairs": 10**6},
+        {"pairs": 10**11, "build.rows_per_block": 100_000, "replicas": 1, "build_on.gpus": 4, "steps": ["build"]},
+    ],
+)
+def test_the_largest_plans_are_made_at_once(options: dict[str, Any]) -> None:
+    planned = make(**{**TRAIN, "steps": ["train"], "build_on.interruptions": 0} | options)
+    for step in planned.keys() & {"build", "train"}:
+        assert all(math.isfinite(figure["mean"]) for figure in planned[step].values() if isinstance(figure, dict))
+
+
+def test_what_is_null_in_a_section_is_null_in_what_is_planned() -> None:
+    """A training without validation has no pauses for one."""
+    sections = {**TRAIN, "steps": ["train"], "train.validate_every_steps": 1}
+    hours = [make(**sections, **{"train.sentences.validation_split": split})["train"] for split in (None, "val")]
+    assert hours[0]["hours"]["mean"] < 0.9 * hours[1]["hours"]["mean"]
+    config = load_config(PlanConfig, None, {"train": {"sentences": {"validation_split": None}, "optimizer": None}})
+    assert train_config(config).sentences.validation_split is None
 
 
 def test_the_command_prints_one_object_and_a_mistake_is_one_line(

@@ -144,6 +144,10 @@ def test_another_backbone_or_nothing_was_not_measured_either(calibration: Calibr
         measured_training(train(backbone={"scale": "7b"}), calibration)
     with pytest.raises(ConfigError, match="has no training"):
         measured_training(train(), calibration.model_copy(update={"train": None}))
+    hardly = calibration.model_dump(mode="json")
+    hardly["build"]["evaluations"] = 1e-300
+    with pytest.raises(ConfigError, match="with and without a prior"):
+        measured_build(build(), Calibration(**hardly), 1)
     with pytest.raises(ConfigError, match="with and without a prior"):
         measured_build(build(methods=("linear",)), calibration, 1)
 
@@ -152,7 +156,9 @@ def test_another_backbone_or_nothing_was_not_measured_either(calibration: Calibr
     ("change", "message"),
     [
         ({"build": {"surprise": 1}}, r"build\.surprise: no such key"),
-        ({"build": {"row_s": -1}}, r"build\.row_s: Input should be greater than 0"),
+        ({"build": {"row_s": -1}}, r"build\.row_s: Input should be greater than"),
+        ({"build": {"row_s": 1e308}}, r"build\.row_s: Input should be less than"),
+        ({"build": {"load_s": float("inf")}}, r"build\.load_s"),
         ({"build": {"row_s": None}}, r"build\.row_s"),
         ({"version": 2}, "version"),
         ({"hardware": None}, "hardware"),
@@ -171,7 +177,13 @@ def test_a_file_that_is_no_calibration_is_refused(
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"- 1", b"a: [", b"\xff\xfe\x00", b"!!python/object/apply:os.system [ls]"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"- 1", b"a: [", b"\xff\xfe\x00", b"!!python/object/apply:os.system [ls]", b"build: " + b"[" * 700,
+        b"build: &b {identity: *b}",
+    ],
+)  # fmt: skip
 def test_other_content_is_refused_in_one_line(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "calibration.yaml"
     path.write_bytes(content)

@@ -123,6 +123,31 @@ def test_a_training_that_nothing_befalls_takes_what_the_formula_says() -> None:
     assert outcome.done == 25
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    steps=st.integers(1, 60),
+    validate=st.integers(1, 70),
+    save=st.integers(1, 70),
+    life_s=st.sampled_from([80.0, 300.0]),
+)
+def test_a_training_goes_on_from_its_last_checkpoint(steps: int, validate: int, save: int, life_s: float) -> None:
+    """Against the same, step by step."""
+    work = TrainWork(steps, 1.0, 2.0, 0.3, validate, 0.2, save)
+    ends, saved, now = [], [0.0], 0.0
+    for step in range(1, steps + 1):
+        last = step == steps
+        now += 1.0 + 0.3 * (last or step % validate == 0) + 0.2 * (last or step % save == 0)
+        ends.append(now)
+        saved += [now] if last or step % save == 0 else []
+    assert [work.seconds_to(step) for step in range(1, steps + 1)] == pytest.approx(ends)
+    generator, kept_s, lost_s = np.random.default_rng(steps), 0.0, 0.0
+    while (life := generator.exponential(life_s)) < 2.0 + now - kept_s:
+        reached = kept_s + max(0.0, life - 2.0)
+        kept_s = max(end for end in saved if end <= reached)
+        lost_s += reached - kept_s
+    assert training(work, Fleet(1, interruptions_per_s=1 / life_s), steps).lost_s == pytest.approx(lost_s, abs=1e-6)
+
+
 def test_every_loss_of_a_training_is_paid_with_a_boot_and_a_start() -> None:
     work = TrainWork(2000, 1, start_s=60, checkpoint_every_steps=100)
     fleet = Fleet(2, boot_s=90, interruptions_per_s=1 / 2000)

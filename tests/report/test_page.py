@@ -63,6 +63,18 @@ def test_a_dataset_of_rejects_only_is_a_page_without_pictures(write_dataset: Wri
     assert "2 pairs without tokens" in page.texts
 
 
+def test_an_out_that_cannot_be_written_is_refused_before_anything_is_decoded(
+    write_dataset: Writer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, _ = write_dataset({"depth": 2})
+    (tmp_path / "file.txt").write_text("mine")
+    monkeypatch.setattr("covray.report.page.load_tokenizer", lambda *_: pytest.fail("a model was loaded"))
+    for taken in (str(tmp_path / "file.txt"), str(tmp_path / "file.txt" / "view"), "/proc/view"):
+        with pytest.raises(ConfigError, match=f"^--out {taken}: cannot be written"):
+            view(out, taken)
+    assert (tmp_path / "file.txt").read_text() == "mine"
+
+
 def test_another_tokenizer_is_refused(write_dataset: Writer, tmp_path: Path, vqgan_folder: Path) -> None:
     from diffusers import VQModel
 
