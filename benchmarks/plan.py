@@ -43,7 +43,7 @@ def main() -> None:
 
     config = configured(options)
     path = str(options.work / "calibration.yaml")
-    calibration = calibrate(config, path, options.calibration_pairs, options.calibration_steps)
+    calibrate(config, path, options.calibration_pairs, options.calibration_steps)
     planned = plan(config.model_copy(update={"calibration": path}))
 
     manifest, chains = str(options.work / "pairs.parquet"), str(options.work / "chains")
