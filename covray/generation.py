@@ -39,7 +39,6 @@ from covray.lvm.backbone import BackboneFacts, backbone_facts, load_backbone
 from covray.lvm.decoding import Decoder, require_room, seed_of
 from covray.pairs.manifest import MANIFEST_SCHEMA, Pair, Picture
 from covray.preparing import prepare_block
-from covray.report.page import require_writable
 from covray.report.sheets import draw_strip
 from covray.tasks import TASKS, segmentation
 from covray.tasks.pose import KEYPOINTS
@@ -137,7 +136,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
 
 
 def _require_out(out: str) -> None:
-    require_writable(out)
+    storage.require_writable(out)
     files = storage.list_files(out)
     if files and RESULT_FILE not in files:
         raise ConfigError(f"--out {out}: holds files that are no generation of covray; give another folder")

@@ -41,6 +41,19 @@ def exists(path: str) -> bool:
     return bool(filesystem.get_file_info(inner).type != fs.FileType.NotFound)
 
 
+def require_writable(out: str) -> None:
+    """Refuse a folder that cannot be written, before work is put in; an absent one stays absent. Raises ConfigError."""
+    try:
+        existed = exists(out)
+        write_bytes(join(out, ".writable"), b"")
+        filesystem, inner = resolve(out)
+        filesystem.delete_file(f"{inner}/.writable")
+        if not existed:
+            filesystem.delete_dir(inner)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: cannot be written ({one_line(error)}); give another folder") from error
+
+
 def list_files(path: str, suffix: str = "") -> list[str]:
     """Files below ``path``, relative to it, sorted; an absent folder holds none."""
     filesystem, inner = resolve(path)

@@ -38,7 +38,6 @@ from covray.planning.rates import (
     pictures_per_pair,
     write_calibration,
 )
-from covray.report.page import require_writable
 from covray.tasks import TASKS
 from covray.tokens.audit import audit_dataset
 from covray.tokens.shards import ChainDataset, shard_files, union_alphas
@@ -214,7 +213,7 @@ def _require_out(out: str, folder: str) -> None:
             raise ConfigError(f"{folder}: is left of a benchmark that was stopped; delete it, or give another --out")
     except OSError as error:
         raise ConfigError(f"--out {out}: cannot be written ({one_line(error)}); give another file") from error
-    require_writable(folder)
+    storage.require_writable(folder)
 
 
 def _measure_training(config: TrainConfig) -> TrainRates:

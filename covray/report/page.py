@@ -64,7 +64,7 @@ def view(
     ConfigError for an ``out`` that cannot be written.
     """
     dataset = ChainDataset(dataset_path, unfinished=True)
-    require_writable(out)
+    storage.require_writable(out)
     config = tokenizer or TokenizerConfig.model_validate(dataset.config["tokenizer"])
     vqgan = load_tokenizer(config, EngineConfig())
     require_same_tokens(dataset, vqgan, config.path)
@@ -81,19 +81,6 @@ def view(
     except OSError as error:  # the disk may have become full
         raise ConfigError(f"{written[-1]}: cannot be written ({one_line(error)}); give another --out") from error
     return written
-
-
-def require_writable(out: str) -> None:
-    """Refuse a folder that cannot be written, before work is put in; an absent one stays absent. Raises ConfigError."""
-    try:
-        existed = storage.exists(out)
-        storage.write_bytes(storage.join(out, ".writable"), b"")
-        filesystem, inner = storage.resolve(out)
-        filesystem.delete_file(f"{inner}/.writable")
-        if not existed:
-            filesystem.delete_dir(inner)
-    except OSError as error:
-        raise ConfigError(f"--out {out}: cannot be written ({one_line(error)}); give another folder") from error
 
 
 def write_page(dataset: ChainDataset, chains: Sequence[ChainPictures], out: str) -> None:
