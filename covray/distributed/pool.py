@@ -24,7 +24,7 @@ from covray import storage
 from covray.config import ActorsConfig, EngineConfig
 from covray.distributed.progress import PoolProgress
 from covray.distributed.session import READING_CPUS
-from covray.errors import ConfigError, CovrayError, DatasetError
+from covray.errors import CovrayError, DatasetError
 
 TASK_CPUS = 0.5
 """Logical CPUs of a task that reads, decodes or writes: such tasks wait for storage, and must fit beside the actors."""
@@ -150,18 +150,10 @@ def on(node_type: str | None) -> dict[str, float]:
 
 
 def require_fresh(out: str, what: str) -> None:
-    """Refuse an output that holds something else or cannot be written, before work is put in."""
-    try:
-        if storage.list_files(out):
-            raise DatasetError(f"{out}: holds files that are no {what} of covray; give another --out")
-        existed = storage.exists(out)
-        storage.write_bytes(storage.join(out, ".writable"), b"")
-        filesystem, inner = storage.resolve(out)
-        filesystem.delete_file(f"{inner}/.writable")
-        if not existed:  # what is wrong with the models may still end the command: leave nothing behind
-            filesystem.delete_dir(inner)
-    except OSError as error:
-        raise ConfigError(f"{out}: cannot be written ({reason(error)}); give another --out") from error
+    """Refuse an output that cannot be written or holds something else, before work is put in."""
+    storage.require_writable(out)  # what is wrong with the models may still end the command: it leaves nothing behind
+    if storage.list_files(out):
+        raise DatasetError(f"{out}: holds files that are no {what} of covray; give another --out")
 
 
 def read_description(path: str, keys: Sequence[str] = ("config", "identity")) -> dict[str, Any] | None:
