@@ -155,6 +155,9 @@ class LoraConfig(Section):
     alpha: float = Field(default=64.0, gt=0)
     targets: tuple[Target, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     """Projections that get an update."""
+    path: str | None = None
+    """An adapter to go on from, a PEFT folder of this rank, alpha and targets (a finished run has one in ``adapter``);
+    null: a new one, which changes nothing yet."""
 
     @field_validator("targets")
     @classmethod
@@ -293,6 +296,7 @@ class TrainConfig(Section):
             **dict.fromkeys(("data", "out", "workers", "checkpoints", "tracking", "validate_every_steps"), True),
             "compute": {"device", "threads", "recompute", "compile", "deepspeed"},
             "optimizer": {"micro_batch_tokens"},
+            "lora": {"path"},  # of what lies there, the run keeps the fingerprint
         }
         return self.model_dump(mode="json", exclude=left_out)
 

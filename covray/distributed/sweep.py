@@ -45,6 +45,7 @@ from covray.sweeps.results import tabulate, to_csv
 from covray.training.state import require_same
 
 DESCRIPTION, TRIALS, TABLE, PAGE = "_sweep.json", "trials", "table.csv", "index.html"
+_KEYS = ("config", "identity", "mlflow_run_id", "seconds")
 _RAY = "_ray"
 _TRIAL_CPUS = 0.01  # a trial of Tune only waits for its driver, but Tune wants something to reserve
 _POLL_S = 1.0
@@ -59,7 +60,7 @@ def sweep(config: SweepConfig) -> dict[str, Any]:
     used, before any trial is started; a trial that fails is in the results.
     """
     config = _absolute(config)
-    described = read_description(storage.join(config.out, DESCRIPTION))
+    described = read_description(storage.join(config.out, DESCRIPTION), _KEYS)
     if described is not None:
         require_same(config.out, described["identity"], config.identity())
     grid = grid_of(config)
@@ -108,7 +109,7 @@ def sweep(config: SweepConfig) -> dict[str, Any]:
 
 def resumed(out: str) -> SweepConfig:
     """The configuration of the sweep in the folder ``out``, as it was started. Raises ConfigError."""
-    described = read_description(storage.join(absolute(out), DESCRIPTION))
+    described = read_description(storage.join(absolute(out), DESCRIPTION), _KEYS)
     if described is None:
         raise ConfigError(f"{out}: holds no sweep to continue; give the --out of a covray sweep")
     return load_config(SweepConfig, None, described["config"]).model_copy(update={"out": out})
@@ -117,7 +118,7 @@ def resumed(out: str) -> SweepConfig:
 def report(out: str) -> dict[str, Any]:
     """Write table and page of the sweep ``out`` from the trials that are done so far; returns its results."""
     config = _absolute(resumed(out))
-    described = read_description(storage.join(config.out, DESCRIPTION))
+    described = read_description(storage.join(config.out, DESCRIPTION), _KEYS)
     assert described is not None
     grid = grid_of(config)
     references = [

@@ -35,11 +35,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from covray import storage
 from covray.config import TrainConfig
 from covray.distributed.board import Board
-from covray.distributed.pool import on, require_fresh
+from covray.distributed.pool import absolute, on, read_description, require_fresh
 from covray.distributed.progress import time_left
 from covray.distributed.session import here, ray_session
 from covray.distributed.tracking import Tracker, store_of
 from covray.errors import ConfigError, CovrayError
+from covray.lvm.adapter import WEIGHTS_FILE, read_start
 from covray.lvm.backbone import BackboneFacts, backbone_facts, require_same_codes
 from covray.lvm.model import bfloat16_units
 from covray.lvm.sentences import count_pairs, require_context
@@ -51,6 +52,7 @@ from covray.training.zero import choose, read_settings
 
 POLL_S = 0.5
 LINE_EVERY_S = 30.0
+_KEYS = ("config", "identity", "fingerprints", "mlflow_run_id")
 _STARTED = "metrics.jsonl"  # the first that workers write: before it, a run holds nothing that would bind it
 
 
@@ -75,6 +77,9 @@ def train(config: TrainConfig, watch: Callable[[dict[str, Any]], None] | None = 
         "codebook": dataset.fingerprints["codebook"],
         "data": _data_fingerprint(dataset),
     }
+    if config.lora.path is not None:
+        weights = storage.read_bytes(storage.join(config.lora.path, WEIGHTS_FILE))
+        fingerprints["adapter"] = hashlib.sha256(weights).hexdigest()
     if described is not None:
         require_same(config.out, described["fingerprints"], fingerprints)
         if storage.exists(storage.join(config.out, "_result.json")):
@@ -234,6 +239,8 @@ def _check(config: TrainConfig, dataset: ChainDataset, facts: BackboneFacts) -> 
         )
     if config.compute.deepspeed not in ("auto", "none"):
         read_settings(config.compute.deepspeed)
+    if config.lora.path is not None:
+        read_start(config.lora, facts.llama)
     store_of(config)
 
 
@@ -288,17 +295,15 @@ def _gpu_bytes(gpus: float, node_type: str | None) -> int:
 
 def _absolute(config: TrainConfig) -> TrainConfig:
     """``config`` with paths that mean the same in a worker's folder. A backbone that is no folder is a hub id."""
-    update: dict[str, Any] = {key: _path(getattr(config, key)) for key in ("data", "out")}
-    backbone, compute = config.backbone, config.compute
+    update: dict[str, Any] = {key: absolute(getattr(config, key)) for key in ("data", "out")}
+    backbone, compute, lora = config.backbone, config.compute, config.lora
+    if lora.path is not None:
+        update["lora"] = lora.model_copy(update={"path": absolute(lora.path)})
     if backbone.path is not None and os.path.isdir(os.path.expanduser(backbone.path)):
-        update["backbone"] = backbone.model_copy(update={"path": _path(backbone.path)})
+        update["backbone"] = backbone.model_copy(update={"path": absolute(backbone.path)})
     if compute.deepspeed.endswith(".json"):
-        update["compute"] = compute.model_copy(update={"deepspeed": _path(compute.deepspeed)})
+        update["compute"] = compute.model_copy(update={"deepspeed": absolute(compute.deepspeed)})
     return config.model_copy(update=update)
-
-
-def _path(path: str) -> str:
-    return path if "://" in path else storage.resolve(path)[1]
 
 
 def _data_fingerprint(dataset: ChainDataset) -> str:
@@ -310,16 +315,10 @@ def _data_fingerprint(dataset: ChainDataset) -> str:
 
 def _read_run(config: TrainConfig) -> dict[str, Any] | None:
     """``_run.json`` of a run that has begun; None when there is nothing to continue."""
-    path = storage.join(config.out, "_run.json")
-    try:
-        described = storage.read_json(path)
-    except (FileNotFoundError, NotADirectoryError):
+    described = read_description(storage.join(config.out, "_run.json"), _KEYS)
+    if described is None:
         require_fresh(config.out, "run")
         return None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read ({_reason(error)}); give another --out") from error
-    if not isinstance(described, dict) or described.get("version") != 1:
-        raise ConfigError(f"{path}: is no description of a run of this version; give another --out")
     return described if storage.exists(storage.join(config.out, _STARTED)) else None
 
 

@@ -13,10 +13,11 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
+from transformers import LlamaConfig
 
 from covray import storage
 from covray.checkpoints import new_folder, require_new
-from covray.config import BackboneConfig
+from covray.config import BackboneConfig, LoraConfig, differences
 from covray.errors import ConfigError, WeightsError
 from covray.lvm.backbone import BackboneFacts, backbone_facts, stored_tensors, write_backbone
 from covray.lvm.model import TARGETS, Lora, Lvm
@@ -114,6 +115,27 @@ def read_adapter(folder: str) -> tuple[Lora, dict[str, Tensor]]:
     if not (isinstance(targets, list) and targets and set(targets) <= set(TARGETS)):
         raise WeightsError(f"{file}: adapts {targets!r}, covray only {', '.join(TARGETS)}; give another adapter")
     return Lora(rank, float(alpha), tuple(name for name in TARGETS if name in targets)), tensors
+
+
+def read_start(config: LoraConfig, llama: LlamaConfig) -> dict[str, Tensor]:
+    """The matrices of the adapter ``config.path`` to go on from, by their names in the file.
+
+    Raises ConfigError when its rank, alpha or targets are not those of ``config``, WeightsError when it cannot be read
+    or is of another backbone than ``llama``.
+    """
+    assert config.path is not None
+    found, tensors = read_adapter(config.path)
+    theirs = {"rank": found.rank, "alpha": found.alpha, "targets": sorted(found.targets)}
+    ours = {"rank": config.rank, "alpha": config.alpha, "targets": sorted(config.targets)}
+    changed = differences(theirs, ours)
+    if changed:
+        raise ConfigError(f"lora.path: {config.path}: {'; '.join(changed)}; set lora.* as the adapter has it")
+    with torch.device("meta"):
+        views = Lvm(llama, found).lora_tensors().items()
+    _require_shapes(tensors, {f"{_PREFIX}{name}.weight": tuple(view.shape) for name, view in views}, config.path)
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+        raise WeightsError(f"{config.path}: {WEIGHTS_FILE} has values that are not finite; give another adapter")
+    return tensors
 
 
 def export_merged(facts: BackboneFacts, adapter: str, out: Path, dtype: torch.dtype | None = None) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor
 from covray import storage
 from covray.config import TrainConfig, require_compiler
 from covray.errors import ConfigError
-from covray.lvm.adapter import adapter_files
+from covray.lvm.adapter import adapter_files, load_adapter_tensors, read_start
 from covray.lvm.backbone import BackboneFacts, backbone_facts, load_backbone
 from covray.lvm.model import Batch, Lora, Lvm
 from covray.lvm.scales import parameters
@@ -132,6 +132,8 @@ class _Run:
             self.facts, config.backbone, config.lora,
             dtype=resolved_dtype(config), device=place.device, seed=config.seed, recompute=config.compute.recompute,
         )  # fmt: skip
+        if config.lora.path is not None:
+            load_adapter_tensors(model, read_start(config.lora, self.facts.llama))
         if config.compute.compile:
             for layer in model.layers:
                 layer.compile()
