@@ -172,9 +172,9 @@ class _TrialDriver:
 
         result = train(trial.train, watch)
         scores = evaluate(trial.evaluate)
-        means = {f"{entry['task']}/{entry['metric']}": entry["mean"] for entry in scores["scores"]}
+        means = _means(scores)
         # Before the record, after which nobody comes back here: a kill in between must not cost MLflow the scores.
-        _close_run(trial, "FINISHED", means)
+        tracked = _close_run(trial, "FINISHED", means)
         gpus = trial.train.workers.count * (trial.train.workers.gpus or 0.0)
         record = {
             "status": "finished",
@@ -186,6 +186,7 @@ class _TrialDriver:
             "gpu_hours": gpus * (result["seconds"] + scores["seconds"]) / 3600,
             "validation": validation,
             "table": {key: scores[key] for key in ("tasks", "lower_is_better", "scores")},
+            "tracked": tracked,
         }
         storage.write_json(_path(out, trial.name), record)
 
@@ -225,6 +226,7 @@ def _run(config: SweepConfig, grid: Grid, cores: int, parent: str | None, count:
         if records[name] is not None:
             _delete(_path(config.out, name))
     if not waiting:
+        _track_trials(config.out, trials)
         return
     # With a rule that compares trials, those that are done are told again.
     told = waiting if config.stopping == "none" else [*(name for name in trials if name not in waiting), *waiting]
@@ -272,6 +274,7 @@ def _run(config: SweepConfig, grid: Grid, cores: int, parent: str | None, count:
         if _record(config.out, name) is None:
             _write_end(config.out, name, "failed", "ended without a result; run the same command again", [])
     filesystem.delete_dir(inner)
+    _track_trials(config.out, trials)
 
 
 def _scheduler(config: SweepConfig) -> TrialScheduler | None:
@@ -406,12 +409,15 @@ def _failure(trial: TuneTrial) -> str:
 
 def _close_run(
     trial: Trial, status: Literal["FINISHED", "FAILED", "KILLED"], means: Mapping[str, float | None] | None = None
-) -> None:
-    """Log ``means`` and how the run of a trial ended, to MLflow; a store that is away is one line, and no more."""
+) -> bool:
+    """Log ``means`` and how the run of a trial ended, to MLflow; a store that is away is one line, and no more.
+
+    Gives whether the store has them, or is not asked to.
+    """
     path = storage.join(trial.train.out, "_run.json")
     run_id = storage.read_json(path)["mlflow_run_id"] if storage.exists(path) else None
     if run_id is None:
-        return
+        return True
     try:
         tracker = Tracker(trial.train, run_id)
         tracker.start()
@@ -420,9 +426,23 @@ def _close_run(
             f"covray: {trial.name}: {error}; the sweep goes on, and its folder has what MLflow lacks",
             highlight=False, soft_wrap=True, markup=False,
         )  # fmt: skip
-        return
+        return False
     tracker.log(0, means or {})
-    tracker.finish(status)
+    return tracker.finish(status)
+
+
+def _means(table: Mapping[str, Any]) -> dict[str, float | None]:
+    """The means of an evaluation by their names in MLflow."""
+    return {f"{entry['task']}/{entry['metric']}": entry["mean"] for entry in table["scores"]}
+
+
+def _track_trials(out: str, trials: Mapping[str, Trial]) -> None:
+    """Log the scores of trials that ended while MLflow was away."""
+    for name, trial in trials.items():
+        record = _record(out, name)
+        if record is not None and not record.get("tracked", True):
+            tracked = _close_run(trial, "FINISHED", _means(record["table"]))
+            storage.write_json(_path(out, name), record | {"tracked": tracked})
 
 
 # --- what is done ----------------------------------------------------------------------------------------------------
@@ -459,6 +479,7 @@ def _entry(trial: Trial, record: dict[str, Any] | None) -> dict[str, Any]:
         "table": None,
     }
     found |= record or {}
+    found.pop("tracked", None)
     table = found["table"]
     return found | {"scores": [] if table is None else [_score(entry) for entry in table["scores"]]}
 

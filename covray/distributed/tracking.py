@@ -29,6 +29,7 @@ FLUSH_S = 5.0
 RETRY_S = 30.0
 """Pause after a store that did not answer."""
 _ANSWER_S = 5
+_PATIENT_S = 30  # where nothing waits, as before a run's first step and after its last
 _UPLOAD_S = 120  # a server that passes a file on to an object store answers when it is through
 _METRICS_AT_ONCE, _PARAMS_AT_ONCE = 1000, 100  # MLflow's limits for one request
 _PARAM_CHARACTERS = 500  # what the oldest servers in use take
@@ -68,7 +69,7 @@ class Tracker:
         """
         if self._uri is None:
             return None
-        with _environment():
+        with _environment(MLFLOW_HTTP_REQUEST_TIMEOUT=str(_PATIENT_S)):
             try:
                 self._client = _connect(self._uri)
                 self._run_id = self._continue() or self._begin()
@@ -112,18 +113,20 @@ class Tracker:
             except _errors() as error:
                 self._warn(f"files of {folder} could not be copied there ({_line(error)})")
 
-    def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
-        """Log what is left, and close the run."""
+    def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> bool:
+        """Log what is left, and close the run; gives whether the store has it all."""
         if self._client is None:
-            return
-        self._send()
-        if self._pending:
-            self._warn(f"{len(self._pending)} values could not be logged; metrics.jsonl of the run has them all")
-        with _environment():
+            return True
+        with _environment(MLFLOW_HTTP_REQUEST_TIMEOUT=str(_PATIENT_S)):
+            self._send()
+            if self._pending:
+                self._warn(f"{len(self._pending)} values could not be logged; metrics.jsonl of the run has them all")
             try:
                 self._client.set_terminated(self._run_id, status)
             except _errors() as error:
                 self._warn(f"the run could not be closed ({_line(error)})")
+                return False
+        return not self._pending
 
     def _continue(self) -> str | None:
         """The run that was to be continued, running again; None when the store does not have it."""

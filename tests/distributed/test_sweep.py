@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import yaml
+from mlflow import MlflowClient
 
 from covray import cli, storage
-from covray.config import SweepConfig, load_config
+from covray.config import SweepConfig, TrackingConfig, load_config
 from covray.distributed import sweep as sweeps
-from covray.distributed.sweep import DESCRIPTION, report, resumed, sweep
+from covray.distributed.sweep import DESCRIPTION, _track_trials, report, resumed, sweep
+from covray.distributed.tracking import Tracker, store_of
 from covray.errors import ConfigError
 from covray.sweeps.grid import Trial, grid_of
 from tests.lvm.conftest import llama_folder  # noqa: F401 (a fixture)
@@ -294,3 +296,24 @@ def test_a_rule_stops_who_is_worse_at_equal_tokens_and_nobody_before_the_grace(c
     assert {decide(trial, 0.6, 8.0) for trial in good} == {"CONTINUE"}
     assert decide(bad, 0.6, 99.0) == "STOP"
     assert sweeps._scheduler(config) is None
+
+
+def test_scores_of_a_trial_that_ended_while_mlflow_was_away_are_logged_later(
+    config: SweepConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trials = {trial.name: trial for trial in grid_of(config).trials}
+    name, trial = next(iter(trials.items()))
+    run_id = Tracker(trial.train, None).start()
+    storage.write_json(storage.join(trial.train.out, "_run.json"), {"mlflow_run_id": run_id})
+    entry = {"task": "depth", "metric": "AbsRel", "subject": "tuned", "mean": 0.25}
+    path = storage.join(config.out, "trials", f"{name}.json")
+    storage.write_json(path, {"status": "finished", "table": {"scores": [entry]}, "tracked": False})
+    away = replace(trial, train=trial.train.model_copy(update={"tracking": TrackingConfig(uri="http://127.0.0.1:9")}))
+
+    _track_trials(config.out, trials | {name: away})
+    assert "the sweep goes on" in capsys.readouterr().err
+    assert not storage.read_json(path)["tracked"]
+    _track_trials(config.out, trials)
+    assert storage.read_json(path)["tracked"]
+    run = MlflowClient(store_of(trial.train)).get_run(run_id)
+    assert (run.info.status, run.data.metrics) == ("FINISHED", {"depth/AbsRel": 0.25})

@@ -8,12 +8,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from covray.config import TrainConfig, load_config
@@ -296,6 +298,33 @@ def test_a_server_that_goes_away_stops_nothing_and_misses_nothing(
     assert (printed.out, printed.err) == ("", "")
 
 
+def test_a_server_that_is_slow_is_waited_for_at_the_end(
+    server: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    uri, _ = server()
+    tracker = Tracker(config_of("s3://bucket/slow", **{"tracking.uri": uri}), None)
+    run_id = tracker.start()
+    monkeypatch.setitem(tracking._ENVIRONMENT, "MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    (served,) = [child for child in psutil.Process().children() if "server" in child.cmdline()]
+    processes = [served, *served.children(recursive=True)]
+    for process in processes:
+        process.suspend()
+    try:
+        tracker.log(1, {"loss": 1.0})
+        assert "does not answer" in capfd.readouterr().err
+        goes_on = threading.Timer(3, lambda: [process.resume() for process in processes])
+        goes_on.start()
+        assert tracker.finish("FINISHED")
+    finally:
+        for process in processes:
+            process.resume()
+    goes_on.join()
+    run = _rest(uri, "runs/get", run_id=run_id)["run"]
+    assert run["info"]["status"] == "FINISHED"
+    assert [(metric["key"], metric["value"]) for metric in run["data"]["metrics"]] == [("loss", 1.0)]
+    assert capfd.readouterr().err == ""
+
+
 def test_a_server_that_never_comes_back_is_told_at_the_end(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -307,7 +336,7 @@ def test_a_server_that_never_comes_back_is_told_at_the_end(
     for step in (1, 2):
         tracker.log(step, {"loss": 1.0})
     tracker.artefacts(str(folder / "mlartifacts"), ["file"])
-    tracker.finish("FAILED")
+    assert not tracker.finish("FAILED")
     said = capfd.readouterr().err
     assert "2 values could not be logged" in said
     assert "could not be closed" in said

@@ -28,12 +28,13 @@ pytestmark = [pytest.mark.ray, pytest.mark.end_to_end]
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[[list[str]], subprocess.Popen[bytes]]]:
+def start(tmp_path: Path) -> Iterator[Callable[[list[str]], subprocess.Popen[bytes]]]:
     """Starts a sweep as a process of its own; nothing of it outlives the test."""
     processes: list[subprocess.Popen[bytes]] = []
 
     def begin(command: list[str]) -> subprocess.Popen[bytes]:
-        processes.append(subprocess.Popen([COVRAY, *command], env=environment(), stderr=subprocess.DEVNULL))
+        with (tmp_path / "said").open("wb") as said:
+            processes.append(subprocess.Popen([COVRAY, *command], env=environment(), stderr=said))
         return processes[-1]
 
     yield begin
@@ -44,7 +45,7 @@ def wait_for_trials(sweep: subprocess.Popen[bytes], out: Path, count: int) -> di
     """Wait until so many trials are done; gives their files' content."""
     deadline = time.monotonic() + 600
     while len(done := {path.name: path.read_text() for path in (out / "trials").glob("*.json")}) < count:
-        assert sweep.poll() is None, f"ended with {sweep.returncode} before {count} trials"
+        assert sweep.poll() is None, (out.parent / "said").read_text()
         assert time.monotonic() < deadline, f"{len(done)} trials, and no more for ten minutes"
         time.sleep(0.05)
     return done
