@@ -524,7 +524,7 @@ def _print_training(result: dict[str, Any], out: str) -> None:
     console.print(table)
     if result.get("validation_loss", 0.0) > result.get("validation_loss_before", 0.0):
         console.print(
-            "[yellow]no step was better than the untuned backbone on the validation split[/yellow]: lower "
+            "[yellow]no step was better on the validation split than what training began with[/yellow]: lower "
             "optimizer.learning_rate, or train on more pairs",
             soft_wrap=True,
         )

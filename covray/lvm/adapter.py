@@ -125,11 +125,12 @@ def read_start(config: LoraConfig, llama: LlamaConfig) -> dict[str, Tensor]:
     """
     assert config.path is not None
     found, tensors = read_adapter(config.path)
-    theirs = {"rank": found.rank, "alpha": found.alpha, "targets": sorted(found.targets)}
-    ours = {"rank": config.rank, "alpha": config.alpha, "targets": sorted(config.targets)}
+    theirs, ours = (
+        {"lora": {"rank": lora.rank, "alpha": lora.alpha, "targets": sorted(lora.targets)}} for lora in (found, config)
+    )
     changed = differences(theirs, ours)
     if changed:
-        raise ConfigError(f"lora.path: {config.path}: {'; '.join(changed)}; set lora.* as the adapter has it")
+        raise ConfigError(f"lora.path: {config.path}: {'; '.join(changed)}; set them as the adapter has them")
     with torch.device("meta"):
         views = Lvm(llama, found).lora_tensors().items()
     _require_shapes(tensors, {f"{_PREFIX}{name}.weight": tuple(view.shape) for name, view in views}, config.path)

@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
 from covray import storage
 from covray.config import TrainConfig
 from covray.distributed.train import Tail, train
-from covray.errors import ConfigError, CovrayError, DatasetError
+from covray.errors import ConfigError, CovrayError, DatasetError, WeightsError
+from covray.lvm.adapter import save_adapter
+from covray.lvm.backbone import backbone_facts, load_backbone
 from covray.training.state import Curve
 from tests.training.conftest import tiny_config  # noqa: F401 (a fixture)
 
@@ -55,6 +59,38 @@ def test_what_cannot_be_trained_is_refused_in_one_line(
     description.write_text(json.dumps(json.loads(description.read_text()) | {"codes": 64}))
     refused(tiny_config(backbone__path=str(tmp_path / "small")), DatasetError, "64 codes, the backbone knows 10")
     assert not (tmp_path / "run").exists(), "nothing was begun"
+
+
+def test_an_adapter_to_go_on_from_is_checked_before_anything_starts(
+    tiny_config: Callable[..., TrainConfig],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    config = tiny_config()
+    facts = backbone_facts(config.backbone)
+
+    def write(folder: str, **changes: Any) -> str:
+        lora = config.lora.model_copy(update=changes)
+        model = load_backbone(
+            facts, config.backbone, lora, dtype=torch.float32, device=torch.device("cpu"), seed=0
+        )  # fmt: skip
+        save_adapter(model, str(tmp_path / folder), "backbone")
+        return str(tmp_path / folder)
+
+    refused(tiny_config(lora__path=str(tmp_path / "absent")), WeightsError, "adapter_config.json or .* is missing")
+    other = write("other", rank=8, targets=("q_proj",))
+    refused(tiny_config(lora__path=other), ConfigError, "lora.rank was 8, is 4; lora.targets was")
+    refused(tiny_config(lora__path=other, lora__rank=8), ConfigError, "lora.targets was")
+    same = write("same")
+    weights = tmp_path / "same" / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    name = next(iter(tensors))
+    save_file(tensors | {name: tensors[name] * float("nan")}, weights)
+    refused(tiny_config(lora__path=same), WeightsError, "values that are not finite")
+    save_file(tensors | {name: tensors[name][:, :3].contiguous()}, weights)
+    refused(tiny_config(lora__path=same), WeightsError, "the adapter of this backbone")
+    save_file(tensors, weights)
+    begun(config)
+    refused(tiny_config(lora__path=same), ConfigError, "adapter was None, is '[0-9a-f]{64}'")
 
 
 def begun(config: TrainConfig, **changes: Any) -> None:

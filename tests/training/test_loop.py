@@ -119,6 +119,24 @@ def test_a_batch_too_large_for_the_data_is_said(tiny_config: Callable[..., Train
     assert not notices
 
 
+def test_a_tuning_goes_on_from_an_adapter_and_is_continued(
+    tiny_config: Callable[..., TrainConfig], ask_every_step: None
+) -> None:
+    first = tiny_config("first")
+    train(first)
+    path = f"{first.out}/adapter"
+    whole, killed = tiny_config("whole", lora__path=path), tiny_config("killed", lora__path=path)
+    result = train(whole)
+    assert result is not None
+    # It begins where the first one ended: at its best validation, not at the backbone's.
+    checks = [record["validation_loss"] for record in curve(first) if "validation_loss" in record]
+    assert result["validation_loss_before"] == pytest.approx(min(checks[1:]), rel=1e-6)
+    assert result["validation_loss_before"] < checks[0] - 0.01
+    stop_after(killed, 3)
+    train(killed)
+    assert curve(killed) == curve(whole)
+
+
 def test_another_summation_is_said_and_continues(tiny_config: Callable[..., TrainConfig], ask_every_step: None) -> None:
     config, whole = tiny_config("other"), tiny_config("whole")
     stop_after(config, 3)
