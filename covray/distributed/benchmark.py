@@ -25,7 +25,7 @@ from covray.distributed.build import build
 from covray.distributed.train import train
 from covray.errors import ConfigError, one_line
 from covray.lvm.backbone import backbone_facts
-from covray.lvm.sentences import count_pairs
+from covray.lvm.sentences import count_pairs, require_context
 from covray.pairs.manifest import ManifestWriter, check_manifest
 from covray.pairs.scenes import scene_pairs
 from covray.planning.plan import build_config, train_config
@@ -41,6 +41,7 @@ from covray.planning.rates import (
 from covray.tasks import TASKS
 from covray.tokens.audit import audit_dataset
 from covray.tokens.shards import ChainDataset, shard_files, union_alphas
+from covray.tokens.tokenizer import load_tokenizer
 from covray.training.state import CHECKPOINTS, checkpoint_name
 from covray.training.zero import read_settings
 
@@ -186,7 +187,8 @@ def _training(config: PlanConfig, build: BuildConfig, folder: str, steps: int) -
             "checkpoints": planned.checkpoints.model_copy(update={"every_steps": every}),
         }
     )
-    backbone_facts(training.backbone)
+    context = backbone_facts(training.backbone).llama.max_position_embeddings
+    require_context(training.sentences, load_tokenizer(build.tokenizer, build.engine).tokens_per_image, context)
     if training.tracking.uri is None and "://" in folder:
         raise ConfigError("train.tracking.uri: beside a remote --out there can be no mlflow.db; give a server, or none")
     if training.compute.deepspeed not in ("auto", "none"):

@@ -103,6 +103,7 @@ def test_a_folder_of_another_benchmark_is_not_touched(tmp_path: Path) -> None:
         ("rates.yaml", {"backbone": {"path": "./absent"}}, "absent: no such folder"),
         ("rates.yaml", {"compute": {"deepspeed": "zero9"}}, "zero9 is none of"),
         ("rates.yaml", {"sentences": {"lengths": [6]}}, "^train.sentences: has lengths or a method"),
+        ("rates.yaml", {"sentences": {"pairs": [63]}}, r"^sentences: 4 pictures x \(63 \+ 1\) chains x 64 tokens"),
         ("rates.yaml", {"sentences": {"validation_split": "test"}}, "^train.sentences: .* not test"),
         ("s3://bucket/rates.yaml", {}, "^train.tracking.uri: "),
         ("folder", {}, "is a folder"),
