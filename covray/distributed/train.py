@@ -1,6 +1,6 @@
 """``covray train``: chains to an adapter, on Ray Train's workers, continued by the same command wherever it was killed.
 
-    driver: checks, resolves what was left open, writes _run.json -> TorchTrainer -> workers: covray.training.loop
+    driver: checks, resolves what was left open, writes _run.json -> TorchTrainer -> worker.work: covray.training.loop
     worker 0 writes the run folder; the driver follows metrics.jsonl, shows progress and logs to MLflow
 
 A lost worker is Ray Train's to restart, a lost driver or Ray the user's; all continue from the run's last checkpoint.
@@ -25,7 +25,6 @@ from typing import Any, Literal
 import ray
 import ray.exceptions
 import ray.train
-import ray.train.collective
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -39,14 +38,13 @@ from covray.distributed.pool import absolute, on, read_description, require_fres
 from covray.distributed.progress import time_left
 from covray.distributed.session import here, ray_session
 from covray.distributed.tracking import Tracker, store_of
-from covray.errors import ConfigError, CovrayError
+from covray.distributed.worker import work
+from covray.errors import ConfigError
 from covray.lvm.adapter import WEIGHTS_FILE, read_start
 from covray.lvm.backbone import BackboneFacts, backbone_facts, require_same_codes
 from covray.lvm.model import bfloat16_units
 from covray.lvm.sentences import count_pairs, require_context
 from covray.tokens.shards import ChainDataset
-from covray.training import loop
-from covray.training.loop import Place, Wish
 from covray.training.state import require_same
 from covray.training.zero import choose, read_settings
 
@@ -122,7 +120,7 @@ def _run(config: TrainConfig, tracker: Tracker, watch: Callable[[dict[str, Any]]
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "900")
     board = Board.options(scheduling_strategy=here()).remote()
     trainer = TorchTrainer(
-        _work,
+        work,
         train_loop_config={"config": config, "board": board},
         scaling_config=ScalingConfig(
             num_workers=config.workers.count,
@@ -167,36 +165,6 @@ def _follow(fitting: Future[Any], follower: _Follower, config: TrainConfig) -> N
                 ) from error
         follower.look()
         return
-
-
-# --- the workers -----------------------------------------------------------------------------------------------------
-
-
-def _work(settings: dict[str, Any]) -> None:
-    """One worker of Ray Train."""
-    config: TrainConfig = settings["config"]
-    board = settings["board"]
-    if ray.get(board.failure.remote()) is not None:
-        return  # Ray Train restarts whatever fails; this would only fail again
-    context = ray.train.get_context()
-    torch.set_num_threads(config.compute.threads or 1)
-    device = ray.train.torch.get_device() if config.compute.device == "cuda" else torch.device("cpu")
-
-    def ask() -> Wish:
-        stop = ray.get(board.stopping.remote()) if context.get_world_rank() == 0 else None
-        if ray.train.collective.broadcast_from_rank_zero(stop):
-            return Wish.STOP
-        return Wish.SAVE if ray.train.get_preemption_info() is not None else Wish.GO_ON
-
-    def notice(text: str) -> None:
-        board.notice.remote(text)
-
-    place = Place(context.get_world_rank(), context.get_world_size(), device, ask, notice)
-    try:
-        loop.train(config, place, ray.train.report)
-    except CovrayError as error:
-        ray.get(board.fail.remote(error))
-        raise
 
 
 def _gpu(config: TrainConfig) -> dict[str, float]:

@@ -42,7 +42,7 @@ def test_a_killed_training_equals_an_undisturbed_one(
     tmp_path: Path,
     rng: random.Random,
 ) -> None:
-    long = {"optimizer__steps": 300, "validate_every_steps": 25, "checkpoints__every_steps": 10, "workers__count": 2}
+    long = {"optimizer__steps": 800, "validate_every_steps": 50, "checkpoints__every_steps": 10, "workers__count": 2}
     store = f"sqlite:///{tmp_path}/mlflow.db"
     whole, killed = tiny_config("whole", **long), tiny_config("killed", tracking__uri=store, **long)
     finish_training(start_training(whole))
@@ -52,11 +52,11 @@ def test_a_killed_training_equals_an_undisturbed_one(
     for victim, moment in zip(victims, sorted(rng.sample(range(12, 110), len(victims))), strict=True):
         training = training or start_training(killed)
         wait_for_step(killed, training, moment)
+        # A step that an earlier process made is there before the next one's workers are.
+        wait_for(lambda: len(actors_of(training, "RayTrainWorker")) == 2, "two workers", training)  # noqa: B023
         everything = psutil.Process(training.pid).children(recursive=True)
         started += everything
         if victim == "worker":  # Ray Train starts the workers again
-            # A step that an earlier process made is there before the next one's workers are.
-            wait_for(lambda: len(actors_of(training, "RayTrainWorker")) == 2, "two workers", training)  # noqa: B023
             workers = actors_of(training, "RayTrainWorker")
             rng.choice(workers).kill()
             psutil.wait_procs(workers, timeout=60)
