@@ -131,9 +131,7 @@ def read_start(config: LoraConfig, llama: LlamaConfig) -> dict[str, Tensor]:
     changed = differences(theirs, ours)
     if changed:
         raise ConfigError(f"lora.path: {config.path}: {'; '.join(changed)}; set them as the adapter has them")
-    with torch.device("meta"):
-        views = Lvm(llama, found).lora_tensors().items()
-    _require_shapes(tensors, {f"{_PREFIX}{name}.weight": tuple(view.shape) for name, view in views}, config.path)
+    _require_backbone(tensors, found, llama, config.path)
     if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
         raise WeightsError(f"{config.path}: {WEIGHTS_FILE} has values that are not finite; give another adapter")
     return tensors
@@ -150,9 +148,7 @@ def export_merged(facts: BackboneFacts, adapter: str, out: Path, dtype: torch.dt
     if facts.folder is None:
         raise ConfigError("backbone.init: random weights are kept nowhere, so there is nothing to merge with")
     lora, tensors = read_adapter(adapter)
-    with torch.device("meta"):
-        views = Lvm(facts.llama, lora).lora_tensors().items()
-    _require_shapes(tensors, {f"{_PREFIX}{name}.weight": tuple(view.shape) for name, view in views}, adapter)
+    _require_backbone(tensors, lora, facts.llama, adapter)
     stored = stored_tensors(facts.folder, facts.llama)
 
     def merged(name: str) -> Tensor:
@@ -215,6 +211,12 @@ def read_run(run: str) -> dict[str, Any]:
     if not storage.exists(storage.join(run, "_result.json")):
         raise ConfigError(f"{run}: is unfinished; run the same covray train again")
     return about
+
+
+def _require_backbone(tensors: Mapping[str, Tensor], lora: Lora, llama: LlamaConfig, what: str) -> None:
+    with torch.device("meta"):
+        views = Lvm(llama, lora).lora_tensors().items()
+    _require_shapes(tensors, {f"{_PREFIX}{name}.weight": tuple(view.shape) for name, view in views}, what)
 
 
 def _require_shapes(tensors: Mapping[str, Tensor], due: Mapping[str, tuple[int, ...]], what: str) -> None:
