@@ -14,7 +14,7 @@ from typing import Any
 
 from results_file import write_result
 
-from covray.experiments import CLAIMS, SCENES, SPLITS
+from covray.recipes.claims import CLAIMS, SCENES, SPLITS
 
 
 def lines(results: dict[str, Any]) -> Iterator[str]:

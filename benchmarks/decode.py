@@ -27,10 +27,10 @@ from results_file import write_result
 from transformers import LlamaForCausalLM
 
 from covray.config import BackboneConfig
-from covray.lvm.backbone import BackboneFacts, backbone_facts, load_backbone, write_backbone
-from covray.lvm.decoding import Decoder
-from covray.lvm.model import Lvm
-from covray.lvm.scales import SCALES
+from covray.models.lvm.backbone import BackboneFacts, backbone_facts, load_backbone, write_backbone
+from covray.models.lvm.decoding.sequential import Decoder
+from covray.models.lvm.model import Lvm
+from covray.models.lvm.scales import SCALES
 
 LENGTH, EXAMPLES = 4, 3
 IMAGES = LENGTH - 1

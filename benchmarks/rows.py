@@ -26,12 +26,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from results_file import write_result
 
+from covray.chains.dataset import frame_order, shard_schema, union_alphas
 from covray.config import BuildConfig, load_config
 from covray.distributed import build as building
-from covray.images import Picture
+from covray.io.images import Picture
 from covray.pairs.manifest import ManifestWriter, Pair
 from covray.tasks import TASKS
-from covray.tokens.shards import frame_order, shard_schema, union_alphas
 
 TOKENS = 64
 STARTED = "started"

@@ -19,9 +19,9 @@ from pathlib import Path
 
 from results_file import write_result
 
+from covray.chains.dataset import ChainDataset
 from covray.pairs.manifest import ManifestWriter
 from covray.pairs.scenes import scene_pairs
-from covray.tokens.shards import ChainDataset
 
 
 def build(pairs: Path, out: Path, actors: int, steps: int) -> dict[str, float]:

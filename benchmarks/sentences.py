@@ -26,11 +26,11 @@ import pyarrow.parquet as pq
 import torch
 from results_file import write_result
 
-from covray import storage
+from covray.chains.audit import audit_dataset
+from covray.chains.dataset import ChainDataset, alphas_of, frame_order, shard_schema
+from covray.chains.sentences import Chains, Sentences, micro_batches, step_bounds
 from covray.config import SentencesConfig
-from covray.lvm.sentences import Chains, Sentences, micro_batches, step_bounds
-from covray.tokens.audit import audit_dataset
-from covray.tokens.shards import ChainDataset, alphas_of, frame_order, shard_schema
+from covray.io import storage
 
 TASKS = ("depth", "segmentation")
 METHODS = ("diffusion", "linear")

@@ -30,13 +30,13 @@ import torch
 from results_file import write_result
 from sentences import SHAPES, write_dataset
 
+from covray.chains.dataset import ChainDataset
+from covray.chains.sentences import Chains, Sentences, step_bounds
 from covray.config import TrainConfig
-from covray.lvm.adapter import save_adapter
-from covray.lvm.backbone import backbone_facts, load_backbone
-from covray.lvm.scales import SCALES, llama_config
-from covray.lvm.sentences import Chains, Sentences, step_bounds
-from covray.tokens.shards import ChainDataset
-from covray.training.loop import Place, train
+from covray.models.lvm.adapter import save_adapter
+from covray.models.lvm.backbone import backbone_facts, load_backbone
+from covray.models.lvm.scales import SCALES, llama_config
+from covray.training.trainer import Place, train
 
 LORA_SEED = 0
 

@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-from covray import storage
-from covray.tokens.shards import frame_order, shard_schema, union_alphas
+from covray.chains.dataset import frame_order, shard_schema, union_alphas
+from covray.io import storage
 
 CODES = 64
 TOKENS = 16
@@ -112,7 +112,7 @@ def write_dataset(tmp_path: Path, vqgan_folder: Path) -> Callable[..., tuple[str
         task_in_files: bool = True,
     ) -> tuple[str, list[dict[str, Any]]]:
         from covray.config import TokenizerConfig
-        from covray.tokens.tokenizer import EngineConfig, load_tokenizer
+        from covray.models.tokenizer.vqgan import EngineConfig, load_tokenizer
 
         tokenizer = load_tokenizer(TokenizerConfig(path=str(vqgan_folder)), EngineConfig())
         out = str(tmp_path / "chains")
@@ -153,7 +153,7 @@ def write_dataset(tmp_path: Path, vqgan_folder: Path) -> Callable[..., tuple[str
                 table = pa.Table.from_pylist(half, schema)
                 pq.write_table(table if task_in_files else table.drop_columns("task"), folder / f"part-{part}.parquet")
         if finished:
-            from covray.tokens.audit import audit_dataset
+            from covray.chains.audit import audit_dataset
 
             asked = np.array([row["pair_id"] for row in rows])
             storage.write_json(

@@ -29,7 +29,7 @@ from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingReque
 from ray.autoscaler.v2.utils import ResourceRequestUtil
 from ray.scripts.scripts import start
 
-from covray.cli import _checking, _Resolved, app
+from covray.cli.app import _checking, _Resolved, app
 from covray.config import BuildConfig, EvaluateConfig, SweepConfig, TrainConfig
 from covray.distributed.pool import on
 from covray.sweeps.grid import grid_of
@@ -421,7 +421,7 @@ def test_a_command_that_is_shown_is_taken(words: list[str], monkeypatch: pytest.
     assert isinstance(config, MODELS[arguments[0]])
     if isinstance(config, SweepConfig):  # what it passes on is checked where the job runs
         # The buckets shown are nobody's: nothing has begun there, and their pairs cannot be counted.
-        monkeypatch.setattr("covray.storage.exists", lambda path: False)
+        monkeypatch.setattr("covray.io.storage.exists", lambda path: False)
         monkeypatch.setattr("covray.sweeps.grid._require_pairs", lambda *pairs: None)
         assert grid_of(config).trials
 

@@ -19,13 +19,16 @@ import pyarrow.parquet as pq
 import torch
 from pyarrow import fs
 
-from covray import storage
+from covray.chains.audit import audit_dataset
+from covray.chains.dataset import ChainDataset, shard_files, union_alphas
+from covray.chains.sentences import count_pairs, require_context
 from covray.config import BuildConfig, PlanConfig, TrainConfig
 from covray.distributed.build import build
 from covray.distributed.train import train
 from covray.errors import ConfigError, one_line
-from covray.lvm.backbone import backbone_facts
-from covray.lvm.sentences import count_pairs, require_context
+from covray.io import storage
+from covray.models.lvm.backbone import backbone_facts
+from covray.models.tokenizer.vqgan import load_tokenizer
 from covray.pairs.manifest import ManifestWriter, check_manifest
 from covray.pairs.scenes import scene_pairs
 from covray.planning.plan import build_config, train_config
@@ -39,10 +42,7 @@ from covray.planning.rates import (
     write_calibration,
 )
 from covray.tasks import TASKS
-from covray.tokens.audit import audit_dataset
-from covray.tokens.shards import ChainDataset, shard_files, union_alphas
-from covray.tokens.tokenizer import load_tokenizer
-from covray.training.state import CHECKPOINTS, checkpoint_name
+from covray.training.checkpoints import CHECKPOINTS, checkpoint_name
 from covray.training.zero import read_settings
 
 _SPLITS = {"train": 3.0, "val": 1.0}

@@ -18,7 +18,9 @@ import pyarrow as pa
 import ray
 from ray.data import Dataset
 
-from covray import storage
+from covray.chains.audit import audit_dataset
+from covray.chains.dataset import ChainDataset, shard_schema, union_alphas
+from covray.chains.prepare import Facts, KeptNoise, needs_prior
 from covray.config import BuildConfig, differences
 from covray.distributed.pool import (
     TASK_CPUS,
@@ -37,13 +39,11 @@ from covray.distributed.prepare import prepare
 from covray.distributed.progress import Meter
 from covray.distributed.session import here, ray_session
 from covray.errors import DatasetError
+from covray.io import storage
 from covray.pairs.manifest import ManifestInfo, check_manifest
-from covray.preparing import Facts, KeptNoise, needs_prior
-from covray.tokens.audit import audit_dataset
-from covray.tokens.shards import ChainDataset, shard_schema, union_alphas
 
 if TYPE_CHECKING:
-    from covray.building import BlockBuilder
+    from covray.chains.build import BlockBuilder
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def _builder(config: BuildConfig) -> BlockBuilder:
     # Here, not above: the driver computes nothing, and need not wait for PyTorch.
     import torch
 
-    from covray.building import BlockBuilder
+    from covray.chains.build import BlockBuilder
 
     torch.set_num_threads(config.engine.threads)
     return BlockBuilder(config)

@@ -22,7 +22,8 @@ import ray
 import torch
 from ray.data import Dataset
 
-from covray import storage
+from covray.chains.compatibility import require_same_tokens
+from covray.chains.dataset import ChainDataset
 from covray.config import BuildConfig, EvaluateConfig, load_config
 from covray.distributed.pool import (
     CHECKPOINT,
@@ -51,11 +52,11 @@ from covray.evaluation.runner import (
     write_pairs,
 )
 from covray.evaluation.subjects import Subject, adapter_weights, subjects_of
-from covray.lvm.decoding import seed_of
+from covray.io import storage
+from covray.models.lvm.decoding.sequential import seed_of
+from covray.models.tokenizer.vqgan import load_tokenizer
 from covray.report.evaluation import Strip, write_evaluation_page
-from covray.tokens.shards import ChainDataset
-from covray.tokens.tokenizer import load_tokenizer, require_same_tokens
-from covray.training.state import require_same
+from covray.training.checkpoints import require_same
 
 DESCRIPTION, RESULTS, TABLE, PAGE = "_evaluation.json", "results.json", "table.csv", "index.html"
 _EPISODES, _QUERIES, _EXAMPLES, _ROWS = "_episodes.parquet", "_queries.parquet", "_examples.parquet", "rows"

@@ -20,11 +20,11 @@ from pyarrow import fs
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 from ray.data.checkpoint import CheckpointConfig
 
-from covray import storage
 from covray.config import ActorsConfig, EngineConfig
 from covray.distributed.progress import PoolProgress
 from covray.distributed.session import READING_CPUS
 from covray.errors import CovrayError, DatasetError
+from covray.io import storage
 
 TASK_CPUS = 0.5
 """Logical CPUs of a task that reads, decodes or writes: such tasks wait for storage, and must fit beside the actors."""

@@ -7,8 +7,8 @@ from typing import Any
 import pyarrow as pa
 import ray
 
+from covray.chains.prepare import Facts, prepare_block
 from covray.config import BuildConfig
-from covray.preparing import Facts, prepare_block
 
 
 def prepare(table: pa.Table, config: BuildConfig, facts: Facts, root: str | None, noise: Any) -> pa.Table:

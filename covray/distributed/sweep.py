@@ -29,7 +29,6 @@ from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule, TrialSchedule
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from covray import storage
 from covray.config import SweepConfig, load_config
 from covray.distributed.build import build
 from covray.distributed.evaluate import RESULTS, evaluate
@@ -39,10 +38,11 @@ from covray.distributed.session import ray_session
 from covray.distributed.tracking import Tracker, store_of
 from covray.distributed.train import train
 from covray.errors import ConfigError
+from covray.io import storage
 from covray.report.sweep import write_sweep_page
 from covray.sweeps.grid import Grid, Trial, grid_of, plan_sweep
 from covray.sweeps.results import tabulate, to_csv
-from covray.training.state import require_same
+from covray.training.checkpoints import require_same
 
 DESCRIPTION, TRIALS, TABLE, PAGE = "_sweep.json", "trials", "table.csv", "index.html"
 _KEYS = ("config", "identity", "mlflow_run_id", "seconds")

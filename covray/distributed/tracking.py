@@ -20,9 +20,9 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.markup import escape
 
-from covray import storage
 from covray.config import EvaluateConfig, SweepConfig, TrainConfig, leaves
 from covray.errors import ConfigError
+from covray.io import storage
 
 FLUSH_S = 5.0
 """Metrics are sent together, no more often than this."""

@@ -1,6 +1,6 @@
 """``covray train``: chains to an adapter, on Ray Train's workers, continued by the same command wherever it was killed.
 
-    driver: checks, resolves what was left open, writes _run.json -> TorchTrainer -> worker.work: covray.training.loop
+    driver: checks, resolves what was left open, writes _run.json -> TorchTrainer -> worker_entry.work
     worker 0 writes the run folder; the driver follows metrics.jsonl, shows progress and logs to MLflow
 
 A lost worker is Ray Train's to restart, a lost driver or Ray the user's; all continue from the run's last checkpoint.
@@ -31,21 +31,22 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from covray import storage
+from covray.chains.compatibility import require_same_codes
+from covray.chains.dataset import ChainDataset
+from covray.chains.sentences import count_pairs, require_context
 from covray.config import TrainConfig
-from covray.distributed.board import Board
+from covray.distributed.control import Board
 from covray.distributed.pool import absolute, on, read_description, require_fresh
 from covray.distributed.progress import time_left
 from covray.distributed.session import here, ray_session
 from covray.distributed.tracking import Tracker, store_of
-from covray.distributed.worker import work
+from covray.distributed.worker_entry import work
 from covray.errors import ConfigError
-from covray.lvm.adapter import WEIGHTS_FILE, read_start
-from covray.lvm.backbone import BackboneFacts, backbone_facts, require_same_codes
-from covray.lvm.model import bfloat16_units
-from covray.lvm.sentences import count_pairs, require_context
-from covray.tokens.shards import ChainDataset
-from covray.training.state import require_same
+from covray.io import storage
+from covray.models.lvm.adapter import WEIGHTS_FILE, read_start
+from covray.models.lvm.backbone import BackboneFacts, backbone_facts
+from covray.models.lvm.model import bfloat16_units
+from covray.training.checkpoints import require_same
 from covray.training.zero import choose, read_settings
 
 POLL_S = 0.5

@@ -12,8 +12,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from covray.chains.sentences import Chains
 from covray.errors import DatasetError
-from covray.lvm.sentences import Chains
 
 Selection = Literal["random", "similar", "focus"]
 _CELLS = 4  # a side of the feature's grid

@@ -20,9 +20,10 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
-from covray import storage
+from covray.chains.compatibility import require_same_tokens
+from covray.chains.dataset import ChainDataset
+from covray.chains.sentences import Chains
 from covray.config import BackboneConfig, EvaluateConfig, LoraConfig, SentencesConfig
-from covray.diffusion.prior import resolve_device
 from covray.errors import DatasetError, PairError
 from covray.evaluation.baselines import mean_label, nearest_label, saliency
 from covray.evaluation.episodes import Episodes
@@ -30,16 +31,16 @@ from covray.evaluation.frames import frame_figures
 from covray.evaluation.lpips import LEAST_PX, load_lpips
 from covray.evaluation.scores import class_count, score
 from covray.evaluation.subjects import SALIENCY, Subject
-from covray.images import decode, load_picture, resize, square
-from covray.lvm.adapter import load_adapter_tensors, read_adapter
-from covray.lvm.backbone import backbone_facts, load_backbone
-from covray.lvm.decoding import Decoder, seed_of
-from covray.lvm.model import Batch, Lvm
-from covray.lvm.sentences import Chains
+from covray.io import storage
+from covray.io.images import decode, load_picture, resize, square
+from covray.models.diffusion.prior import resolve_device
+from covray.models.lvm.adapter import load_adapter_tensors, read_adapter
+from covray.models.lvm.backbone import backbone_facts, load_backbone
+from covray.models.lvm.decoding.sequential import Decoder, seed_of
+from covray.models.lvm.model import Batch, Lvm
+from covray.models.tokenizer.vqgan import load_tokenizer
 from covray.pairs.manifest import check_manifest, read_manifest, read_meta, row_dicts
 from covray.tasks import TASKS
-from covray.tokens.shards import ChainDataset
-from covray.tokens.tokenizer import load_tokenizer, require_same_tokens
 
 EPISODE_SCHEMA = pa.schema(
     [("episode", pa.int64()), ("subject", pa.string()), ("task", pa.string()), ("pair_id", pa.int64())]

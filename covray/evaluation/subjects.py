@@ -9,14 +9,15 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from covray import storage
+from covray.chains.compatibility import require_same_codes
+from covray.chains.dataset import ChainDataset
 from covray.config import BackboneConfig, EvaluateConfig, TrainConfig
 from covray.errors import ConfigError, WeightsError
-from covray.lvm.adapter import WEIGHTS_FILE, read_adapter, read_run
-from covray.lvm.backbone import BackboneFacts, backbone_facts, require_same_codes
-from covray.lvm.decoding import require_room
-from covray.tokens.shards import ChainDataset
-from covray.tokens.tokenizer import require_same_codebook
+from covray.io import storage
+from covray.models.lvm.adapter import WEIGHTS_FILE, read_adapter, read_run
+from covray.models.lvm.backbone import BackboneFacts, backbone_facts
+from covray.models.lvm.decoding.sequential import require_room
+from covray.models.tokenizer.vqgan import require_same_codebook
 
 Kind = Literal["baseline", "untuned", "focus", "adapter", "ceiling"]
 SALIENCY = "saliency"

@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from covray.errors import one_line
-from covray.fetching.manifest import Archive, FetchError, File, inner_path
+from covray.fetching.catalogue import Archive, FetchError, File, inner_path
 
 UNPACKED_RATIO = 20
 """An archive may hold so many times its own bytes. What covray reads is pictures and JSON, which stay below 5."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from covray.errors import one_line
-from covray.fetching.manifest import FetchError
+from covray.fetching.catalogue import FetchError
 
 _TRIES = 4
 """Attempts in a row that bring no byte, after which a download is given up."""

@@ -18,8 +18,7 @@ from pydantic import ValidationError
 
 from covray.errors import ConfigError, WeightsError, one_line
 from covray.fetching.archives import UNPACKED_LEAST, UNPACKED_RATIO, Unpacking
-from covray.fetching.downloads import TIMEOUT_S, Unreachable, download, hub_errors, is_offline
-from covray.fetching.manifest import (
+from covray.fetching.catalogue import (
     Archive,
     Artefact,
     FetchError,
@@ -30,6 +29,7 @@ from covray.fetching.manifest import (
     read_record,
     write_record,
 )
+from covray.fetching.downloads import TIMEOUT_S, Unreachable, download, hub_errors, is_offline
 
 
 def list_artefacts() -> list[dict[str, Any]]:
@@ -295,7 +295,7 @@ def _self_test(folder: Path) -> dict[str, Any]:
     """The golden self-test of a prior: its fingerprint, and by how much it differs from what is recorded for it (null:
     nothing is). Raises WeightsError for a prior that cannot be loaded or computes something else."""
     # Imported here: it loads torch, and other artefacts need none.
-    from covray.diffusion.selftest import TOLERANCE, compare, golden, self_test
+    from covray.models.diffusion.selftest import TOLERANCE, compare, golden, self_test
 
     tested = self_test(str(folder))
     recorded = golden(tested["fingerprint"])

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from scipy.io import loadmat
 
 from covray.errors import ConfigError, ManifestError, PairError
-from covray.images import decode, load_picture
-from covray.pairs.datasets import Entry, labelled, list_below, read_file
+from covray.io.images import decode, load_picture
 from covray.pairs.manifest import Pair, Picture
+from covray.pairs.sources import Entry, labelled, list_below, read_file
 from covray.tasks import edges
 
 SPLITS = ("train", "val", "test")
@@ -56,7 +56,7 @@ def bsds_pairs(
     drew a pixel. Either way a pixel is an edge, drawn white, where at least ``share`` of the annotators drew it: the
     smallest share is their union, 1 what all agree on.
 
-    See ``covray.pairs.datasets.labelled`` for pairs that cannot be used. Raises ConfigError for an unknown split or an
+    See ``covray.pairs.sources.labelled`` for pairs that cannot be used. Raises ConfigError for an unknown split or an
     impossible share, ManifestError where a folder or the list is missing, or a line of it is malformed.
     """
     root = os.fspath(root)

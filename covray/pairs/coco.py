@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from pydantic import Field, TypeAdapter, ValidationError
 
 from covray.errors import ConfigError, ManifestError, PairError
-from covray.images import MAX_PIXELS, decode, decode_levels, load_picture
-from covray.pairs.datasets import Entry, labelled, list_below, read_file, require
+from covray.io.images import MAX_PIXELS, decode, decode_levels, load_picture
 from covray.pairs.manifest import Pair, Picture
+from covray.pairs.sources import Entry, labelled, list_below, read_file, require
 from covray.tasks import pose, segmentation
 
 SPLITS = ("train", "val")
@@ -130,7 +130,7 @@ def coco_pairs(
       ``covray.tasks.pose`` does; crowds are not, and images of nobody else are left out. A keypoint is drawn if it is
       labelled (v > 0), seen or covered, and lies in the image.
 
-    ``meta``: the classes' names by index, or the number of people. See ``covray.pairs.datasets.labelled`` for pairs
+    ``meta``: the classes' names by index, or the number of people. See ``covray.pairs.sources.labelled`` for pairs
     that cannot be used. Raises ConfigError for an unknown task, split or kind of labels, ManifestError where a file is
     missing or not of its format; the JSON file is read at once, and needs memory of several times its size.
     """

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from covray.errors import ConfigError
-from covray.images import decode, load_picture
-from covray.pairs.datasets import Entry, labelled, list_below
+from covray.io.images import decode, load_picture
 from covray.pairs.manifest import Pair, Picture
+from covray.pairs.sources import Entry, labelled, list_below
 
 FOLDERS = {"train": "our485", "test": "eval15"}
 SPLITS = tuple(FOLDERS)
@@ -27,7 +27,7 @@ def lol_pairs(
     """Low-light pairs of LOL below ``root``: 485 of split train, 15 of test, or ``count`` drawn by ``seed``.
 
     ``our485/low/N.png`` and ``our485/high/N.png`` are a pair, in ``eval15`` alike. Both stay where they are. A
-    photograph without the other is a pair that cannot be used: see ``covray.pairs.datasets.labelled``. Raises
+    photograph without the other is a pair that cannot be used: see ``covray.pairs.sources.labelled``. Raises
     ConfigError for an unknown split, ManifestError where a folder is missing or empty.
     """
     root = os.fspath(root)

@@ -29,10 +29,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pyarrow import fs
 
-from covray import storage
 from covray.config import Task
 from covray.errors import ConfigError, ManifestError, one_line
-from covray.images import Picture, picture_identity
+from covray.io import storage
+from covray.io.images import Picture, picture_identity
 
 __all__ = [
     "MANIFEST_SCHEMA",

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from covray.errors import ConfigError, PairError
-from covray.images import decode, decode_levels, load_picture
-from covray.pairs.datasets import Entry, labelled, list_below
+from covray.io.images import decode, decode_levels, load_picture
 from covray.pairs.manifest import Pair, Picture
+from covray.pairs.sources import Entry, labelled, list_below
 from covray.tasks import depth
 
 TASKS = ("depth", "normals")
@@ -34,7 +34,7 @@ def nyuv2_pairs(
     - normals: ``<split>/000000_img.png`` and ``000000_normal.png``, rgb = (n + 1) / 2, black where there is none. There
       x points to the left; here as everywhere in covray to the right, so that the red channel v becomes 255 - v.
 
-    A frame of which one half is absent is a pair that cannot be used: see ``covray.pairs.datasets.labelled``. Raises
+    A frame of which one half is absent is a pair that cannot be used: see ``covray.pairs.sources.labelled``. Raises
     ConfigError for an unknown task or split, ManifestError where the folder is missing or holds no frames.
     """
     root = os.fspath(root)

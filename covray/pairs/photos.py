@@ -14,9 +14,9 @@ from skimage.feature import canny
 from skimage.morphology import dilation, disk
 
 from covray.errors import ConfigError, ManifestError, PairError
-from covray.images import decode, encode_png, load_picture, resize
-from covray.pairs.datasets import ENDINGS, draw, list_pictures
+from covray.io.images import decode, encode_png, load_picture, resize
 from covray.pairs.manifest import Pair, Picture
+from covray.pairs.sources import ENDINGS, draw, list_pictures
 from covray.tasks import colorization, edges, low_light
 
 PHOTO_TASKS = ("colorization", "edges", "low_light")

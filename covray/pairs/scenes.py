@@ -19,7 +19,7 @@ from embreex import rtcore_scene
 from embreex.mesh_construction import TriangleMesh
 from numpy.typing import NDArray
 
-from covray.images import encode_png
+from covray.io.images import encode_png
 from covray.pairs.manifest import Pair, Picture
 from covray.tasks import TASKS, colorization, depth, edges, low_light, normals, pose, segmentation
 

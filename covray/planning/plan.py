@@ -10,7 +10,7 @@ import numpy as np
 
 from covray.config import BuildConfig, NodesConfig, PlanConfig, Section, TrainConfig, leaves, load_config
 from covray.errors import ConfigError
-from covray.lvm.backbone import backbone_facts
+from covray.models.lvm.backbone import backbone_facts
 from covray.planning.rates import (
     BuildRates,
     Calibration,
@@ -21,7 +21,7 @@ from covray.planning.rates import (
     read_calibration,
 )
 from covray.planning.simulation import BuildWork, Fleet, Outcome, TrainWork, simulate_build, simulate_training
-from covray.training.plan import plan_training
+from covray.training.memory import plan_training
 
 _HOUR_S = 3600.0
 _MOST_PLAYED = 10_000_000

@@ -18,14 +18,14 @@ import yaml
 from pydantic import Field
 from transformers import LlamaConfig
 
-from covray import storage
+from covray.chains.dataset import QUALITY, frame_order, shard_schema, union_alphas
+from covray.chains.prepare import needs_prior
 from covray.config import AssumedConfig, BuildConfig, Section, TrainConfig, differences, load_config, read_yaml
 from covray.errors import ConfigError, one_line
-from covray.lvm.scales import parameters
-from covray.preparing import needs_prior
-from covray.tokens.shards import QUALITY, frame_order, shard_schema, union_alphas
-from covray.training.loop import peak_flops
-from covray.training.plan import adapter_parameters
+from covray.io import storage
+from covray.models.lvm.scales import parameters
+from covray.training.memory import adapter_parameters
+from covray.training.trainer import peak_flops
 
 _GIGA = 1e9
 _PRIOR_GFLOPS = {512: (804.3, 1117.0, 2515.0), 256: (181.1, 273.0, 622.0)}

@@ -12,8 +12,8 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from covray import storage
-from covray.report.document import (
+from covray.io import storage
+from covray.report.html import (
     TABLES_STYLE,
     axis_title,
     best_mean,

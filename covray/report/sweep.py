@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
-from covray import storage
-from covray.report.document import (
+from covray.io import storage
+from covray.report.html import (
     TABLES_STYLE,
     axis_title,
     best_mean,

@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 import pyarrow as pa
 from transformers import LlamaConfig
 
-from covray import storage
+from covray.chains.dataset import ChainDataset, union_alphas
+from covray.chains.sentences import count_pairs, require_context
 from covray.config import (
     BackboneConfig,
     BuildConfig,
@@ -26,12 +27,11 @@ from covray.config import (
     load_config,
 )
 from covray.errors import ConfigError, DatasetError
-from covray.lvm.backbone import backbone_facts
-from covray.lvm.sentences import count_pairs, require_context
+from covray.io import storage
+from covray.models.lvm.backbone import backbone_facts
+from covray.models.tokenizer.vqgan import load_tokenizer
 from covray.pairs.manifest import check_manifest, read_manifest
-from covray.tokens.shards import ChainDataset, union_alphas
-from covray.tokens.tokenizer import load_tokenizer
-from covray.training.plan import TrainPlan, plan_training
+from covray.training.memory import TrainPlan, plan_training
 
 CHAINS, RUNS, EVALUATIONS = "chains", "runs", "evaluations"
 """Folders of a sweep: its dataset, and one run and one evaluation a trial."""

@@ -19,12 +19,12 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import LlamaConfig
 
-from covray import storage
 from covray.config import OptimizerConfig, TrainConfig
 from covray.errors import ConfigError
-from covray.lvm.model import Batch, Lvm, Projection
-from covray.training.plan import memory
-from covray.training.update import MOMENTS, adamw, trainable
+from covray.io import storage
+from covray.models.lvm.model import Batch, Lvm, Projection
+from covray.training.memory import memory
+from covray.training.optimizers import MOMENTS, adamw, trainable
 
 FOLDER = Path(__file__).parent / "deepspeed"
 STAGES = ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
@@ -58,7 +58,7 @@ def read_settings(name: str) -> dict[str, Any]:
 def choose(config: TrainConfig, llama: LlamaConfig, gpu_bytes: int | None) -> str:
     """What ``compute.deepspeed: auto`` means for GPUs of ``gpu_bytes`` each: the fastest that fits; none on a CPU.
 
-    Fits: by ``covray.training.plan.memory``, with 15% left to kernels, allocator and communication.
+    Fits: by ``covray.training.memory.memory``, with 15% left to kernels, allocator and communication.
     """
     if gpu_bytes is None:
         return "none"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from covray import storage
+from covray.io import storage
 from tests.chaos.conftest import S3, folders_left
 from tests.end_to_end.conftest import COVRAY, FAST, computed, environment, run, tokens_of, wait_for
 

@@ -15,10 +15,10 @@ import pytest
 from mlflow import MlflowClient
 from ray.cluster_utils import Cluster
 
-from covray import storage
 from covray.config import TrainConfig
-from covray.training import loop
-from covray.training.state import read_records
+from covray.io import storage
+from covray.training import trainer as loop
+from covray.training.checkpoints import read_records
 from tests.chaos.conftest import S3
 from tests.end_to_end.conftest import RAY, actors_of, environment, finish_training, wait_for
 from tests.training.conftest import curve, tiny_config  # noqa: F401 (a fixture)

@@ -14,15 +14,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from covray import cli, storage
+from covray.chains.dataset import ChainDataset
+from covray.cli import app as cli
 from covray.config import EvaluateConfig
 from covray.distributed.evaluate import DESCRIPTION, _episodes, _metric, evaluate, read_rows
 from covray.errors import ConfigError
 from covray.evaluation.runner import RESULT_SCHEMA, choose_pairs
 from covray.evaluation.subjects import Subject
-from covray.tokens.shards import ChainDataset
+from covray.io import storage
 from tests.evaluation.conftest import config_of, write_manifest, write_run  # noqa: F401 (fixtures)
-from tests.lvm.conftest import llama_folder  # noqa: F401 (a fixture)
+from tests.models.lvm.conftest import llama_folder  # noqa: F401 (a fixture)
 
 # ruff: noqa: F811 (fixtures are arguments)
 

@@ -13,14 +13,15 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from covray import cli, storage
+from covray.cli import app as cli
 from covray.config import SweepConfig, TrackingConfig, load_config
 from covray.distributed import sweep as sweeps
 from covray.distributed.sweep import DESCRIPTION, _track_trials, report, resumed, sweep
 from covray.distributed.tracking import Tracker, store_of
 from covray.errors import ConfigError
+from covray.io import storage
 from covray.sweeps.grid import Trial, grid_of
-from tests.lvm.conftest import llama_folder  # noqa: F401 (a fixture)
+from tests.models.lvm.conftest import llama_folder  # noqa: F401 (a fixture)
 
 # ruff: noqa: F811 (fixtures are arguments)
 

@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
-from covray import storage
 from covray.config import TrainConfig
 from covray.distributed.train import Tail, train
 from covray.errors import ConfigError, CovrayError, DatasetError, WeightsError
-from covray.lvm.adapter import save_adapter
-from covray.lvm.backbone import backbone_facts, load_backbone
-from covray.training.state import Curve
+from covray.io import storage
+from covray.models.lvm.adapter import save_adapter
+from covray.models.lvm.backbone import backbone_facts, load_backbone
+from covray.training.checkpoints import Curve
 from tests.training.conftest import tiny_config  # noqa: F401 (a fixture)
 
 

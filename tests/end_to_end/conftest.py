@@ -23,11 +23,11 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from covray.chains.dataset import ChainDataset
+from covray.chains.prepare import prepare_block
 from covray.config import BuildConfig, TrainConfig, load_config
 from covray.pairs.manifest import ManifestWriter
 from covray.pairs.scenes import scene_pairs
-from covray.preparing import prepare_block
-from covray.tokens.shards import ChainDataset
 
 COVRAY = str(Path(sys.executable).parent / "covray")
 RAY = str(Path(sys.executable).parent / "ray")
@@ -80,7 +80,7 @@ def tokens_of(dataset: Path | str) -> dict[int, Any]:
 
 def computed(manifest: Path) -> dict[int, Any]:
     """What ``tokens_of`` a build of ``manifest`` with ``FAST`` must give: computed here, in one block, without Ray."""
-    from covray.building import BlockBuilder
+    from covray.chains.build import BlockBuilder
 
     options = {"pairs": str(manifest), "out": "nowhere", "lengths": [3]}
     builder = BlockBuilder(load_config(BuildConfig, None, options, [FAST[3], FAST[5]]))

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from covray.nano.recipe import WEIGHTS
+from covray.chains.dataset import ChainDataset
 from covray.pairs.manifest import ManifestWriter, Pair, Picture
-from covray.tokens.shards import ChainDataset
+from covray.recipes.nano.recipe import WEIGHTS
 from tests.end_to_end.conftest import FAST, environment, run, tokens_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.end_to_end]

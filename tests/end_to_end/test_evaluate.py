@@ -20,7 +20,7 @@ from covray.config import EvaluateConfig
 from covray.distributed.evaluate import PAGE, RESULTS, TABLE, evaluate, read_rows
 from tests.end_to_end.conftest import COVRAY, actors_of, committed, environment, run
 from tests.evaluation.conftest import write_manifest, write_run  # noqa: F401 (fixtures)
-from tests.lvm.conftest import llama_folder  # noqa: F401 (a fixture)
+from tests.models.lvm.conftest import llama_folder  # noqa: F401 (a fixture)
 
 # ruff: noqa: F811 (fixtures are arguments)
 

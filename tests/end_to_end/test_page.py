@@ -15,8 +15,8 @@ from PIL import Image
 
 from covray.evaluation.results import tabulate
 from covray.evaluation.subjects import Subject
+from covray.report.dataset import view
 from covray.report.evaluation import Strip, write_evaluation_page
-from covray.report.page import view
 from covray.report.sweep import write_sweep_page
 from tests.report.test_sweep import sweep_results
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from covray.config import TrainConfig
-from covray.training import loop
+from covray.training import trainer as loop
 from tests.end_to_end.conftest import finish_training
 from tests.training.conftest import curve, tiny_config  # noqa: F401 (a fixture)
 

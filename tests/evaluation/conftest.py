@@ -14,15 +14,15 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from covray import storage
+from covray.chains.dataset import ChainDataset
 from covray.config import EvaluateConfig, LoraConfig, TrainConfig, load_config
 from covray.evaluation.runner import EPISODE_SCHEMA, Runner, choose_pairs, require_pairs, write_pairs
 from covray.evaluation.subjects import subjects_of
-from covray.lvm.adapter import save_adapter
-from covray.lvm.backbone import backbone_facts
+from covray.io import storage
+from covray.models.lvm.adapter import save_adapter
+from covray.models.lvm.backbone import backbone_facts
 from covray.pairs.manifest import MANIFEST_SCHEMA, METADATA_KEY
-from covray.tokens.shards import ChainDataset
-from tests.lvm.conftest import llama_folder, load  # noqa: F401 (a fixture)
+from tests.models.lvm.conftest import llama_folder, load  # noqa: F401 (a fixture)
 
 LORA = LoraConfig(rank=3, alpha=5)
 SPLIT = "val"  # the datasets of tests/conftest.py have this and train

@@ -8,9 +8,9 @@ from typing import get_args
 import numpy as np
 import pytest
 
+from covray.chains.sentences import Chains
 from covray.errors import DatasetError
 from covray.evaluation.episodes import Episodes, Selection, entropy
-from covray.lvm.sentences import Chains
 
 SELECTIONS = get_args(Selection)
 CODEBOOK = np.random.default_rng(0).normal(size=(64, 3))

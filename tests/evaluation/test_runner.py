@@ -17,18 +17,18 @@ import torch
 from diffusers import VQModel
 from transformers import LlamaForCausalLM
 
-from covray import storage
+from covray.chains.dataset import ChainDataset
 from covray.config import EvaluateConfig
 from covray.errors import CovrayError
 from covray.evaluation.baselines import saliency
 from covray.evaluation.runner import OWN, REFERENCE, Runner, choose_pairs
 from covray.evaluation.scores import METRICS, score
-from covray.images import resize, square
-from covray.lvm.decoding import Decoder
-from covray.tokens.shards import ChainDataset
+from covray.io import storage
+from covray.io.images import resize, square
+from covray.models.lvm.decoding.sequential import Decoder
 from tests.conftest import CODES, TOKENS
 from tests.evaluation.conftest import LORA, SPLIT, Row, png, smooth
-from tests.lvm.conftest import load
+from tests.models.lvm.conftest import load
 
 Evaluation = Callable[..., tuple[Runner, list[Row]]]
 Write = Callable[..., Any]

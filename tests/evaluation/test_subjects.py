@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from covray import storage
+from covray.chains.dataset import ChainDataset
 from covray.config import BackboneConfig, EvaluateConfig
 from covray.errors import ConfigError, CovrayError, DatasetError, WeightsError
 from covray.evaluation.subjects import Subject, subjects_of
-from covray.tokens.shards import ChainDataset
-from tests.lvm.conftest import write_llama
+from covray.io import storage
+from tests.models.lvm.conftest import write_llama
 
 Write = Callable[..., Any]
 

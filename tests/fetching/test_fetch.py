@@ -22,12 +22,13 @@ import pytest
 import yaml
 from huggingface_hub import constants
 
-from covray import cli
+from covray.cli import app as cli
 from covray.errors import ConfigError, WeightsError
-from covray.fetching import archives, downloads, manifest
+from covray.fetching import archives, downloads
+from covray.fetching import catalogue as manifest
+from covray.fetching.catalogue import ARTEFACTS_FILE, RECORD_FILE, FetchError, read_artefacts
 from covray.fetching.fetch import fetch, list_artefacts
-from covray.fetching.manifest import ARTEFACTS_FILE, RECORD_FILE, FetchError, read_artefacts
-from covray.weights import NANO_FOLDER
+from covray.io.model_folders import NANO_FOLDER
 
 COMMITS = ("a" * 40, "b" * 40)
 BIG = bytes(range(256)) * 2000
@@ -243,7 +244,7 @@ def test_pages_and_manifest_name_the_same_artefacts() -> None:
 
 
 def test_what_is_fetched_of_a_prior_is_all_that_a_prior_needs(tmp_path: Path) -> None:
-    from covray.diffusion.prior import require_prior_files
+    from covray.models.diffusion.prior import require_prior_files
 
     for artefact in read_artefacts().values():
         if artefact.kind == "prior":
@@ -724,7 +725,7 @@ def test_what_must_be_got_by_hand_is_said_and_recognised(hub: Hub, known: Callab
 def test_a_prior_is_tested_once_it_is_there(
     hub: Hub, known: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from covray.diffusion import selftest
+    from covray.models.diffusion import selftest
 
     folder = NANO_FOLDER / "prior"
     hub.commits[0] = {
@@ -750,5 +751,5 @@ def test_a_prior_is_tested_once_it_is_there(
 
 
 def test_the_manifest_that_ships_is_in_the_package() -> None:
-    assert ARTEFACTS_FILE.parent.name == "covray"
+    assert ARTEFACTS_FILE.parts[-3:-1] == ("covray", "fetching")
     assert {"sd21-base", "lvm-vqvae", "lvm-7b", "coco-train", "lol"} <= set(read_artefacts())

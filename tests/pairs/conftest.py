@@ -15,9 +15,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from covray import cli
+from covray.cli import app as cli
 from covray.errors import PairError
-from covray.images import Picture, decode, load_picture
+from covray.io.images import Picture, decode, load_picture
 from covray.pairs.manifest import Pair
 
 

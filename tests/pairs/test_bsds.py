@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy.io import savemat
 
 from covray.errors import ConfigError, ManifestError, PairError
-from covray.images import Picture
+from covray.io.images import Picture
 from covray.pairs.bsds import MAX_MAT_BYTES, agreement, bsds_pairs
 from covray.tasks import edges
 from tests.pairs.conftest import bomb, label_of, photo, reasons, save

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from covray.errors import ConfigError, ManifestError
-from covray.images import Picture
+from covray.io.images import Picture
 from covray.pairs.coco import KEYPOINTS, STUFF_CLASSES, coco_pairs
 from covray.pairs.manifest import ManifestWriter, Pair, check_manifest
 from covray.tasks import pose, segmentation

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from covray.errors import ConfigError, ManifestError
-from covray.images import Picture, decode, load_picture
+from covray.io.images import Picture, decode, load_picture
 from covray.pairs.lol import lol_pairs
 from covray.pairs.manifest import check_manifest
 from tests.pairs.conftest import bomb, label_of, photo, reasons, save

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import fs
 
-from covray import storage
 from covray.errors import ManifestError
+from covray.io import storage
 from covray.pairs import manifest
 from covray.pairs.manifest import (
     MANIFEST_SCHEMA,

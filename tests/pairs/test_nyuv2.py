@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from covray.errors import ConfigError, ManifestError
-from covray.images import Picture
+from covray.io.images import Picture
 from covray.pairs.nyuv2 import nyuv2_pairs
 from covray.tasks import depth, normals
 from tests.pairs.conftest import bomb, label_of, photo, reasons, save

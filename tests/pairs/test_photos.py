@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from covray.errors import ConfigError, ManifestError, PairError
-from covray.images import Picture, decode, load_picture, square
+from covray.io.images import Picture, decode, load_picture, square
 from covray.pairs.manifest import ManifestWriter, Pair, check_manifest
 from covray.pairs.photos import PHOTO_TASKS, edge_map, photo_pairs
 from covray.tasks.colorization import grey

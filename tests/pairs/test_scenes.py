@@ -9,7 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from covray.images import decode
+from covray.io.images import decode
 from covray.pairs.manifest import Pair
 from covray.pairs.scenes import (
     CLASSES,

@@ -13,7 +13,7 @@ import pytest
 from covray.config import PlanConfig, load_config
 from covray.errors import ConfigError
 from covray.planning.plan import plan, train_config
-from tests.test_cli import Done, mistake, run  # noqa: F401 (fixtures)
+from tests.cli.test_app import Done, mistake, run  # noqa: F401 (fixtures)
 
 # ruff: noqa: F811 (a fixture is an argument)
 

@@ -13,7 +13,7 @@ import yaml
 from covray.config import AssumedConfig, BuildConfig, TrainConfig
 from covray.distributed.build import plan_build
 from covray.errors import ConfigError
-from covray.lvm.scales import llama_config
+from covray.models.lvm.scales import llama_config
 from covray.pairs.manifest import ManifestWriter, Pair, Picture
 from covray.planning.rates import (
     BuildRates,

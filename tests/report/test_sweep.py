@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from covray.evaluation.scores import LOWER_IS_BETTER, METRICS
-from covray.report.document import numbers
+from covray.report.html import numbers
 from covray.report.sweep import write_sweep_page
 from covray.sweeps.results import tabulate
 from tests.report.conftest import Page

@@ -13,10 +13,10 @@ import pytest
 from covray.config import SweepConfig, load_config
 from covray.errors import ConfigError, CovrayError
 from covray.sweeps.grid import grid_of, plan_sweep
-from covray.training.plan import plan
+from covray.training.memory import plan
 from tests.conftest import TOKENS
 from tests.evaluation.conftest import write_manifest  # noqa: F401 (a fixture)
-from tests.lvm.conftest import llama_folder  # noqa: F401 (a fixture)
+from tests.models.lvm.conftest import llama_folder  # noqa: F401 (a fixture)
 
 # ruff: noqa: F811 (a fixture is an argument)
 

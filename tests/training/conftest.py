@@ -10,7 +10,7 @@ import pytest
 from transformers import LlamaConfig
 
 from covray.config import TrainConfig, load_config
-from covray.training.state import read_records
+from covray.training.checkpoints import read_records
 from tests.conftest import CODES
 
 STEPS = 6

@@ -12,9 +12,9 @@ import torch.distributed as dist
 
 from covray.config import TrainConfig, load_config
 from covray.errors import ConfigError
-from covray.lvm.scales import llama_config
-from covray.training.loop import Place, Wish, train
-from covray.training.state import read_last_checkpoint, read_records
+from covray.models.lvm.scales import llama_config
+from covray.training.checkpoints import read_last_checkpoint, read_records
+from covray.training.trainer import Place, Wish, train
 from covray.training.zero import STAGES, choose, read_settings
 
 pytestmark = pytest.mark.filterwarnings(
@@ -53,7 +53,7 @@ def test_a_stage_makes_the_plain_losses_and_continues_a_plain_run(
     train(whole)
     assert losses(whole) == pytest.approx(losses(plain), rel=1e-5)
     assert not hasattr(torch.ops.deepspeed, "inference_all_reduce_"), "a minute was spent on compiling it"
-    monkeypatch.setattr("covray.training.loop._ASK_EVERY_S", -1.0)
+    monkeypatch.setattr("covray.training.trainer._ASK_EVERY_S", -1.0)
     assert train(mixed, Place(ask=lambda: Wish.STOP)) is None
     notices: list[str] = []
     train(tiny_config("mixed", compute__deepspeed=stage), Place(notice=notices.append))

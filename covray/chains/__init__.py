@@ -1,0 +1,1 @@
+"""Chains: a block of pairs becomes token rows; datasets of them are read, audited and made into sentences."""

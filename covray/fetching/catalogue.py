@@ -1,0 +1,141 @@
+"""The manifest of artefacts, and the record of what was fetched into a folder.
+
+Both are read as what others wrote: unknown keys, and paths that lead out of their folder, are refused.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path, PureWindowsPath
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_validator
+
+from covray.config import Section
+from covray.errors import ConfigError, CovrayError, one_line
+from covray.io import storage
+
+ARTEFACTS_FILE = Path(__file__).with_name("artefacts.yaml")
+RECORD_FILE = "covray-fetch.json"
+
+
+class FetchError(CovrayError):
+    """An artefact that cannot be had, or is not what it should be."""
+
+
+def inner_path(path: str) -> str:
+    """``path`` if it lies below the folder it is relative to, on any system. Raises ValueError."""
+    parts = PureWindowsPath(path)  # knows both separators, and drives
+    if parts.anchor or ".." in parts.parts or not path.isprintable():
+        raise ValueError(f"{path!r} leads out of its folder")
+    return path
+
+
+InnerPath = Annotated[str, AfterValidator(inner_path)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class Archive(Section):
+    """A zip or tar at an address."""
+
+    url: str = Field(pattern="^https?://[^/]+/.+")
+    bytes: int | None = Field(default=None, ge=1)
+    sha256: Sha256 | None = None
+    into: InnerPath | None = None
+    """Folder that it is unpacked in, below the artefact's."""
+    members: tuple[str, ...]
+    """Patterns of what covray reads, by its path below the artefact's folder; nothing else is unpacked."""
+    inner: tuple[InnerPath, ...] = ()
+    """Archives in the archive, unpacked where they lie."""
+
+    @property
+    def name(self) -> str:
+        """Of the file that is downloaded."""
+        return self.url.rpartition("/")[2]
+
+
+class Artefact(Section):
+    """An entry of ``artefacts.yaml``. It comes from the hub (``id``), from ``archives``, or by hand from ``page``."""
+
+    kind: Literal["prior", "tokenizer", "backbone", "dataset"]
+    id: str | None = None
+    revision: str | None = None
+    """Commit or tag of ``id``; null: what its main branch is at the first download."""
+    files: tuple[str | tuple[str, ...], ...] = ()
+    """Patterns of what covray reads; of a list of them the first that there is."""
+    sha256: dict[str, Sha256] = Field(default_factory=dict)
+    """Of files, where it is known; it holds for any mirror."""
+    archives: tuple[Archive, ...] = ()
+    page: str | None = None
+    """Where a person gets it: there is no address that a program may use."""
+    folder: str | None = None
+    """Below ``data`` or ``models``, where it is not the name: several datasets lie in one folder."""
+    licence: str
+    size: str
+    """For people: parameters of a model, bytes or pairs of a dataset."""
+    next: str
+    """The command that reads it; ``{folder}`` stands for its folder."""
+    note: str | None = None
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Artefact:
+        if [self.id is None, not self.archives, self.page is None].count(False) != 1:
+            raise ValueError("give one of id, archives and page")
+        if bool(self.files) == bool(self.archives):
+            raise ValueError("files are those of id or page; those of an archive are its members")
+        return self
+
+
+class File(Section):
+    """What is known of a file."""
+
+    bytes: int | None = Field(ge=0)
+    sha256: Sha256 | None
+
+
+class Source(Section):
+    """Files of one origin, as they were fetched."""
+
+    origin: str
+    """Hub id, or URL of an archive."""
+    asked: str | None = None
+    revision: str | None = None
+    """Commit of the hub, which ``asked`` (null: the main branch) was at the first download."""
+    sha256: Sha256 | None = None
+    """Of the archive."""
+    files: dict[InnerPath, File]
+
+
+_Artefacts = TypeAdapter(dict[str, Artefact])
+_Record = TypeAdapter(dict[str, tuple[Source, ...]])
+
+
+def read_artefacts() -> dict[str, Artefact]:
+    """The manifest, by name. Raises ConfigError for one that is not valid."""
+    try:
+        return _Artefacts.validate_python(yaml.safe_load(ARTEFACTS_FILE.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, ValidationError) as error:
+        raise ConfigError(f"{ARTEFACTS_FILE}: {one_line(error)}; reinstall covray") from error
+
+
+def default_folder(name: str, artefact: Artefact) -> Path:
+    """``models/NAME`` or ``data/NAME`` below the working folder."""
+    return Path("data" if artefact.kind == "dataset" else "models", artefact.folder or name)
+
+
+def read_record(folder: Path) -> dict[str, tuple[Source, ...]]:
+    """What was fetched into ``folder``, by artefact. Raises FetchError for a record that cannot be read."""
+    file = folder / RECORD_FILE
+    try:
+        return _Record.validate_json(file.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValidationError) as error:
+        raise FetchError(
+            f"{file}: is no record of covray fetch ({one_line(error)}); remove it, and fetch again"
+        ) from error
+
+
+def write_record(folder: Path, record: dict[str, tuple[Source, ...]]) -> None:
+    """Write what ``read_record`` reads."""
+    storage.write_json(str(folder / RECORD_FILE), _Record.dump_python(record, mode="json"))

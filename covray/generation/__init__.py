@@ -1,0 +1,1 @@
+"""Images in, frames and answers out."""

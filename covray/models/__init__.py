@@ -1,0 +1,1 @@
+"""Models and their folders. They know tensors, not datasets."""

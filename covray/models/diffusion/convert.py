@@ -1,0 +1,275 @@
+"""Stable Diffusion in one file (LDM's layout) as the diffusers folder that ``load_prior`` reads.
+
+diffusers has the maps of names; here it is seen to that every tensor is there, fits, and is used. The text encoder is
+not written: it is evaluated once, for the empty prompt, whose ids are known without a tokenizer. A file does not say
+whether its UNet predicts epsilon or v: the UNet is asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import (
+    convert_ldm_clip_checkpoint,
+    convert_ldm_unet_checkpoint,
+    convert_ldm_vae_checkpoint,
+    convert_open_clip_checkpoint,
+)
+from huggingface_hub.errors import StrictDataclassError
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from covray.config import EngineConfig, PriorConfig
+from covray.errors import ConfigError, WeightsError, one_line
+from covray.io import storage
+from covray.io.model_folders import require_files
+from covray.io.tensor_files import new_folder, read_tensors, require_finite, require_new, require_tensors
+from covray.models.diffusion.prior import CONTEXT_FILE, load_prior, probe_prediction, read_config, verify_scale
+
+Tensors = dict[str, Tensor]
+_UNET = "model.diffusion_model."
+_VAE = "first_stage_model."
+_CLIP = "cond_stage_model.transformer."
+_OPEN_CLIP = "cond_stage_model.model."
+_FIRST_KEY = f"{_UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"  # [channels, width of the prompt]
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Configs:
+    """What the three networks and the scheduler are configured to be."""
+
+    layout: str
+    unet: dict[str, Any]
+    vae: dict[str, Any]
+    text: dict[str, Any]
+    scheduler: dict[str, Any]
+    v_sample_size: int | None = None
+    """The UNet's ``sample_size`` if it turns out to predict v, where that makes a difference."""
+
+
+_PUBLISHED_VAE = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "sample_size": 512,
+    "scaling_factor": 0.18215,
+}
+_PUBLISHED_SCHEDULER = {
+    "_class_name": "DDIMScheduler",
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "num_train_timesteps": 1000,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+}
+PUBLISHED = {
+    768: Configs(
+        "Stable Diffusion 1",
+        unet={"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
+        vae=_PUBLISHED_VAE,
+        text={
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "hidden_act": "quick_gelu",
+        },
+        scheduler=_PUBLISHED_SCHEDULER,
+    ),
+    1024: Configs(
+        "Stable Diffusion 2",
+        unet={
+            "sample_size": 64,
+            "cross_attention_dim": 1024,
+            "attention_head_dim": (5, 10, 20, 20),
+            "use_linear_projection": True,
+        },
+        vae=_PUBLISHED_VAE,
+        text={
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 23,  # of 24: the prompt is what the last but one gives
+            "num_attention_heads": 16,
+            "hidden_act": "gelu",
+        },
+        scheduler=_PUBLISHED_SCHEDULER,
+        v_sample_size=96,
+    ),
+}
+"""By the width of the prompt. What is not said is the default of diffusers and transformers."""
+
+
+def convert_prior(source: str, out: str, like: str | None = None) -> dict[str, Any]:
+    """Write the checkpoint ``source`` as a prior folder ``out``; gives what was converted, to show.
+
+    ``source``: a ``.safetensors`` file with UNet, VAE and text encoder in LDM's layout; what else is in it, as averaged
+    weights (``model_ema``), is left out. ``like``: a diffusers folder whose ``config.json`` files describe the networks
+    and the scheduler; without it the file must be a Stable Diffusion 1 or 2. Weights keep their type; the memory needed
+    is that of UNet and VAE in float32. ``out`` must be new.
+    Raises WeightsError for a file that is damaged, is none of these, or would be refused by ``load_prior``,
+    ConfigError for an ``out``, ``source`` or ``like`` that cannot be used.
+    """
+    file, target = Path(source).expanduser(), Path(out).expanduser()
+    require_new(target)
+    if not file.is_file():
+        raise ConfigError(f"{file}: no such file; give a downloaded checkpoint")
+    if file.suffix != ".safetensors":
+        raise WeightsError(f"{file}: is no .safetensors file; get the checkpoint as one, or as a folder of diffusers")
+    tensors = read_tensors(file)
+    configs = _recognise(file, tensors) if like is None else _read_configs(Path(like).expanduser())
+    unet, unet_tensors = _network(file, "unet", UNet2DConditionModel, configs.unet, _part(tensors, _UNET))
+    vae, vae_tensors = _network(file, "vae", AutoencoderKL, configs.vae, _part(tensors, _VAE))
+    context = _empty_prompt(file, configs.text, tensors)
+    with new_folder(target) as folder:
+        for room, network, of_network in (("unet", unet, unet_tensors), ("vae", vae, vae_tensors)):
+            network.save_config(folder / room)
+            save_file(of_network, folder / room / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+        save_file({"context": context}, folder / CONTEXT_FILE)
+        prediction_type = _ask(file, folder, configs.scheduler)
+        if prediction_type == "v_prediction" and configs.v_sample_size is not None:
+            unet.register_to_config(sample_size=configs.v_sample_size)
+            unet.save_config(folder / "unet")
+    return {
+        "layout": configs.layout,
+        "out": out,
+        "parameters": sum(tensor.numel() for tensor in (*unet_tensors.values(), *vae_tensors.values())),
+        "prediction_type": prediction_type,
+        "size_px": unet.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1),
+        "context": list(context.shape),
+    }
+
+
+def _recognise(file: Path, tensors: Tensors) -> Configs:
+    """The configurations of Stable Diffusion 1 or 2, by the width of the prompt."""
+    key = tensors.get(_FIRST_KEY)
+    if key is None or key.ndim != 2:
+        raise WeightsError(
+            f"{file}: has no {_FIRST_KEY}, so is no Stable Diffusion 1 or 2 in one file; give one, or --like FOLDER"
+        )
+    width = key.shape[1]
+    if width not in PUBLISHED:
+        known = " or ".join(map(str, PUBLISHED))
+        raise WeightsError(f"{file}: reads prompts of width {width}, not {known}; give --like FOLDER for its configs")
+    return PUBLISHED[width]
+
+
+def _read_configs(folder: Path) -> Configs:
+    names = {room: f"{room}/config.json" for room in ("unet", "vae", "text_encoder")}
+    names["scheduler"] = "scheduler/scheduler_config.json"
+    if not folder.is_dir():
+        raise ConfigError(f"--like {folder}: no such folder; give one of diffusers")
+    require_files(folder, names.values())
+    values = {room: read_config(folder / name) for room, name in names.items()}
+    return Configs(f"like {folder}", values["unet"], values["vae"], values["text_encoder"], values["scheduler"])
+
+
+def _network(file: Path, room: str, kind: Any, config: dict[str, Any], part: Tensors) -> tuple[Any, Tensors]:
+    """A network of class ``kind`` without weights, and its weights by diffusers' names."""
+    convert = convert_ldm_unet_checkpoint if kind is UNet2DConditionModel else convert_ldm_vae_checkpoint
+    network = _weightless(room, lambda: kind.from_config(config))
+    return network, _renamed(file, room, network, part, lambda: convert(part, network.config))
+
+
+def _weightless(room: str, build: Callable[[], Any]) -> Any:
+    try:
+        with torch.device("meta"):
+            return build()
+    except (
+        StrictDataclassError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as e:
+        raise WeightsError(f"{room}/config.json: describes no network ({one_line(e)}); give another --like") from e
+
+
+def _renamed(file: Path, room: str, network: Any, part: Tensors, convert: Callable[[], Mapping[str, Any]]) -> Tensors:
+    """What ``convert`` makes of ``part``: all tensors of ``network``, from all of ``part``, and nothing else."""
+    try:
+        found = {name: tensor for name, tensor in convert().items() if tensor is not None}
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise WeightsError(
+            f"{file}: its {room} is not whole ({type(error).__name__}: {one_line(error)}); get the checkpoint again"
+        ) from error
+    require_tensors(
+        file,
+        {f"{room}.{name}": tuple(tensor.shape) for name, tensor in found.items()},
+        {f"{room}.{name}": tuple(tensor.shape) for name, tensor in network.state_dict().items()},
+    )
+    # The converters pass over what they do not know, and take the first pixel of a kernel where they expect but one.
+    # The text encoder's fused projections are copied in three, and their shapes are checked by that.
+    used = {tensor.data_ptr(): tensor.numel() for tensor in found.values()}
+    for name, tensor in part.items():
+        if tensor.dtype not in _DTYPES:
+            raise WeightsError(f"{file}: {name} is of type {tensor.dtype}; get the checkpoint in float16 or float32")
+        require_finite(file, name, tensor)
+        if used.get(tensor.data_ptr()) != tensor.numel() and "attn.in_proj_" not in name:
+            raise WeightsError(f"{file}: {name} is not used; give --like a folder of this architecture")
+    return {name: tensor.contiguous() for name, tensor in found.items()}
+
+
+def _part(tensors: Tensors, prefix: str) -> Tensors:
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+@torch.inference_mode()
+def _empty_prompt(file: Path, config: dict[str, Any], tensors: Tensors) -> Tensor:
+    """The text encoder's answer to the empty prompt, float32 [1, n, d].
+
+    CLIP (Stable Diffusion 1) is padded with the end of text. OpenCLIP (2) is padded with 0, and the last of its layers
+    is left out: ``config`` says how many are not.
+    """
+    encoder = _weightless("text_encoder", lambda: CLIPTextModel(CLIPTextConfig.from_dict(config)))
+    open_clip = f"{_OPEN_CLIP}ln_final.weight" in tensors
+    if open_clip:
+        left_out = f"{_OPEN_CLIP}transformer.resblocks.{encoder.config.num_hidden_layers}."
+        unused = {f"{_OPEN_CLIP}{name}" for name in ("text_projection", "logit_scale", "attn_mask")}
+        part = {name: tensor for name, tensor in _part(tensors, _OPEN_CLIP).items() if not name.startswith(left_out)}
+    else:
+        part = _part(tensors, _CLIP)
+        unused = {f"{_CLIP}{name}embeddings.position_ids" for name in ("", "text_model.")}
+    part = {name: tensor for name, tensor in part.items() if name not in unused}
+    if not part:
+        raise WeightsError(f"{file}: has no text encoder (cond_stage_model); give a checkpoint with all three networks")
+
+    def convert() -> Mapping[str, Any]:
+        found = convert_open_clip_checkpoint(encoder, part) if open_clip else convert_ldm_clip_checkpoint(part)
+        return {name.removeprefix("text_model."): tensor for name, tensor in found.items()}
+
+    weights = _renamed(file, "text_encoder", encoder, part, convert)
+    encoder.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
+    length, words = encoder.config.max_position_embeddings, encoder.config.vocab_size
+    begin, end = words - 2, words - 1  # CLIP's vocabulary ends so; its configurations are known to say otherwise
+    ids = torch.tensor([[begin, end, *[0 if open_clip else end] * (length - 2)]])
+    positions = torch.arange(length)[None]  # the encoder's own were never filled
+    context: Tensor = encoder.eval()(ids, position_ids=positions).last_hidden_state
+    return context.contiguous()
+
+
+def _ask(file: Path, folder: Path, scheduler: dict[str, Any]) -> str:
+    """Load what was written, find what its UNet predicts, and write the scheduler that says so."""
+    path = str(folder / "scheduler" / "scheduler_config.json")
+    storage.write_json(path, scheduler | {"prediction_type": "epsilon"})
+    try:
+        prior = load_prior(PriorConfig(path=str(folder)), EngineConfig(device="cpu", dtype="float32"), verify=False)
+    except (ConfigError, WeightsError) as error:
+        raise type(error)(str(error).replace(str(folder), str(file))) from error
+    prediction_type, _ = probe_prediction(prior, file)
+    verify_scale(prior, file)
+    storage.write_json(path, scheduler | {"prediction_type": prediction_type})
+    return prediction_type

@@ -1,0 +1,230 @@
+"""Adapters in PEFT's format, which plain ``peft`` loads, and what a finished run leaves for others to use."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+from transformers import LlamaConfig
+
+from covray.config import BackboneConfig, LoraConfig, differences
+from covray.errors import ConfigError, WeightsError
+from covray.io import storage
+from covray.io.tensor_files import new_folder, require_new
+from covray.models.lvm.backbone import BackboneFacts, backbone_facts, stored_tensors, write_backbone
+from covray.models.lvm.model import TARGETS, Lora, Lvm
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_UNKNOWN = (
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "use_dora",
+    "use_rslora",
+    "layers_to_transform",
+    "alora_invocation_tokens",
+)
+"""Options of PEFT that change what an adapter means, and that covray has not."""
+
+
+def adapter_tensors(model: Lvm) -> dict[str, Tensor]:
+    """Copies of the adapter's matrices on the CPU, float32, by their names in PEFT's files.
+
+    ``base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`` [rank, inputs], ``...lora_B.weight`` [outputs,
+    rank].
+    """
+    tensors = model.lora_tensors().items()
+    return {
+        f"{_PREFIX}{name}.weight": tensor.to("cpu", torch.float32, copy=True).contiguous() for name, tensor in tensors
+    }
+
+
+def load_adapter_tensors(model: Lvm, tensors: Mapping[str, Tensor]) -> None:
+    """Set the adapter of ``model`` to ``tensors`` (as ``adapter_tensors`` gives them).
+
+    Raises WeightsError when they are of another backbone, rank or set of targets.
+    """
+    views = {f"{_PREFIX}{name}.weight": view for name, view in model.lora_tensors().items()}
+    shapes = {name: tuple(view.shape) for name, view in views.items()}
+    _require_shapes(tensors, shapes, "adapter")
+    for name, view in views.items():
+        view.copy_(tensors[name])
+
+
+def adapter_files(model: Lvm, base_model_name: str) -> dict[str, bytes]:
+    """The files of the adapter by name: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    ``base_model_name``: folder or hub id of the backbone, for ``peft`` to know what it adapts.
+    """
+    assert model.lora is not None, "the model has no adapter"
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model_name,
+        "r": model.lora.rank,
+        "lora_alpha": model.lora.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": list(model.lora.targets),
+        "inference_mode": True,
+    }
+    return {
+        CONFIG_FILE: (json.dumps(config, indent=2) + "\n").encode(),
+        WEIGHTS_FILE: save(adapter_tensors(model), {"format": "pt"}),
+    }
+
+
+def save_adapter(model: Lvm, folder: str, base_model_name: str) -> None:
+    """Write the adapter of ``model`` as a PEFT folder, on any filesystem; see ``adapter_files``."""
+    for name, data in adapter_files(model, base_model_name).items():
+        storage.write_bytes(storage.join(folder, name), data)
+
+
+def read_adapter(folder: str) -> tuple[Lora, dict[str, Tensor]]:
+    """Rank, alpha and targets of a PEFT folder, and its tensors by their names in the file.
+
+    Raises WeightsError for a folder that is incomplete, or a kind of adapter that covray does not compute.
+    """
+    file = storage.join(folder, CONFIG_FILE)
+    try:
+        values = storage.read_json(file)
+        tensors = load(storage.read_bytes(storage.join(folder, WEIGHTS_FILE)))
+    except FileNotFoundError as error:
+        raise WeightsError(f"{folder}: {CONFIG_FILE} or {WEIGHTS_FILE} is missing; give a PEFT adapter") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise WeightsError(f"{folder}: cannot be read ({' '.join(str(error).split())[:200]}); get it again") from error
+    kind = values.get("peft_type") if isinstance(values, dict) else None
+    if kind != "LORA":
+        raise WeightsError(f"{file}: is of type {kind}, not LORA; give a LoRA adapter")
+    odd = [key for key in _UNKNOWN if values.get(key)] + (["bias"] if values.get("bias", "none") != "none" else [])
+    if odd:
+        raise WeightsError(f"{file}: uses {odd[0]}, which covray does not compute; give a plain LoRA adapter")
+    rank, alpha, targets = values.get("r"), values.get("lora_alpha"), values.get("target_modules")
+    if not (isinstance(rank, int) and rank > 0 and isinstance(alpha, int | float)):
+        raise WeightsError(f"{file}: has rank {rank!r} and alpha {alpha!r}; give a plain LoRA adapter")
+    if not (isinstance(targets, list) and targets and set(targets) <= set(TARGETS)):
+        raise WeightsError(f"{file}: adapts {targets!r}, covray only {', '.join(TARGETS)}; give another adapter")
+    return Lora(rank, float(alpha), tuple(name for name in TARGETS if name in targets)), tensors
+
+
+def read_start(config: LoraConfig, llama: LlamaConfig) -> dict[str, Tensor]:
+    """The matrices of the adapter ``config.path`` to go on from, by their names in the file.
+
+    Raises ConfigError when its rank, alpha or targets are not those of ``config``, WeightsError when it cannot be read
+    or is of another backbone than ``llama``.
+    """
+    assert config.path is not None
+    found, tensors = read_adapter(config.path)
+    theirs, ours = (
+        {"lora": {"rank": lora.rank, "alpha": lora.alpha, "targets": sorted(lora.targets)}} for lora in (found, config)
+    )
+    changed = differences(theirs, ours)
+    if changed:
+        raise ConfigError(f"lora.path: {config.path}: {'; '.join(changed)}; set them as the adapter has them")
+    _require_backbone(tensors, found, llama, config.path)
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+        raise WeightsError(f"{config.path}: {WEIGHTS_FILE} has values that are not finite; give another adapter")
+    return tensors
+
+
+def export_merged(facts: BackboneFacts, adapter: str, out: Path, dtype: torch.dtype | None = None) -> None:
+    """Write backbone plus adapter as one plain Hugging Face folder: W + (alpha / rank) B A, computed in float32.
+
+    ``adapter``: a PEFT folder; ``out``: must not exist or be empty, and is complete or not there; ``dtype``: of the
+    weights written, by default as the backbone's are stored. Streams: memory is that of one file of at most 5 GB.
+    Raises WeightsError when the two do not belong together, ConfigError for a backbone without weights or an ``out``
+    that cannot be used.
+    """
+    if facts.folder is None:
+        raise ConfigError("backbone.init: random weights are kept nowhere, so there is nothing to merge with")
+    lora, tensors = read_adapter(adapter)
+    _require_backbone(tensors, lora, facts.llama, adapter)
+    stored = stored_tensors(facts.folder, facts.llama)
+
+    def merged(name: str) -> Tensor:
+        weight = stored(name)
+        projection = _PREFIX + name.removesuffix(".weight")
+        if f"{projection}.lora_A.weight" not in tensors:
+            return weight
+        low, high = (tensors[f"{projection}.{part}.weight"].float() for part in ("lora_A", "lora_B"))
+        return weight.float().addmm_(high, low, alpha=lora.alpha / lora.rank)
+
+    with new_folder(out) as folder:
+        write_backbone(folder, facts, merged, dtype or stored("model.embed_tokens.weight").dtype)
+
+
+def export_run(run: str, out: str, merge: bool) -> None:
+    """Write what the finished ``run`` learnt to the folder ``out``: its adapter as it is, or merged into its backbone.
+
+    Raises ConfigError for a folder that is no finished run or an ``out`` that cannot be used, WeightsError when the
+    backbone is not where, or no longer what, it was.
+    """
+    if "://" in out:
+        raise ConfigError(f"--out {out}: is not on this machine; export to a folder here, and copy it from there")
+    target = Path(out).expanduser()
+    require_new(target)  # before a large backbone is read
+    about = read_run(run)
+    adapter = storage.join(run, "adapter")
+    read_adapter(adapter)  # complete, or refused
+    if not merge:
+        with new_folder(target) as folder:
+            for name in storage.list_files(adapter):
+                storage.write_bytes(str(folder / name), storage.read_bytes(storage.join(adapter, name)))
+        return
+    try:
+        facts = backbone_facts(BackboneConfig.model_validate(about["config"]["backbone"]))
+        fingerprints = dict(about["fingerprints"])
+        trained_on = fingerprints["backbone"]
+    except (KeyError, TypeError, ValueError, ValidationError) as error:
+        raise ConfigError(f"{run}/_run.json: is no description of a run; give the --out of a covray train") from error
+    if facts.fingerprint != trained_on:
+        raise WeightsError(
+            f"{facts.folder}: is backbone {facts.fingerprint[:12]}, the run adapted {trained_on[:12]}; "
+            "put back the folder or revision it was trained on"
+        )
+    # Trained on these codes, the model now knows whose they are, even if the backbone's folder did not say.
+    export_merged(replace(facts, codebook=facts.codebook or fingerprints.get("codebook")), adapter, target)
+
+
+def read_run(run: str) -> dict[str, Any]:
+    """``_run.json`` of the finished ``run``. Raises ConfigError for a folder that is none."""
+    try:
+        about = storage.read_json(storage.join(run, "_run.json"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ConfigError(f"{run}: no _run.json there, so not a run; give the --out of a covray train") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{run}/_run.json: cannot be read ({' '.join(str(error).split())[:200]}); restore it"
+        ) from error
+    if not isinstance(about, dict) or about.get("version") != 1:
+        raise ConfigError(f"{run}/_run.json: is no description of this version; use the covray that wrote it")
+    if not storage.exists(storage.join(run, "_result.json")):
+        raise ConfigError(f"{run}: is unfinished; run the same covray train again")
+    return about
+
+
+def _require_backbone(tensors: Mapping[str, Tensor], lora: Lora, llama: LlamaConfig, what: str) -> None:
+    with torch.device("meta"):
+        views = Lvm(llama, lora).lora_tensors().items()
+    _require_shapes(tensors, {f"{_PREFIX}{name}.weight": tuple(view.shape) for name, view in views}, what)
+
+
+def _require_shapes(tensors: Mapping[str, Tensor], due: Mapping[str, tuple[int, ...]], what: str) -> None:
+    for name in sorted(due.keys() | tensors.keys()):
+        found = tuple(tensors[name].shape) if name in tensors else "missing"
+        wanted = due.get(name, "not adapted")
+        if found != wanted:
+            raise WeightsError(
+                f"{what}: {name.removeprefix(_PREFIX)} is {found}, the model has {wanted}; give the adapter of this "
+                "backbone, with the same rank and targets"
+            )

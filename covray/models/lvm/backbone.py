@@ -1,0 +1,364 @@
+"""LVM backbones: LLaMA folders whose words are image codes, checked, loaded into the fused ``Lvm``, and written.
+
+A backbone is a Hugging Face folder (``config.json``, safetensors) of a ``LlamaForCausalLM``. Those that covray writes
+also have a ``covray.json``, which says whose codes the ids are.
+
+The end of a sequence. LVM's folders name id 2 as its end, and 2 is also an image code: ``generate`` would stop in the
+middle of a picture. No id ends a picture, so the configuration read here has neither a beginning nor an end, and what
+is written here also forbids ``generate`` the special ids.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import GenerationConfig, LlamaConfig
+
+from covray.config import BackboneConfig, LoraConfig
+from covray.errors import ConfigError, WeightsError, one_line
+from covray.io import storage
+from covray.io.model_folders import fingerprint_folder, require_files, resolve_folder
+from covray.io.tensor_files import weight_files
+from covray.models.lvm.model import Lora, Lvm
+from covray.models.lvm.scales import SPECIAL_IDS, llama_config
+from covray.models.tokenizer.vqgan import MAX_CODES
+
+ABOUT_FILE = "covray.json"
+_WEIGHTS = "model.safetensors"
+_INDEX = f"{_WEIGHTS}.index.json"
+_ABOUT_FILES = ("config.json", ABOUT_FILE)
+_WEIGHT_FILES = (_WEIGHTS, "model-*-of-*.safetensors", _INDEX)
+_SHARD_SIZE = "5GB"
+
+
+@dataclass(frozen=True)
+class BackboneFacts:
+    """What is known of a backbone before its weights are loaded."""
+
+    llama: LlamaConfig
+    """The architecture; without ids for the beginning and end of a sequence, whatever the folder says."""
+    folder: Path | None
+    """Where the weights are; None: random ones."""
+    fingerprint: str
+    """SHA-256 (hex) of configuration and weights, of the configuration only where weights are random."""
+    codes: int
+    """Image codes: ids below are tokens of pictures, ids from there on are special."""
+    codebook: str | None
+    """SHA-256 (hex) of the codebook whose codes the ids are; None: the folder does not say."""
+    tokens_per_image: int | None
+    """Tokens of a picture; None: the folder does not say."""
+
+
+def backbone_facts(config: BackboneConfig) -> BackboneFacts:
+    """Find the backbone, check everything but the values of its weights, and fingerprint it.
+
+    A hub id is downloaded (for ``init: random`` its ``config.json`` only). Raises ConfigError when ``config`` names no
+    backbone or another scale than the folder's, WeightsError for a folder that is incomplete or is no LVM.
+    """
+    random = config.init == "random"
+    path = config.path
+    if path is None and config.scale == "custom":
+        raise ConfigError("backbone.path: scale custom takes its sizes from a folder; give it (or a hub id)")
+    if path is None and not random:
+        if config.scale != "nano":
+            raise ConfigError(
+                f"backbone.path: the {config.scale} does not ship with covray; give its LlamaForCausalLM folder or hub "
+                "id (or backbone.init=random, to measure speed)"
+            )
+        path = "nano"
+    if path is None:
+        return weightless_facts(llama_config(config.scale), config.scale)
+
+    patterns = _ABOUT_FILES if random else (*_ABOUT_FILES, *_WEIGHT_FILES)
+    if path != "nano" and Path(path).expanduser().is_file():
+        raise WeightsError(
+            f"{path}: is a file, not a folder; if EasyLM wrote it: covray convert backbone {path} --out DIR"
+        )
+    folder = resolve_folder(path, config.revision, "lvm", patterns)
+    llama = _read_llama(folder)
+    _require_scale(llama, folder, config.scale)
+    facts = weightless_facts(llama, folder)
+    if random:
+        return facts
+    about = read_about(folder)
+    _find_tensors(folder, llama)
+    return replace(
+        facts,
+        folder=folder,
+        fingerprint=fingerprint_folder(folder, ("config.json", *_WEIGHT_FILES)),
+        codebook=about.get("codebook"),
+        tokens_per_image=about.get("tokens_per_image"),
+    )
+
+
+def weightless_facts(llama: LlamaConfig, where: Path | str) -> BackboneFacts:
+    """What the architecture alone says; from here on it has no ids for the beginning and end of a sequence.
+
+    ``where``: whose it is, for the WeightsError about a vocabulary that is not one of image codes.
+    """
+    codes = _codes(llama, where)
+    llama.bos_token_id = llama.eos_token_id = None
+    llama.pad_token_id = codes if codes < llama.vocab_size else None
+    return BackboneFacts(llama, None, _fingerprint(llama), codes, None, None)
+
+
+def load_backbone(
+    facts: BackboneFacts,
+    config: BackboneConfig,
+    lora: LoraConfig | None,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+    recompute: bool = False,
+) -> Lvm:
+    """The backbone on ``device``: frozen weights in ``dtype`` and, with ``lora``, a fresh adapter in float32 to train.
+
+    Memory on the way is the model and one tensor. The adapter starts as PEFT's: A uniform in +-1/sqrt(inputs) (He et
+    al. 2015 with a = sqrt(5)), B zero, so that it changes nothing yet. Every tensor has a generator of its own, seeded
+    by ``seed`` and its name: A is the same on any device and with any set of targets, random weights (normal, of the
+    configuration's ``initializer_range``, 0.02) on one kind of device.
+    Raises WeightsError for a file that cannot be read, or weights that are not finite.
+    """
+    with torch.device("meta"):
+        model = Lvm(facts.llama, Lora(lora.rank, lora.alpha, lora.targets) if lora else None, recompute)
+    model.to(dtype)
+    for name, parameter in model.named_parameters():
+        adapts = ".lora_" in name
+        if adapts:
+            parameter.data = parameter.data.float()
+        parameter.requires_grad_(adapts)
+    model.to_empty(device=device)
+    tensors = model.backbone_tensors()
+    if facts.folder is None:
+        _fill_randomly(tensors, facts.llama.initializer_range, seed, device)
+    else:
+        _fill_from(facts.folder, facts.llama, tensors)
+    for name, tensor in model.lora_tensors().items():
+        if name.endswith("lora_A"):
+            bound = tensor.shape[1] ** -0.5
+            tensor.copy_(torch.empty(tensor.shape).uniform_(-bound, bound, generator=_generator(seed, name, "cpu")))
+        else:
+            tensor.zero_()
+    return model
+
+
+def write_backbone(folder: Path, facts: BackboneFacts, tensor: Callable[[str], Tensor], dtype: torch.dtype) -> None:
+    """Write a plain Hugging Face folder, and beside it what ``facts`` knows of the codes.
+
+    ``tensor`` gives a weight by its name in ``LlamaForCausalLM``; it is asked for one after another, and large models
+    are written in several files, so that memory is that of one file (5 GB). ``generate`` on the folder makes pictures
+    only: no id ends a sequence, special ids are suppressed.
+    """
+    llama = LlamaConfig.from_dict(facts.llama.to_dict())
+    llama.tie_word_embeddings = False  # the head is written, tied or not
+    llama.architectures = ["LlamaForCausalLM"]
+    llama.dtype = dtype
+    with torch.device("meta"):
+        shapes = {name: view.shape for name, view in Lvm(llama).backbone_tensors().items()}
+        shards = split_torch_state_dict_into_shards(
+            {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}, max_shard_size=_SHARD_SIZE
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, names in shards.filename_to_tensors.items():
+        # Copies: safetensors refuses tensors that share memory, as the pieces of fused matrices do.
+        part = {name: tensor(name).detach().to("cpu", dtype, copy=True).contiguous() for name in names}
+        save_file(part, folder / file, {"format": "pt"})
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+        storage.write_json(str(folder / _INDEX), index)
+    special = list(range(facts.codes, llama.vocab_size))
+    GenerationConfig(pad_token_id=llama.pad_token_id, suppress_tokens=special or None).save_pretrained(folder)
+    about = {"version": 1, "codebook": facts.codebook, "tokens_per_image": facts.tokens_per_image}
+    storage.write_json(str(folder / ABOUT_FILE), about)
+    llama.save_pretrained(folder)
+
+
+def stored_tensors(folder: Path, llama: LlamaConfig) -> Callable[[str], Tensor]:
+    """Reads one weight of a backbone folder after another, by name, on the CPU as stored; for ``write_backbone``."""
+    files = _find_tensors(folder, llama)
+
+    def tensor(name: str) -> Tensor:
+        here = name if name in files else "model.embed_tokens.weight"  # a tied head
+        with _opened(files[here]) as file:
+            return file.get_tensor(here)
+
+    return tensor
+
+
+def _read_llama(folder: Path) -> LlamaConfig:
+    """The architecture in ``config.json``, if it is one that ``Lvm`` computes."""
+    values = read_config(folder)
+    kind = values.get("model_type")
+    if kind == "internlm":
+        raise WeightsError(
+            f"{folder}: is an InternLM, as DeLVM's are; covray convert backbone {folder} --out DIR makes it a LLaMA"
+        )
+    return checked_llama(values, folder / "config.json")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """``config.json`` of a model folder. Raises WeightsError when it is missing or no JSON object."""
+    require_files(folder, ["config.json"])
+    file = folder / "config.json"
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise WeightsError(f"{file}: cannot be read ({one_line(error)}); get the folder again") from error
+    return values if isinstance(values, dict) else {}
+
+
+def checked_llama(values: dict[str, Any], file: Path) -> LlamaConfig:
+    """The architecture that ``values`` of ``file`` describe. Raises WeightsError for one that ``Lvm`` has not."""
+    kind = values.get("model_type")
+    if kind != "llama":
+        raise WeightsError(f"{file}: is of model type {kind}, not llama; give the folder of a LlamaForCausalLM")
+    try:
+        llama = LlamaConfig.from_dict(values)
+    except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
+        raise WeightsError(f"{file}: is no LlamaConfig ({one_line(error)}); get the folder again") from error
+    rope = llama.rope_parameters
+    expected = {
+        "hidden_act": (llama.hidden_act, "silu"),
+        "num_key_value_heads": (llama.num_key_value_heads, llama.num_attention_heads),
+        "head_dim": (llama.head_dim, llama.hidden_size // llama.num_attention_heads),
+        "rope_type": (rope.get("rope_type", "default"), "default"),
+    }
+    for key, (found, supported) in expected.items():
+        if found != supported:
+            raise WeightsError(f"{file}: {key} is {found}, covray computes only {supported} here; give an LVM")
+    return llama
+
+
+def _codes(llama: LlamaConfig, where: Path | str) -> int:
+    """Image codes of a vocabulary: all of DeLVM's 8192, all but the 100 special ids of LVM's 8292."""
+    codes = llama.vocab_size if llama.vocab_size == MAX_CODES else llama.vocab_size - SPECIAL_IDS
+    if not 0 < codes <= MAX_CODES:
+        raise WeightsError(
+            f"{where}: a vocabulary of {llama.vocab_size} is none of image codes (at most {MAX_CODES}, and "
+            f"{SPECIAL_IDS} special ids); give an LVM"
+        )
+    return codes
+
+
+def _require_scale(llama: LlamaConfig, folder: Path, scale: str) -> None:
+    if scale == "custom":
+        return
+    published = llama_config(scale)
+    due = (published.hidden_size, published.num_hidden_layers)
+    found = (llama.hidden_size, llama.num_hidden_layers)
+    if found != due:
+        raise ConfigError(
+            f"{folder}: has hidden size {found[0]} and {found[1]} layers, scale {scale} has {due[0]} and {due[1]}; "
+            "give the folder's scale, or custom"
+        )
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """``covray.json``; a folder that covray did not write has none, and says nothing."""
+    file = folder / ABOUT_FILE
+    if not file.is_file():
+        return {}
+    try:
+        about = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{file}: cannot be read ({one_line(error)}); get the folder again") from error
+    version = about.get("version") if isinstance(about, dict) else None
+    if version != 1:
+        raise WeightsError(f"{file}: is of version {version}, not 1; use the covray that wrote it")
+    for key, kind in (("codebook", str), ("tokens_per_image", int)):
+        if not isinstance(about.get(key), kind | None):
+            raise WeightsError(f"{file}: {key} is {about[key]!r}; get the folder again")
+    return about
+
+
+def _find_tensors(folder: Path, llama: LlamaConfig) -> dict[str, Path]:
+    """The file of every weight, after comparing names and shapes with the architecture; reads headers only."""
+    with torch.device("meta"):
+        due = {name: tuple(view.shape) for name, view in Lvm(llama).backbone_tensors().items()}
+    files: dict[str, Path] = {}
+    for file in _weight_files(folder):
+        with _opened(file) as opened:
+            for name in opened.keys():  # noqa: SIM118 (no mapping)
+                if name.endswith("rotary_emb.inv_freq"):  # old folders keep what is computed
+                    continue
+                shape = tuple(opened.get_slice(name).get_shape())
+                if name not in due:
+                    raise _disagreement(folder, f"{name} is too many")
+                if shape != due[name]:
+                    raise _disagreement(folder, f"{name} is {list(shape)}, not {list(due[name])}")
+                files[name] = file
+    missing = due.keys() - files.keys() - ({"lm_head.weight"} if llama.tie_word_embeddings else set())
+    if missing:
+        raise _disagreement(folder, f"{min(missing)} is missing")
+    return files
+
+
+def _disagreement(folder: Path, detail: str) -> WeightsError:
+    return WeightsError(f"{folder}: weights and config.json disagree, {detail}; get the folder again, or give another")
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    files = weight_files(folder, (_WEIGHTS, _INDEX))
+    if files:
+        return files
+    if any(folder.glob("pytorch_model*.bin")):
+        raise WeightsError(
+            f"{folder}: has weights only as pytorch_model.bin, which can run code; covray convert backbone {folder} "
+            "--out DIR reads them without, and writes safetensors"
+        )
+    raise WeightsError(f"{folder}: {_WEIGHTS} or {_INDEX} is missing; complete the folder, or give another")
+
+
+def _opened(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt", device="cpu")
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"{file}: cannot be read ({one_line(error)}); get the folder again") from error
+
+
+def _fill_from(folder: Path, llama: LlamaConfig, tensors: dict[str, Tensor]) -> None:
+    files = _find_tensors(folder, llama)
+    for name, tensor in _stored(files):
+        if not tensors[name].copy_(tensor).isfinite().all():
+            raise WeightsError(f"{folder}: {name} holds values that are not finite; get the folder again")
+    if "lm_head.weight" not in files:  # tied
+        tensors["lm_head.weight"].copy_(tensors["model.embed_tokens.weight"])
+
+
+def _stored(files: dict[str, Path]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor, a file opened once."""
+    for file, names in groupby(files, files.__getitem__):
+        with _opened(file) as opened:
+            yield from ((name, opened.get_tensor(name)) for name in names)
+
+
+def _fill_randomly(tensors: dict[str, Tensor], deviation: float, seed: int, device: torch.device) -> None:
+    """As transformers initialises: normal matrices, norms 1, no bias."""
+    for name, tensor in tensors.items():
+        if tensor.ndim == 1:
+            tensor.fill_(0.0 if name.endswith("bias") else 1.0)
+        else:
+            tensor.normal_(0.0, deviation, generator=_generator(seed, name, device))
+
+
+def _generator(seed: int, name: str, device: torch.device | str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def _fingerprint(llama: LlamaConfig) -> str:
+    values = {key: value for key, value in llama.to_dict().items() if key not in ("transformers_version", "dtype")}
+    return hashlib.sha256(f"random {json.dumps(values, sort_keys=True)}".encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""Decoders of the LVM: a prompt and queries in, image tokens out."""

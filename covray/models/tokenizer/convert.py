@@ -1,0 +1,373 @@
+"""VQGANs of other programs as ``diffusers.VQModel`` folders: muse, taming-transformers, LlamaGen.
+
+All three are one network under three sets of names, and ``VQModel`` is the same network: the weights are renamed, not
+changed. Two things are more than names. taming and LlamaGen are trained on pixels in [-1, 1], which the written folder
+says for the tokenizer to obey. LlamaGen compares directions: the code nearest to z / |z| among unit vectors is the one
+nearest to z among them, so its codebook is written normalised. What ``VQModel`` cannot compute is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import torch
+import torch.nn.functional as F
+import yaml
+from diffusers import VQModel
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from covray.errors import ConfigError, WeightsError, one_line
+from covray.io import storage
+from covray.io.tensor_files import (
+    Shape,
+    new_folder,
+    read_tensors,
+    require_finite,
+    require_new,
+    require_tensors,
+    weight_files,
+)
+from covray.models.tokenizer.vqgan import ABOUT_FILE, MAX_CODES, WEIGHTS_FILE
+
+M = TypeVar("M", bound=BaseModel)
+_Factors = Annotated[list[PositiveInt], Field(min_length=1, max_length=10)]
+_GROUPS = 32  # of every group norm, in all three
+_MUSE_WEIGHTS = ("pytorch_model.bin", "pytorch_model.safetensors", "model.safetensors")
+_LIGHTNING = ("pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",)
+"""A key in the checkpoints of PyTorch Lightning, which taming's are."""
+_LLAMAGEN_PX = 256
+"""What LlamaGen's are trained at; their files do not say."""
+_PARTS = {  # diffusers: muse and taming; order counts
+    "down_blocks": "down",
+    "mid_block.attentions.0": "mid.attn_1",
+    "resnets": "block",
+    "attentions": "attn",
+    "downsamplers.0": "downsample",
+    "upsamplers.0": "upsample",
+    "conv_shortcut": "nin_shortcut",
+    "conv_norm_out": "norm_out",
+    "group_norm": "norm",
+    "to_out.0": "proj_out",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+}
+_MIDDLE = ("block_1", "attn_1", "block_2")  # in LlamaGen's list
+
+
+class _Muse(BaseModel):
+    """``config.json`` of muse's ``VQGANModel``, with its defaults; literals are what ``VQModel`` can compute."""
+
+    resolution: PositiveInt = 256
+    num_channels: Literal[3] = 3
+    hidden_channels: PositiveInt = 128
+    channel_mult: _Factors = [1, 1, 2, 2, 4]
+    num_res_blocks: PositiveInt = 2
+    attn_resolutions: list[int] | int = [16]
+    no_attn_mid_block: bool = False
+    z_channels: PositiveInt = 256
+    num_embeddings: PositiveInt = 1024
+    quantized_embed_dim: PositiveInt = 256
+    resample_with_conv: Literal[True] = True
+    decoder_res_blocks: None = None
+    extra_mid_res_blocks: None = None
+    decoder_hidden_channels: None = None
+    decoder_channel_mult: None = None
+
+
+class _TamingNetwork(BaseModel):
+    """``ddconfig`` of a taming configuration. An option that is not here might change the network: it is refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    ch: PositiveInt
+    out_ch: Literal[3]
+    in_channels: Literal[3]
+    ch_mult: _Factors
+    num_res_blocks: PositiveInt
+    attn_resolutions: list[int]
+    resolution: PositiveInt
+    z_channels: PositiveInt
+    double_z: Literal[False]
+    dropout: float = 0.0
+    resamp_with_conv: Literal[True] = True
+    attn_type: Literal["vanilla"] = "vanilla"
+    use_linear_attn: Literal[False] = False
+    tanh_out: Literal[False] = False
+    give_pre_end: Literal[False] = False
+
+
+class _Taming(BaseModel):
+    """``model.params`` of a taming configuration."""
+
+    embed_dim: PositiveInt
+    n_embed: PositiveInt
+    ddconfig: _TamingNetwork
+    remap: None = None
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """A checkpoint of one of the layouts."""
+
+    layout: str
+    file: Path
+    network: dict[str, Any]
+    """Arguments of ``VQModel``."""
+    tensors: dict[str, Tensor]
+    name: Callable[[str], str]
+    """The checkpoint's name of a tensor of ``VQModel``."""
+    signed: bool
+    """Whether pixels are in [-1, 1]."""
+
+
+def convert_tokenizer(source: str, out: str) -> dict[str, Any]:
+    """Write the VQGAN ``source`` as a ``VQModel`` folder ``out``; gives what was converted, to show.
+
+    ``source``: muse's folder (``config.json`` and ``pytorch_model.bin`` or safetensors), taming's (a ``.ckpt`` and its
+    ``.yaml``, below it), or LlamaGen's ``.pt`` file. Weights keep their type. ``out`` must be new.
+    Raises WeightsError for a checkpoint that is damaged, is none of these, or computes what ``VQModel`` cannot,
+    ConfigError for an ``out`` that cannot be used.
+    """
+    path, target = Path(source).expanduser(), Path(out).expanduser()
+    require_new(target)
+    checkpoint = _read(path)
+    file, network = checkpoint.file, checkpoint.network
+    if network["num_vq_embeddings"] > MAX_CODES:
+        raise WeightsError(
+            f"{file}: has {network['num_vq_embeddings']} codes, LVM's vocabulary only {MAX_CODES}; give a smaller "
+            "codebook"
+        )
+    try:
+        with torch.device("meta"):
+            model = VQModel(**network)
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        raise WeightsError(f"{file}: is no network that VQModel can build ({one_line(error)}); give another") from error
+    due = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    names = {name: checkpoint.name(name) for name in due}
+    found = {name: tuple(tensor.shape) for name, tensor in checkpoint.tensors.items()}
+    require_tensors(file, found, {names[name]: _stored_shape(name, shape) for name, shape in due.items()})
+    tensors = {
+        name: require_finite(file, names[name], checkpoint.tensors[names[name]]).reshape(shape).contiguous()
+        for name, shape in due.items()
+    }
+    if checkpoint.layout == "llamagen":
+        codebook = tensors["quantize.embedding.weight"]
+        tensors["quantize.embedding.weight"] = F.normalize(codebook.float(), dim=-1).to(codebook.dtype)
+    pixels = [-1, 1] if checkpoint.signed else [0, 1]
+    with new_folder(target) as folder:
+        save_file(tensors, folder / WEIGHTS_FILE, {"format": "pt"})
+        model.save_config(folder)
+        storage.write_json(str(folder / ABOUT_FILE), {"version": 1, "pixels": pixels})
+    return {
+        "layout": checkpoint.layout,
+        "out": out,
+        "parameters": sum(tensor.numel() for tensor in tensors.values()),
+        "codes": network["num_vq_embeddings"],
+        "size_px": network["sample_size"],
+        "pixels": pixels,
+    }
+
+
+def _read(path: Path) -> _Checkpoint:
+    if path.is_file():
+        return _read_llamagen(path)
+    if not path.is_dir():
+        raise ConfigError(f"{path}: no such file or folder; give a downloaded checkpoint")
+    if any(path.glob("diffusion_pytorch_model*")):
+        raise WeightsError(f"{path}: is a folder of diffusers already; give it to --tokenizer as it is")
+    if (path / "config.json").is_file():
+        return _read_muse(path)
+    checkpoints = sorted(path.glob("**/*.ckpt"))
+    if len(checkpoints) != 1:
+        raise WeightsError(
+            f"{path}: holds {'several' if checkpoints else 'no'} .ckpt files and no config.json; give a folder of muse "
+            "(config.json, pytorch_model.bin) or taming (one .ckpt and its .yaml), or a file of LlamaGen (.pt)"
+        )
+    return _read_taming(path, checkpoints[0])
+
+
+def _read_muse(folder: Path) -> _Checkpoint:
+    file = folder / "config.json"
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise WeightsError(f"{file}: cannot be read ({one_line(error)}); get the folder again") from error
+    kind = values.get("_class_name") if isinstance(values, dict) else None
+    if kind != "VQGANModel":
+        raise WeightsError(f"{file}: is of class {kind}, not muse's VQGANModel; give another folder")
+    config = _validated(_Muse, values, file)
+    attended = config.attn_resolutions if isinstance(config.attn_resolutions, list) else [config.attn_resolutions]
+    files = weight_files(folder, _MUSE_WEIGHTS)
+    if not files:
+        raise WeightsError(f"{folder}: {' or '.join(_MUSE_WEIGHTS)} is missing; complete the folder, or give another")
+    levels = len(config.channel_mult)
+    attention = _attention(attended, config.resolution, levels)
+    if config.num_res_blocks == 1 and any(attention):
+        # muse's levels pass over their attention where they have but one.
+        raise WeightsError(f"{file}: attn_resolutions with one residual block is not supported; give another")
+    network = _network(
+        file,
+        first=config.hidden_channels,
+        channels=[config.hidden_channels * factor for factor in config.channel_mult],
+        attention=attention,
+        mid_attention=not config.no_attn_mid_block,
+        blocks=config.num_res_blocks,
+        latents=config.z_channels,
+        codebook=(config.num_embeddings, config.quantized_embed_dim),
+        size_px=config.resolution,
+    )
+    return _Checkpoint("muse", files[0], network, read_tensors(files[0]), partial(_muse_name, levels), False)
+
+
+def _read_taming(root: Path, file: Path) -> _Checkpoint:
+    found = [(path, model) for path in sorted(root.glob("**/*.yaml")) for model in _taming_models(path)]
+    if len(found) != 1:
+        raise WeightsError(
+            f"{root}: holds {'several' if found else 'no'} .yaml with a model.params.ddconfig; put the one of "
+            f"{file.name} beside it"
+        )
+    path, model = found[0]
+    kind = str(model.get("target", "VQModel")).rpartition(".")[2]
+    if kind not in ("VQModel", "VQModelInterface"):
+        raise WeightsError(
+            f"{path}: {kind} does not take the nearest code, so VQModel cannot; give a VQModel of taming"
+        )
+    config = _validated(_Taming, model["params"], path)
+    net = config.ddconfig
+    levels = len(net.ch_mult)
+    network = _network(
+        path,
+        first=net.ch,
+        channels=[net.ch * factor for factor in net.ch_mult],
+        attention=_attention(net.attn_resolutions, net.resolution, levels),
+        mid_attention=True,
+        blocks=net.num_res_blocks,
+        latents=net.z_channels,
+        codebook=(config.n_embed, config.embed_dim),
+        size_px=net.resolution,
+    )
+    stored = read_tensors(file, keys=("state_dict",), inert=_LIGHTNING)
+    tensors = {name: tensor for name, tensor in stored.items() if not name.startswith("loss.")}  # the discriminator
+    return _Checkpoint("taming", file, network, tensors, partial(_muse_name, levels), True)
+
+
+def _read_llamagen(file: Path) -> _Checkpoint:
+    tensors = read_tensors(file, keys=("ema", "model"))
+    tensors.pop("quantize.codebook_used", None)  # a statistic of training
+    channels: list[int] = []
+    while (name := f"encoder.conv_blocks.{len(channels)}.res.0.conv2.weight") in tensors:
+        channels.append(tensors[name].shape[0])
+    if not channels:
+        raise WeightsError(f"{file}: has no encoder.conv_blocks, so is no VQ of LlamaGen; give another checkpoint")
+    blocks = sum(bool(re.fullmatch(r"encoder\.conv_blocks\.0\.res\.\d+\.conv1\.weight", name)) for name in tensors)
+    codes, dimensions = _shape(tensors, file, "quantize.embedding.weight", 2)
+    network = _network(
+        file,
+        first=_shape(tensors, file, "encoder.conv_in.weight", 4)[0],
+        channels=channels,
+        attention=[False] * (len(channels) - 1) + [True],
+        mid_attention=True,
+        blocks=blocks,
+        latents=_shape(tensors, file, "encoder.conv_out.weight", 4)[0],
+        codebook=(codes, dimensions),
+        size_px=_LLAMAGEN_PX,
+    )
+    return _Checkpoint("llamagen", file, network, tensors, partial(_llamagen_name, len(channels)), True)
+
+
+def _taming_models(path: Path) -> Iterable[dict[str, Any]]:
+    """``model`` of a configuration, if it describes an autoencoder."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise WeightsError(f"{path}: cannot be read ({one_line(error)}); get it again") from error
+    model = values.get("model") if isinstance(values, dict) else None
+    params = model.get("params") if isinstance(model, dict) else None
+    return [model] if isinstance(model, dict) and isinstance(params, dict) and "ddconfig" in params else []
+
+
+def _validated(model: type[M], values: dict[str, Any], file: Path) -> M:
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        found = "is missing" if first["type"] == "missing" else f"is {first['input']!r:.60}"
+        raise WeightsError(f"{file}: {key} {found}, no VQModel can be that ({first['msg']}); give another") from error
+
+
+def _network(
+    where: Path,
+    first: int,
+    channels: Sequence[int],
+    attention: Sequence[bool],
+    mid_attention: bool,
+    blocks: int,
+    latents: int,
+    codebook: tuple[int, int],
+    size_px: int,
+) -> dict[str, Any]:
+    """Arguments of ``VQModel``; ``first``: channels after the first convolution, ``codebook``: its codes and their
+    dimensions, ``channels`` and ``attention``: of every level, from the picture down."""
+    if first != channels[0]:
+        raise WeightsError(
+            f"{where}: its first level widens {first} channels to {channels[0]}, no VQModel can be that; give another"
+        )
+    return {
+        "block_out_channels": list(channels),
+        "down_block_types": ["AttnDownEncoderBlock2D" if attends else "DownEncoderBlock2D" for attends in attention],
+        "up_block_types": [
+            "AttnUpDecoderBlock2D" if attends else "UpDecoderBlock2D" for attends in reversed(attention)
+        ],
+        "mid_block_add_attention": mid_attention,
+        "layers_per_block": blocks,
+        "latent_channels": latents,
+        "num_vq_embeddings": codebook[0],
+        "vq_embed_dim": codebook[1],
+        "norm_num_groups": _GROUPS,
+        "sample_size": size_px,
+        "lookup_from_codebook": True,
+    }
+
+
+def _attention(resolutions: Sequence[int], size_px: int, levels: int) -> list[bool]:
+    """Whether a level attends: muse and taming name the sides of its latents, in pixels."""
+    return [size_px // 2**level in resolutions for level in range(levels)]
+
+
+def _muse_name(levels: int, name: str) -> str:
+    """muse's and taming's name of VQModel's tensor ``name``. Their decoder counts its levels from the picture."""
+    name = re.sub(r"mid_block\.resnets\.(\d)", lambda found: f"mid.block_{int(found[1]) + 1}", name)
+    name = re.sub(r"up_blocks\.(\d+)", lambda found: f"up.{levels - 1 - int(found[1])}", name)
+    for ours, theirs in _PARTS.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def _llamagen_name(levels: int, name: str) -> str:
+    """LlamaGen's name of VQModel's tensor ``name``. Its decoder counts as VQModel's does."""
+    name = _muse_name(levels, name)
+    name = re.sub(r"mid\.(block_1|attn_1|block_2)", lambda found: f"mid.{_MIDDLE.index(found[1])}", name)
+    name = re.sub(r"decoder\.up\.(\d+)", lambda found: f"decoder.conv_blocks.{levels - 1 - int(found[1])}", name)
+    return name.replace("encoder.down.", "encoder.conv_blocks.").replace(".block.", ".res.")
+
+
+def _stored_shape(name: str, shape: Shape) -> Shape:
+    """A shape as the checkpoints have it: their attention's projections are convolutions of 1x1."""
+    return (*shape, 1, 1) if re.search(r"\.to_(q|k|v|out\.0)\.weight$", name) else shape
+
+
+def _shape(tensors: dict[str, Tensor], file: Path, name: str, rank: int) -> Shape:
+    shape = tuple(tensors[name].shape) if name in tensors else ()
+    if len(shape) != rank:
+        raise WeightsError(f"{file}: {name} is {list(shape) or 'missing'}; get the checkpoint again, or give another")
+    return shape

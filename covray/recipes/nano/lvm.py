@@ -1,0 +1,230 @@
+"""Recipe of the nano LVM: a LLaMA pre-trained on plain visual sentences, as LVM was, without any chains.
+
+Sentences fill the context of 16 pictures: pairs of one task, views of a few scenes, or single pictures. What a chain of
+vision is, the model learns from LoRA later; what a picture, a pair and a task are, it learns here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from covray.config import BackboneConfig, EngineConfig, TokenizerConfig
+from covray.models.lvm.backbone import BackboneFacts, backbone_facts, load_backbone, write_backbone
+from covray.models.lvm.model import Batch, Lvm
+from covray.models.lvm.scales import SPECIAL_IDS, llama_config
+from covray.models.tokenizer.vqgan import Tokenizer, load_tokenizer
+from covray.recipes.nano.data import CROPS, KINDS, VIEWS, views
+from covray.recipes.nano.loop import adamw, train
+
+TASK_PICTURES = {
+    "segmentation": ("colour", "segmentation"), "pose": ("colour", "pose"), "colorization": ("grey", "colour"),
+    "normals": ("colour", "normals"), "edges": ("colour", "edges"), "depth": ("colour", "depth"),
+    "low_light": ("dark", "colour"),
+}  # fmt: skip
+"""Image and label of every task, by kind of picture."""
+DRAWN = (*TASK_PICTURES, "pose", "pose", "depth")
+"""What a sentence of pairs draws its task from: where a person stands, and how far all is, is learned slowest."""
+PICTURES = 16
+"""Pictures of a sentence: the context."""
+BATCH = 6
+PAIRS_SHARE, VIEWS_SHARE = 0.9, 0.05
+IMAGES_LOSS = 0.25
+"""Share of the tokens of images that carry loss; all of a label's do. Most of an image nobody can foretell, and the
+little the model has to give is better spent on what follows from what it sees."""
+MUON_RATE, ADAMW_RATE = 4e-3, 3e-3
+VIEW_SCENES = 1500
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The pictures that sentences are drawn from, as tokens; uint16, the last axis one picture."""
+
+    scenes: Tensor
+    """[scenes, 8 kinds, tokens]."""
+    photographs: Tensor
+    """[crops, 3 kinds (colour, grey, dark), tokens]."""
+    views: Tensor
+    """[scenes, 4 views, tokens]."""
+
+    def sentence(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """One sentence of 16 pictures, and where it carries loss; int64, bool [16 * tokens]; all from ``generator``."""
+        kind = float(torch.rand((), generator=generator))
+        if kind < PAIRS_SHARE:
+            pictures = self.pairs(DRAWN[self._draw(len(DRAWN), 1, generator)[0]], generator)
+        elif kind < PAIRS_SHARE + VIEWS_SHARE:
+            pictures = self.views[self._draw(len(self.views), PICTURES // VIEWS, generator)].flatten(0, 1)
+        else:
+            pictures = self.scenes.flatten(0, 1)[self._draw(self.scenes[..., 0].numel(), PICTURES, generator)]
+        counts = torch.rand(pictures.shape, generator=generator) < IMAGES_LOSS
+        if kind < PAIRS_SHARE:
+            counts[1::2] = True
+        return pictures.reshape(-1).long(), counts.flatten()
+
+    def pairs(self, task: str, generator: torch.Generator) -> Tensor:
+        """Eight pairs of ``task``, [16, tokens]; of photographs now and then, where these have the task's pictures."""
+        image, label = (KINDS.index(kind) for kind in TASK_PICTURES[task])
+        of_photographs = len(self.photographs) > 0 and max(image, label) < 3
+        photographs = of_photographs and float(torch.rand((), generator=generator)) < 0.4
+        source = self.photographs if photographs else self.scenes
+        chosen = source[self._draw(len(source), PICTURES // 2, generator)]
+        return torch.stack((chosen[:, image], chosen[:, label]), 1).flatten(0, 1)
+
+    @staticmethod
+    def _draw(population: int, count: int, generator: torch.Generator) -> list[int]:
+        return torch.randint(population, (count,), generator=generator).tolist()
+
+
+def train_lvm(pictures: Tensor, held_out: Tensor, out: Path, steps: int, seed: int, device: torch.device) -> None:
+    """Train the LVM on the tokens of uint8 ``pictures`` (``covray.recipes.nano.data.pictures``) and save ``out``/lvm.
+
+    Needs the VQGAN of ``train_vqgan`` in ``out``/vqgan. The loss is next-token cross-entropy. Muon (Jordan et al. 2024)
+    trains the matrices, as it learns more a step than AdamW does; AdamW trains the rest.
+    """
+    torch.manual_seed(seed)
+    tokenizer = load_tokenizer(TokenizerConfig(path=str(out / "vqgan")), EngineConfig(image_batch=64))
+    corpus = _corpus(pictures, tokenizer, out, seed)
+    seen = _tokens(held_out, tokenizer, out / "data" / "held-out")
+    size = seen.shape[-1]
+    measured = scenes_alone(seen)
+
+    def loss_of(model: Any, step: int, generator: torch.Generator) -> Tensor:
+        sentences, counts = zip(*(corpus.sentence(generator) for _ in range(BATCH)), strict=True)
+        batch = _batch(sentences, torch.stack(counts)).to(device)
+        total, each = model(batch)
+        return total / len(each)
+
+    def measure(model: Any) -> str:
+        perplexities = answer_perplexity(model, measured, 4, device)
+        return "held-out answer perplexity " + ", ".join(f"{task} {value:.1f}" for task, value in perplexities.items())
+
+    model = new_lvm(seed)
+    model = train(model, loss_of, out, steps, seed, ADAMW_RATE, "lvm", device, measure=measure, optimizers=_optimizers)
+    save_lvm(model, out / "lvm", tokenizer.codebook_fingerprint, size)
+
+
+def new_lvm(seed: int) -> Lvm:
+    """An untrained nano LVM: normal weights of deviation 0.02, those that write to the stream smaller (GPT-2)."""
+    generator = torch.Generator().manual_seed(seed)
+    model = Lvm(llama_config("nano"))
+    depth = (2 * model.config.num_hidden_layers) ** -0.5
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.fill_(1.0)
+            else:
+                scale = depth if name.endswith(("out.weight", "down.weight")) else 1.0
+                parameter.normal_(0.0, 0.02 * scale, generator=generator)
+    return model
+
+
+def measure_lvm(root: Path, held_out: NDArray[np.uint8], training: NDArray[np.uint8]) -> dict[str, dict[str, float]]:
+    """Perplexity of answers by task, on the pictures ``held_out`` of ``scene_pictures``: of the LVM in ``root``/lvm
+    after seven examples, and of ``baselines`` fitted on ``training``. Raises WeightsError.
+    """
+    tokenizer = load_tokenizer(TokenizerConfig(path=str(root / "vqgan")), EngineConfig())
+    seen, unseen = (scenes_alone(torch.from_numpy(tokenizer.encode(part))) for part in (training, held_out))
+    config, device = BackboneConfig(path=str(root / "lvm")), torch.device("cpu")
+    model = load_backbone(backbone_facts(config), config, None, dtype=torch.float32, device=device, seed=0)
+    return {"lvm": answer_perplexity(model, unseen, 32, device), **baselines(seen, unseen)}
+
+
+def answer_perplexity(model: Lvm, corpus: Corpus, sentences: int, device: torch.device) -> dict[str, float]:
+    """Perplexity by task of the eighth pair's label, given seven pairs and the eighth image: exp(mean NLL)."""
+    found = {}
+    for task in TASK_PICTURES:
+        generator = torch.Generator().manual_seed(0)
+        pictures = [corpus.pairs(task, generator).reshape(-1).long() for _ in range(sentences)]
+        answer = torch.zeros(sentences, len(pictures[0]), dtype=torch.bool)
+        answer[:, -corpus.scenes.shape[-1] :] = True
+        batch = _batch(pictures, answer)
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16):
+            _, each = model(batch.to(device))
+        found[task] = float(each.mean().exp())
+    return found
+
+
+def baselines(training: Corpus, held_out: Corpus) -> dict[str, dict[str, float]]:
+    """Perplexity of the labels' tokens by task, for guesses that need no network; fitted on ``training``.
+
+    ``unigram``: how often a code occurs in labels of the task (one added to each count). ``copy``: the query's token at
+    the same place with probability c, else the unigram; c is what fits best.
+    """
+    found: dict[str, dict[str, float]] = {"unigram": {}, "copy": {}}
+    codes = llama_config("nano").vocab_size - SPECIAL_IDS
+    for task, kinds in TASK_PICTURES.items():
+        image, label = (KINDS.index(kind) for kind in kinds)
+        (seen_image, seen), (query, answer) = (
+            (corpus.scenes[:, image].flatten().long(), corpus.scenes[:, label].flatten().long())
+            for corpus in (training, held_out)
+        )
+        counts = torch.bincount(seen, minlength=codes).double() + 1
+        unigram = counts / counts.sum()
+        copying = torch.linspace(0, 0.99, 100).double()[:, None]
+
+        def nats(image: Tensor, label: Tensor, copying: Tensor, unigram: Tensor = unigram) -> Tensor:
+            return -(copying * (image == label) + (1 - copying) * unigram[label]).log().mean(-1)
+
+        best = copying[nats(seen_image, seen, copying).argmin()]
+        found["unigram"][task] = float(nats(query, answer, torch.zeros(1)).exp())
+        found["copy"][task] = float(nats(query, answer, best).exp())
+    return found
+
+
+def scenes_alone(tokens: Tensor) -> Corpus:
+    """The tokens [n * 8 kinds, tokens] of ``scene_pictures`` as a corpus without photographs and views."""
+    size = tokens.shape[-1]
+    return Corpus(
+        tokens.reshape(-1, len(KINDS), size), tokens[:0].reshape(0, 3, size), tokens[:0].reshape(0, VIEWS, size)
+    )
+
+
+def save_lvm(model: Lvm, folder: Path, codebook: str, tokens_per_image: int) -> None:
+    """Write ``model`` as a Hugging Face folder in float16, with ``covray.json``: whose codes its ids are."""
+    codes = model.config.vocab_size - SPECIAL_IDS
+    facts = BackboneFacts(model.config, None, "", codes, codebook, tokens_per_image)
+    write_backbone(folder, facts, model.backbone_tensors().__getitem__, torch.float16)
+
+
+def _batch(sentences: Sequence[Tensor], counts: Tensor) -> Batch:
+    """Sentences of one length, with loss on the tokens of ``counts``, bool [sentences, length]."""
+    counts = counts.clone()
+    counts[:, 0] = False  # nothing stands before it
+    places = counts.flatten().nonzero()[:, 0] - 1
+    return Batch(torch.cat(tuple(sentences)), (counts.shape[1],) * len(sentences), places)
+
+
+def _optimizers(model: Lvm) -> list[torch.optim.Optimizer]:
+    matrices = [parameter for parameter in model.layers.parameters() if parameter.ndim == 2]
+    rest = [parameter for parameter in model.parameters() if not any(parameter is matrix for matrix in matrices)]
+    muon = torch.optim.Muon(matrices, lr=MUON_RATE, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    return [muon, adamw(rest, ADAMW_RATE)]
+
+
+def _corpus(pictures: Tensor, tokenizer: Tokenizer, out: Path, seed: int) -> Corpus:
+    tokens = _tokens(pictures, tokenizer, out / "data" / "train")
+    size = tokens.shape[-1]
+    scenes, photographs = tokens[: -3 * CROPS], tokens[-3 * CROPS :]
+    shots = torch.from_numpy(views(out / "data", VIEW_SCENES, seed))
+    return Corpus(
+        scenes.reshape(-1, len(KINDS), size),
+        photographs.reshape(-1, 3, size),
+        _tokens(shots, tokenizer, out / "data" / "views").reshape(-1, VIEWS, size),
+    )
+
+
+def _tokens(pictures: Tensor, tokenizer: Tokenizer, path: Path) -> Tensor:
+    """Tokens uint16 [n, tokens] of ``pictures``, kept beside ``path``: a continued training need not encode again."""
+    kept = path.with_name(f"{path.name}-tokens-{len(pictures)}-{tokenizer.fingerprint[:12]}.npy")
+    if not kept.exists():
+        aside = kept.with_suffix(".part.npy")
+        np.save(aside, tokenizer.encode(pictures.numpy()))
+        aside.rename(kept)
+    return torch.from_numpy(np.load(kept))

@@ -1,0 +1,94 @@
+"""The recipe of the nano family, end to end, and what its model card says of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, VQModel
+
+from covray.chains.build import psnr
+from covray.config import EngineConfig, PriorConfig
+from covray.errors import ConfigError
+from covray.io.model_folders import NANO_FOLDER, require_files
+from covray.models.diffusion.engine import ChainEngine
+from covray.models.diffusion.prior import load_prior
+from covray.recipes.nano.autoencoders import reconstruct_vae, reconstruct_vqgan, train_vae, train_vqgan
+from covray.recipes.nano.data import CROPS, KINDS, pictures, scene_pictures
+from covray.recipes.nano.lvm import measure_lvm, train_lvm
+from covray.recipes.nano.prior import train_prior
+
+WEIGHTS = NANO_FOLDER
+STEPS = {"vae": 2300, "vqgan": 4000, "prior": 3000, "lvm": 5500}
+HELD_OUT_SCENES = 250
+
+
+def train_model(model: str, out: Path, steps: int | None, scenes: int, threads: int, device: str, seed: int) -> None:
+    """Train ``model`` (vae, vqgan, prior or lvm) into the folder ``out``; a killed training continues where it saved.
+
+    Raises ConfigError for a model, a device or a folder that is not there.
+    """
+    trainers = {"vae": train_vae, "vqgan": train_vqgan, "prior": train_prior, "lvm": train_lvm}
+    if model not in trainers:
+        raise ConfigError(f"{model}: no such nano model; give one of {', '.join(trainers)}")
+    before = {"prior": "vae", "lvm": "vqgan"}.get(model)
+    if before and not (out / before).is_dir():
+        raise ConfigError(
+            f"{out}/{before}: not there; the {model} is made on it: covray nano train {before} --out {out}"
+        )
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"--device {device}: give auto, cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no GPU; give auto or cpu")
+    found = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: cannot be written ({error.strerror}); give another folder") from error
+    torch.set_num_threads(threads)
+    training = torch.from_numpy(pictures(out / "data", "train", scenes, CROPS, seed))
+    held_out = torch.from_numpy(pictures(out / "data", "val", HELD_OUT_SCENES, 0, seed).copy())
+    trainers[model](training, held_out[:512], out, steps or STEPS[model], seed, torch.device(found))
+
+
+def measure(folder: Path | None = None, scenes: int = HELD_OUT_SCENES, round_trips: int = 8) -> dict[str, Any]:
+    """The figures of the model card, on scenes of the split ``test``, which no training saw.
+
+    ``vae``, ``vqgan``: mean PSNR in dB by kind of picture and over all; ``codebook_in_use``: share of the codes that
+    occur; ``inversion``: PSNR in dB after inversion and denoising, for ``round_trips`` scenes; ``answer_perplexity``:
+    of the LVM and of guesses without one (``covray.recipes.nano.lvm.baselines``), by task. Raises WeightsError.
+    """
+    root = folder or WEIGHTS
+    require_files(root, ["prior/vae/config.json", "vqgan/config.json", "lvm/config.json"])
+    held_out = np.concatenate(list(scene_pictures("test", scenes, 0)))
+    batch = torch.from_numpy(held_out)
+    vae = AutoencoderKL.from_pretrained(root / "prior" / "vae", use_safetensors=True).float()
+    vqgan = VQModel.from_pretrained(root / "vqgan", use_safetensors=True).float()
+    through_vae = reconstruct_vae(vae, batch).numpy()
+    through_tokens, used = reconstruct_vqgan(vqgan, batch)
+    engine = EngineConfig(threads=torch.get_num_threads())
+    prior = load_prior(PriorConfig(path=str(root / "prior")), engine)
+    some = held_out[: round_trips * len(KINDS)]
+    returned = ChainEngine(prior, engine, 32).interpolate(some, [], endpoints=range(len(some))).returned
+    trips = np.array([psnr(picture, returned[index]) for index, picture in enumerate(some)], np.float64)
+    training = np.concatenate(list(scene_pictures("train", scenes, 0)))
+    perplexities = measure_lvm(root, held_out, training)
+    return {
+        "pictures": len(held_out),
+        "vae_psnr_db": _by_kind(through_vae),
+        "vqgan_psnr_db": _by_kind(through_tokens.numpy()),
+        "codebook_in_use": round(float(np.mean(used > 0)), 4),
+        "inversion_psnr_db": _by_kind(trips),
+        "answer_perplexity": {
+            guess: {task: round(value, 1) for task, value in found.items()} for guess, found in perplexities.items()
+        },
+    }
+
+
+def _by_kind(values: np.ndarray) -> dict[str, float]:
+    table = values.reshape(-1, len(KINDS)).mean(0)
+    return {"all": round(float(values.mean()), 2)} | {
+        kind: round(float(value), 2) for kind, value in zip(KINDS, table, strict=True)
+    }

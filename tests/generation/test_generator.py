@@ -1,0 +1,354 @@
+"""``covray generate``: the right prompt, the right files, the same answer alone and among others, and its refusals."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+
+from covray.chains import build as building
+from covray.chains.build import BlockBuilder
+from covray.chains.prepare import prepare_block
+from covray.cli import app as cli
+from covray.config import BackboneConfig, BuildConfig, GenerateConfig, LoraConfig, TrainConfig, load_config
+from covray.errors import CovrayError
+from covray.generation.generator import generate
+from covray.io import storage
+from covray.io.images import square
+from covray.models.diffusion.prior import load_prior
+from covray.models.lvm.adapter import save_adapter
+from covray.models.lvm.backbone import backbone_facts
+from covray.models.lvm.decoding.sequential import Decoder
+from covray.pairs.manifest import MANIFEST_SCHEMA
+from covray.tasks import TASKS, pose, segmentation
+from tests.conftest import CODES, TOKENS
+from tests.models.diffusion.conftest import write_prior
+from tests.models.lvm.conftest import load, write_llama
+
+LORA = LoraConfig(rank=3, alpha=5)
+ENGINE = {"device": "cpu", "batch": 4, "image_batch": 4}
+Generate = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def prior_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_prior(tmp_path_factory.mktemp("prior"))
+
+
+@pytest.fixture(scope="module")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _unverified() -> Iterator[None]:
+    """Random weights answer noise like no prediction type."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(building, "load_prior", functools.partial(load_prior, verify=False))
+        yield
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Callable[..., list[str]]:
+    """Writes smooth random pictures and gives their paths."""
+
+    def write(count: int, width: int = 40, height: int = 30, prefix: str = "picture") -> list[str]:
+        paths = [tmp_path / f"{prefix}{number}.png" for number in range(count)]
+        for number, path in enumerate(paths):
+            small = np.random.default_rng([number, width, *prefix.encode()]).integers(0, 256, (4, 4, 3), np.uint8)
+            Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC).save(path)
+        return [str(path) for path in paths]
+
+    return write
+
+
+@pytest.fixture
+def write_run(
+    tmp_path: Path, write_dataset: Callable[..., Any], llama_folder: Path, prior_folder: Path
+) -> Callable[..., str]:
+    """Writes the folder of a finished run, with an adapter that changes what the tiny backbone says."""
+
+    def write(**sentences: Any) -> str:
+        data, _ = write_dataset({"depth": 4})
+        description = storage.read_json(f"{data}/_dataset.json")
+        description["config"]["prior"] |= {"path": str(prior_folder), "steps": 4}
+        storage.write_json(f"{data}/_dataset.json", description)
+        run = str(tmp_path / "run")
+        options = {f"sentences.{key}": value for key, value in sentences.items()}
+        backbone = {"backbone.scale": "custom", "backbone.path": str(llama_folder)}
+        config = load_config(TrainConfig, None, {"data": data, "out": run} | backbone | options)
+        fingerprints = {
+            "backbone": backbone_facts(config.backbone).fingerprint,
+            "codebook": description["fingerprints"]["codebook"],
+            "data": "",
+        }
+        about = {"version": 1, "config": config.model_dump(mode="json"), "fingerprints": fingerprints}
+        storage.write_json(f"{run}/_run.json", about)
+        storage.write_json(f"{run}/_result.json", {})
+        save_adapter(load(llama_folder, LORA), f"{run}/adapter", str(llama_folder))
+        return run
+
+    return write
+
+
+@pytest.fixture
+def answered(tmp_path: Path) -> Generate:
+    """``generate`` into ``tmp_path / out``."""
+
+    def answered(**options: Any) -> dict[str, Any]:
+        base: dict[str, Any] = {"out": str(tmp_path / "out"), "engine": ENGINE, "batch": 4}
+        return generate(GenerateConfig.model_validate(base | options))
+
+    return answered
+
+
+def read_png(*path: str | Path) -> np.ndarray:
+    return np.array(Image.open(Path(*path)))
+
+
+# --- answers -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["linear", "diffusion", "none"])
+def test_the_model_reads_the_chains_that_a_build_makes_and_its_answer_is_written(
+    method: str, answered: Generate, write_run: Callable[..., str], pictures: Callable[..., list[str]],
+    llama_folder: Path, prior_folder: Path, vqgan_folder: Path, tmp_path: Path,
+) -> None:  # fmt: skip
+    images, labels, queries = pictures(2), pictures(2, 80, 60, "label"), pictures(1, 48, 33, "query")
+    examples = list(zip(images, labels, strict=True))
+    result = answered(adapter=write_run(method=method), examples=examples, queries=queries, task="depth")
+
+    build = load_config(
+        BuildConfig, None,
+        {"pairs": "", "out": "", "lengths": (4,), "prior.path": str(prior_folder), "prior.steps": 4,
+         "tokenizer.path": str(vqgan_folder), "engine": ENGINE, "check_endpoints": 0},
+    )  # fmt: skip
+    builder = BlockBuilder(build)
+    table = [
+        {"pair_id": number, "task": "depth", "split": "", "meta": "{}", "image": {"bytes": Path(image).read_bytes()},
+         "label": {"bytes": Path(label).read_bytes()}}
+        for number, (image, label) in enumerate(examples)
+    ]  # fmt: skip
+    prepared = prepare_block(pa.Table.from_pylist(table, MANIFEST_SCHEMA), builder.config, builder.facts(), None)
+    prompt: list[list[int]] = []
+    for row in builder.build(prepared)[0].to_pylist():
+        frames = [frame["tokens"] for frame in row["frames"] if frame["method"] == method]
+        assert len(frames) == (0 if method == "none" else 2)
+        prompt += [row["source"], *frames, row["label"]]
+    query = builder.tokenizer.encode(square(read_png(queries[0]), 16)[None])
+    decoder = Decoder(load(llama_folder, LORA), CODES, TOKENS, batch=4)
+    written = decoder.write(np.array(prompt).ravel(), query, 1 if method == "none" else 3)
+
+    assert result["prompt_tokens"] == len(prompt) * TOKENS
+    (answer,) = result["answers"]
+    likelihood = answer["log_likelihood"]
+    assert [*likelihood["frames"], likelihood["answer"]] == written.image_log_likelihood[0].tolist()
+    expected = builder.tokenizer.decode(written.ids[0])[-1]
+    shown = read_png(tmp_path, "out", "query0", "answer.png")
+    assert np.array_equal(shown, np.array(Image.fromarray(expected).resize((48, 33), Image.Resampling.NEAREST)))
+    strip = Image.open(tmp_path / "out" / "query0" / "strip.png")
+    assert strip.width // 128 == (2 if method == "none" else 4)
+    assert json.loads((tmp_path / "out" / "generation.json").read_text()) == result
+
+
+def test_the_run_decides_and_options_win(answered: Generate, write_run: Callable[..., str], pictures: Any) -> None:
+    run = write_run(method="none", tasks=("pose",), lengths=(3, 6))
+    config = answered(adapter=run, queries=pictures(1))["config"]
+    assert (config["method"], config["task"], config["backbone"]["scale"]) == ("none", "pose", "custom")
+    config = answered(adapter=run, queries=pictures(1), method="linear", task="depth", length=3)["config"]
+    assert (config["method"], config["task"], config["length"]) == ("linear", "depth", 3)
+
+
+def test_a_query_is_answered_alike_alone_and_among_others(
+    answered: Generate, write_run: Callable[..., str], pictures: Any, tmp_path: Path
+) -> None:
+    run, paths = write_run(method="none"), pictures(3)
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else" / "picture1.png").write_bytes(Path(paths[2]).read_bytes())
+    sampling = {"temperature": 1.0, "best_of": 3}
+    options = {"adapter": run, "sampling": sampling, "examples": [paths[:2]]}
+    several = answered(queries=[*paths, str(tmp_path / "else" / "picture1.png")], **options)["answers"]
+    shown = [read_png(tmp_path, "out", answer["folder"], "answer.png") for answer in several]
+    assert [answer["folder"] for answer in several] == ["picture0", "picture1", "picture2", "picture1-2"]
+    assert np.array_equal(shown[2], shown[3])  # the same picture
+    (alone,) = answered(queries=paths[2:], **options)["answers"]
+    assert alone == several[2]
+    assert np.array_equal(read_png(tmp_path, "out", "picture2", "answer.png"), shown[2])
+    (other,) = answered(queries=paths[2:], seed=1, **options)["answers"]
+    assert other["log_likelihood"] != alone["log_likelihood"]
+
+
+@pytest.mark.parametrize("task", [*TASKS, None])
+def test_an_answer_is_written_as_what_its_task_reads(
+    task: str | None, answered: Generate, write_run: Callable[..., str], pictures: Any, tmp_path: Path
+) -> None:
+    result = answered(adapter=write_run(method="none"), queries=pictures(1, 50, 20), task=task)
+    folder = tmp_path / "out" / "picture0"
+    answer = read_png(folder, "answer.png")
+    assert answer.shape == (20, 50, 3)
+    (data,) = set(result["answers"][0]["files"]) - {"strip.png", "answer.png"} or {None}
+    if task in ("colorization", "low_light", None):
+        assert data is None
+        return
+    expected = TASKS[task].read(answer)
+    if data == "classes.png":
+        found = read_png(folder, data)
+    elif data == "keypoints.json":
+        found = np.zeros((18, 3), np.float32)
+        for point in json.loads((folder / data).read_text()):
+            found[pose.KEYPOINTS.index(point["name"])] = point["x_px"], point["y_px"], 1
+    else:
+        found = np.load(folder / data)
+    assert found.dtype == expected.dtype
+    assert np.array_equal(found, expected)
+
+
+def test_a_segmentation_is_read_by_the_classes_that_are_asked_for(
+    answered: Generate, write_run: Callable[..., str], pictures: Any, tmp_path: Path
+) -> None:
+    answered(adapter=write_run(method="none"), queries=pictures(1), task="segmentation", classes=134)
+    folder = tmp_path / "out" / "picture0"
+    expected = segmentation.read(read_png(folder, "answer.png"), 134)
+    assert np.array_equal(read_png(folder, "classes.png"), expected)
+    assert expected.max() > 20
+
+
+def test_cropped_answers_are_of_the_centre_square(
+    answered: Generate, write_run: Callable[..., str], pictures: Any, tmp_path: Path
+) -> None:
+    answered(adapter=write_run(method="none"), queries=pictures(1, 50, 20), fit="crop")
+    assert read_png(tmp_path, "out", "picture0", "answer.png").shape == (20, 20, 3)
+
+
+def test_without_a_run_the_backbone_answers(
+    answered: Generate, write_run: Callable[..., str], pictures: Any, llama_folder: Path, vqgan_folder: Path
+) -> None:
+    plain = {"backbone": BackboneConfig(scale="custom", path=str(llama_folder)), "method": "none"}
+    paths = pictures(1)
+    untuned = answered(queries=paths, tokenizer={"path": str(vqgan_folder)}, **plain)
+    assert untuned["fingerprints"]["adapter"] is None
+    tuned = answered(queries=paths, adapter=write_run(method="none"))
+    assert tuned["answers"][0]["log_likelihood"] != untuned["answers"][0]["log_likelihood"]
+
+
+# --- refusals ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mistake(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """The one line that a mistaken ``covray generate`` answers with, exit code 2, before any backbone is loaded."""
+
+    def mistake(*arguments: object) -> str:
+        capsys.readouterr()  # what preparing a test has said
+        with monkeypatch.context() as patched:
+            patched.setattr(sys, "argv", ["covray", "generate", *map(str, arguments)])
+            patched.setattr("covray.generation.generator.load_backbone", None)
+            with pytest.raises(SystemExit) as end:
+                cli.main()
+        out, err = capsys.readouterr()
+        assert end.value.code == 2
+        assert out == ""
+        assert err.startswith("covray: ")
+        assert err.count("\n") == 1
+        return err.strip()
+
+    return mistake
+
+
+def test_files_that_are_no_pictures_are_refused(mistake: Callable[..., str], pictures: Any, tmp_path: Path) -> None:
+    good, out = pictures(1)[0], tmp_path / "out"
+    text = tmp_path / "text.png"
+    text.write_text("no picture")
+    assert "--query" in mistake("--query", tmp_path / "none.png", "--out", out)
+    assert "not_an_image" in mistake("--query", text, "--out", out)
+    assert "--example" in mistake("--query", good, "--example", good, text, "--out", out)
+    assert "cannot be read" in mistake("--query", tmp_path, "--out", out)
+    assert not out.exists()
+
+
+def test_options_that_do_not_add_up_are_refused(mistake: Callable[..., str], pictures: Any, tmp_path: Path) -> None:
+    first, second = pictures(2)
+    out = ("--out", tmp_path / "out")
+    assert "2 images and 1 labels" in mistake("--query", first, "--example", first, second, "--example", first, *out)
+    assert "0 images and 1 labels" in mistake("--query", first, second, *out)
+    assert "queries" in mistake(*out)
+    assert "out: is required" in mistake("--query", first)
+    assert "task" in mistake("--query", first, "--task", "cooking", *out)
+    assert "set a temperature" in mistake("--query", first, "--best-of", 3, *out)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("")
+    assert "no generation of covray" in mistake("--query", first, *out)
+    assert "cannot be written" in mistake("--query", first, "--out", tmp_path / "out" / "thesis.txt")
+    assert "cannot be written" in mistake("--query", first, "--out", "/proc/out")
+
+
+def test_runs_that_cannot_answer_are_refused(
+    mistake: Callable[..., str], write_run: Callable[..., str], pictures: Any, tmp_path: Path
+) -> None:
+    first, second = pictures(2)
+    command = ("--query", first, "--out", tmp_path / "out")
+    assert "not a run" in mistake("--adapter", tmp_path, *command)
+    run = write_run(lengths=(3, 6), method="linear")
+    command = ("--adapter", run, *command)
+    assert "chains of 3 and 6 pictures" in mistake(*command)
+    command = (*command, "--length", 4)
+    other = write_llama(tmp_path / "other", num_hidden_layers=1)
+    assert "adapts backbone" in mistake("--backbone", other, *command)
+    example = ("--example", first, second)
+    room = mistake(*command, *example * 4)
+    assert "20 pictures x 16 tokens = 320 tokens exceed the context of 256 (16 pictures)" in room
+    (Path(run) / "_result.json").unlink()
+    assert "is unfinished" in mistake(*command)
+
+
+def test_a_dataset_that_is_gone_asks_for_the_tokenizer(
+    mistake: Callable[..., str], answered: Generate, write_run: Callable[..., str], pictures: Any, vqgan_folder: Path,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    run = write_run(method="none")
+    (tmp_path / "chains" / "_dataset.json").unlink()
+    assert "--tokenizer" in mistake("--adapter", run, "--query", pictures(1)[0], "--out", tmp_path / "out")
+    assert answered(adapter=run, queries=pictures(1), tokenizer={"path": str(vqgan_folder)})["answers"]
+
+
+def test_a_tokenizer_of_other_codes_is_refused(
+    answered: Generate, write_run: Callable[..., str], pictures: Any
+) -> None:
+    with pytest.raises(CovrayError, match="tokens of different tokenizers do not mix"):
+        answered(adapter=write_run(method="none"), queries=pictures(1), tokenizer={"path": "nano"})
+
+
+def test_a_label_of_another_shape_is_refused(answered: Generate, write_run: Callable[..., str], pictures: Any) -> None:
+    example = [*pictures(1), *pictures(1, 40, 40, "label")]
+    with pytest.raises(CovrayError, match="label_shape"):
+        answered(adapter=write_run(method="linear"), queries=pictures(1), examples=[example])
+
+
+def test_the_command_answers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], write_run: Callable[..., str], pictures: Any,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    first, second, third = pictures(3)
+    command = [
+        "covray", "generate", "--adapter", write_run(method="linear"), "--query", third, "--example", first, second,
+        "--example", second, first, "--query", first, "--out", str(tmp_path / "out"), "--task", "depth",
+        "--set", "batch=2",
+    ]  # fmt: skip
+    for arguments in (command, [*command, "--json"]):
+        monkeypatch.setattr(sys, "argv", arguments)
+        cli.app(standalone_mode=False)
+    out = capsys.readouterr().out
+    assert "picture2/depth_m.npy" in out
+    result = json.loads(out.splitlines()[-1])
+    assert result["config"]["examples"] == [[first, second], [second, first]]
+    assert result["config"]["queries"] == [third, first]
+    assert torch.get_num_threads() == 1

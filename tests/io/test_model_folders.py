@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+
+from covray.errors import WeightsError
+from covray.io import model_folders as weights
+from covray.io.model_folders import fingerprint_folder, require_files, resolve_folder
+
+
+def test_an_existing_folder_is_itself(tmp_path: Path) -> None:
+    assert resolve_folder(str(tmp_path), None, "prior", ["*.json"]) == tmp_path
+
+
+def test_nano_is_the_folder_that_ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "NANO_FOLDER", tmp_path)
+    with pytest.raises(WeightsError, match="nano prior is not installed"):
+        resolve_folder("nano", None, "prior", ["*.json"])
+    (tmp_path / "prior").mkdir()
+    assert resolve_folder("nano", None, "prior", ["*.json"]) == tmp_path / "prior"
+
+
+@pytest.mark.parametrize("path", ["/no/such/folder", "./none", "~/no-such", "a/b/c", "plain"])
+def test_a_path_that_is_no_hub_id_never_asks_the_hub(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    with pytest.raises(WeightsError, match="no such folder"):
+        resolve_folder(path, None, "prior", ["*.json"])
+
+
+def test_a_hub_id_is_fetched_at_its_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def download(hub_id: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((hub_id, revision, allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert resolve_folder("owner/name", "abc", "prior", ("unet/*.json",)) == tmp_path
+    assert asked == [("owner/name", "abc", ["unet/*.json"])]
+
+
+def test_an_unreachable_hub_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(*_: object, **__: object) -> str:
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no network\nand no cache")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(WeightsError, match=r"owner/name@v1: .*no network.*give its folder") as raised:
+        resolve_folder("owner/name", "v1", "prior", ["*.json"])
+    assert "\n" not in str(raised.value)
+
+
+def test_the_first_missing_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "b.json").touch()
+    require_files(tmp_path, ["b.json", ("a.json", "b.json")])
+    with pytest.raises(WeightsError, match=r"c.json or d.json is missing"):
+        require_files(tmp_path, ["b.json", ("c.json", "d.json"), "e.json"])
+
+
+def test_a_fingerprint_is_of_names_and_bytes_of_the_matching_files(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.bin").write_bytes(b"1")
+    first = fingerprint_folder(tmp_path, ["a/*.bin", "a/x.*"])
+    (tmp_path / "a" / "note.txt").write_bytes(b"not matched")
+    assert fingerprint_folder(tmp_path, ["a/*.bin"]) == first
+    (tmp_path / "a" / "x.bin").rename(tmp_path / "a" / "y.bin")
+    renamed = fingerprint_folder(tmp_path, ["a/*.bin"])
+    (tmp_path / "a" / "y.bin").write_bytes(b"2")
+    assert len({first, renamed, fingerprint_folder(tmp_path, ["a/*.bin"])}) == 3
+    with pytest.raises(WeightsError, match="no model files"):
+        fingerprint_folder(tmp_path, ["*.safetensors"])

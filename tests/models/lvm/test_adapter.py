@@ -1,0 +1,392 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from covray.config import BackboneConfig, LoraConfig
+from covray.errors import ConfigError, CovrayError, WeightsError
+from covray.io import storage
+from covray.models.lvm import adapter as adapter_module
+from covray.models.lvm.adapter import (
+    adapter_files,
+    adapter_tensors,
+    export_merged,
+    export_run,
+    load_adapter_tensors,
+    read_adapter,
+    save_adapter,
+)
+from covray.models.lvm.backbone import backbone_facts
+from covray.models.lvm.model import TARGETS, Lvm
+from tests.models.lvm.conftest import CODES, load, random_batch, write_llama
+
+LENGTHS = (24, 9, 24, 24)
+BATCH = random_batch(*LENGTHS)
+ADAPTERS = [
+    LoraConfig(rank=4, alpha=12),
+    LoraConfig(rank=1, alpha=1, targets=("q_proj", "v_proj")),
+    LoraConfig(rank=7, alpha=3, targets=("v_proj", "down_proj", "o_proj", "up_proj")),
+]
+
+
+def one_line(error: CovrayError) -> bool:
+    return "\n" not in str(error) and ";" in str(error)
+
+
+def peft_logits(model: PeftModel | LlamaForCausalLM) -> Tensor:
+    return torch.cat([model(part[None]).logits[0] for part in BATCH.ids.split(LENGTHS)])
+
+
+def logits(model: Lvm) -> Tensor:
+    return model.logits(BATCH.ids, LENGTHS)
+
+
+def with_peft(folder: Path, adapter: Path, trainable: bool = False) -> PeftModel:
+    backbone = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return PeftModel.from_pretrained(backbone, adapter, is_trainable=trainable)
+
+
+@pytest.mark.parametrize("lora", ADAPTERS)
+def test_logits_and_gradients_are_those_of_peft(llama_folder: Path, tmp_path: Path, lora: LoraConfig) -> None:
+    model = load(llama_folder, lora)
+    save_adapter(model, str(tmp_path), str(llama_folder))
+    reference = with_peft(llama_folder, tmp_path, trainable=True)
+    expected = peft_logits(reference)
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-5)
+    with reference.disable_adapter():
+        assert (peft_logits(reference) - expected).abs().max() > 0.1  # the adapter does something
+
+    loss, _ = model(BATCH)
+    loss.backward()
+    torch.nn.functional.cross_entropy(expected[BATCH.positions], BATCH.targets, reduction="sum").backward()
+    for parameter in model.parameters():
+        if parameter.grad is not None:  # gradients in the place of weights, to read them by PEFT's names
+            parameter.data = parameter.grad
+    gradients = adapter_tensors(model)
+    assert len(gradients) == 2 * 2 * len(lora.targets)
+    for name, gradient in gradients.items():
+        due = reference.get_parameter(name.replace(".weight", ".default.weight")).grad
+        assert (gradient - due).norm() < 1e-5 * due.norm(), name
+
+
+@pytest.mark.parametrize("lora", ADAPTERS)
+def test_an_adapter_comes_back_to_the_bit(llama_folder: Path, tmp_path: Path, lora: LoraConfig) -> None:
+    model = load(llama_folder, lora)
+    save_adapter(model, str(tmp_path), "name")
+    found, tensors = read_adapter(str(tmp_path))
+    assert (found.rank, found.alpha, set(found.targets)) == (lora.rank, lora.alpha, set(lora.targets))
+    other = load(llama_folder, LoraConfig(rank=found.rank, alpha=found.alpha, targets=found.targets), seed=5)
+    assert not torch.equal(logits(other), logits(model))
+    load_adapter_tensors(other, tensors)
+    assert torch.equal(logits(other), logits(model))
+    assert (
+        adapter_files(other, "name")["adapter_model.safetensors"]
+        == (tmp_path / "adapter_model.safetensors").read_bytes()
+    )
+
+
+def test_the_copies_do_not_follow_the_model(llama_folder: Path) -> None:
+    model = load(llama_folder, ADAPTERS[0])
+    tensors = adapter_tensors(model)
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    for view in model.lora_tensors().values():
+        view.add_(1)
+    assert all(torch.equal(tensors[name], before[name]) for name in before)
+
+
+def test_an_adapter_that_peft_wrote_is_read(llama_folder: Path, tmp_path: Path) -> None:
+    model = load(llama_folder, ADAPTERS[0])
+    save_adapter(model, str(tmp_path / "ours"), str(llama_folder))
+    with_peft(llama_folder, tmp_path / "ours").save_pretrained(tmp_path / "theirs")
+    lora, tensors = read_adapter(str(tmp_path / "theirs"))
+    assert lora == read_adapter(str(tmp_path / "ours"))[0]
+    other = load(llama_folder, ADAPTERS[0], seed=5)
+    load_adapter_tensors(other, tensors)
+    assert torch.equal(logits(other), logits(model))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "lora", "message"),
+    [
+        ({}, LoraConfig(rank=5, alpha=12), r"lora_A.weight is \(4, 96\), the model has \(5, 96\)"),
+        (
+            {},
+            LoraConfig(rank=4, targets=("q_proj",)),
+            r"down_proj.lora_A.weight is \(4, 96\), the model has not adapted",
+        ),
+        ({"intermediate_size": 80}, ADAPTERS[0], r"is \(4, 96\), the model has \(4, 80\)"),
+        ({"num_hidden_layers": 3}, ADAPTERS[0], r"model.layers.2\S+ is missing, the model has \(4, 96\)"),
+    ],
+)
+def test_an_adapter_of_something_else_is_refused_in_one_line(
+    llama_folder: Path, tmp_path: Path, sizes: dict[str, Any], lora: LoraConfig, message: str
+) -> None:
+    tensors = adapter_tensors(load(llama_folder, ADAPTERS[0]))
+    model = load(write_llama(tmp_path, **sizes), lora)
+    before = adapter_tensors(model)
+    with pytest.raises(WeightsError, match=message) as raised:
+        load_adapter_tensors(model, tensors)
+    assert one_line(raised.value)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in adapter_tensors(model).items())
+
+
+def edit(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"peft_type": "IA3"}, "of type IA3, not LORA"),
+        ({"use_rslora": True}, "uses use_rslora"),
+        ({"alpha_pattern": {"q_proj": 3}}, "uses alpha_pattern"),
+        ({"bias": "all"}, "uses bias"),
+        ({"r": 0}, "has rank 0"),
+        ({"target_modules": "all-linear"}, "adapts 'all-linear'"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "adapts .*lm_head"),
+    ],
+)
+def test_an_adapter_that_covray_does_not_compute_is_refused(
+    llama_folder: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    save_adapter(load(llama_folder, ADAPTERS[0]), str(tmp_path), "name")
+    edit(tmp_path / "adapter_config.json", **changes)
+    with pytest.raises(WeightsError, match=message) as raised:
+        read_adapter(str(tmp_path))
+    assert one_line(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "data", "message"),
+    [
+        ("adapter_config.json", None, "is missing"),
+        ("adapter_model.safetensors", None, "is missing"),
+        ("adapter_config.json", b"{", "cannot be read"),
+        ("adapter_config.json", b"3", "of type None"),
+        ("adapter_model.safetensors", b"\0\0", "cannot be read"),
+    ],
+)
+def test_a_damaged_adapter_is_refused_in_one_line(
+    llama_folder: Path, tmp_path: Path, file: str, data: bytes | None, message: str
+) -> None:
+    save_adapter(load(llama_folder, ADAPTERS[0]), str(tmp_path), "name")
+    (tmp_path / file).unlink()
+    if data is not None:
+        (tmp_path / file).write_bytes(data)
+    with pytest.raises(WeightsError, match=message) as raised:
+        read_adapter(str(tmp_path))
+    assert one_line(raised.value)
+
+
+@pytest.mark.parametrize("lora", ADAPTERS)
+@pytest.mark.parametrize("sizes", [{}, {"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True}])
+def test_the_merged_folder_is_backbone_plus_adapter(tmp_path: Path, sizes: dict[str, Any], lora: LoraConfig) -> None:
+    folder = write_llama(tmp_path / "backbone", **sizes)
+    model = load(folder, lora)
+    save_adapter(model, str(tmp_path / "adapter"), str(folder))
+    facts = backbone_facts(BackboneConfig(scale="custom", path=str(folder)))
+    export_merged(facts, str(tmp_path / "adapter"), tmp_path / "out")
+    with torch.inference_mode():
+        found = peft_logits(LlamaForCausalLM.from_pretrained(tmp_path / "out"))
+        torch.testing.assert_close(found, logits(model), rtol=0, atol=5e-5)  # logits of deviation 1.5
+
+
+def test_a_merged_folder_is_of_the_type_its_backbone_is(tmp_path: Path) -> None:
+    folder = write_llama(tmp_path / "backbone", dtype=torch.float16)
+    model = load(folder, ADAPTERS[0])
+    save_adapter(model, str(tmp_path / "adapter"), str(folder))
+    facts = backbone_facts(BackboneConfig(scale="custom", path=str(folder)))
+    export_merged(facts, str(tmp_path / "adapter"), tmp_path / "half")
+    export_merged(facts, str(tmp_path / "adapter"), tmp_path / "full", torch.float32)
+    half, full = (load_file(tmp_path / name / "model.safetensors") for name in ("half", "full"))
+    assert {tensor.dtype for tensor in half.values()} == {torch.float16}
+    assert {tensor.dtype for tensor in full.values()} == {torch.float32}
+    assert all(torch.equal(half[name], full[name].half()) for name in half)  # rounded once, at the end
+    with torch.inference_mode():
+        found = peft_logits(LlamaForCausalLM.from_pretrained(tmp_path / "half", dtype=torch.float32))
+    torch.testing.assert_close(found, logits(model), rtol=0, atol=0.02)  # 11 bits of weights
+
+
+def test_an_adapter_of_another_backbone_is_not_merged(llama_folder: Path, tmp_path: Path) -> None:
+    save_adapter(load(write_llama(tmp_path / "wide", intermediate_size=80), ADAPTERS[0]), str(tmp_path / "a"), "name")
+    facts = backbone_facts(BackboneConfig(scale="custom", path=str(llama_folder)))
+    with pytest.raises(WeightsError, match="down_proj") as raised:
+        export_merged(facts, str(tmp_path / "a"), tmp_path / "out")
+    assert one_line(raised.value)
+    assert not (tmp_path / "out").exists()
+    random = backbone_facts(BackboneConfig(scale="nano", init="random"))
+    with pytest.raises(ConfigError, match="random weights are kept nowhere"):
+        export_merged(random, str(tmp_path / "a"), tmp_path / "out")
+
+
+@pytest.fixture
+def run(llama_folder: Path, tmp_path: Path) -> Path:
+    """A finished run on a backbone folder of its own, as ``covray train`` leaves it; without its checkpoints."""
+    backbone = shutil.copytree(llama_folder, tmp_path / "backbone")
+    folder = tmp_path / "run"
+    config = BackboneConfig(scale="custom", path=str(backbone))
+    about = {
+        "version": 1,
+        "config": {"backbone": config.model_dump(mode="json")},
+        "fingerprints": {"backbone": backbone_facts(config).fingerprint, "codebook": "ab" * 32, "data": "cd" * 32},
+    }
+    storage.write_json(str(folder / "_run.json"), about)
+    save_adapter(load(backbone, ADAPTERS[0]), str(folder / "adapter"), str(backbone))
+    storage.write_json(str(folder / "_result.json"), {"steps": 3})
+    return folder
+
+
+def test_a_run_is_exported_merged(run: Path, tmp_path: Path) -> None:
+    export_run(str(run), str(tmp_path / "new" / "out"), merge=True)
+    with torch.inference_mode():
+        expected = peft_logits(with_peft(tmp_path / "backbone", run / "adapter"))
+        found = peft_logits(LlamaForCausalLM.from_pretrained(tmp_path / "new" / "out"))
+    torch.testing.assert_close(found, expected, rtol=0, atol=5e-5)
+    facts = backbone_facts(BackboneConfig(scale="custom", path=str(tmp_path / "new" / "out")))
+    assert (facts.codes, facts.codebook) == (CODES, "ab" * 32)
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["out"]
+
+
+def test_a_run_is_exported_as_an_adapter(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()  # an empty folder will do
+    export_run(str(run), str(tmp_path / "out"), merge=False)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"adapter_config.json", "adapter_model.safetensors"}
+    assert all((run / "adapter" / name).read_bytes() == (tmp_path / "out" / name).read_bytes() for name in names)
+
+
+def unfinish(run: Path) -> None:
+    (run / "_result.json").unlink()
+
+
+def undescribe(run: Path) -> None:
+    (run / "_run.json").unlink()
+
+
+def outdate(run: Path) -> None:
+    edit(run / "_run.json", version=0)
+
+
+def garble(run: Path) -> None:
+    (run / "_run.json").write_text("{")
+
+
+def empty_config(run: Path) -> None:
+    edit(run / "_run.json", config={})
+
+
+def change_backbone(run: Path) -> None:
+    edit(run.parent / "backbone" / "config.json", rms_norm_eps=1e-3)
+
+
+def lose_backbone(run: Path) -> None:
+    shutil.rmtree(run.parent / "backbone")
+
+
+def lose_adapter(run: Path) -> None:
+    shutil.rmtree(run / "adapter")
+
+
+def take_out(run: Path) -> None:
+    (run.parent / "out").mkdir()
+    (run.parent / "out" / "mine.txt").write_text("mine")
+
+
+def out_is_a_file(run: Path) -> None:
+    (run.parent / "out").write_text("mine")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (unfinish, "is unfinished; run the same covray train again"),
+        (undescribe, "no _run.json there, so not a run"),
+        (outdate, "is no description of this version"),
+        (garble, "_run.json: cannot be read"),
+        (empty_config, "is no description of a run"),
+        (change_backbone, r"is backbone \w{12}, the run adapted \w{12}"),
+        (lose_backbone, "backbone: no such folder"),
+        (lose_adapter, "adapter: .* is missing"),
+        (take_out, "out: is there already"),
+        (out_is_a_file, "out: is there already"),
+    ],
+)
+def test_what_cannot_be_exported_is_said_in_one_line(
+    run: Path, tmp_path: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    damage(run)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(CovrayError, match=message) as raised:
+        export_run(str(run), str(tmp_path / "out"), merge=True)
+    assert one_line(raised.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_export_without_an_adapter_leaves_nothing(run: Path, tmp_path: Path) -> None:
+    lose_adapter(run)
+    with pytest.raises(WeightsError, match=r"is missing; give a PEFT adapter"):
+        export_run(str(run), str(tmp_path / "out"), merge=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_that_is_broken_off_leaves_nothing(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def break_off(folder: Path, *_: object) -> None:
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(adapter_module, "write_backbone", break_off)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(KeyboardInterrupt):
+        export_run(str(run), str(tmp_path / "out"), merge=True)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_export_is_to_this_machine(run: Path) -> None:
+    with pytest.raises(ConfigError, match="is not on this machine"):
+        export_run(str(run), "s3://bucket/out", merge=False)
+
+
+def test_the_names_of_targets_are_those_of_the_configuration() -> None:
+    assert LoraConfig().targets == TARGETS
+
+
+def test_a_script_without_covray_reproduces_the_logits(llama_folder: Path, tmp_path: Path) -> None:
+    model = load(llama_folder, ADAPTERS[0])
+    save_adapter(model, str(tmp_path / "adapter"), str(llama_folder))
+    save_file({"ids": BATCH.ids[:24], "logits": logits(model)[:24].detach()}, tmp_path / "expected.safetensors")
+    script = """
+import sys
+import torch
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
+model = AutoPeftModelForCausalLM.from_pretrained(sys.argv[1])
+expected = load_file(sys.argv[2])
+with torch.inference_mode():
+    found = model(expected["ids"][None]).logits[0]
+torch.testing.assert_close(found, expected["logits"], rtol=0, atol=1e-5)
+assert "covray" not in sys.modules
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "adapter"), str(tmp_path / "expected.safetensors")],
+        cwd=tmp_path,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

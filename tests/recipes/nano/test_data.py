@@ -1,0 +1,66 @@
+"""Training pictures: made once, the same for the same seed, and none of them from the held-out split."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from covray.pairs.scenes import render_scene, scene_seed
+from covray.recipes.nano import data
+from covray.tasks.colorization import grey
+
+
+def test_pictures_are_made_once_and_are_those_of_the_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = np.array(data.pictures(tmp_path / "a", "train", 1, 2, 0))
+    assert first.shape == (8 + 6, 64, 64, 3)
+    assert first.dtype == np.uint8
+    assert np.array_equal(data.pictures(tmp_path / "b", "train", 1, 2, 0), first)
+
+    def never(*_: object) -> Iterator[np.ndarray]:
+        raise AssertionError("rendered again")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(data, "render_scene", never)
+        assert np.array_equal(data.pictures(tmp_path / "a", "train", 1, 2, 0), first)
+    for other in (("val", 1, 2, 0), ("train", 1, 2, 1)):
+        found = data.pictures(tmp_path / "a", *other)
+        assert not (found[:, None] == first[None]).all(axis=(2, 3, 4))[:, :3].any()
+
+
+def test_a_rendering_that_was_stopped_starts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, *_: object) -> None:
+        Path(path).write_bytes(b"part of it")
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(np, "save", full)
+        with pytest.raises(OSError, match="full"):
+            data.pictures(tmp_path, "train", 1, 0, 0)
+    assert data.pictures(tmp_path, "train", 1, 0, 0).shape == (8, 64, 64, 3)
+
+
+def test_a_scene_is_its_colour_its_two_sources_and_five_labels() -> None:
+    (pictures,) = data.scene_pictures("train", 1, 0)
+    view = render_scene(scene_seed(0, "train", 0))[0]
+    assert pictures.shape == (8, 64, 64, 3)
+    assert np.array_equal(pictures[0], view.colour)
+    assert np.array_equal(pictures[1], grey(view.colour))
+    assert pictures[2].mean() < 0.7 * pictures[0].mean()
+    assert len({picture.tobytes() for picture in pictures}) == 8
+
+
+def test_crops_are_a_photograph_its_grey_and_its_dark() -> None:
+    crops = list(data.photo_pictures(len(data.PHOTOGRAPHS), 0))
+    for colour, flat, dark in crops:
+        assert np.array_equal(flat, grey(colour))
+        assert dark.mean() < colour.mean()
+    assert len({crop[0].tobytes() for crop in crops}) == len(crops)
+
+
+def test_photographs_are_installed_and_the_held_out_are_others() -> None:
+    assert not set(data.PHOTOGRAPHS) & set(data.HELD_OUT_PHOTOGRAPHS)
+    for name in (*data.PHOTOGRAPHS, *data.HELD_OUT_PHOTOGRAPHS):
+        assert data.photograph_path(name).is_file(), name

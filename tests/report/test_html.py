@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+from covray.report.html import document, duration, facts, figures, img, navigation, numbers, round_ticks
+from tests.report.conftest import Page
+
+HOSTILE = "</title><script>alert(1)</script>\"'&"
+
+
+def test_a_document_runs_its_own_script_and_no_other() -> None:
+    body = [navigation([(HOSTILE, HOSTILE)], 64), figures([(HOSTILE, HOSTILE)]), facts([(HOSTILE, HOSTILE)], [HOSTILE])]
+    page = Page(document(HOSTILE, body, tile_px=64, script="/* of the page */").decode())
+    page.require_self_contained()
+    assert page.texts_in("title") == [HOSTILE]
+    assert "/* of the page */" in page.texts_in("script")[0]
+    assert page.texts.count(HOSTILE) == 6
+    injected = document("", ["<script>alert(1)</script>"], tile_px=64).decode()
+    with pytest.raises(ValueError):  # two scripts, one hash: the browser runs one of them
+        Page(injected).require_self_contained()
+
+
+@pytest.mark.parametrize("size", [8, 128])
+def test_small_pictures_are_stored_to_the_pixel(size: int) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8)
+    (shown,) = Page(img(picture, "noise")).pictures()
+    assert np.array_equal(shown, picture)
+
+
+def test_durations_are_in_the_unit_one_would_say() -> None:
+    assert [duration(seconds) for seconds in (4.4, 61, 600, 7200)] == ["4 s", "61 s", "10 min", "2.0 h"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.0, 1.0), (0.4631, 0.4633), (-3.0, 17.2), (0.0, 0.0), (5.0, 5.0), (1e-9, 3e-9), (0.3, 8192.0)]
+)
+def test_ticks_are_round_enclose_the_values_and_read_apart(low: float, high: float) -> None:
+    ticks, decimals = round_ticks(low, high)
+    assert ticks[0] <= low <= high <= ticks[-1]
+    assert 2 <= len(ticks) <= 8
+    labels = [f"{tick:.{decimals}f}" for tick in ticks]
+    assert len(set(labels)) == len(labels)
+    assert np.allclose([float(label) for label in labels], ticks, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("value", [0.5, 0.9996, 18.974, 99.96, 123.4, 0.00123, -0.0361, 4.2e-7, 8.1e12, 1.0])
+def test_numbers_keep_three_digits(value: float) -> None:
+    (text,) = numbers(value)
+    assert float(text.replace("−", "-")) == pytest.approx(value, rel=5e-3)
+    digits = re.sub(r"[^0-9]", "", text.split("e")[0]).lstrip("0")
+    assert len(digits) == 3
