@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import pickle
+import urllib.parse
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pyarrow import fs
 
 from covray.errors import ConfigError
 from covray.io import storage
+from covray.io.storage import Folder
 
 
 def test_what_is_written_is_read_and_folders_are_made(tmp_path: Path) -> None:
@@ -108,3 +113,73 @@ def test_storage_that_nobody_knows_is_one_line(path: str) -> None:
         storage.resolve(path)
     assert str(caught.value).startswith(f"{path}: ")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a b", "a#b", "a?b", "100%", "é", "a[b]", "a+b", "a%2zb", "a&b=c"])
+def test_an_address_with_any_character_is_the_folder_of_that_name(tmp_path: Path, name: str) -> None:
+    for address in (f"file://{tmp_path}/{name}", f"file://{tmp_path}/{urllib.parse.quote(name)}", str(tmp_path / name)):
+        assert storage.resolve(address)[1] == str(tmp_path / name)
+        storage.write_bytes(storage.join(address, "file"), address.encode())
+        assert (tmp_path / name / "file").read_bytes() == address.encode()
+    assert storage.resolve(f"s3://bucket/{name.replace('?', '')}?region=x&endpoint_override=host")[1] == (
+        f"bucket/{name.replace('?', '')}"
+    )
+
+
+@pytest.mark.parametrize("address", [str, Path.as_uri])
+def test_a_folder_reads_writes_and_lists_below_itself(tmp_path: Path, address: Any) -> None:
+    folder = Folder(address(tmp_path / "run"))
+    assert not folder.exists()
+    assert folder.list_files() == []
+    folder.write_bytes("a%41?.bin", b"x")
+    (folder / "sub").write_json("b.json", {"z": 1})
+    assert folder.exists()
+    assert folder.exists("sub/b.json")
+    assert not folder.exists("b.json")
+    assert folder.list_files() == ["a%41?.bin", "sub/b.json"]
+    assert folder.list_files(".json") == ["sub/b.json"]
+    assert folder.read_bytes("a%41?.bin") == b"x"
+    assert (folder / "sub").read_json("b.json") == folder.read_json("sub/b.json") == {"z": 1}
+    assert folder.join("sub", "b.json") == f"{address(tmp_path / 'run')}/sub/b.json" == (folder / "sub").join("b.json")
+    assert folder.inner_path("sub") == (folder / "sub").inner == str(tmp_path / "run" / "sub")
+    with pytest.raises(FileNotFoundError):
+        folder.read_bytes("absent")
+    folder.delete_file("a%41?.bin")
+    (folder / "sub").delete()
+    (folder / "new").create()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["new"]
+
+
+def test_a_folder_resolves_once_and_can_be_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = pickle.loads(pickle.dumps(Folder("run")))  # noqa: S301 (our own bytes)
+    monkeypatch.chdir("/")
+    monkeypatch.setattr(storage, "resolve", lambda path: pytest.fail(f"resolved {path} again"))
+    (folder / "sub").write_json("value.json", [1])
+    assert (tmp_path / "run" / "sub" / "value.json").is_file()
+    assert folder.list_files() == ["sub/value.json"]
+    assert folder.read_json("sub/value.json") == [1]
+
+
+def test_a_folder_whose_address_carries_options_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"ends before the \?.*AWS_REGION"):
+        Folder("s3://bucket/a?region=x")
+
+
+def test_a_hub_that_cannot_be_reached_is_an_os_error_of_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import HfFileSystem
+    from huggingface_hub.errors import HTTPError
+
+    def refuse(*_: object, **__: object) -> None:
+        raise HTTPError("Connection refused\nby the other side")
+
+    for name in ("info", "find", "open", "mkdir", "isdir"):
+        monkeypatch.setattr(HfFileSystem, name, refuse)
+    path = "hf://datasets/owner/name/file"
+    for use in (storage.exists, storage.read_bytes, storage.list_files, lambda path: storage.write_bytes(path, b"x")):
+        with pytest.raises(OSError, match="the hub cannot be reached: Connection refused by the other side"):
+            use(path)
+    with pytest.raises(ConfigError, match=r"--out hf://.*the hub cannot be reached"):
+        storage.require_writable("hf://datasets/owner/name")
+    filesystem, _ = storage.resolve(path)
+    assert isinstance(pickle.loads(pickle.dumps(filesystem)), fs.PyFileSystem)  # noqa: S301 (our own bytes)

@@ -17,7 +17,7 @@ from transformers import LlamaConfig
 
 from covray.config import BackboneConfig, LoraConfig, differences
 from covray.errors import ConfigError, WeightsError
-from covray.io import storage
+from covray.io.storage import Folder
 from covray.io.tensor_files import new_folder, require_new
 from covray.models.lvm.backbone import BackboneFacts, backbone_facts, stored_tensors, write_backbone
 from covray.models.lvm.model import TARGETS, Lora, Lvm
@@ -86,8 +86,9 @@ def adapter_files(model: Lvm, base_model_name: str) -> dict[str, bytes]:
 
 def save_adapter(model: Lvm, folder: str, base_model_name: str) -> None:
     """Write the adapter of ``model`` as a PEFT folder, on any filesystem; see ``adapter_files``."""
+    target = Folder(folder)
     for name, data in adapter_files(model, base_model_name).items():
-        storage.write_bytes(storage.join(folder, name), data)
+        target.write_bytes(name, data)
 
 
 def read_adapter(folder: str) -> tuple[Lora, dict[str, Tensor]]:
@@ -95,10 +96,11 @@ def read_adapter(folder: str) -> tuple[Lora, dict[str, Tensor]]:
 
     Raises WeightsError for a folder that is incomplete, or a kind of adapter that covray does not compute.
     """
-    file = storage.join(folder, CONFIG_FILE)
+    source = Folder(folder)
+    file = source.join(CONFIG_FILE)
     try:
-        values = storage.read_json(file)
-        tensors = load(storage.read_bytes(storage.join(folder, WEIGHTS_FILE)))
+        values = source.read_json(CONFIG_FILE)
+        tensors = load(source.read_bytes(WEIGHTS_FILE))
     except FileNotFoundError as error:
         raise WeightsError(f"{folder}: {CONFIG_FILE} or {WEIGHTS_FILE} is missing; give a PEFT adapter") from error
     except (OSError, ValueError, SafetensorError) as error:
@@ -174,12 +176,13 @@ def export_run(run: str, out: str, merge: bool) -> None:
     target = Path(out).expanduser()
     require_new(target)  # before a large backbone is read
     about = read_run(run)
-    adapter = storage.join(run, "adapter")
-    read_adapter(adapter)  # complete, or refused
+    adapter = Folder(run) / "adapter"
+    read_adapter(adapter.path)  # complete, or refused
     if not merge:
         with new_folder(target) as folder:
-            for name in storage.list_files(adapter):
-                storage.write_bytes(str(folder / name), storage.read_bytes(storage.join(adapter, name)))
+            copy = Folder(str(folder))
+            for name in adapter.list_files():
+                copy.write_bytes(name, adapter.read_bytes(name))
         return
     try:
         facts = backbone_facts(BackboneConfig.model_validate(about["config"]["backbone"]))
@@ -193,13 +196,14 @@ def export_run(run: str, out: str, merge: bool) -> None:
             "put back the folder or revision it was trained on"
         )
     # Trained on these codes, the model now knows whose they are, even if the backbone's folder did not say.
-    export_merged(replace(facts, codebook=facts.codebook or fingerprints.get("codebook")), adapter, target)
+    export_merged(replace(facts, codebook=facts.codebook or fingerprints.get("codebook")), adapter.path, target)
 
 
 def read_run(run: str) -> dict[str, Any]:
     """``_run.json`` of the finished ``run``. Raises ConfigError for a folder that is none."""
+    folder = Folder(run)
     try:
-        about = storage.read_json(storage.join(run, "_run.json"))
+        about = folder.read_json("_run.json")
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ConfigError(f"{run}: no _run.json there, so not a run; give the --out of a covray train") from error
     except (OSError, ValueError) as error:
@@ -208,7 +212,7 @@ def read_run(run: str) -> dict[str, Any]:
         ) from error
     if not isinstance(about, dict) or about.get("version") != 1:
         raise ConfigError(f"{run}/_run.json: is no description of this version; use the covray that wrote it")
-    if not storage.exists(storage.join(run, "_result.json")):
+    if not folder.exists("_result.json"):
         raise ConfigError(f"{run}: is unfinished; run the same covray train again")
     return about
 
