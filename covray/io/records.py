@@ -1,0 +1,109 @@
+"""Records: one typed, checked class for each JSON file that covray writes and reads again."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from covray.errors import CovrayError, DatasetError, one_line
+from covray.io import storage
+
+
+class RecordPart(BaseModel):
+    """An object inside a record.
+
+    Keys that the class does not know are kept and written back, so that files of a newer covray lose nothing. A field
+    with a default may be absent in the file, and stays absent when the record is written again.
+    """
+
+    model_config = ConfigDict(
+        extra="allow", frozen=True, use_attribute_docstrings=True, ser_json_inf_nan="constants", protected_namespaces=()
+    )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON values, in the order of the fields, without the fields that were never set."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
+
+class Record(RecordPart):
+    """A JSON file with fixed keys.
+
+    A subclass declares the keys as fields, in the order in which they are written, and names its file::
+
+        class Audit(Record):
+            FILE = "_audit.json"
+            FIX = "build the dataset again"
+
+            asked: int
+            '''Pairs of the manifest.'''
+    """
+
+    FILE: ClassVar[str]
+    """The name of the file in its folder."""
+    FIX: ClassVar[str]
+    """What the user can do about a file that cannot be used; the end of every error message."""
+    VERSION: ClassVar[int | None] = 1
+    """The value of the file's first key, ``version``. None for a format without that key."""
+    ERROR: ClassVar[type[CovrayError]] = DatasetError
+    """What ``read`` raises."""
+
+    @classmethod
+    def read(cls, folder: str, name: str | None = None) -> Self:
+        """Read and check the file.
+
+        Args:
+            folder: The folder of the file, local or on any filesystem pyarrow knows.
+            name: The name of the file in the folder; by default ``FILE``.
+
+        Raises:
+            CovrayError: Of the class ``ERROR``, in one line: the file is absent, cannot be read, is of another version,
+                lacks a key, or has a value of the wrong type.
+        """
+        record = cls.read_if_present(folder, name)
+        if record is None:
+            raise cls.ERROR(f"{storage.join(folder, name or cls.FILE)}: is not there; {cls.FIX}")
+        return record
+
+    @classmethod
+    def read_if_present(cls, folder: str, name: str | None = None) -> Self | None:
+        """Read and check the file as ``read`` does; return None when there is no such file."""
+        path = storage.join(folder, name or cls.FILE)
+        try:
+            data = storage.read_bytes(path)
+            values = json.loads(data)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (OSError, ValueError) as error:
+            raise cls.ERROR(f"{path}: cannot be read ({one_line(error)}); {cls.FIX}") from error
+        if not isinstance(values, dict):
+            raise cls.ERROR(f"{path}: is not a JSON object; {cls.FIX}")
+        version = values.get("version")
+        if version != cls.VERSION:
+            raise cls.ERROR(f"{path}: is of version {version}, not {cls.VERSION}; use the covray that wrote it")
+        try:
+            # Of the bytes, not of the values: only then a list may become a tuple while a text may not become a number.
+            return cls.model_validate_json(data, strict=True)
+        except ValidationError as error:
+            raise cls.ERROR(f"{path}: {_first_problem(error)}; {cls.FIX}") from error
+
+    def write(self, folder: str, name: str | None = None) -> None:
+        """Write the file to ``folder``, whole or not at all, under ``name`` or ``FILE``. Raises OSError."""
+        storage.write_json(storage.join(folder, name or self.FILE), self.to_json())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what the file holds: the version first, then the fields in their order."""
+        values = super().to_json()
+        if self.VERSION is None:
+            return values
+        return {"version": self.VERSION, **{key: value for key, value in values.items() if key != "version"}}
+
+
+def _first_problem(error: ValidationError) -> str:
+    """Return the first problem of ``error`` in a few words, with the path of its key."""
+    problem = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "missing":
+        return f"lacks {key}"
+    return f"{key}: {problem['msg'][:1].lower()}{problem['msg'][1:]}"
