@@ -53,7 +53,7 @@ def main() -> None:
             writer.add(pair)
     chosen = build_config(config).model_copy(update={"pairs": manifest, "out": chains})
     started = time.monotonic()
-    audit = build(chosen)
+    audit = build(chosen).to_json()
     build_s = time.monotonic() - started
     files = list(Path(chains, "shards").rglob("*.parquet"))
     shard_bytes = sum(file.stat().st_size for file in files)

@@ -84,7 +84,7 @@ def run(pairs: str, out: str, rows_per_block: int) -> None:
     """The build, as its own process."""
     building.prepare, building.ChainActor = prepare, Stub
     options = {"pairs": pairs, "out": out, "rows_per_block": rows_per_block, "actors.max": 1, "check_endpoints": 0}
-    print(json.dumps(building.build(load_config(BuildConfig, None, options))))
+    print(json.dumps(building.build(load_config(BuildConfig, None, options)).to_json()))
 
 
 def write_manifest(path: Path, rows: int) -> None:

@@ -88,7 +88,7 @@ def write_dataset(out: str, shape: Shape, rows: int, rows_per_file: int) -> None
             arrays = [columns.get(name, pa.nulls(count, schema.field(name).type)) for name in schema.names]
             table = pa.Table.from_arrays(arrays, schema=schema).drop_columns("task")
             pq.write_table(table, folder / f"{at:08}.parquet")
-    storage.write_json(storage.join(out, "_audit.json"), audit_dataset(out, pair_ids))
+    audit_dataset(out, pair_ids).write(out)
 
 
 class Clock:

@@ -156,10 +156,8 @@ def write_dataset(tmp_path: Path, vqgan_folder: Path) -> Callable[..., tuple[str
             from covray.chains.audit import audit_dataset
 
             asked = np.array([row["pair_id"] for row in rows])
-            storage.write_json(
-                f"{out}/_audit.json",
-                audit_dataset(out, asked) | {"seconds": 4.0, "chains_per_s": 2.5, "busy_share": 0.9},
-            )
+            usage = {"seconds": 4.0, "chains_per_s": 2.5, "busy_share": 0.9}
+            audit_dataset(out, asked).model_copy(update=usage).write(out)
         return out, rows
 
     return write

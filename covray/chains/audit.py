@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from covray.chains.dataset import shard_files, task_of
+from covray.chains.records import Audit, TaskCounts
 from covray.errors import DatasetError
 from covray.io import storage
 
@@ -20,15 +20,12 @@ _UNREADABLE = (OSError, pa.ArrowInvalid)
 _READERS = 16
 
 
-def audit_dataset(out: str, pair_ids: np.ndarray, per_task: Mapping[str, int] | None = None) -> dict[str, Any]:
+def audit_dataset(out: str, pair_ids: np.ndarray, per_task: Mapping[str, int] | None = None) -> Audit:
     """Compare the shards of the dataset folder ``out`` with the manifest, and count them.
 
     ``pair_ids``: int64 ``[n]``, the manifest's, distinct; ``per_task``: its rows per task, compared when given.
-    Reads only the narrow columns, file by file; memory is 24 bytes a row, more where something is wrong. Returns what
-    ``_audit.json`` holds:
-    ``{"version", "asked", "written", "rejected", "per_task": {task: {"asked", "written", "rejected", "reasons"}}}``,
-    where written counts good rows and rejected counts error rows. Raises DatasetError that lists unreadable shards,
-    missing, doubled and foreign pairs.
+    Reads only the narrow columns, file by file; memory is 24 bytes a row, more where something is wrong. Raises
+    DatasetError that lists unreadable shards, missing, doubled and foreign pairs.
     """
     asked = np.sort(np.asarray(pair_ids, dtype=np.int64))
     if np.any(asked[1:] == asked[:-1]):
@@ -60,21 +57,18 @@ def audit_dataset(out: str, pair_ids: np.ndarray, per_task: Mapping[str, int] | 
             problems.append(f"rows per task are {per_task_rows}, the manifest has {expected}")
     if problems:
         raise DatasetError(f"{out}: {'; '.join(problems)}; run the same covray build again")
-    return {
-        "version": 1,
-        "asked": len(asked),
-        "written": good.total(),
-        "rejected": sum(counts.total() for counts in reasons.values()),
-        "per_task": {
-            task: {
-                "asked": rows,
-                "written": good[task],
-                "rejected": reasons[task].total(),
-                "reasons": dict(sorted(reasons[task].items())),
-            }
-            for task, rows in per_task_rows.items()
-        },
-    }
+    counts_per_task = {}
+    for task, task_rows in per_task_rows.items():
+        counts = reasons[task]
+        counts_per_task[task] = TaskCounts(
+            asked=task_rows, written=good[task], rejected=counts.total(), reasons=dict(sorted(counts.items()))
+        )
+    return Audit(
+        asked=len(asked),
+        written=good.total(),
+        rejected=sum(counts.total() for counts in reasons.values()),
+        per_task=counts_per_task,
+    )
 
 
 def unreadable_shards(out: str) -> list[str]:

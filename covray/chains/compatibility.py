@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from covray.chains.dataset import ChainDataset
 from covray.errors import ConfigError, DatasetError
-from covray.io import storage
 from covray.models.lvm.backbone import BackboneFacts
 from covray.models.tokenizer.vqgan import Tokenizer, require_same_codebook
 
@@ -14,7 +13,7 @@ def require_same_codes(facts: BackboneFacts, dataset: ChainDataset) -> None:
 
     If the backbone's folder does not record a codebook, no codebook check is made. Raises DatasetError.
     """
-    codes = storage.read_json(storage.join(dataset.path, "_dataset.json")).get("codes")
+    codes = dataset.record.codes
     if codes is not None and codes > facts.codes:
         raise DatasetError(
             f"{dataset.path}: its tokenizer has {codes} codes, the backbone knows {facts.codes}; build the chains with "

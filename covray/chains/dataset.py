@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from covray.chains.records import Audit, DatasetRecord
 from covray.errors import ConfigError, DatasetError, one_line
 from covray.io import storage
 
@@ -76,15 +77,13 @@ class ChainDataset:
 
     def __init__(self, path: str, *, unfinished: bool = False):
         self.path = path
-        self._description = _read_description(
-            path, "_dataset.json", ("config", "methods"), ("config", "lengths"), ("config", "alphas")
-        )
-        if self._description is None:
+        record = DatasetRecord.read_if_present(path)
+        if record is None:
             raise DatasetError(f"{path}: no _dataset.json there, so not a dataset; give the --out of a covray build")
-        self.audit: dict[str, Any] | None = _read_description(
-            path, "_audit.json", ("written",), ("rejected",), ("per_task",)
-        )
-        """What the finished build wrote: rows asked, written, rejected, per task. None while it is unfinished."""
+        self.record = record
+        """The description of the dataset."""
+        self.audit = Audit.read_if_present(path)
+        """What the finished build wrote; None while it is unfinished."""
         if self.audit is None and not unfinished:
             raise DatasetError(f"{path}: is unfinished; run the same covray build again")
         self.unreadable: list[str] = []
@@ -93,22 +92,22 @@ class ChainDataset:
     @property
     def config(self) -> dict[str, Any]:
         """The resolved BuildConfig, as JSON values."""
-        return self._value("config")
+        return self.record.config
 
     @property
     def identity(self) -> dict[str, Any]:
         """The part of the configuration that decides the tokens."""
-        return self._value("identity")
+        return self.record.identity
 
     @property
     def fingerprints(self) -> dict[str, str]:
         """SHA-256 (hex) of ``prior``, ``tokenizer`` and ``codebook``."""
-        return self._value("fingerprints")
+        return self.record.fingerprints
 
     @property
     def tokens_per_image(self) -> int:
         """Tokens of one picture."""
-        return int(self._value("tokens_per_image"))
+        return self.record.tokens_per_image
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -128,7 +127,7 @@ class ChainDataset:
     def count(self, *, errors: bool = False) -> int:
         """Rows: the good ones, and with ``errors`` also the rejected ones. A finished dataset's audit knows."""
         if self.audit is not None:
-            return int(self.audit["written"]) + (int(self.audit["rejected"]) if errors else 0)
+            return self.audit.written + (self.audit.rejected if errors else 0)
         return sum(len(batch) for batch in self._batches(["pair_id"], None, None, errors))
 
     def rows(
@@ -240,12 +239,6 @@ class ChainDataset:
     def _schema(self) -> pa.Schema:
         return shard_schema(keep_noise=bool(self.config.get("keep_noise", False)))
 
-    def _value(self, key: str) -> Any:
-        assert self._description is not None
-        if key not in self._description:
-            raise DatasetError(f"{self.path}: _dataset.json lacks {key}; build the dataset again")
-        return self._description[key]
-
 
 def shard_files(out: str) -> list[str]:
     """The Parquet files of the dataset folder ``out``, relative to it, sorted; not those a writer left aside."""
@@ -259,25 +252,6 @@ def task_of(shard: str) -> str:
         if part.startswith("task="):
             return part.removeprefix("task=")
     raise DatasetError(f"{shard}: is not below a folder task=...; it is no shard of this dataset, move it away")
-
-
-def _read_description(path: str, name: str, *due: tuple[str, ...]) -> dict[str, Any] | None:
-    try:
-        description = storage.read_json(storage.join(path, name))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError) as error:
-        raise DatasetError(f"{path}/{name}: cannot be read: {one_line(error)}") from error
-    version = description.get("version") if isinstance(description, dict) else None
-    if version != 1:
-        raise DatasetError(f"{path}/{name}: is of version {version}, not 1; use the covray that wrote it")
-    for keys in due:
-        value: Any = description
-        for key in keys:
-            value = value.get(key) if isinstance(value, dict) else None
-        if value is None:
-            raise DatasetError(f"{path}/{name}: lacks {'.'.join(keys)}; build the dataset again")
-    return dict(description)
 
 
 def _python_values(column: pa.Array) -> list[Any]:

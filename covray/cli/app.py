@@ -369,9 +369,9 @@ def build(
             return
         audit = building.build(resolved)
     if json_:
-        print(json.dumps(audit))
+        print(json.dumps(audit.to_json()))
     else:
-        _print_audit(audit, resolved.out)
+        _print_audit(audit.to_json(), resolved.out)
 
 
 def _print_audit(audit: dict[str, Any], out: str) -> None:

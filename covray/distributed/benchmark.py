@@ -152,10 +152,10 @@ def _measure_build(config: BuildConfig, folder: str, pairs: int) -> dict[str, An
         for pair in itertools.islice(scenes, pairs):
             writer.add(pair)
     started = time.monotonic()
-    found = build(config.model_copy(update={"pairs": manifest, "out": out}))
+    audit = build(config.model_copy(update={"pairs": manifest, "out": out}))
     wall_s = time.monotonic() - started
-    if found["rejected"] or found["row_s"] is None:
-        raise ConfigError(f"build: {found['rejected']} of {pairs} rendered pairs were rejected; see covray build")
+    if audit.rejected or audit.row_s is None:
+        raise ConfigError(f"build: {audit.rejected} of {pairs} rendered pairs were rejected; see covray build")
     info = check_manifest(manifest)
     started = time.monotonic()
     audit_dataset(out, info.pair_ids, info.per_task)
@@ -163,7 +163,7 @@ def _measure_build(config: BuildConfig, folder: str, pairs: int) -> dict[str, An
     files = shard_files(out)
     sizes = [_file_bytes(storage.join(out, name)) for name in files]
     return {
-        **found,
+        **audit.to_json(),
         "wall_s": wall_s,
         "audit_s": audit_s,
         "rows": pairs,

@@ -21,6 +21,7 @@ from ray.data import Dataset
 from covray.chains.audit import audit_dataset
 from covray.chains.dataset import ChainDataset, shard_schema, union_alphas
 from covray.chains.prepare import Facts, KeptNoise, needs_prior
+from covray.chains.records import Audit, DatasetRecord, PairSet
 from covray.config import BuildConfig, differences
 from covray.distributed.pool import (
     TASK_CPUS,
@@ -32,7 +33,6 @@ from covray.distributed.pool import (
     on,
     one_line_errors,
     pool_of,
-    read_description,
     require_fresh,
 )
 from covray.distributed.prepare import prepare
@@ -70,7 +70,7 @@ def plan_build(config: BuildConfig) -> Plan:
     )
 
 
-def build(config: BuildConfig) -> dict[str, Any]:
+def build(config: BuildConfig) -> Audit:
     """Build the dataset ``config.out`` from the manifest ``config.pairs``; returns the audit.
 
     Called again on an unfinished dataset it continues it; on a finished one it returns the audit at once. Raises
@@ -79,15 +79,14 @@ def build(config: BuildConfig) -> dict[str, Any]:
     # A relative path means nothing to those who come later, and elsewhere.
     config = config.model_copy(update={"pairs": absolute(config.pairs)})
     info = check_manifest(config.pairs)
-    keys = ("config", "identity", "fingerprints", "pairs")
-    described = read_description(storage.join(config.out, "_dataset.json"), keys)
-    audit_path = storage.join(config.out, "_audit.json")
+    described = DatasetRecord.read_if_present(config.out)
     if described is not None:
         _require_same_pairs(config, described, info)
-        _require_same(config, described["identity"], config.identity(), open_matches=True)
-        config = _as_recorded(config, described["config"])
-        if storage.exists(audit_path):
-            return dict(storage.read_json(audit_path))
+        _require_same(config, described.identity, config.identity(), open_matches=True)
+        config = _as_recorded(config, described.config)
+        audit = Audit.read_if_present(config.out)
+        if audit is not None:
+            return audit
     else:
         require_fresh(config.out, "dataset")
     with ray_session() as cores:
@@ -96,13 +95,13 @@ def build(config: BuildConfig) -> dict[str, Any]:
         if described is None:
             _write_description(config, info, facts)
         else:
-            _require_same(config, described["identity"], config.identity())
-            _require_same(config, described["fingerprints"], facts.fingerprints)
+            _require_same(config, described.identity, config.identity())
+            _require_same(config, described.fingerprints, facts.fingerprints)
             commit_again(config.out, "pair_id", lambda: _standing(config.out))
         noise = KeptNoise.of(config.noise_from, config, facts) if config.noise_from else None
         usage = _run(config, info, facts, noise, pool_of(config.actors, config.engine, cores, gpus))
-    audit = audit_dataset(config.out, info.pair_ids, info.per_task) | usage
-    storage.write_json(audit_path, audit)
+    audit = audit_dataset(config.out, info.pair_ids, info.per_task).model_copy(update=usage)
+    audit.write(config.out)
     delete_checkpoint(config.out)
     return audit
 
@@ -206,31 +205,30 @@ def _probe(config: BuildConfig, gpus: float) -> tuple[BuildConfig, Facts]:
 
 
 def _write_description(config: BuildConfig, info: ManifestInfo, facts: Facts) -> None:
-    description = {
-        "version": 1,
-        "config": config.model_dump(mode="json"),
-        "identity": config.identity(),
-        "fingerprints": facts.fingerprints,
-        "latent_shape": facts.latent_shape,
-        "tokenizer_size_px": facts.tokenizer_px,
-        "tokens_per_image": facts.tokens_per_image,
-        "codes": facts.codes,
-        "pairs": _digest(info),
-    }
-    storage.write_json(storage.join(config.out, "_dataset.json"), description)
+    DatasetRecord(
+        config=config.model_dump(mode="json"),
+        identity=config.identity(),
+        fingerprints=facts.fingerprints,
+        latent_shape=facts.latent_shape,
+        tokenizer_size_px=facts.tokenizer_px,
+        tokens_per_image=facts.tokens_per_image,
+        codes=facts.codes,
+        pairs=_digest(info),
+    ).write(config.out)
 
 
-def _digest(info: ManifestInfo) -> dict[str, Any]:
+def _digest(info: ManifestInfo) -> PairSet:
     """The manifest's set of pairs, whatever their order."""
     ids = info.pair_ids.copy()
     ids.sort()
-    return {"rows": info.rows, "sha256": hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()}
+    return PairSet(rows=info.rows, sha256=hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest())
 
 
-def _require_same_pairs(config: BuildConfig, described: dict[str, Any], info: ManifestInfo) -> None:
-    if described["pairs"] != _digest(info):
+def _require_same_pairs(config: BuildConfig, described: DatasetRecord, info: ManifestInfo) -> None:
+    if described.pairs != _digest(info):
+        rows = described.pairs.rows if described.pairs else "unknown"
         raise DatasetError(
-            f"{config.out}: was begun with another manifest ({described['pairs']['rows']} pairs, {config.pairs} has "
+            f"{config.out}: was begun with another manifest ({rows} pairs, {config.pairs} has "
             f"{info.rows}, or others); give that one, or another --out"
         )
 

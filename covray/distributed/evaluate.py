@@ -336,8 +336,8 @@ def _episodes(subjects: Sequence[Subject], queries: pa.Table) -> pa.Table:
 
 def _fingerprints(dataset: ChainDataset, subjects: Sequence[Subject]) -> dict[str, str]:
     found = {f"dataset.{key}": value for key, value in dataset.fingerprints.items()}
-    description = storage.read_json(storage.join(dataset.path, "_dataset.json"))
-    what = json.dumps([description["identity"], description.get("pairs"), dataset.count()], sort_keys=True)
+    pairs = dataset.record.pairs
+    what = json.dumps([dataset.identity, pairs and pairs.to_json(), dataset.count()], sort_keys=True)
     found["dataset.pairs"] = hashlib.sha256(what.encode()).hexdigest()
     for subject in subjects:
         if subject.fingerprint:

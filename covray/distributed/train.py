@@ -277,8 +277,8 @@ def _absolute(config: TrainConfig) -> TrainConfig:
 
 def _data_fingerprint(dataset: ChainDataset) -> str:
     """SHA-256 (hex) over what decides the chains: configuration, models, pairs and how many were good."""
-    description = storage.read_json(storage.join(dataset.path, "_dataset.json"))
-    what = [description["identity"], description["fingerprints"], description.get("pairs"), dataset.count()]
+    pairs = dataset.record.pairs
+    what = [dataset.identity, dataset.fingerprints, pairs and pairs.to_json(), dataset.count()]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 

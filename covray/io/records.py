@@ -106,4 +106,6 @@ def _first_problem(error: ValidationError) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "missing":
         return f"lacks {key}"
+    if problem["type"] == "value_error":  # raised by a validator of the record, with a text of its own
+        return f"{key} {problem['ctx']['error']}"
     return f"{key}: {problem['msg'][:1].lower()}{problem['msg'][1:]}"

@@ -80,7 +80,7 @@ def run_demo(out: Path, console: Console) -> dict[str, Any]:
         f"Chains of {LENGTH}: inversion, slerp, denoising; and linear mixing beside them",
         f"build --pairs {pairs} --out {chains} --lengths {LENGTH} --set prior.steps={STEPS} {sets}",
     )
-    audit = build(config)
+    audit = build(config).to_json()
     console.print(
         f"  {audit['written']} chains, {audit['rejected']} rejected"
         + (f", {audit['chains_per_s']:.2f} chains/s on {audit['actors']} actors" if audit.get("chains_per_s") else ""),

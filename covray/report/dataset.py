@@ -99,7 +99,7 @@ def write_page(dataset: ChainDataset, chains: Sequence[ChainPictures], out: str)
         links.append(("rejected", "Rejected"))
     parts = [*_header(dataset), navigation(links, tile_px)]
     for task, of_task in groups:
-        rows = dataset.audit["per_task"].get(task, {}).get("written") if dataset.audit else None
+        rows = dataset.audit.per_task[task].written if dataset.audit and task in dataset.audit.per_task else None
         shown = f"{len(of_task)} shown" + (f" of {rows:,}" if rows is not None else "")
         parts.append(f'<section id="{escape(task)}"><h2>{escape(human(task))} <small>{shown}</small></h2>')
         parts += [_chain(chain) for chain in of_task]
@@ -114,11 +114,11 @@ def _header(dataset: ChainDataset) -> Iterable[str]:
     badge = "" if audit else '<span class="badge">unfinished</span>'
     yield f'<header><h1>Chains of vision{badge}</h1><code class="faint">{escape(dataset.path)}</code>'
     counts = {"pairs asked for": "asked", "pairs written": "written", "pairs rejected": "rejected"}
-    tiles = [(f"{audit[key]:,}" if audit else "–", name) for name, key in counts.items()]
-    if audit and audit.get("chains_per_s") is not None:
-        tiles.append((f"{audit['chains_per_s']:.3g}", "chains a second"))
-    if audit and audit.get("seconds") is not None:
-        tiles.append((duration(audit["seconds"]), "build time"))
+    tiles = [(f"{getattr(audit, key):,}" if audit else "–", name) for name, key in counts.items()]
+    if audit and audit.chains_per_s is not None:
+        tiles.append((f"{audit.chains_per_s:.3g}", "chains a second"))
+    if audit and audit.seconds is not None:
+        tiles.append((duration(audit.seconds), "build time"))
     tiles.append((str(dataset.tokens_per_image), "tokens a picture"))
     yield figures(tiles)
     lines = [

@@ -46,7 +46,7 @@ def describe(dataset_path: str) -> dict[str, Any]:
         "schema": {field.name: str(field.type) for field in shard_schema(bool(dataset.config.get("keep_noise")))},
         "fingerprints": dataset.fingerprints,
         "config": dataset.config,
-        "audit": dataset.audit,
+        "audit": None if dataset.audit is None else dataset.audit.to_json(),
     }
 
 

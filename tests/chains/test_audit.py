@@ -24,8 +24,8 @@ def test_counts_add_up_per_task_and_reason(write_dataset: Writer) -> None:
     rejects = {0: "missing: a: b", 1: "missing: c\nline two: d", 2: "empty: e", 6: "missing: f"}
     out, rows = write_dataset({"depth": 5, "edges": 3}, rejects=rejects, finished=False)
     audit = audit_dataset(out, _ids(rows)[::-1], {"depth": 5, "edges": 3, "pose": 0})
-    assert (audit["asked"], audit["written"], audit["rejected"]) == (8, 4, 4)
-    assert audit["per_task"] == {
+    assert (audit.asked, audit.written, audit.rejected) == (8, 4, 4)
+    assert audit.to_json()["per_task"] == {
         "depth": {"asked": 5, "written": 2, "rejected": 3, "reasons": {"empty": 1, "missing": 2}},
         "edges": {"asked": 3, "written": 2, "rejected": 1, "reasons": {"missing": 1}},
     }
@@ -66,7 +66,7 @@ def test_rows_in_the_wrong_task_are_seen(write_dataset: Writer) -> None:
 def test_an_empty_folder_lacks_everything(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="3 pairs missing"):
         audit_dataset(str(tmp_path), np.array([1, 2, 3]))
-    assert audit_dataset(str(tmp_path), np.zeros(0, np.int64))["asked"] == 0
+    assert audit_dataset(str(tmp_path), np.zeros(0, np.int64)).asked == 0
 
 
 def test_a_manifest_with_double_ids_is_a_bug_of_the_caller(tmp_path: Path) -> None:

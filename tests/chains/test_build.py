@@ -18,6 +18,7 @@ from covray.chains import build as building
 from covray.chains.build import BlockBuilder, is_checked, mix_pixels, path_ratio, psnr
 from covray.chains.dataset import shard_schema, union_alphas
 from covray.chains.prepare import PREPARED_SCHEMA, Facts, KeptNoise, needs_prior, prepare_block
+from covray.chains.records import Audit, DatasetRecord
 from covray.config import BuildConfig, load_config
 from covray.errors import DatasetError
 from covray.io import storage
@@ -344,13 +345,18 @@ def kept(builder: BlockBuilder, built: tuple[pa.Table, building.Work], tmp_path_
     """A dataset with noise, in two shards."""
     out = str(tmp_path_factory.mktemp("kept"))
     config, facts = builder.config, builder.facts()
-    description = {"config": config.model_dump(mode="json"), "identity": config.identity()}
-    storage.write_json(f"{out}/_dataset.json", {"version": 1, "fingerprints": facts.fingerprints} | description)
+    DatasetRecord(
+        config=config.model_dump(mode="json"),
+        identity=config.identity(),
+        fingerprints=facts.fingerprints,
+        tokenizer_size_px=facts.tokenizer_px,
+        tokens_per_image=facts.tokens_per_image,
+    ).write(out)
     for part, rows in enumerate((built[0].slice(0, 2), built[0].slice(2))):
         folder = Path(out, "shards", "task=depth")
         folder.mkdir(parents=True, exist_ok=True)
         pq.write_table(rows, folder / f"{part}.parquet")
-    storage.write_json(f"{out}/_audit.json", {"version": 1, "written": 5, "rejected": 1, "per_task": {}})
+    Audit(asked=6, written=5, rejected=1, per_task={}).write(out)
     return out
 
 
@@ -415,7 +421,7 @@ def test_a_dataset_without_noise_is_refused(builder: BlockBuilder, kept: str, tm
     description = storage.read_json(f"{kept}/_dataset.json")
     description["identity"]["keep_noise"] = False
     storage.write_json(f"{tmp_path}/_dataset.json", description)
-    storage.write_json(f"{tmp_path}/_audit.json", {"version": 1, "written": 0, "rejected": 0, "per_task": {}})
+    Audit(asked=0, written=0, rejected=0, per_task={}).write(str(tmp_path))
     with pytest.raises(DatasetError, match="without --keep-noise"):
         KeptNoise.of(str(tmp_path), builder.config, builder.facts())
     with pytest.raises(DatasetError, match=r"no _dataset\.json"):

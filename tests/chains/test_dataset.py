@@ -150,21 +150,25 @@ def test_a_finished_dataset_with_a_damaged_shard_is_refused(write_dataset: Write
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "what"),
+    ("name", "changes", "message"),
     [
-        ("_dataset.json", {"version": 1}, "lacks config.methods"),
-        ("_dataset.json", {"version": 1, "config": {"methods": ["linear"]}}, "lacks config.lengths"),
-        ("_dataset.json", {"version": 1, "config": 7}, "lacks config.methods"),
-        ("_audit.json", {"version": 1}, "lacks written"),
-        ("_audit.json", {"version": 1, "written": 1, "rejected": 0}, "lacks per_task"),
+        ("_dataset.json", {"config": None}, "lacks config; build the dataset again"),
+        ("_dataset.json", {"config": {"methods": ["linear"]}}, "config lacks lengths; build the dataset again"),
+        ("_dataset.json", {"config": 7}, "config: input should be an object; build the dataset again"),
+        ("_dataset.json", {"fingerprints": None}, "lacks fingerprints; build the dataset again"),
+        ("_dataset.json", {"tokens_per_image": "16"}, "tokens_per_image: input should be a valid integer; build"),
+        ("_audit.json", {"written": None}, "lacks written; delete it, and run the same covray build again"),
+        ("_audit.json", {"per_task": None}, "lacks per_task; delete it, and run the same covray build again"),
     ],
 )
 def test_a_description_that_says_too_little_is_refused(
-    write_dataset: Writer, name: str, content: dict[str, Any], what: str
+    write_dataset: Writer, name: str, changes: dict[str, Any], message: str
 ) -> None:
+    """``changes`` of the file's keys; None removes one."""
     out, _ = write_dataset({"depth": 4})
-    storage.write_json(f"{out}/{name}", content)
-    with pytest.raises(DatasetError, match=rf"{name}: {what}; build"):
+    values = storage.read_json(f"{out}/{name}") | changes
+    storage.write_json(f"{out}/{name}", {key: value for key, value in values.items() if value is not None})
+    with pytest.raises(DatasetError, match=f"{name}: {message}"):
         ChainDataset(out)
 
 

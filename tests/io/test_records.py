@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import field_validator
 
 from covray.errors import ConfigError, DatasetError
 from covray.io.records import Record, RecordPart
@@ -24,6 +25,13 @@ class Album(Record):
     sizes: tuple[Size, ...]
     score: float | None
     note: str | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _named(cls, name: str) -> str:
+        if not name:
+            raise ValueError("is empty")
+        return name
 
 
 class Unversioned(Record):
@@ -76,6 +84,7 @@ def test_what_is_read_is_written_again_byte_for_byte(tmp_path: Path, values: dic
         ({"version": 1, "name": "a", "score": 1.0}, "lacks sizes; make the album again"),
         (WHOLE | {"sizes": [{}]}, "lacks sizes.0.width_px; make the album again"),
         (WHOLE | {"sizes": [{"width_px": "8"}]}, "sizes.0.width_px: input should be a valid integer"),
+        (WHOLE | {"name": ""}, "name is empty; make the album again"),
         (WHOLE | {"name": 3}, "name: input should be a valid string; make the album again"),
     ],
 )

@@ -1,0 +1,100 @@
+"""What the JSON files of a dataset folder hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import field_validator
+
+from covray.io.records import Record, RecordPart
+
+
+class PairSet(RecordPart):
+    """The pairs of a manifest, whatever their order."""
+
+    rows: int
+    """Pairs of the manifest."""
+    sha256: str
+    """SHA-256 (hex) over the sorted pair ids, each as 8 bytes, little-endian."""
+
+
+class DatasetRecord(Record):
+    """What a build is: written before its first row, and compared by every build that continues it."""
+
+    FILE = "_dataset.json"
+    FIX = "build the dataset again, into another folder"
+
+    config: dict[str, Any]
+    """The resolved configuration of `covray build`."""
+    identity: dict[str, Any]
+    """The part of the configuration that decides the tokens."""
+    fingerprints: dict[str, str]
+    """SHA-256 (hex) of `prior` (empty where no frame needs it), `tokenizer` and `codebook`."""
+    latent_shape: tuple[int, int, int] | None = None
+    """Channels, height and width of the prior's latents; null where no frame needs the prior."""
+    tokenizer_size_px: int
+    """Side of the pictures that are tokenized."""
+    tokens_per_image: int
+    """Tokens of one picture."""
+    codes: int | None = None
+    """Codes of the tokenizer's codebook; absent in datasets of early versions."""
+    pairs: PairSet | None = None
+    """The manifest's pairs; absent in datasets of early versions."""
+
+    @field_validator("config")
+    @classmethod
+    def _has_chains(cls, config: dict[str, Any]) -> dict[str, Any]:
+        """Without these keys nobody can tell which chains the rows hold."""
+        for key in ("methods", "lengths", "alphas"):
+            if key not in config:
+                raise ValueError(f"lacks {key}")
+        return config
+
+
+class TaskCounts(RecordPart):
+    """The rows of one task."""
+
+    asked: int
+    """Pairs of the manifest."""
+    written: int
+    """Good rows."""
+    rejected: int
+    """Rows with an error."""
+    reasons: dict[str, int]
+    """Rejected rows by the reason of their error."""
+
+
+class Audit(Record):
+    """What a finished build wrote: every pair of the manifest is in exactly one row."""
+
+    FILE = "_audit.json"
+    FIX = "delete it, and run the same covray build again"
+
+    asked: int
+    """Pairs of the manifest."""
+    written: int
+    """Good rows."""
+    rejected: int
+    """Rows with an error."""
+    per_task: dict[str, TaskCounts]
+    """The same by task."""
+    actors: int | None = None
+    """Actors that computed in the last run of the build, as all of the following."""
+    chains_per_s: float | None = None
+    """Rows a second, without every actor's first block; null where nothing was computed."""
+    busy_share: float | None = None
+    """Share of the actors' time spent computing; time that a block waits counts as idle."""
+    row_s: float | None = None
+    """Seconds of an actor for one row."""
+    load_s: float | None = None
+    """Seconds until an actor computed: its start, its imports and its models."""
+    last_block_s: float | None = None
+    """Seconds from the start until the last block was computed."""
+    unet_evaluations: int | None = None
+    """Forward passes of the UNet, counted by picture."""
+    padded_share: float | None = None
+    """Share of further passes that only filled batches."""
+    seconds: float | None = None
+    """Seconds from the first actor's start until the last shard was written."""
+    rows_of_earlier_runs: int | None = None
+    """Rows that earlier runs of the same build had written."""
