@@ -6,7 +6,6 @@ What an actor of ``covray build`` does, and what a bare GPU machine can profile.
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +15,11 @@ import pyarrow as pa
 from covray.chains.dataset import frame_order, shard_schema, union_alphas
 from covray.chains.prepare import Facts, needs_prior, picture_digest
 from covray.config import BuildConfig
+from covray.io.device import resolve_device
 from covray.io.images import square
+from covray.io.pixels import path_ratio, psnr
 from covray.models.diffusion.engine import ChainEngine, Interpolation, Request
-from covray.models.diffusion.prior import load_prior, propose_batch, resolve_device
+from covray.models.diffusion.prior import load_prior, propose_batch
 from covray.models.tokenizer.vqgan import load_tokenizer
 
 
@@ -158,45 +159,27 @@ class BlockBuilder:
         self, pair_id: int, images: np.ndarray, ends: tuple[int, ...], number: int, chains: Interpolation | None
     ) -> dict[str, float | None]:
         source, label = ends
-        first, last = images[source].astype(np.float32), images[label].astype(np.float32)
         quality: dict[str, float | None] = {}
         if "linear" in self.config.methods and self.alphas:
             mixed = [mix_pixels(images[source], images[label], alpha) for alpha in self.alphas]
-            quality["linear_path"] = path_ratio([first, *mixed, last])
+            quality["linear_path"] = path_ratio([images[source], *mixed, images[label]])
         if chains is not None:
             # A picture may have been returned for a neighbour that shares it: the row must not show its neighbours.
             returned = chains.returned if is_checked(pair_id, self.config.check_endpoints) else {}
             quality |= {
                 "source_noise_rms": float(np.sqrt(np.mean(np.square(chains.noise[source], dtype=np.float64)))),
                 "label_noise_rms": float(np.sqrt(np.mean(np.square(chains.noise[label], dtype=np.float64)))),
-                "source_psnr": psnr(images[source], returned.get(source)),
-                "label_psnr": psnr(images[label], returned.get(label)),
+                "source_psnr": _round_trip(images[source], returned.get(source)),
+                "label_psnr": _round_trip(images[label], returned.get(label)),
             }
             if len(chains.frames[number]):
-                quality["diffusion_path"] = path_ratio([first, *chains.frames[number], last])
+                quality["diffusion_path"] = path_ratio([images[source], *chains.frames[number], images[label]])
         return quality
 
 
 def mix_pixels(source: np.ndarray, label: np.ndarray, alpha: float) -> np.ndarray:
     """The paper's baseline: pixels mixed linearly, uint8 [h, w, 3] each."""
     return np.rint((1 - alpha) * source.astype(np.float64) + alpha * label.astype(np.float64)).astype(np.uint8)
-
-
-def path_ratio(pictures: list[np.ndarray]) -> float | None:
-    """Way through ``pictures`` over the direct way from first to last, in RMS pixel distances; None if they are one."""
-    floats = [picture.astype(np.float32) for picture in pictures]
-    direct = _rms(floats[0], floats[-1])
-    if direct == 0:
-        return None
-    return sum(_rms(first, second) for first, second in itertools.pairwise(floats)) / direct
-
-
-def psnr(picture: np.ndarray, returned: np.ndarray | None) -> float | None:
-    """Peak signal-to-noise ratio in dB of uint8 pictures, at most 99; None where nothing was returned."""
-    if returned is None:
-        return None
-    error = _rms(picture.astype(np.float32), returned.astype(np.float32))
-    return min(99.0, 20 * float(np.log10(255 / error))) if error else 99.0
 
 
 def is_checked(pair_id: int, share: float) -> bool:
@@ -207,8 +190,9 @@ def is_checked(pair_id: int, share: float) -> bool:
     return (mixed ^ (mixed >> 31)) / 2**64 < share
 
 
-def _rms(first: np.ndarray, second: np.ndarray) -> float:
-    return float(np.sqrt(np.mean(np.square(first - second, dtype=np.float64))))
+def _round_trip(picture: np.ndarray, returned: np.ndarray | None) -> float | None:
+    """Return the PSNR in dB of a picture that was ``returned`` from noise, at most 99; None where it was not."""
+    return None if returned is None else psnr(picture, returned, most_db=99.0)
 
 
 def _pixels(data: bytes, size_px: int) -> np.ndarray:

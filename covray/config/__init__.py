@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from covray.errors import ConfigError
+from covray.errors import ConfigError, one_line
 
 Task = Literal["segmentation", "pose", "colorization", "normals", "edges", "depth", "low_light"]
 Method = Literal["linear", "diffusion"]
@@ -621,7 +621,7 @@ def load_config(
         try:
             loaded = read_yaml(Path(file).read_text(encoding="utf-8"))
         except OSError as error:
-            raise ConfigError(f"--config {file}: {error.strerror}; give an existing YAML file") from error
+            raise ConfigError(f"--config {file}: {one_line(error)}; give an existing YAML file") from error
         except ValueError as error:  # also bytes that are no text
             raise ConfigError(f"--config {file}: not valid YAML: {error}") from error
         if loaded is not None and not isinstance(loaded, dict):
@@ -650,7 +650,7 @@ def read_yaml(text: str) -> Any:
     try:
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: dates of a 13th month
-        raise ValueError(" ".join(str(error).split())) from error
+        raise ValueError(one_line(error)) from error
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
 

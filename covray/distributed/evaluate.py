@@ -53,9 +53,9 @@ from covray.evaluation.runner import (
 )
 from covray.evaluation.subjects import Subject, adapter_weights, subjects_of
 from covray.io import storage
-from covray.models.lvm.decoding.sequential import seed_of
 from covray.models.tokenizer.vqgan import load_tokenizer
 from covray.report.evaluation import Strip, write_evaluation_page
+from covray.seeds import seed_of
 from covray.training.checkpoints import require_same
 
 DESCRIPTION, RESULTS, TABLE, PAGE = "_evaluation.json", "results.json", "table.csv", "index.html"

@@ -5,9 +5,7 @@ Ray Data's checkpoint commits a block when what became of it is written; what is
 
 from __future__ import annotations
 
-import errno
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -23,7 +21,7 @@ from ray.data.checkpoint import CheckpointConfig
 from covray.config import ActorsConfig, EngineConfig
 from covray.distributed.progress import PoolProgress
 from covray.distributed.session import READING_CPUS
-from covray.errors import CovrayError, DatasetError
+from covray.errors import CovrayError, DatasetError, last_line
 from covray.io import storage
 
 TASK_CPUS = 0.5
@@ -164,7 +162,7 @@ def read_description(path: str, keys: Sequence[str] = ("config", "identity")) ->
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
-        raise DatasetError(f"{path}: cannot be read ({reason(error)}); give another --out") from error
+        raise DatasetError(f"{path}: cannot be read ({last_line(error)}); give another --out") from error
     if not isinstance(description, dict) or description.get("version") != 1 or not set(keys) <= set(description):
         raise DatasetError(f"{path}: is no description of this version; give another --out")
     return description
@@ -210,8 +208,10 @@ class one_line_errors:
         again = "run the same command again to continue"
         for cause in causes:
             if isinstance(cause, OSError) and not isinstance(cause, ConnectionError):
-                raise DatasetError(f"{self._out}: storage failed ({reason(cause)}); mend it and {again}") from error
-        raise DatasetError(f"the {self._what} failed in a worker: {reason(causes[-1])}; mend it and {again}") from error
+                raise DatasetError(f"{self._out}: storage failed ({last_line(cause)}); mend it and {again}") from error
+        raise DatasetError(
+            f"the {self._what} failed in a worker: {last_line(causes[-1])}; mend it and {again}"
+        ) from error
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -224,13 +224,3 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         seen.add(id(current))
         yield current
         queue += [getattr(current, "cause", None), current.__cause__, current.__context__]
-
-
-def reason(error: BaseException) -> str:
-    """The last telling line: Ray puts whole remote tracebacks into messages."""
-    named = isinstance(error, OSError) and error.errno in errno.errorcode and error.strerror
-    lines = [line.strip() for line in (named or str(error)).splitlines() if line.strip()]
-    if not lines:
-        return type(error).__name__
-    of_system = re.search(r"\[errno \d+\] (.+)", lines[-1])  # as Arrow ends what a filesystem refused
-    return of_system[1] if of_system else lines[-1]

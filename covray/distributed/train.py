@@ -41,7 +41,7 @@ from covray.distributed.progress import time_left
 from covray.distributed.session import here, ray_session
 from covray.distributed.tracking import Tracker, store_of
 from covray.distributed.worker_entry import work
-from covray.errors import ConfigError
+from covray.errors import ConfigError, last_line
 from covray.io import storage
 from covray.models.lvm.adapter import WEIGHTS_FILE, read_start
 from covray.models.lvm.backbone import BackboneFacts, backbone_facts
@@ -452,7 +452,4 @@ def _reason(error: BaseException) -> str:
     """The last telling line of what a worker raised; that others then lost the connection tells nothing."""
     raised = [getattr(cause, "_base_exc", cause) for cause in getattr(error, "worker_failures", {}).values()]
     telling = [cause for cause in raised if "onnection" not in str(cause)] or raised or [error]
-    if isinstance(telling[0], OSError) and telling[0].strerror:
-        return telling[0].strerror
-    lines = [line.strip() for line in str(telling[0]).splitlines() if line.strip()]
-    return lines[-1] if lines else type(telling[0]).__name__
+    return last_line(telling[0])

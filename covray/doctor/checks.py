@@ -34,8 +34,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from covray.config import BackboneConfig, EngineConfig, PriorConfig, TokenizerConfig, require_compiler
 from covray.distributed.session import ray_session
-from covray.errors import ConfigError, CovrayError
+from covray.errors import ConfigError, CovrayError, one_line
 from covray.io import storage
+from covray.io.device import choose_device
 from covray.io.model_folders import NANO_FOLDER
 from covray.models.lvm.model import bfloat16_units
 
@@ -191,7 +192,7 @@ def _built_for(capability: tuple[int, int], architectures: Sequence[str]) -> boo
 
 def check_compiler() -> list[Finding]:
     """What ``engine.compile`` and ``compute.compile`` need; nothing does by default."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device("auto", "engine.device").type
     try:
         require_compiler("engine.compile, compute.compile", device)
     except ConfigError as error:
@@ -244,7 +245,7 @@ def check_storage(path: str) -> list[Finding]:
         intact = storage.read_bytes(file) == data
         read_s = time.perf_counter() - tick
     except OSError as error:
-        found = f"{target}: cannot be written and read ({_reason(error)})"
+        found = f"{target}: cannot be written and read ({one_line(error)})"
         return [*findings, Finding("storage", "problem", found, "mend its rights or room, or give another --path")]
     finally:
         with suppress(OSError):  # what was not written cannot be removed
@@ -548,17 +549,11 @@ def _forget(file: str) -> None:
 
 def _of_error(name: str, error: BaseException) -> Finding:
     """covray's errors say what to do after their last semicolon; the others say nothing."""
-    found, _, advice = _reason(error).rpartition("; ") if isinstance(error, CovrayError) else ("", "", "")
+    found, _, advice = one_line(error).rpartition("; ") if isinstance(error, CovrayError) else ("", "", "")
     if found:
         return Finding(name, "problem", found, advice)
     advice = "try it by hand as the same user; the rest of the report stands without it"
-    return Finding(name, "problem", f"could not be checked ({_reason(error)})", advice)
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return _first_line(str(error)) or type(error).__name__
+    return Finding(name, "problem", f"could not be checked ({one_line(error)})", advice)
 
 
 def _first_line(text: str) -> str:

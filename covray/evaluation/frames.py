@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 from numpy.typing import NDArray
 
-from covray.evaluation.scores import mse, psnr
+from covray.io.pixels import Picture, path_ratio, psnr, step_sizes
 
 FRAME_METRICS: tuple[str, ...] = ("frame_psnr", "frame_path", "frame_step_variation")
-
-Picture = NDArray[np.uint8]
 
 
 def frame_figures(
@@ -35,14 +31,10 @@ def frame_figures(
         raise ValueError(f"{len(frames)} frames and {len(references)} references do not match")
     if not len(frames):
         return dict.fromkeys(FRAME_METRICS)
-    steps = [_rms(first, second) for first, second in itertools.pairwise([query, *frames, answer])]
-    direct = _rms(query, answer)
+    pictures = [query, *frames, answer]
+    steps = step_sizes(pictures)
     return {
         "frame_psnr": float(np.mean([psnr(*both) for both in zip(frames, references, strict=True)])),
-        "frame_path": sum(steps) / direct if direct else None,
+        "frame_path": path_ratio(pictures),
         "frame_step_variation": float(np.std(steps) / np.mean(steps)) if any(steps) else None,
     }
-
-
-def _rms(first: Picture, second: Picture) -> float:
-    return float(np.sqrt(mse(first, second)))

@@ -32,14 +32,15 @@ from covray.evaluation.lpips import LEAST_PX, load_lpips
 from covray.evaluation.scores import class_count, score
 from covray.evaluation.subjects import SALIENCY, Subject
 from covray.io import storage
+from covray.io.device import resolve_device
 from covray.io.images import decode, load_picture, resize, square
-from covray.models.diffusion.prior import resolve_device
 from covray.models.lvm.adapter import load_adapter_tensors, read_adapter
 from covray.models.lvm.backbone import backbone_facts, load_backbone
-from covray.models.lvm.decoding.sequential import Decoder, seed_of
+from covray.models.lvm.decoding.sequential import Decoder
 from covray.models.lvm.model import Batch, Lvm
 from covray.models.tokenizer.vqgan import load_tokenizer
 from covray.pairs.manifest import check_manifest, read_manifest, read_meta, row_dicts
+from covray.seeds import seed_of
 from covray.tasks import TASKS
 
 EPISODE_SCHEMA = pa.schema(

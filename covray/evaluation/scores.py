@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from skimage.metrics import structural_similarity
 from skimage.morphology import dilation
 
+from covray.io.pixels import Picture, mse, psnr
 from covray.tasks import depth, edges, normals, pose, segmentation
 
 METRICS: dict[str, tuple[str, ...]] = {
@@ -41,7 +42,6 @@ EDGE_TOLERANCE = 0.0075
 EDGE_THRESHOLDS = np.arange(1, 100) / 100
 """Strengths from which an answer's pixel counts as an edge (BSDS500's 99)."""
 
-Picture = NDArray[np.uint8]
 Lpips = Callable[[Picture, Picture], float]
 
 
@@ -153,16 +153,6 @@ def pck(
     tolerance_px = max(alpha * float(np.ptp(truth[:, :2], axis=0).max()), least_px)
     distance_px = np.linalg.norm(found[:, :2] - truth[:, :2], axis=1)
     return float(((found[:, 2] > 0) & (distance_px <= tolerance_px)).mean())
-
-
-def mse(answer: Picture, label: Picture) -> float:
-    """Mean squared error of pixel values in [0, 1]."""
-    return float(np.mean(((answer.astype(np.float64) - label) / 255) ** 2))
-
-
-def psnr(answer: Picture, label: Picture) -> float:
-    """Peak signal-to-noise ratio in dB, at most 100: equal pictures would have no finite one, and no mean would."""
-    return -10 * math.log10(max(mse(answer, label), 1e-10))
 
 
 def ssim(answer: Picture, label: Picture) -> float | None:

@@ -34,14 +34,15 @@ from covray.config import (
 )
 from covray.errors import ConfigError, DatasetError, PairError, WeightsError, one_line
 from covray.io import storage
+from covray.io.device import resolve_device
 from covray.io.images import decode, encode_png, resize, square
-from covray.models.diffusion.prior import resolve_device
 from covray.models.lvm.adapter import WEIGHTS_FILE, load_adapter_tensors, read_adapter, read_run
 from covray.models.lvm.backbone import BackboneFacts, backbone_facts, load_backbone
-from covray.models.lvm.decoding.sequential import Decoder, require_room, seed_of
+from covray.models.lvm.decoding.sequential import Decoder, require_room
 from covray.models.tokenizer.vqgan import require_same_codebook
 from covray.pairs.manifest import MANIFEST_SCHEMA, Pair, Picture
 from covray.report.contact_sheets import draw_strip
+from covray.seeds import seed_of
 from covray.tasks import TASKS, segmentation
 from covray.tasks.pose import KEYPOINTS
 

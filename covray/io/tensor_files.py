@@ -121,7 +121,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
     except OSError as error:
-        raise ConfigError(f"--out {out}: cannot be written ({error.strerror}); give another folder") from error
+        raise ConfigError(f"--out {out}: cannot be written ({one_line(error)}); give another folder") from error
     try:
         yield aside
         aside.chmod(0o755)  # mkdtemp's is private

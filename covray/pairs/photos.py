@@ -17,6 +17,7 @@ from covray.errors import ConfigError, ManifestError, PairError
 from covray.io.images import decode, encode_png, load_picture, resize
 from covray.pairs.manifest import Pair, Picture
 from covray.pairs.sources import ENDINGS, draw, list_pictures
+from covray.seeds import hash_number
 from covray.tasks import colorization, edges, low_light
 
 PHOTO_TASKS = ("colorization", "edges", "low_light")
@@ -105,7 +106,7 @@ def _labelled(
             elif task == "edges":
                 label = Picture(bytes=encode_png(edges.draw(edge_map(photo))))
             else:
-                generator = np.random.default_rng(_number(f"low_light {seed} {identity}"))
+                generator = np.random.default_rng(hash_number(f"low_light {seed} {identity}"))
                 exposure = low_light.Exposure.draw(generator)
                 image = Picture(bytes=encode_png(low_light.darken(photo, generator, exposure)))
                 more = {"seed": seed, **vars(exposure)}
@@ -120,14 +121,10 @@ def _shrunk(photo: NDArray[np.uint8], size_px: int) -> NDArray[np.uint8]:
 
 def _split(identity: str, shares: dict[str, float]) -> str:
     """The split a photograph belongs to, by its own hash alone."""
-    place = _number(f"split {identity}") / 2**256 * sum(shares.values())
+    place = hash_number(f"split {identity}") / 2**256 * sum(shares.values())
     used = {split: share for split, share in shares.items() if share > 0}
     for split, share in used.items():
         place -= share
         if place < 0:
             return split
     return split  # the shares' rounding left nothing
-
-
-def _number(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest(), "big")

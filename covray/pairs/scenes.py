@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import colorsys
 import functools
-import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -20,7 +19,9 @@ from embreex.mesh_construction import TriangleMesh
 from numpy.typing import NDArray
 
 from covray.io.images import encode_png
+from covray.io.pixels import to_srgb
 from covray.pairs.manifest import Pair, Picture
+from covray.seeds import hash_number
 from covray.tasks import TASKS, colorization, depth, edges, low_light, normals, pose, segmentation
 
 CLASSES = ("wall", "floor", "box", "ball", "person", "cylinder", "cone", "ring")
@@ -65,8 +66,7 @@ class _Body:
 
 def scene_seed(seed: int, split: str, index: int) -> int:
     """The seed of a scene: a function of (seed, split, index), so that splits share none."""
-    digest = hashlib.sha256(f"covray scene\0{seed}\0{split}\0{index}".encode()).digest()
-    return int.from_bytes(digest[:8], "big")
+    return hash_number(f"covray scene\0{seed}\0{split}\0{index}", bits=64)
 
 
 def render_scene(seed: int, size_px: int = 64, views: int = 1) -> list[View]:
@@ -388,7 +388,7 @@ class _Stage:
         colour = self._shade(fine, *self._cast(camera.eye, fine))
         colour = colour.reshape(size, 2, size, 2, 3).mean(axis=(1, 3))
         return View(
-            colour=np.rint(_srgb(colour) * 255).astype(np.uint8),
+            colour=np.rint(to_srgb(colour) * 255).astype(np.uint8),
             classes=classes,
             depth_m=depth_m,
             normals=local,
@@ -456,9 +456,3 @@ def _edges(objects: NDArray[np.int64], local: NDArray[np.float32]) -> NDArray[np
         solid = (objects[first] >= 0) & (objects[second] >= 0)
         found[first] |= (objects[first] != objects[second]) | (crease & solid)
     return found
-
-
-def _srgb(linear: Array) -> Array:
-    """Linear light to sRGB, IEC 61966-2-1."""
-    linear = np.clip(linear, 0, 1)
-    return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,10 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from covray.errors import ConfigError, ManifestError, PairError
+from covray.errors import ConfigError, ManifestError, PairError, one_line
 from covray.io import storage
 from covray.io.images import decode, encode_png, load_picture
 from covray.pairs.manifest import Pair, Picture
+from covray.seeds import hash_number
 
 ENDINGS = (
     *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".pnm"),
@@ -77,8 +77,8 @@ def draw(names: Iterable[str], count: int | None, seed: int) -> list[str]:
     if count < 1:
         raise ConfigError(f"count: must be at least 1 (got {count})")
 
-    def rank(name: str) -> bytes:
-        return hashlib.sha256(f"draw {seed} {name}".encode("utf-8", "surrogateescape")).digest()
+    def rank(name: str) -> int:
+        return hash_number(f"draw {seed} {name}")
 
     return sorted(heapq.nsmallest(count, names, key=rank))
 
@@ -138,7 +138,7 @@ def require(root: str, path: str, hint: str) -> None:
     try:
         found = storage.exists(storage.join(root, path))
     except OSError as error:
-        raise ManifestError(f"{root}: {path} cannot be looked for: {error.strerror or error}") from error
+        raise ManifestError(f"{root}: {path} cannot be looked for: {one_line(error)}") from error
     if not found:
         raise ManifestError(f"{root}: {path} is missing; {hint}")
 
@@ -153,4 +153,4 @@ def read_file(root: str, path: str, hint: str) -> bytes:
 
 
 def _unreadable(error: OSError) -> None:
-    raise ManifestError(f"{error.filename}: cannot be read: {error.strerror}; give it read rights, or move it away")
+    raise ManifestError(f"{error.filename}: cannot be read: {one_line(error)}; give it read rights, or move it away")

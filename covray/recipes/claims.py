@@ -7,7 +7,7 @@ from typing import Any
 
 from covray.config import SweepConfig, load_config
 from covray.distributed.sweep import sweep
-from covray.errors import ConfigError
+from covray.errors import ConfigError, one_line
 from covray.io import storage
 from covray.pairs.manifest import ManifestWriter
 from covray.pairs.scenes import scene_pairs
@@ -45,7 +45,7 @@ def run_claims(out: str, data: str | None = None) -> dict[str, Any]:
             try:
                 manifest.parent.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise ConfigError(f"--out {out}: cannot be written ({error.strerror}); give another folder") from error
+                raise ConfigError(f"--out {out}: cannot be written ({one_line(error)}); give another folder") from error
             with ManifestWriter(manifest) as writer:
                 for pair in scene_pairs(SCENES, splits=SPLITS):
                     writer.add(pair)

@@ -15,7 +15,7 @@ from covray.config import BuildConfig, EvaluateConfig, OptimizerConfig, PriorCon
 from covray.distributed.build import build
 from covray.distributed.evaluate import PAGE, evaluate
 from covray.distributed.train import train
-from covray.errors import ConfigError
+from covray.errors import ConfigError, one_line
 from covray.pairs.manifest import ManifestWriter, Pair
 from covray.pairs.photos import photo_pairs
 from covray.pairs.scenes import scene_pairs
@@ -59,7 +59,7 @@ def run_demo(out: Path, console: Console) -> dict[str, Any]:
         for name in PHOTOGRAPHS:
             shutil.copy(photograph_path(name), photographs)
     except OSError as error:
-        raise ConfigError(f"--out {out}: cannot be written ({error.strerror}); give another folder") from error
+        raise ConfigError(f"--out {out}: cannot be written ({one_line(error)}); give another folder") from error
     say(
         f"{len(PHOTOGRAPHS)} photographs label themselves",
         f"pairs photos {photographs} --size 128 --splits train=1 --out {pairs}/photos.parquet",

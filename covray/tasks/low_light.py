@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from covray.io.pixels import to_linear, to_srgb
+
 RESAMPLE = "bicubic"
 
 EV_RANGE = (2.0, 4.5)
@@ -78,14 +80,3 @@ def expose(light: NDArray[np.floating], exposure: Exposure, generator: np.random
     signal_e = electrons + generator.normal(0.0, exposure.read_noise_e, light.shape)
     steps = 2**ADC_BITS - 1
     return np.minimum(np.rint(signal_e / exposure.full_well_e * steps), steps) / steps
-
-
-def to_linear(srgb: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Linear light of sRGB values in [0, 1] (IEC 61966-2-1)."""
-    return np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
-
-
-def to_srgb(light: NDArray[np.floating]) -> NDArray[np.float64]:
-    """sRGB values of linear light (IEC 61966-2-1); light outside [0, 1] is cut."""
-    light = np.clip(light, 0, 1)
-    return np.where(light <= 0.0031308, light * 12.92, 1.055 * light ** (1 / 2.4) - 0.055)

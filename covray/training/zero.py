@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from covray.config import OptimizerConfig, TrainConfig
-from covray.errors import ConfigError
+from covray.errors import ConfigError, one_line
 from covray.io import storage
 from covray.models.lvm.model import Batch, Lvm, Projection
 from covray.training.memory import memory
@@ -45,7 +45,7 @@ def read_settings(name: str) -> dict[str, Any]:
     try:
         settings = storage.read_json(name)
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not valid JSON"
+        reason = one_line(error) if isinstance(error, OSError) else "not valid JSON"
         raise ConfigError(f"compute.deepspeed: {name}: {reason}; give a DeepSpeed JSON file") from error
     if not isinstance(settings, dict) or not isinstance(settings.get("zero_optimization"), dict):
         raise ConfigError(f"compute.deepspeed: {name}: has no zero_optimization; see configs/deepspeed/")

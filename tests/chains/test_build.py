@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from covray.chains import build as building
-from covray.chains.build import BlockBuilder, is_checked, mix_pixels, path_ratio, psnr
+from covray.chains.build import BlockBuilder, is_checked, mix_pixels
 from covray.chains.dataset import shard_schema, union_alphas
 from covray.chains.prepare import PREPARED_SCHEMA, Facts, KeptNoise, needs_prior, prepare_block
 from covray.chains.records import Audit, DatasetRecord
@@ -448,23 +448,6 @@ def test_mixing_goes_straight_from_one_end_to_the_other() -> None:
     assert np.array_equal(mix_pixels(source, label, 1), label)
     assert np.array_equal(mix_pixels(source, label, 0.25), mix_pixels(label, source, 0.75))
     assert mix_pixels(np.uint8([[[0, 10, 255]]]), np.uint8([[[255, 20, 255]]]), 0.5).tolist() == [[[128, 15, 255]]]
-
-
-def test_a_detour_is_longer_than_the_straight_way() -> None:
-    black, grey, white = (np.full((4, 4, 3), level, np.uint8) for level in (0, 100, 255))
-    assert path_ratio([black, white]) == 1
-    assert path_ratio([black, grey, white]) == pytest.approx(1)
-    assert path_ratio([grey, black, white]) == pytest.approx((100 + 255) / 155)
-    assert path_ratio([black, white, black]) is None
-
-
-def test_psnr_is_skimages() -> None:
-    from skimage.metrics import peak_signal_noise_ratio
-
-    first, second = _picture(1), _picture(2)
-    assert psnr(first, second) == pytest.approx(peak_signal_noise_ratio(first, second), abs=1e-4)
-    assert psnr(first, first) == 99
-    assert psnr(first, None) is None
 
 
 def test_jpegs_are_pictures_too(config: BuildConfig, facts: Facts) -> None:

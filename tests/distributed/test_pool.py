@@ -11,7 +11,7 @@ import ray
 import ray.exceptions
 
 from covray.config import BuildConfig
-from covray.distributed.pool import finish_commits, gpus_of, one_line_errors, pool_of, reason, require_fresh
+from covray.distributed.pool import finish_commits, gpus_of, one_line_errors, pool_of, require_fresh
 from covray.errors import ConfigError, DatasetError, WeightsError
 
 
@@ -82,9 +82,3 @@ def test_a_commit_that_was_cut_short_is_finished(tmp_path: Path) -> None:
     finish_commits(str(tmp_path))
     assert sorted(file.name for file in checkpoint.iterdir()) == ["a.parquet", "b.pending.parquet", "c.parquet"]
     finish_commits(str(tmp_path / "absent"))
-
-
-def test_what_a_filesystem_refused_is_told_without_its_wrapping() -> None:
-    arrow = "Error writing bytes to file. Detail: [errno 28] No space left on device"
-    assert reason(OSError(arrow)) == reason(OSError(errno.ENOSPC, arrow)) == "No space left on device"
-    assert reason(OSError("AWS Error NETWORK_CONNECTION")) == "AWS Error NETWORK_CONNECTION"

@@ -8,11 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from skimage.metrics import peak_signal_noise_ratio
 from sklearn.metrics import f1_score
 from torchmetrics.functional import mean_absolute_percentage_error
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_jaccard_index
-from torchmetrics.functional.image import peak_signal_noise_ratio as torch_psnr
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from covray.evaluation import scores
@@ -29,9 +27,7 @@ from covray.evaluation.scores import (
     edge_counts,
     f_measure,
     mean_iou,
-    mse,
     pck,
-    psnr,
     score,
     ssim,
 )
@@ -215,19 +211,6 @@ def test_pck_of_a_drawn_person_moved_less_and_more_than_a_tenth() -> None:
 
 
 # --- pixels --------------------------------------------------------------------------------------------------------
-
-
-def test_psnr_and_mse_by_hand_and_as_others_have_them() -> None:
-    assert mse(BLACK, WHITE) == 1
-    assert psnr(BLACK, WHITE) == 0
-    assert psnr(NOISE, NOISE) == pytest.approx(100)
-    close = NOISE.copy()
-    close[0, 0, 0] ^= 1
-    assert psnr(close, NOISE) < 100
-    for answer in (close, 255 - NOISE, BLACK):
-        assert psnr(answer, NOISE) == pytest.approx(peak_signal_noise_ratio(NOISE, answer, data_range=255))
-        pair = torch.from_numpy(answer).double(), torch.from_numpy(NOISE).double()
-        assert psnr(answer, NOISE) == pytest.approx(float(torch_psnr(*pair, data_range=255.0)))
 
 
 def test_ssim_agrees_with_torchmetrics() -> None:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from covray.config import EngineConfig, PriorConfig, require_compiler
 from covray.errors import ConfigError, WeightsError, one_line
+from covray.io.device import resolve_device
 from covray.io.model_folders import fingerprint_folder, require_files, resolve_folder
 from covray.models.diffusion.ddim import Schedule, make_schedule
 
@@ -182,16 +183,6 @@ def fingerprint_prior(folder: Path) -> str:
     """SHA-256 (hex) over the files of a prior folder that decide its numbers; no tensor is loaded."""
     has_context = (folder / CONTEXT_FILE).is_file()
     return fingerprint_folder(folder, (*NETWORK_PATTERNS, *((CONTEXT_FILE,) if has_context else TEXT_PATTERNS)))
-
-
-def resolve_device(engine: EngineConfig) -> tuple[torch.device, torch.dtype]:
-    """The device and the networks' arithmetic. Raises ConfigError for a GPU that is not there."""
-    if engine.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("engine.device: cuda is asked for, but torch sees no GPU; take auto or cpu")
-    device = torch.device("cuda" if engine.device != "cpu" and torch.cuda.is_available() else "cpu")
-    if engine.dtype == "auto":
-        return device, torch.bfloat16 if device.type == "cuda" else torch.float32
-    return device, torch.bfloat16 if engine.dtype == "bfloat16" else torch.float32
 
 
 def cache_context(unet: UNet2DConditionModel, context: torch.Tensor) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from covray.config import BackboneConfig, LoraConfig, differences
-from covray.errors import ConfigError, WeightsError
+from covray.errors import ConfigError, WeightsError, one_line
 from covray.io.storage import Folder
 from covray.io.tensor_files import new_folder, require_new
 from covray.models.lvm.backbone import BackboneFacts, backbone_facts, stored_tensors, write_backbone
@@ -104,7 +104,7 @@ def read_adapter(folder: str) -> tuple[Lora, dict[str, Tensor]]:
     except FileNotFoundError as error:
         raise WeightsError(f"{folder}: {CONFIG_FILE} or {WEIGHTS_FILE} is missing; give a PEFT adapter") from error
     except (OSError, ValueError, SafetensorError) as error:
-        raise WeightsError(f"{folder}: cannot be read ({' '.join(str(error).split())[:200]}); get it again") from error
+        raise WeightsError(f"{folder}: cannot be read ({one_line(error)}); get it again") from error
     kind = values.get("peft_type") if isinstance(values, dict) else None
     if kind != "LORA":
         raise WeightsError(f"{file}: is of type {kind}, not LORA; give a LoRA adapter")
@@ -207,9 +207,7 @@ def read_run(run: str) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ConfigError(f"{run}: no _run.json there, so not a run; give the --out of a covray train") from error
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{run}/_run.json: cannot be read ({' '.join(str(error).split())[:200]}); restore it"
-        ) from error
+        raise ConfigError(f"{run}/_run.json: cannot be read ({one_line(error)}); restore it") from error
     if not isinstance(about, dict) or about.get("version") != 1:
         raise ConfigError(f"{run}/_run.json: is no description of this version; use the covray that wrote it")
     if not folder.exists("_result.json"):

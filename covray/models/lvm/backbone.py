@@ -34,6 +34,7 @@ from covray.io.tensor_files import weight_files
 from covray.models.lvm.model import Lora, Lvm
 from covray.models.lvm.scales import SPECIAL_IDS, llama_config
 from covray.models.tokenizer.vqgan import MAX_CODES
+from covray.seeds import hash_number
 
 ABOUT_FILE = "covray.json"
 _WEIGHTS = "model.safetensors"
@@ -355,8 +356,7 @@ def _fill_randomly(tensors: dict[str, Tensor], deviation: float, seed: int, devi
 
 
 def _generator(seed: int, name: str, device: torch.device | str) -> torch.Generator:
-    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.Generator(device).manual_seed(hash_number(f"{seed} {name}", bits=63))
 
 
 def _fingerprint(llama: LlamaConfig) -> str:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 
 from covray.config import EngineConfig, TokenizerConfig
 from covray.errors import ConfigError, DatasetError, WeightsError, one_line
+from covray.io.device import choose_device
 from covray.io.model_folders import fingerprint_folder, require_files, resolve_folder
 
 MAX_CODES = 8192
@@ -139,9 +140,7 @@ def load_tokenizer(config: TokenizerConfig, engine: EngineConfig) -> Tokenizer:
         raise WeightsError(f"{folder}: has {codes} codes, LVM's vocabulary only {MAX_CODES}; give a smaller codebook")
     if (model.config.in_channels, model.config.out_channels) != (3, 3):
         raise WeightsError(f"{folder}: reads or writes other than 3 channels; give a tokenizer of RGB pictures")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if engine.device == "auto" else engine.device
-    if engine.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("engine.device: cuda is asked for and not there; set auto or cpu")
+    device = choose_device(engine.device, "engine.device")
     model = model.to(device, memory_format=torch.channels_last)
     size_px, fingerprint = _size_px(model, config, folder), fingerprint_folder(folder, _FILES)
     return Tokenizer(model, size_px, engine.image_batch, fingerprint, _is_signed(folder))

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, VQModel
 
-from covray.chains.build import psnr
 from covray.config import EngineConfig, PriorConfig
-from covray.errors import ConfigError
+from covray.errors import ConfigError, one_line
+from covray.io.device import choose_device
 from covray.io.model_folders import NANO_FOLDER, require_files
+from covray.io.pixels import psnr
 from covray.models.diffusion.engine import ChainEngine
 from covray.models.diffusion.prior import load_prior
 from covray.recipes.nano.autoencoders import reconstruct_vae, reconstruct_vqgan, train_vae, train_vqgan
@@ -40,17 +41,15 @@ def train_model(model: str, out: Path, steps: int | None, scenes: int, threads: 
         )
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"--device {device}: give auto, cpu or cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch sees no GPU; give auto or cpu")
-    found = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    chosen = choose_device(device, "--device")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"--out {out}: cannot be written ({error.strerror}); give another folder") from error
+        raise ConfigError(f"--out {out}: cannot be written ({one_line(error)}); give another folder") from error
     torch.set_num_threads(threads)
     training = torch.from_numpy(pictures(out / "data", "train", scenes, CROPS, seed))
     held_out = torch.from_numpy(pictures(out / "data", "val", HELD_OUT_SCENES, 0, seed).copy())
-    trainers[model](training, held_out[:512], out, steps or STEPS[model], seed, torch.device(found))
+    trainers[model](training, held_out[:512], out, steps or STEPS[model], seed, chosen)
 
 
 def measure(folder: Path | None = None, scenes: int = HELD_OUT_SCENES, round_trips: int = 8) -> dict[str, Any]:
@@ -72,7 +71,7 @@ def measure(folder: Path | None = None, scenes: int = HELD_OUT_SCENES, round_tri
     prior = load_prior(PriorConfig(path=str(root / "prior")), engine)
     some = held_out[: round_trips * len(KINDS)]
     returned = ChainEngine(prior, engine, 32).interpolate(some, [], endpoints=range(len(some))).returned
-    trips = np.array([psnr(picture, returned[index]) for index, picture in enumerate(some)], np.float64)
+    trips = np.array([psnr(picture, returned[index], most_db=99.0) for index, picture in enumerate(some)], np.float64)
     training = np.concatenate(list(scene_pictures("train", scenes, 0)))
     perplexities = measure_lvm(root, held_out, training)
     return {

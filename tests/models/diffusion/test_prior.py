@@ -20,7 +20,6 @@ from covray.models.diffusion.prior import (
     load_prior,
     probe_pictures,
     propose_batch,
-    resolve_device,
     smallest_good_batch,
     verify_prior,
     verify_scale,
@@ -339,15 +338,6 @@ def test_compiling_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(ConfigError, match=r"engine\.compile: .* g\+\+ is not there"):
         load_prior(PriorConfig(path="nano"), EngineConfig(compile=True, device="cpu"))
-
-
-def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match=r"engine\.device"):
-        resolve_device(EngineConfig(device="cuda"))
-    assert resolve_device(EngineConfig()) == (torch.device("cpu"), torch.float32)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert resolve_device(EngineConfig()) == (torch.device("cuda"), torch.bfloat16)
 
 
 def test_the_proposed_batch_is_the_smallest_that_is_nearly_best(priors: Callable[[str], Prior]) -> None:

@@ -12,7 +12,6 @@ own, too.
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +24,7 @@ from torch import Tensor
 from covray.config import SamplingConfig
 from covray.errors import ConfigError
 from covray.models.lvm.model import Lvm, attend, rotary
+from covray.seeds import seed_of
 
 GREEDY = SamplingConfig()
 
@@ -222,12 +222,6 @@ def require_room(tokens: int, tokens_per_image: int, context_tokens: int) -> Non
             f"of {context_tokens} ({context_tokens // tokens_per_image} pictures); "
             "give fewer examples or shorter chains"
         )
-
-
-def seed_of(*parts: int | str) -> int:
-    """A seed of 63 bits that follows from ``parts`` alone, the same on every machine."""
-    digest = hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def _luck(seed: int, candidate: int, count: int) -> Tensor:

@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM
 from covray.config import LoraConfig, SamplingConfig
 from covray.errors import ConfigError
 from covray.models.lvm.adapter import save_adapter
-from covray.models.lvm.decoding.sequential import Decoder, _invert, seed_of
+from covray.models.lvm.decoding.sequential import Decoder, _invert
 from covray.models.lvm.model import Lvm
 from tests.models.lvm.conftest import CODES, load, write_llama
 
@@ -228,14 +228,6 @@ def test_a_seed_decides_all_and_another_seed_decides_otherwise(decoder: Decoder)
     assert np.array_equal(same[0][0], same[0][1])
     assert np.array_equal(same[0][0], same[1][0])
     assert not np.array_equal(same[1][0], same[1][1])
-
-
-def test_seeds_of_different_parts_differ() -> None:
-    parts: list[tuple[int | str, ...]] = [(0, "a"), (0, "b"), (1, "a"), (0,), ("0a",), (0, "a", 0), (11, 1), (1, 11)]
-    seeds = {seed_of(*part) for part in parts}
-    assert len(seeds) == len(parts)
-    assert all(0 <= seed < 2**63 for seed in seeds)
-    assert seed_of(0, "a") == 3426483283761622585  # on every machine
 
 
 # --- likelihood ------------------------------------------------------------------------------------------------------
