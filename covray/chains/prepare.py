@@ -92,7 +92,7 @@ def _prepare_pair(row: dict[str, Any], config: BuildConfig, facts: Facts, root: 
         sizes = [f"{picture.shape[1]}x{picture.shape[0]}" for picture in (image, label)]
         raise PairError("label_shape", f"label is {sizes[1]} px, image is {sizes[0]} px; their aspects differ")
     prepared: dict[str, bytes] = {}
-    for name, picture, resample in (("source", image, "bicubic"), ("label", label, task.RESAMPLE)):
+    for name, picture, resample in (("source", image, "bicubic"), ("label", label, task.resample)):
         how = cast(Literal["bicubic", "nearest"], resample)
         prepared[name] = square(picture, facts.prior_px, config.fit, how).tobytes()
         if facts.tokenizer_px != facts.prior_px:

@@ -6,16 +6,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from covray.io.pixels import Picture, path_ratio, psnr, step_sizes
+from covray.tasks.base import Metric
 
-FRAME_METRICS: tuple[str, ...] = ("frame_psnr", "frame_path", "frame_step_variation")
+FRAME_METRICS = (
+    Metric("frame_psnr", "Frames: PSNR", "Peak signal-to-noise ratio against the reference frames.", "higher", "dB"),
+    Metric(
+        "frame_path",
+        "Frames: path",
+        "Way through the frames over the direct way from query to answer; 1 is straight. Neither more nor less of it is "
+        "better as such.",
+        None,
+    ),
+    Metric(
+        "frame_step_variation",
+        "Frames: step variation",
+        "How unequal the steps from frame to frame are; 0 when all are alike.",
+        "lower",
+    ),
+)
 
 
 def frame_figures(
     query: Picture, frames: NDArray[np.uint8], answer: Picture, references: NDArray[np.uint8]
 ) -> dict[str, float | None]:
-    """How good the ``frames`` uint8 [n, s, s, 3], n >= 0, between ``query`` and ``answer``, uint8 [s, s, 3], are.
-
-    ``references``: the same pair's frames as the dataset has them, as many. By ``FRAME_METRICS``:
+    """Measure the frames between a query and an answer.
 
     - ``frame_psnr``: agreement, the mean over frames of the PSNR in dB against the reference.
     - ``frame_path``: the way from the query through the frames to the answer over the direct way; 1 is a straight line.
@@ -23,14 +37,25 @@ def frame_figures(
       an even pace.
 
     The last two are DiffMorpher's path length and perceptual distance variance (Zhang et al., CVPR 2024) with RMS
-    differences of pixels in place of LPIPS, divided by what makes them comparable between pairs. None without frames,
-    and where query and answer are equal (path) or nothing moves (variation). Raises ValueError where the numbers of
-    frames and references differ.
+    differences of pixels in place of LPIPS, divided by what makes them comparable between pairs.
+
+    Args:
+        query: uint8 [s, s, 3].
+        frames: uint8 [n, s, s, 3], n >= 0.
+        answer: uint8 [s, s, 3].
+        references: The same pair's frames as the dataset has them, uint8 [n, s, s, 3].
+
+    Returns:
+        The figures by name of ``FRAME_METRICS``. None without frames, where query and answer are equal (path) and
+        where nothing moves (variation).
+
+    Raises:
+        ValueError: The numbers of frames and references differ.
     """
     if len(frames) != len(references):
         raise ValueError(f"{len(frames)} frames and {len(references)} references do not match")
     if not len(frames):
-        return dict.fromkeys(FRAME_METRICS)
+        return dict.fromkeys(metric.name for metric in FRAME_METRICS)
     pictures = [query, *frames, answer]
     steps = step_sizes(pictures)
     return {

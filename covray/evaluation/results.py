@@ -11,17 +11,16 @@ from typing import Any, Literal
 
 import numpy as np
 
-from covray.evaluation.frames import FRAME_METRICS
-from covray.evaluation.runner import OWN, REFERENCE
-from covray.evaluation.scores import LOWER_IS_BETTER, METRICS, SET_METRICS, Score, aggregate
+from covray.evaluation.metrics import MODEL_METRICS, OWN, REFERENCE, lower_is_better
+from covray.evaluation.scores import aggregate
 from covray.evaluation.statistics import mean_interval, paired_difference
 from covray.evaluation.subjects import Subject
+from covray.tasks import TASKS
+from covray.tasks.base import Score
 
 VERSION = 1
 Rank = Literal["best", "median", "worst"]
-_ABSENT = {"lpips": "the weights of its network come with no package and are never downloaded"}
 _LOGARITHMS = (OWN, REFERENCE)
-_LOWER = LOWER_IS_BETTER | {OWN, REFERENCE, "frame_step_variation"}
 _MODELS = ("untuned", "focus", "adapter")
 
 
@@ -39,19 +38,20 @@ def tabulate(rows: Iterable[Mapping[str, Any]], subjects: Sequence[Subject], see
     scores: list[dict[str, Any]] = []
     differences: list[dict[str, Any]] = []
     failed: list[dict[str, Any]] = []
-    for task in sorted(by_task, key=list(METRICS).index):
+    for task in sorted(by_task, key=list(TASKS).index):
         found = by_task[task]
         pairs = sorted({pair_id for episodes in found.values() for pair_id in episodes})
         broken = {pair_id for episodes in found.values() for pair_id, row in episodes.items() if row["error"]}
-        metrics = [*METRICS[task], *SET_METRICS.get(task, ()), OWN, REFERENCE, *FRAME_METRICS]
+        of_task = TASKS[task].metrics
+        metrics = [metric.name for metric in (*of_task, *MODEL_METRICS)]
         columns = {name: _columns(found[name], pairs) for name in (s.name for s in subjects) if name in found}
-        there = {metric for values in columns.values() for metric in values} | set(SET_METRICS.get(task, ()))
+        present = {metric.name for metric in of_task if metric.of_set is not None}.union(*columns.values())
         tasks[task] = {
             "episodes": len(pairs),
-            "primary": METRICS[task][0],
-            "metrics": [metric for metric in metrics if metric in there],
+            "primary": of_task[0].name,
+            "metrics": [metric for metric in metrics if metric in present],
             "absent": {
-                metric: _ABSENT[metric] for metric in METRICS[task] if metric not in there and metric in _ABSENT
+                metric.name: metric.absent for metric in of_task if metric.absent and metric.name not in present
             },
             "rejected": len(broken),
         }
@@ -68,7 +68,7 @@ def tabulate(rows: Iterable[Mapping[str, Any]], subjects: Sequence[Subject], see
         "version": VERSION,
         "subjects": [subject.as_json() for subject in subjects],
         "tasks": tasks,
-        "lower_is_better": sorted(_LOWER),
+        "lower_is_better": lower_is_better(),
         "scores": scores,
         "differences": differences,
         "failed": failed,
@@ -148,7 +148,7 @@ def _differences(
     task: str, subjects: Sequence[Subject], columns: Mapping[str, Mapping[str, list[float | None]]], seed: int
 ) -> list[dict[str, Any]]:
     """Every adapter against all who stand before it, but not against the ceiling."""
-    metric = METRICS[task][0]
+    metric = TASKS[task].metrics[0].name
     names = [
         subject.name for subject in subjects if subject.kind != "ceiling" and metric in columns.get(subject.name, {})
     ]

@@ -25,11 +25,12 @@ from covray.chains.dataset import ChainDataset
 from covray.chains.sentences import Chains
 from covray.config import BackboneConfig, EvaluateConfig, LoraConfig, SentencesConfig
 from covray.errors import DatasetError, PairError
-from covray.evaluation.baselines import mean_label, nearest_label, saliency
+from covray.evaluation.baselines import nearest_label, saliency
 from covray.evaluation.episodes import Episodes
 from covray.evaluation.frames import frame_figures
 from covray.evaluation.lpips import LEAST_PX, load_lpips
-from covray.evaluation.scores import class_count, score
+from covray.evaluation.metrics import OWN, REFERENCE
+from covray.evaluation.scores import score
 from covray.evaluation.subjects import SALIENCY, Subject
 from covray.io import storage
 from covray.io.device import resolve_device
@@ -68,9 +69,6 @@ PAIR_SCHEMA = pa.schema(
         ("meta", pa.string()),
     ]
 )
-OWN, REFERENCE = "perplexity_own", "perplexity_reference"
-"""Negative log likelihood of the reference answer in nats a token, after the model's own frames and after the
-reference's; the exponent of its mean is the perplexity."""
 _ROWS_AT_ONCE = 64
 
 Tokens = NDArray[np.uint16]
@@ -218,7 +216,7 @@ class Runner:
     ) -> tuple[Picture, NDArray[np.uint8]]:
         """The answer at the label's size, and the pictures written, uint8 [images, s, s, 3]."""
         task, nothing = row["task"], np.empty((0, 0, 0, 3), np.uint8)
-        resample, (height_px, width_px) = TASKS[task].RESAMPLE, label.shape[:2]
+        resample, (height_px, width_px) = TASKS[task].resample, label.shape[:2]
         if row["images"] is not None:
             pictures = self.tokenizer.decode(np.asarray(row["images"]))
             return resize(pictures[-1], height_px, width_px, resample), pictures
@@ -234,15 +232,19 @@ class Runner:
         if not other.any():
             raise PairError("no_examples", f"no example of {task} has pictures that can be read")
         if subject.baseline == "mean":
-            found = self._mean(task, row["pair_id"] if not other.all() else None, class_count(meta))
+            # Of the row's meta only the classes decide how a label is read: all else would defeat the cache.
+            reading = json.dumps({"classes": meta.get("classes")})
+            found = self._mean(task, None if other.all() else row["pair_id"], reading)
         else:
             image = self._picture(self._queries.read([row["pair_id"]])[0], "image", row["pair_id"])
             found = nearest_label(square(image, size_px, self.fit), images[other], labels[other])
         return resize(found, height_px, width_px, resample), nothing
 
-    def _load_mean(self, task: str, without: int | None, classes: int) -> Picture:
+    def _load_mean(self, task: str, without: int | None, reading: str) -> Picture:
+        """Return the mean label of the examples of ``task``, but for pair ``without``; ``reading`` is meta as JSON."""
         ids, _, labels = self._labels(task)
-        return mean_label(task, labels[ids != without] if without is not None else labels, classes)
+        others = labels if without is None else labels[ids != without]
+        return TASKS[task].mean(others, json.loads(reading))
 
     def _load_labels(self, task: str) -> tuple[NDArray[np.int64], NDArray[np.uint8], NDArray[np.uint8]]:
         """Pair ids, images and labels of the examples of ``task`` at the tokenizer's size; without those unreadable."""
@@ -255,7 +257,7 @@ class Runner:
                 continue
             ids.append(pair["pair_id"])
             images.append(square(image, size_px, self.fit))
-            labels.append(square(label, size_px, self.fit, TASKS[task].RESAMPLE))
+            labels.append(square(label, size_px, self.fit, TASKS[task].resample))
         sources, targets = (np.array(part, np.uint8).reshape(-1, size_px, size_px, 3) for part in (images, labels))
         return np.array(ids, np.int64), sources, targets
 

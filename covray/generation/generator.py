@@ -7,17 +7,15 @@ prompt, query --LVM--> frames, answer --tokenizer--> pictures --task--> data
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import posixpath
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from pydantic import ValidationError
 
 from covray.chains.build import BlockBuilder
@@ -43,8 +41,7 @@ from covray.models.tokenizer.vqgan import require_same_codebook
 from covray.pairs.manifest import MANIFEST_SCHEMA, Pair, Picture
 from covray.report.contact_sheets import draw_strip
 from covray.seeds import seed_of
-from covray.tasks import TASKS, segmentation
-from covray.tasks.pose import KEYPOINTS
+from covray.tasks import TASKS
 
 RESULT_FILE = "generation.json"
 _WITHOUT_TASK = "colorization"  # resized as photographs are, read as nothing but a picture
@@ -269,43 +266,14 @@ def _answer_files(
     height_px, width_px = query.shape[:2]
     if fit == "crop":
         height_px = width_px = min(height_px, width_px)
-    answer = resize(pictures[-1], height_px, width_px, TASKS[task or _WITHOUT_TASK].RESAMPLE)
+    answer = resize(pictures[-1], height_px, width_px, TASKS[task or _WITHOUT_TASK].resample)
     alphas = alphas_of(len(pictures) + 1)
     captions = ["query", *(f"α = {alpha:.3g}" for alpha in alphas), "answer"]
     files = {"strip.png": draw_strip([small, *pictures], captions), "answer.png": encode_png(answer)}
-    if task in _READ:
-        name, pack = _READ[task]
-        files[name] = pack(segmentation.read(answer, config.classes) if name == _CLASSES else TASKS[task].read(answer))
+    if task is not None:
+        meta = {"classes": [str(number) for number in range(config.classes)]}
+        files |= TASKS[task].export(answer, meta)
     return files
-
-
-def _npy(values: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, values, allow_pickle=False)
-    return buffer.getvalue()
-
-
-def _grey_png(values: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(values).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def _keypoints(values: np.ndarray) -> bytes:
-    """Those of the 18 keypoints that the answer shows, in pixels of ``answer.png``."""
-    shown = [(name, *map(float, row[:2])) for name, row in zip(KEYPOINTS, values, strict=True) if row[2] > 0]
-    return (json.dumps([{"name": name, "x_px": x, "y_px": y} for name, x, y in shown], indent=2) + "\n").encode()
-
-
-_CLASSES = "classes.png"
-_READ: dict[str, tuple[str, Callable[[np.ndarray], bytes]]] = {
-    "segmentation": (_CLASSES, _grey_png),
-    "pose": ("keypoints.json", _keypoints),
-    "normals": ("normals.npy", _npy),
-    "edges": ("edges.npy", _npy),
-    "depth": ("depth_m.npy", _npy),
-}
-"""How a task's answer is kept as data; of colorization and low light the picture is the answer."""
 
 
 def _names(paths: Sequence[str]) -> list[str]:

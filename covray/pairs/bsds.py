@@ -119,13 +119,13 @@ def _listed(root: str, listing: str, share: float) -> dict[str, Entry]:
 def _draw_mat(root: str, uri: str, share: float) -> NDArray[np.uint8]:
     data = load_picture(Picture(uri=uri), root)
     try:
-        return edges.draw(agreement(data) >= share)
+        return edges.render(agreement(data) >= share)
     except PairError as error:
         raise PairError(error.reason, f"{uri}: {str(error).partition(': ')[2]}") from error
 
 
 def _draw_grey(root: str, uri: str, share: float) -> NDArray[np.uint8]:
-    return edges.draw(edges.read(decode(load_picture(Picture(uri=uri), root))) >= share)
+    return edges.render(edges.read(decode(load_picture(Picture(uri=uri), root))) >= share)
 
 
 def _check_mat(data: bytes) -> None:

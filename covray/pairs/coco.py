@@ -198,7 +198,7 @@ def _draw_panoptic(root: str, uri: str, annotation: _Segmented, classes: dict[in
         named |= covered
     if not named.all():
         raise PairError("unknown_segment", f"{uri}: segment {ids[~named][0]} has no class")
-    return segmentation.draw(found)
+    return segmentation.render(found)
 
 
 def _stuff(root: str, folder: str) -> dict[str, Entry]:
@@ -217,7 +217,7 @@ def _draw_stuff(root: str, uri: str) -> NDArray[np.uint8]:
     classes = np.where(levels == 255, 0, levels + 1)
     if classes.max() >= len(STUFF_CLASSES):
         raise PairError("unknown_class", f"{uri}: {classes.max() - 1} is no class of COCO-Stuff (0 to 181, 255)")
-    return segmentation.draw(classes)
+    return segmentation.render(classes)
 
 
 def _poses(root: str, folder: str) -> dict[str, Entry]:
@@ -242,7 +242,7 @@ def _draw_pose(image: _Image, people: list[_Person]) -> NDArray[np.uint8]:
     if image.height * image.width > MAX_PIXELS:
         raise PairError("too_large", f"annotated as {image.width}x{image.height} px")
     keypoints = np.array([person.keypoints for person in people]).reshape(len(people), -1, 3)
-    return pose.draw(openpose(keypoints, image.height, image.width), image.height, image.width)
+    return pose.render(openpose(keypoints, image.height, image.width), image.height, image.width)
 
 
 def _uri(folder: str, image_id: int, images: dict[int, _Image]) -> tuple[str, _Image | None]:

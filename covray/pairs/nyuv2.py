@@ -66,7 +66,7 @@ def _draw_depth(root: str, uri: str) -> NDArray[np.uint8]:
     levels_mm = decode_levels(load_picture(Picture(uri=uri), root))
     if levels_mm.dtype != np.uint16:
         raise PairError("unsupported", f"{uri}: 8 bits, where 16 bits of millimetres are expected")
-    return depth.draw(levels_mm / 1000)
+    return depth.render(levels_mm / 1000)
 
 
 def _normals(root: str, folder: str) -> dict[str, Entry]:

@@ -104,10 +104,10 @@ def _labelled(
             if task == "colorization":
                 image = Picture(bytes=encode_png(colorization.grey(photo)))
             elif task == "edges":
-                label = Picture(bytes=encode_png(edges.draw(edge_map(photo))))
+                label = Picture(bytes=encode_png(edges.render(edge_map(photo))))
             else:
                 generator = np.random.default_rng(hash_number(f"low_light {seed} {identity}"))
-                exposure = low_light.Exposure.draw(generator)
+                exposure = low_light.Exposure.sample(generator)
                 image = Picture(bytes=encode_png(low_light.darken(photo, generator, exposure)))
                 more = {"seed": seed, **vars(exposure)}
             yield Pair(task, _split(identity, shares), image, label, meta | more)

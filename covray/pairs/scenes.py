@@ -104,17 +104,17 @@ def labelled(view: View, task: str, generator: np.random.Generator) -> tuple[NDA
     """Image and label picture of ``view`` for ``task``; ``generator`` draws the darkness of low light."""
     size = view.colour.shape[0]
     if task == "segmentation":
-        return view.colour, segmentation.draw(view.classes)
+        return view.colour, segmentation.render(view.classes)
     if task == "pose":
-        return view.colour, pose.draw(view.keypoints, size, size)
+        return view.colour, pose.render(view.keypoints, size, size)
     if task == "colorization":
         return colorization.grey(view.colour), view.colour
     if task == "normals":
-        return view.colour, normals.draw(view.normals)
+        return view.colour, normals.render(view.normals)
     if task == "edges":
-        return view.colour, edges.draw(view.edges)
+        return view.colour, edges.render(view.edges)
     if task == "depth":
-        return view.colour, depth.draw(view.depth_m)
+        return view.colour, depth.render(view.depth_m)
     if task == "low_light":
         return low_light.darken(view.colour, generator), view.colour
     raise ValueError(f"no such task: {task}")

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 from scipy.stats import t
 
-from covray.evaluation.runner import OWN, REFERENCE
+from covray.evaluation.metrics import OWN, REFERENCE
 from covray.evaluation.statistics import LEVEL
 
 VERSION = 1

@@ -1,10 +1,32 @@
 """Human pose, drawn the OpenPose way: 18 keypoints as coloured discs over dimmed coloured limbs, on black."""
 
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-RESAMPLE = "nearest"
+from covray.io.pixels import mse
+from covray.tasks.base import Lpips, Meta, Metric, Picture, Resample, Score, require_labels
+from covray.tasks.pictures import LPIPS, MSE
+
+name = "pose"
+short = "pose"
+resample: Resample = "nearest"
+metrics = (
+    Metric(
+        "pck",
+        "PCK@0.1",
+        "Share of the label's keypoints found within 0.1 of the longer side of the box around them.",
+        "higher",
+        short="PCK",
+    ),
+    LPIPS,
+    MSE,
+)
 
 KEYPOINTS = (
     "nose", "neck", "right_shoulder", "right_elbow", "right_wrist", "left_shoulder", "left_elbow", "left_wrist",
@@ -28,17 +50,24 @@ LIMB_BRIGHTNESS = 0.6
 
 LEAST_VOTE = 0.03
 """Smaller shares of a pixel's vote do not count: they are the tails of the other colours' distributions."""
+PCK_ALPHA = 0.1
+"""How far from a keypoint still is the keypoint, as a share of the longer side of the box around all of them."""
 
 
 def disc_radius_px(height: int, width: int) -> float:
-    """Radius of a keypoint's disc: OpenPose's 4 px at 256 px, never less than what a pixel grid shows."""
+    """Return the radius of a keypoint's disc: OpenPose's 4 px at 256 px, never less than what a pixel grid shows."""
     return max(1.5, min(height, width) / 64)
 
 
-def draw(keypoints: NDArray[np.floating], height: int, width: int) -> NDArray[np.uint8]:
-    """Keypoints [18, 3] or [people, 18, 3] of (x px, y px, visible > 0), y down, as a picture [h, w, 3].
+def render(keypoints: NDArray[np.floating], height: int, width: int) -> Picture:
+    """Draw keypoints as a picture [height, width, 3].
 
     Pixel (i, j) covers x in [j, j + 1): a keypoint at its centre is (j + 0.5, i + 0.5).
+
+    Args:
+        keypoints: [18, 3] or [people, 18, 3] of (x px, y px, visible > 0), y down.
+        height: Of the picture, in pixels.
+        width: Of the picture, in pixels.
     """
     people = np.asarray(keypoints, np.float64).reshape(-1, len(KEYPOINTS), 3)
     radius = disc_radius_px(height, width)
@@ -63,8 +92,8 @@ def draw(keypoints: NDArray[np.floating], height: int, width: int) -> NDArray[np
     return picture
 
 
-def read(picture: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """The keypoints of one person, float32 [18, 3] of (x px, y px, visible 0 or 1), from a picture uint8 [h, w, 3].
+def read(picture: Picture, meta: Meta | None = None) -> NDArray[np.float32]:
+    """Read the keypoints of one person, float32 [18, 3] of (x px, y px, visible 0 or 1).
 
     Every pixel shares one vote among the colours of discs, limbs and black, by a normal distribution around each, as
     wide as the picture's pixels lie from their nearest: in a drawing all of it goes to one colour, in a picture that a
@@ -97,3 +126,56 @@ def read(picture: NDArray[np.uint8]) -> NDArray[np.float32]:
                 near = ((place - centre) ** 2).sum(axis=1) <= reach_px**2
             keypoints[index] = (*centre, 1)
     return keypoints
+
+
+def score(answer: Picture, label: Picture, meta: Meta | None = None, *, lpips: Lpips | None = None) -> Score:
+    """Score the keypoints of ``answer`` against those of ``label``, and the pixels."""
+    share = pck(read(answer), read(label), least_px=disc_radius_px(*label.shape[:2]))
+    perceptual = {} if lpips is None else {"lpips": float(lpips(answer, label))}
+    return Score({"pck": share, **perceptual, "mse": mse(answer, label)})
+
+
+def pck(
+    answer: NDArray[np.floating], label: NDArray[np.floating], *, least_px: float, alpha: float = PCK_ALPHA
+) -> float | None:
+    """Return the percentage of correct keypoints (Yang & Ramanan 2013) as a share in [0, 1], for one person a picture.
+
+    Args:
+        answer: Keypoints [18, 3] of (x px, y px, visible).
+        label: The same.
+        least_px: A keypoint of the answer within this distance is correct: what the picture cannot resolve is no error,
+            and a lone keypoint has no box.
+        alpha: It also is within ``alpha`` times the longer side of the box around the label's keypoints.
+
+    Returns:
+        None where the label has no keypoints.
+    """
+    visible = label[:, 2] > 0
+    if not visible.any():
+        return None
+    truth, answered = label[visible].astype(np.float64), answer[visible].astype(np.float64)
+    tolerance_px = max(alpha * float(np.ptp(truth[:, :2], axis=0).max()), least_px)
+    distance_px = np.linalg.norm(answered[:, :2] - truth[:, :2], axis=1)
+    return float(((answered[:, 2] > 0) & (distance_px <= tolerance_px)).mean())
+
+
+def mean(labels: Iterable[Picture], meta: Meta | None = None, *, robust: bool = False) -> Picture:
+    """Return every keypoint that at least half of the labels have, at its mean place; with ``robust`` at its median."""
+    pictures = require_labels(name, labels)
+    people = np.stack([read(picture) for picture in pictures]).astype(np.float64)  # [labels, 18, 3]
+    joined = np.zeros((len(KEYPOINTS), 3))
+    for index in range(len(KEYPOINTS)):
+        seen = people[people[:, index, 2] > 0, index, :2]
+        if 2 * len(seen) >= len(people):
+            middle = np.median(seen, axis=0) if robust else seen.mean(axis=0)
+            joined[index] = (*middle, 1)
+    return render(joined, *pictures[0].shape[:2])
+
+
+def export(answer: Picture, meta: Meta | None = None) -> dict[str, bytes]:
+    """Return those of the 18 keypoints that the answer shows, in pixels of the answer."""
+    shown = []
+    for keypoint, (x, y, visible) in zip(KEYPOINTS, read(answer), strict=True):
+        if visible > 0:
+            shown.append({"name": keypoint, "x_px": float(x), "y_px": float(y)})
+    return {"keypoints.json": (json.dumps(shown, indent=2) + "\n").encode()}

@@ -217,7 +217,7 @@ def test_a_segmentation_is_read_by_the_classes_that_are_asked_for(
 ) -> None:
     answered(adapter=write_run(method="none"), queries=pictures(1), task="segmentation", classes=134)
     folder = tmp_path / "out" / "picture0"
-    expected = segmentation.read(read_png(folder, "answer.png"), 134)
+    expected = segmentation.read_classes(read_png(folder, "answer.png"), 134)
     assert np.array_equal(read_png(folder, "classes.png"), expected)
     assert expected.max() > 20
 

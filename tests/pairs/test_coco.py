@@ -129,7 +129,7 @@ def test_a_segments_class_is_at_its_pixels(tmp_path: Path) -> None:
     (pair,) = coco_pairs(tmp_path, split="val")
     assert (pair.task, pair.split) == ("segmentation", "val")
     assert pair.image == Picture(uri="val2017/000000142238.jpg")
-    classes = segmentation.read(label_of(pair, tmp_path), 134)
+    classes = segmentation.read_classes(label_of(pair, tmp_path), 134)
     expected = np.zeros((16, 24), np.uint8)
     expected[0, 0] = CATEGORIES.index(44) + 1
     expected[1:4, 2:9], expected[8:, :], expected[8, 5] = 1, 133, CATEGORIES.index(92) + 1
@@ -147,7 +147,7 @@ def test_all_133_categories_and_void_come_back(tmp_path: Path) -> None:
     panoptic.content["categories"].reverse()  # the order of the file does not matter
     panoptic.write()
     (pair,) = coco_pairs(tmp_path, split="val")
-    assert np.array_equal(segmentation.read(label_of(pair, tmp_path), 134), ids // 100_003)
+    assert np.array_equal(segmentation.read_classes(label_of(pair, tmp_path), 134), ids // 100_003)
 
 
 def test_a_draw_does_not_depend_on_the_order_of_the_file(tmp_path: Path) -> None:
@@ -260,7 +260,7 @@ def test_stuff_is_the_index_less_one_and_255_is_unlabeled(tmp_path: Path, mode: 
     indexed.save(labels / "000000000009.png")
     assert Image.open(labels / "000000000009.png").mode == mode
     (pair,) = coco_pairs(tmp_path, labels="stuff")
-    classes = segmentation.read(label_of(pair, tmp_path), len(pair.meta["classes"]))
+    classes = segmentation.read_classes(label_of(pair, tmp_path), len(pair.meta["classes"]))
     assert np.array_equal(classes, np.arange(14 * 14).reshape(14, 14) % 183)
     assert pair.image.uri == "train2017/000000000009.jpg"
     assert pair.meta["classes"] == list(STUFF_CLASSES)
@@ -332,7 +332,7 @@ def test_everybody_is_drawn_but_crowds_and_those_without_keypoints(tmp_path: Pat
         for name, (x, y, _) in points.items():
             drawn[index, pose.KEYPOINTS.index(name)] = (x + 0.5, y + 0.5, 1)
     label = label_of(pair, tmp_path)
-    assert np.array_equal(label, pose.draw(drawn, 64, 100))
+    assert np.array_equal(label, pose.render(drawn, 64, 100))
     for x, y in ((10, 10), (20, 50), (80, 12), (90, 40)):
         assert label[y, x].any()
     assert not label[50, 50].any()

@@ -211,7 +211,7 @@ def test_every_task_has_its_image_and_its_label(task: str, views: list[View]) ->
     else:
         assert np.array_equal(image, view.colour)
     if task == "segmentation":
-        assert np.array_equal(segmentation.read(label, len(CLASSES) + 1), view.classes)
+        assert np.array_equal(segmentation.read_classes(label, len(CLASSES) + 1), view.classes)
     if task == "depth":
         read = depth.read(label)
         assert np.array_equal(read > 0, view.depth_m > 0)

@@ -1,0 +1,45 @@
+"""Every metric an evaluation knows: those of the tasks, and those of answers that a model wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from covray.evaluation.frames import FRAME_METRICS
+from covray.tasks import TASKS
+from covray.tasks.base import Metric
+
+OWN, REFERENCE = "perplexity_own", "perplexity_reference"
+"""Rows hold the negative log likelihood of the reference answer in nats a token, after the model's own frames and after
+the reference's; the exponent of its mean is the perplexity."""
+MODEL_METRICS = (
+    Metric(
+        OWN,
+        "Perplexity, own frames",
+        "Of the reference answer's tokens, after the frames the model wrote itself.",
+        "lower",
+    ),
+    Metric(
+        REFERENCE,
+        "Perplexity, reference frames",
+        "Of the reference answer's tokens, after the frames of the reference chain.",
+        "lower",
+    ),
+    *FRAME_METRICS,
+)
+
+
+def all_metrics() -> Iterator[Metric]:
+    """Yield the metrics of all tasks and of models; one that several tasks share comes several times."""
+    for task in TASKS.values():
+        yield from task.metrics
+    yield from MODEL_METRICS
+
+
+def find_metric(name: str) -> Metric | None:
+    """Return the metric of that name; None for one that is of no installed task."""
+    return next((metric for metric in all_metrics() if metric.name == name), None)
+
+
+def lower_is_better() -> list[str]:
+    """Return the names of the metrics of which less is better, sorted."""
+    return sorted({metric.name for metric in all_metrics() if metric.better == "lower"})
