@@ -771,22 +771,17 @@ def evaluate(
         _print_evaluation(results, resolved.out)
 
 
-_SHORT = {
-    "segmentation": "segm.", "colorization": "colour", "low_light": "dark", "mean_angle_deg": "angle",
-    "abs_rel": "AbsRel", "iou": "IoU", "pck": "PCK", "mse": "MSE", "f": "F", "psnr": "PSNR",
-}  # fmt: skip
-"""Seven tasks must fit beside a name on 80 columns."""
-
-
 def _print_evaluation(results: dict[str, Any], out: str) -> None:
     """The primary metric of every task, a row a subject; all else is on the page."""
+    from covray.evaluation.metrics import short_metric, short_task
+
     tasks = results["tasks"]
     means = {(entry["subject"], entry["task"], entry["metric"]): entry["mean"] for entry in results["scores"]}
     lower = set(results["lower_is_better"])
     table = Table("", box=None, pad_edge=False)
     for task, about in tasks.items():
         arrow = "↓" if about["primary"] in lower else "↑"
-        title = f"{_SHORT.get(task, task)}\n{_SHORT.get(about['primary'], about['primary'])} {arrow}"
+        title = f"{short_task(task)}\n{short_metric(about['primary'])} {arrow}"
         table.add_column(title, justify="right", no_wrap=True)
     for subject in results["subjects"]:
         found = [means.get((subject["name"], task, about["primary"])) for task, about in tasks.items()]

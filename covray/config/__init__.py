@@ -13,11 +13,21 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from covray.errors import ConfigError, one_line
+from covray.tasks import TASKS
 
-Task = Literal["segmentation", "pose", "colorization", "normals", "edges", "depth", "low_light"]
+
+def _known_task(name: str) -> str:
+    """Return ``name`` if a task has it. Raises ValueError."""
+    if name not in TASKS:
+        raise ValueError(f"no such task; the tasks are {', '.join(TASKS)}")
+    return name
+
+
+TaskName = Annotated[str, AfterValidator(_known_task)]
+"""A task of ``covray.tasks``, built in or installed."""
 Method = Literal["linear", "diffusion"]
 Length = Annotated[int, Field(ge=2, le=64)]
 Alpha = Annotated[float, Field(gt=0.0, lt=1.0)]
@@ -176,7 +186,7 @@ class SentencesConfig(Section):
     """Chain length, both ends counted; of several, each sentence draws one."""
     pairs: tuple[Annotated[int, Field(ge=0, le=63)], ...] = (1,)
     """Example pairs before the query; of several, each sentence draws one."""
-    tasks: tuple[Task, ...] | None = None
+    tasks: tuple[TaskName, ...] | None = None
     """Only these; by default all of the dataset."""
     split: str = "train"
     validation_split: str | None = "val"
@@ -336,7 +346,7 @@ class GenerateConfig(Section):
     """Picture files of image and label, each pair one example chain of the prompt."""
     adapter: str | None = None
     """A finished run of ``covray train``; null: the untuned backbone."""
-    task: Task | None = None
+    task: TaskName | None = None
     """How labels are resized and answers read as data; null: the run's if it has one, else answers are pictures."""
     classes: int = Field(default=21, ge=1, le=256)
     """Of a segmentation: by whose colours an answer is read (PASCAL VOC has 21, COCO's panoptic labels 134)."""
@@ -390,7 +400,7 @@ class EvaluateConfig(Section):
     """Manifest with the labels as they are; null: the one the dataset was built from."""
     tokenizer: TokenizerConfig | None = None
     """Where the dataset's tokenizer is now; null: where it was."""
-    tasks: tuple[Task, ...] | None = None
+    tasks: tuple[TaskName, ...] | None = None
     """Only these; by default all of the dataset."""
     split: str = "test"
     """Whose pairs are the queries."""
@@ -436,7 +446,7 @@ class GridConfig(Section):
     """Chain lengths, both ends counted; length 2 is the method ``none``."""
     pairs: tuple[Annotated[int, Field(ge=0, le=63)], ...] = (1, 2, 3)
     """Example pairs before the query."""
-    tasks: tuple[tuple[Task, ...] | None, ...] = (None,)
+    tasks: tuple[tuple[TaskName, ...] | None, ...] = (None,)
     """Sets of tasks, each a trial's; null: all of the dataset."""
     scales: tuple[BackboneConfig, ...] = ()
     """Backbones: a scale, as ``7b``, or ``{scale: 7b, path: LVM-7B}``. By default that of ``train``."""

@@ -54,4 +54,3 @@ def saliency(picture: Picture) -> Picture:
     smooth = resize(gaussian(energy, SALIENCY_SIGMA_PX), (height, width))
     levels = np.rint(255 * (smooth - smooth.min()) / np.ptp(smooth)).astype(np.uint8)
     return np.repeat(levels[..., None], 3, axis=2)
-

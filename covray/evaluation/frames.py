@@ -13,8 +13,8 @@ FRAME_METRICS = (
     Metric(
         "frame_path",
         "Frames: path",
-        "Way through the frames over the direct way from query to answer; 1 is straight. Neither more nor less of it is "
-        "better as such.",
+        "Way through the frames over the direct way from query to answer; 1 is straight. Neither more nor less of it "
+        "is better as such.",
         None,
     ),
     Metric(

@@ -43,3 +43,14 @@ def find_metric(name: str) -> Metric | None:
 def lower_is_better() -> list[str]:
     """Return the names of the metrics of which less is better, sorted."""
     return sorted({metric.name for metric in all_metrics() if metric.better == "lower"})
+
+
+def short_metric(name: str) -> str:
+    """Return what a narrow table calls the metric; its name where no installed task has it."""
+    metric = find_metric(name)
+    return name if metric is None else metric.short or metric.label
+
+
+def short_task(name: str) -> str:
+    """Return what a narrow table calls the task; its name where it is not installed."""
+    return TASKS[name].short if name in TASKS else name

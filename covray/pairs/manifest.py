@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -29,10 +29,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pyarrow import fs
 
-from covray.config import Task
 from covray.errors import ConfigError, ManifestError, one_line
 from covray.io import storage
 from covray.io.images import Picture, picture_identity
+from covray.tasks import TASKS
 
 __all__ = [
     "MANIFEST_SCHEMA",
@@ -48,7 +48,6 @@ __all__ = [
     "row_dicts",
 ]
 
-TASK_NAMES: tuple[str, ...] = get_args(Task)
 VERSION = 1
 METADATA_KEY = b"covray.manifest"
 
@@ -144,7 +143,7 @@ class ManifestWriter:
 
     def add(self, pair: Pair) -> bool:
         """Write ``pair``; False, and counted in ``duplicates``, where its ``pair_id`` had been added before."""
-        if pair.task not in TASK_NAMES:
+        if pair.task not in TASKS:
             raise ManifestError(f"{self.path}: {_unknown_task(pair.task)}")
         if pair.pair_id in self._seen:
             self.duplicates += 1
@@ -253,7 +252,7 @@ def check_manifest(path: str | os.PathLike[str]) -> ManifestInfo:
         raise ManifestError(
             f"{path}: its files have different roots: {found}; write them with one --root, a folder above all pictures"
         )
-    unknown = sorted(set(per_task) - set(TASK_NAMES))
+    unknown = sorted(set(per_task) - set(TASKS))
     if unknown:
         raise ManifestError(f"{path}: {_unknown_task(*unknown)}")
     pair_ids = np.concatenate(ids) if ids else np.empty(0, np.int64)
@@ -337,7 +336,7 @@ def read_user_list(
     ending = posixpath.splitext(file)[1].lower()
     if ending not in readers:
         raise ManifestError(f"{file}: a list of pairs ends in {', '.join(readers)}")
-    if task is not None and task not in TASK_NAMES:
+    if task is not None and task not in TASKS:
         raise ManifestError(f"--task {task}: {_unknown_task(task)}")
     base = list_root(file, root).rstrip("/") + "/"
     return _user_pairs(file, readers[ending](file), task, split, base)
@@ -358,7 +357,7 @@ def _user_pairs(file: str, rows: Iterable[tuple[str, Any]], task: str | None, sp
         own_task, own_split = values.pop("task", None) or task, values.pop("split", None) or split
         if own_task is None:
             raise ManifestError(f"{file}, {where}: has no task; add a column task, or give --task")
-        if own_task not in TASK_NAMES:
+        if own_task not in TASKS:
             raise ManifestError(f"{file}, {where}: {_unknown_task(own_task)}")
         if not isinstance(own_split, str):
             raise ManifestError(f"{file}, {where}: split is {own_split!r}, not a name")
@@ -525,7 +524,7 @@ def _check_unique(path: str, pair_ids: NDArray[np.int64]) -> None:
 
 def _unknown_task(*names: Any) -> str:
     shown = ", ".join(repr(name)[:80] for name in names[:3])
-    return f"unknown task {shown}; the tasks are {', '.join(TASK_NAMES)}"
+    return f"unknown task {shown}; the tasks are {', '.join(TASKS)}"
 
 
 def _absolute(path: str) -> str:

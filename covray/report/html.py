@@ -9,10 +9,13 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, TypeGuard
 
 import numpy as np
 from PIL import Image
+
+from covray.evaluation.metrics import find_metric
+from covray.tasks.base import Metric
 
 TILE_MIN_PX, TILE_MAX_PX = 48, 256
 _LOSSLESS_PX = 128  # small pictures are stored to the pixel, larger ones as a photograph is
@@ -97,67 +100,6 @@ if (size) size.oninput = () => document.documentElement.style.setProperty('--til
 """
 
 
-class Metric(NamedTuple):
-    """How a metric is written and what it means."""
-
-    label: str
-    unit: str
-    about: str
-    ranked: bool = True
-    """Whether more or less of it is better."""
-
-
-METRICS = {
-    "iou": Metric(
-        "IoU", "", "Intersection over union of the classes that occur, mean over them; of every episode, then the mean."
-    ),
-    "miou": Metric(
-        "mIoU", "", "IoU of every class over all pixels of the set, then the mean over classes: no mean over episodes, "
-        "so it has no interval."
-    ),
-    "p_acc": Metric("P-ACC", "", "Share of pixels with the right class."),
-    "pck": Metric(
-        "PCK@0.1", "", "Share of the label's keypoints found within 0.1 of the longer side of the box around them."
-    ),
-    "lpips": Metric("LPIPS", "", "Perceptual distance of answer and label, by AlexNet (Zhang et al. 2018)."),
-    "mse": Metric("MSE", "", "Mean squared error of pixel values in [0, 1]."),
-    "psnr": Metric("PSNR", "dB", "Peak signal-to-noise ratio of the answer against the label."),
-    "ssim": Metric("SSIM", "", "Structural similarity of answer and label (Wang et al. 2004)."),
-    "mean_angle_deg": Metric("Mean angle", "°", "Angle between normals of answer and label, mean over pixels."),
-    "median_angle_deg": Metric("Median angle", "°", "The same angle, median over the pixels of an episode."),
-    "within_11_deg": Metric("< 11.25°", "", "Share of pixels whose normal is less than 11.25° off."),
-    "within_22_deg": Metric("< 22.5°", "", "Share of pixels whose normal is less than 22.5° off."),
-    "within_30_deg": Metric("< 30°", "", "Share of pixels whose normal is less than 30° off."),
-    "f": Metric("F", "", "F measure of the edges at each picture's own best threshold, mean over episodes."),
-    "ods_f": Metric(
-        "ODS F", "", "F measure of the edges at the one threshold that is best for the set, from summed counts; "
-        "no interval."
-    ),
-    "ois_f": Metric(
-        "OIS F", "", "F measure of the edges at each picture's own best threshold, from summed counts; no interval."
-    ),
-    "abs_rel": Metric("AbsRel", "", "Error of depth over depth, mean over pixels."),
-    "sq_rel": Metric("SqRel", "m", "Squared error of depth over depth, mean over pixels."),
-    "delta1": Metric("δ < 1.25", "", "Share of pixels whose depth is wrong by a factor below 1.25."),
-    "delta2": Metric("δ < 1.25²", "", "Share of pixels whose depth is wrong by a factor below 1.25²."),
-    "delta3": Metric("δ < 1.25³", "", "Share of pixels whose depth is wrong by a factor below 1.25³."),
-    "perplexity_own": Metric(
-        "Perplexity, own frames", "", "Of the reference answer's tokens, after the frames the model wrote itself."
-    ),
-    "perplexity_reference": Metric(
-        "Perplexity, reference frames", "", "Of the reference answer's tokens, after the frames of the reference chain."
-    ),
-    "frame_psnr": Metric("Frames: PSNR", "dB", "Peak signal-to-noise ratio against the reference frames."),
-    "frame_path": Metric(
-        "Frames: path", "", "Way through the frames over the direct way from query to answer; 1 is straight. Neither "
-        "more nor less of it is better as such.", ranked=False
-    ),
-    "frame_step_variation": Metric(
-        "Frames: step variation", "", "How unequal the steps from frame to frame are; 0 when all are alike."
-    ),
-}  # fmt: skip
-
-
 def document(
     title: str, body: Iterable[str], *, tile_px: int | None = None, style: str = "", script: str = ""
 ) -> bytes:
@@ -240,38 +182,33 @@ def glossary(results: dict[str, Any]) -> Iterator[str]:
     """What every metric of the page means: the tooltips again, for paper and for fingers."""
     names = dict.fromkeys(metric for about in results["tasks"].values() for metric in about["metrics"])
     if names:
-        lines = [(with_unit(metric_of(name)), metric_of(name).about) for name in names]
+        lines = [(metric_of(name).with_unit, metric_of(name).about) for name in names]
         yield f'<section id="metrics"><h2>Metrics</h2>{facts(lines)}</section>'
 
 
 def metric_of(name: str) -> Metric:
-    """By its name in ``results.json``; one that is not in ``METRICS`` is called what it is."""
-    return METRICS.get(name) or Metric(human(name), "", "")
-
-
-def with_unit(metric: Metric) -> str:
-    """Its label and its unit, if any."""
-    return f"{metric.label}, {metric.unit}" if metric.unit else metric.label
+    """Return the metric of that name in ``results.json``; of one that no installed task has, a metric without text."""
+    return find_metric(name) or Metric(name, human(name), "", "higher")
 
 
 def metric_name(name: str, lower: set[str]) -> str:
     """As HTML: the metric with its unit, an arrow to where it is better, and its definition as a tooltip."""
     metric = metric_of(name)
-    arrow = "" if not metric.ranked else "\u00a0↓" if name in lower else "\u00a0↑"
-    return f'<span class="about" title="{escape(metric.about)}">{escape(with_unit(metric))}</span>{arrow}'
+    arrow = "" if metric.better is None else "\u00a0↓" if name in lower else "\u00a0↑"
+    return f'<span class="about" title="{escape(metric.about)}">{escape(metric.with_unit)}</span>{arrow}'
 
 
 def axis_title(name: str, lower: set[str]) -> str:
     """The metric with its unit, and in words which way is better."""
     metric = metric_of(name)
-    better = "" if not metric.ranked else " (less is better)" if name in lower else " (more is better)"
-    return with_unit(metric) + better
+    better = "" if metric.better is None else " (less is better)" if name in lower else " (more is better)"
+    return metric.with_unit + better
 
 
 def best_mean(metric: str, rows: Iterable[dict[str, Any] | None], lower: set[str]) -> float | None:
     """The best mean of ``rows``; None where there is none, or no better and worse."""
     means = [row["mean"] for row in rows if row is not None and known(row["mean"])]
-    if not means or not metric_of(metric).ranked:
+    if not means or metric_of(metric).better is None:
         return None
     return min(means) if metric in lower else max(means)
 

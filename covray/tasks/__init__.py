@@ -31,7 +31,7 @@ def _add_plugins() -> None:
         try:
             task: Task = point.load()
             name = task.name
-        except Exception as error:  # noqa: BLE001 (a plug-in may raise anything)
+        except Exception as error:  # a plug-in may raise anything
             raise ConfigError(
                 f"task {point.value}: cannot be loaded ({one_line(error)}); fix or uninstall its package"
             ) from error

@@ -76,9 +76,7 @@ class Task(Protocol):
     def read(self, picture: Picture, meta: Meta | None = None) -> NDArray[Any]:
         """Read the label that ``picture`` [h, w, 3] shows. Every picture can be read, whatever a model painted."""
 
-    def score(
-        self, answer: Picture, label: Picture, meta: Meta | None = None, *, lpips: Lpips | None = None
-    ) -> Score:
+    def score(self, answer: Picture, label: Picture, meta: Meta | None = None, *, lpips: Lpips | None = None) -> Score:
         """Score ``answer`` against ``label``, both [h, w, 3].
 
         Every value is finite, or None where the label has nothing to score. What an answer leaves out counts against

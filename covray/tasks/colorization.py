@@ -8,13 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from covray.io.pixels import mse, psnr
-from covray.tasks.base import Lpips, Meta, Picture, Resample, Score
+from covray.tasks.base import Lpips, Meta, Metric, Picture, Resample, Score
 from covray.tasks.pictures import LPIPS, MSE, PSNR, mean_colour, read_colour, render_colour
 
 name = "colorization"
 short = "colour"
 resample: Resample = "bicubic"
-metrics = (MSE, LPIPS, PSNR)
+metrics: tuple[Metric, ...] = (MSE, LPIPS, PSNR)
 
 
 def grey(picture: Picture) -> Picture:

@@ -17,7 +17,7 @@ MIN_M = 1e-3
 name = "depth"
 short = "depth"
 resample: Resample = "nearest"
-metrics = (
+metrics: tuple[Metric, ...] = (
     Metric("abs_rel", "AbsRel", "Error of depth over depth, mean over pixels.", "lower"),
     Metric("sq_rel", "SqRel", "Squared error of depth over depth, mean over pixels.", "lower", "m"),
     Metric("delta1", "δ < 1.25", "Share of pixels whose depth is wrong by a factor below 1.25.", "higher"),

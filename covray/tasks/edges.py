@@ -10,8 +10,17 @@ from numpy.typing import NDArray
 from skimage.morphology import dilation
 
 from covray.tasks.base import (
-    Counts, Lpips, Meta, Metric, Picture, Resample, Score, mean_where_valid, npy_file, require_labels,
-)  # fmt: skip
+    Counts,
+    Lpips,
+    Meta,
+    Metric,
+    Picture,
+    Resample,
+    Score,
+    mean_where_valid,
+    npy_file,
+    require_labels,
+)
 
 TOLERANCE = 0.0075
 """How far from an edge still is the edge, as a share of the picture's diagonal (BSDS500)."""
@@ -104,7 +113,7 @@ def export(answer: Picture, meta: Meta | None = None) -> dict[str, bytes]:
 name = "edges"
 short = "edges"
 resample: Resample = "bicubic"
-metrics = (
+metrics: tuple[Metric, ...] = (
     Metric("f", "F", "F measure of the edges at each picture's own best threshold, mean over episodes.", "higher"),
     Metric(
         "ods_f",

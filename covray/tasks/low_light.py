@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from covray.io.pixels import psnr, to_linear, to_srgb
-from covray.tasks.base import Lpips, Meta, Picture, Resample, Score
+from covray.tasks.base import Lpips, Meta, Metric, Picture, Resample, Score
 from covray.tasks.pictures import PSNR, SSIM, mean_colour, read_colour, render_colour, ssim
 
 name = "low_light"
 short = "dark"
 resample: Resample = "bicubic"
-metrics = (PSNR, SSIM)
+metrics: tuple[Metric, ...] = (PSNR, SSIM)
 
 EV_RANGE = (2.0, 4.5)
 """Stops of underexposure: a quarter to a twenty-third of the light, the range between dusk and night."""

@@ -12,7 +12,7 @@ from covray.tasks.base import Lpips, Meta, Metric, Picture, Resample, Score, mea
 name = "normals"
 short = "normals"
 resample: Resample = "nearest"
-metrics = (
+metrics: tuple[Metric, ...] = (
     Metric(
         "mean_angle_deg", "Mean angle", "Angle between normals of answer and label, mean over pixels.", "lower", "°",
         short="angle",
@@ -63,7 +63,7 @@ def angle_figures(answer: NDArray[np.floating], label: NDArray[np.floating]) -> 
 def mean(labels: Iterable[Picture], meta: Meta | None = None, *, robust: bool = False) -> Picture:
     """Return the mean direction of the labels that have one at a pixel, as a unit vector."""
     values = (read(label) for label in require_labels(name, labels))
-    direction, _ = mean_where_valid(values, lambda normals: normals.any(axis=2, keepdims=True))
+    direction, _ = mean_where_valid(values, lambda normals: np.any(normals != 0, axis=2, keepdims=True))
     return render(direction / np.maximum(np.linalg.norm(direction, axis=2, keepdims=True), 1e-6))
 
 

@@ -16,7 +16,7 @@ from covray.tasks.pictures import LPIPS, MSE
 name = "pose"
 short = "pose"
 resample: Resample = "nearest"
-metrics = (
+metrics: tuple[Metric, ...] = (
     Metric(
         "pck",
         "PCK@0.1",

@@ -121,7 +121,7 @@ def export(answer: Picture, meta: Meta | None = None) -> dict[str, bytes]:
 name = "segmentation"
 short = "segm."
 resample: Resample = "nearest"
-metrics = (
+metrics: tuple[Metric, ...] = (
     Metric(
         "iou",
         "IoU",

@@ -1,4 +1,4 @@
-"""Baselines: means of what labels say, and the neighbour's answer."""
+"""Baselines: the neighbour's answer, and what stands out of a picture."""
 
 from __future__ import annotations
 
@@ -6,73 +6,9 @@ import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter, uniform_filter
 
-from covray.evaluation.baselines import mean_label, nearest_label, saliency
-from covray.evaluation.scores import score
-from covray.tasks import TASKS, depth, normals, pose, segmentation
+from covray.evaluation.baselines import nearest_label, saliency
 
 NOISE = np.random.default_rng(0).integers(0, 256, (40, 24, 24, 3), dtype=np.uint8)
-
-
-def test_the_mean_of_one_label_is_the_label() -> None:
-    person = np.zeros((18, 3))
-    person[:5] = [(4, 4, 1), (12, 4, 1), (20, 12, 1), (4, 20, 1), (12, 20, 1)]
-    labels = dict.fromkeys(TASKS, NOISE[0]) | {
-        "segmentation": segmentation.draw(np.arange(576).reshape(24, 24) % 21),
-        "pose": pose.draw(person, 24, 24),
-        "normals": normals.draw(np.broadcast_to([0.0, 0.6, 0.8], (24, 24, 3))),
-        "edges": np.repeat(NOISE[0, ..., :1], 3, axis=2),
-        "depth": depth.draw(np.linspace(0, 9, 576).reshape(24, 24)),
-    }
-    for task, label in labels.items():
-        mean = mean_label(task, [label])
-        assert mean.dtype == np.uint8
-        if task == "pose":  # a hidden part of a disc moves what is read by less than a pixel
-            assert score(task, mean, label).values["pck"] == 1
-        else:
-            assert np.abs(mean.astype(int) - label).max() <= 1
-
-
-@pytest.mark.parametrize("task", ["colorization", "low_light"])
-def test_pictures_have_the_mean_of_their_pixels(task: str) -> None:
-    mean = mean_label(task, iter(NOISE))
-    assert np.abs(mean - NOISE.mean(axis=0)).max() <= 0.5 + 1e-3
-    # The mean is the constant answer of least squared error.
-    errors = [np.mean([score("colorization", a, b).values["mse"] for b in NOISE]) for a in (mean, NOISE[0], mean ^ 16)]
-    assert errors[0] == min(errors)
-
-
-def test_classes_have_a_majority_at_every_pixel() -> None:
-    first, second = np.zeros((4, 4), int), np.full((4, 4), 5)
-    labels = [segmentation.draw(classes) for classes in (first, second, second)]
-    assert (segmentation.read(mean_label("segmentation", labels, classes=9)) == 5).all()
-
-
-@pytest.mark.parametrize("size", [(24, 32), (64, 48)])
-def test_keypoints_have_their_mean_place_where_most_have_them(size: tuple[int, int]) -> None:
-    people = np.zeros((3, 18, 3))
-    people[:, 0] = [(8, 10, 1), (12, 10, 1), (16, 10, 1)]
-    people[:2, 3] = [(10, 20, 1), (14, 20, 1)]  # two of three have it
-    people[0, 6] = (24, 8, 1)  # one of three
-    found = pose.read(mean_label("pose", [pose.draw(person, *size) for person in people]))
-    assert found[:, 2].nonzero()[0].tolist() == [0, 3]
-    assert np.abs(found[[0, 3], :2] - [(12, 10), (12, 20)]).max() < 1
-
-
-def test_nothing_is_no_depth_and_no_direction_in_a_mean() -> None:
-    metres = np.stack([np.full((4, 4), 2.0), np.full((4, 4), 4.0), np.zeros((4, 4))])
-    metres[:, 0, 0] = 0
-    mean = depth.read(mean_label("depth", [depth.draw(each) for each in metres]))
-    assert mean[0, 0] == 0
-    assert np.abs(mean.ravel()[1:] - 3).max() < 0.05
-    ways = np.zeros((3, 4, 4, 3))
-    ways[0, ..., :], ways[1, ..., :] = (0.6, 0, 0.8), (-0.6, 0, 0.8)
-    towards = normals.read(mean_label("normals", [normals.draw(each) for each in ways]))
-    assert np.abs(towards - (0, 0, 1)).max() < 0.02
-
-
-def test_no_labels_have_no_mean() -> None:
-    with pytest.raises(ValueError, match="no labels of depth"):
-        mean_label("depth", [])
 
 
 def test_the_nearest_label_is_that_of_the_nearest_image() -> None:

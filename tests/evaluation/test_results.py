@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 
 from covray.evaluation.results import choose_episodes, tabulate, to_csv
-from covray.evaluation.scores import EDGE_THRESHOLDS, SET_METRICS, Score, aggregate
+from covray.evaluation.scores import aggregate
 from covray.evaluation.statistics import mean_interval, paired_difference
 from covray.evaluation.subjects import Kind, Subject
+from covray.tasks.base import Score
+from covray.tasks.edges import THRESHOLDS
 
 Row = dict[str, Any]
 SUBJECTS = tuple(
@@ -88,9 +90,9 @@ def random_rows(*tasks: str, episodes: int = 9) -> list[Row]:
                 values: dict[str, Any] = {"mse": float(generator.random()), "psnr": None}
                 if task == "edges":
                     values = {"f": float(generator.random())}
-                    met = np.sort(generator.integers(0, 50, (2, len(EDGE_THRESHOLDS))), axis=1)[:, ::-1]
+                    met = np.sort(generator.integers(0, 50, (2, len(THRESHOLDS))), axis=1)[:, ::-1]
                     values["counts"] = [
-                        (met[0] + met[1]).tolist(), met[0].tolist(), [50] * len(EDGE_THRESHOLDS), met[0].tolist(),
+                        (met[0] + met[1]).tolist(), met[0].tolist(), [50] * len(THRESHOLDS), met[0].tolist(),
                     ]  # fmt: skip
                 rows.append(row(subject.name, pair_id, task, **values))
     return rows
@@ -157,7 +159,7 @@ def test_metrics_of_a_set_are_taken_from_its_sums() -> None:
     mine = [Score({}, np.array(one["counts"])) for one in edges if one["subject"] == "copy"]
     for metric, mean in aggregate("edges", mine).items():
         assert scores_of(results)["edges", "copy", metric]["mean"] == mean
-    assert set(SET_METRICS["edges"]) <= set(results["tasks"]["edges"]["metrics"])
+    assert {"ods_f", "ois_f"} <= set(results["tasks"]["edges"]["metrics"])
 
 
 def test_a_metric_that_is_never_defined_has_no_mean() -> None:

@@ -21,11 +21,13 @@ from covray.chains.dataset import ChainDataset
 from covray.config import EvaluateConfig
 from covray.errors import CovrayError
 from covray.evaluation.baselines import saliency
-from covray.evaluation.runner import OWN, REFERENCE, Runner, choose_pairs
-from covray.evaluation.scores import METRICS, score
+from covray.evaluation.metrics import OWN, REFERENCE
+from covray.evaluation.runner import Runner, choose_pairs
+from covray.evaluation.scores import score
 from covray.io import storage
 from covray.io.images import resize, square
 from covray.models.lvm.decoding.sequential import Decoder
+from covray.tasks import TASKS
 from tests.conftest import CODES, TOKENS
 from tests.evaluation.conftest import LORA, SPLIT, Row, png, smooth
 from tests.models.lvm.conftest import load
@@ -337,7 +339,7 @@ def test_a_label_with_nothing_to_score_is_undefined_and_no_warning(
         found = runner.run(episodes).to_pylist()
     for row in found:
         assert row["error"] is None
-        assert values(row)[METRICS[row["task"]][0]] is None
+        assert values(row)[TASKS[row["task"]].metrics[0].name] is None
         assert (OWN in values(row)) == (row["images"] is not None)
 
 

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from covray.evaluation.scores import LOWER_IS_BETTER, METRICS
 from covray.report.html import numbers
 from covray.report.sweep import write_sweep_page
 from covray.sweeps.results import tabulate
 from tests.report.conftest import Page
+from tests.support.metrics import LOWER_IS_BETTER, METRICS
 
 HOSTILE = "\"'></td></svg><script>alert(1)</script><img src=http://evil/x onerror=alert(2)> &"
 OF_MODELS = ("perplexity_own", "perplexity_reference", "frame_path")

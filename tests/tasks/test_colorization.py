@@ -2,17 +2,17 @@
 
 import numpy as np
 
-from covray.tasks.colorization import draw, grey, read
+from covray.tasks.colorization import grey, read, render
 
 
 def test_every_level_comes_back_exactly() -> None:
     picture = np.arange(768, dtype=np.int64).astype(np.uint8).reshape(16, 16, 3)
     assert read(picture).dtype == np.float32
-    assert np.array_equal(draw(read(picture)), picture)
+    assert np.array_equal(render(read(picture)), picture)
 
 
 def test_colours_beyond_their_range_are_cut_and_not_wrapped() -> None:
-    assert draw(np.array([[[-0.1, 0.5, 1.1]]])).tolist() == [[[0, 128, 255]]]
+    assert render(np.array([[[-0.1, 0.5, 1.1]]])).tolist() == [[[0, 128, 255]]]
 
 
 def test_grey_weighs_the_channels_as_lvm_does() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from covray.tasks import low_light
-from covray.tasks.low_light import Exposure, darken, draw, expose, read
+from covray.tasks.low_light import Exposure, darken, expose, read, render
 
 EXPOSURES = [Exposure(0.0, 8000.0, 1.0), Exposure(2.0, 4000.0, 2.0), Exposure(4.5, 1000.0, 4.0)]
 COUNT = 200_000
@@ -56,7 +56,7 @@ def test_the_generator_decides() -> None:
 
 def test_exposures_are_drawn_from_the_stated_ranges() -> None:
     generator = np.random.default_rng(0)
-    drawn = np.array([list(vars(Exposure.draw(generator)).values()) for _ in range(2_000)])
+    drawn = np.array([list(vars(Exposure.sample(generator)).values()) for _ in range(2_000)])
     ranges = np.array([low_light.EV_RANGE, low_light.FULL_WELL_RANGE_E, low_light.READ_NOISE_RANGE_E])
     assert (drawn >= ranges[:, 0]).all()
     assert (drawn <= ranges[:, 1]).all()
@@ -66,5 +66,5 @@ def test_exposures_are_drawn_from_the_stated_ranges() -> None:
 
 def test_reading_inverts_drawing() -> None:
     picture = np.arange(192, dtype=np.uint8).reshape(8, 8, 3)
-    assert np.array_equal(draw(read(picture)), picture)
+    assert np.array_equal(render(read(picture)), picture)
     assert read(picture).dtype == np.float32

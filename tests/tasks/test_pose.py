@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from covray.tasks.pose import COLOURS, KEYPOINTS, LIMB_BRIGHTNESS, LIMBS, disc_radius_px, draw, read
+from covray.tasks.pose import COLOURS, KEYPOINTS, LIMB_BRIGHTNESS, LIMBS, disc_radius_px, read, render
 
 LIMB_COLOURS = (COLOURS[: len(LIMBS)] * LIMB_BRIGHTNESS).astype(np.uint8)
 
@@ -22,7 +22,7 @@ def test_keypoints_come_back_within_a_pixel(size: int) -> None:
     rng = np.random.default_rng(size)
     for _ in range(20):
         keypoints = _apart(size, rng, disc_radius_px(size, size) + 1)
-        back = read(draw(keypoints, size, size))
+        back = read(render(keypoints, size, size))
         assert (back[:, 2] == 1).all()
         assert np.abs(back[:, :2] - keypoints[:, :2]).max() < 1
 
@@ -35,7 +35,7 @@ def test_keypoints_are_found_where_colours_have_suffered(size: int, dim: float, 
     found = []
     for _ in range(10):
         keypoints = _apart(size, rng, disc_radius_px(size, size) + 1)
-        picture = dim * draw(keypoints, size, size) + rng.normal(0, 5, (size, size, 3))
+        picture = dim * render(keypoints, size, size) + rng.normal(0, 5, (size, size, 3))
         away = read(np.clip(picture, 0, 255).astype(np.uint8)) - keypoints
         found.append((away[:, 2] == 0) & (np.linalg.norm(away[:, :2], axis=1) < 2 * disc_radius_px(size, size)))
     assert np.mean(found) > least
@@ -45,7 +45,7 @@ def test_keypoints_are_found_where_colours_have_suffered(size: int, dim: float, 
 def test_stray_pixels_do_not_move_a_keypoint(size: int) -> None:
     rng = np.random.default_rng(size)
     keypoints = _apart(size, rng, disc_radius_px(size, size) + 1)
-    picture = draw(keypoints, size, size)
+    picture = render(keypoints, size, size)
     for _ in range(3):  # far fewer than a disc has, anywhere on the ground
         for colour in COLOURS:
             ground = np.argwhere(~picture.any(axis=2))
@@ -59,7 +59,7 @@ def test_what_is_not_visible_stays_so_and_has_no_limbs(size: int) -> None:
     for _ in range(10):
         keypoints = _apart(size, rng, disc_radius_px(size, size) + 1)
         keypoints[:, 2] = rng.random(18) < 0.6
-        picture = draw(keypoints, size, size)
+        picture = render(keypoints, size, size)
         assert np.array_equal(read(picture)[:, 2], keypoints[:, 2])
         drawn = {tuple(colour) for colour in picture.reshape(-1, 3).tolist()}
         for (start, end), colour in zip(LIMBS, LIMB_COLOURS.tolist(), strict=True):
@@ -72,7 +72,7 @@ def test_every_limb_joins_its_two_ends() -> None:
     for (start, end), colour in zip(LIMBS, LIMB_COLOURS, strict=True):
         keypoints = np.zeros((18, 3))
         keypoints[start], keypoints[end] = (40.5, 60.5, 1), (200.5, 180.5, 1)
-        limb = np.argwhere((draw(keypoints, 256, 256) == colour).all(axis=2))[:, ::-1] + 0.5
+        limb = np.argwhere((render(keypoints, 256, 256) == colour).all(axis=2))[:, ::-1] + 0.5
         along = (limb - keypoints[start, :2]) @ np.array([0.8, 0.6])
         across = (limb - keypoints[start, :2]) @ np.array([-0.6, 0.8])
         assert along.min() < 10
@@ -103,14 +103,14 @@ def test_several_people_share_a_picture() -> None:
     rng = np.random.default_rng(0)
     left, right = _apart(64, rng, 3), _apart(64, rng, 3)
     right[:, 0] += 64
-    together = draw(np.stack([left, right]), 64, 128)
-    alone = draw(left, 64, 128)
+    together = render(np.stack([left, right]), 64, 128)
+    alone = render(left, 64, 128)
     assert np.array_equal(together[:, :60], alone[:, :60])
     assert together[:, 68:].any()
 
 
 def test_nobody_is_black_and_read_as_nobody() -> None:
-    picture = draw(np.zeros((len(KEYPOINTS), 3)), 32, 48)
+    picture = render(np.zeros((len(KEYPOINTS), 3)), 32, 48)
     assert picture.shape == (32, 48, 3)
     assert not picture.any()
     assert not read(picture).any()

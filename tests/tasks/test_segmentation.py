@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-from covray.tasks.segmentation import draw, palette, read
+from covray.tasks.segmentation import palette, read_classes, render
 
 VOC = [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128), (128, 0, 128), (0, 128, 128), (128, 128, 128)]
 
 
 def test_all_256_classes_come_back() -> None:
     classes = np.arange(256, dtype=np.uint8).reshape(8, 32)
-    assert np.array_equal(read(draw(classes), 256), classes)
+    assert np.array_equal(read_classes(render(classes), 256), classes)
 
 
 def test_the_colours_are_those_of_voc() -> None:
@@ -29,12 +29,12 @@ def test_noise_of_less_than_half_the_palette_distance_is_forgiven(classes: int) 
     noise *= (half - 1.8) / np.linalg.norm(noise, axis=2, keepdims=True)  # rounding adds up to sqrt(3)
     drawn = palette(classes)[truth] + noise
     seen = np.rint(drawn).clip(0, 255).astype(np.uint8)  # clipping moves a colour towards the palette, never away
-    assert np.array_equal(read(seen, classes), truth)
+    assert np.array_equal(read_classes(seen, classes), truth)
 
 
 def test_reading_never_answers_a_class_beyond_those_asked_for() -> None:
     picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    assert read(picture, 5).max() == 4
+    assert read_classes(picture, 5).max() == 4
 
 
 @pytest.mark.parametrize("classes", [0, 257])

@@ -13,25 +13,17 @@ from torchmetrics.functional import mean_absolute_percentage_error
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_jaccard_index
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from covray.evaluation import scores
-from covray.evaluation.scores import (
-    EDGE_THRESHOLDS,
-    LOWER_IS_BETTER,
-    METRICS,
-    SET_METRICS,
-    Score,
-    aggregate,
-    angle_figures,
-    class_counts,
-    depth_errors,
-    edge_counts,
-    f_measure,
-    mean_iou,
-    pck,
-    score,
-    ssim,
-)
+from covray.evaluation.metrics import lower_is_better
+from covray.evaluation.scores import aggregate, score
 from covray.tasks import TASKS, depth, edges, normals, pose, segmentation
+from covray.tasks.base import Score
+from covray.tasks.depth import depth_errors
+from covray.tasks.edges import THRESHOLDS, edge_counts, f_measure
+from covray.tasks.normals import angle_figures
+from covray.tasks.pictures import ssim
+from covray.tasks.pose import pck
+from covray.tasks.segmentation import class_counts, mean_iou
+from tests.support.metrics import LOWER_IS_BETTER, METRICS, SET_METRICS
 
 SIZE = 32
 RNG = np.random.default_rng(0)
@@ -44,16 +36,16 @@ def label_of(task: str) -> np.ndarray:
     """A label with something to score."""
     rng = np.random.default_rng(1)
     if task == "segmentation":
-        return segmentation.draw(np.kron(rng.integers(0, 21, (4, 4)), np.ones((8, 8), np.int64)))
+        return segmentation.render(np.kron(rng.integers(0, 21, (4, 4)), np.ones((8, 8), np.int64)))
     if task == "pose":
         keypoints = np.concatenate([np.argwhere(np.ones((5, 5)))[:18] * 6 + 4, np.ones((18, 1))], axis=1)
-        return pose.draw(keypoints, SIZE, SIZE)
+        return pose.render(keypoints, SIZE, SIZE)
     if task == "normals":
-        return normals.draw(np.broadcast_to([0.6, 0.0, 0.8], BLACK.shape))
+        return normals.render(np.broadcast_to([0.6, 0.0, 0.8], BLACK.shape))
     if task == "edges":
-        return edges.draw(np.eye(SIZE, dtype=bool))
+        return edges.render(np.eye(SIZE, dtype=bool))
     if task == "depth":
-        return depth.draw(rng.uniform(0.5, 9, (SIZE, SIZE)))
+        return depth.render(rng.uniform(0.5, 9, (SIZE, SIZE)))
     return NOISE
 
 
@@ -74,7 +66,7 @@ def test_the_label_itself_is_the_best_answer_there_is(task: str) -> None:
     assert list(own.values) == [name for name in METRICS[task] if name != "lpips"]
     assert own.values == pytest.approx({name: BEST[name] for name in own.values}, abs=1e-4)
     whole = aggregate(task, [own, own])
-    assert whole == pytest.approx({name: BEST[name] for name in SET_METRICS.get(task, ())})
+    assert whole == pytest.approx({name: BEST[name] for name in SET_METRICS[task]})
     for name, value in score(task, NOISE[::-1], label).values.items():
         assert value is not None
         assert value >= BEST[name] if name in LOWER_IS_BETTER else value <= BEST[name]
@@ -89,7 +81,7 @@ def test_every_score_is_finite_or_none_on_any_pictures(task: str) -> None:
         assert all(value is None or math.isfinite(value) for value in one.values.values())
     for count in (0, 1, len(found)):
         whole = aggregate(task, found[:count])
-        assert tuple(whole) == SET_METRICS.get(task, ())
+        assert tuple(whole) == SET_METRICS[task]
         assert all(value is None or 0 <= value <= 1 for value in whole.values())
 
 
@@ -134,7 +126,7 @@ def test_iou_by_hand() -> None:
     label = np.array([[0, 0, 1, 1], [2, 2, 2, 2]])
     answer = np.array([[0, 1, 1, 1], [2, 2, 0, 3]])
     assert class_counts(answer, label, 5).tolist() == [[1, 2, 2, 0, 0], [3, 3, 4, 1, 0]]
-    own = score("segmentation", segmentation.draw(answer), segmentation.draw(label), {"classes": list("abcde")})
+    own = score("segmentation", segmentation.render(answer), segmentation.render(label), {"classes": list("abcde")})
     assert own.values == pytest.approx({"iou": (1 / 3 + 2 / 3 + 1 / 2 + 0) / 4, "p_acc": 5 / 8})
 
 
@@ -147,7 +139,7 @@ def test_iou_and_accuracy_agree_with_torchmetrics_for_a_picture_and_for_a_set() 
     for truth, found in zip(truths, founds, strict=True):
         pair = torch.from_numpy(found), torch.from_numpy(truth)
         values = score(
-            "segmentation", segmentation.draw(found), segmentation.draw(truth), {"classes": ["name"] * classes}
+            "segmentation", segmentation.render(found), segmentation.render(truth), {"classes": ["name"] * classes}
         )
         kept.append(values)
         each = multiclass_jaccard_index(*pair, classes, average="none")
@@ -163,7 +155,7 @@ def test_iou_and_accuracy_agree_with_torchmetrics_for_a_picture_and_for_a_set() 
 
 def test_a_mask_of_background_alone_is_a_class_like_any_other() -> None:
     assert score("segmentation", BLACK, BLACK).values == {"iou": 1.0, "p_acc": 1.0}
-    red = segmentation.draw(np.ones((SIZE, SIZE), np.int64))
+    red = segmentation.render(np.ones((SIZE, SIZE), np.int64))
     assert score("segmentation", red, BLACK).values == {"iou": 0.0, "p_acc": 0.0}
     assert mean_iou(np.zeros((2, 4), np.int64)) is None
 
@@ -255,7 +247,7 @@ def brute_counts(answer: np.ndarray, label: np.ndarray) -> np.ndarray:
     """``edge_counts`` from all distances between pixels."""
     tolerance = 0.0075 * np.hypot(*label.shape)
     counts = []
-    for threshold in EDGE_THRESHOLDS:
+    for threshold in THRESHOLDS:
         found, truth = np.argwhere(answer >= np.float32(threshold)), np.argwhere(label)
         near = np.linalg.norm(found[:, None] - truth[None], axis=2) <= tolerance
         counts.append((len(found), near.any(axis=1).sum(), len(truth), near.any(axis=0).sum()))
@@ -274,13 +266,12 @@ def test_f_of_a_small_picture_is_that_of_its_pixels() -> None:
     """Below a pixel of tolerance, edges are a classification of pixels, and sklearn has its F."""
     label = np.random.default_rng(3).random((SIZE, SIZE)) < 0.2
     strength = np.clip(label * 0.5 + np.random.default_rng(4).random((SIZE, SIZE)) * 0.7, 0, 1)
-    picture = edges.draw(strength)
+    picture = edges.render(strength)
     seen = edges.read(picture)
     each = [
-        f1_score(label.ravel(), (seen >= np.float32(threshold)).ravel(), zero_division=0)
-        for threshold in EDGE_THRESHOLDS
+        f1_score(label.ravel(), (seen >= np.float32(threshold)).ravel(), zero_division=0) for threshold in THRESHOLDS
     ]
-    own = score("edges", picture, edges.draw(label))
+    own = score("edges", picture, edges.render(label))
     assert own.counts is not None
     assert f_measure(own.counts) == pytest.approx(each)
     assert own.values["f"] == pytest.approx(max(each))
@@ -290,7 +281,7 @@ def test_f_of_a_small_picture_is_that_of_its_pixels() -> None:
 def test_an_edge_may_be_off_by_the_tolerance_and_not_by_more() -> None:
     label = np.zeros((192, 192), bool)  # a diagonal of 272 px: 2.04 px
     label[:, 90] = True
-    own = edges.draw(label)
+    own = edges.render(label)
     assert score("edges", np.roll(own, 2, axis=1), own).values["f"] == 1
     assert score("edges", np.roll(own, 3, axis=1), own).values["f"] == 0
 
@@ -302,13 +293,13 @@ def test_ods_has_one_threshold_for_the_set_and_ois_one_a_picture() -> None:
     def graded(right: float, wrong: float) -> Score:
         strength = label * right
         strength[20] = wrong
-        return score("edges", edges.draw(strength), edges.draw(label))
+        return score("edges", edges.render(strength), edges.render(label))
 
     pair = [graded(0.9, 0.6), graded(0.5, 0.3)]  # no threshold parts right from wrong in both
     assert [one.values["f"] for one in pair] == [1, 1]
     # From 0.31 to 0.5: the first finds 32 right and 32 wrong, the second is perfect.
     assert aggregate("edges", pair) == pytest.approx({"ods_f": 2 * (2 / 3) / (2 / 3 + 1), "ois_f": 1})
-    unlabelled = score("edges", edges.draw(label), BLACK)
+    unlabelled = score("edges", edges.render(label), BLACK)
     assert unlabelled.values == {"f": None}
     # Its 32 wrong pixels stand against the 64 right ones: precision 2/3 at best.
     assert aggregate("edges", [pair[0], pair[0], unlabelled])["ods_f"] == pytest.approx(0.8)
@@ -333,6 +324,19 @@ def test_abs_rel_agrees_with_torchmetrics() -> None:
     assert depth_errors(answer, label)["abs_rel"] == pytest.approx(expected)
 
 
-def test_every_task_has_its_metrics() -> None:
-    assert tuple(METRICS) == tuple(TASKS)
-    assert {name for names in METRICS.values() for name in names} >= scores.LOWER_IS_BETTER
+# --- what the metrics say of themselves ----------------------------------------------------------------------------
+
+
+def test_every_metric_has_a_text_and_is_the_same_in_every_task() -> None:
+    by_name: dict[str, object] = {}
+    for task in TASKS.values():
+        assert task.metrics[0].of_set is None, "answers are ranked by a figure of theirs"
+        for metric in task.metrics:
+            assert metric.label
+            assert metric.about.endswith(".")
+            assert by_name.setdefault(metric.name, metric) == metric
+    assert set(lower_is_better()) == LOWER_IS_BETTER | {
+        "perplexity_own",
+        "perplexity_reference",
+        "frame_step_variation",
+    }
