@@ -29,7 +29,8 @@ from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingReque
 from ray.autoscaler.v2.utils import ResourceRequestUtil
 from ray.scripts.scripts import start
 
-from covray.cli.app import _checking, _Resolved, app
+from covray.cli.app import app
+from covray.cli.options import Resolved, checking
 from covray.config import BuildConfig, EvaluateConfig, SweepConfig, TrainConfig
 from covray.distributed.pool import on
 from covray.sweeps.grid import grid_of
@@ -411,12 +412,12 @@ def test_a_command_that_is_shown_is_taken(words: list[str], monkeypatch: pytest.
     if arguments[0] not in MODELS or "--resume" in arguments:
         command.commands[arguments[0]].make_context(arguments[0], arguments[1:])  # type: ignore[attr-defined]
         return
-    checking = _checking.set(True)
+    token = checking.set(True)
     try:
-        with pytest.raises(_Resolved) as resolved:
+        with pytest.raises(Resolved) as resolved:
             command.main(args=arguments, standalone_mode=False)
     finally:
-        _checking.reset(checking)
+        checking.reset(token)
     config = resolved.value.args[0]
     assert isinstance(config, MODELS[arguments[0]])
     if isinstance(config, SweepConfig):  # what it passes on is checked where the job runs

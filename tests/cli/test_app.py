@@ -17,6 +17,7 @@ from PIL import Image
 
 from covray import __version__
 from covray.cli import app as cli
+from covray.cli import training
 from covray.pairs.manifest import MANIFEST_SCHEMA, check_manifest
 from covray.tasks import TASKS
 
@@ -455,7 +456,7 @@ def test_splits_of_pairs_are_shares(run: Callable[..., Done], mistake: Callable[
 
 def test_an_adapter_that_is_worse_than_none_is_said_to_be(capsys: pytest.CaptureFixture[str]) -> None:
     result = {"steps": 10, "loss": 3.0, "tokens_per_s": 100.0, "validation_loss_before": 4.0, "validation_loss": 3.5}
-    cli._print_training(result, "run")
+    training.print_training(result, "run")
     assert "no step was better" not in capsys.readouterr().out
-    cli._print_training(result | {"validation_loss": 4.5}, "run")
+    training.print_training(result | {"validation_loss": 4.5}, "run")
     assert "no step was better" in capsys.readouterr().out

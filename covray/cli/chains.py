@@ -1,0 +1,99 @@
+"""Build chains of tokens, look at them, and describe their dataset."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from covray.cli.options import ConfigFile, Json, Sets, numbers, resolve, split_commas
+from covray.cli.output import console, escape, print_values, quiet_libraries
+
+
+def build(
+    pairs: Annotated[str | None, typer.Option(help="Manifest, or a folder of manifests.")] = None,
+    out: Annotated[str | None, typer.Option("--out", help="Dataset folder to write.")] = None,
+    lengths: Annotated[str | None, typer.Option(help="Chain lengths to serve, for example 4,8.")] = None,
+    methods: Annotated[str | None, typer.Option(help="diffusion, linear, or both (the default).")] = None,
+    prior: Annotated[str | None, typer.Option(help="nano, a diffusers folder, or a hub id.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="nano, a VQModel folder, or a hub id.")] = None,
+    actors: Annotated[int | None, typer.Option(min=1, help="Size of the pool; by default what fits.")] = None,
+    keep_noise: Annotated[bool | None, typer.Option("--keep-noise", help="Keep the inverted noise.")] = None,
+    noise_from: Annotated[str | None, typer.Option(help="Dataset whose kept noise is used.")] = None,
+    config: ConfigFile = None,
+    sets: Sets = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Say what would happen, and stop.")] = False,
+    json_: Json = False,
+) -> None:
+    """Turn pairs into chains of tokens. Killed anywhere, the same command continues."""
+    from covray.config import BuildConfig
+
+    options: dict[str, Any] = {
+        "pairs": pairs,
+        "out": out,
+        "lengths": numbers("--lengths", lengths),
+        "methods": split_commas(methods),
+        "prior.path": prior,
+        "tokenizer.path": tokenizer,
+        "actors.min": actors,
+        "actors.max": actors,
+        "keep_noise": keep_noise,
+        "noise_from": noise_from,
+    }
+    resolved = resolve(BuildConfig, config, options, sets)
+    with quiet_libraries():
+        from covray.distributed import build as building
+
+        if plan:
+            planned = building.plan_build(resolved)
+            print_values(planned.__dict__, json_)
+            return
+        audit = building.build(resolved)
+    if json_:
+        print(json.dumps(audit.to_json()))
+    else:
+        _print_audit(audit.to_json(), resolved.out)
+
+
+def _print_audit(audit: dict[str, Any], out: str) -> None:
+    table = Table("task", "written", "rejected", "reasons", box=None, pad_edge=False)
+    for task, counts in audit["per_task"].items():
+        reasons = ", ".join(f"{reason} {number}" for reason, number in counts["reasons"].items())
+        table.add_row(task, str(counts["written"]), str(counts["rejected"]), escape(reasons))
+    console.print(table)
+    on = f"{audit['actors']} actor{'s' if audit['actors'] != 1 else ''}"
+    speed = f"{audit['chains_per_s']:.2f} chains/s on {on}" if audit.get("chains_per_s") else ""
+    busy = f", busy {audit['busy_share']:.0%} of their time" if audit.get("busy_share") else ""
+    console.print(f"{audit['written']} chains in {escape(out)}  {speed}{busy}", highlight=False, soft_wrap=True)
+    console.print(f"next: covray view {escape(out)}", soft_wrap=True)
+
+
+def view(
+    dataset: Annotated[str, typer.Argument(help="Dataset folder, finished or not.")],
+    out: Annotated[str | None, typer.Option("--out", help="Folder to write; by default DATASET/view.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Chains shown of every task.")] = 12,
+    json_: Json = False,
+) -> None:
+    """Contact sheets and a page: every frame of a chain, decoded from its tokens."""
+    from covray.report.dataset import view as write_view
+
+    with quiet_libraries():
+        paths = write_view(dataset, out or f"{dataset.rstrip('/')}/view", limit_per_task=limit)
+    if json_:
+        print(json.dumps({"written": paths}))
+        return
+    for path in paths:
+        console.print(escape(path), highlight=False, soft_wrap=True)
+
+
+def inspect(dataset: Annotated[str, typer.Argument(help="Dataset folder.")], json_: Json = False) -> None:
+    """Schema, counts, fingerprints and configuration of a dataset."""
+    from covray.report.summary import describe, print_description
+
+    description = describe(dataset)
+    if json_:
+        print(json.dumps(description))
+    else:
+        print_description(description, console)

@@ -1,0 +1,124 @@
+"""Fetch, convert and train the models that the steps use."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from covray.cli.options import Json, Out, Seed
+from covray.cli.output import console, print_values, quiet_libraries
+
+
+def fetch(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Without it: list what there is.")] = None,
+    out: Annotated[str | None, typer.Option("--out", help="Folder; by default models/NAME or data/NAME.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of the hub's repository.")] = None,
+    hub_id: Annotated[str | None, typer.Option("--id", help="Another repository of the hub, such as a mirror.")] = None,
+    json_: Json = False,
+) -> None:
+    """Download weights or a dataset by name, checked by SHA-256. The same command continues, verifies and mends."""
+    with quiet_libraries():
+        from covray.fetching.fetch import fetch as fetch_artefact
+        from covray.fetching.fetch import list_artefacts
+
+        if name is None:
+            _print_artefacts(list_artefacts(), json_)
+            return
+        result = fetch_artefact(name, out, revision, hub_id)
+    if json_:
+        print(json.dumps(result))
+        return
+    shown = {key: result[key] for key in ("folder", "origin", "revision", "next") if result[key] is not None}
+    if "files" in result:
+        shown["files"] = (
+            f"{result['files']:,}, {result['bytes']:,} bytes, of which {len(result['fetched']):,} fetched now"
+        )
+    if result["damaged"]:
+        shown["mended"] = result["damaged"]
+    if "self_test" in result:
+        difference = result["self_test"]["difference"]
+        compared = "nothing is recorded for it" if difference is None else f"as recorded (differs by {difference:.2g})"
+        shown["self_test"] = f"{compared}, fingerprint {result['self_test']['fingerprint']}"
+    print_values(shown, False)
+
+
+def _print_artefacts(artefacts: list[dict[str, Any]], json_: bool) -> None:
+    if json_:
+        print(json.dumps(artefacts))
+        return
+    table = Table("name", "kind", "licence", "size", "", box=None, pad_edge=False)
+    for artefact in artefacts:
+        table.add_row(*(artefact[key] for key in ("name", "kind", "licence", "size", "state")))
+    console.print(table, highlight=False)
+
+
+def convert_a_tokenizer(
+    source: Annotated[str, typer.Argument(help="Folder of muse or taming, or file of LlamaGen.")],
+    out: Out,
+    json_: Json = False,
+) -> None:
+    """A VQGAN of muse, taming-transformers or LlamaGen becomes a VQModel folder, for --tokenizer."""
+    with quiet_libraries():
+        from covray.models.tokenizer.convert import convert_tokenizer
+
+        print_values(convert_tokenizer(source, out), json_)
+
+
+def convert_a_backbone(
+    source: Annotated[str, typer.Argument(help="Folder of DeLVM or a LLaMA, or file of EasyLM.")],
+    out: Out,
+    heads: Annotated[int | None, typer.Option(min=1, help="Of EasyLM's, if its size is no published one.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Whose codes it knows: chains of others are refused.")] = None,
+    json_: Json = False,
+) -> None:
+    """A backbone of DeLVM, EasyLM or transformers becomes a LlamaForCausalLM folder of safetensors, for --backbone."""
+    with quiet_libraries():
+        from covray.models.lvm.convert import convert_backbone
+
+        print_values(convert_backbone(source, out, heads, tokenizer), json_)
+
+
+def convert_a_prior(
+    source: Annotated[str, typer.Argument(help="Stable Diffusion 1 or 2 in one .safetensors file.")],
+    out: Out,
+    like: Annotated[str | None, typer.Option(help="Diffusers folder with its configs, if it is another.")] = None,
+    json_: Json = False,
+) -> None:
+    """A single-file Stable Diffusion becomes a diffusers folder with the empty prompt in it, for --prior."""
+    with quiet_libraries():
+        from covray.models.diffusion.convert import convert_prior
+
+        print_values(convert_prior(source, out, like), json_)
+
+
+def nano_train(
+    model: Annotated[str, typer.Argument(help="vae, prior (needs the vae), vqgan, or lvm (needs the vqgan).")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the family; a killed training continues there.")],
+    steps: Annotated[int | None, typer.Option(min=1, help="By default the recipe's.")] = None,
+    scenes: Annotated[int, typer.Option(min=1, help="Rendered scenes to train on, eight pictures each.")] = 8000,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    seed: Seed = 0,
+) -> None:
+    """Train a model of the nano family by the recipe that made the shipped one."""
+    with quiet_libraries():
+        from covray.recipes.nano.recipe import train_model
+
+        train_model(model, out, steps, scenes, threads, device, seed)
+
+
+def nano_measure(
+    folder: Annotated[
+        Path | None, typer.Option("--weights", help="Folder of the family; by default the shipped.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Measure the family on held-out scenes: the figures of its model card."""
+    with quiet_libraries():
+        from covray.recipes.nano.recipe import measure
+
+        print_values(measure(folder), json_)

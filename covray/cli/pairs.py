@@ -1,0 +1,195 @@
+"""``covray pairs``: make a manifest of pairs from photographs, scenes, lists and data sets."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from covray.cli.options import Json, Out, Seed, Tasks, shares, split_commas
+from covray.cli.output import console, escape
+from covray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from covray.pairs.manifest import Pair
+
+Splits = Annotated[str | None, typer.Option(help="Shares, such as train=8,val=1,test=1.")]
+Root = Annotated[str, typer.Argument(help="The dataset's folder; docs/datasets.md says what lies in it.")]
+Base = Annotated[
+    str | None, typer.Option("--root", help="Folder that holds it: paths are below that, so that several build as one.")
+]
+Count = Annotated[int | None, typer.Option("--count", min=1, help="Draw so many, by the seed; all by default.")]
+
+
+def photos(
+    folder: Annotated[str, typer.Argument(help="Any folder of photographs.")],
+    out: Out,
+    tasks: Tasks = None,
+    size: Annotated[int, typer.Option(min=16, max=4096, help="Shorter side is shrunk to this many pixels.")] = 512,
+    splits: Splits = None,
+    count: Count = None,
+    seed: Seed = 0,
+    base: Base = None,
+    json_: Json = False,
+) -> None:
+    """Photographs label themselves: colorization, edges, low light."""
+    from covray.pairs.photos import PHOTO_TASKS, photo_pairs
+
+    chosen = split_commas(tasks) or list(PHOTO_TASKS)
+    pairs = photo_pairs(folder, chosen, size, shares(splits), seed, count)
+    _write_drawn(out, folder, base, pairs, count and count * len(set(chosen)), json_)
+
+
+def scenes(
+    out: Out,
+    count: Annotated[int, typer.Option(min=1, help="Scenes; each gives a pair for every task.")] = 100,
+    tasks: Tasks = None,
+    size: Annotated[int, typer.Option(min=16, max=2048, help="Side of the pictures in pixels.")] = 64,
+    splits: Splits = None,
+    seed: Seed = 0,
+    json_: Json = False,
+) -> None:
+    """Rendered scenes with exact labels for all seven tasks."""
+    from covray.pairs.scenes import scene_pairs
+    from covray.tasks import TASKS
+
+    chosen = split_commas(tasks) or list(TASKS)
+    unknown = [task for task in chosen if task not in TASKS]
+    if unknown:
+        raise ConfigError(f"--tasks {unknown[0]}: no such task; the tasks are {', '.join(TASKS)}")
+    _write_manifest(out, None, scene_pairs(count, chosen, size, seed, shares(splits)), json_, count * len(chosen))
+
+
+def manifest(
+    file: Annotated[str, typer.Argument(help="Your own list: Parquet, CSV, JSONL, or Painter's JSON.")],
+    out: Out,
+    task: Annotated[str | None, typer.Option(help="The task, where the list has no such column.")] = None,
+    split: Annotated[str, typer.Option(help="The split, where the list has no such column.")] = "train",
+    root: Annotated[
+        str | None, typer.Option(help="Folder the list's paths are relative to; by default its own.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Your own pairs, from a list of files."""
+    from covray.pairs.manifest import list_root, read_user_list
+
+    _write_manifest(out, list_root(file, root), read_user_list(file, task, split, root), json_)
+
+
+def coco(
+    root: Root,
+    out: Out,
+    task: Annotated[str, typer.Option(help="segmentation or pose.")] = "segmentation",
+    labels: Annotated[str, typer.Option(help="Of segmentation: panoptic (133 classes) or stuff (182).")] = "panoptic",
+    split: Annotated[str, typer.Option(help="train or val.")] = "train",
+    count: Count = None,
+    seed: Seed = 0,
+    base: Base = None,
+    json_: Json = False,
+) -> None:
+    """COCO 2017: classes of the panoptic or stuff labels, or people's skeletons."""
+    from covray.pairs.coco import coco_pairs
+
+    _write_drawn(out, root, base, coco_pairs(root, task, labels, split, count, seed), count, json_)
+
+
+def nyuv2(
+    root: Root,
+    out: Out,
+    task: Annotated[str, typer.Option(help="depth or normals.")],
+    split: Annotated[str, typer.Option(help="train or test.")] = "train",
+    count: Count = None,
+    seed: Seed = 0,
+    base: Base = None,
+    json_: Json = False,
+) -> None:
+    """NYU Depth v2: depth in metres, or surface normals."""
+    from covray.pairs.nyuv2 import nyuv2_pairs
+
+    _write_drawn(out, root, base, nyuv2_pairs(root, task, split, count, seed), count, json_)
+
+
+def bsds(
+    root: Root,
+    out: Out,
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "train",
+    share: Annotated[float, typer.Option(help="Share of the annotators who must have drawn an edge.")] = 0.5,
+    listing: Annotated[
+        str | None, typer.Option("--list", help="File below ROOT of lines 'image label', as HED-BSDS has.")
+    ] = None,
+    count: Count = None,
+    seed: Seed = 0,
+    base: Base = None,
+    json_: Json = False,
+) -> None:
+    """BSDS500, or HED-BSDS: the edges that people drew."""
+    from covray.pairs.bsds import bsds_pairs
+
+    _write_drawn(out, root, base, bsds_pairs(root, split, share, listing, count, seed), count, json_)
+
+
+def lol(
+    root: Root,
+    out: Out,
+    split: Annotated[str, typer.Option(help="train (our485) or test (eval15).")] = "train",
+    count: Count = None,
+    seed: Seed = 0,
+    base: Base = None,
+    json_: Json = False,
+) -> None:
+    """LOL: photographs in the dark and in good light."""
+    from covray.pairs.lol import lol_pairs
+
+    _write_drawn(out, root, base, lol_pairs(root, split, count, seed), count, json_)
+
+
+def _write_drawn(out: str, root: str, base: str | None, pairs: Iterator[Pair], count: int | None, json_: bool) -> None:
+    from covray.pairs.sources import rebased
+
+    placed = pairs if base is None else rebased(pairs, root, base)
+    _write_manifest(out, base or root, _told(placed, count), json_, count)
+
+
+def _told(pairs: Iterator[Pair], count: int | None) -> Iterator[Pair]:
+    """``pairs``; says at their end where they are fewer than ``count``, and which cannot be used."""
+    found, reasons = 0, Counter[str]()
+    for pair in pairs:
+        found += 1
+        if "error" in pair.meta:
+            reasons[pair.meta["error"].partition(":")[0]] += 1
+        yield pair
+    stderr = Console(stderr=True, emoji=False)
+    if count is not None and found < count:
+        stderr.print(f"{count} pairs asked for, {found} there are: all were taken", soft_wrap=True)
+    if reasons:
+        named = ", ".join(f"{reason} {number}" for reason, number in reasons.most_common())
+        stderr.print(f"cannot be used, and will be rejected: {escape(named)}", soft_wrap=True)
+
+
+def _write_manifest(out: str, root: str | None, pairs: Iterator[Pair], json_: bool, total: int | None = None) -> None:
+    from rich.progress import track
+
+    from covray.pairs.manifest import ManifestWriter, check_manifest
+
+    with ManifestWriter(out, root) as writer:
+        shown = track(pairs, "pairs", total=total, console=Console(stderr=True), disable=not sys.stderr.isatty())
+        for pair in shown:
+            writer.add(pair)
+    info = check_manifest(out)
+    result = {"out": out, "pairs": info.rows, "per_task": info.per_task, "splits": info.splits}
+    result["duplicates"] = writer.duplicates
+    if json_:
+        print(json.dumps(result))
+        return
+    table = Table("task", "pairs", box=None, pad_edge=False)
+    for name, rows in info.per_task.items():
+        table.add_row(name, str(rows))
+    console.print(table)
+    note = f", {writer.duplicates} duplicates left out" if writer.duplicates else ""
+    console.print(f"{info.rows} pairs in {escape(out)}{note}", soft_wrap=True)

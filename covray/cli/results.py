@@ -1,0 +1,57 @@
+"""How the results of evaluations and sweeps are printed."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rich.table import Table
+
+from covray.cli.output import console, escape
+
+
+def print_evaluation(results: dict[str, Any], out: str) -> None:
+    """The primary metric of every task, a row a subject; all else is on the page."""
+    from covray.evaluation.metrics import short_metric, short_task
+
+    tasks = results["tasks"]
+    means = {(entry["subject"], entry["task"], entry["metric"]): entry["mean"] for entry in results["scores"]}
+    lower = set(results["lower_is_better"])
+    table = Table("", box=None, pad_edge=False)
+    for task, about in tasks.items():
+        arrow = "↓" if about["primary"] in lower else "↑"
+        title = f"{short_task(task)}\n{short_metric(about['primary'])} {arrow}"
+        table.add_column(title, justify="right", no_wrap=True)
+    for subject in results["subjects"]:
+        found = [means.get((subject["name"], task, about["primary"])) for task, about in tasks.items()]
+        cells = ["–" if mean is None else f"{mean:.3g}" for mean in found]
+        table.add_row(escape(subject["name"]), *cells, style="bold" if subject["kind"] == "adapter" else None)
+    console.print(table)
+    if results["failed"]:
+        console.print(f"[yellow]{len(results['failed'])} episodes failed[/yellow]: they are named on the page")
+    console.print(f"{escape(out.rstrip('/'))}/index.html", highlight=False, soft_wrap=True)
+
+
+def print_sweep(results: dict[str, Any], out: str, json_: bool) -> None:
+    """What the claims came to, and how the trials ended; all else is on the page."""
+    if json_:
+        print(json.dumps(results))
+        return
+    table = Table("claim", "gain", "95%", "verdict", box=None, pad_edge=False)
+    for claim in results["claims"]:
+        overall = claim["overall"]
+        if overall is None or overall["gain_percent"] is None:
+            continue
+        low, high = overall["low"], overall["high"]
+        interval = "–" if low is None else f"{low:+.1f} to {high:+.1f}"
+        table.add_row(escape(claim["claim"]), f"{overall['gain_percent']:+.1f}%", interval, overall["verdict"])
+    if table.row_count:
+        console.print(table)
+    ended = [trial["status"] for trial in results["trials"]]
+    counts = [f"{ended.count(status)} {status}" for status in ("finished", "stopped", "failed", "waiting")]
+    console.print(", ".join(count for count in counts if not count.startswith("0 ")), highlight=False)
+    for trial in results["trials"]:
+        if trial["status"] == "failed":
+            why = f"[yellow]{escape(trial['name'])} failed[/yellow]: {escape(str(trial['error']))}"
+            console.print(why, highlight=False, soft_wrap=True)
+    console.print(f"{escape(out.rstrip('/'))}/index.html", highlight=False, soft_wrap=True)

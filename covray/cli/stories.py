@@ -1,0 +1,39 @@
+"""The demo and the fixed experiments on the nano models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from covray.cli.options import Json, Out
+from covray.cli.output import console, quiet_libraries
+from covray.cli.results import print_sweep
+
+
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Folder to write.")] = Path("covray-demo"),
+    json_: Json = False,
+) -> None:
+    """The whole story on the nano family, offline, in minutes: pictures in, chains of vision to look at."""
+    with quiet_libraries():
+        from covray.recipes.demo import run_demo
+
+        result = run_demo(out, console)
+    if json_:
+        print(json.dumps(result))
+
+
+def experiments_claims(
+    out: Out,
+    data: Annotated[str | None, typer.Option(help="Chains of 4 by both methods; by default scenes, built.")] = None,
+    json_: Json = False,
+) -> None:
+    """None, linear and diffusion on seven tasks, three seeds: an hour on two cores. The same command continues."""
+    with quiet_libraries():
+        from covray.recipes.claims import run_claims
+
+        results = run_claims(out, data)
+    print_sweep(results, f"{out}/claims", json_)

@@ -1,0 +1,96 @@
+"""Train and score a grid of trials, and write the pages again."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from covray.cli.options import ConfigFile, Json, Sets, require_speed, resolve
+from covray.cli.output import console, print_values, quiet_libraries
+from covray.cli.results import print_evaluation, print_sweep
+from covray.errors import ConfigError
+
+
+def sweep(
+    out: Annotated[str | None, typer.Option("--out", help="Folder of the sweep.")] = None,
+    data: Annotated[str | None, typer.Option(help="Dataset of chains.")] = None,
+    manifest: Annotated[str | None, typer.Option(help="Or pairs, to build the dataset from.")] = None,
+    concurrency: Annotated[int | None, typer.Option(help="Trials at a time; by default as many as fit.")] = None,
+    tracking_uri: Annotated[
+        str | None, typer.Option(help="MLflow; by default a file beside OUT; none: no MLflow.")
+    ] = None,
+    config: ConfigFile = None,
+    sets: Sets = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the sweep in OUT, as it was configured.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Say what would happen, and stop.")] = False,
+    tokens_per_s: Annotated[float | None, typer.Option(help="With --plan: of one worker, for the hours.")] = None,
+    json_: Json = False,
+) -> None:
+    """Train and score a grid of chain lengths, pairs and methods. Killed anywhere, the same command continues."""
+    from covray.config import SweepConfig
+
+    require_speed(tokens_per_s, plan)
+    options: dict[str, Any] = {
+        "out": out,
+        "data": data,
+        "manifest": manifest,
+        "concurrency": concurrency,
+        "tracking.uri": tracking_uri,
+    }
+    with quiet_libraries():
+        if resume:
+            given = [key for key, value in options.items() if value is not None and key != "out"]
+            if out is None or config is not None or sets or given:
+                raise ConfigError("--resume: takes --out SWEEP alone; what else holds is in its folder")
+            from covray.distributed.sweep import resumed
+
+            resolved = resumed(out)
+        else:
+            resolved = resolve(SweepConfig, config, options, sets)
+        if plan:
+            from covray.sweeps.grid import plan_sweep
+
+            _print_sweep_plan(plan_sweep(resolved, tokens_per_s), json_)
+            return
+        from covray.distributed.sweep import sweep as run_sweep
+
+        results = run_sweep(resolved)
+    print_sweep(results, resolved.out, json_)
+
+
+def report(
+    folder: Annotated[str, typer.Argument(metavar="EVAL|SWEEP", help="An evaluation, or a sweep, finished or not.")],
+    json_: Json = False,
+) -> None:
+    """Page and table of an evaluation, or of a sweep from the trials that are done so far."""
+    with quiet_libraries():
+        from covray.distributed import evaluate as evaluations
+        from covray.distributed import sweep as sweeps
+        from covray.io import storage
+
+        if storage.exists(storage.join(folder, evaluations.DESCRIPTION)):
+            results = evaluations.report(folder)
+            if json_:
+                print(json.dumps(results))
+            else:
+                print_evaluation(results, folder)
+            return
+        results = sweeps.report(folder)
+    print_sweep(results, folder, json_)
+
+
+def _print_sweep_plan(planned: dict[str, Any], json_: bool) -> None:
+    if json_:
+        print(json.dumps(planned))
+        return
+    trials, total = planned["trials"], planned["total"]
+    shown: dict[str, Any] = {"trials": f"{len(trials):,}", "left out": f"{len(planned['left_out']):,}"}
+    shown |= {key: f"{value:,.1f}" if isinstance(value, float) else f"{value:,}" for key, value in total.items()}
+    if planned["builds"] is not None:
+        lengths = ", ".join(map(str, planned["builds"]["lengths"]))
+        shown["builds first"] = f"chains of {lengths} by {', '.join(planned['builds']['methods']) or 'no method'}"
+    print_values(shown, False)
+    if "gpu_hours" not in total:
+        console.print("hours: give --tokens-per-s, which covray train prints", highlight=False)
