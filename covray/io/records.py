@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from covray.errors import CovrayError, DatasetError, one_line
-from covray.io import storage
+from covray.io.storage import Folder
 
 
 class RecordPart(BaseModel):
@@ -50,7 +50,7 @@ class Record(RecordPart):
     """What ``read`` raises."""
 
     @classmethod
-    def read(cls, folder: str, name: str | None = None) -> Self:
+    def read(cls, folder: Folder | str, name: str | None = None) -> Self:
         """Read and check the file.
 
         Args:
@@ -63,41 +63,45 @@ class Record(RecordPart):
         """
         record = cls.read_if_present(folder, name)
         if record is None:
-            raise cls.ERROR(f"{storage.join(folder, name or cls.FILE)}: is not there; {cls.FIX}")
+            raise cls.ERROR(f"{_folder(folder).join(name or cls.FILE)}: is not there; {cls.FIX}")
         return record
 
     @classmethod
-    def read_if_present(cls, folder: str, name: str | None = None) -> Self | None:
+    def read_if_present(cls, folder: Folder | str, name: str | None = None) -> Self | None:
         """Read and check the file as ``read`` does; return None when there is no such file."""
-        path = storage.join(folder, name or cls.FILE)
+        folder, name = _folder(folder), name or cls.FILE
+        path = folder.join(name)
         try:
-            data = storage.read_bytes(path)
-            values = json.loads(data)
+            values = folder.read_json(name)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError) as error:
             raise cls.ERROR(f"{path}: cannot be read ({one_line(error)}); {cls.FIX}") from error
         if not isinstance(values, dict):
             raise cls.ERROR(f"{path}: is not a JSON object; {cls.FIX}")
-        version = values.get("version")
+        version = values.pop("version", None)
         if version != cls.VERSION:
             raise cls.ERROR(f"{path}: is of version {version}, not {cls.VERSION}; use the covray that wrote it")
         try:
-            # Of the bytes, not of the values: only then a list may become a tuple while a text may not become a number.
-            return cls.model_validate_json(data, strict=True)
+            # As JSON, not as values: only then may a list become a tuple, while a text may not become a number.
+            return cls.model_validate_json(json.dumps(values), strict=True)
         except ValidationError as error:
             raise cls.ERROR(f"{path}: {_first_problem(error)}; {cls.FIX}") from error
 
-    def write(self, folder: str, name: str | None = None) -> None:
+    def write(self, folder: Folder | str, name: str | None = None) -> None:
         """Write the file to ``folder``, whole or not at all, under ``name`` or ``FILE``. Raises OSError."""
-        storage.write_json(storage.join(folder, name or self.FILE), self.to_json())
+        _folder(folder).write_json(name or self.FILE, self.to_json())
 
     def to_json(self) -> dict[str, Any]:
         """Return what the file holds: the version first, then the fields in their order."""
         values = super().to_json()
         if self.VERSION is None:
             return values
-        return {"version": self.VERSION, **{key: value for key, value in values.items() if key != "version"}}
+        return {"version": self.VERSION, **values}
+
+
+def _folder(folder: Folder | str) -> Folder:
+    return folder if isinstance(folder, Folder) else Folder(folder)
 
 
 def _first_problem(error: ValidationError) -> str:
