@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import functools
 import os
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, TypeAdapter, ValidationError
 
 from covray.errors import ConfigError, ManifestError, PairError
-from covray.io.images import MAX_PIXELS, decode, decode_levels, load_picture
+from covray.io import storage
+from covray.io.images import MAX_PIXELS, load_picture
+from covray.pairs.label_files import read_label_file, read_levels
 from covray.pairs.manifest import Pair, Picture
-from covray.pairs.sources import Entry, labelled, list_below, read_file, require
+from covray.pairs.sources import Entry, as_utf8, draw, labelled, list_below, read_file, require
 from covray.tasks import pose, segmentation
 
 SPLITS = ("train", "val")
-LABELS = ("panoptic", "stuff")
+LABELS = ("panoptic", "stuff", "stuffthingmaps", "pixelmaps")
 
 STUFF_CLASSES = (
     "unlabeled", "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat",
@@ -43,7 +45,13 @@ STUFF_CLASSES = (
     "wall-concrete", "wall-other", "wall-panel", "wall-stone", "wall-tile", "wall-wood", "water-other", "waterdrops",
     "window-blind", "window-other", "wood",
 )  # fmt: skip
-"""COCO-Stuff's own indices, 0 to 182 (Caesar et al., CVPR 2018). Its PNGs hold the index less 1, and 255 for 0."""
+"""COCO-Stuff's own indices, 0 to 182 (Caesar et al., CVPR 2018)."""
+
+STUFF_IDS = range(92, 183)
+"""Those of ``STUFF_CLASSES`` that are stuff; the others are things, and names that COCO dropped."""
+
+OTHER = 183
+"""The class of every thing in COCO's pixel maps of stuff."""
 
 KEYPOINTS = (
     "nose", "left_eye", "right_eye", "left_ear", "right_ear", "left_shoulder", "right_shoulder", "left_elbow",
@@ -53,10 +61,11 @@ KEYPOINTS = (
 """COCO's 17, in its order; the neck of the 18 that are drawn is the mean of the shoulders."""
 
 _MAX_CLASSES = 256  # of the palette, void included
+_MAPS_READ = 200
+"""Maps that are read to tell of which kind a folder's are."""
 
 
-# What is used of the files; other keys are passed over. Plain slots: the training files hold a million of these.
-
+# What is used of the files; other keys are ignored. Plain slots: the training files hold a million of these.
 
 _Side = Annotated[int, Field(ge=1)]
 _Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -120,19 +129,34 @@ def coco_pairs(
     count: int | None = None,
     seed: int = 0,
 ) -> Iterator[Pair]:
-    """Pairs of COCO 2017 below ``root``, ``count`` of them drawn by ``seed`` and the image's name (all by default).
+    """Return pairs of COCO 2017. Images are ``{split}2017/*.jpg``; labels lie over their pixels as stored.
 
-    Images are ``{split}2017/*.jpg``. What each task reads beside them:
-    - segmentation, ``labels="panoptic"``: ``annotations/panoptic_{split}2017.json`` and the PNGs in the folder of that
-      name. Class 0 is void, class k the k-th of the file's categories by id: 133 in COCO;
-    - segmentation, ``labels="stuff"``: ``stuffthingmaps/{split}2017/*.png``, classes ``STUFF_CLASSES``;
+    - segmentation, ``panoptic``: ``annotations/panoptic_{split}2017.json`` and the PNGs in the folder of that name.
+      Class 0 is void, class k the k-th of the file's categories by id: 133 in COCO;
+    - segmentation, ``stuff``: ``stuffthingmaps/{split}2017/*.png``. These are COCO-Stuff's maps (class less 1, 255 for
+      unlabeled) or COCO's pixel maps (the class itself, 183 for things); which of the two the levels tell;
+    - segmentation, ``stuffthingmaps`` or ``pixelmaps``: the same, where the levels do not tell it. Pixel maps may also
+      lie in ``annotations/stuff_{split}2017_pixelmaps``;
     - pose: ``annotations/person_keypoints_{split}2017.json``. All people of an image who have a keypoint are drawn, as
       ``covray.tasks.pose`` does; crowds are not, and images of nobody else are left out. A keypoint is drawn if it is
       labelled (v > 0), seen or covered, and lies in the image.
 
-    ``meta``: the classes' names by index, or the number of people. See ``covray.pairs.sources.labelled`` for pairs
-    that cannot be used. Raises ConfigError for an unknown task, split or kind of labels, ManifestError where a file is
-    missing or not of its format; the JSON file is read at once, and needs memory of several times its size.
+    ``meta`` holds the names of the classes and the index of void, or the number of people. An image that two records
+    of the file name is a pair that cannot be used: which of the labels is its own is not known. See
+    ``covray.pairs.sources.labelled`` for such pairs. The JSON file is read at once, and needs memory of several times
+    its size.
+
+    Args:
+        root: Folder of the dataset, on any storage.
+        task: ``segmentation`` or ``pose``.
+        labels: Of segmentation: ``panoptic``, ``stuff``, ``stuffthingmaps`` or ``pixelmaps``.
+        split: ``train`` or ``val``.
+        count: How many pairs to sample, by ``seed`` and the image's name; None for all.
+        seed: Seed of the sample.
+
+    Raises:
+        ConfigError: An unknown task, split or kind of labels.
+        ManifestError: A file is missing or not of its format, or the levels of ``stuff`` fit both kinds of maps.
     """
     root, folder = os.fspath(root), f"{split}2017"
     for name, value, known in (
@@ -148,12 +172,12 @@ def coco_pairs(
     elif labels == "panoptic":
         entries = _panoptic(root, folder)
     else:
-        entries = _stuff(root, folder)
+        entries = _stuff(root, folder, labels)
     return labelled(task, split, root, entries, count, seed)
 
 
 def openpose(keypoints: NDArray[np.floating], height: int, width: int) -> NDArray[np.float64]:
-    """COCO's keypoints [people, 17, 3] of (x px, y px, v) as those of ``covray.tasks.pose`` [people, 18, 3].
+    """Return COCO's keypoints [people, 17, 3] of (x px, y px, v) as those of ``covray.tasks.pose`` [people, 18, 3].
 
     COCO counts pixels from 0, so that its (x, y) is the middle of a pixel; one outside the picture is not drawn.
     """
@@ -162,8 +186,13 @@ def openpose(keypoints: NDArray[np.floating], height: int, width: int) -> NDArra
     points = np.stack([x, y, visible], axis=-1) * visible[..., None]
     left, right = (points[:, KEYPOINTS.index(f"{side}_shoulder")] for side in ("left", "right"))
     neck = (left + right) / 2 * (left[:, 2:] * right[:, 2:])
-    found = [points[:, KEYPOINTS.index(name)] if name in KEYPOINTS else neck for name in pose.KEYPOINTS]
-    return np.stack(found, axis=1)
+    columns = []
+    for name in pose.KEYPOINTS:
+        columns.append(points[:, KEYPOINTS.index(name)] if name in KEYPOINTS else neck)
+    return np.stack(columns, axis=1)
+
+
+# --- panoptic ------------------------------------------------------------------------------------------------------
 
 
 def _panoptic(root: str, folder: str) -> dict[str, Entry]:
@@ -175,49 +204,111 @@ def _panoptic(root: str, folder: str) -> dict[str, Entry]:
     if len(categories) >= _MAX_CLASSES:
         raise ManifestError(f"{root}: {name}.json has {len(categories)} categories; {_MAX_CLASSES - 1} can be drawn")
     classes = {category.id: index for index, category in enumerate(categories, 1)}
+    if len(classes) < len(categories):
+        raise ManifestError(f"{root}: {name}.json has two categories of one id; give the file as COCO made it")
     names = ["void", *(category.name for category in categories)]
-    images = {image.id: image for image in file.images}
-    entries = {}
+    images = _Images(folder, file.images)
     for annotation in file.annotations:
-        draw = functools.partial(_draw_panoptic, root, f"{name}/{annotation.file_name}", annotation, classes)
-        meta = {"source": "coco panoptic", "image_id": annotation.image_id, "classes": names}
-        uri, known = _uri(folder, annotation.image_id, images)
-        entries[uri] = Entry(draw if known else functools.partial(_unknown_image, annotation.image_id), meta)
+        images.use(annotation.image_id)
+    entries: dict[str, Entry] = {}
+    for annotation in file.annotations:
+        render = functools.partial(_draw_panoptic, root, f"{name}/{annotation.file_name}", annotation, classes)
+        meta = {"source": "coco panoptic", "image_id": annotation.image_id, "classes": names, "void": 0}
+        entries[images.uri(annotation.image_id)] = Entry(images.checked(annotation.image_id, render), meta)
     return entries
 
 
 def _draw_panoptic(root: str, uri: str, annotation: _Segmented, classes: dict[int, int]) -> NDArray[np.uint8]:
-    red, green, blue = np.moveaxis(decode(load_picture(Picture(uri=uri), root)).astype(np.uint32), 2, 0)
+    samples = read_label_file(load_picture(Picture(uri=uri), root)).samples
+    if samples.ndim != 3 or samples.dtype != np.uint8:
+        raise PairError("unsupported", f"{uri}: is no picture of red, green and blue, which spell the segments' ids")
+    red, green, blue = np.moveaxis(samples.astype(np.uint32), 2, 0)
     ids = red + 256 * green + 65536 * blue
-    found, named = np.zeros(ids.shape, np.uint8), ids == 0
+    categories: dict[int, int] = {}
     for segment in annotation.segments_info:
         if segment.category_id not in classes:
             raise PairError("unknown_class", f"{uri}: category {segment.category_id} of segment {segment.id}")
-        covered = ids == segment.id
-        found[covered] = classes[segment.category_id]
+        if categories.setdefault(segment.id, segment.category_id) != segment.category_id:
+            raise PairError("ambiguous", f"{uri}: segment {segment.id} is of two categories")
+    drawn, named = np.zeros(ids.shape, np.uint8), ids == 0
+    for number, category in categories.items():
+        covered = ids == number
+        drawn[covered] = classes[category]
         named |= covered
     if not named.all():
         raise PairError("unknown_segment", f"{uri}: segment {ids[~named][0]} has no class")
-    return segmentation.render(found)
+    return segmentation.render(drawn)
 
 
-def _stuff(root: str, folder: str) -> dict[str, Entry]:
-    place = f"stuffthingmaps/{folder}"
-    labels = list_below(root, place, "unpack stuffthingmaps_trainval2017.zip in stuffthingmaps")
-    meta = {"source": "coco stuff", "classes": list(STUFF_CLASSES)}
-    stems = {label.removeprefix(f"{place}/").rpartition(".")[0]: label for label in labels}
-    return {
-        f"{folder}/{stem}.jpg": Entry(functools.partial(_draw_stuff, root, label), meta)
-        for stem, label in stems.items()
-    }
+# --- stuff ---------------------------------------------------------------------------------------------------------
 
 
-def _draw_stuff(root: str, uri: str) -> NDArray[np.uint8]:
-    levels = decode_levels(load_picture(Picture(uri=uri), root)).astype(np.int64)
+def _stuff(root: str, folder: str, kind: str) -> dict[str, Entry]:
+    place = _stuff_folder(root, folder, kind)
+    hint = "unpack stuffthingmaps_trainval2017.zip in stuffthingmaps"
+    labels = list_below(root, place, hint)
+    if kind == "stuff":
+        kind = _kind_of_maps(root, place, labels)
+    meta: dict[str, Any] = {"source": "coco stuff", "classes": list(STUFF_CLASSES), "void": 0}
+    if kind == "pixelmaps":
+        meta = {"source": "coco pixelmaps", "classes": [*STUFF_CLASSES, "other"], "void": 0}
+    render = _draw_pixelmap if kind == "pixelmaps" else _draw_stuffthingmap
+    entries: dict[str, Entry] = {}
+    for label in labels:
+        stem = label.removeprefix(f"{place}/").rpartition(".")[0]
+        entries[f"{folder}/{stem}.jpg"] = Entry(functools.partial(render, root, label), meta)
+    return entries
+
+
+def _stuff_folder(root: str, folder: str, kind: str) -> str:
+    if kind == "pixelmaps":
+        unpacked = f"annotations/stuff_{folder}_pixelmaps"
+        if storage.exists(storage.join(root, unpacked)):
+            return unpacked
+    return f"stuffthingmaps/{folder}"
+
+
+def _kind_of_maps(root: str, place: str, labels: list[str]) -> str:
+    """Return ``stuffthingmaps`` or ``pixelmaps``: of which of the two the folder's levels are.
+
+    Both have 92 to 181, one class apart. Only COCO-Stuff's maps have 1 to 91 and 255; only pixel maps have 182 and 183.
+    A map with levels of the kind that it is not is rejected when it is drawn.
+    """
+    votes: Counter[str] = Counter()
+    for uri in draw(labels, None if len(labels) < _MAPS_READ else _MAPS_READ, 0):
+        try:
+            levels = set(np.unique(read_levels(load_picture(Picture(uri=uri), root))).tolist())
+        except PairError:  # it will be a rejected pair
+            continue
+        fits_pixelmaps = levels <= {0, *STUFF_IDS, OTHER}
+        fits_stuffthingmaps = levels <= {*range(len(STUFF_CLASSES) - 1), 255}
+        if fits_pixelmaps != fits_stuffthingmaps:
+            votes["pixelmaps" if fits_pixelmaps else "stuffthingmaps"] += 1
+    if votes["pixelmaps"] == votes["stuffthingmaps"]:
+        raise ManifestError(
+            f"{root}: the levels in {place} fit COCO-Stuff's maps and COCO's pixel maps, whose classes are one apart; "
+            "give --labels stuffthingmaps or --labels pixelmaps"
+        )
+    return votes.most_common(1)[0][0]
+
+
+def _draw_stuffthingmap(root: str, uri: str) -> NDArray[np.uint8]:
+    levels = read_levels(load_picture(Picture(uri=uri), root)).astype(np.int64)
     classes = np.where(levels == 255, 0, levels + 1)
     if classes.max() >= len(STUFF_CLASSES):
         raise PairError("unknown_class", f"{uri}: {classes.max() - 1} is no class of COCO-Stuff (0 to 181, 255)")
     return segmentation.render(classes)
+
+
+def _draw_pixelmap(root: str, uri: str) -> NDArray[np.uint8]:
+    levels = read_levels(load_picture(Picture(uri=uri), root))
+    unknown = ~np.isin(levels, [0, *STUFF_IDS, OTHER])
+    if unknown.any():
+        raise PairError("unknown_class", f"{uri}: {levels[unknown][0]} is no class of COCO's stuff (0, 92 to 183)")
+    return segmentation.render(levels)
+
+
+# --- keypoints -----------------------------------------------------------------------------------------------------
 
 
 def _poses(root: str, folder: str) -> dict[str, Entry]:
@@ -227,39 +318,78 @@ def _poses(root: str, folder: str) -> dict[str, Entry]:
     for person in file.annotations:
         if not person.iscrowd and any(v > 0 for v in person.keypoints[2::3]):
             people[person.image_id].append(person)
-    images = {image.id: image for image in file.images}
-    entries = {}
+    images = _Images(folder, file.images)
+    for image_id in people:
+        images.use(image_id)
+    entries: dict[str, Entry] = {}
     for image_id, group in people.items():
         meta = {"source": "coco keypoints", "image_id": image_id, "people": len(group)}
-        uri, known = _uri(folder, image_id, images)
-        draw = functools.partial(_draw_pose, known, group) if known else functools.partial(_unknown_image, image_id)
-        entries[uri] = Entry(draw, meta)
+        render = functools.partial(_draw_pose, images.by_id.get(image_id), group)
+        entries[images.uri(image_id)] = Entry(images.checked(image_id, render), meta)
     return entries
 
 
-def _draw_pose(image: _Image, people: list[_Person]) -> NDArray[np.uint8]:
-    # At the size the annotations were made for: if the image has another, the caller will see it.
+def _draw_pose(image: _Image | None, people: list[_Person]) -> NDArray[np.uint8]:
+    assert image is not None  # checked before
+    # At the size the annotations were made for: a pair whose image has another is rejected.
     if image.height * image.width > MAX_PIXELS:
         raise PairError("too_large", f"annotated as {image.width}x{image.height} px")
     keypoints = np.array([person.keypoints for person in people]).reshape(len(people), -1, 3)
     return pose.render(openpose(keypoints, image.height, image.width), image.height, image.width)
 
 
-def _uri(folder: str, image_id: int, images: dict[int, _Image]) -> tuple[str, _Image | None]:
-    """Where the image lies; one that the file does not name is expected where COCO 2017 puts that id."""
-    image = images.get(image_id)
-    return f"{folder}/{image.file_name if image else f'{image_id:012d}.jpg'}", image
+# --- the files -----------------------------------------------------------------------------------------------------
 
 
-def _unknown_image(image_id: int) -> NDArray[np.uint8]:
-    raise PairError("missing", f"image {image_id} is annotated, but not among the file's images")
+class _Images:
+    """The images that a file names, and what is wrong with those that annotations use."""
+
+    def __init__(self, folder: str, images: list[_Image]):
+        self.by_id: dict[int, _Image] = {}
+        self._folder = folder
+        self._doubled: set[int] = set()
+        self._users: dict[str, list[int]] = defaultdict(list)
+        for image in images:
+            known = self.by_id.setdefault(image.id, image)
+            if known.file_name != image.file_name:
+                self._doubled.add(image.id)
+
+    def use(self, image_id: int) -> None:
+        """Count an annotation of ``image_id``."""
+        self._users[self.uri(image_id)].append(image_id)
+
+    def uri(self, image_id: int) -> str:
+        """Return where the image lies; one that the file does not name is expected where COCO 2017 puts that id."""
+        image = self.by_id.get(image_id)
+        return f"{self._folder}/{image.file_name if image else f'{image_id:012d}.jpg'}"
+
+    def checked(self, image_id: int, render: Callable[[], NDArray[np.uint8]]) -> Callable[[], NDArray[np.uint8]]:
+        """Return ``render``, or what raises PairError if it is not clear which label the image has."""
+        users = self._users[self.uri(image_id)]
+        if image_id not in self.by_id:
+            error = PairError("missing", f"image {image_id} is annotated, but not among the file's images")
+        elif image_id in self._doubled:
+            error = PairError("ambiguous", f"two images of the file have the id {image_id}")
+        elif len(users) > 1:
+            named = " and ".join(str(user) for user in users[:3])
+            error = PairError("ambiguous", f"the image has {len(users)} annotations, of the image ids {named}")
+        else:
+            return render
+        return functools.partial(_raise, error)
+
+
+def _raise(error: PairError) -> NDArray[np.uint8]:
+    raise error
 
 
 def _read(root: str, path: str, hint: str, kind: type[T]) -> T:
-    """The JSON file at ``path`` as ``kind``, or ManifestError with the first entry that is not of the format."""
+    """Return the JSON file at ``path`` as ``kind``; ManifestError names the first entry that is not of the format."""
     try:
-        return TypeAdapter(kind).validate_json(read_file(root, path, hint), strict=True)
+        return TypeAdapter(kind).validate_json(as_utf8(read_file(root, path, hint)), strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])
-        raise ManifestError(f"{root}: {path}{', ' if where else ''}{where[1:]}: {first['msg']}") from error
+        where = ""
+        for part in first["loc"]:
+            where += f"[{part}]" if isinstance(part, int) else f".{part}"
+        separator = ", " if where else ""
+        raise ManifestError(f"{root}: {path}{separator}{where[1:]}: {first['msg']}") from error

@@ -24,24 +24,34 @@ SPLITS = tuple(FOLDERS)
 def lol_pairs(
     root: str | os.PathLike[str], split: str = "train", count: int | None = None, seed: int = 0
 ) -> Iterator[Pair]:
-    """Low-light pairs of LOL below ``root``: 485 of split train, 15 of test, or ``count`` drawn by ``seed``.
+    """Return low-light pairs of LOL: 485 of split train, 15 of test.
 
-    ``our485/low/N.png`` and ``our485/high/N.png`` are a pair, in ``eval15`` alike. Both stay where they are. A
-    photograph without the other is a pair that cannot be used: see ``covray.pairs.sources.labelled``. Raises
-    ConfigError for an unknown split, ManifestError where a folder is missing or empty.
+    ``our485/low/N.png`` and ``our485/high/N.png`` are a pair, and likewise in ``eval15``. Both are photographs, each
+    displayed as its own EXIF says, and stay where they are. A photograph without the other is a pair that cannot be
+    used: see ``covray.pairs.sources.labelled``.
+
+    Args:
+        root: Folder of the dataset, on any storage.
+        split: ``train`` or ``test``.
+        count: How many pairs to sample, by ``seed`` and the image's name; None for all.
+        seed: Seed of the sample.
+
+    Raises:
+        ConfigError: An unknown split.
+        ManifestError: A folder is missing or empty.
     """
     root = os.fspath(root)
     if split not in SPLITS:
         raise ConfigError(f"split: LOL gives {' and '.join(SPLITS)} (got {split})")
     low, high = f"{FOLDERS[split]}/low/", f"{FOLDERS[split]}/high/"
-    names = {
-        uri.removeprefix(folder)
-        for folder in (low, high)
-        for uri in list_below(root, folder.rstrip("/"), "give the folder LOLdataset.zip was unpacked in")
-    }
-    entries = {
-        low + name: Entry(functools.partial(_read, root, high + name), {"source": "lol"}, high + name) for name in names
-    }
+    names: set[str] = set()
+    for folder in (low, high):
+        uris = list_below(root, folder.rstrip("/"), "give the folder LOLdataset.zip was unpacked in")
+        names.update(uri.removeprefix(folder) for uri in uris)
+    entries = {}
+    for name in names:
+        label = functools.partial(_read, root, high + name)
+        entries[low + name] = Entry(label, {"source": "lol"}, high + name, orientation="upright")
     return labelled("low_light", split, root, entries, count, seed)
 
 

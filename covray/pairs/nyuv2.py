@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from covray.errors import ConfigError, PairError
-from covray.io.images import decode, decode_levels, load_picture
+from covray.io.images import load_picture
+from covray.pairs.label_files import read_label_file, read_levels
 from covray.pairs.manifest import Pair, Picture
 from covray.pairs.sources import Entry, labelled, list_below
 from covray.tasks import depth
@@ -24,18 +25,38 @@ DEPTH_FOLDERS = {"train": "sync", "test": "official_splits/test"}
 SPLITS = tuple(DEPTH_FOLDERS)
 
 
+NO_DEPTH_MM = (0, 1, 65535)
+"""Levels without depth: 0, 1 (invalid values that were stored a level off; the literature counts depth above 1 mm),
+and the largest of 16 bits, which is no distance that the camera measures (10 m at most)."""
+
+LENGTH_RANGE = (0.5, 1.5)
+"""Length of a stored normal. Others are no directions: a zero vector stored as grey 127 or 128, black that is a level
+off. Rounding to 8 bits changes the length of a unit vector by less than 0.01."""
+
+
 def nyuv2_pairs(
     root: str | os.PathLike[str], task: str, split: str = "train", count: int | None = None, seed: int = 0
 ) -> Iterator[Pair]:
-    """Pairs of NYU Depth v2 below ``root``, ``count`` of them drawn by ``seed`` and the image's name (all by default).
+    """Return pairs of NYU Depth v2. Labels lie over the pixels of their images as stored.
 
     - depth: ``sync/<scene>/rgb_00000.jpg`` and ``sync_depth_00000.png`` for train, ``official_splits/test/<scene>/``
-      for test; 16 bits of millimetres along the optical axis, 0 where there is none, drawn by ``covray.tasks.depth``;
+      for test; 16 bits of millimetres along the optical axis, without depth at the levels ``NO_DEPTH_MM``, drawn by
+      ``covray.tasks.depth``;
     - normals: ``<split>/000000_img.png`` and ``000000_normal.png``, rgb = (n + 1) / 2, black where there is none. There
       x points to the left; here as everywhere in covray to the right, so that the red channel v becomes 255 - v.
 
-    A frame of which one half is absent is a pair that cannot be used: see ``covray.pairs.sources.labelled``. Raises
-    ConfigError for an unknown task or split, ManifestError where the folder is missing or holds no frames.
+    A frame of which one half is absent is a pair that cannot be used: see ``covray.pairs.sources.labelled``.
+
+    Args:
+        root: Folder of the dataset, on any storage.
+        task: ``depth`` or ``normals``.
+        split: ``train`` or ``test``.
+        count: How many pairs to sample, by ``seed`` and the image's name; None for all.
+        seed: Seed of the sample.
+
+    Raises:
+        ConfigError: An unknown task or split.
+        ManifestError: The folder is missing or holds no frames.
     """
     root = os.fspath(root)
     for name, value, known in (("task", task, TASKS), ("split", split, SPLITS)):
@@ -45,43 +66,60 @@ def nyuv2_pairs(
     return labelled(task, split, root, entries, count, seed)
 
 
+def draw_depth(levels_mm: NDArray[np.unsignedinteger]) -> NDArray[np.uint8]:
+    """Return NYUv2's depth [h, w], 16 bits of millimetres, drawn as a label [h, w, 3].
+
+    Raises:
+        PairError: ``unsupported`` for 8 bits.
+    """
+    if levels_mm.dtype != np.uint16:
+        raise PairError("unsupported", "8 bits, where 16 bits of millimetres are expected")
+    return depth.render(np.where(np.isin(levels_mm, NO_DEPTH_MM), 0, levels_mm) / 1000)
+
+
 def _depths(root: str, folder: str) -> dict[str, Entry]:
     hint = f"depth is expected as {folder}/<scene>/rgb_00000.jpg and sync_depth_00000.png"
-    frames = _frames(list_below(root, folder, hint), r"rgb_(\d+)\.jpg", r"sync_depth_(\d+)\.png")
-    return {
-        f"{place}rgb_{number}.jpg": Entry(
-            functools.partial(_draw_depth, root, f"{place}sync_depth_{number}.png"), {"source": "nyuv2 depth"}
-        )
-        for place, number in frames
-    }
+    entries = {}
+    for place, number in _frames(list_below(root, folder, hint), r"rgb_(\d+)\.jpg", r"sync_depth_(\d+)\.png"):
+        label = functools.partial(_read_depth, root, f"{place}sync_depth_{number}.png")
+        entries[f"{place}rgb_{number}.jpg"] = Entry(label, {"source": "nyuv2 depth"})
+    return entries
 
 
 def _frames(uris: list[str], *patterns: str) -> set[tuple[str, str]]:
-    """Folder, with its slash, and number of every frame of which one of the files is there."""
-    found = [re.fullmatch(f"(.*/){pattern}", uri) for pattern in patterns for uri in uris]
-    return {(match[1], match[2]) for match in found if match}
+    """Return folder, with its slash, and number of every frame of which one of the files is there."""
+    frames = set()
+    for uri in uris:
+        for pattern in patterns:
+            match = re.fullmatch(f"(.*/){pattern}", uri)
+            if match:
+                frames.add((match[1], match[2]))
+    return frames
 
 
-def _draw_depth(root: str, uri: str) -> NDArray[np.uint8]:
-    levels_mm = decode_levels(load_picture(Picture(uri=uri), root))
-    if levels_mm.dtype != np.uint16:
-        raise PairError("unsupported", f"{uri}: 8 bits, where 16 bits of millimetres are expected")
-    return depth.render(levels_mm / 1000)
+def _read_depth(root: str, uri: str) -> NDArray[np.uint8]:
+    try:
+        return draw_depth(read_levels(load_picture(Picture(uri=uri), root)))
+    except PairError as error:
+        raise PairError(error.reason, f"{uri}: {str(error).partition(': ')[2]}") from error
 
 
 def _normals(root: str, folder: str) -> dict[str, Entry]:
     hint = f"normals are expected as {folder}/000000_img.png and 000000_normal.png"
-    frames = _frames(list_below(root, folder, hint), r"(\d+)_img\.png", r"(\d+)_normal\.png")
-    return {
-        f"{place}{number}_img.png": Entry(
-            functools.partial(_draw_normals, root, f"{place}{number}_normal.png"), {"source": "nyuv2 normals"}
-        )
-        for place, number in frames
-    }
+    entries = {}
+    for place, number in _frames(list_below(root, folder, hint), r"(\d+)_img\.png", r"(\d+)_normal\.png"):
+        label = functools.partial(_read_normals, root, f"{place}{number}_normal.png")
+        entries[f"{place}{number}_img.png"] = Entry(label, {"source": "nyuv2 normals"}, orientation="fixed")
+    return entries
 
 
-def _draw_normals(root: str, uri: str) -> NDArray[np.uint8]:
-    picture = decode(load_picture(Picture(uri=uri), root))
-    valid = picture.any(axis=2)
-    picture[valid, 0] = 255 - picture[valid, 0]
-    return picture
+def _read_normals(root: str, uri: str) -> NDArray[np.uint8]:
+    picture = read_label_file(load_picture(Picture(uri=uri), root)).samples
+    if picture.ndim != 3:
+        raise PairError("unsupported", f"{uri}: one channel, where three of a direction are expected")
+    length = np.linalg.norm(picture / 255 * 2 - 1, axis=2)
+    valid = (length > LENGTH_RANGE[0]) & (length < LENGTH_RANGE[1])
+    drawn = np.zeros(picture.shape, np.uint8)
+    drawn[valid] = picture[valid]
+    drawn[valid, 0] = 255 - drawn[valid, 0]
+    return drawn

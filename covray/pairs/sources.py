@@ -1,7 +1,9 @@
-"""What the sources share: pictures below a folder, a draw that can be repeated, labels drawn pair by pair."""
+"""What the sources of pairs share: pictures below a folder, a sample that can be repeated, one pair after another."""
 
 from __future__ import annotations
 
+import codecs
+import hashlib
 import heapq
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,39 +14,54 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from covray.errors import ConfigError, ManifestError, PairError, one_line
+from covray.errors import ConfigError, ManifestError, PairError
 from covray.io import storage
-from covray.io.images import decode, encode_png, load_picture
+from covray.io.images import encode_png, load_picture
+from covray.pairs.label_files import Orientation, align, read_layout
 from covray.pairs.manifest import Pair, Picture
-from covray.seeds import hash_number
 
 ENDINGS = (
-    *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".pnm"),
-    *(".heic", ".heif", ".avif", ".jp2"),
+    *(".jpg", ".jpeg", ".jpe", ".jif", ".jfif", ".mpo", ".png", ".webp", ".tif", ".tiff", ".bmp", ".dib", ".gif"),
+    *(".ppm", ".pgm", ".pbm", ".pnm"),
+    *(".heic", ".heif", ".hif", ".avif", ".jp2", ".j2k", ".jxl"),
 )
-"""What counts as a photograph. The last row cannot be decoded: better a rejected row than a silent gap."""
+"""Endings of photographs. Those of the last row may not be decoded: a rejected row is better than a silent gap."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """An image of a dataset, before anything of it has been opened."""
+    """An image of a dataset, before any of its files has been opened."""
 
     label: Callable[[], NDArray[np.uint8]]
     """Reads the label and draws it [h, w, 3]; raises PairError where it cannot."""
     meta: Mapping[str, Any]
     label_uri: str | None = None
-    """Where the label already lies as it is drawn: the pair names it, instead of holding its bytes."""
+    """Where the label's file already is as the label is drawn: the pair names it instead of holding its bytes."""
+    orientation: Orientation = "stored"
+    """How ``label`` lies to an image that EXIF turns; most datasets were annotated over the pixels as stored."""
 
 
 def labelled(
     task: str, split: str, root: str, entries: Mapping[str, Entry], count: int | None, seed: int
 ) -> Iterator[Pair]:
-    """Pairs of ``count`` entries, drawn by ``seed``, in the order of their images' URIs below ``root``.
+    """Return the pairs of ``count`` entries, in the order of their images' URIs.
 
-    The image stays where it is: the pair names its URI. The label is PNG bytes, unless it has a URI itself. What
-    cannot be used (missing, broken, outside the root, a label of another size) gives its pair too, with the image's
-    URI, no label, and the reason as ``meta["error"]``, so that the build records it as rejected. Raises ManifestError
-    where there are no entries, ConfigError for a count below 1.
+    The image stays where it is: the pair names its URI. The label is PNG bytes, unless its entry has a URI; it is
+    turned with its image where EXIF turns that. A pair that cannot be used (its file is missing, broken or outside the
+    root, its label is of another size) is returned with the image's URI, no label, and the reason as
+    ``meta["error"]``, so that the build records it as rejected.
+
+    Args:
+        task: Task of the pairs.
+        split: Split of the pairs.
+        root: Folder that the URIs are below.
+        entries: The dataset's entries by the URI of their image.
+        count: How many entries to sample; None for all.
+        seed: Seed of the sample.
+
+    Raises:
+        ManifestError: There are no entries.
+        ConfigError: ``count`` is below 1.
     """
     if not entries:
         raise ManifestError(f"{root}: holds no pairs of {task} for {split}")
@@ -54,42 +71,44 @@ def labelled(
 def _pair(task: str, split: str, root: str, uri: str, entry: Entry) -> Pair:
     image = Picture(uri=uri)
     try:
-        shape = decode(load_picture(image, root)).shape
-        drawn = entry.label()
-        if drawn.shape != shape:
-            sizes = [f"{width_px}x{height_px}" for height_px, width_px, _ in (drawn.shape, shape)]
-            raise PairError("label_shape", f"label is {sizes[0]} px, image is {sizes[1]} px")
+        layout = read_layout(load_picture(image, root))
+        label = align(entry.label(), layout, declared=entry.orientation)
+        height_px, width_px, _ = label.shape
+        if (height_px, width_px) != (layout.height_px, layout.width_px):
+            sizes = f"label is {width_px}x{height_px} px, image is {layout.width_px}x{layout.height_px} px"
+            raise PairError("label_shape", sizes)
     except PairError as error:
         return Pair(task, split, image, Picture(), {**entry.meta, "error": str(error)})
-    label = Picture(uri=entry.label_uri) if entry.label_uri else Picture(bytes=encode_png(drawn))
-    return Pair(task, split, image, label, dict(entry.meta))
+    stored = Picture(uri=entry.label_uri) if entry.label_uri else Picture(bytes=encode_png(label))
+    return Pair(task, split, image, stored, dict(entry.meta))
 
 
 def draw(names: Iterable[str], count: int | None, seed: int) -> list[str]:
-    """``count`` of ``names``, sorted; all where ``count`` is None, or more than there are.
+    """Return a sample of ``count`` of ``names``, sorted; all where ``count`` is None or more than there are.
 
-    A name's chance is a hash of ``seed`` and the name alone: the order of the names does not matter, a smaller draw is
-    a part of a larger one, and names that come or go change the draw only by themselves. Raises ConfigError for a
-    count below 1.
+    Whether a name is taken depends on a hash of ``seed`` and the name: the order of the names does not matter, a
+    smaller sample is part of a larger one, and names that come or go change the sample only by themselves. Raises
+    ConfigError for a count below 1.
     """
     if count is None:
         return sorted(names)
     if count < 1:
         raise ConfigError(f"count: must be at least 1 (got {count})")
 
-    def rank(name: str) -> int:
-        return hash_number(f"draw {seed} {name}")
+    def rank(name: str) -> bytes:
+        return hashlib.sha256(f"draw {seed} {name}".encode("utf-8", "surrogateescape")).digest()
 
     return sorted(heapq.nsmallest(count, names, key=rank))
 
 
 def rebased(pairs: Iterable[Pair], root: str | os.PathLike[str], base: str | os.PathLike[str]) -> Iterator[Pair]:
-    """``pairs`` whose URIs are below ``root`` as pairs whose URIs are below ``base``, a folder that holds ``root``.
+    """Return ``pairs`` with URIs below ``root`` as pairs with URIs below ``base``, a folder that holds ``root``.
 
-    So manifests of several datasets can name one root. Raises ConfigError where ``root`` is not below ``base``.
+    Manifests of several datasets can then name one root. Raises ConfigError where ``root`` is not below ``base``.
     """
-    places = [storage.resolve(os.fspath(path)) for path in (base, root)]
-    (base_storage, outer), (root_storage, inner) = ((system, f"{path.rstrip('/')}/") for system, path in places)
+    base_storage, base_path = storage.resolve(os.fspath(base))
+    root_storage, root_path = storage.resolve(os.fspath(root))
+    outer, inner = f"{base_path.rstrip('/')}/", f"{root_path.rstrip('/')}/"
     if base_storage != root_storage or not inner.startswith(outer):
         raise ConfigError(f"root: {os.fspath(base)} does not hold {os.fspath(root)}")
     prefix = inner.removeprefix(outer)
@@ -101,31 +120,36 @@ def rebased(pairs: Iterable[Pair], root: str | os.PathLike[str], base: str | os.
 
 
 def list_pictures(folder: str) -> list[str]:
-    """Photographs below ``folder`` (on any storage), relative to it, sorted.
+    """Return the photographs below ``folder`` (on any storage), relative to it, sorted.
 
-    Hidden files and folders are left out, links to folders not followed. Raises ManifestError where it cannot be read.
+    Hidden files and folders are left out, and links to folders are not followed. Raises ManifestError where the folder
+    cannot be read.
     """
-    if "://" in folder:
-        names = storage.list_files(folder)
-    else:
-        # Not by pyarrow: it follows links to folders, in circles where they lead back.
-        base = Path(folder).expanduser()
-        if not base.is_dir():
-            raise ManifestError(f"{folder}: no such folder; give a folder of photographs")
-        names = [
-            Path(place, name).relative_to(base).as_posix()
-            for place, _, files in os.walk(base, onerror=_unreadable)
-            for name in files
-        ]
-    return sorted(
-        name
-        for name in names
-        if name.lower().endswith(ENDINGS) and not any(part.startswith(".") for part in name.split("/"))
-    )
+    names = storage.list_files(folder) if "://" in folder else _local_files(folder)
+    pictures = []
+    for name in names:
+        hidden = any(part.startswith(".") for part in name.split("/"))
+        if name.lower().endswith(ENDINGS) and not hidden:
+            pictures.append(name)
+    return sorted(pictures)
+
+
+def _local_files(folder: str) -> list[str]:
+    # Not by pyarrow: it follows links to folders, in circles where they lead back.
+    base = Path(folder).expanduser()
+    if not base.is_dir():
+        raise ManifestError(f"{folder}: no such folder; give a folder of photographs")
+    names: list[str] = []
+    for place, _, files in os.walk(base, onerror=_unreadable):
+        names.extend(Path(place, name).relative_to(base).as_posix() for name in files)
+    return names
 
 
 def list_below(root: str, folder: str, hint: str) -> list[str]:
-    """URIs below ``root`` of the pictures in its ``folder``; ``hint`` tells in a ManifestError where to get them."""
+    """Return the URIs below ``root`` of the pictures in its ``folder``.
+
+    ``hint`` says in a ManifestError where to get them.
+    """
     require(root, folder, hint)
     names = list_pictures(storage.join(root, folder))
     if not names:
@@ -136,15 +160,15 @@ def list_below(root: str, folder: str, hint: str) -> list[str]:
 def require(root: str, path: str, hint: str) -> None:
     """Raise ManifestError, with ``hint``, where ``root`` has no ``path``."""
     try:
-        found = storage.exists(storage.join(root, path))
+        present = storage.exists(storage.join(root, path))
     except OSError as error:
-        raise ManifestError(f"{root}: {path} cannot be looked for: {one_line(error)}") from error
-    if not found:
+        raise ManifestError(f"{root}: {path} cannot be looked for: {error.strerror or error}") from error
+    if not present:
         raise ManifestError(f"{root}: {path} is missing; {hint}")
 
 
 def read_file(root: str, path: str, hint: str) -> bytes:
-    """The file at ``path`` below ``root``, by the rules of pictures: no links out of it, no endless files."""
+    """Return the file at ``path`` below ``root``, by the rules of pictures: no links out of it, no endless files."""
     require(root, path, hint)
     try:
         return load_picture(Picture(uri=path), root)
@@ -152,5 +176,20 @@ def read_file(root: str, path: str, hint: str) -> bytes:
         raise ManifestError(f"{root}: {path} cannot be used: {error}") from error
 
 
+def as_utf8(data: bytes) -> bytes:
+    """Return the text ``data`` as UTF-8 without a byte order mark, which editors of Windows put before it.
+
+    Text without a mark is returned as it is; so is text whose mark lies.
+    """
+    if data.startswith(codecs.BOM_UTF8):
+        return data.removeprefix(codecs.BOM_UTF8)
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        try:
+            return data.decode("utf-16").encode()
+        except UnicodeError:
+            return data
+    return data
+
+
 def _unreadable(error: OSError) -> None:
-    raise ManifestError(f"{error.filename}: cannot be read: {one_line(error)}; give it read rights, or move it away")
+    raise ManifestError(f"{error.filename}: cannot be read: {error.strerror}; give it read rights, or move it away")

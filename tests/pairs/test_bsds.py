@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from scipy.io import savemat
+from scipy.sparse import csc_matrix
 
 from covray.errors import ConfigError, ManifestError, PairError
 from covray.io.images import Picture
@@ -66,6 +67,72 @@ def test_agreement_is_the_share_of_annotators(compressed: bool) -> None:
     found = agreement(mat(DRAWN, compressed))
     assert found.shape == (16, 24)
     assert found[7].tolist() == [0, 0.2, 0.4, 0.6, 0.8, 1] + [0] * 18
+
+
+@pytest.mark.parametrize("kind", ["double", "single", "logical", "int8", "sparse", "sparse double"])
+def test_boundaries_of_every_matlab_type_are_read(kind: str) -> None:
+    drawn = DRAWN[3]
+    boundaries = {
+        "double": drawn.astype(np.float64), "single": drawn.astype(np.float32), "logical": drawn.astype(bool),
+        "int8": drawn.astype(np.int8), "sparse": csc_matrix(drawn.astype(bool)),
+        "sparse double": csc_matrix(drawn.astype(np.float64)),
+    }[kind]  # fmt: skip
+    cells = np.empty((1, 2), object)
+    cells[0, 0] = {"Segmentation": np.ones((16, 24), np.uint16), "Boundaries": boundaries}
+    cells[0, 1] = {"Segmentation": np.ones((16, 24), np.uint16), "Boundaries": DRAWN[4]}
+    buffer = io.BytesIO()
+    savemat(buffer, {"groundTruth": cells})
+    assert np.array_equal(agreement(buffer.getvalue()), (drawn.astype(float) + DRAWN[4]) / 2)
+
+
+@pytest.mark.parametrize("value", [0.5, np.nan, np.inf])
+def test_boundaries_that_are_no_whole_numbers_are_refused(value: float) -> None:
+    drawn = DRAWN[:1].astype(np.float64)
+    drawn[0, 3, 3] = value
+    if np.isinf(value):
+        assert agreement(mat(drawn))[3, 3] == 1  # above 0 as any other
+        return
+    with pytest.raises(PairError, match="whole numbers"):
+        agreement(mat(drawn))
+
+
+def test_a_sparse_array_is_not_made_larger_than_a_picture() -> None:
+    cells = np.empty((1, 1), object)
+    cells[0, 0] = {"Boundaries": csc_matrix(([1.0], ([5], [7])), shape=(3_000_000, 300))}
+    buffer = io.BytesIO()
+    savemat(buffer, {"groundTruth": cells})
+    with pytest.raises(PairError, match="too_large"):
+        agreement(buffer.getvalue())
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_byte_order_mark_is_no_part_of_the_first_name(hed: Path, encoding: str) -> None:
+    listing = hed / "train_pair.lst"
+    expected = list(bsds_pairs(hed, listing="train_pair.lst"))
+    listing.write_text(listing.read_text(), encoding=encoding)
+    assert list(bsds_pairs(hed, listing="train_pair.lst")) == expected
+    assert not any("error" in pair.meta for pair in expected)
+
+
+def test_grey_labels_of_another_coding_are_rejected(hed: Path) -> None:
+    """Levels 0 and 1 would be all black, black on white all edges, and a photograph is no label."""
+    lines = np.zeros((16, 24), np.uint8)
+    lines[4] = 1
+    for name, label in (("ones", lines), ("inverted", 255 - 255 * lines), ("photo", photo(3)), ("good", lines * 255)):
+        save(hed / f"{name}.jpg", photo(0))
+        save(hed / f"{name}.png", label)
+    (hed / "odd.lst").write_text("\n".join(f"{name}.jpg {name}.png" for name in ("ones", "inverted", "photo", "good")))
+    pairs = list(bsds_pairs(hed, listing="odd.lst"))
+    expected = {"ones.jpg": "unsupported", "inverted.jpg": "inverted", "photo.jpg": "unsupported"}
+    assert reasons(pairs, hed) == expected
+    (good,) = (pair for pair in pairs if "error" not in pair.meta)
+    assert np.array_equal(label_of(good, hed)[..., 0], lines * 255)
+
+
+def test_an_image_that_a_list_names_twice_is_refused(hed: Path) -> None:
+    (hed / "twice.lst").write_text("a.jpg a.png\nb.jpg b.png\na.jpg c.png\n")
+    with pytest.raises(ManifestError, match=r"twice\.lst, line 3: names a\.jpg a second time"):
+        bsds_pairs(hed, listing="twice.lst")
 
 
 @pytest.mark.parametrize(

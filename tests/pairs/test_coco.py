@@ -22,6 +22,12 @@ STUFF = [
     92, 93, 95, 100, 107, 109, 112, 118, 119, 122, 125, 128, 130, 133, 138, 141, 144, 145, 147, 148, 149, 151, 154, 155,
     156, 159, 161, 166, 168, 171, 175, 176, 177, 178, 180, 181, *range(184, 201),
 ]  # fmt: skip
+TURN = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+"""What EXIF's orientations ask for."""
 CATEGORIES = THINGS + STUFF
 """The ids of the 133 categories of COCO panoptic."""
 
@@ -271,7 +277,8 @@ def test_stuff_is_the_index_less_one_and_255_is_unlabeled(tmp_path: Path, mode: 
 
 def test_stuff_of_no_class_is_rejected(tmp_path: Path) -> None:
     labels = tmp_path / "stuffthingmaps/train2017"
-    for name, level in (("182", 182), ("254", 254), ("65535", 65535), ("rgb", None), ("181", 181)):
+    levels = {"182": 182, "254": 254, "65535": 65535, "rgb": None, "181": 181, "person": 0, "car": 2, "void": 255}
+    for name, level in levels.items():
         save(tmp_path / f"train2017/{name}.jpg", photo(0))
         kind = np.uint16 if level == 65535 else np.uint8
         save(labels / f"{name}.png", photo(0) if level is None else np.full((16, 24), level, kind))
@@ -280,6 +287,133 @@ def test_stuff_of_no_class_is_rejected(tmp_path: Path) -> None:
         "train2017/182.jpg": "unknown_class", "train2017/254.jpg": "unknown_class", "train2017/rgb.jpg": "unsupported",
         "train2017/65535.jpg": "unknown_class", "train2017/alone.jpg": "missing",
     }  # fmt: skip
+
+
+def maps(root: Path, place: str, *columns: list[int]) -> None:
+    """Maps of stuff, each of 24 columns that repeat these levels."""
+    for number, levels in enumerate(columns):
+        save(root / f"val2017/{number}.jpg", photo(number))
+        save(root / f"{place}/{number}.png", np.tile(np.resize(levels, 24).astype(np.uint8), (16, 1)))
+
+
+def named(pair: Pair, root: Path) -> list[str]:
+    """The names of the classes along the label's first row."""
+    names = pair.meta["classes"]
+    return [names[index] for index in segmentation.read_classes(label_of(pair, root), len(names))[0]]
+
+
+@pytest.mark.parametrize("place", ["stuffthingmaps/val2017", "annotations/stuff_val2017_pixelmaps"])
+def test_pixel_maps_are_read_by_their_own_numbering(tmp_path: Path, place: str) -> None:
+    maps(tmp_path, place, [157, 124, 92, 182], [0, 183, 157])
+    kinds = ("stuff", "pixelmaps") if place.startswith("stuff") else ("pixelmaps",)
+    for kind in kinds:
+        first, second = coco_pairs(tmp_path, labels=kind, split="val")
+        assert named(first, tmp_path)[:4] == ["sky-other", "grass", "banner", "wood"]
+        assert named(second, tmp_path)[:3] == ["unlabeled", "other", "sky-other"]
+        assert (first.meta["source"], first.meta["void"], len(first.meta["classes"])) == ("coco pixelmaps", 0, 184)
+
+
+def test_maps_whose_levels_fit_both_kinds_are_refused_until_declared(tmp_path: Path) -> None:
+    maps(tmp_path, "stuffthingmaps/val2017", [157, 124])
+    with pytest.raises(ManifestError, match=r"--labels stuffthingmaps or --labels pixelmaps$"):
+        coco_pairs(tmp_path, labels="stuff", split="val")
+    (pair,) = coco_pairs(tmp_path, labels="pixelmaps", split="val")
+    assert named(pair, tmp_path)[:2] == ["sky-other", "grass"]
+    (pair,) = coco_pairs(tmp_path, labels="stuffthingmaps", split="val")
+    assert named(pair, tmp_path)[:2] == ["skyscraper", "gravel"]
+
+
+def test_a_map_of_the_other_kind_is_rejected(tmp_path: Path) -> None:
+    maps(tmp_path, "stuffthingmaps/val2017", [183], [182, 0], [0, 5], [157])
+    pairs = list(coco_pairs(tmp_path, labels="stuff", split="val"))
+    assert reasons(pairs, tmp_path) == {"val2017/2.jpg": "unknown_class"}
+    assert set(named(pairs[3], tmp_path)) == {"sky-other"}
+
+
+# --- what goes wrong without a word --------------------------------------------------------------------------------
+
+
+def turn(path: Path, orientation: int) -> None:
+    """Write the image again, as a camera that was held otherwise would."""
+    with Image.open(path) as picture:
+        data = picture.getexif()
+        data[274] = orientation
+        picture.save(path, exif=data)
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_labels_turn_with_their_images(tmp_path: Path, orientation: int) -> None:
+    ids = np.zeros((16, 24), np.int64)
+    ids[1:4, 2:9] = 70_000
+    panoptic = Panoptic(tmp_path)
+    panoptic.add(9, ids, {70_000: 7})
+    panoptic.write()
+    maps(tmp_path, "stuffthingmaps/val2017", [0, 5, 255, 90])
+    people(tmp_path, [person(9, {"nose": (3, 12, 2)})], [image(9)])
+    for name in ("000000000009", "0"):
+        turn(tmp_path / f"val2017/{name}.jpg", orientation)
+    upright = Image.fromarray((ids > 0).astype(np.uint8)).transpose(TURN[orientation])
+    (pair,) = coco_pairs(tmp_path, split="val")
+    assert np.array_equal(label_of(pair, tmp_path).any(axis=2), np.array(upright, bool))
+    (pair,) = coco_pairs(tmp_path, labels="stuff", split="val")
+    levels = np.tile(np.resize([1, 6, 0, 91], 24).astype(np.uint8), (16, 1))
+    upright = Image.fromarray(levels).transpose(TURN[orientation])
+    assert np.array_equal(segmentation.read_classes(label_of(pair, tmp_path), 183), np.array(upright))
+    (pair,) = coco_pairs(tmp_path, "pose", split="val")
+    dot = np.zeros((16, 24), np.uint8)
+    dot[12, 3] = 1
+    row, column = np.argwhere(np.array(Image.fromarray(dot).transpose(TURN[orientation])))[0]
+    drawn = np.argwhere(label_of(pair, tmp_path).any(axis=2))
+    assert np.abs(drawn.mean(axis=0) - (row, column)).max() < 0.5
+
+
+def test_ids_are_read_whatever_alpha_says(tmp_path: Path) -> None:
+    panoptic = three(tmp_path)
+    expected = [label_of(pair, tmp_path) for pair in coco_pairs(tmp_path, split="val")]
+    for path in (tmp_path / panoptic.name).glob("*.png"):
+        colours = np.array(Image.open(path))
+        save(path, np.dstack([colours, np.zeros_like(colours[..., :1])]))
+    result = [label_of(pair, tmp_path) for pair in coco_pairs(tmp_path, split="val")]
+    assert np.array_equal(result, expected)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_byte_order_mark_is_no_part_of_the_json(tmp_path: Path, encoding: str) -> None:
+    panoptic = three(tmp_path)
+    path = tmp_path / f"{panoptic.name}.json"
+    path.write_text(path.read_text(), encoding=encoding)
+    assert len([pair for pair in coco_pairs(tmp_path, split="val") if "error" not in pair.meta]) == 3
+
+
+def test_an_image_that_two_records_name_is_told(tmp_path: Path) -> None:
+    panoptic = three(tmp_path)
+    images = panoptic.content["images"]
+    images[1]["file_name"] = images[0]["file_name"]
+    panoptic.write()
+    pairs = list(coco_pairs(tmp_path, split="val"))
+    assert reasons(pairs, tmp_path) == {"val2017/000000000009.jpg": "ambiguous"}
+    assert pairs[0].meta["error"] == "ambiguous: the image has 2 annotations, of the image ids 9 and 25"
+    people(tmp_path, [person(9, {"nose": (1, 1, 2)}), person(25, {"nose": (2, 2, 2)})], [image(9), image(25)])
+    content = json.loads((tmp_path / "annotations/person_keypoints_val2017.json").read_text())
+    content["images"][1]["file_name"] = content["images"][0]["file_name"]
+    write(tmp_path / "annotations/person_keypoints_val2017.json", content)
+    assert reasons(coco_pairs(tmp_path, "pose", split="val"), tmp_path) == {"val2017/000000000009.jpg": "ambiguous"}
+
+
+def test_what_a_file_says_twice_and_differently_is_told(tmp_path: Path) -> None:
+    panoptic = three(tmp_path)
+    annotations, images = panoptic.content["annotations"], panoptic.content["images"]
+    annotations.append(annotations[0])  # an image annotated twice
+    segment = annotations[1]["segments_info"][0]
+    annotations[1]["segments_info"].append({**segment, "category_id": 3})
+    images.append({**images[2], "file_name": "other.jpg"})
+    panoptic.write()
+    found = reasons(coco_pairs(tmp_path, split="val"), tmp_path)
+    assert found == {f"val2017/{number:012d}.jpg": "ambiguous" for number in (9, 25, 30)}
+    panoptic.content["categories"].append({"id": 1, "name": "again"})
+    panoptic.write()
+    with pytest.raises(ManifestError, match="two categories of one id"):
+        coco_pairs(tmp_path, split="val")
 
 
 # --- keypoints -----------------------------------------------------------------------------------------------------
@@ -394,7 +528,7 @@ def test_what_is_missing_is_named_with_its_place(tmp_path: Path) -> None:
     for options, told in (
         ({"task": "depth"}, r"task: COCO gives segmentation and pose \(got depth\)"),
         ({"split": "test"}, "split: COCO gives train and val"),
-        ({"labels": "things"}, "labels: COCO gives panoptic and stuff"),
+        ({"labels": "things"}, "labels: COCO gives panoptic and stuff and stuffthingmaps"),
     ):
         with pytest.raises(ConfigError, match=told):
             coco_pairs(tmp_path, **options)
@@ -412,6 +546,6 @@ def test_the_command_writes_a_manifest_of_uris_and_labels(
     people(root, [person(9, {"nose": (9, 9, 2)})], [image(9)])
     answer, told = command("coco", root, "--task", "pose", "--split", "val", "--out", out)
     assert (answer["per_task"], told) == ({"pose": 1}, "")
-    save(root / "stuffthingmaps/val2017/000000000025.png", np.zeros((16, 24), np.uint8))
+    save(root / "stuffthingmaps/val2017/000000000025.png", np.full((16, 24), 255, np.uint8))
     answer, told = command("coco", root, "--labels", "stuff", "--split", "val", "--out", out)
     assert (answer["per_task"], told) == ({"segmentation": 1}, "")

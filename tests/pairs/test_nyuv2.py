@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from covray.errors import ConfigError, ManifestError
 from covray.io.images import Picture
@@ -14,7 +15,8 @@ from covray.tasks import depth, normals
 from tests.pairs.conftest import bomb, label_of, photo, reasons, save
 
 DEPTH_MM = np.full((16, 24), 3000, np.uint16)
-DEPTH_MM[0, :5] = (0, 1, 712, 9999, 65535)
+DEPTH_MM[0, :5] = (0, 1, 712, 9999, 65535)  # invalid, invalid a level off, ..., invalid as full scale
+DEPTH_MM[1, :2] = (2, 60000)
 NORMALS = {  # n in DSINE's frame (x left, y up, z to the viewer) -> its 8 bits
     (1, 2): ((1, 0, 0), (255, 128, 128)),
     (3, 4): ((0, 1, 0), (128, 255, 128)),
@@ -48,8 +50,9 @@ def test_depth_is_in_metres(root: Path) -> None:
     assert {(pair.task, pair.split) for pair in pairs} == {("depth", "train")}
     for pair in pairs:
         label = label_of(pair, root)
-        assert label[0, :6, 0].tolist() == [0, 1, 18, 255, 255, 76]  # none, 1 mm, 0.712 m, 9.999 m, beyond, 3 m
-        assert np.abs(depth.read(label)[0, 2:6] - (0.712, 9.999, 10, 3)).max() <= 5 / 255
+        assert label[0, :6, 0].tolist() == [0, 0, 18, 255, 0, 76]  # none, none, 0.712 m, 9.999 m, none, 3 m
+        assert label[1, :2, 0].tolist() == [1, 255]  # 2 mm, beyond
+        assert np.abs(depth.read(label)[0, 2:6] - (0.712, 9.999, 0, 3)).max() <= 5 / 255
         assert (label == label[..., :1]).all()
 
 
@@ -70,6 +73,31 @@ def test_normals_keep_their_direction_in_our_frame(root: Path, split: str, numbe
         assert label[place].tolist() == [255 - red if valid else 0, green, blue]
         assert np.abs(found[place] - (-x, y, z)).max() < 1 / 127
     assert np.abs(found[0, 0] - (0, 0, 1)).max() < 1 / 127
+
+
+@pytest.mark.parametrize("level", [(127, 127, 127), (128, 128, 128), (127, 128, 127), (1, 1, 1), (0, 0, 1), (2, 0, 1)])
+def test_a_normal_that_is_no_direction_is_none(root: Path, level: tuple[int, int, int]) -> None:
+    """No normal is a zero vector, grey when it is stored, or black; both may be a level off."""
+    path = root / "test/000000_normal.png"
+    levels = np.full((16, 24, 3), (128, 128, 255), np.uint8)
+    levels[3] = level
+    save(path, levels)
+    (pair,) = nyuv2_pairs(root, "normals", "test")
+    valid = normals.read(label_of(pair, root)).any(axis=2)
+    assert not valid[3].any()
+    assert valid[:3].all()
+    assert valid[4:].all()
+
+
+def test_depth_turns_with_its_image_and_normals_are_refused(root: Path) -> None:
+    orientation = Image.Exif()
+    orientation[274] = 3
+    for path in (root / "official_splits/test/office/rgb_00001.jpg", root / "test/000000_img.png"):
+        Image.open(path).save(path, exif=orientation)
+    (pair,) = nyuv2_pairs(root, "depth", "test")
+    label = label_of(pair, root)[..., 0]
+    assert label[15, 20:22].tolist() == [255, 36]  # twice 9.999 m and 0.712 m, at the other end of the last row
+    assert reasons(nyuv2_pairs(root, "normals", "test"), root) == {"test/000000_img.png": "orientation"}
 
 
 def test_what_cannot_be_used_is_a_row_with_its_reason(root: Path, tmp_path: Path) -> None:
