@@ -357,7 +357,7 @@ def _user_pairs(file: str, rows: Iterable[tuple[str, Any]], task: str | None, sp
         own_task, own_split = values.pop("task", None) or task, values.pop("split", None) or split
         if own_task is None:
             raise ManifestError(f"{file}, {where}: has no task; add a column task, or give --task")
-        if own_task not in TASKS:
+        if own_task not in tuple(TASKS):
             raise ManifestError(f"{file}, {where}: {_unknown_task(own_task)}")
         if not isinstance(own_split, str):
             raise ManifestError(f"{file}, {where}: split is {own_split!r}, not a name")
