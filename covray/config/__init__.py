@@ -331,6 +331,11 @@ class SamplingConfig(Section):
             raise ValueError("best_of: greedy candidates are all the same; set a temperature")
         return self
 
+    @property
+    def candidates(self) -> int:
+        """How many candidates the decoder writes for a query."""
+        return self.best_of
+
 
 class GenerateConfig(Section):
     """``covray generate``: example pairs and queries in, frames and answers out.

@@ -37,7 +37,7 @@ from covray.io.device import resolve_device
 from covray.io.images import decode, load_picture, resize, square
 from covray.models.lvm.adapter import load_adapter_tensors, read_adapter
 from covray.models.lvm.backbone import backbone_facts, load_backbone
-from covray.models.lvm.decoding.sequential import Decoder
+from covray.models.lvm.decoding.sequential import SequentialDecoder
 from covray.models.lvm.model import Batch, Lvm
 from covray.models.tokenizer.vqgan import load_tokenizer
 from covray.pairs.manifest import check_manifest, read_manifest, read_meta, row_dicts
@@ -131,7 +131,7 @@ class Runner:
             row["_chain"] = own
         seeds = [seed_of(self.config.seed, row["pair_id"]) for row in rows]
         images = subject.length - 1
-        written = writer.decoder.write(np.empty(0, np.uint16), np.stack(prompts), images, self.config.sampling, seeds)
+        written = writer.decoder.decode(np.empty(0, np.uint16), np.stack(prompts), images, self.config.sampling, seeds)
         for row, prompt, ids, likelihood in zip(rows, prompts, written.ids, written.image_log_likelihood, strict=True):
             row["images"], row["log_likelihood"] = ids.tolist(), float(likelihood[-1])
             answer = row["_chain"][-1]
@@ -185,7 +185,9 @@ class Runner:
         model = load_backbone(facts, backbone, lora, dtype=dtype, device=device, seed=self.config.seed)
         if adapter is not None:
             load_adapter_tensors(model, adapter[1])
-        return _Writer(model, Decoder(model, self.tokenizer.codes, self.tokenizer.tokens_per_image, self.config.batch))
+        return _Writer(
+            model, SequentialDecoder(model, self.tokenizer.codes, self.tokenizer.tokens_per_image, self.config.batch)
+        )
 
     # --- pictures and scores ---
 
@@ -284,7 +286,7 @@ class Runner:
 class _Writer:
     """A model, and what decodes with it."""
 
-    def __init__(self, model: Lvm, decoder: Decoder):
+    def __init__(self, model: Lvm, decoder: SequentialDecoder):
         self.model, self.decoder = model, decoder
 
     @torch.inference_mode()

@@ -16,7 +16,7 @@ from covray.errors import ConfigError, WeightsError
 from covray.io import storage
 from covray.models.lvm.adapter import WEIGHTS_FILE, read_adapter, read_run
 from covray.models.lvm.backbone import BackboneFacts, backbone_facts
-from covray.models.lvm.decoding.sequential import require_room
+from covray.models.lvm.decoding.base import require_context
 from covray.models.tokenizer.vqgan import require_same_codebook
 
 Kind = Literal["baseline", "untuned", "focus", "adapter", "ceiling"]
@@ -158,7 +158,7 @@ def _require(subject: Subject, facts: BackboneFacts, dataset: ChainDataset) -> N
     require_same_codes(facts, dataset)
     length, size = subject.length or 2, dataset.tokens_per_image
     pictures = ((subject.pairs or 0) + 1) * length
-    require_room(pictures * size, size, facts.llama.max_position_embeddings)
+    require_context(pictures * size, size, facts.llama.max_position_embeddings)
     if subject.method in ("linear", "diffusion"):  # the dataset refuses what was not built
         frames = [
             {"method": method, "alpha": alpha, "tokens": [0]} for method in dataset.methods for alpha in dataset.alphas

@@ -36,7 +36,8 @@ from covray.io.device import resolve_device
 from covray.io.images import decode, encode_png, resize, square
 from covray.models.lvm.adapter import WEIGHTS_FILE, load_adapter_tensors, read_adapter, read_run
 from covray.models.lvm.backbone import BackboneFacts, backbone_facts, load_backbone
-from covray.models.lvm.decoding.sequential import Decoder, require_room
+from covray.models.lvm.decoding.base import require_context
+from covray.models.lvm.decoding.sequential import SequentialDecoder
 from covray.models.tokenizer.vqgan import require_same_codebook
 from covray.pairs.manifest import MANIFEST_SCHEMA, Pair, Picture
 from covray.report.contact_sheets import draw_strip
@@ -91,11 +92,11 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     model = load_backbone(facts, config.backbone, lora, dtype=dtype, device=device, seed=config.seed)
     if adapter is not None:
         load_adapter_tensors(model, adapter[1])
-    decoder = Decoder(model, tokenizer.codes, tokenizer.tokens_per_image, config.batch)
+    decoder = SequentialDecoder(model, tokenizer.codes, tokenizer.tokens_per_image, config.batch)
     images = _length(config) - 1
     # Of the query's own tokens, so that it gets the same answer alone and among others.
     seeds = [seed_of(config.seed, hashlib.sha256(row.astype("<u2").tobytes()).hexdigest()) for row in tokens]
-    written = decoder.write(prompt, tokens, images, config.sampling, seeds)
+    written = decoder.decode(prompt, tokens, images, config.sampling, seeds)
     pictures = tokenizer.decode(written.ids.reshape(-1, tokenizer.tokens_per_image))
     pictures = pictures.reshape(len(queries), images, *pictures.shape[1:])
 
@@ -216,7 +217,7 @@ def _length(config: GenerateConfig) -> int:
 def _require_context(config: GenerateConfig, facts: BackboneFacts, tokens_per_image: int | None) -> None:
     if tokens_per_image is not None:
         pictures = (len(config.examples) + 1) * _length(config)
-        require_room(pictures * tokens_per_image, tokens_per_image, facts.llama.max_position_embeddings)
+        require_context(pictures * tokens_per_image, tokens_per_image, facts.llama.max_position_embeddings)
 
 
 # --- the prompt ------------------------------------------------------------------------------------------------------

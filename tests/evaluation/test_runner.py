@@ -26,7 +26,7 @@ from covray.evaluation.runner import Runner, choose_pairs
 from covray.evaluation.scores import score
 from covray.io import storage
 from covray.io.images import resize, square
-from covray.models.lvm.decoding.sequential import Decoder
+from covray.models.lvm.decoding.sequential import SequentialDecoder
 from covray.tasks import TASKS
 from tests.conftest import CODES, TOKENS
 from tests.evaluation.conftest import LORA, SPLIT, Row, png, smooth
@@ -149,13 +149,13 @@ def test_answers_are_the_decoder_s_after_the_same_prompt(
     runner, episodes = runner_of(config_of(data, adapters=(run,)))
     found = runner.run(episodes).to_pylist()
     chains = chains_of(runner, "linear", 4)
-    plain, tuned = (Decoder(load(llama_folder, lora), CODES, TOKENS, batch=3) for lora in (None, LORA))
+    plain, tuned = (SequentialDecoder(load(llama_folder, lora), CODES, TOKENS, batch=3) for lora in (None, LORA))
     differ = False
     for first, second in zip(of(found, "untuned"), of(found, "tuned"), strict=True):
         for row, decoder in ((first, plain), (second, tuned)):
             assert len(row["examples"]) == 2, "as many as the run was trained with, at most"
             prompt = [chains[pair_id].ravel() for pair_id in row["examples"]]
-            written = decoder.write(np.concatenate(prompt), chains[row["pair_id"]][:1], 3)
+            written = decoder.decode(np.concatenate(prompt), chains[row["pair_id"]][:1], 3)
             assert row["images"] == written.ids[0].tolist()
             assert row["log_likelihood"] == pytest.approx(written.image_log_likelihood[0, -1], rel=1e-5)
         differ |= first["images"] != second["images"]
@@ -164,7 +164,7 @@ def test_answers_are_the_decoder_s_after_the_same_prompt(
 
 def test_chain_of_focus_prompts_with_image_saliency_map_and_label(evaluation: Evaluation, llama_folder: Path) -> None:
     runner, rows = evaluation({"depth": 12}, pairs=2)
-    decoder = Decoder(load(llama_folder), CODES, TOKENS, batch=3)
+    decoder = SequentialDecoder(load(llama_folder), CODES, TOKENS, batch=3)
     plain = chains_of(runner, "none", 2)
 
     def chain(pair_id: int) -> np.ndarray:
@@ -174,7 +174,7 @@ def test_chain_of_focus_prompts_with_image_saliency_map_and_label(evaluation: Ev
 
     for row in of(rows, "Chain-of-Focus"):
         prompt = np.concatenate([chain(pair_id).ravel() for pair_id in row["examples"]])
-        written = decoder.write(prompt, chain(row["pair_id"])[:1], 2)
+        written = decoder.decode(prompt, chain(row["pair_id"])[:1], 2)
         assert row["images"] == written.ids[0].tolist()
         assert values(row)["frame_psnr"] is not None
 

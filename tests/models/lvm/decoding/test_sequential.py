@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM
 from covray.config import LoraConfig, SamplingConfig
 from covray.errors import ConfigError
 from covray.models.lvm.adapter import save_adapter
-from covray.models.lvm.decoding.sequential import Decoder, _invert
+from covray.models.lvm.decoding.sequential import SequentialDecoder
 from covray.models.lvm.model import Lvm
 from tests.models.lvm.conftest import CODES, load, write_llama
 
@@ -38,8 +38,8 @@ def model(llama_folder: Path) -> Lvm:
 
 
 @pytest.fixture(scope="module")
-def decoder(model: Lvm) -> Decoder:
-    return Decoder(model, CODES, TOKENS, batch=4)
+def decoder(model: Lvm) -> SequentialDecoder:
+    return SequentialDecoder(model, CODES, TOKENS, batch=4)
 
 
 def sentences(prompt: np.ndarray, queries: np.ndarray, *written: np.ndarray) -> Tensor:
@@ -77,28 +77,28 @@ def test_greedy_is_transformers_generate(tmp_path: Path, lora: LoraConfig | None
         input_ids=whole, attention_mask=torch.ones_like(whole), do_sample=False, eos_token_id=None, pad_token_id=CODES,
         max_new_tokens=STEPS, suppress_tokens=list(range(CODES, CODES + 100)),
     )[:, whole.shape[1] :]  # fmt: skip
-    written = Decoder(model, CODES, TOKENS, batch=4).write(PROMPT, QUERIES, IMAGES)
+    written = SequentialDecoder(model, CODES, TOKENS, batch=4).decode(PROMPT, QUERIES, IMAGES)
     assert written.ids.dtype == np.uint16
     assert written.ids.shape == (5, IMAGES, TOKENS)
     assert np.array_equal(written.ids.reshape(5, -1), expected.numpy())
     assert len(np.unique(written.ids)) > 10  # the comparison is of something
 
 
-def test_an_adapter_changes_what_is_written(llama_folder: Path, decoder: Decoder) -> None:
-    plain = Decoder(load(llama_folder), CODES, TOKENS, batch=4).write(PROMPT, QUERIES, IMAGES)
-    assert not np.array_equal(plain.ids, decoder.write(PROMPT, QUERIES, IMAGES).ids)
+def test_an_adapter_changes_what_is_written(llama_folder: Path, decoder: SequentialDecoder) -> None:
+    plain = SequentialDecoder(load(llama_folder), CODES, TOKENS, batch=4).decode(PROMPT, QUERIES, IMAGES)
+    assert not np.array_equal(plain.ids, decoder.decode(PROMPT, QUERIES, IMAGES).ids)
 
 
 def test_decoding_leaves_the_model_as_it_was(model: Lvm) -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    Decoder(model, CODES, TOKENS, batch=2).write(PROMPT, QUERIES, 1)
+    SequentialDecoder(model, CODES, TOKENS, batch=2).decode(PROMPT, QUERIES, 1)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_bfloat16_keeps_the_adapter_beside_the_weights(llama_folder: Path) -> None:
     """Every token is the likeliest of a forward pass with the adapter apart, or within bfloat16's rounding of it."""
     model = load(llama_folder, LORA, dtype=torch.bfloat16)
-    written = Decoder(model, CODES, TOKENS, batch=4).write(PROMPT, QUERIES, IMAGES)
+    written = SequentialDecoder(model, CODES, TOKENS, batch=4).decode(PROMPT, QUERIES, IMAGES)
     whole = sentences(PROMPT, QUERIES, written.ids)
     with torch.inference_mode():
         logits = model.logits(whole.flatten(), (whole.shape[1],) * 5).view(*whole.shape, -1).float()
@@ -111,58 +111,60 @@ def test_bfloat16_keeps_the_adapter_beside_the_weights(llama_folder: Path) -> No
 
 
 @pytest.mark.parametrize("sampling", [SamplingConfig(), SamplingConfig(temperature=1.0, top_k=30, top_p=0.9)])
-def test_a_query_is_answered_alike_alone_and_among_others(decoder: Decoder, sampling: SamplingConfig) -> None:
+def test_a_query_is_answered_alike_alone_and_among_others(decoder: SequentialDecoder, sampling: SamplingConfig) -> None:
     seeds = [7, 8, 9, 10, 11]
-    together = decoder.write(PROMPT, QUERIES, IMAGES, sampling, seeds)
+    together = decoder.decode(PROMPT, QUERIES, IMAGES, sampling, seeds)
     for order in ([3], [4, 1], [2, 0, 4, 3, 1]):
-        found = decoder.write(PROMPT, QUERIES[order], IMAGES, sampling, [seeds[row] for row in order])
+        found = decoder.decode(PROMPT, QUERIES[order], IMAGES, sampling, [seeds[row] for row in order])
         assert np.array_equal(found.ids, together.ids[order])
         assert np.array_equal(found.image_log_likelihood, together.image_log_likelihood[order])
 
 
 @pytest.mark.parametrize("sampling", [SamplingConfig(), SamplingConfig(temperature=1.0)])
-def test_a_shared_prompt_is_the_prompt_in_every_row(decoder: Decoder, sampling: SamplingConfig) -> None:
-    shared = decoder.write(PROMPT, QUERIES, IMAGES, sampling, range(5))
+def test_a_shared_prompt_is_the_prompt_in_every_row(decoder: SequentialDecoder, sampling: SamplingConfig) -> None:
+    shared = decoder.decode(PROMPT, QUERIES, IMAGES, sampling, range(5))
     repeated = sentences(PROMPT, QUERIES).numpy()
-    apart = decoder.write(np.empty(0, np.uint16), repeated, IMAGES, sampling, range(5))
+    apart = decoder.decode(np.empty(0, np.uint16), repeated, IMAGES, sampling, range(5))
     assert np.array_equal(shared.ids, apart.ids)
     np.testing.assert_allclose(shared.log_likelihood, apart.log_likelihood, rtol=1e-4)
 
 
-def test_what_was_written_before_leaves_no_trace(decoder: Decoder) -> None:
-    first = decoder.write(PROMPT, QUERIES, IMAGES)
-    decoder.write(ids(40, seed=5), ids(3, TOKENS, seed=6), IMAGES)  # the same shapes: the same memory
-    decoder.write(ids(9, seed=5), ids(3, 2, seed=6), 1)
-    again = decoder.write(PROMPT, QUERIES, IMAGES)
+def test_what_was_written_before_leaves_no_trace(decoder: SequentialDecoder) -> None:
+    first = decoder.decode(PROMPT, QUERIES, IMAGES)
+    decoder.decode(ids(40, seed=5), ids(3, TOKENS, seed=6), IMAGES)  # the same shapes: the same memory
+    decoder.decode(ids(9, seed=5), ids(3, 2, seed=6), 1)
+    again = decoder.decode(PROMPT, QUERIES, IMAGES)
     assert np.array_equal(first.ids, again.ids)
     assert np.array_equal(first.image_log_likelihood, again.image_log_likelihood)
 
 
-def test_no_queries_and_no_images_are_nothing(decoder: Decoder) -> None:
-    assert decoder.write(PROMPT, QUERIES[:0], IMAGES).ids.shape == (0, IMAGES, TOKENS)
-    assert decoder.write(PROMPT, QUERIES, 0).log_likelihood.tolist() == [0.0] * 5
+def test_no_queries_and_no_images_are_nothing(decoder: SequentialDecoder) -> None:
+    assert decoder.decode(PROMPT, QUERIES[:0], IMAGES).ids.shape == (0, IMAGES, TOKENS)
+    assert decoder.decode(PROMPT, QUERIES, 0).log_likelihood.tolist() == [0.0] * 5
 
 
-def test_a_sentence_beyond_the_context_is_refused_with_the_arithmetic(decoder: Decoder) -> None:
+def test_a_sentence_beyond_the_context_is_refused_with_the_arithmetic(decoder: SequentialDecoder) -> None:
     room = 256 - len(PROMPT) - TOKENS
-    decoder.write(PROMPT, QUERIES[:1], room // TOKENS)
+    decoder.decode(PROMPT, QUERIES[:1], room // TOKENS)
     with pytest.raises(ConfigError, match=r"33 pictures x 8 tokens = 264 tokens exceed the context of 256 \(32"):
-        decoder.write(PROMPT, QUERIES[:1], room // TOKENS + 1)
+        decoder.decode(PROMPT, QUERIES[:1], room // TOKENS + 1)
 
 
 # --- sampling --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_sampled_tokens_follow_the_models_distribution(decoder: Decoder, model: Lvm, temperature: float) -> None:
+def test_sampled_tokens_follow_the_models_distribution(
+    decoder: SequentialDecoder, model: Lvm, temperature: float
+) -> None:
     draws = 4000
     with torch.inference_mode():
         whole = sentences(PROMPT, QUERIES[:1])
         logits = model.logits(whole[0], (whole.shape[1],))[-1, :CODES]
     expected = (logits.double() / temperature).softmax(-1).numpy() * draws
-    wide = Decoder(model, CODES, 1, batch=100)
+    wide = SequentialDecoder(model, CODES, 1, batch=100)
     sampling = SamplingConfig(temperature=temperature)
-    found = wide.write(PROMPT, np.repeat(QUERIES[:1], draws, 0), 1, sampling, range(draws)).ids
+    found = wide.decode(PROMPT, np.repeat(QUERIES[:1], draws, 0), 1, sampling, range(draws)).ids
     counts = np.bincount(found.ravel(), minlength=CODES)
     often = expected >= 5  # the chi-square approximation's condition; the others are one bin
     observed = [*counts[often], counts[~often].sum()]
@@ -171,11 +173,11 @@ def test_sampled_tokens_follow_the_models_distribution(decoder: Decoder, model: 
     assert stats.chisquare(observed, due).pvalue > 1e-3
 
 
-def test_later_tokens_follow_it_too(decoder: Decoder, model: Lvm) -> None:
+def test_later_tokens_follow_it_too(decoder: SequentialDecoder, model: Lvm) -> None:
     """Given its past, the share of the distribution below a sampled token is uniform: one test for all positions."""
     rows = 60
     queries = ids(rows, TOKENS, seed=3)
-    written = decoder.write(PROMPT, queries, IMAGES, SamplingConfig(temperature=1.0), range(rows)).ids
+    written = decoder.decode(PROMPT, queries, IMAGES, SamplingConfig(temperature=1.0), range(rows)).ids
     whole = sentences(PROMPT, queries, written)
     with torch.inference_mode():
         logits = model.logits(whole.flatten(), (whole.shape[1],) * rows).view(*whole.shape, -1)
@@ -188,11 +190,13 @@ def test_later_tokens_follow_it_too(decoder: Decoder, model: Lvm) -> None:
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(3, 1.0), (None, 0.5), (5, 0.6), (CODES + 1, 1e-9)])
-def test_only_the_allowed_tokens_are_written(decoder: Decoder, model: Lvm, top_k: int | None, top_p: float) -> None:
+def test_only_the_allowed_tokens_are_written(
+    decoder: SequentialDecoder, model: Lvm, top_k: int | None, top_p: float
+) -> None:
     temperature, rows = 2.0, 40
     queries = ids(rows, TOKENS, seed=4)
     sampling = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)
-    written = decoder.write(PROMPT, queries, 1, sampling, range(rows)).ids
+    written = decoder.decode(PROMPT, queries, 1, sampling, range(rows)).ids
     whole = sentences(PROMPT, queries, written)
     with torch.inference_mode():
         logits = model.logits(whole.flatten(), (whole.shape[1],) * rows).view(*whole.shape, -1)
@@ -207,24 +211,18 @@ def test_only_the_allowed_tokens_are_written(decoder: Decoder, model: Lvm, top_k
         assert (rank == 0).any()
 
 
-def test_a_token_of_probability_zero_is_never_met() -> None:
-    weights = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]], dtype=torch.float64)
-    luck = torch.tensor([[0.0], [0.25 - 2**-53], [0.25], [1 - 2**-53]], dtype=torch.float64)
-    assert _invert(weights.expand(4, -1).contiguous(), luck)[:, 0].tolist() == [1, 1, 3, 3]
-
-
 def test_special_ids_are_never_written(tmp_path: Path) -> None:
     folder = write_llama(tmp_path)
     model = load(folder)
     model.head.weight.data[CODES:] *= 50  # the likeliest of all, where they count
     for sampling in (SamplingConfig(), SamplingConfig(temperature=5.0)):
-        written = Decoder(model, CODES, TOKENS, batch=4).write(PROMPT, QUERIES, IMAGES, sampling)
+        written = SequentialDecoder(model, CODES, TOKENS, batch=4).decode(PROMPT, QUERIES, IMAGES, sampling)
         assert written.ids.max() < CODES
 
 
-def test_a_seed_decides_all_and_another_seed_decides_otherwise(decoder: Decoder) -> None:
+def test_a_seed_decides_all_and_another_seed_decides_otherwise(decoder: SequentialDecoder) -> None:
     sampling = SamplingConfig(temperature=1.0)
-    same = [decoder.write(PROMPT, QUERIES[[0, 0]], IMAGES, sampling, seeds).ids for seeds in ([1, 1], [1, 2])]
+    same = [decoder.decode(PROMPT, QUERIES[[0, 0]], IMAGES, sampling, seeds).ids for seeds in ([1, 1], [1, 2])]
     assert np.array_equal(same[0][0], same[0][1])
     assert np.array_equal(same[0][0], same[1][0])
     assert not np.array_equal(same[1][0], same[1][1])
@@ -234,19 +232,19 @@ def test_a_seed_decides_all_and_another_seed_decides_otherwise(decoder: Decoder)
 
 
 @pytest.mark.parametrize("sampling", [SamplingConfig(), SamplingConfig(temperature=0.7, top_k=9)])
-def test_likelihood_is_that_of_a_forward_pass(decoder: Decoder, model: Lvm, sampling: SamplingConfig) -> None:
-    written = decoder.write(PROMPT, QUERIES, IMAGES, sampling, range(5))
+def test_likelihood_is_that_of_a_forward_pass(decoder: SequentialDecoder, model: Lvm, sampling: SamplingConfig) -> None:
+    written = decoder.decode(PROMPT, QUERIES, IMAGES, sampling, range(5))
     expected = log_p(model, PROMPT, QUERIES, written.ids).double().view(5, IMAGES, TOKENS).sum(-1).numpy()
     np.testing.assert_allclose(written.image_log_likelihood, expected, rtol=1e-4)
     np.testing.assert_allclose(written.log_likelihood, expected.sum(1), rtol=1e-4)
 
 
 @pytest.mark.parametrize("choose_by", ["answer", "chain"])
-def test_the_likeliest_of_the_candidates_is_given(decoder: Decoder, model: Lvm, choose_by: str) -> None:
+def test_the_likeliest_of_the_candidates_is_given(decoder: SequentialDecoder, model: Lvm, choose_by: str) -> None:
     options = {"temperature": 1.0, "top_k": 20, "choose_by": choose_by}
-    best = decoder.write(PROMPT, QUERIES, IMAGES, SamplingConfig.model_validate(options | {"best_of": 6}), range(5))
-    fewer = decoder.write(PROMPT, QUERIES, IMAGES, SamplingConfig.model_validate(options | {"best_of": 2}), range(5))
-    single = decoder.write(PROMPT, QUERIES, IMAGES, SamplingConfig.model_validate(options), range(5))
+    best = decoder.decode(PROMPT, QUERIES, IMAGES, SamplingConfig.model_validate(options | {"best_of": 6}), range(5))
+    fewer = decoder.decode(PROMPT, QUERIES, IMAGES, SamplingConfig.model_validate(options | {"best_of": 2}), range(5))
+    single = decoder.decode(PROMPT, QUERIES, IMAGES, SamplingConfig.model_validate(options), range(5))
 
     def score(written: Any) -> np.ndarray:
         likelihood = log_p(model, PROMPT, QUERIES, written.ids).double().view(5, IMAGES, TOKENS).sum(-1)
@@ -263,3 +261,29 @@ def test_the_likeliest_of_the_candidates_is_given(decoder: Decoder, model: Lvm, 
 def test_greedy_candidates_are_refused() -> None:
     with pytest.raises(ValidationError, match="set a temperature"):
         SamplingConfig(best_of=2)
+
+
+# --- streams ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_stream_yields_each_picture_as_it_is_finished(decoder: SequentialDecoder) -> None:
+    sampling = SamplingConfig(temperature=1.0)
+    whole = decoder.decode(PROMPT, QUERIES, IMAGES, sampling, range(5))
+    order = []
+    for each in decoder.stream(PROMPT, QUERIES, IMAGES, sampling, range(5)):
+        order.append((each.query, each.image))
+        assert np.array_equal(each.ids, whole.ids[each.query, each.image])
+        assert float(each.token_log_p.sum()) == pytest.approx(whole.image_log_likelihood[each.query, each.image])
+    first = [(query, image) for image in range(IMAGES) for query in range(4)]
+    assert order == [*first, (4, 0), (4, 1), (4, 2)], "a batch of 4 rows, picture by picture, then the fifth"
+
+
+def test_a_stream_that_is_interrupted_or_interleaved_changes_nothing(decoder: SequentialDecoder) -> None:
+    expected = decoder.decode(PROMPT, QUERIES, IMAGES).ids
+    stream = decoder.stream(PROMPT, QUERIES, IMAGES)
+    first = next(stream)
+    assert np.array_equal(decoder.decode(PROMPT, QUERIES, IMAGES).ids, expected)
+    for each in [first, *stream]:
+        assert np.array_equal(each.ids, expected[each.query, each.image])
+    next(decoder.stream(PROMPT, QUERIES, IMAGES))
+    assert np.array_equal(decoder.decode(PROMPT, QUERIES, IMAGES).ids, expected)

@@ -1,0 +1,141 @@
+"""What a decoder does, and what it returns: pictures as tokens, with their likelihoods.
+
+A decoder is another way to compute the same answers, or, where its page says so, answers like them. All of them take
+the same prompt, queries and sampling, so that callers need not know which one they have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from covray.config import SamplingConfig
+from covray.errors import ConfigError
+
+GREEDY = SamplingConfig()
+
+
+@dataclass(frozen=True, eq=False)
+class DecodedImage:
+    """One picture of one candidate of one query, as it is finished."""
+
+    query: int
+    candidate: int
+    image: int
+    """Number of the picture: the frames come first, the answer is the last."""
+    ids: NDArray[np.uint16]
+    """[tokens per image]."""
+    token_log_p: NDArray[np.float32]
+    """log p of each token given all before it, in nats, [tokens per image]; p is the model's at temperature 1 over the
+    image codes, whatever the tokens were sampled with."""
+
+
+@dataclass(frozen=True, eq=False)
+class Decoded:
+    """What a decoder wrote for B queries, with N candidates each."""
+
+    candidate_ids: NDArray[np.uint16]
+    """[B, N, images, tokens per image]."""
+    candidate_log_likelihood: NDArray[np.float64]
+    """The sum of ``DecodedImage.token_log_p`` of every picture, [B, N, images]."""
+    candidate: NDArray[np.int64]
+    """The likeliest candidate of every query by ``sampling.choose_by``, [B]."""
+
+    @property
+    def ids(self) -> NDArray[np.uint16]:
+        """Of the likeliest candidates, [B, images, tokens per image]."""
+        chosen: NDArray[np.uint16] = self.candidate_ids[np.arange(len(self.candidate)), self.candidate]
+        return chosen
+
+    @property
+    def image_log_likelihood(self) -> NDArray[np.float64]:
+        """Of the likeliest candidates, [B, images]."""
+        chosen: NDArray[np.float64] = self.candidate_log_likelihood[np.arange(len(self.candidate)), self.candidate]
+        return chosen
+
+    @property
+    def log_likelihood(self) -> NDArray[np.float64]:
+        """Of all pictures of the likeliest candidates, [B]."""
+        total: NDArray[np.float64] = self.image_log_likelihood.sum(1)
+        return total
+
+
+class Decoder(Protocol):
+    """Writes pictures after a prompt and queries."""
+
+    codes: int
+    """Image codes of the vocabulary; ids from there on are never written."""
+    tokens_per_image: int
+    context_tokens: int
+
+    def decode(
+        self,
+        prompt: np.ndarray,
+        queries: np.ndarray,
+        images: int,
+        sampling: SamplingConfig = GREEDY,
+        seeds: Sequence[int] | None = None,
+    ) -> Decoded:
+        """Write ``images`` pictures after each of ``queries``.
+
+        Args:
+            prompt: Ids [P] that precede every query, P >= 0.
+            queries: Ids [B, Q], Q >= 1.
+            images: Pictures to write after each query, the answer last.
+            sampling: How tokens are chosen, and how many candidates a query has.
+            seeds: One a query: all its randomness follows from it and the candidate's number. By default 0 for all.
+
+        Raises:
+            ConfigError: Prompt, query and pictures exceed the context.
+        """
+
+    def stream(
+        self,
+        prompt: np.ndarray,
+        queries: np.ndarray,
+        images: int,
+        sampling: SamplingConfig = GREEDY,
+        seeds: Sequence[int] | None = None,
+    ) -> Iterator[DecodedImage]:
+        """Write the same pictures as ``decode``, and yield each as soon as it is finished; those of one row in order."""
+
+
+def collect(decoded: Iterable[DecodedImage], shape: tuple[int, int, int, int], sampling: SamplingConfig) -> Decoded:
+    """Put the pictures of a stream together and find the likeliest candidates.
+
+    Args:
+        decoded: All pictures of a stream.
+        shape: Queries, candidates, images and tokens per image.
+        sampling: Whose ``choose_by`` says which likelihood counts.
+    """
+    ids = np.zeros(shape, np.uint16)
+    token_log_p = torch.zeros(shape)
+    for each in decoded:
+        ids[each.query, each.candidate, each.image] = each.ids
+        token_log_p[each.query, each.candidate, each.image] = torch.from_numpy(each.token_log_p)
+    by_image = token_log_p.double().sum(-1).numpy()
+    if not shape[2]:
+        return Decoded(ids, by_image, np.zeros(shape[0], np.int64))
+    scored = by_image[..., -1:] if sampling.choose_by == "answer" else by_image
+    return Decoded(ids, by_image, scored.sum(-1).argmax(1))
+
+
+def require_context(tokens: int, tokens_per_image: int, context_tokens: int) -> None:
+    """Raise ConfigError, with the arithmetic, when a sentence of ``tokens`` exceeds the model's context.
+
+    Args:
+        tokens: Of the whole sentence.
+        tokens_per_image: Tokens of one picture.
+        context_tokens: Tokens that the model can read.
+    """
+    if tokens > context_tokens:
+        raise ConfigError(
+            f"{tokens // tokens_per_image} pictures x {tokens_per_image} tokens = {tokens} tokens exceed the context "
+            f"of {context_tokens} ({context_tokens // tokens_per_image} pictures); "
+            "give fewer examples or shorter chains"
+        )
