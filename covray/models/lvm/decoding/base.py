@@ -102,7 +102,7 @@ class Decoder(Protocol):
         sampling: SamplingConfig = GREEDY,
         seeds: Sequence[int] | None = None,
     ) -> Iterator[DecodedImage]:
-        """Write the same pictures as ``decode``, and yield each as soon as it is finished; those of one row in order."""
+        """Write the same pictures as ``decode``, and yield each once it is finished; those of one row in order."""
 
 
 def collect(decoded: Iterable[DecodedImage], shape: tuple[int, int, int, int], sampling: SamplingConfig) -> Decoded:

@@ -160,7 +160,7 @@ class SequentialDecoder:
         return hidden
 
     def _fitting_buffer(self, own_tokens: int) -> Tensor:
-        """Return memory for ``own_tokens`` a row, [layers, 2, heads, batch, tokens, head width]; the last if it fits."""
+        """Return memory for ``own_tokens`` a row, [layers, 2, heads, batch, tokens, head width]."""
         size = self._model.config.hidden_size // self._layers[0].heads
         shape = (len(self._layers), 2, self._layers[0].heads, self.batch, own_tokens, size)
         if self._buffer is not None and self._buffer.shape == shape:
