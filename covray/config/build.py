@@ -1,0 +1,49 @@
+"""The configuration of ``covray build``."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from covray.config.fields import ActorsConfig, Alpha, EngineConfig, FrameMethod, Length, PriorConfig, TokenizerConfig
+from covray.config.section import Section
+
+
+class BuildConfig(Section):
+    """``covray build``: manifest in, token shards out."""
+
+    pairs: str
+    """Manifest: a Parquet file or folder, local or on any filesystem pyarrow knows."""
+    out: str
+    """Dataset folder to write."""
+    lengths: tuple[Length, ...] = (4,)
+    """Chain lengths to serve, both ends counted; length L has frames at alpha = k/(L-1)."""
+    alphas: tuple[Alpha, ...] = ()
+    """Further alphas, beside those the lengths ask for."""
+    methods: tuple[FrameMethod, ...] = ("diffusion", "linear")
+    """How frames are made. The method ``none`` needs no frames: it is every dataset's source and label."""
+    prior: PriorConfig = PriorConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    engine: EngineConfig = EngineConfig()
+    actors: ActorsConfig = ActorsConfig()
+    fit: Literal["stretch", "crop"] = "stretch"
+    """How a picture becomes square: ``stretch`` as LVM does, or ``crop`` the centre first."""
+    check_endpoints: float = Field(default=0.05, ge=0.0, le=1.0)
+    """Share of pairs whose two ends are also denoised, to report how well inversion returns them."""
+    keep_noise: bool = False
+    """Keep the inverted noise in the shards, so that a later build needs no inversion."""
+    noise_from: str | None = None
+    """A dataset built with ``keep_noise`` and the same prior: its noise is used where it has the pair, of the same
+    pixels."""
+    rows_per_block: int = Field(default=64, ge=1, le=100_000)
+    """Pairs an actor takes at a time; also the unit that a kill can cost."""
+
+    @field_validator("lengths", "alphas", "methods")
+    @classmethod
+    def _sorted_set(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(sorted(set(value)))
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the tokens of a pair; a resume must agree in all of it."""
+        return self.model_dump(mode="json", exclude={"out", "pairs", "actors", "rows_per_block", "noise_from"})

@@ -1,0 +1,148 @@
+"""The kinds of values and the sections that several steps share."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from covray.config.section import Section
+
+
+def _known_task(name: str) -> str:
+    """Return ``name`` if a task has it. Raises ValueError."""
+    from covray.tasks import TASKS  # here: the tasks import SciPy, which the commands' help does not wait for
+
+    if name not in TASKS:
+        raise ValueError(f"no such task; the tasks are {', '.join(TASKS)}")
+    return name
+
+
+TaskName = Annotated[str, AfterValidator(_known_task)]
+"""A task of ``covray.tasks``, built in or installed."""
+FrameMethod = Literal["linear", "diffusion"]
+"""A method that makes frames."""
+ChainMethod = Literal["none", "linear", "diffusion"]
+"""How a chain's frames are made; ``none`` leaves them out."""
+Length = Annotated[int, Field(ge=2, le=64)]
+"""Pictures of a chain, both ends counted."""
+Alpha = Annotated[float, Field(gt=0.0, lt=1.0)]
+"""Where a frame stands between image (0) and label (1)."""
+ExamplePairs = Annotated[int, Field(ge=0, le=63)]
+"""Example pairs before a query."""
+Scale = Literal["nano", "300m", "600m", "1b", "3b", "7b", "custom"]
+"""A size of the LVM family."""
+Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+"""A projection of a LLaMA layer."""
+
+
+class PriorConfig(Section):
+    """The pretrained diffusion model that interpolates."""
+
+    path: str = "nano"
+    """``nano`` (ships with the package), a diffusers folder, or a hub id."""
+    revision: str | None = None
+    """Revision of a hub id; pin it for anything that is to be repeated."""
+    size_px: int | None = Field(default=None, ge=16, le=2048, multiple_of=8)
+    """Side of the square pictures it works on; by default the size the UNet was trained at."""
+    steps: int = Field(default=50, ge=2, le=1000)
+    """DDIM steps of an inversion, and of a denoising (the paper: 50). Must divide the training steps."""
+
+
+class TokenizerConfig(Section):
+    """The VQGAN that writes frames as tokens."""
+
+    path: str = "nano"
+    """``nano`` (ships with the package), a ``diffusers.VQModel`` folder, or a hub id."""
+    revision: str | None = None
+    size_px: int | None = Field(default=None, ge=16, le=2048, multiple_of=8)
+    """Side of the square pictures it reads; by default the model's ``sample_size``."""
+
+
+class BackboneConfig(Section):
+    """The pretrained vision model that LoRA adapts; its weights stay frozen."""
+
+    scale: Scale = "nano"
+    """Size of the LVM family; ``custom`` takes whatever sizes the folder of ``path`` has."""
+    path: str | None = None
+    """``nano`` (ships with the package), a ``LlamaForCausalLM`` folder, or a hub id; by default nano for that scale."""
+    revision: str | None = None
+    """Revision of a hub id; pin it for anything that is to be repeated."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """``random`` starts from random weights of the scale's architecture, or of the one in the folder of ``path``: for
+    measuring speed, not for pictures."""
+
+
+class EngineConfig(Section):
+    """How the arithmetic runs. Part of the fingerprint: tokens are identical to the bit for one setting of it."""
+
+    batch: int | None = Field(default=None, ge=1, le=4096)
+    """Rows of the UNet's fixed, padded batch. By default proposed by a probe, and recorded by the build."""
+    image_batch: int = Field(default=16, ge=1, le=1024)
+    """Rows of the fixed, padded batch of the VAE and of the tokenizer."""
+    threads: int = Field(default=1, ge=1, le=256)
+    """CPU threads of one actor. Identity to the bit holds for one: more split a batch, and where a picture then stands
+    in it can change its last bits. Use more actors instead."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """``auto`` takes the GPU if there is one."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Network arithmetic; latents stay float32. ``auto``: bfloat16 on a GPU, float32 on a CPU."""
+    compile: bool = False
+    """``torch.compile`` the UNet: minutes at the start, worth it for thousands of pairs on a GPU."""
+
+
+class ActorsConfig(Section):
+    """The pool that computes. Not part of the fingerprint: any number of actors writes the same tokens."""
+
+    min: int = Field(default=1, ge=1)
+    max: int | None = Field(default=None, ge=1)
+    """By default one per GPU, or on CPUs one per ``engine.threads`` cores."""
+    gpus: float | None = Field(default=None, ge=0)
+    """GPUs of one actor, whole or a fraction; by default 1 where the cluster has GPUs, else 0."""
+    cpus: float | None = Field(default=None, gt=0)
+    """Logical CPUs one actor reserves; by default a share that leaves room for reading and writing."""
+    node_type: str | None = None
+    """Only on nodes that have this custom resource; the node types of ``cluster/gpu.yaml`` have one of their name."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ActorsConfig:
+        if self.max is not None and self.max < self.min:
+            raise ValueError(f"max ({self.max}) is smaller than min ({self.min})")
+        return self
+
+
+class SamplingConfig(Section):
+    """How the model's next token is chosen."""
+
+    temperature: float = Field(default=0.0, ge=0.0, le=100.0)
+    """0: the likeliest token (greedy). 1: the model's own distribution, as LVM samples."""
+    top_k: int | None = Field(default=None, ge=1)
+    """Only the so many likeliest tokens."""
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Only the likeliest tokens that together reach this probability."""
+    best_of: int = Field(default=1, ge=1, le=1024)
+    """Candidates a query, of which the likeliest is given."""
+    choose_by: Literal["answer", "chain"] = "answer"
+    """What a candidate's likelihood is of: its answer given its own frames, or frames and answer together."""
+
+    @model_validator(mode="after")
+    def _candidates_differ(self) -> SamplingConfig:
+        if self.best_of > 1 and self.temperature == 0:
+            raise ValueError("best_of: greedy candidates are all the same; set a temperature")
+        return self
+
+    @property
+    def candidates(self) -> int:
+        """How many candidates the decoder writes for a query."""
+        return self.best_of
+
+
+class TrackingConfig(Section):
+    """MLflow."""
+
+    uri: str | None = None
+    """Tracking server or ``sqlite:///`` file; by default ``mlflow.db`` beside the run's folder. ``none``: no MLflow."""
+    experiment: str = "covray"
+    log_every_steps: int = Field(default=1, ge=1)
+    parent_run_id: str | None = None
+    """MLflow run that this one is a child of; a sweep sets it. Of one name there is one child."""

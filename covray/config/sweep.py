@@ -1,0 +1,83 @@
+"""The configuration of ``covray sweep``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from covray.config.fields import BackboneConfig, ChainMethod, ExamplePairs, Length, TaskName, TrackingConfig
+from covray.config.section import Section
+
+
+class GridConfig(Section):
+    """What the trials of a sweep differ in: every combination of these."""
+
+    methods: tuple[ChainMethod, ...] = ("none", "linear", "diffusion")
+    """How frames are made; ``none`` has no frames, so that it is one trial for all lengths."""
+    lengths: tuple[Length, ...] = (2, 3, 4, 6, 8)
+    """Chain lengths, both ends counted; length 2 is the method ``none``."""
+    pairs: tuple[ExamplePairs, ...] = (1, 2, 3)
+    """Example pairs before the query."""
+    tasks: tuple[tuple[TaskName, ...] | None, ...] = (None,)
+    """Sets of tasks, each a trial's; null: all of the dataset."""
+    scales: tuple[BackboneConfig, ...] = ()
+    """Backbones: a scale, as ``7b``, or ``{scale: 7b, path: LVM-7B}``. By default that of ``train``."""
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
+    fields: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
+    """Any other field of a training by its dotted name, as ``optimizer.learning_rate: [0.001, 0.0003]``."""
+
+    @field_validator("scales", mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        if not isinstance(value, list | tuple):
+            return value
+        return [{"scale": entry} if isinstance(entry, str) else entry for entry in value]
+
+    @field_validator("methods", "lengths", "pairs", "tasks", "seeds", "fields")
+    @classmethod
+    def _some(cls, value: Any) -> Any:
+        lists = value.values() if isinstance(value, dict) else [value]
+        if any(not entries for entries in lists):
+            raise ValueError("give at least one")
+        return value if isinstance(value, dict) else tuple(dict.fromkeys(value))
+
+
+class SweepConfig(Section):
+    """``covray sweep``: many trainings and their scores, and what they say together."""
+
+    out: str
+    """Folder to write."""
+    data: str | None = None
+    """Dataset of chains; null: one is built from ``manifest`` into the folder of the sweep, for all lengths at once."""
+    manifest: str | None = None
+    """Manifest to build the dataset from."""
+    grid: GridConfig = GridConfig()
+    build: dict[str, Any] = Field(default_factory=dict)
+    """Keys of ``covray build`` beside those the grid decides, as ``prior: {steps: 20}``."""
+    train: dict[str, Any] = Field(default_factory=dict)
+    """Keys of ``covray train`` beside those the grid decides."""
+    evaluate: dict[str, Any] = Field(default_factory=dict)
+    """Keys of ``covray evaluate``; baselines and the untuned backbone are evaluated once for the whole sweep."""
+    concurrency: int | None = Field(default=None, ge=1)
+    """Trials at a time; by default as many as the cluster holds."""
+    retries: int = Field(default=1, ge=0)
+    """How often a trial that failed is tried again; then it is reported, and the others go on."""
+    stopping: Literal["none", "asha", "median"] = "none"
+    """End trials that do worse than others at equal tokens, by the answer's perplexity on the validation split: by
+    successive halving (Li et al. 2020) or below the median. Methods compare only where their answers are equally hard
+    to tell from their frames, so this is for sweeps within one."""
+    grace: float = Field(default=0.25, gt=0, le=1)
+    """Share of a training before which no trial is stopped."""
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _one_source(self) -> SweepConfig:
+        if (self.data is None) == (self.manifest is None):
+            raise ValueError("give data, a dataset of chains, or manifest, the pairs to build one from")
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """What all trials share; the grid may grow, as every trial is checked by itself."""
+        shared = {"data", "manifest", "build", "train", "evaluate", "stopping", "grace"}
+        return self.model_dump(mode="json", include=shared)

@@ -1,0 +1,152 @@
+"""The configuration of ``covray train``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from covray.config.fields import BackboneConfig, ChainMethod, ExamplePairs, Length, Target, TaskName, TrackingConfig
+from covray.config.section import Section
+
+
+class LoraConfig(Section):
+    """The adapter: W x + (alpha / rank) B A x."""
+
+    rank: int = Field(default=32, ge=1, le=1024)
+    alpha: float = Field(default=64.0, gt=0)
+    targets: tuple[Target, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Projections that get an update."""
+    path: str | None = None
+    """An adapter to go on from, a PEFT folder of this rank, alpha and targets (a finished run has one in ``adapter``);
+    null: a new one, which changes nothing yet."""
+
+    @field_validator("targets")
+    @classmethod
+    def _some(cls, value: tuple[Target, ...]) -> tuple[Target, ...]:
+        if not value:
+            raise ValueError("name at least one projection")
+        return tuple(dict.fromkeys(value))
+
+
+class SentencesConfig(Section):
+    """Which visual sentences are made of the chains."""
+
+    method: ChainMethod = "diffusion"
+    """How the frames between image and label were made; ``none`` leaves them out."""
+    lengths: tuple[Length, ...] = (4,)
+    """Chain length, both ends counted; of several, each sentence draws one."""
+    pairs: tuple[ExamplePairs, ...] = (1,)
+    """Example pairs before the query; of several, each sentence draws one."""
+    tasks: tuple[TaskName, ...] | None = None
+    """Only these; by default all of the dataset."""
+    split: str = "train"
+    validation_split: str | None = "val"
+    """Split for the validation loss; null validates nothing."""
+    loss: Literal["all", "chains", "chain", "answer"] = "all"
+    """Where loss is taken: every token (as LVM), the frames and answers of examples and query, those of the query, or
+    its answer only."""
+
+    @field_validator("lengths", "pairs", "tasks")
+    @classmethod
+    def _distinct(cls, value: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
+        if value is not None and not value:
+            raise ValueError("give at least one")
+        return None if value is None else tuple(sorted(set(value)))
+
+
+class OptimizerConfig(Section):
+    """AdamW on the adapter, cosine schedule with warm-up."""
+
+    learning_rate: float = Field(default=2e-4, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    warmup: float = Field(default=0.03, ge=0, lt=1)
+    """Share of the steps over which the learning rate rises."""
+    final: float = Field(default=0.1, ge=0, le=1)
+    """Learning rate at the end, as a share of the highest."""
+    clip: float = Field(default=1.0, gt=0)
+    """Largest norm of the gradient."""
+    epochs: float = Field(default=1.0, gt=0, le=1e6)
+    """How often each pair is the query."""
+    steps: int | None = Field(default=None, ge=1, le=10**9)
+    """Steps, in place of ``epochs``."""
+    batch_tokens: int = Field(default=172_032, ge=1, le=10**12)
+    """Tokens of a step over all workers (the paper: 172K); the loss is their mean, however many workers there are."""
+    micro_batch_tokens: int = Field(default=8192, ge=1, le=10**12)
+    """Tokens a worker computes at a time; at least one sentence."""
+
+
+class ComputeConfig(Section):
+    """How the arithmetic runs."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """``auto`` takes the GPU if there is one."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the frozen backbone and of the arithmetic; the adapter is float32. ``auto``: bfloat16 on a GPU and on a CPU
+    with units for it (AMX, AVX512-BF16), else float32."""
+    threads: int | None = Field(default=None, ge=1, le=256)
+    """CPU threads of one worker; by default the machine's cores over its workers."""
+    recompute: bool = False
+    """Compute activations again in the backward pass: a third more work for a fraction of the memory."""
+    compile: bool = False
+    """``torch.compile`` the layers: a minute at the start, worth it on a GPU."""
+    deepspeed: str = "auto"
+    """``auto`` by scale and GPU memory, ``none``, ``zero1``, ``zero2``, ``zero3``, ``zero2_offload``,
+    ``zero3_offload``, or a DeepSpeed JSON file."""
+
+
+class WorkersConfig(Section):
+    """Ray Train's workers. Any number of them makes the same updates."""
+
+    count: int = Field(default=1, ge=1)
+    gpus: float | None = Field(default=None, ge=0)
+    """GPUs of one worker; by default 1 where the cluster has GPUs, else 0."""
+    cpus: float = Field(default=1.0, gt=0)
+    """Logical CPUs one worker reserves."""
+    node_type: str | None = None
+    """Only on nodes that have this custom resource; the node types of ``cluster/gpu.yaml`` have one of their name."""
+    max_failures: int = Field(default=3, ge=-1)
+    """Restarts after the loss of a worker before the run is given up; -1: without end."""
+
+
+class CheckpointsConfig(Section):
+    """When the state of a run is kept, and how much of it."""
+
+    every_steps: int = Field(default=100, ge=1)
+    keep: int = Field(default=2, ge=1, le=10**9)
+    """The last so many, beside the best by validation loss."""
+
+
+class TrainConfig(Section):
+    """``covray train``: token shards in, a PEFT adapter out."""
+
+    data: str
+    """Dataset of chains: the ``--out`` of a ``covray build``."""
+    out: str
+    """Run folder to write."""
+    backbone: BackboneConfig = BackboneConfig()
+    lora: LoraConfig = LoraConfig()
+    sentences: SentencesConfig = SentencesConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    compute: ComputeConfig = ComputeConfig()
+    workers: WorkersConfig = WorkersConfig()
+    checkpoints: CheckpointsConfig = CheckpointsConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    validate_every_steps: int = Field(default=100, ge=1)
+    validation_sentences: int = Field(default=64, ge=1, le=10**12)
+    """At most so many sentences of the validation split."""
+    seed: int = Field(default=0, ge=0)
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the losses; a resume must agree in all of it.
+
+        Left out is what only changes the order in which floats are added: workers, micro-batches, threads, ZeRO stage.
+        """
+        left_out: dict[str, Any] = {
+            **dict.fromkeys(("data", "out", "workers", "checkpoints", "tracking", "validate_every_steps"), True),
+            "compute": {"device", "threads", "recompute", "compile", "deepspeed"},
+            "optimizer": {"micro_batch_tokens"},
+            "lora": {"path"},  # of what lies there, the run keeps the fingerprint
+        }
+        return self.model_dump(mode="json", exclude=left_out)
