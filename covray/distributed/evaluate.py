@@ -42,6 +42,7 @@ from covray.distributed.session import here, ray_session
 from covray.distributed.tracking import Tracker
 from covray.errors import ConfigError, DatasetError, PairError
 from covray.evaluation.lpips import find_alexnet, load_lpips
+from covray.evaluation.records import EvaluationResults
 from covray.evaluation.results import choose_episodes, tabulate, to_csv
 from covray.evaluation.runner import (
     EPISODE_SCHEMA,
@@ -243,7 +244,7 @@ def _write_results(config: EvaluateConfig, subjects: Sequence[Subject], results:
                     continue
                 value = next(entry["value"] for entry in row["values"] if entry["metric"] == primary)
                 strips.append(Strip(task, subject.name, rank, pair_id, value, query, list(frames), answer, label))
-    write_evaluation_page(results, strips, storage.join(config.out, PAGE))
+    write_evaluation_page(EvaluationResults.model_validate(results), strips, storage.join(config.out, PAGE))
     storage.write_bytes(storage.join(config.out, TABLE), to_csv(results).encode())
     storage.write_json(storage.join(config.out, RESULTS), results)
 

@@ -38,9 +38,11 @@ from covray.distributed.session import ray_session
 from covray.distributed.tracking import Tracker, store_of
 from covray.distributed.train import train
 from covray.errors import ConfigError
+from covray.evaluation.records import TaskSummary
 from covray.io import storage
 from covray.report.sweep import write_sweep_page
 from covray.sweeps.grid import Grid, Trial, grid_of, plan_sweep
+from covray.sweeps.records import LeftOut, Reference, TrialEntry
 from covray.sweeps.results import tabulate, to_csv
 from covray.training.checkpoints import require_same
 
@@ -134,18 +136,18 @@ def report(out: str) -> dict[str, Any]:
             known = about.setdefault(task, facts | {"metrics": []})
             known["metrics"] += [metric for metric in facts["metrics"] if metric not in known["metrics"]]
     results = tabulate(
-        trials,
-        [_reference(subject, table) for table in references for subject in table["subjects"]],
-        about,
+        [TrialEntry.model_validate(trial) for trial in trials],
+        [Reference.model_validate(_reference(subject, table)) for table in references for subject in table["subjects"]],
+        {task: TaskSummary.model_validate(facts) for task, facts in about.items()},
         sorted({metric for table in tables for metric in table["lower_is_better"]}),
-        [{"name": left.name, "reason": left.reason} for left in grid.left_out],
+        [LeftOut(name=left.name, reason=left.reason) for left in grid.left_out],
         described["config"],
         described["seconds"],
     )
     write_sweep_page(results, storage.join(config.out, PAGE))
     storage.write_bytes(storage.join(config.out, TABLE), to_csv(results).encode())
-    storage.write_json(storage.join(config.out, RESULTS), results)
-    return results
+    results.write(config.out)
+    return results.to_json()
 
 
 # --- the trials ------------------------------------------------------------------------------------------------------

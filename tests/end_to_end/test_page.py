@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from covray.evaluation.records import EvaluationResults
 from covray.evaluation.results import tabulate
 from covray.evaluation.subjects import Subject
 from covray.report.dataset import view
 from covray.report.evaluation import Strip, write_evaluation_page
 from covray.report.sweep import write_sweep_page
+from covray.sweeps.records import SweepResults
 from tests.report.test_sweep import sweep_results
 
 pytestmark = pytest.mark.end_to_end
@@ -71,7 +73,7 @@ def test_the_page_of_an_evaluation_shows_its_table_and_pictures_without_a_networ
         Strip("depth", subject.name, "best", 1, 0.1, picture, [picture], picture, picture) for subject in subjects
     ]
     page = str(tmp_path / "index.html")
-    write_evaluation_page(results, strips, page)
+    write_evaluation_page(EvaluationResults.model_validate(results), strips, page)
     dom = browse(page, tmp_path / "profile", "--dump-dom")
     assert re.search(r'<html[^>]*class="js"', dom), "the script ran"
     assert "&lt;b&gt;tuned" in dom, "a hostile name stays text"
@@ -85,7 +87,7 @@ def test_the_page_of_a_sweep_shows_its_tables_and_charts_without_a_network(tmp_p
     results = sweep_results()
     results["trials"][0] |= {"status": "failed", "error": "<img src=x onerror=alert(1)>"}
     page = str(tmp_path / "index.html")
-    write_sweep_page(results, page)
+    write_sweep_page(SweepResults.model_validate(results), page)
     dom = browse(page, tmp_path / "profile", "--dump-dom")
     assert re.search(r'<html[^>]*class="js"', dom), "the script ran"
     assert "&lt;img src=x" in dom, "a hostile error stays text"

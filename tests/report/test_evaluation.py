@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from covray.evaluation.records import EvaluationResults
 from covray.report.evaluation import Strip, write_evaluation_page
 from tests.report.conftest import Page
 from tests.support.metrics import LOWER_IS_BETTER, METRICS, SET_METRICS
@@ -76,7 +77,7 @@ def written(tmp_path: Path) -> Writer:
     """Writes a page and reads it, and checks what is true of every page."""
 
     def write(results: dict[str, Any], *strips: Strip) -> Page:
-        write_evaluation_page(results, strips, str(tmp_path / "index.html"))
+        write_evaluation_page(EvaluationResults.model_validate(results), strips, str(tmp_path / "index.html"))
         page = Page((tmp_path / "index.html").read_text())
         page.require_self_contained()
         targets = [attributes["id"] for _, attributes in page.elements if "id" in attributes]

@@ -1,32 +1,64 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
+import jinja2
 import numpy as np
 import pytest
 
-from covray.report.html import document, duration, facts, figures, img, navigation, numbers, round_ticks
+from covray import report
+from covray.report.charts import round_ticks
+from covray.report.formatting import duration, numbers
+from covray.report.html import Link, data_uri, render
 from tests.report.conftest import Page
 
 HOSTILE = "</title><script>alert(1)</script>\"'&"
 
 
-def test_a_document_runs_its_own_script_and_no_other() -> None:
-    body = [navigation([(HOSTILE, HOSTILE)], 64), figures([(HOSTILE, HOSTILE)]), facts([(HOSTILE, HOSTILE)], [HOSTILE])]
-    page = Page(document(HOSTILE, body, tile_px=64, script="/* of the page */").decode())
+def page_of(text: str) -> str:
+    """A page in which every value is ``text``."""
+    page = render(
+        "dataset.html",
+        text,
+        styles=["dataset.css"],
+        scripts=["dataset.js"],
+        tile_px=64,
+        links=[Link(text, text)],
+        path=text,
+        unfinished=False,
+        tiles=[(text, text)],
+        lines=[(text, text)],
+        fingerprints=[(text, text)],
+        groups=[],
+        rejects=[],
+    )
+    return page.decode()
+
+
+def test_a_page_runs_its_own_script_and_no_other() -> None:
+    page = Page(page_of(HOSTILE))
     page.require_self_contained()
     assert page.texts_in("title") == [HOSTILE]
-    assert "/* of the page */" in page.texts_in("script")[0]
-    assert page.texts.count(HOSTILE) == 6
-    injected = document("", ["<script>alert(1)</script>"], tile_px=64).decode()
+    assert "cross-fade" in page.texts_in("script")[0]
+    assert page.texts.count(HOSTILE) == 9
+    injected = page_of("").replace("</main>", "<script>alert(1)</script></main>")
     with pytest.raises(ValueError):  # two scripts, one hash: the browser runs one of them
         Page(injected).require_self_contained()
+
+
+def test_every_template_escapes_what_it_shows() -> None:
+    environment = jinja2.Environment()
+    for template in Path(report.__file__).parent.joinpath("templates").iterdir():
+        text = template.read_text()
+        environment.parse(text)
+        assert not re.search(r"\|\s*safe\b|autoescape|Markup", text), template.name
 
 
 @pytest.mark.parametrize("size", [8, 128])
 def test_small_pictures_are_stored_to_the_pixel(size: int) -> None:
     picture = np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8)
-    (shown,) = Page(img(picture, "noise")).pictures()
+    (shown,) = Page(f'<img src="{data_uri(picture)}">').pictures()
     assert np.array_equal(shown, picture)
 
 

@@ -1,18 +1,19 @@
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
-from covray.report.html import numbers
+from covray.report.formatting import numbers
 from covray.report.sweep import write_sweep_page
-from covray.sweeps.results import tabulate
+from covray.sweeps.records import SweepResults
 from tests.report.conftest import Page
 from tests.support.metrics import LOWER_IS_BETTER, METRICS
+from tests.support.sweeps import tabulate
 
 HOSTILE = "\"'></td></svg><script>alert(1)</script><img src=http://evil/x onerror=alert(2)> &"
 OF_MODELS = ("perplexity_own", "perplexity_reference", "frame_path")
@@ -75,9 +76,10 @@ def written(tmp_path: Path) -> Writer:
     """Writes a page and reads it, and checks what is true of every page."""
 
     def write(results: dict[str, Any]) -> Page:
-        before = copy.deepcopy(results)
-        write_sweep_page(results, str(tmp_path / "index.html"))
-        assert str(results) == str(before), "the page only reads"
+        record = SweepResults.model_validate(results)
+        before = record.model_copy(deep=True)
+        write_sweep_page(record, str(tmp_path / "index.html"))
+        assert str(record) == str(before), "the page only reads"
         source = (tmp_path / "index.html").read_text()
         page = Page(source)
         page.require_self_contained()
@@ -277,14 +279,27 @@ def test_hostile_text_stays_text(written: Writer) -> None:
     results["tasks"][HOSTILE] = {"episodes": 1, "primary": HOSTILE, "metrics": [HOSTILE]}
     for claim in results["claims"]:
         claim |= {"claim": HOSTILE, "paper": HOSTILE}
-        claim["overall"] = claim["overall"] and claim["overall"] | {"verdict": HOSTILE}
         for row in claim["rows"]:
-            row |= {"first": HOSTILE, "second": HOSTILE, "task": HOSTILE, "metric": HOSTILE, "verdict": HOSTILE}
+            row |= {"first": HOSTILE, "second": HOSTILE, "task": HOSTILE, "metric": HOSTILE}
     page = written(results)
     tags = [tag for tag, _ in page.elements]
     assert tags.count("script") == 1
     assert "img" not in tags
     assert page.texts.count(HOSTILE) > 50
+
+
+@pytest.mark.parametrize(
+    ("place", "key"), [("trials", "status"), ("claims", "overall.verdict"), ("claims", "rows.0.verdict")]
+)
+def test_words_that_choose_a_style_are_of_a_fixed_set(place: str, key: str) -> None:
+    results = sweep_results(pairs=(1,), lengths=(3, 4))
+    entry = results[place][0]
+    *path, last = key.split(".")
+    for part in path:
+        entry = entry[int(part) if part.isdigit() else part]
+    entry[last] = HOSTILE
+    with pytest.raises(ValidationError, match=f"{place}.0.{key}"):
+        SweepResults.model_validate(results)
 
 
 @pytest.mark.parametrize("value", [None, float("nan"), float("inf"), 0.0, -1e300, 1e300])

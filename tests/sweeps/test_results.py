@@ -17,7 +17,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from covray.sweeps.results import t_interval, tabulate, to_csv
+from covray.sweeps.cells import t_interval
+from covray.sweeps.records import SweepResults
+from covray.sweeps.results import to_csv
+from tests.support.sweeps import tabulate
 
 Trial = dict[str, Any]
 TASKS = {
@@ -450,7 +453,7 @@ def test_the_csv_says_what_the_table_says() -> None:
     reference_score = {"task": "depth", "metric": "abs_rel", "mean": 0.5, "low": 0.25, "high": None, "episodes": 4}
     references = [{"name": "copy", "kind": "baseline", "method": "none", "length": 2, "scores": [reference_score]}]
     results = table(trials, references=references)
-    lines = list(csv.DictReader(io.StringIO(to_csv(results))))
+    lines = list(csv.DictReader(io.StringIO(to_csv(SweepResults.model_validate(results)))))
     expected = [(cell, score) for cell in results["cells"] for score in cell["scores"]]
     assert len(lines) == len(expected) + 1
     for line, (cell, score) in zip(lines, expected, strict=False):

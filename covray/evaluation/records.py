@@ -1,0 +1,93 @@
+"""What the JSON files of an evaluation hold."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from covray.errors import ConfigError, CovrayError
+from covray.evaluation.subjects import Kind
+from covray.io.records import Record, RecordPart
+
+
+class SubjectEntry(RecordPart):
+    """A row of the table; ``covray.evaluation.subjects.Subject`` as JSON."""
+
+    name: str
+    kind: Kind
+    about: str
+    method: str | None = None
+    length: int | None = None
+    pairs: int | None = None
+
+
+class TaskSummary(RecordPart):
+    """What was measured of a task."""
+
+    episodes: int
+    primary: str
+    """The metric to rank and compare by."""
+    metrics: tuple[str, ...]
+    absent: dict[str, str] = Field(default_factory=dict)
+    """Metrics that the task has and the evaluation lacks, each with the reason."""
+    rejected: int = 0
+    """Episodes without a score of at least one subject."""
+
+
+class SubjectScore(RecordPart):
+    """The mean of a metric over the episodes of one subject."""
+
+    task: str
+    subject: str
+    metric: str
+    mean: float | None
+    """None where the metric is undefined for every episode."""
+    low: float | None
+    """The lower end of the 95% interval; None for metrics of a whole set."""
+    high: float | None
+    """The upper end of the 95% interval."""
+    episodes: int
+
+
+class Difference(RecordPart):
+    """The first subject minus the second, over the episodes both have, by the primary metric."""
+
+    task: str
+    metric: str
+    first: str
+    second: str
+    mean: float | None
+    low: float | None
+    high: float | None
+    p_value: float | None
+    """Of a two-sided sign-flip test."""
+    episodes: int
+
+
+class FailedEpisode(RecordPart):
+    """An answer without scores."""
+
+    task: str
+    subject: str
+    pair_id: int
+    error: str
+
+
+class EvaluationResults(Record):
+    """The table of an evaluation."""
+
+    FILE: ClassVar[str] = "results.json"
+    FIX: ClassVar[str] = "evaluate again into another folder"
+    ERROR: ClassVar[type[CovrayError]] = ConfigError
+
+    subjects: tuple[SubjectEntry, ...]
+    tasks: dict[str, TaskSummary]
+    lower_is_better: tuple[str, ...]
+    """The metrics of which less is better."""
+    scores: tuple[SubjectScore, ...]
+    differences: tuple[Difference, ...]
+    failed: tuple[FailedEpisode, ...]
+    seconds: float
+    config: dict[str, Any]
+    fingerprints: dict[str, str]

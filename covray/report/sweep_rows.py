@@ -1,0 +1,60 @@
+"""Cells and trials of a sweep: their order, and what tells them apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple, TypeVar
+
+from covray.report.charts import METHODS
+from covray.report.formatting import counted
+from covray.sweeps.records import CellEntry, TrialEntry
+
+Axis = Literal["length", "pairs"]
+Row = TypeVar("Row", CellEntry, TrialEntry)
+
+
+class Fixed(NamedTuple):
+    """What stays as it is where chain length, or the number of pairs, varies."""
+
+    number: int
+    """The other of the two."""
+    variant: str
+    """All else, as ``variants`` names it."""
+
+    def name(self, axis: Axis) -> str:
+        """Return its name where ``axis`` varies."""
+        name = counted(self.number, "pair") if axis == "length" else f"L={self.number}"
+        return f"{name}, {self.variant}" if self.variant else name
+
+
+def fixed(axis: Axis, row: CellEntry | TrialEntry, variant: str) -> Fixed:
+    """Return what stays as it is where ``axis`` varies from ``row`` on."""
+    return Fixed(row.pairs if axis == "length" else row.length, variant)
+
+
+def sort_rows(rows: Iterable[Row]) -> list[Row]:
+    """Sort cells or trials by method, then length, then pairs."""
+    return sorted(rows, key=lambda row: (method_rank(row.method), row.length, row.pairs, row.label))
+
+
+def method_rank(method: str) -> tuple[int, str]:
+    """Return the place of a method in legends and tables; those that covray does not know come last."""
+    return (METHODS.index(method) if method in METHODS else len(METHODS)), method
+
+
+def variants(rows: Sequence[CellEntry] | Sequence[TrialEntry]) -> dict[str, str]:
+    """Name what tells cells, or trials, apart beside method, length, pairs and seed.
+
+    Returns:
+        The name by label; empty where nothing tells a row apart.
+    """
+    parts: dict[str, list[str]] = {}
+    for row in rows:
+        tasks = "all tasks" if row.tasks is None else " + ".join(row.tasks)
+        fields = [f"{key} {value}" for key, value in row.fields.items()]
+        parts[row.label] = [row.scale, tasks, *fields]
+    common = set.intersection(*map(set, parts.values())) if parts else set()
+    names = {}
+    for label, of_row in parts.items():
+        names[label] = ", ".join(part for part in of_row if part not in common)
+    return names

@@ -1,0 +1,131 @@
+"""The tables of a sweep's page: cells by method with their scores, and the references below them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from covray.report.formatting import counted, readable
+from covray.report.metrics import MetricHead, metric_head
+from covray.report.sweep_rows import sort_rows, variants
+from covray.report.tables import ScoreCell, best_mean, score_cell
+from covray.sweeps.records import CellEntry, CellScore, Reference, SweepResults
+
+Column = tuple[str, str]
+"""A task and a metric."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """The head of a column."""
+
+    task: str
+    """Empty in the table of one task."""
+    metric: MetricHead
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """A cell with its scores."""
+
+    label: str
+    method: str
+    variant: str
+    length: int
+    pairs: int
+    context_tokens: int
+    scores: tuple[ScoreCell, ...]
+
+
+@dataclass(frozen=True)
+class ReferenceRow:
+    """A reference with its scores."""
+
+    name: str
+    scores: tuple[ScoreCell, ...]
+
+
+@dataclass(frozen=True)
+class SweepTable:
+    """A table of cells and references."""
+
+    heads: tuple[Head, ...]
+    groups: tuple[tuple[TableRow, ...], ...]
+    """By method."""
+    references: tuple[ReferenceRow, ...]
+    ceilings: tuple[ReferenceRow, ...]
+
+
+@dataclass(frozen=True)
+class TaskTable:
+    """All metrics of one task."""
+
+    name: str
+    table: SweepTable
+
+
+def ablation_table(results: SweepResults, references: Sequence[Reference]) -> SweepTable:
+    """Return the table with the primary metric of each task."""
+    columns = [(task, about.primary) for task, about in results.tasks.items()]
+    heads = []
+    for task, metric in columns:
+        heads.append(Head(readable(task), metric_head(metric, results.lower_is_better)))
+    return _table(results, heads, columns, references)
+
+
+def task_tables(results: SweepResults) -> Iterator[TaskTable]:
+    """Yield a table with all metrics for each task."""
+    for task, about in results.tasks.items():
+        heads = [Head("", metric_head(metric, results.lower_is_better)) for metric in about.metrics]
+        columns = [(task, metric) for metric in about.metrics]
+        name = f"{readable(task)}, {counted(about.episodes, 'episode')}"
+        yield TaskTable(name, _table(results, heads, columns, results.references))
+
+
+def _table(
+    results: SweepResults, heads: Sequence[Head], columns: Sequence[Column], references: Sequence[Reference]
+) -> SweepTable:
+    cells = sort_rows(results.cells)
+    scores_by_cell = [_scores(cell) for cell in cells]
+    best = {}
+    for column in columns:
+        best[column] = best_mean(column[1], [scores.get(column) for scores in scores_by_cell], results.lower_is_better)
+    usual_seeds = _usual_seeds(scores_by_cell, columns)
+    names = variants(cells)
+    rows = []
+    for cell, scores in zip(cells, scores_by_cell, strict=True):
+        written = []
+        for column in columns:
+            score = scores.get(column)
+            note = ""
+            if score is not None and score.seeds != usual_seeds:
+                note = counted(score.seeds, "seed")
+            written.append(score_cell(score, best[column], note))
+        rows.append(
+            TableRow(
+                cell.label, cell.method, names[cell.label], cell.length, cell.pairs, cell.context_tokens, tuple(written)
+            )
+        )
+    groups = [tuple(group) for _, group in groupby(rows, key=lambda row: row.method)]
+    ceilings = [_reference_row(reference, columns) for reference in references if reference.kind == "ceiling"]
+    others = [_reference_row(reference, columns) for reference in references if reference.kind != "ceiling"]
+    return SweepTable(tuple(heads), tuple(groups), tuple(others), tuple(ceilings))
+
+
+def _scores(cell: CellEntry) -> dict[Column, CellScore]:
+    return {(score.task, score.metric): score for score in cell.scores}
+
+
+def _usual_seeds(scores_by_cell: Sequence[dict[Column, CellScore]], columns: Sequence[Column]) -> int:
+    """Return the number of seeds that most scores have; only others are noted in the table."""
+    seeds: Counter[int] = Counter()
+    for scores in scores_by_cell:
+        seeds.update(scores[column].seeds for column in columns if column in scores)
+    return seeds.most_common(1)[0][0] if seeds else 0
+
+
+def _reference_row(reference: Reference, columns: Sequence[Column]) -> ReferenceRow:
+    scores = {(score.task, score.metric): score for score in reference.scores}
+    return ReferenceRow(reference.name, tuple(score_cell(scores.get(column)) for column in columns))
