@@ -27,7 +27,7 @@ from covray.models.diffusion.engine import Request
 from covray.models.diffusion.prior import load_prior
 from covray.pairs.manifest import MANIFEST_SCHEMA
 from tests.chains.contract import validate_rows
-from tests.models.diffusion.conftest import write_prior
+from tests.support.priors import write_prior
 
 PRIOR_PX, SMALL_PX = 32, 16
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.chaos.conftest import folders_left
-from tests.end_to_end.conftest import (
+from tests.support.chaos import folders_left
+from tests.support.commands import (
     COVRAY,
     FAST,
     actors_of,

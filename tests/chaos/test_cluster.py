@@ -15,8 +15,8 @@ import psutil
 import pytest
 import yaml
 
-from tests.chaos.conftest import folders_left
-from tests.end_to_end.conftest import COVRAY, FAST, RAY, Head, committed, computed, is_called, tokens_of, wait_for
+from tests.support.chaos import folders_left
+from tests.support.commands import COVRAY, FAST, RAY, Head, committed, computed, is_called, tokens_of, wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.end_to_end]
 FAKE = Path(__file__).parents[2] / "cluster" / "fake.yaml"

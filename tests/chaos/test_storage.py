@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from covray.io import storage
-from tests.chaos.conftest import S3, folders_left
-from tests.end_to_end.conftest import COVRAY, FAST, computed, environment, run, tokens_of, wait_for
+from tests.support.chaos import S3, folders_left
+from tests.support.commands import COVRAY, FAST, computed, environment, run, tokens_of, wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.end_to_end]
 

@@ -19,9 +19,9 @@ from covray.config import TrainConfig
 from covray.io import storage
 from covray.training import trainer as loop
 from covray.training.checkpoints import read_records
-from tests.chaos.conftest import S3
-from tests.end_to_end.conftest import RAY, actors_of, environment, finish_training, wait_for
-from tests.training.conftest import curve, tiny_config  # noqa: F401 (a fixture)
+from tests.support.chaos import S3
+from tests.support.commands import RAY, actors_of, environment, finish_training, wait_for
+from tests.support.trainings import curve
 
 pytestmark = [pytest.mark.ray, pytest.mark.end_to_end]
 VICTIMS = ["worker"] * 2 + ["driver", "ray"]
@@ -38,7 +38,7 @@ def wait_for_step(config: TrainConfig, process: subprocess.Popen[str], step: int
 def test_a_killed_training_equals_an_undisturbed_one(
     started: list[psutil.Process],  # first: what is still running after a failure ends before it looks
     start_training: Callable[[TrainConfig], subprocess.Popen[str]],
-    tiny_config: Callable[..., TrainConfig],  # noqa: F811
+    tiny_config: Callable[..., TrainConfig],
     tmp_path: Path,
     rng: random.Random,
 ) -> None:
@@ -81,7 +81,7 @@ def test_a_killed_training_equals_an_undisturbed_one(
 
 def test_a_training_keeps_checkpoints_and_artefacts_on_s3(
     start_training: Callable[[TrainConfig], subprocess.Popen[str]],
-    tiny_config: Callable[..., TrainConfig],  # noqa: F811
+    tiny_config: Callable[..., TrainConfig],
     s3: S3,
     tmp_path: Path,
 ) -> None:
@@ -107,7 +107,7 @@ def test_a_training_keeps_checkpoints_and_artefacts_on_s3(
 
 def test_a_notice_of_preemption_is_answered_by_a_checkpoint(
     start_training: Callable[..., subprocess.Popen[str]],
-    tiny_config: Callable[..., TrainConfig],  # noqa: F811
+    tiny_config: Callable[..., TrainConfig],
 ) -> None:
     """A node that is to go says so before: what was done until then is kept, and goes on where another node is."""
     long = {"optimizer__steps": 300, "validate_every_steps": 300, "checkpoints__every_steps": 1000}
@@ -133,7 +133,7 @@ def test_a_notice_of_preemption_is_answered_by_a_checkpoint(
 
 def test_a_stopped_training_leaves_a_checkpoint_and_no_process(
     start_training: Callable[[TrainConfig], subprocess.Popen[str]],
-    tiny_config: Callable[..., TrainConfig],  # noqa: F811
+    tiny_config: Callable[..., TrainConfig],
 ) -> None:
     config = tiny_config(optimizer__steps=100_000, checkpoints__every_steps=100_000, validate_every_steps=100_000)
     training = start_training(config)

@@ -22,10 +22,6 @@ from covray.errors import ConfigError
 from covray.evaluation.runner import RESULT_SCHEMA, choose_pairs
 from covray.evaluation.subjects import Subject
 from covray.io import storage
-from tests.evaluation.conftest import config_of, write_manifest, write_run  # noqa: F401 (fixtures)
-from tests.models.lvm.conftest import llama_folder  # noqa: F401 (a fixture)
-
-# ruff: noqa: F811 (fixtures are arguments)
 
 Write = Callable[..., Any]
 

@@ -21,9 +21,6 @@ from covray.distributed.tracking import Tracker, store_of
 from covray.errors import ConfigError
 from covray.io import storage
 from covray.sweeps.grid import Trial, grid_of
-from tests.models.lvm.conftest import llama_folder  # noqa: F401 (a fixture)
-
-# ruff: noqa: F811 (fixtures are arguments)
 
 Run = Callable[..., tuple[int, str, str]]
 

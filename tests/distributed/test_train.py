@@ -19,7 +19,6 @@ from covray.io import storage
 from covray.models.lvm.adapter import save_adapter
 from covray.models.lvm.backbone import backbone_facts, load_backbone
 from covray.training.checkpoints import Curve
-from tests.training.conftest import tiny_config  # noqa: F401 (a fixture)
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +38,7 @@ def refused(config: TrainConfig, kind: type[CovrayError], says: str) -> None:
 
 
 def test_what_cannot_be_trained_is_refused_in_one_line(
-    tiny_config: Callable[..., TrainConfig],  # noqa: F811
+    tiny_config: Callable[..., TrainConfig],
     tmp_path: Path,
 ) -> None:
     refused(tiny_config(data=str(tmp_path / "absent")), DatasetError, "not a dataset")
@@ -62,7 +61,7 @@ def test_what_cannot_be_trained_is_refused_in_one_line(
 
 
 def test_an_adapter_to_go_on_from_is_checked_before_anything_starts(
-    tiny_config: Callable[..., TrainConfig],  # noqa: F811
+    tiny_config: Callable[..., TrainConfig],
     tmp_path: Path,
 ) -> None:
     config = tiny_config()
@@ -107,7 +106,7 @@ def begun(config: TrainConfig, **changes: Any) -> None:
 
 
 def test_a_run_of_another_configuration_is_refused_with_what_differs(
-    tiny_config: Callable[..., TrainConfig],  # noqa: F811
+    tiny_config: Callable[..., TrainConfig],
 ) -> None:
     begun(tiny_config())
     refused(
@@ -123,7 +122,7 @@ def test_a_run_of_another_configuration_is_refused_with_what_differs(
 
 
 def test_a_folder_that_holds_something_else_is_refused(
-    tiny_config: Callable[..., TrainConfig],  # noqa: F811
+    tiny_config: Callable[..., TrainConfig],
     tmp_path: Path,
 ) -> None:
     (tmp_path / "run").mkdir()

@@ -17,7 +17,7 @@ from PIL import Image
 from covray.chains.dataset import ChainDataset
 from covray.pairs.manifest import ManifestWriter, Pair, Picture
 from covray.recipes.nano.recipe import WEIGHTS
-from tests.end_to_end.conftest import FAST, environment, run, tokens_of
+from tests.support.commands import FAST, environment, run, tokens_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.end_to_end]
 

@@ -18,11 +18,7 @@ from mlflow import MlflowClient
 
 from covray.config import EvaluateConfig
 from covray.distributed.evaluate import PAGE, RESULTS, TABLE, evaluate, read_rows
-from tests.end_to_end.conftest import COVRAY, actors_of, committed, environment, run
-from tests.evaluation.conftest import write_manifest, write_run  # noqa: F401 (fixtures)
-from tests.models.lvm.conftest import llama_folder  # noqa: F401 (a fixture)
-
-# ruff: noqa: F811 (fixtures are arguments)
+from tests.support.commands import COVRAY, actors_of, committed, environment, run
 
 pytestmark = [pytest.mark.ray, pytest.mark.end_to_end]
 EPISODES = 2 * 10 * 9

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.conftest import COVRAY, FAST, RAY, Head, committed, computed, tokens_of, wait_for
+from tests.support.commands import COVRAY, FAST, RAY, Head, committed, computed, tokens_of, wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.end_to_end]
 PROJECT = Path(__file__).parents[2]

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from tests.end_to_end.conftest import FAST, run
-from tests.models.lvm.conftest import write_llama
 from tests.models.tokenizer.test_convert import CODES, SIZE, muse_weights, write_muse
 from tests.pairs.test_coco import Panoptic
+from tests.support.backbones import write_llama
+from tests.support.commands import FAST, run
 
 pytestmark = [pytest.mark.ray, pytest.mark.end_to_end]
 

@@ -18,9 +18,7 @@ from mlflow import MlflowClient
 from covray.distributed.evaluate import RESULTS
 from covray.distributed.sweep import PAGE, TABLE
 from tests.distributed.test_tracking import folder, server  # noqa: F401 (fixtures)
-from tests.end_to_end.conftest import COVRAY, environment, kill_all, run
-from tests.evaluation.conftest import write_manifest  # noqa: F401 (a fixture)
-from tests.models.lvm.conftest import llama_folder  # noqa: F401 (a fixture)
+from tests.support.commands import COVRAY, environment, kill_all, run
 
 # ruff: noqa: F811 (fixtures are arguments)
 

@@ -9,15 +9,15 @@ import pytest
 
 from covray.config import TrainConfig
 from covray.training import trainer as loop
-from tests.end_to_end.conftest import finish_training
-from tests.training.conftest import curve, tiny_config  # noqa: F401 (a fixture)
+from tests.support.commands import finish_training
+from tests.support.trainings import curve
 
 pytestmark = [pytest.mark.ray, pytest.mark.end_to_end]
 
 
 def test_a_mistake_that_workers_find_is_one_line(
     start_training: Callable[[TrainConfig], subprocess.Popen[str]],
-    tiny_config: Callable[..., TrainConfig],  # noqa: F811
+    tiny_config: Callable[..., TrainConfig],
 ) -> None:
     training = start_training(tiny_config(optimizer__learning_rate=1e38, optimizer__warmup=0))
     said = training.communicate(timeout=600)[1]
@@ -29,7 +29,7 @@ def test_a_mistake_that_workers_find_is_one_line(
 
 def test_two_workers_with_zero_make_the_losses_of_one_without(
     start_training: Callable[[TrainConfig], subprocess.Popen[str]],
-    tiny_config: Callable[..., TrainConfig],  # noqa: F811
+    tiny_config: Callable[..., TrainConfig],
 ) -> None:
     one_worker = tiny_config("plain", optimizer__steps=20, validate_every_steps=20)
     loop.train(one_worker)

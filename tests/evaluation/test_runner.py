@@ -28,9 +28,9 @@ from covray.io import storage
 from covray.io.images import resize, square
 from covray.models.lvm.decoding.sequential import SequentialDecoder
 from covray.tasks import TASKS
-from tests.conftest import CODES, TOKENS
-from tests.evaluation.conftest import LORA, SPLIT, Row, png, smooth
-from tests.models.lvm.conftest import load
+from tests.support.backbones import load
+from tests.support.datasets import CODES, TOKENS
+from tests.support.evaluations import LORA, SPLIT, Row, png, smooth
 
 Evaluation = Callable[..., tuple[Runner, list[Row]]]
 Write = Callable[..., Any]

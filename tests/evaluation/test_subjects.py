@@ -13,7 +13,7 @@ from covray.config import BackboneConfig, EvaluateConfig
 from covray.errors import ConfigError, CovrayError, DatasetError, WeightsError
 from covray.evaluation.subjects import Subject, subjects_of
 from covray.io import storage
-from tests.models.lvm.conftest import write_llama
+from tests.support.backbones import write_llama
 
 Write = Callable[..., Any]
 

@@ -30,9 +30,9 @@ from covray.models.lvm.backbone import backbone_facts
 from covray.models.lvm.decoding.sequential import SequentialDecoder
 from covray.pairs.manifest import MANIFEST_SCHEMA
 from covray.tasks import TASKS, pose, segmentation
-from tests.conftest import CODES, TOKENS
-from tests.models.diffusion.conftest import write_prior
-from tests.models.lvm.conftest import load, write_llama
+from tests.support.backbones import load, write_llama
+from tests.support.datasets import CODES, TOKENS
+from tests.support.priors import write_prior
 
 LORA = LoraConfig(rank=3, alpha=5)
 ENGINE = {"device": "cpu", "batch": 4, "image_batch": 4}

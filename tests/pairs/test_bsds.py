@@ -17,7 +17,7 @@ from covray.errors import ConfigError, ManifestError, PairError
 from covray.io.images import Picture
 from covray.pairs.bsds import MAX_MAT_BYTES, agreement, bsds_pairs
 from covray.tasks import edges
-from tests.pairs.conftest import bomb, label_of, photo, reasons, save
+from tests.support.photographs import bomb, label_of, photo, reasons, save
 
 DRAWN = np.zeros((5, 16, 24), np.uint8)  # five annotators: column k is drawn by k of them
 for column in range(6):

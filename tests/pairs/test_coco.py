@@ -15,7 +15,7 @@ from covray.io.images import Picture
 from covray.pairs.coco import KEYPOINTS, STUFF_CLASSES, coco_pairs
 from covray.pairs.manifest import ManifestWriter, Pair, check_manifest
 from covray.tasks import pose, segmentation
-from tests.pairs.conftest import bomb, label_of, photo, reasons, save
+from tests.support.photographs import bomb, label_of, photo, reasons, save
 
 THINGS = [*range(1, 12), *range(13, 26), 27, 28, *range(31, 45), *range(46, 66), 67, 70, *range(72, 83), *range(84, 91)]
 STUFF = [

@@ -12,7 +12,7 @@ from covray.errors import ConfigError, ManifestError
 from covray.io.images import Picture, decode, load_picture
 from covray.pairs.lol import lol_pairs
 from covray.pairs.manifest import check_manifest
-from tests.pairs.conftest import bomb, label_of, photo, reasons, save
+from tests.support.photographs import bomb, label_of, photo, reasons, save
 
 
 @pytest.fixture

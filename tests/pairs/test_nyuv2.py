@@ -12,7 +12,7 @@ from covray.errors import ConfigError, ManifestError
 from covray.io.images import Picture
 from covray.pairs.nyuv2 import nyuv2_pairs
 from covray.tasks import depth, normals
-from tests.pairs.conftest import bomb, label_of, photo, reasons, save
+from tests.support.photographs import bomb, label_of, photo, reasons, save
 
 DEPTH_MM = np.full((16, 24), 3000, np.uint16)
 DEPTH_MM[0, :5] = (0, 1, 712, 9999, 65535)  # invalid, invalid a level off, ..., invalid as full scale

@@ -10,7 +10,7 @@ from covray.errors import ConfigError, ManifestError
 from covray.io.images import Picture
 from covray.pairs.manifest import Pair
 from covray.pairs.sources import draw, list_below, list_pictures, read_file, rebased
-from tests.pairs.conftest import photo, save
+from tests.support.photographs import photo, save
 
 NAMES = [f"train2017/{number:012d}.jpg" for number in range(300)]
 

@@ -11,7 +11,7 @@ from covray.config import EngineConfig, TokenizerConfig
 from covray.errors import ConfigError, DatasetError
 from covray.models.tokenizer.vqgan import load_tokenizer
 from covray.report.dataset import view
-from tests.report.conftest import Page
+from tests.support.pages import Page
 
 Writer = Callable[..., tuple[str, list[dict[str, Any]]]]
 HOSTILE = "missing: </td><script>alert(1)</script><img src=http://evil/x onerror=alert(2)> & \"'"

@@ -9,8 +9,8 @@ import pytest
 
 from covray.evaluation.records import EvaluationResults
 from covray.report.evaluation import Strip, write_evaluation_page
-from tests.report.conftest import Page
 from tests.support.metrics import LOWER_IS_BETTER, METRICS, SET_METRICS
+from tests.support.pages import Page
 
 HOSTILE = "</td><script>alert(1)</script><img src=http://evil/x onerror=alert(2)> & \"'"
 OF_MODELS = ("perplexity_own", "perplexity_reference", "frame_psnr", "frame_path", "frame_step_variation")

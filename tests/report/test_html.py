@@ -11,7 +11,7 @@ from covray import report
 from covray.report.charts import round_ticks
 from covray.report.formatting import duration, numbers
 from covray.report.html import Link, data_uri, render
-from tests.report.conftest import Page
+from tests.support.pages import Page
 
 HOSTILE = "</title><script>alert(1)</script>\"'&"
 

@@ -11,8 +11,8 @@ from pydantic import ValidationError
 from covray.report.formatting import numbers
 from covray.report.sweep import write_sweep_page
 from covray.sweeps.records import SweepResults
-from tests.report.conftest import Page
 from tests.support.metrics import LOWER_IS_BETTER, METRICS
+from tests.support.pages import Page
 from tests.support.sweeps import tabulate
 
 HOSTILE = "\"'></td></svg><script>alert(1)</script><img src=http://evil/x onerror=alert(2)> &"

@@ -14,11 +14,7 @@ from covray.config import SweepConfig, load_config
 from covray.errors import ConfigError, CovrayError
 from covray.sweeps.grid import grid_of, plan_sweep
 from covray.training.memory import plan
-from tests.conftest import TOKENS
-from tests.evaluation.conftest import write_manifest  # noqa: F401 (a fixture)
-from tests.models.lvm.conftest import llama_folder  # noqa: F401 (a fixture)
-
-# ruff: noqa: F811 (a fixture is an argument)
+from tests.support.datasets import TOKENS
 
 Make = Callable[..., SweepConfig]
 

@@ -22,8 +22,8 @@ from covray.models.lvm.backbone import backbone_facts, load_backbone
 from covray.models.lvm.model import Batch, Lvm
 from covray.training.optimizers import PlainUpdate, learning_rate, trainable
 from covray.training.trainer import Place, Wish, answer_positions, peak_flops, total_steps, train
-from tests.conftest import TOKENS
-from tests.training.conftest import STEPS, curve
+from tests.support.datasets import TOKENS
+from tests.support.trainings import STEPS, curve
 
 GOLDEN = Path(__file__).parent / "golden_losses.json"
 

@@ -31,7 +31,7 @@ from covray.models.lvm.adapter import (
 )
 from covray.models.lvm.backbone import backbone_facts
 from covray.models.lvm.model import TARGETS, Lvm
-from tests.models.lvm.conftest import CODES, load, random_batch, write_llama
+from tests.support.backbones import CODES, load, random_batch, write_llama
 
 LENGTHS = (24, 9, 24, 24)
 BATCH = random_batch(*LENGTHS)

@@ -27,7 +27,7 @@ from covray.models.lvm.backbone import (
     stored_tensors,
     write_backbone,
 )
-from tests.models.lvm.conftest import CODES, CPU, load, random_batch, write_llama
+from tests.support.backbones import CODES, CPU, load, random_batch, write_llama
 
 WEIGHTS = "model.safetensors"
 

@@ -26,7 +26,7 @@ from covray.errors import ConfigError, CovrayError, WeightsError
 from covray.models.lvm.backbone import backbone_facts
 from covray.models.lvm.convert import convert_backbone
 from covray.models.tokenizer.vqgan import load_tokenizer
-from tests.models.lvm.conftest import CODES, load, random_batch, write_llama
+from tests.support.backbones import CODES, load, random_batch, write_llama
 
 Weights = dict[str, Tensor]
 WIDTH, INNER, LAYERS, HEADS, VOCABULARY = 64, 96, 2, 4, CODES + 100

@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 from covray.config import LoraConfig
 from covray.models.lvm import model as model_module
 from covray.models.lvm.model import Batch, Lvm
-from tests.models.lvm.conftest import load, random_batch, write_llama
+from tests.support.backbones import load, random_batch, write_llama
 
 LORA = LoraConfig(rank=3, alpha=5)
 LENGTHS = (24, 24, 9, 24, 2, 40)  # equal neighbours, which share a kernel, and equal ones that are not neighbours

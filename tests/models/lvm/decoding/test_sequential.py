@@ -18,7 +18,7 @@ from covray.errors import ConfigError
 from covray.models.lvm.adapter import save_adapter
 from covray.models.lvm.decoding.sequential import SequentialDecoder
 from covray.models.lvm.model import Lvm
-from tests.models.lvm.conftest import CODES, load, write_llama
+from tests.support.backbones import CODES, load, write_llama
 
 LORA = LoraConfig(rank=3, alpha=5)
 TOKENS, IMAGES = 8, 3

@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 
 from covray.config import TrainConfig, load_config
 from covray.training.checkpoints import read_records
-from tests.conftest import CODES
+from tests.support.datasets import CODES
 
 STEPS = 6
 

@@ -17,7 +17,7 @@ import pytest
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import BaseWSGIServer, make_server
 
-from tests.end_to_end.conftest import free_port, scenes_manifest, start_training  # noqa: F401 (fixtures)
+from tests.support.commands import free_port
 
 
 @pytest.fixture

@@ -22,10 +22,10 @@ from covray.io import storage
 from covray.models.lvm.adapter import save_adapter
 from covray.models.lvm.backbone import backbone_facts
 from covray.pairs.manifest import MANIFEST_SCHEMA, METADATA_KEY
-from tests.models.lvm.conftest import llama_folder, load  # noqa: F401 (a fixture)
+from tests.support.backbones import load
 
 LORA = LoraConfig(rank=3, alpha=5)
-SPLIT = "val"  # the datasets of tests/conftest.py have this and train
+SPLIT = "val"  # the datasets of tests/support/datasets.py have this and train
 
 Row = dict[str, Any]
 
@@ -72,7 +72,7 @@ def write_manifest(tmp_path: Path) -> Callable[..., str]:
 
 
 @pytest.fixture
-def write_run(tmp_path: Path, llama_folder: Path) -> Callable[..., str]:  # noqa: F811
+def write_run(tmp_path: Path, llama_folder: Path) -> Callable[..., str]:
     """Writes the folder of a finished run on ``data``, with an adapter that changes what the tiny backbone says."""
 
     def write(data: str, name: str = "tuned", **sentences: Any) -> str:
@@ -95,7 +95,7 @@ def write_run(tmp_path: Path, llama_folder: Path) -> Callable[..., str]:  # noqa
 
 
 @pytest.fixture
-def config_of(vqgan_folder: Path, llama_folder: Path, tmp_path: Path) -> Callable[..., EvaluateConfig]:  # noqa: F811
+def config_of(vqgan_folder: Path, llama_folder: Path, tmp_path: Path) -> Callable[..., EvaluateConfig]:
     """A configuration as it is when resolved, of the tiny models."""
 
     def config(data: str, **options: Any) -> EvaluateConfig:
