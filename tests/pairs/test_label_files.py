@@ -21,7 +21,7 @@ from covray.pairs.label_files import (
     read_levels,
     turned,
 )
-from tests.pairs.conftest import photo
+from tests.support.photographs import photo
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
