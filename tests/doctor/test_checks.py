@@ -17,12 +17,16 @@ import pytest
 import torch
 
 from covray.cli import app as cli
-from covray.doctor import checks as doctor
-from covray.doctor.checks import GIB, Finding, examine, judge_node
+from covray.doctor import checks, machine, models
+from covray.doctor import ray as of_ray
+from covray.doctor import storage as of_storage
+from covray.doctor.checks import examine
+from covray.doctor.findings import GIB, Finding
+from covray.doctor.ray import NodeReport, Versions, judge_node
 from covray.errors import WeightsError
 from covray.io import storage
 
-OURS: dict[str, str | None] = {"python": "3.11.7", "ray": "2.60.0", "covray": "0.1.0"}
+OURS = Versions(python="3.11.7", ray="2.60.0", covray="0.1.0")
 
 
 @pytest.fixture(autouse=True)
@@ -36,8 +40,10 @@ def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.fixture
 def sound(monkeypatch: pytest.MonkeyPatch) -> None:
     """The checks that depend on this machine, or take long, find nothing to say."""
-    for name in ("gpus", "disks", "weights", "ports", "compiler"):
-        monkeypatch.setattr(doctor, f"check_{name}", lambda *_: [])
+    for module, name in (
+        (machine, "gpus"), (machine, "compiler"), (of_ray, "disks"), (of_ray, "ports"), (models, "weights"),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, f"check_{name}", lambda *_: [])
 
 
 @pytest.fixture
@@ -69,7 +75,7 @@ def only(findings: list[Finding], name: str) -> Finding:
 
 
 def test_the_packages_that_run_the_tests_are_as_covray_requires_them() -> None:
-    assert only(doctor.check_packages(), "packages").status == "ok"
+    assert only(machine.check_packages(), "packages").status == "ok"
 
 
 @pytest.mark.parametrize(
@@ -79,17 +85,17 @@ def test_a_package_out_of_bounds_is_a_problem_with_the_command_that_mends_it(
     monkeypatch: pytest.MonkeyPatch, found: str, status: str
 ) -> None:
     lines = ["torch<2.14,>=2.11", "nothing-such>=1; extra == 'test'"]
-    monkeypatch.setattr(doctor, "requires", lambda _: lines)
-    monkeypatch.setattr(doctor, "version", lambda name: found if name == "torch" else "1")
-    [finding] = doctor.check_packages()
+    monkeypatch.setattr(machine, "requires", lambda _: lines)
+    monkeypatch.setattr(machine, "version", lambda name: found if name == "torch" else "1")
+    [finding] = machine.check_packages()
     assert finding.status == status
     assert found in finding.found
     assert finding.advice == ("pip install 'torch<2.14,>=2.11'" if status == "problem" else "")
 
 
 def test_a_package_that_is_absent_is_a_problem_with_its_extras(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "requires", lambda _: ["no-such-package-of-anybody[train,data]>=2"])
-    [finding] = doctor.check_packages()
+    monkeypatch.setattr(machine, "requires", lambda _: ["no-such-package-of-anybody[train,data]>=2"])
+    [finding] = machine.check_packages()
     assert finding.status == "problem"
     assert finding.advice == "pip install 'no-such-package-of-anybody[data,train]>=2'"
 
@@ -105,7 +111,7 @@ def test_the_processor_says_what_trainings_compute_in(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
-    [finding] = doctor.check_processor()
+    [finding] = machine.check_processor()
     assert finding.status == "ok"
     assert told in finding.found
 
@@ -123,7 +129,7 @@ def test_the_processor_says_what_trainings_compute_in(
     ],
 )
 def test_a_gpu_runs_what_was_compiled_for_it(capability: tuple[int, int], built: list[str], runs: bool) -> None:
-    assert doctor._built_for(capability, built) == runs
+    assert machine.built_for(capability, built) == runs
 
 
 @pytest.mark.parametrize(
@@ -149,7 +155,7 @@ def test_a_gpu_is_judged_by_its_build_arithmetic_and_memory(
     }
     for name, value in facts.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
-    findings = doctor.check_gpus()
+    findings = machine.check_gpus()
     assert len(findings) == 2
     for number in range(2):
         finding = only(findings, f"GPU {number}")
@@ -173,17 +179,17 @@ def test_no_gpu_is_a_problem_only_where_there_is_one(
     monkeypatch.setattr(torch.version, "cuda", build)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(doctor, "_nvidia_driver", lambda: driver)
+    monkeypatch.setattr(machine, "_nvidia_driver", lambda: driver)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert only(doctor.check_gpus(), "GPU").status == status
+    assert only(machine.check_gpus(), "GPU").status == status
 
 
 def test_without_a_compiler_it_says_how_to_do_without(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(shutil, "which", lambda _: None)
-    finding = only(doctor.check_compiler(), "compiler")
+    finding = only(machine.check_compiler(), "compiler")
     assert finding.status == "note"  # nothing needs it by default
     assert "engine.compile, compute.compile" in finding.found
     assert "g++" in finding.advice
@@ -197,12 +203,12 @@ def test_a_disk_is_judged_by_what_a_dataset_takes(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, free_gib: float, status: str
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100 * GIB, 0, int(free_gib * GIB)))
-    assert only(doctor.check_storage(str(tmp_path)), "disk").status == status
+    assert only(of_storage.check_storage(str(tmp_path)), "disk").status == status
 
 
 def test_a_full_temporary_disk_and_a_small_shared_memory_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1000 * GIB, 0, GIB // 16))
-    findings = doctor.check_disks()
+    findings = of_ray.check_disks()
     assert only(findings, "Ray's disk").status == "problem"
     if len(findings) > 1:  # only Linux has a folder of shared memory
         assert only(findings, "object store").status == "note"
@@ -211,7 +217,7 @@ def test_a_full_temporary_disk_and_a_small_shared_memory_are_told(monkeypatch: p
 @pytest.mark.parametrize("below", [".", "not/there/yet"])
 def test_storage_is_measured_and_left_as_it_was(tmp_path: Path, below: str) -> None:
     (tmp_path / "kept").write_text("mine")
-    findings = doctor.check_storage(str(tmp_path / below))
+    findings = of_storage.check_storage(str(tmp_path / below))
     assert only(findings, "storage").status in ("ok", "note")  # how fast it is here is not known
     assert "MB/s" in only(findings, "storage").found
     assert only(findings, "clock").status == "ok"
@@ -220,8 +226,8 @@ def test_storage_is_measured_and_left_as_it_was(tmp_path: Path, below: str) -> N
 
 @pytest.mark.parametrize(("slow", "status"), [(0.0, "ok"), (float("inf"), "note")])
 def test_a_slow_storage_is_noted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, slow: float, status: str) -> None:
-    monkeypatch.setattr(doctor, "SLOW_BYTES_PER_S", slow)
-    assert only(doctor.check_storage(str(tmp_path)), "storage").status == status
+    monkeypatch.setattr(of_storage, "SLOW_BYTES_PER_S", slow)
+    assert only(of_storage.check_storage(str(tmp_path)), "storage").status == status
 
 
 def test_a_storage_that_cannot_be_written_is_a_problem_with_the_reason(
@@ -231,7 +237,7 @@ def test_a_storage_that_cannot_be_written_is_a_problem_with_the_reason(
         raise PermissionError(errno.EACCES, "Permission denied", path)
 
     monkeypatch.setattr(storage, "write_bytes", refuse)
-    finding = only(doctor.check_storage(str(tmp_path)), "storage")
+    finding = only(of_storage.check_storage(str(tmp_path)), "storage")
     assert finding.status == "problem"
     assert "Permission denied" in finding.found
     assert str(tmp_path) in finding.found
@@ -242,18 +248,18 @@ def test_a_storage_that_fills_up_midway_keeps_nothing_of_it(monkeypatch: pytest.
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(storage, "read_bytes", half)
-    assert only(doctor.check_storage(str(tmp_path)), "storage").status == "problem"
+    assert only(of_storage.check_storage(str(tmp_path)), "storage").status == "problem"
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_storage_that_gives_back_something_else_is_a_problem(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(storage, "read_bytes", lambda _: b"something else")
-    assert only(doctor.check_storage(str(tmp_path)), "storage").status == "problem"
+    assert only(of_storage.check_storage(str(tmp_path)), "storage").status == "problem"
 
 
 def test_a_file_is_no_storage(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert only(doctor.check_storage(str(tmp_path / "file" / "below")), "storage").status == "problem"
+    assert only(of_storage.check_storage(str(tmp_path / "file" / "below")), "storage").status == "problem"
 
 
 def test_a_scheme_that_nobody_knows_is_a_finding_among_the_others(sound: None) -> None:
@@ -271,19 +277,19 @@ def test_a_scheme_that_nobody_knows_is_a_finding_among_the_others(sound: None) -
 )
 def test_a_stamp_is_skewed_by_what_the_writing_does_not_explain(stamp_s: float, status: str) -> None:
     now = time.time()
-    finding = only([doctor._clock(now, now + 3, int((now + stamp_s) * 1e9))], "clock")
+    finding = only([of_storage.check_clock(now, now + 3, int((now + stamp_s) * 1e9))], "clock")
     assert finding.status == status
 
 
 def test_a_clock_from_before_covray_was_installed_is_wrong() -> None:
-    assert only([doctor._clock(0.0, 1.0, int(0.5e9))], "clock").status == "problem"
+    assert only([of_storage.check_clock(0.0, 1.0, int(0.5e9))], "clock").status == "problem"
 
 
 # --- weights -------------------------------------------------------------------------------------------------------
 
 
 def test_the_nano_family_is_whole_and_of_one_codebook() -> None:
-    findings = doctor.check_weights("nano", "nano", "nano")
+    findings = models.check_weights("nano", "nano", "nano")
     assert [finding.name for finding in findings] == ["prior", "tokenizer", "backbone"]
     for finding in findings:
         assert finding.status == "ok"
@@ -293,20 +299,20 @@ def test_the_nano_family_is_whole_and_of_one_codebook() -> None:
 def test_a_folder_that_is_missing_or_empty_is_a_problem_and_an_id_is_a_note(
     tmp_path: Path, vqgan_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor.hub, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(models.hub, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    offline = doctor.hub.HF_HUB_OFFLINE
-    findings = doctor.check_weights(str(tmp_path / "absent"), str(vqgan_folder), "somebody/no-such-model")
+    offline = models.hub.HF_HUB_OFFLINE
+    findings = models.check_weights(str(tmp_path / "absent"), str(vqgan_folder), "somebody/no-such-model")
     assert only(findings, "prior").status == "problem"
     assert "absent" in only(findings, "prior").found
     assert only(findings, "tokenizer").status == "ok"
     noted = only(findings, "backbone")
     assert noted.status == "note"
     assert "hf download somebody/no-such-model" in noted.advice
-    assert doctor.hub.HF_HUB_OFFLINE is offline
+    assert models.hub.HF_HUB_OFFLINE is offline
     empty = tmp_path / "empty"
     empty.mkdir()
-    for finding in doctor.check_weights(str(empty), str(empty), str(empty)):
+    for finding in models.check_weights(str(empty), str(empty), str(empty)):
         assert only([finding], finding.name).status == "problem"
         assert "is missing" in finding.found
 
@@ -315,15 +321,15 @@ def test_nothing_is_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     def connect(*_: object, **__: object) -> None:
         raise AssertionError("the network was asked")
 
-    monkeypatch.setattr(doctor.hub, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(models.hub, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(socket.socket, "connect", connect)
     monkeypatch.setattr(socket, "getaddrinfo", connect)
-    for finding in doctor.check_weights(*["somebody/no-such-model"] * 3):
+    for finding in models.check_weights(*["somebody/no-such-model"] * 3):
         assert only([finding], finding.name).status == "note"
 
 
 def test_a_tokenizer_of_another_codebook_than_the_backbone_is_noted(vqgan_folder: Path) -> None:
-    findings = doctor.check_weights("nano", str(vqgan_folder), "nano")
+    findings = models.check_weights("nano", str(vqgan_folder), "nano")
     assert only(findings, "codebook").status == "note"
 
 
@@ -352,7 +358,7 @@ def open_home(token: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.mark.parametrize(("mode", "status"), [(0o600, "ok"), (0o400, "ok"), (0o644, "problem"), (0o640, "problem")])
 def test_a_token_that_others_can_read_is_a_problem(open_home: None, token: Path, mode: int, status: str) -> None:
     token.chmod(mode)
-    finding = only(doctor.check_token(), "token")
+    finding = only(of_ray.check_token(), "token")
     assert finding.status == status
     assert "secret" not in finding.found
     assert finding.advice == (f"chmod 600 {token}" if status == "problem" else "")
@@ -361,7 +367,7 @@ def test_a_token_that_others_can_read_is_a_problem(open_home: None, token: Path,
 def test_a_closed_home_keeps_an_open_token(open_home: None, token: Path) -> None:
     token.chmod(0o644)
     token.parents[1].chmod(0o700)
-    assert only(doctor.check_token(), "token").status == "ok"
+    assert only(of_ray.check_token(), "token").status == "ok"
 
 
 @pytest.mark.parametrize(
@@ -381,7 +387,7 @@ def test_an_absent_token_matters_where_it_is_asked_for(
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    finding = only(doctor.check_token(), "token")
+    finding = only(of_ray.check_token(), "token")
     assert finding.status == status
     assert "secret" not in finding.found
 
@@ -391,20 +397,29 @@ def test_a_port_is_taken_while_somebody_listens(monkeypatch: pytest.MonkeyPatch)
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         port = listener.getsockname()[1]
-        monkeypatch.setattr(doctor, "PORTS", {port: "GCS"})
-        taken = only(doctor.check_ports(), "ports")
+        monkeypatch.setattr(of_ray, "PORTS", {port: "GCS"})
+        taken = only(of_ray.check_ports(), "ports")
         assert taken.status == "note"
         assert str(port) in taken.found
-    assert only(doctor.check_ports(), "ports").status == "ok"
+    assert only(of_ray.check_ports(), "ports").status == "ok"
 
 
 # --- cluster -------------------------------------------------------------------------------------------------------
 
 
-def facts(**other: object) -> dict[str, object]:
-    """What a sound node says."""
-    sound = {"python": "3.11.9", "ray": "2.60.0", "covray": "0.1.0", "free_bytes": 50 * GIB, "total_bytes": 99 * GIB}
-    return {**sound, "time_s": 1000.5, **other}
+def report(**other: Any) -> NodeReport:
+    """What a sound node says, but for ``other``."""
+    versions = {"python": "3.11.9", "ray": "2.60.0", "covray": "0.1.0"}
+    values = {
+        "free_bytes": 50 * GIB,
+        "total_bytes": 99 * GIB,
+        "time_s": 1000.5,
+        "asked_s": 1000.0,
+        "answered_s": 1001.0,
+    }
+    for name, value in other.items():
+        (versions if name in versions else values)[name] = value
+    return NodeReport(Versions(**versions), **values)
 
 
 @pytest.mark.parametrize(
@@ -421,7 +436,7 @@ def facts(**other: object) -> dict[str, object]:
 )
 def test_a_node_is_judged_by_what_it_says(other: dict[str, object], status: str, told: str) -> None:
     resources = {"CPU": 4.0, "GPU": 1.0, "memory": 8.0 * GIB}
-    finding = only([judge_node("node a", resources, facts(**other), OURS, 1000.0, 1001.0)], "node a")
+    finding = only([judge_node("node a", resources, report(**other), OURS)], "node a")
     assert finding.status == status
     assert told in finding.found
 
@@ -434,7 +449,7 @@ def test_a_cluster_that_does_not_answer_is_a_finding_among_the_others(
         assert listens, "Ray asks a dead address for minutes"
         raise ConnectionError("no answer\nfrom there")
 
-    monkeypatch.setattr(doctor.ray, "init", refused)
+    monkeypatch.setattr(of_ray.ray, "init", refused)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         if listens:
@@ -446,7 +461,7 @@ def test_a_cluster_that_does_not_answer_is_a_finding_among_the_others(
     assert finding.status == "problem"
     assert address in finding.found
     assert only(findings, "packages").status == "ok"
-    assert not doctor.ray.is_initialized()
+    assert not of_ray.ray.is_initialized()
 
 
 # --- the command ---------------------------------------------------------------------------------------------------
@@ -461,7 +476,7 @@ def test_a_check_that_fails_is_a_finding_and_the_others_go_on(
     def fail() -> list[Finding]:
         raise error
 
-    monkeypatch.setattr(doctor, "check_gpus", fail)
+    monkeypatch.setattr(machine, "check_gpus", fail)
     findings = list(examine(str(tmp_path)))
     assert only(findings, "GPU").status == "problem"
     assert only(findings, "token").status == "ok"
@@ -471,7 +486,7 @@ def test_json_is_the_findings(
     monkeypatch: pytest.MonkeyPatch, sound: None, tmp_path: Path, run: Callable[..., tuple[int, str]]
 ) -> None:
     found = [Finding("a", "note", "x [red]y[/red]", "do z"), Finding("b", "ok", "fine")]
-    monkeypatch.setattr(doctor, "examine", lambda *_: iter(found))
+    monkeypatch.setattr(checks, "examine", lambda *_: iter(found))
     code, out = run("doctor", "--json")
     assert code == 0
     assert [Finding(**entry) for entry in json.loads(out)] == found
@@ -482,7 +497,7 @@ def test_problems_come_first_and_end_the_command_with_1(
     monkeypatch: pytest.MonkeyPatch, run: Callable[..., tuple[int, str]]
 ) -> None:
     found = [Finding("fine", "ok", "all"), Finding("odd", "note", "some", "do x")]
-    monkeypatch.setattr(doctor, "examine", lambda *_: iter(found))
+    monkeypatch.setattr(checks, "examine", lambda *_: iter(found))
     assert run("doctor")[0] == 0
     found.append(Finding("bad", "problem", "[red] none", "do y"))
     code, out = run("doctor")
