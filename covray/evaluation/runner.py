@@ -42,7 +42,7 @@ from covray.models.lvm.model import Batch, Lvm
 from covray.models.tokenizer.vqgan import load_tokenizer
 from covray.pairs.manifest import check_manifest, read_manifest, read_meta, row_dicts
 from covray.seeds import seed_of
-from covray.tasks import TASKS
+from covray.tasks import TASKS, segmentation
 
 EPISODE_SCHEMA = pa.schema(
     [("episode", pa.int64()), ("subject", pa.string()), ("task", pa.string()), ("pair_id", pa.int64())]
@@ -235,7 +235,7 @@ class Runner:
             raise PairError("no_examples", f"no example of {task} has pictures that can be read")
         if subject.baseline == "mean":
             # Of the row's meta only the classes decide how a label is read: all else would defeat the cache.
-            reading = json.dumps({"classes": meta.get("classes")})
+            reading = json.dumps({key: meta.get(key) for key in segmentation.META_KEYS})
             found = self._mean(task, None if other.all() else row["pair_id"], reading)
         else:
             image = self._picture(self._queries.read([row["pair_id"]])[0], "image", row["pair_id"])

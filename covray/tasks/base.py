@@ -19,7 +19,7 @@ from covray.io.pixels import Picture
 
 Counts = NDArray[np.int64]
 Meta = Mapping[str, Any]
-"""The ``meta`` of a pair's manifest row; segmentation reads its ``classes``."""
+"""The ``meta`` of a pair's manifest row; segmentation reads its class table."""
 Lpips = Callable[[Picture, Picture], float]
 """Perceptual distance of two pictures (Zhang et al. 2018)."""
 Resample = Literal["nearest", "bicubic"]
@@ -124,8 +124,8 @@ def mean_where_valid(
     return total / np.maximum(count, 1), count
 
 
-def grey_png(values: NDArray[np.uint8]) -> bytes:
-    """Return ``values`` [h, w] as a grey PNG."""
+def grey_png(values: NDArray[np.uint8] | NDArray[np.uint16]) -> bytes:
+    """Return ``values`` [h, w] as a grey PNG of their depth."""
     buffer = io.BytesIO()
     Image.fromarray(values).save(buffer, "PNG")
     return buffer.getvalue()

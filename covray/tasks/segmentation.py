@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +13,60 @@ from covray.tasks.base import Counts, Lpips, Meta, Metric, Picture, Resample, Sc
 
 VOC_CLASSES = 21
 """Classes of a segmentation whose ``meta`` names none: PASCAL VOC's twenty and the background."""
+
+META_KEYS = ("classes", "class_numbers", "void", "void_number")
+"""The keys of ``meta`` that ``class_table`` reads: which classes a label's colours stand for."""
+
+
+@dataclass(frozen=True)
+class ClassTable:
+    """The classes of a segmentation. An index is the place of a class in ``meta`` and of its colour in ``palette``."""
+
+    names: tuple[str, ...]
+    """The name of each class."""
+    numbers: tuple[int, ...]
+    """The number that each class has in the user's own masks, 0 to 65535."""
+    void: int | None = None
+    """The index of pixels that are not labelled and not scored; None where all are labelled."""
+    void_number: int | None = None
+    """The number of void in the user's own masks; None without void."""
+
+    @property
+    def colours(self) -> tuple[int, ...]:
+        """The indices whose colours a label can have."""
+        indices = tuple(range(len(self.names)))
+        return indices if self.void is None or self.void in indices else (*indices, self.void)
+
+    def to_numbers(self, indices: NDArray[np.integer]) -> NDArray[np.uint8] | NDArray[np.uint16]:
+        """Return ``indices`` [h, w] as the user's own numbers, in 8 bits where all fit."""
+        table = np.zeros(256, np.uint16)
+        table[: len(self.numbers)] = self.numbers
+        if self.void is not None and self.void_number is not None:
+            table[self.void] = self.void_number
+        return table.astype(np.uint8)[indices] if table.max() < 256 else table[indices]
+
+
+def class_table(meta: Meta | None) -> ClassTable:
+    """Return the classes that ``meta`` describes; the first classes of PASCAL VOC where it names none.
+
+    What is malformed counts as absent: a manifest may come from anywhere.
+    """
+    meta = meta or {}
+    names, numbers, void = (meta.get(key) for key in ("classes", "class_numbers", "void"))
+    if not isinstance(names, list) or not 1 <= len(names) <= 256:
+        return ClassTable(tuple(map(str, range(VOC_CLASSES))), tuple(range(VOC_CLASSES)))
+    if not isinstance(numbers, list) or len(numbers) != len(names) or not all(map(_is_number, numbers)):
+        numbers = list(range(len(names)))
+    if not _is_number(void) or void > 255:
+        return ClassTable(tuple(map(str, names)), tuple(numbers))
+    void_number = meta.get("void_number")
+    if not _is_number(void_number):
+        void_number = numbers[void] if void < len(numbers) else void
+    return ClassTable(tuple(map(str, names)), tuple(numbers), void, void_number)
+
+
+def _is_number(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 65536
 
 
 def palette(classes: int) -> NDArray[np.uint8]:
@@ -29,20 +85,14 @@ def palette(classes: int) -> NDArray[np.uint8]:
     return colours.astype(np.uint8)
 
 
-def class_count(meta: Meta | None) -> int:
-    """Return how many classes ``meta`` names in ``classes``, else PASCAL VOC's number."""
-    names = (meta or {}).get("classes")
-    return len(names) if isinstance(names, list) and 1 <= len(names) <= 256 else VOC_CLASSES
-
-
 def render(classes: NDArray[np.integer]) -> Picture:
     """Draw class indices [h, w], 0..255, as a picture [h, w, 3]."""
     return palette(256)[classes]
 
 
 def read(picture: Picture, meta: Meta | None = None) -> NDArray[np.uint8]:
-    """Read class indices uint8 [h, w] by the colours of as many classes as ``meta`` names."""
-    return read_classes(picture, class_count(meta))
+    """Read class indices uint8 [h, w] by the colours that the classes of ``meta`` and void have."""
+    return _nearest(picture, class_table(meta).colours)
 
 
 def read_classes(picture: Picture, classes: int) -> NDArray[np.uint8]:
@@ -50,27 +100,40 @@ def read_classes(picture: Picture, classes: int) -> NDArray[np.uint8]:
 
     Exact on drawn labels; on generated ones this is the decoding the literature scores.
     """
-    colours = palette(classes).astype(np.int32)
+    return _nearest(picture, range(len(palette(classes))))
+
+
+def _nearest(picture: Picture, indices: Sequence[int]) -> NDArray[np.uint8]:
+    chosen = np.array(indices, np.uint8)
+    colours = palette(256)[chosen].astype(np.int32)
     pixels = picture.reshape(-1, 3).astype(np.int32)
     # |p - c|^2 = |p|^2 - 2 p.c + |c|^2, and |p|^2 does not change which colour is nearest.
     distance = (colours**2).sum(1)[None, :] - 2 * pixels @ colours.T
-    return distance.argmin(1).astype(np.uint8).reshape(picture.shape[:2])
+    return chosen[distance.argmin(1)].reshape(picture.shape[:2])
 
 
 def score(answer: Picture, label: Picture, meta: Meta | None = None, *, lpips: Lpips | None = None) -> Score:
-    """Score the classes of ``answer`` against those of ``label``."""
-    classes = class_count(meta)
-    answered, truth = read_classes(answer, classes), read_classes(label, classes)
-    counts = class_counts(answered, truth, classes)
-    return Score({"iou": mean_iou(counts), "p_acc": float((answered == truth).mean())}, counts)
+    """Score the classes of ``answer`` against those of ``label``; pixels whose label is void do not count."""
+    table = class_table(meta)
+    answered, truth = read(answer, meta), read(label, meta)
+    if table.void is not None:
+        labelled = truth != table.void
+        answered, truth = answered[labelled], truth[labelled]
+    # One class more, for void in the answer: it is wrong wherever the label has a class.
+    classes = len(table.names)
+    counts = class_counts(np.minimum(answered, classes), truth, classes + 1)[:, :classes]
+    if table.void is not None and table.void < classes:
+        counts[:, table.void] = 0
+    accuracy = float((answered == truth).mean()) if truth.size else None
+    return Score({"iou": mean_iou(counts), "p_acc": accuracy}, counts)
 
 
 def class_counts(answer: NDArray[np.integer], label: NDArray[np.integer], classes: int) -> Counts:
     """Count the pixels of every class.
 
     Args:
-        answer: Class indices [h, w].
-        label: Class indices [h, w].
+        answer: Class indices of any shape.
+        label: Class indices of the same pixels.
         classes: How many classes there are.
 
     Returns:
@@ -102,20 +165,25 @@ def mean_iou_of_set(counts: Sequence[Counts]) -> float | None:
 
 
 def mean(labels: Iterable[Picture], meta: Meta | None = None, *, robust: bool = False) -> Picture:
-    """Return the most frequent class of every pixel; of equally frequent ones the first."""
+    """Return the most frequent class of every pixel, of equally frequent ones the first; void does not vote."""
     pictures = require_labels(name, labels)
-    classes = class_count(meta)
+    table = class_table(meta)
+    classes = len(table.names)
     height, width = pictures[0].shape[:2]
     votes = np.zeros((height, width, classes), np.int32)
     rows, columns = np.ogrid[:height, :width]
     for picture in pictures:
-        votes[rows, columns, read_classes(picture, classes)] += 1
-    return render(votes.argmax(axis=2))
+        indices = read(picture, meta)
+        votes[rows, columns, np.minimum(indices, classes - 1)] += indices != (-1 if table.void is None else table.void)
+    winners = votes.argmax(axis=2)
+    if table.void is not None:
+        winners[~votes.any(axis=2)] = table.void
+    return render(winners)
 
 
 def export(answer: Picture, meta: Meta | None = None) -> dict[str, bytes]:
-    """Return the class indices as a grey PNG."""
-    return {"classes.png": grey_png(read(answer, meta))}
+    """Return a grey PNG of the numbers that the classes have in the user's own masks."""
+    return {"classes.png": grey_png(class_table(meta).to_numbers(read(answer, meta)))}
 
 
 name = "segmentation"
