@@ -423,7 +423,7 @@ def test_a_command_that_is_shown_is_taken(words: list[str], monkeypatch: pytest.
     if isinstance(config, SweepConfig):  # what it passes on is checked where the job runs
         # The buckets shown are nobody's: nothing has begun there, and their pairs cannot be counted.
         monkeypatch.setattr("covray.io.storage.exists", lambda path: False)
-        monkeypatch.setattr("covray.sweeps.grid._require_pairs", lambda *pairs: None)
+        monkeypatch.setattr("covray.sweeps.grid.require_pairs", lambda *pairs: None)
         assert grid_of(config).trials
 
 

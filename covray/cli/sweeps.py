@@ -50,9 +50,9 @@ def sweep(
         else:
             resolved = resolve(SweepConfig, config, options, sets)
         if plan:
-            from covray.sweeps.grid import plan_sweep
+            from covray.sweeps.plan import plan_sweep
 
-            _print_sweep_plan(plan_sweep(resolved, tokens_per_s), json_)
+            _print_sweep_plan(plan_sweep(resolved, tokens_per_s).to_json(), json_)
             return
         from covray.distributed.sweep import sweep as run_sweep
 

@@ -41,8 +41,9 @@ from covray.errors import ConfigError
 from covray.evaluation.records import TaskSummary
 from covray.io import storage
 from covray.report.sweep import write_sweep_page
-from covray.sweeps.grid import Grid, Trial, grid_of, plan_sweep
-from covray.sweeps.records import LeftOut, Reference, TrialEntry
+from covray.sweeps.grid import Grid, Trial, grid_of
+from covray.sweeps.plan import plan_sweep
+from covray.sweeps.records import Reference, TrialEntry
 from covray.sweeps.results import tabulate, to_csv
 from covray.training.checkpoints import require_same
 
@@ -140,7 +141,7 @@ def report(out: str) -> dict[str, Any]:
         [Reference.model_validate(_reference(subject, table)) for table in references for subject in table["subjects"]],
         {task: TaskSummary.model_validate(facts) for task, facts in about.items()},
         sorted({metric for table in tables for metric in table["lower_is_better"]}),
-        [LeftOut(name=left.name, reason=left.reason) for left in grid.left_out],
+        grid.left_out,
         described["config"],
         described["seconds"],
     )
@@ -282,7 +283,7 @@ def _run(config: SweepConfig, grid: Grid, cores: int, parent: str | None, count:
 def _scheduler(config: SweepConfig) -> TrialScheduler | None:
     if config.stopping == "none":
         return None
-    tokens = [line["train_tokens"] for line in plan_sweep(config)["trials"]]
+    tokens = [line.train_tokens for line in plan_sweep(config).trials]
     rule = {"time_attr": "tokens", "metric": "answer_perplexity", "mode": "min"}
     grace = max(1, int(config.grace * min(tokens)))
     if config.stopping == "median":

@@ -278,7 +278,7 @@ def test_a_rule_stops_who_is_worse_at_equal_tokens_and_nobody_before_the_grace(c
     chosen = load_config(SweepConfig, None, given | {"stopping": rule, "grace": 0.5})
     scheduler = sweeps._scheduler(chosen)
     assert scheduler is not None
-    tokens = min(line["train_tokens"] for line in sweeps.plan_sweep(chosen)["trials"])
+    tokens = min(line.train_tokens for line in sweeps.plan_sweep(chosen).trials)
     controller: Any = None
     good = [Ended(f"good {number}") for number in range(4)]
     bad: Any = Ended("bad")

@@ -12,7 +12,8 @@ import pytest
 
 from covray.config import SweepConfig, load_config
 from covray.errors import ConfigError, CovrayError
-from covray.sweeps.grid import grid_of, plan_sweep
+from covray.sweeps.grid import grid_of
+from covray.sweeps.plan import plan_sweep
 from covray.training.memory import plan
 from tests.support.datasets import TOKENS
 
@@ -205,7 +206,7 @@ def test_a_grid_of_nothing_is_refused(make: Make, options: dict[str, Any]) -> No
 
 def test_the_plan_is_the_sum_of_the_trainings_plans(make: Make) -> None:
     config = make(**{"grid.seeds": [0, 1], "train.optimizer.epochs": 3.0, "train.optimizer.batch_tokens": 512})
-    planned = plan_sweep(config, tokens_per_s=100.0)
+    planned = plan_sweep(config, tokens_per_s=100.0).to_json()
     trials = grid_of(config).trials
     assert [line["name"] for line in planned["trials"]] == [trial.name for trial in trials]
     for trial, line in zip(trials, planned["trials"], strict=True):
@@ -214,12 +215,12 @@ def test_the_plan_is_the_sum_of_the_trainings_plans(make: Make) -> None:
         assert line["gpu_hours"] == pytest.approx(alone.gpu_hours)
     assert planned["total"]["train_tokens"] == sum(line["train_tokens"] for line in planned["trials"])
     assert planned["total"]["gpu_hours"] == pytest.approx(sum(line["gpu_hours"] for line in planned["trials"]))
-    assert "gpu_hours" not in plan_sweep(config)["total"]
+    assert "gpu_hours" not in plan_sweep(config).to_json()["total"]
 
 
 def test_two_thousand_trials_are_planned_before_anything_exists(make: Make) -> None:
     fields = {"optimizer.learning_rate": [number / 10000 for number in range(1, 101)]}
-    planned = plan_sweep(make(**{"grid.fields": fields, "grid.seeds": [0, 1, 2, 3]}))
+    planned = plan_sweep(make(**{"grid.fields": fields, "grid.seeds": [0, 1, 2, 3]})).to_json()
     assert len(planned["trials"]) == 5 * 100 * 4
     assert len({line["name"] for line in planned["trials"]}) == 2000
     assert not Path(make().out).exists()
@@ -237,11 +238,11 @@ def test_the_paper_is_planned_from_a_manifest_without_its_weights(
         Path(__file__).parents[2] / "configs" / "paper" / "sweep.yaml",
         {"manifest": manifest, "out": str(tmp_path / "sweep"), "grid.tasks": [["depth"]]},
     )
-    planned = plan_sweep(config, tokens_per_s=3000.0)
+    planned = plan_sweep(config, tokens_per_s=3000.0).to_json()
     # Of L = 2 with any pairs, 3 to 6 with those that fit 16 pictures of 256 tokens, 8 with one pair; by two methods.
     fit = sum(length * (pairs + 1) <= 16 for length in (3, 4, 6, 8) for pairs in (1, 2, 3))
     assert len(planned["trials"]) == 3 * (3 + 2 * fit)
-    assert planned["builds"]["lengths"] == (3, 4, 6, 8)
+    assert planned["builds"]["lengths"] == [3, 4, 6, 8]
     assert planned["total"]["gpu_hours"] > 0
 
 
