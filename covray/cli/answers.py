@@ -65,17 +65,17 @@ def generate(
     }
     resolved = load_config(GenerateConfig, config, given(options), sets or ())
     with quiet_libraries():
-        from covray.generation.generator import generate as run_generation
+        from covray.generation.files import generate as run_generation
 
-        result = run_generation(resolved)
+        record = run_generation(resolved)
     if json_:
-        print(json.dumps(result))
+        print(json.dumps(record.to_json()))
         return
     if resolved.adapter is None:
         console.print("no --adapter: these are answers of the untuned backbone", highlight=False)
-    for answer in result["answers"]:
-        for file in answer["files"]:
-            where = escape(f"{resolved.out.rstrip('/')}/{answer['folder']}/{file}")
+    for answer in record.answers:
+        for file in answer.files:
+            where = escape(f"{resolved.out.rstrip('/')}/{answer.folder}/{file}")
             console.print(where, highlight=False, soft_wrap=True)
 
 

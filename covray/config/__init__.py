@@ -16,7 +16,7 @@ from covray.config.fields import (
     TokenizerConfig,
     TrackingConfig,
 )
-from covray.config.generate import GenerateConfig
+from covray.config.generate import GenerateConfig, GeneratorConfig
 from covray.config.plan import AssumedConfig, NodesConfig, PlanConfig
 from covray.config.section import Section, differences, leaves, load_config, read_yaml
 from covray.config.sweep import GridConfig, SweepConfig
@@ -32,7 +32,8 @@ from covray.config.train import (
 
 __all__ = [
     "ActorsConfig", "AssumedConfig", "BackboneConfig", "BuildConfig", "CheckpointsConfig", "ComputeConfig",
-    "EngineConfig", "EvaluateConfig", "FormConfig", "GenerateConfig", "GridConfig", "LoraConfig", "NodesConfig",
+    "EngineConfig", "EvaluateConfig", "FormConfig", "GenerateConfig", "GeneratorConfig",
+    "GridConfig", "LoraConfig", "NodesConfig",
     "OptimizerConfig", "PlanConfig", "PriorConfig", "SamplingConfig", "Section", "SentencesConfig", "SweepConfig",
     "TokenizerConfig", "TrackingConfig", "TrainConfig", "WorkersConfig", "differences", "leaves", "load_config",
     "read_yaml", "require_compiler",

@@ -19,6 +19,30 @@ from covray.config.fields import (
 from covray.config.section import Section
 
 
+class GeneratorConfig(Section):
+    """The models of a ``covray.generation.Generator``, which are loaded once and answer many requests.
+
+    Fields left null are taken from the run; without a run, from the nano models.
+    """
+
+    adapter: str | None = None
+    """A finished run of ``covray train``; null: the untuned backbone."""
+    backbone: BackboneConfig | None = None
+    length: Length | None = None
+    """Pictures of a chain, both ends counted; must be given for a run trained at several lengths. Without a run 4."""
+    method: ChainMethod | None = None
+    """How the examples' frames are made; ``none``: chains have none."""
+    prior: PriorConfig | None = None
+    tokenizer: TokenizerConfig | None = None
+    fit: Literal["stretch", "crop"] | None = None
+    """How a picture becomes square; an answer of ``crop`` is of the centre square only."""
+    engine: EngineConfig = EngineConfig(batch=4, image_batch=4)
+    batch: int = Field(default=16, ge=1, le=4096)
+    """Rows of the fixed, padded batch of the decoder."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of a backbone with random weights."""
+
+
 class GenerateConfig(Section):
     """``covray generate``: example pairs and queries in, frames and answers out.
 
@@ -52,3 +76,7 @@ class GenerateConfig(Section):
     batch: int = Field(default=16, ge=1, le=4096)
     """Rows of the fixed, padded batch of the decoder."""
     seed: int = Field(default=0, ge=0)
+
+    def generator(self) -> GeneratorConfig:
+        """Return the part that says which models answer."""
+        return GeneratorConfig.model_validate({name: getattr(self, name) for name in GeneratorConfig.model_fields})

@@ -17,13 +17,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import torch
 from numpy.typing import NDArray
 
 from covray.chains.compatibility import require_same_tokens
 from covray.chains.dataset import ChainDataset
 from covray.chains.sentences import Chains
-from covray.config import BackboneConfig, EvaluateConfig, LoraConfig, SentencesConfig
+from covray.config import BackboneConfig, EvaluateConfig, SentencesConfig
 from covray.errors import DatasetError, PairError
 from covray.evaluation.baselines import nearest_label, saliency
 from covray.evaluation.episodes import Episodes
@@ -32,13 +31,11 @@ from covray.evaluation.lpips import LEAST_PX, load_lpips
 from covray.evaluation.metrics import OWN, REFERENCE
 from covray.evaluation.scores import score
 from covray.evaluation.subjects import SALIENCY, Subject
+from covray.generation.models import LoadedModel, ModelSource
 from covray.io import storage
-from covray.io.device import resolve_device
 from covray.io.images import decode, load_picture, resize, square
-from covray.models.lvm.adapter import load_adapter_tensors, read_adapter
-from covray.models.lvm.backbone import backbone_facts, load_backbone
-from covray.models.lvm.decoding.sequential import SequentialDecoder
-from covray.models.lvm.model import Batch, Lvm
+from covray.models.lvm.adapter import read_adapter
+from covray.models.lvm.backbone import backbone_facts
 from covray.models.tokenizer.vqgan import load_tokenizer
 from covray.pairs.manifest import check_manifest, read_manifest, read_meta, row_dicts
 from covray.seeds import seed_of
@@ -91,7 +88,7 @@ class Runner:
         self.fit = self.dataset.config.get("fit", "stretch")
         self._queries, self._examples = PairFile(queries), PairFile(examples)
         # One at a time: episodes come sorted by subject and task, and a large model fills a GPU.
-        self._writer = functools.lru_cache(maxsize=1)(self._load)
+        self._model = functools.lru_cache(maxsize=1)(self._load)
         self._chains = functools.lru_cache(maxsize=1)(self._load_chains)
         self._episodes = functools.lru_cache(maxsize=1)(self._load_episodes)
         self._labels = functools.lru_cache(maxsize=2)(self._load_labels)
@@ -118,7 +115,7 @@ class Runner:
         """Tokens, likelihoods and perplexities of one subject's episodes of one task."""
         assert subject.method is not None
         assert subject.length is not None
-        writer = self._writer(subject.name)
+        model = self._model(subject.name)
         episodes, places = self._episodes(subject.name)
         prompts = []
         for row in rows:
@@ -131,14 +128,14 @@ class Runner:
             row["_chain"] = own
         seeds = [seed_of(self.config.seed, row["pair_id"]) for row in rows]
         images = subject.length - 1
-        written = writer.decoder.decode(np.empty(0, np.uint16), np.stack(prompts), images, self.config.sampling, seeds)
+        written = model.decoder.decode(np.empty(0, np.uint16), np.stack(prompts), images, self.config.sampling, seeds)
         for row, prompt, ids, likelihood in zip(rows, prompts, written.ids, written.image_log_likelihood, strict=True):
             row["images"], row["log_likelihood"] = ids.tolist(), float(likelihood[-1])
             answer = row["_chain"][-1]
-            by_reference = writer.answer_nats(np.concatenate([prompt, row["_chain"][1:-1].reshape(-1)]), answer)
+            by_reference = model.answer_nats(np.concatenate([prompt, row["_chain"][1:-1].reshape(-1)]), answer)
             by_own = by_reference
             if images > 1:
-                by_own = writer.answer_nats(np.concatenate([prompt, ids[:-1].reshape(-1)]), answer)
+                by_own = model.answer_nats(np.concatenate([prompt, ids[:-1].reshape(-1)]), answer)
             row["_nats"] = {OWN: by_own, REFERENCE: by_reference}
 
     def _load_episodes(self, name: str) -> tuple[Episodes, dict[tuple[str, int], int]]:
@@ -171,7 +168,7 @@ class Runner:
         maps = [saliency(picture) for picture in self.tokenizer.decode(found[:, 0])]
         return np.stack([found[:, 0], self.tokenizer.encode(np.stack(maps)), found[:, 1]], axis=1)
 
-    def _load(self, name: str) -> _Writer:
+    def _load(self, name: str) -> LoadedModel:
         subject = self.subjects[name]
         backbone = BackboneConfig.model_validate(subject.backbone)
         facts = backbone_facts(backbone)
@@ -180,14 +177,8 @@ class Runner:
                 f"{name}: this node's backbone is {facts.fingerprint[:12]}, not {subject.fingerprint[:12]}"
             )
         adapter = None if subject.adapter is None else read_adapter(storage.join(subject.adapter, "adapter"))
-        lora = None if adapter is None else LoraConfig.model_validate(vars(adapter[0]))
-        device, dtype = resolve_device(self.config.engine)
-        model = load_backbone(facts, backbone, lora, dtype=dtype, device=device, seed=self.config.seed)
-        if adapter is not None:
-            load_adapter_tensors(model, adapter[1])
-        return _Writer(
-            model, SequentialDecoder(model, self.tokenizer.codes, self.tokenizer.tokens_per_image, self.config.batch)
-        )
+        source = ModelSource(facts, backbone, adapter, self.config.seed)
+        return LoadedModel.load(source, self.config.engine, self.tokenizer, self.config.batch)
 
     # --- pictures and scores ---
 
@@ -281,23 +272,6 @@ class Runner:
         query, label = (self._picture(pair, name, row["pair_id"]) for name in ("image", "label"))
         answer, pictures = self._answer(subject, row, label, read_meta(pair["meta"]))
         return query, pictures[:-1], answer, label
-
-
-class _Writer:
-    """A model, and what decodes with it."""
-
-    def __init__(self, model: Lvm, decoder: SequentialDecoder):
-        self.model, self.decoder = model, decoder
-
-    @torch.inference_mode()
-    def answer_nats(self, before: Tokens, answer: Tokens) -> float:
-        """Mean negative log likelihood in nats of the tokens ``answer`` after ``before``: log of the perplexity."""
-        ids = torch.from_numpy(np.concatenate([before, answer]).astype(np.int64))
-        positions = torch.arange(len(before) - 1, len(ids) - 1)
-        # Alone: another batch would be another order of additions.
-        batch = Batch(ids, (len(ids),), positions).to(self.model.embed.weight.device)
-        _, each = self.model(batch)
-        return float(each.double().mean())
 
 
 class PairFile:

@@ -1,4 +1,4 @@
-"""``covray generate``: example pairs and query pictures from files in, frames and answers out. Knows no ray.
+"""A generator: models that are loaded once and answer many requests. Knows no ray, and reads and writes no pictures.
 
 examples --prior--> frames --tokenizer--> prompt; query --tokenizer--> tokens
 prompt, query --LVM--> frames, answer --tokenizer--> pictures --task--> data
@@ -6,300 +6,338 @@ prompt, query --LVM--> frames, answer --tokenizer--> pictures --task--> data
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import json
-import posixpath
-from collections.abc import Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
-from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from covray.chains.build import BlockBuilder
-from covray.chains.dataset import ChainDataset, alphas_of
+from covray.chains.dataset import ChainDataset
 from covray.chains.prepare import prepare_block
 from covray.config import (
     BackboneConfig,
     BuildConfig,
-    GenerateConfig,
-    LoraConfig,
+    GeneratorConfig,
     PriorConfig,
     TokenizerConfig,
     TrainConfig,
 )
-from covray.errors import ConfigError, DatasetError, PairError, WeightsError, one_line
+from covray.errors import ConfigError, DatasetError, WeightsError, one_line
+from covray.generation.models import LoadedModel, ModelSource
+from covray.generation.request import Answer, Example, Request, WrittenPicture
 from covray.io import storage
-from covray.io.device import resolve_device
-from covray.io.images import decode, encode_png, resize, square
-from covray.models.lvm.adapter import WEIGHTS_FILE, load_adapter_tensors, read_adapter, read_run
-from covray.models.lvm.backbone import BackboneFacts, backbone_facts, load_backbone
+from covray.io.images import Picture, resize, square
+from covray.models.lvm.adapter import read_adapter, read_run
+from covray.models.lvm.backbone import backbone_facts
 from covray.models.lvm.decoding.base import require_context
-from covray.models.lvm.decoding.sequential import SequentialDecoder
-from covray.models.tokenizer.vqgan import require_same_codebook
-from covray.pairs.manifest import MANIFEST_SCHEMA, Pair, Picture
-from covray.report.contact_sheets import draw_strip
+from covray.models.tokenizer.vqgan import load_tokenizer, require_same_codebook
+from covray.pairs.manifest import MANIFEST_SCHEMA, Pair
 from covray.seeds import seed_of
 from covray.tasks import TASKS
 
-RESULT_FILE = "generation.json"
 _WITHOUT_TASK = "colorization"  # resized as photographs are, read as nothing but a picture
+_PROMPTS = 8
+"""Prompts whose tokens a generator keeps: the chains of their examples need not be made again."""
 
 
-def generate(config: GenerateConfig) -> dict[str, Any]:
-    """Answer ``config.queries``; returns what is written to ``generation.json``.
+@dataclass(frozen=True)
+class ResolvedGenerator:
+    """A generator's configuration with all that its run decides; made and checked before any model is loaded."""
 
-    Every query gets a folder below ``config.out``, by the name of its file: ``strip.png`` (query, frames, answer),
-    ``answer.png`` at the query's size, and by the task ``classes.png`` (class indices), ``depth_m.npy``,
-    ``normals.npy``, ``edges.npy`` or ``keypoints.json``.
-    A query's answer follows from the configuration, the seed, the examples and its own tokens, not from its neighbours.
-    Raises CovrayError, where it can before any model is loaded.
+    config: GeneratorConfig
+    """Without nulls."""
+    source: ModelSource
+    task: str | None
+    """The task that the run was trained on, if it was one."""
+    codebook: str | None
+    """Fingerprint of the codebook that the model was trained on, if it is known."""
+    tokens_per_image: int | None
+    """If it is known before the tokenizer is loaded."""
+
+    @property
+    def length(self) -> int:
+        """Pictures of a chain, both ends counted."""
+        return 2 if self.config.method == "none" else self.config.length or 2
+
+    def require_context(self, examples: int, tokens_per_image: int | None = None) -> None:
+        """Raise ConfigError where so many ``examples``, a query and its answer exceed the model's context.
+
+        Args:
+            examples: Example pairs before the query.
+            tokens_per_image: Of the tokenizer, once it is loaded; without it nothing may be known, and refused.
+        """
+        size = tokens_per_image or self.source.facts.tokens_per_image or self.tokens_per_image
+        if size is not None:
+            sentence = (examples + 1) * self.length * size
+            require_context(sentence, size, self.source.facts.llama.max_position_embeddings)
+
+
+class Generator:
+    """Answers queries after examples; see ``load``, ``answer`` and ``stream``.
+
+    The answer to a query follows from the configuration, the seed, the examples and the query's own tokens, not from
+    the other queries of a request nor from earlier requests.
     """
-    _require_out(config.out)
-    queries = [_picture("--query", path) for path in config.queries]
-    examples = [_example(image, label) for image, label in config.examples]
-    config, trained_on, tokens_per_image = _resolve(config)
-    assert config.backbone is not None
-    facts = backbone_facts(config.backbone)
-    if trained_on is not None and facts.fingerprint != trained_on["backbone"]:
-        raise WeightsError(
-            f"{config.adapter}: adapts backbone {trained_on['backbone'][:12]}, {_name(config.backbone)} is "
-            f"{facts.fingerprint[:12]}; give --backbone the folder or revision it was trained on"
-        )
-    adapter = None if config.adapter is None else read_adapter(storage.join(config.adapter, "adapter"))
-    _require_context(config, facts, facts.tokens_per_image or tokens_per_image)
 
-    torch.set_num_threads(config.engine.threads)
-    builder = BlockBuilder(_build_config(config))
-    tokenizer = builder.tokenizer
-    _require_context(config, facts, tokenizer.tokens_per_image)
-    codebook = facts.codebook or (trained_on["codebook"] if trained_on else None)
-    if codebook is not None:
-        require_same_codebook(codebook, tokenizer.codebook_fingerprint, "--tokenizer")
-    if tokenizer.codes > facts.codes:
-        raise DatasetError(
-            f"--tokenizer: has {tokenizer.codes} codes, the backbone knows {facts.codes}; give the backbone's tokenizer"
-        )
-    prompt = _prompt(config, builder, examples)
-    fit = builder.config.fit
-    squares = np.stack([square(picture, tokenizer.size_px, fit) for picture in queries])
-    tokens = tokenizer.encode(squares)
+    def __init__(self, resolved: ResolvedGenerator):
+        """Load tokenizer and model; the prior is loaded by the first request that needs it. See ``load``."""
+        config = resolved.config
+        assert config.tokenizer is not None
+        torch.set_num_threads(config.engine.threads)
+        self.resolved = resolved
+        self.tokenizer = load_tokenizer(config.tokenizer, config.engine)
+        if resolved.codebook is not None:
+            require_same_codebook(resolved.codebook, self.tokenizer.codebook_fingerprint, "--tokenizer")
+        codes = resolved.source.facts.codes
+        if self.tokenizer.codes > codes:
+            raise DatasetError(
+                f"--tokenizer: has {self.tokenizer.codes} codes, the backbone knows {codes}; give the backbone's "
+                "tokenizer"
+            )
+        self.model = LoadedModel.load(resolved.source, config.engine, self.tokenizer, config.batch)
+        self._builder: BlockBuilder | None = None
+        self._prompt_of = functools.lru_cache(maxsize=_PROMPTS)(self._make_prompt)
 
-    device, dtype = resolve_device(config.engine)
-    lora = None if adapter is None else LoraConfig.model_validate(vars(adapter[0]))
-    model = load_backbone(facts, config.backbone, lora, dtype=dtype, device=device, seed=config.seed)
-    if adapter is not None:
-        load_adapter_tensors(model, adapter[1])
-    decoder = SequentialDecoder(model, tokenizer.codes, tokenizer.tokens_per_image, config.batch)
-    images = _length(config) - 1
-    # Of the query's own tokens, so that it gets the same answer alone and among others.
-    seeds = [seed_of(config.seed, hashlib.sha256(row.astype("<u2").tobytes()).hexdigest()) for row in tokens]
-    written = decoder.decode(prompt, tokens, images, config.sampling, seeds)
-    pictures = tokenizer.decode(written.ids.reshape(-1, tokenizer.tokens_per_image))
-    pictures = pictures.reshape(len(queries), images, *pictures.shape[1:])
+    @classmethod
+    def load(cls, config: GeneratorConfig) -> Generator:
+        """Load the models of ``config``.
 
-    answers = []
-    for number, name in enumerate(_names(config.queries)):
-        files = _answer_files(config, queries[number], squares[number], pictures[number], fit)
-        for file, data in files.items():
-            _write(storage.join(config.out, name, file), data)
-        likelihood = written.image_log_likelihood[number].tolist()
-        answers.append(
+        Raises:
+            CovrayError: A run, backbone or tokenizer that cannot be used, or that do not belong together; where it can
+                be, before any model is loaded.
+        """
+        return cls(resolve_generator(config))
+
+    def answer(self, request: Request) -> list[Answer]:
+        """Answer all queries of ``request``, in their order.
+
+        Raises:
+            ConfigError: The sentence exceeds the model's context, or an example cannot be used.
+        """
+        prompt, squares, tokens, seeds = self._read(request)
+        images = self.resolved.length - 1
+        decoded = self.model.decoder.decode(prompt, tokens, images, request.sampling, seeds)
+        pictures = self.tokenizer.decode(decoded.ids.reshape(-1, self.tokenizer.tokens_per_image))
+        pictures = pictures.reshape(len(squares), images, *pictures.shape[1:])
+        answers = []
+        for number, query in enumerate(request.queries):
+            picture = self._resized(request, query, pictures[number, -1])
+            answers.append(
+                Answer(
+                    query=squares[number],
+                    frames=pictures[number, :-1],
+                    small=pictures[number, -1],
+                    picture=picture,
+                    data=self._export(request, picture),
+                    seed=seeds[number],
+                    candidate=int(decoded.candidate[number]),
+                    log_likelihood=tuple(decoded.image_log_likelihood[number].tolist()),
+                )
+            )
+        return answers
+
+    def stream(self, request: Request) -> Iterator[WrittenPicture]:
+        """Write the pictures of ``answer``, and yield each as soon as it is finished; those of one query in order.
+
+        Where a query has several candidates, its pictures are known only when all of them are written.
+        """
+        images = self.resolved.length - 1
+        if request.sampling.candidates > 1:
+            for query, answer in enumerate(self.answer(request)):
+                for number, picture in enumerate([*answer.frames, answer.small]):
+                    yield WrittenPicture(query, number, number == images - 1, picture)
+            return
+        prompt, _, tokens, seeds = self._read(request)
+        for each in self.model.decoder.stream(prompt, tokens, images, request.sampling, seeds):
+            picture = self.tokenizer.decode(each.ids[None])[0]
+            yield WrittenPicture(each.query, each.image, each.image == images - 1, picture)
+
+    def prompt_tokens(self, request: Request) -> int:
+        """Return how many tokens stand before a query of ``request``."""
+        return len(self._prompt(request))
+
+    def fingerprints(self) -> dict[str, str]:
+        """Return the SHA-256 (hex) of the models loaded; of the prior it is empty where no request needed it."""
+        prior = "" if self._builder is None else self._builder.facts().fingerprints["prior"]
+        return {
+            "prior": prior,
+            "tokenizer": self.tokenizer.fingerprint,
+            "codebook": self.tokenizer.codebook_fingerprint,
+            "backbone": self.resolved.source.facts.fingerprint,
+        }
+
+    def _read(self, request: Request) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[int]]:
+        """Return the prompt [P], the queries' squares [B, s, s, 3], their tokens [B, T] and their seeds."""
+        self.resolved.require_context(len(request.examples), self.tokenizer.tokens_per_image)
+        prompt = self._prompt(request)
+        fit = self.resolved.config.fit or "stretch"
+        squares = np.stack([square(query, self.tokenizer.size_px, fit) for query in request.queries])
+        tokens = self.tokenizer.encode(squares)
+        seeds = []
+        for row in tokens:
+            # Of the query's own tokens, so that it gets the same answer alone and among others.
+            digest = hashlib.sha256(row.astype("<u2").tobytes()).hexdigest()
+            seeds.append(seed_of(request.seed, digest))
+        return prompt, squares, tokens, seeds
+
+    def _task(self, request: Request) -> str | None:
+        return request.task or self.resolved.task
+
+    def _resized(self, request: Request, query: np.ndarray, small: np.ndarray) -> np.ndarray:
+        """Return the answer at the size of the query, or of its centre square."""
+        height_px, width_px = query.shape[:2]
+        if self.resolved.config.fit == "crop":
+            height_px = width_px = min(height_px, width_px)
+        task = TASKS[self._task(request) or _WITHOUT_TASK]
+        return resize(small, height_px, width_px, task.resample)
+
+    def _export(self, request: Request, picture: np.ndarray) -> dict[str, bytes]:
+        name = self._task(request)
+        return {} if name is None else TASKS[name].export(picture, answer_meta(request))
+
+    # --- the prompt --------------------------------------------------------------------------------------------------
+
+    def _prompt(self, request: Request) -> np.ndarray:
+        return self._prompt_of(request.examples, self._task(request) or _WITHOUT_TASK)
+
+    def _make_prompt(self, examples: tuple[Example, ...], task: str) -> np.ndarray:
+        """Return the chains of ``examples`` one after another, uint16 [P], as ``covray build`` makes them."""
+        if not examples:
+            return np.empty(0, np.uint16)
+        builder = self._builder = self._builder or self._load_builder()
+        rows = []
+        for example in examples:
+            pair = Pair(task, "", Picture(bytes=example.image), Picture(bytes=example.label))
+            ends = {"image": {"bytes": example.image}, "label": {"bytes": example.label}}
+            rows.append({"pair_id": pair.pair_id, "task": task, "split": "", "meta": "{}"} | ends)
+        table = pa.Table.from_pylist(rows, MANIFEST_SCHEMA)
+        built, _ = builder.build(prepare_block(table, builder.config, builder.facts(), None))
+        chains = []
+        for row, example in zip(built.to_pylist(), examples, strict=True):
+            if row["error"] is not None:
+                raise ConfigError(f"{example.name}: {row['error']}; give another pair")
+            chains += [row["source"], *(frame["tokens"] for frame in row["frames"]), row["label"]]
+        return np.array(chains, np.uint16).ravel()
+
+    def _load_builder(self) -> BlockBuilder:
+        """Load what makes the examples' chains, with the prior where they have frames by it."""
+        config, length = self.resolved.config, self.resolved.length
+        framed = config.method in ("linear", "diffusion") and length > 2
+        build = BuildConfig.model_validate(
             {
-                "query": config.queries[number],
-                "folder": name,
-                "files": sorted(files),
-                "seed": seeds[number],
-                "candidate": int(written.candidate[number]),
-                "log_likelihood": {"frames": likelihood[:-1], "answer": likelihood[-1]},
+                "pairs": "", "out": "", "lengths": (length,), "methods": (config.method,) if framed else (),
+                "prior": config.prior, "tokenizer": config.tokenizer, "fit": config.fit, "engine": config.engine,
+                "check_endpoints": 0.0,
             }
-        )
-    result = {
-        "version": 1,
-        "config": config.model_dump(mode="json"),
-        "fingerprints": {
-            **builder.facts().fingerprints,
-            "backbone": facts.fingerprint,
-            "adapter": _file_hash(storage.join(config.adapter, "adapter", WEIGHTS_FILE)) if config.adapter else None,
-        },
-        "prompt_tokens": len(prompt),
-        "answers": answers,
-    }
-    _write(storage.join(config.out, RESULT_FILE), (json.dumps(result, indent=2) + "\n").encode())
-    return result
+        )  # fmt: skip
+        builder = BlockBuilder(build)
+        builder.tokenizer = self.tokenizer  # the same weights: they are kept once
+        return builder
+
+
+def answer_meta(request: Request) -> dict[str, Any]:
+    """Return the ``meta`` by which the answers of ``request`` are read, as a manifest's row would have it."""
+    return {"classes": [str(number) for number in range(request.classes)]}
 
 
 # --- before anything expensive ---------------------------------------------------------------------------------------
 
 
-def _require_out(out: str) -> None:
-    storage.require_writable(out)
-    files = storage.list_files(out)
-    if files and RESULT_FILE not in files:
-        raise ConfigError(f"--out {out}: holds files that are no generation of covray; give another folder")
+def resolve_generator(config: GeneratorConfig) -> ResolvedGenerator:
+    """Fill in what the run decides, and check what can be checked without loading a model.
 
-
-def _picture(option: str, path: str) -> NDArray[np.uint8]:
-    try:
-        return decode(storage.read_bytes(path))
-    except FileNotFoundError as error:
-        raise ConfigError(f"{option} {path}: is not there; give a picture file") from error
-    except OSError as error:
-        raise ConfigError(f"{option} {path}: cannot be read ({one_line(error)}); give a picture file") from error
-    except PairError as error:
-        raise ConfigError(f"{option} {path}: {error}; give another picture") from error
-
-
-def _example(image: str, label: str) -> tuple[bytes, bytes]:
-    """The encoded files, once both are known to be pictures."""
-    for path in (image, label):
-        _picture("--example", path)
-    return storage.read_bytes(image), storage.read_bytes(label)
-
-
-def _resolve(config: GenerateConfig) -> tuple[GenerateConfig, dict[str, str] | None, int | None]:
-    """``config`` with all that the run decides, the run's fingerprints, its tokens per image; None without a run."""
-    if config.adapter is None:
-        update: dict[str, Any] = {
+    Raises:
+        ConfigError: The run cannot be used, or leaves open what ``config`` must say.
+        WeightsError: The backbone or the adapter cannot be used, or the adapter is of another backbone.
+    """
+    run = None if config.adapter is None else _read_trained(config.adapter)
+    if run is None:
+        defaults: dict[str, Any] = {
             "backbone": BackboneConfig(), "length": 4, "method": "diffusion", "prior": PriorConfig(),
             "tokenizer": TokenizerConfig(), "fit": "stretch",
         }  # fmt: skip
-        return _with(config, update), None, None
-    run = read_run(config.adapter)
+        tokens_per_image = None
+    else:
+        defaults, tokens_per_image = _run_defaults(config, run)
+    missing = {name: value for name, value in defaults.items() if getattr(config, name) is None}
+    config = config.model_copy(update=missing)
+    assert config.backbone is not None
+    facts = backbone_facts(config.backbone)
+    if run is not None and facts.fingerprint != run.backbone:
+        raise WeightsError(
+            f"{config.adapter}: adapts backbone {run.backbone[:12]}, {config.backbone.path or config.backbone.scale} "
+            f"is {facts.fingerprint[:12]}; give --backbone the folder or revision it was trained on"
+        )
+    adapter = None if config.adapter is None else read_adapter(storage.join(config.adapter, "adapter"))
+    trained_codebook = None if run is None else run.codebook
+    return ResolvedGenerator(
+        config=config,
+        source=ModelSource(facts, config.backbone, adapter, config.seed),
+        task=None if run is None else run.task,
+        codebook=facts.codebook or trained_codebook,
+        tokens_per_image=tokens_per_image,
+    )
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """What a run says of itself."""
+
+    config: TrainConfig
+    backbone: str
+    """Fingerprint of its backbone."""
+    codebook: str
+    """Fingerprint of the codebook of its data."""
+
+    @property
+    def task(self) -> str | None:
+        """The task that the run was trained on, if it was one."""
+        tasks = self.config.sentences.tasks
+        return tasks[0] if tasks is not None and len(tasks) == 1 else None
+
+
+def _read_trained(adapter: str) -> _Trained:
+    run = read_run(adapter)
     try:
-        trained = TrainConfig.model_validate(run["config"])
-        fingerprints = {key: str(run["fingerprints"][key]) for key in ("backbone", "codebook")}
+        config = TrainConfig.model_validate(run["config"])
+        return _Trained(config, str(run["fingerprints"]["backbone"]), str(run["fingerprints"]["codebook"]))
     except (KeyError, TypeError, ValidationError) as error:
         raise ConfigError(
-            f"{config.adapter}/_run.json: is no description of a run; give the --out of a covray train"
+            f"{adapter}/_run.json: is no description of a run; give the --out of a covray train"
         ) from error
-    chosen = trained.sentences
-    update = {"backbone": trained.backbone, "method": chosen.method}
-    if chosen.tasks is not None and len(chosen.tasks) == 1:
-        update["task"] = chosen.tasks[0]
+
+
+def _run_defaults(config: GeneratorConfig, run: _Trained) -> tuple[dict[str, Any], int | None]:
+    """Return what the run decides where ``config`` says nothing, and its tokens per image if they are known."""
+    chosen = run.config.sentences
+    defaults: dict[str, Any] = {"backbone": run.config.backbone, "method": chosen.method}
     if config.length is None and (config.method or chosen.method) != "none":
         if len(chosen.lengths) > 1:
             lengths = " and ".join(map(str, chosen.lengths))
             raise ConfigError(f"--length: {config.adapter} was trained on chains of {lengths} pictures; say which")
-        update["length"] = chosen.lengths[0]
+        defaults["length"] = chosen.lengths[0]
+    if None not in (config.tokenizer, config.prior, config.fit):
+        return defaults, None
     tokens_per_image = None
-    if config.tokenizer is None or config.prior is None or config.fit is None:
-        try:
-            dataset = ChainDataset(trained.data)
-            tokens_per_image = dataset.tokens_per_image
-            keys = ("prior", "tokenizer", "fit")
-            built = BuildConfig.model_validate(
-                {"pairs": "", "out": ""} | {key: dataset.config[key] for key in keys if key in dataset.config}
-            )
-        except (DatasetError, ValidationError) as error:
-            if config.tokenizer is None:
-                raise ConfigError(
-                    f"--tokenizer: {config.adapter} was trained on {trained.data}, which does not say by which "
-                    f"tokenizer ({one_line(error)}); give it, and --prior"
-                ) from error
-            built = BuildConfig(pairs="", out="")
-        update |= {"prior": built.prior, "tokenizer": built.tokenizer, "fit": built.fit}
-    return _with(config, update), fingerprints, tokens_per_image
-
-
-def _with(config: GenerateConfig, update: dict[str, Any]) -> GenerateConfig:
-    """``config`` with the values of ``update`` where it has none."""
-    return config.model_copy(update={key: value for key, value in update.items() if getattr(config, key) is None})
-
-
-def _length(config: GenerateConfig) -> int:
-    """Pictures of a chain, both ends counted."""
-    return 2 if config.method == "none" else config.length or 2
-
-
-def _require_context(config: GenerateConfig, facts: BackboneFacts, tokens_per_image: int | None) -> None:
-    if tokens_per_image is not None:
-        pictures = (len(config.examples) + 1) * _length(config)
-        require_context(pictures * tokens_per_image, tokens_per_image, facts.llama.max_position_embeddings)
-
-
-# --- the prompt ------------------------------------------------------------------------------------------------------
-
-
-def _build_config(config: GenerateConfig) -> BuildConfig:
-    """What makes the examples' chains, as ``covray build`` would."""
-    length = _length(config)
-    framed = config.examples and config.method in ("linear", "diffusion") and length > 2
-    return BuildConfig.model_validate(
-        {
-            "pairs": "", "out": "", "lengths": (length,), "methods": (config.method,) if framed else (),
-            "prior": config.prior, "tokenizer": config.tokenizer, "fit": config.fit, "engine": config.engine,
-            "check_endpoints": 0.0,
-        }
-    )  # fmt: skip
-
-
-def _prompt(config: GenerateConfig, builder: BlockBuilder, examples: Sequence[tuple[bytes, bytes]]) -> np.ndarray:
-    """The examples' chains one after another, uint16 [P]."""
-    if not examples:
-        return np.empty(0, np.uint16)
-    task = config.task or _WITHOUT_TASK
-    rows = []
-    for image, label in examples:
-        pair = Pair(task, "", Picture(bytes=image), Picture(bytes=label))
-        ends = {"image": {"bytes": image}, "label": {"bytes": label}}
-        rows.append({"pair_id": pair.pair_id, "task": task, "split": "", "meta": "{}"} | ends)
-    table = pa.Table.from_pylist(rows, MANIFEST_SCHEMA)
-    built, _ = builder.build(prepare_block(table, builder.config, builder.facts(), None))
-    chains = []
-    for row, paths in zip(built.to_pylist(), config.examples, strict=True):
-        if row["error"] is not None:
-            raise ConfigError(f"--example {' '.join(paths)}: {row['error']}; give another pair")
-        chains += [row["source"], *(frame["tokens"] for frame in row["frames"]), row["label"]]
-    return np.array(chains, np.uint16).ravel()
-
-
-# --- the answers -----------------------------------------------------------------------------------------------------
-
-
-def _answer_files(
-    config: GenerateConfig, query: np.ndarray, small: np.ndarray, pictures: np.ndarray, fit: str
-) -> dict[str, bytes]:
-    """A query's files by name. ``pictures``: uint8 [images, s, s, 3], its frames and its answer."""
-    task = config.task
-    height_px, width_px = query.shape[:2]
-    if fit == "crop":
-        height_px = width_px = min(height_px, width_px)
-    answer = resize(pictures[-1], height_px, width_px, TASKS[task or _WITHOUT_TASK].resample)
-    alphas = alphas_of(len(pictures) + 1)
-    captions = ["query", *(f"α = {alpha:.3g}" for alpha in alphas), "answer"]
-    files = {"strip.png": draw_strip([small, *pictures], captions), "answer.png": encode_png(answer)}
-    if task is not None:
-        meta = {"classes": [str(number) for number in range(config.classes)]}
-        files |= TASKS[task].export(answer, meta)
-    return files
-
-
-def _names(paths: Sequence[str]) -> list[str]:
-    """A folder a query: the file's name without its ending, numbered where several have one."""
-    names: list[str] = []
-    for path in paths:
-        stem = posixpath.splitext(posixpath.basename(path))[0]
-        name, number = stem, 1
-        while name in names:
-            number += 1
-            name = f"{stem}-{number}"
-        names.append(name)
-    return names
-
-
-def _write(path: str, data: bytes) -> None:
     try:
-        storage.write_bytes(path, data)
-    except OSError as error:
-        raise ConfigError(f"--out: {path} cannot be written ({one_line(error)}); give another folder") from error
+        dataset = ChainDataset(run.config.data)
+        tokens_per_image = dataset.tokens_per_image
+        built = BuildConfig.model_validate({"pairs": "", "out": ""} | _build_settings(dataset))
+    except (DatasetError, ValidationError) as error:
+        if config.tokenizer is None:
+            raise ConfigError(
+                f"--tokenizer: {config.adapter} was trained on {run.config.data}, which does not say by which "
+                f"tokenizer ({one_line(error)}); give it, and --prior"
+            ) from error
+        built = BuildConfig(pairs="", out="")
+    return defaults | {"prior": built.prior, "tokenizer": built.tokenizer, "fit": built.fit}, tokens_per_image
 
 
-def _file_hash(path: str) -> str:
-    return hashlib.sha256(storage.read_bytes(path)).hexdigest()
-
-
-def _name(backbone: BackboneConfig) -> str:
-    return backbone.path or backbone.scale
+def _build_settings(dataset: ChainDataset) -> dict[str, Any]:
+    return {key: dataset.config[key] for key in ("prior", "tokenizer", "fit") if key in dataset.config}

@@ -6,18 +6,16 @@ import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
-import matplotlib
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from covray.chains.dataset import ChainDataset, task_of
+from covray.io.drawing import FAINT, GAP_PX, PAPER, TILE_PX, load_font
 from covray.models.tokenizer.vqgan import Tokenizer
 
-_TILE_PX = 128  # a 64 px picture at twice its size; larger ones are shown smaller
-_GAP_PX, _MARGIN_PX, _META_PX, _METHOD_PX = 6, 28, 230, 86
-_PAPER, _INK, _FAINT, _RULE = "#ffffff", "#1c1f24", "#6b7280", "#e3e5e9"
+_MARGIN_PX, _META_PX, _METHOD_PX = 28, 230, 86
+_INK, _RULE = "#1c1f24", "#e3e5e9"
 
 
 @dataclass(frozen=True)
@@ -75,50 +73,35 @@ def draw_sheet(chains: Sequence[ChainPictures], title: str, subtitle: str = "") 
     """
     alphas, methods = chains[0].alphas, list(chains[0].frames) or [""]
     captions = ["source", *(f"α = {alpha:.3g}" for alpha in alphas), "label"]
-    step = _TILE_PX + _GAP_PX
+    step = TILE_PX + GAP_PX
     left = _MARGIN_PX + _META_PX + _METHOD_PX
     chain_px = len(methods) * step + 26
     top = 112
-    width = left + len(captions) * step - _GAP_PX + _MARGIN_PX
-    sheet = Image.new("RGB", (width, top + len(chains) * chain_px + _MARGIN_PX - 13), _PAPER)
+    width = left + len(captions) * step - GAP_PX + _MARGIN_PX
+    sheet = Image.new("RGB", (width, top + len(chains) * chain_px + _MARGIN_PX - 13), PAPER)
     draw = ImageDraw.Draw(sheet)
-    draw.text((_MARGIN_PX, 22), title, _INK, _font(24, bold=True))
-    draw.text((_MARGIN_PX, 56), subtitle, _FAINT, _font(13))
+    draw.text((_MARGIN_PX, 22), title, _INK, load_font(24, bold=True))
+    draw.text((_MARGIN_PX, 56), subtitle, FAINT, load_font(13))
     for column, caption in enumerate(captions):
-        centre = left + column * step + _TILE_PX // 2
-        draw.text((centre, top - 12), caption, _FAINT, _font(12), anchor="ms")
+        centre = left + column * step + TILE_PX // 2
+        draw.text((centre, top - 12), caption, FAINT, load_font(12), anchor="ms")
     for index, chain in enumerate(chains):
         y = top + index * chain_px
         if index:
             draw.line((_MARGIN_PX, y - 16, width - _MARGIN_PX, y - 16), _RULE)
-        draw.text((_MARGIN_PX, y), str(chain.pair_id), _INK, _font(12, bold=True))
-        draw.text((_MARGIN_PX, y + 18), chain.split, _FAINT, _font(12))
+        draw.text((_MARGIN_PX, y), str(chain.pair_id), _INK, load_font(12, bold=True))
+        draw.text((_MARGIN_PX, y + 18), chain.split, FAINT, load_font(12))
         for line, (name, value) in enumerate(quality_lines(chain)):
-            draw.text((_MARGIN_PX, y + 44 + 34 * line), name, _FAINT, _font(11))
-            draw.text((_MARGIN_PX, y + 58 + 34 * line), value, _INK, _font(12))
+            draw.text((_MARGIN_PX, y + 44 + 34 * line), name, FAINT, load_font(11))
+            draw.text((_MARGIN_PX, y + 58 + 34 * line), value, _INK, load_font(12))
         for band, method in enumerate(methods):
             band_y = y + band * step
-            draw.text((left - 14, band_y + _TILE_PX // 2), method, _INK, _font(13), anchor="rm")
+            draw.text((left - 14, band_y + TILE_PX // 2), method, _INK, load_font(13), anchor="rm")
             for column, picture in enumerate([chain.source, *chain.frames.get(method, []), chain.label]):
-                tile = Image.fromarray(picture).resize((_TILE_PX, _TILE_PX), Image.Resampling.LANCZOS)
+                tile = Image.fromarray(picture).resize((TILE_PX, TILE_PX), Image.Resampling.LANCZOS)
                 sheet.paste(tile, (left + column * step, band_y))
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def draw_strip(pictures: Sequence[np.ndarray], captions: Sequence[str]) -> bytes:
-    """Pictures uint8 [s, s, 3] side by side as PNG, each with its caption below; small ones are enlarged."""
-    tile_px = max(_TILE_PX, pictures[0].shape[0])
-    step = tile_px + _GAP_PX
-    strip = Image.new("RGB", (len(pictures) * step + _GAP_PX, tile_px + 30), _PAPER)
-    draw = ImageDraw.Draw(strip)
-    for column, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
-        x = _GAP_PX + column * step
-        strip.paste(Image.fromarray(picture).resize((tile_px, tile_px), Image.Resampling.LANCZOS), (x, _GAP_PX))
-        draw.text((x + tile_px // 2, tile_px + 22), caption, _FAINT, _font(12), anchor="ms")
-    buffer = io.BytesIO()
-    strip.save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -135,9 +118,3 @@ def quality_lines(chain: ChainPictures) -> list[tuple[str, str]]:
         if figures:
             lines.append((name, " · ".join(figures)))
     return lines
-
-
-def _font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
-    # matplotlib ships DejaVu, so the sheets look the same on a machine without fonts.
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", name)), size)

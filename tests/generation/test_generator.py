@@ -19,9 +19,21 @@ from covray.chains import build as building
 from covray.chains.build import BlockBuilder
 from covray.chains.prepare import prepare_block
 from covray.cli import app as cli
-from covray.config import BackboneConfig, BuildConfig, GenerateConfig, LoraConfig, TrainConfig, load_config
+from covray.config import (
+    BackboneConfig,
+    BuildConfig,
+    GenerateConfig,
+    GeneratorConfig,
+    LoraConfig,
+    SamplingConfig,
+    TrainConfig,
+    load_config,
+)
 from covray.errors import CovrayError
-from covray.generation.generator import generate
+from covray.generation import models
+from covray.generation.files import generate
+from covray.generation.generator import Generator
+from covray.generation.request import Example, Request
 from covray.io import storage
 from covray.io.images import square
 from covray.models.diffusion.prior import load_prior
@@ -106,7 +118,7 @@ def answered(tmp_path: Path) -> Generate:
 
     def answered(**options: Any) -> dict[str, Any]:
         base: dict[str, Any] = {"out": str(tmp_path / "out"), "engine": ENGINE, "batch": 4}
-        return generate(GenerateConfig.model_validate(base | options))
+        return generate(GenerateConfig.model_validate(base | options)).to_json()
 
     return answered
 
@@ -240,6 +252,46 @@ def test_without_a_run_the_backbone_answers(
     assert tuned["answers"][0]["log_likelihood"] != untuned["answers"][0]["log_likelihood"]
 
 
+# --- one generator, many requests ------------------------------------------------------------------------------------
+
+
+def test_a_generator_answers_again_without_loading_or_making_chains_again(
+    write_run: Callable[..., str], pictures: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = pictures(4)
+    example = Example(Path(paths[0]).read_bytes(), Path(paths[1]).read_bytes())
+    queries = tuple(read_png(path) for path in paths[2:])
+    config = GeneratorConfig.model_validate({"adapter": write_run(method="diffusion"), "engine": ENGINE, "batch": 4})
+    generator = Generator.load(config)
+    together = generator.answer(Request(queries, (example,), task="depth"))
+    monkeypatch.setattr(models, "load_backbone", None)
+    monkeypatch.setattr(BlockBuilder, "build", None)
+    (alone,) = generator.answer(Request(queries[1:], (example,), task="depth"))
+    assert alone.log_likelihood == together[1].log_likelihood
+    assert np.array_equal(alone.picture, together[1].picture)
+    assert alone.data.keys() == {"depth_m.npy"}
+    assert generator.answer(Request(queries[1:], task="depth"))[0].log_likelihood != alone.log_likelihood
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0}, {"temperature": 1.0, "best_of": 3}])
+def test_a_stream_yields_the_pictures_of_the_answers_one_by_one(
+    sampling: dict[str, Any], write_run: Callable[..., str], pictures: Any
+) -> None:
+    config = GeneratorConfig.model_validate({"adapter": write_run(method="linear"), "engine": ENGINE, "batch": 4})
+    generator = Generator.load(config)
+    request = Request(
+        tuple(read_png(path) for path in pictures(2)), sampling=SamplingConfig.model_validate(sampling), seed=3
+    )
+    answers = generator.answer(request)
+    stream = list(generator.stream(request))
+    assert len(stream) == 2 * 3
+    for query, answer in enumerate(answers):
+        written = [each for each in stream if each.query == query]
+        assert [each.number for each in written] == [0, 1, 2]
+        assert [each.is_answer for each in written] == [False, False, True]
+        assert np.array_equal([each.picture for each in written], [*answer.frames, answer.small])
+
+
 # --- refusals ------------------------------------------------------------------------------------------------------
 
 
@@ -251,7 +303,7 @@ def mistake(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         capsys.readouterr()  # what preparing a test has said
         with monkeypatch.context() as patched:
             patched.setattr(sys, "argv", ["covray", "generate", *map(str, arguments)])
-            patched.setattr("covray.generation.generator.load_backbone", None)
+            patched.setattr("covray.generation.models.load_backbone", None)
             with pytest.raises(SystemExit) as end:
                 cli.main()
         out, err = capsys.readouterr()

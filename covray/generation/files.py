@@ -1,0 +1,143 @@
+"""``covray generate``: example pairs and query pictures from files in, frames and answers as files out."""
+
+from __future__ import annotations
+
+import hashlib
+import posixpath
+from collections.abc import Sequence
+from typing import Any
+
+from covray.chains.dataset import alphas_of
+from covray.config import GenerateConfig
+from covray.errors import ConfigError, PairError, one_line
+from covray.generation.generator import Generator, resolve_generator
+from covray.generation.records import AnswerRecord, GenerationRecord, LogLikelihood
+from covray.generation.request import Answer, Example, Request
+from covray.io import storage
+from covray.io.drawing import draw_strip
+from covray.io.images import decode, encode_png
+from covray.io.pixels import Picture
+from covray.io.storage import Folder
+from covray.models.lvm.adapter import WEIGHTS_FILE
+
+
+def generate(config: GenerateConfig) -> GenerationRecord:
+    """Answer ``config.queries``, and write what was answered.
+
+    Every query gets a folder below ``config.out``, by the name of its file: ``strip.png`` (query, frames, answer),
+    ``answer.png`` at the query's size, and what its task exports, as ``classes.png`` or ``depth_m.npy``.
+
+    Returns:
+        What is written to ``generation.json``.
+
+    Raises:
+        CovrayError: Where it can be, before any model is loaded.
+    """
+    _require_out(config.out)
+    queries = tuple(_read_picture("--query", path) for path in config.queries)
+    examples = tuple(_read_example(image, label) for image, label in config.examples)
+    resolved = resolve_generator(config.generator())
+    resolved.require_context(len(examples))
+    generator = Generator(resolved)
+    request = Request(queries, examples, config.task, config.classes, config.sampling, config.seed)
+    answers = generator.answer(request)
+
+    folder = Folder(config.out)
+    records = []
+    for name, query, answer in zip(_folder_names(config.queries), config.queries, answers, strict=True):
+        files = _answer_files(answer)
+        for file, data in files.items():
+            _write(folder, f"{name}/{file}", data)
+        *frames, of_answer = answer.log_likelihood
+        records.append(
+            AnswerRecord(
+                query=query,
+                folder=name,
+                files=tuple(sorted(files)),
+                seed=answer.seed,
+                candidate=answer.candidate,
+                log_likelihood=LogLikelihood(frames=tuple(frames), answer=of_answer),
+            )
+        )
+    record = GenerationRecord(
+        config=_resolved_values(config, generator),
+        fingerprints={**generator.fingerprints(), "adapter": _adapter_hash(config.adapter)},
+        prompt_tokens=generator.prompt_tokens(request),
+        answers=tuple(records),
+    )
+    try:
+        record.write(config.out)
+    except OSError as error:
+        raise _cannot_write(folder.join(GenerationRecord.FILE), error) from error
+    return record
+
+
+def _require_out(out: str) -> None:
+    storage.require_writable(out)
+    files = storage.list_files(out)
+    if files and GenerationRecord.FILE not in files:
+        raise ConfigError(f"--out {out}: holds files that are no generation of covray; give another folder")
+
+
+def _read_picture(option: str, path: str) -> Picture:
+    try:
+        return decode(storage.read_bytes(path))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{option} {path}: is not there; give a picture file") from error
+    except OSError as error:
+        raise ConfigError(f"{option} {path}: cannot be read ({one_line(error)}); give a picture file") from error
+    except PairError as error:
+        raise ConfigError(f"{option} {path}: {error}; give another picture") from error
+
+
+def _read_example(image: str, label: str) -> Example:
+    """Return the encoded files, once both are known to be pictures."""
+    for path in (image, label):
+        _read_picture("--example", path)
+    return Example(storage.read_bytes(image), storage.read_bytes(label), f"--example {image} {label}")
+
+
+def _resolved_values(config: GenerateConfig, generator: Generator) -> dict[str, Any]:
+    """Return ``config`` with all that the run decided, as JSON values."""
+    resolved = generator.resolved
+    update: dict[str, Any] = {name: getattr(resolved.config, name) for name in type(resolved.config).model_fields}
+    update["task"] = config.task or resolved.task
+    return config.model_copy(update=update).model_dump(mode="json")
+
+
+def _answer_files(answer: Answer) -> dict[str, bytes]:
+    """Return the files of one query by name."""
+    pictures = [answer.query, *answer.frames, answer.small]
+    captions = ["query", *(f"α = {alpha:.3g}" for alpha in alphas_of(len(pictures))), "answer"]
+    return {"strip.png": draw_strip(pictures, captions), "answer.png": encode_png(answer.picture)} | answer.data
+
+
+def _folder_names(paths: Sequence[str]) -> list[str]:
+    """Return a folder a query: the file's name without its ending, numbered where several have one."""
+    names: list[str] = []
+    for path in paths:
+        stem = posixpath.splitext(posixpath.basename(path))[0]
+        name, number = stem, 1
+        while name in names:
+            number += 1
+            name = f"{stem}-{number}"
+        names.append(name)
+    return names
+
+
+def _write(folder: Folder, name: str, data: bytes) -> None:
+    try:
+        folder.write_bytes(name, data)
+    except OSError as error:
+        raise _cannot_write(folder.join(name), error) from error
+
+
+def _cannot_write(path: str, error: OSError) -> ConfigError:
+    return ConfigError(f"--out: {path} cannot be written ({one_line(error)}); give another folder")
+
+
+def _adapter_hash(adapter: str | None) -> str | None:
+    """Return the SHA-256 (hex) of the adapter's weights."""
+    if adapter is None:
+        return None
+    return hashlib.sha256(storage.read_bytes(storage.join(adapter, "adapter", WEIGHTS_FILE))).hexdigest()

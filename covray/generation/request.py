@@ -1,0 +1,72 @@
+"""What a generator is asked, and what it answers. Pictures are RGB, uint8 [h, w, 3]."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from covray.config import SamplingConfig
+from covray.io.pixels import Picture
+from covray.models.lvm.decoding.base import GREEDY
+
+
+@dataclass(frozen=True)
+class Example:
+    """An image and its label, as encoded picture files."""
+
+    image: bytes
+    label: bytes
+    name: str = "example"
+    """What errors call it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """Queries to answer after the same examples."""
+
+    queries: tuple[Picture, ...]
+    """Pictures of any size."""
+    examples: tuple[Example, ...] = ()
+    task: str | None = None
+    """How labels are resized and answers are read; None: that of the run, or plain pictures."""
+    classes: int = 21
+    """Of a segmentation: by whose colours an answer is read."""
+    sampling: SamplingConfig = GREEDY
+    seed: int = 0
+    """A query's random numbers follow from it and from the query's own tokens."""
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """What the model wrote for one query."""
+
+    query: Picture
+    """The query as the model saw it, square, [s, s, 3]."""
+    frames: NDArray[np.uint8]
+    """[frames, s, s, 3], from the query to the answer."""
+    small: Picture
+    """The answer at the tokenizer's size, [s, s, 3]."""
+    picture: Picture
+    """The answer at the query's size; with fit ``crop``, of its centre square."""
+    data: dict[str, bytes]
+    """The answer as its task reads it, file name to content, as ``depth_m.npy``."""
+    seed: int
+    candidate: int
+    """The number of the likeliest candidate, whose pictures these are."""
+    log_likelihood: tuple[float, ...]
+    """Of each picture written, the answer last, in nats."""
+
+
+@dataclass(frozen=True, eq=False)
+class WrittenPicture:
+    """One picture of an answer, as soon as it is written."""
+
+    query: int
+    """Number of the query in the request."""
+    number: int
+    """Number of the picture: the frames come first, the answer is the last."""
+    is_answer: bool
+    picture: Picture
+    """At the tokenizer's size."""

@@ -1,0 +1,37 @@
+"""Pictures of pictures: tiles side by side with their captions, for people to look at."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+TILE_PX = 128
+"""Side of a tile: a 64 px picture at twice its size."""
+GAP_PX = 6
+PAPER, FAINT = "#ffffff", "#6b7280"
+
+
+def load_font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """Return DejaVu Sans, which matplotlib ships: drawings look the same on a machine without fonts."""
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", name)), size)
+
+
+def draw_strip(pictures: Sequence[np.ndarray], captions: Sequence[str]) -> bytes:
+    """Draw pictures uint8 [s, s, 3] side by side as PNG, each with its caption below; small ones are enlarged."""
+    tile_px = max(TILE_PX, pictures[0].shape[0])
+    step = tile_px + GAP_PX
+    strip = Image.new("RGB", (len(pictures) * step + GAP_PX, tile_px + 30), PAPER)
+    draw = ImageDraw.Draw(strip)
+    for column, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        x = GAP_PX + column * step
+        strip.paste(Image.fromarray(picture).resize((tile_px, tile_px), Image.Resampling.LANCZOS), (x, GAP_PX))
+        draw.text((x + tile_px // 2, tile_px + 22), caption, FAINT, load_font(12), anchor="ms")
+    buffer = io.BytesIO()
+    strip.save(buffer, "PNG")
+    return buffer.getvalue()
