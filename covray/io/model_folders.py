@@ -1,24 +1,32 @@
-"""Model folders: where the weights are, whether they are complete, and a fingerprint of what was loaded."""
+"""Model folders: where the weights are, whether they are complete, and a fingerprint of what is loaded."""
 
 from __future__ import annotations
 
+import glob
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from covray.errors import WeightsError, one_line
 
 NANO_FOLDER = Path(__file__).parents[1] / "assets" / "nano"
-"""The family that ships with the package: one folder a model."""
+"""The models that ship with the package: one folder a model."""
+INDEX_SUFFIX = ".index.json"
+"""Of the file that lists the files that sharded weights are in."""
 
 
 def resolve_folder(path: str, revision: str | None, nano_name: str, allow_patterns: Sequence[str]) -> Path:
-    """The local folder of a model.
+    """Return the local folder of a model; a hub's repository is downloaded, or taken from the hub's cache.
 
-    ``path`` is ``nano`` (the folder ``nano_name`` of the family that ships with the package), an existing folder, or a
-    hub id, of which the files matching ``allow_patterns`` are downloaded, or taken from the hub's cache, at
-    ``revision``.
-    Raises WeightsError when there is no such folder or the hub does not give it.
+    Args:
+        path: ``nano``, an existing folder, or a hub id (``owner/name``).
+        revision: Commit, tag or branch of the hub id; None is its main branch.
+        nano_name: Folder of the shipped model that ``nano`` stands for.
+        allow_patterns: Files of the hub id that are downloaded, and with them the files that their indexes list.
+
+    Raises:
+        WeightsError: There is no such folder, or the hub does not provide it.
     """
     if path == "nano":
         folder = NANO_FOLDER / nano_name
@@ -34,7 +42,7 @@ def resolve_folder(path: str, revision: str | None, nano_name: str, allow_patter
 
 
 def require_files(folder: Path, names: Iterable[str | tuple[str, ...]]) -> None:
-    """Check that the files ``names`` (relative to ``folder``) exist; of a tuple of names any one will do.
+    """Check that the files ``names`` (relative to ``folder``) exist; of a tuple of names any one is enough.
 
     Raises WeightsError naming the first that is missing.
     """
@@ -44,18 +52,39 @@ def require_files(folder: Path, names: Iterable[str | tuple[str, ...]]) -> None:
             raise WeightsError(f"{folder}: {' or '.join(choices)} is missing; complete the folder, or give another")
 
 
-def fingerprint_folder(folder: Path, patterns: Iterable[str]) -> str:
-    """SHA-256 (hex) over the names and bytes of the files below ``folder`` that match any of the glob ``patterns``.
+def indexed_files(index: Path) -> list[Path]:
+    """Return the files that an index (``*.index.json``) lists, sorted; whatever they are called.
 
-    Streams: no tensor is loaded. Raises WeightsError when nothing matches.
+    Raises WeightsError for an index that cannot be read, or that leads out of its folder.
     """
-    files = sorted({file.relative_to(folder).as_posix() for p in patterns for file in folder.glob(p) if file.is_file()})
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        outside = [name for name in names if PurePath(name).name != name]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise WeightsError(f"{index}: cannot be read ({one_line(error)}); get the folder again") from error
+    if outside:
+        raise WeightsError(f"{index}: lists {outside[0]}, which is not a file of its folder; get the folder again")
+    return [index.parent / name for name in names]
+
+
+def fingerprint_folder(folder: Path, patterns: Iterable[str]) -> str:
+    """Return a SHA-256 (hex) over the names and bytes of the files below ``folder`` that are loaded.
+
+    They are those that match any of the glob ``patterns``, and all files that an index among them lists. Files are
+    streamed: no tensor is loaded. Raises WeightsError when nothing matches, or an indexed file is missing.
+    """
+    files: set[Path] = set()
+    for pattern in patterns:
+        files.update(file for file in folder.glob(pattern) if file.is_file())
+    for index in [file for file in files if file.name.endswith(INDEX_SUFFIX)]:
+        files.update(indexed_files(index))
     if not files:
         raise WeightsError(f"{folder}: holds no model files; give a complete model folder")
     whole = hashlib.sha256()
-    for name in files:
-        with (folder / name).open("rb") as file:
-            whole.update(f"{name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    for name in sorted(file.relative_to(folder).as_posix() for file in files):
+        require_files(folder, [name])
+        with (folder / name).open("rb") as opened:
+            whole.update(f"{name}\0{hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())
     return whole.hexdigest()
 
 
@@ -65,10 +94,26 @@ def _download(hub_id: str, revision: str | None, allow_patterns: Sequence[str]) 
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(allow_patterns)))
+        folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(allow_patterns)))
+        listed = _unmatched_shards(folder, allow_patterns)
+        if listed:
+            # A snapshot's folder is named by its commit, so that both downloads are of one revision.
+            folder = Path(snapshot_download(hub_id, revision=folder.name, allow_patterns=listed))
     # Offline with an empty cache is a FileNotFoundError; Xet, where the hub keeps large files, raises RuntimeErrors.
     except (HfHubHTTPError, HFValidationError, OSError, RuntimeError) as error:
+        name = hub_id if revision is None else f"{hub_id}@{revision}"
         raise WeightsError(
-            f"{hub_id}{f'@{revision}' if revision else ''}: no such folder, and the hub does not give it "
-            f"({one_line(error)}); download it where there is a network and give its folder"
+            f"{name}: no such folder, and the hub does not provide it ({one_line(error)}); download it where there is "
+            "a network and give its folder"
         ) from error
+    return folder
+
+
+def _unmatched_shards(folder: Path, patterns: Sequence[str]) -> list[str]:
+    """Return patterns of the files that the downloaded indexes list and that no pattern has brought."""
+    missing = []
+    for pattern in patterns:
+        if pattern.endswith(INDEX_SUFFIX):
+            for index in folder.glob(pattern):
+                missing += [file for file in indexed_files(index) if not file.is_file()]
+    return [glob.escape(file.relative_to(folder).as_posix()) for file in missing]

@@ -6,7 +6,6 @@ A pickle can run code, so PyTorch files are read with ``weights_only``; names in
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import pickle
 import re
@@ -15,7 +14,8 @@ import struct
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path, PurePath
+from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -23,9 +23,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from covray.errors import ConfigError, WeightsError, one_line
+from covray.io.model_folders import INDEX_SUFFIX, indexed_files, require_files
 
 Shape = tuple[int, ...]
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Types of weights. Integers and 8-bit floats are codes of a quantised model, which need scales to mean anything."""
+_LEGACY_MAGIC = bytes.fromhex("8a0a6cfc9c46f9206aa85019")
+"""In the first pickle of a PyTorch file that is no zip archive, as PyTorch wrote them before 1.6 (2020): its magic
+number, ``torch.serialization.MAGIC_NUMBER``."""
+_FRAME = pickle.FRAME[0]
+"""First instruction of a pickle of protocol 4 or later. ``torch.save`` writes protocol 2."""
 # What PyTorch's reader, plain Python for the most part, raises on damaged files.
 _DAMAGED = (
     OSError,
@@ -46,61 +53,81 @@ class _Inert:
 
 
 def weight_files(folder: Path, names: Sequence[str]) -> list[Path]:
-    """The files of the first of ``names`` that ``folder`` has: itself, or those that an ``.index.json`` lists.
+    """Return the files of the first of ``names`` that ``folder`` has: the file itself, or all that an index lists.
 
-    Empty when it has none. Raises WeightsError for an index that cannot be read, lists what is missing, or leads out
-    of the folder.
+    Empty when it has none of them. Raises WeightsError for an index that cannot be read, lists a file that is missing,
+    or leads out of the folder.
     """
-    found = next((folder / name for name in names if (folder / name).is_file()), None)
-    if found is None:
-        return []
-    if found.suffix != ".json":
-        return [found]
-    try:
-        listed = sorted(set(json.loads(found.read_text(encoding="utf-8"))["weight_map"].values()))
-        outside = [name for name in listed if PurePath(name).name != name]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise WeightsError(f"{found}: cannot be read ({one_line(error)}); get the folder again") from error
-    for name in outside or listed:
-        if outside:
-            raise WeightsError(f"{found}: lists {name}, which is not a file of its folder; get the folder again")
-        if not (folder / name).is_file():
-            raise WeightsError(f"{folder}: {name} is missing; complete the folder, or give another")
-    return [folder / name for name in listed]
+    for name in names:
+        if (folder / name).is_file():
+            files = indexed_files(folder / name) if name.endswith(INDEX_SUFFIX) else [folder / name]
+            require_files(folder, [file.name for file in files])
+            return files
+    return []
 
 
 def read_tensors(file: Path, keys: Sequence[str] = (), inert: Sequence[str] = ()) -> dict[str, Tensor]:
-    """The tensors of a ``.safetensors`` file, or of a PyTorch file (a zip archive), by name.
+    """Return the tensors of a ``.safetensors`` file, or of a PyTorch file of any age, by name.
 
-    They are mapped: memory follows what is used. ``keys``: of a PyTorch file that holds more than weights, the first
-    that it has is taken. ``inert``: full names of classes that the file may mention; nothing stands in their place.
-    Raises WeightsError for a file that cannot be read, holds other things than tensors, or wants code to be run.
+    Those of safetensors and of PyTorch's zip archives are mapped: memory follows what is used. PyTorch files from
+    before 1.6 are read whole.
+
+    Args:
+        file: The file; its suffix tells the two kinds apart.
+        keys: Of a PyTorch file that holds more than weights, the first of these keys that it has is taken.
+        inert: Full names of classes that the file may mention; an empty class stands in for them.
+
+    Raises:
+        WeightsError: The file cannot be read, holds other things than tensors, or needs code to be run.
     """
     values = _read_safetensors(file) if file.suffix == ".safetensors" else _read_pytorch(file, keys, inert)
     for name, value in values.items():
         named = isinstance(name, str) and name.isprintable()
         if not (named and isinstance(value, Tensor) and value.layout == torch.strided):
             shown = name if named else repr(name)[:60]
-            raise WeightsError(f"{file}: {shown} is no plain tensor; give the weights alone, as safetensors")
+            raise WeightsError(f"{file}: {shown} is not a plain tensor; give the weights alone, as safetensors")
     return values
 
 
-def require_tensors(where: Path, found: Mapping[str, Shape], due: Mapping[str, Shape]) -> None:
-    """Compare names and shapes, both as the file has them. Raises WeightsError naming ``where`` and the first tensor
-    that is missing, too many, or of another shape."""
-    for name, shape in due.items():
-        if name not in found:
+def read_all_tensors(files: Sequence[Path]) -> dict[str, Tensor]:
+    """Return the tensors of all ``files`` of a sharded model, by name.
+
+    Raises WeightsError as ``read_tensors``, and for a tensor that is in two files: readers disagree on which counts.
+    """
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        for name, tensor in read_tensors(file).items():
+            if name in tensors:
+                raise duplicate_tensor(file, name)
+            tensors[name] = tensor
+    return tensors
+
+
+def duplicate_tensor(file: Path, name: str) -> WeightsError:
+    """Return the error about a tensor of ``file`` that another file of the folder has, too."""
+    return WeightsError(f"{file}: {name} is also in another file of the folder; get the folder again")
+
+
+def require_tensors(where: Path, shapes: Mapping[str, Shape], expected: Mapping[str, Shape]) -> None:
+    """Compare names and shapes, both as the file has them.
+
+    Raises WeightsError naming ``where`` and the first tensor that is missing, unexpected, or of another shape.
+    """
+    for name, shape in expected.items():
+        if name not in shapes:
             raise WeightsError(f"{where}: {name} is missing; get the checkpoint again, or give another")
-        if found[name] != shape:
-            raise WeightsError(f"{where}: {name} is {list(found[name])}, not {list(shape)}; give another checkpoint")
-    extra = found.keys() - due.keys()
-    if extra:
-        raise WeightsError(f"{where}: {min(extra)} is too many; give a checkpoint of the architecture it states")
+        if shapes[name] != shape:
+            raise WeightsError(f"{where}: {name} is {list(shapes[name])}, not {list(shape)}; give another checkpoint")
+    unexpected = shapes.keys() - expected.keys()
+    if unexpected:
+        raise WeightsError(
+            f"{where}: unexpected tensor {min(unexpected)}; give a checkpoint of the architecture it states"
+        )
 
 
-def require_finite(where: Path, name: str, tensor: Tensor) -> Tensor:
-    """``tensor``, or WeightsError when it is of no plain floating-point type or holds values that are not finite."""
-    if tensor.dtype not in _FLOATS:
+def require_finite(where: Path | str, name: str, tensor: Tensor) -> Tensor:
+    """Return ``tensor``, of any shape; raise WeightsError unless it is floating-point (``FLOATS``) and finite."""
+    if tensor.dtype not in FLOATS:
         raise WeightsError(f"{where}: {name} is of type {tensor.dtype}, not float16, 32 or 64; give another checkpoint")
     if not tensor.isfinite().all():
         raise WeightsError(f"{where}: {name} holds values that are not finite; get the checkpoint again")
@@ -110,24 +137,27 @@ def require_finite(where: Path, name: str, tensor: Tensor) -> Tensor:
 def require_new(out: Path) -> None:
     """Refuse an ``out`` that would be overwritten. Raises ConfigError."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ConfigError(f"--out {out}: is there already; give a new folder")
+        raise ConfigError(f"--out {out}: already exists; give a new folder")
 
 
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A folder beside ``out`` that becomes ``out`` when all went well, so that ``out`` is never half a model."""
+    """Yield a folder beside ``out`` that is renamed to ``out`` at the end, so that ``out`` is never half a model.
+
+    An exception in the block deletes the folder. Raises ConfigError for an ``out`` that exists or cannot be written.
+    """
     require_new(out)
     try:
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
+        draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
     except OSError as error:
         raise ConfigError(f"--out {out}: cannot be written ({one_line(error)}); give another folder") from error
     try:
-        yield aside
-        aside.chmod(0o755)  # mkdtemp's is private
-        os.replace(aside, out)
+        yield draft
+        draft.chmod(0o755)  # mkdtemp's is private
+        os.replace(draft, out)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
@@ -139,25 +169,7 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
 
 
 def _read_pytorch(file: Path, keys: Sequence[str], inert: Sequence[str]) -> dict[str, Tensor]:
-    # Only zip archives can be mapped; PyTorch has written them since 1.6 (2020).
-    if not _is_zip(file):
-        raise WeightsError(
-            f"{file}: is no PyTorch file (a zip archive), or a part of one; get it again (git lfs pull, where it came "
-            "by git)"
-        )
-    stand_ins: list[tuple[Callable[..., object], str]] = [(_Inert, name) for name in inert]
-    try:
-        with torch.serialization.safe_globals([*stand_ins]):
-            values = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        # PyTorch's own words advise to trust the file.
-        wanted = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"wants {wanted[1]}" if wanted else "is damaged"
-        raise WeightsError(
-            f"{file}: {reason}, and covray runs no code from a file; give its tensors alone, as safetensors"
-        ) from error
-    except _DAMAGED as error:
-        raise WeightsError(f"{file}: cannot be read ({one_line(error)}); get it again") from error
+    values = _unpickle(file, inert)
     if keys:
         key = next((key for key in keys if isinstance(values, dict) and isinstance(values.get(key), dict)), None)
         if key is None:
@@ -168,8 +180,43 @@ def _read_pytorch(file: Path, keys: Sequence[str], inert: Sequence[str]) -> dict
     return values
 
 
+def _unpickle(file: Path, inert: Sequence[str]) -> Any:
+    """Return what a PyTorch file holds, without running code from it."""
+    is_zip = _is_zip(file)
+    if not is_zip and not _is_legacy(file):
+        raise WeightsError(
+            f"{file}: is not a PyTorch file, or only a part of one; get it again (git lfs pull, where it came by git)"
+        )
+    stand_ins: list[tuple[Callable[..., object], str]] = [(_Inert, name) for name in inert]
+    try:
+        with torch.serialization.safe_globals([*stand_ins]):
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)  # only a zip can be mapped
+    except pickle.UnpicklingError as error:
+        raise WeightsError(
+            f"{file}: {_refusal(str(error))}, and covray runs no code from a file; give its tensors alone, as "
+            "safetensors"
+        ) from error
+    except _DAMAGED as error:
+        raise WeightsError(f"{file}: cannot be read ({one_line(error)}); get it again") from error
+
+
+def _refusal(message: str) -> str:
+    """Return why PyTorch refused a pickle; its own words advise to trust the file."""
+    wanted = re.search(r"GLOBAL (\S+)", message)
+    if wanted:
+        return f"needs {wanted[1]}"
+    if f"Unsupported operand {_FRAME}" in message:
+        return "is pickled by protocol 4 or later, which PyTorch reads only by running it"
+    return "is damaged"
+
+
 def _is_zip(file: Path) -> bool:
     try:
         return zipfile.is_zipfile(file)
     except (OSError, zipfile.BadZipFile) as error:
         raise WeightsError(f"{file}: cannot be read ({one_line(error)}); get it again") from error
+
+
+def _is_legacy(file: Path) -> bool:
+    with file.open("rb") as opened:
+        return _LEGACY_MAGIC in opened.read(32)

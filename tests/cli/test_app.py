@@ -369,7 +369,7 @@ def test_files_that_are_no_manifest_are_named(mistake: Callable[..., str], tmp_p
         (["nano", "measure", "--weights", "absent"], "absent: "),
         (["demo", "--out", "list.csv"], "list.csv: "),
         (["export", "absent", "--merge", "--out", "o"], "absent: no _run.json"),
-        (["export", ".", "--out", "list.csv"], "list.csv: is there already"),
+        (["export", ".", "--out", "list.csv"], "list.csv: already exists"),
     ],
 )
 def test_every_command_answers_a_mistake_in_one_line(

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
 import huggingface_hub
@@ -70,3 +72,55 @@ def test_a_fingerprint_is_of_names_and_bytes_of_the_matching_files(tmp_path: Pat
     assert len({first, renamed, fingerprint_folder(tmp_path, ["a/*.bin"])}) == 3
     with pytest.raises(WeightsError, match="no model files"):
         fingerprint_folder(tmp_path, ["*.safetensors"])
+
+
+def write_index(folder: Path, *names: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    weight_map = {f"tensor{number}": name for number, name in enumerate(names)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+PATTERNS = ("config.json", "unet/model-*-of-*.safetensors", "unet/model.safetensors.index.json")
+
+
+@pytest.mark.parametrize("name", ["model-00001-of-00001.safetensors", "consolidated-00001-of-00001.safetensors"])
+def test_the_shards_of_an_index_count_whatever_they_are_called(tmp_path: Path, name: str) -> None:
+    write_index(tmp_path / "unet", name)
+    (tmp_path / "unet" / name).write_bytes(b"weights")
+    (tmp_path / "unet" / "other.safetensors").write_bytes(b"not loaded")
+    before = fingerprint_folder(tmp_path, PATTERNS)
+    lines = ""
+    for file in sorted((name, "model.safetensors.index.json")):  # each once, in the order of the names
+        digest = hashlib.sha256((tmp_path / "unet" / file).read_bytes()).hexdigest()
+        lines += f"unet/{file}\0{digest}\n"
+    assert before == hashlib.sha256(lines.encode()).hexdigest()
+    (tmp_path / "unet" / name).write_bytes(b"WEIGHTS")
+    assert fingerprint_folder(tmp_path, PATTERNS) != before
+    (tmp_path / "unet" / "other.safetensors").write_bytes(b"still not loaded")
+    (tmp_path / "unet" / name).write_bytes(b"weights")
+    assert fingerprint_folder(tmp_path, PATTERNS) == before
+
+
+def test_an_index_that_lies_has_no_fingerprint(tmp_path: Path) -> None:
+    write_index(tmp_path / "unet", "absent.safetensors")
+    with pytest.raises(WeightsError, match=r"unet/absent\.safetensors is missing"):
+        fingerprint_folder(tmp_path, PATTERNS)
+    write_index(tmp_path / "unet", "../outside.safetensors")
+    (tmp_path / "outside.safetensors").touch()
+    with pytest.raises(WeightsError, match=r"lists \.\./outside\.safetensors, which is not a file of its folder"):
+        fingerprint_folder(tmp_path, PATTERNS)
+
+
+def test_the_hub_is_asked_for_what_an_index_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = tmp_path / "snapshots" / "c0ffee"
+    asked = []
+
+    def download(hub_id: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((revision, allow_patterns))
+        write_index(commit / "unet", "model-1-of-2.safetensors", "odd[1].safetensors")
+        (commit / "unet" / "model-1-of-2.safetensors").touch()
+        return str(commit)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert resolve_folder("owner/name", "main", "prior", PATTERNS) == commit
+    assert asked == [("main", list(PATTERNS)), ("c0ffee", ["unet/odd[[]1].safetensors"])]

@@ -30,7 +30,15 @@ from covray.errors import ConfigError, WeightsError, one_line
 from covray.io import storage
 from covray.io.model_folders import require_files
 from covray.io.tensor_files import new_folder, read_tensors, require_finite, require_new, require_tensors
-from covray.models.diffusion.prior import CONTEXT_FILE, load_prior, probe_prediction, read_config, verify_scale
+from covray.models.diffusion.prior import (
+    CONTEXT_FILE,
+    TOKENIZER_FILES,
+    empty_prompt_ids,
+    load_prior,
+    probe_prediction,
+    read_config,
+    verify_scale,
+)
 
 Tensors = dict[str, Tensor]
 _UNET = "model.diffusion_model."
@@ -50,6 +58,8 @@ class Configs:
     vae: dict[str, Any]
     text: dict[str, Any]
     scheduler: dict[str, Any]
+    tokenizer: Path | None = None
+    """Folder of the tokenizer that belongs to the text encoder, where there is one."""
     v_sample_size: int | None = None
     """The UNet's ``sample_size`` if it turns out to predict v, where that makes a difference."""
 
@@ -131,7 +141,7 @@ def convert_prior(source: str, out: str, like: str | None = None) -> dict[str, A
     configs = _recognise(file, tensors) if like is None else _read_configs(Path(like).expanduser())
     unet, unet_tensors = _network(file, "unet", UNet2DConditionModel, configs.unet, _part(tensors, _UNET))
     vae, vae_tensors = _network(file, "vae", AutoencoderKL, configs.vae, _part(tensors, _VAE))
-    context = _empty_prompt(file, configs.text, tensors)
+    context = _empty_prompt(file, configs.text, tensors, configs.tokenizer)
     with new_folder(target) as folder:
         for room, network, of_network in (("unet", unet, unet_tensors), ("vae", vae, vae_tensors)):
             network.save_config(folder / room)
@@ -172,7 +182,15 @@ def _read_configs(folder: Path) -> Configs:
         raise ConfigError(f"--like {folder}: no such folder; give one of diffusers")
     require_files(folder, names.values())
     values = {room: read_config(folder / name) for room, name in names.items()}
-    return Configs(f"like {folder}", values["unet"], values["vae"], values["text_encoder"], values["scheduler"])
+    tokenizer = folder / "tokenizer"
+    return Configs(
+        layout=f"like {folder}",
+        unet=values["unet"],
+        vae=values["vae"],
+        text=values["text_encoder"],
+        scheduler=values["scheduler"],
+        tokenizer=tokenizer if any((tokenizer / name).is_file() for name in TOKENIZER_FILES) else None,
+    )
 
 
 def _network(file: Path, room: str, kind: Any, config: dict[str, Any], part: Tensors) -> tuple[Any, Tensors]:
@@ -228,16 +246,40 @@ def _part(tensors: Tensors, prefix: str) -> Tensors:
 
 
 @torch.inference_mode()
-def _empty_prompt(file: Path, config: dict[str, Any], tensors: Tensors) -> Tensor:
-    """The text encoder's answer to the empty prompt, float32 [1, n, d].
+def _empty_prompt(file: Path, config: dict[str, Any], tensors: Tensors, tokenizer: Path | None = None) -> Tensor:
+    """Return the text encoder's answer to the empty prompt, float32 [1, n, d].
 
-    CLIP (Stable Diffusion 1) is padded with the end of text. OpenCLIP (2) is padded with 0, and the last of its layers
-    is left out: ``config`` says how many are not.
+    Args:
+        file: The checkpoint, for messages.
+        config: Of the text encoder. OpenCLIP's last layer is left out of the prompt: ``config`` counts the others.
+        tensors: Of the checkpoint, by their names in it.
+        tokenizer: Folder of the model's own tokenizer; None is CLIP's vocabulary, padded as ``_pad_id`` says.
     """
     encoder = _weightless("text_encoder", lambda: CLIPTextModel(CLIPTextConfig.from_dict(config)))
     open_clip = f"{_OPEN_CLIP}ln_final.weight" in tensors
+    part = _text_tensors(file, encoder.config.num_hidden_layers, tensors, open_clip)
+
+    def convert() -> Mapping[str, Any]:
+        named = convert_open_clip_checkpoint(encoder, part) if open_clip else convert_ldm_clip_checkpoint(part)
+        return {name.removeprefix("text_model."): tensor for name, tensor in named.items()}
+
+    weights = _renamed(file, "text_encoder", encoder, part, convert)
+    encoder.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
+    length, words = encoder.config.max_position_embeddings, encoder.config.vocab_size
+    if tokenizer is not None:
+        ids = empty_prompt_ids(tokenizer, length, words)
+    else:
+        begin, end = words - 2, words - 1  # CLIP's vocabulary ends so; its configurations are known to say otherwise
+        ids = torch.tensor([[begin, end, *[_pad_id(encoder.config, open_clip)] * (length - 2)]])
+    positions = torch.arange(ids.shape[1])[None]  # the encoder's own were never filled
+    context: Tensor = encoder.eval()(ids, position_ids=positions).last_hidden_state
+    return context.contiguous()
+
+
+def _text_tensors(file: Path, layers: int, tensors: Tensors, open_clip: bool) -> Tensors:
+    """Return the tensors of the text encoder that the prompt depends on, with ``layers`` layers."""
     if open_clip:
-        left_out = f"{_OPEN_CLIP}transformer.resblocks.{encoder.config.num_hidden_layers}."
+        left_out = f"{_OPEN_CLIP}transformer.resblocks.{layers}."
         unused = {f"{_OPEN_CLIP}{name}" for name in ("text_projection", "logit_scale", "attn_mask")}
         part = {name: tensor for name, tensor in _part(tensors, _OPEN_CLIP).items() if not name.startswith(left_out)}
     else:
@@ -246,19 +288,16 @@ def _empty_prompt(file: Path, config: dict[str, Any], tensors: Tensors) -> Tenso
     part = {name: tensor for name, tensor in part.items() if name not in unused}
     if not part:
         raise WeightsError(f"{file}: has no text encoder (cond_stage_model); give a checkpoint with all three networks")
+    return part
 
-    def convert() -> Mapping[str, Any]:
-        found = convert_open_clip_checkpoint(encoder, part) if open_clip else convert_ldm_clip_checkpoint(part)
-        return {name.removeprefix("text_model."): tensor for name, tensor in found.items()}
 
-    weights = _renamed(file, "text_encoder", encoder, part, convert)
-    encoder.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
-    length, words = encoder.config.max_position_embeddings, encoder.config.vocab_size
-    begin, end = words - 2, words - 1  # CLIP's vocabulary ends so; its configurations are known to say otherwise
-    ids = torch.tensor([[begin, end, *[0 if open_clip else end] * (length - 2)]])
-    positions = torch.arange(length)[None]  # the encoder's own were never filled
-    context: Tensor = encoder.eval()(ids, position_ids=positions).last_hidden_state
-    return context.contiguous()
+def _pad_id(config: CLIPTextConfig, open_clip: bool) -> int:
+    """Return the id that the family's tokenizer pads with.
+
+    OpenAI's CLIP (Stable Diffusion 1) pads with the end of text, OpenCLIP (2) with "!", id 0. Where its tensors have
+    transformers' names, OpenCLIP shows by its activation: it has the exact GELU where CLIP has ``quick_gelu``.
+    """
+    return 0 if open_clip or config.hidden_act == "gelu" else config.vocab_size - 1
 
 
 def _ask(file: Path, folder: Path, scheduler: dict[str, Any]) -> str:

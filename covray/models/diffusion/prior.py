@@ -28,6 +28,14 @@ GPU_BATCHES = (8, 16, 32, 64, 128, 256)
 CONTEXT_FILE = "empty_prompt.safetensors"
 PROBE_LATENTS = 16
 """Side of the latents of pictures that only probe: 128 px for Stable Diffusion."""
+_CONDITIONS = (
+    "class_embed_type",
+    "num_class_embeds",
+    "addition_embed_type",
+    "encoder_hid_dim_type",
+    "time_cond_proj_dim",
+)
+"""Keys of a UNet's configuration that are set where it needs more than a latent, a timestep and a prompt."""
 LATENT_STD = (0.4, 2.5)
 """Bounds for latents of the probe pictures: nano's have 1.06; a Stable Diffusion's without its factor, about 5.5."""
 
@@ -47,6 +55,8 @@ NETWORK_PATTERNS = (
     *_model_patterns("vae", "diffusion_pytorch_model"),
     "scheduler/scheduler_config.json",
 )
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
+"""Of which a tokenizer's folder has one."""
 TEXT_PATTERNS = (*_model_patterns("text_encoder", "model"), "tokenizer/*.json", "tokenizer/merges.txt")
 
 
@@ -190,7 +200,8 @@ def cache_context(unet: UNet2DConditionModel, context: torch.Tensor) -> None:
     processors = unet.attn_processors
     for name in processors:
         if name.endswith("attn2.processor"):
-            processors[name] = ConstantContextProcessor(unet.get_submodule(name.removesuffix(".processor")), context)
+            attention = unet.get_submodule(name.removesuffix(".processor"))
+            processors[name] = ConstantContextProcessor(attention, context)
     unet.set_attn_processor(processors)
 
 
@@ -296,7 +307,7 @@ def require_prior_files(folder: Path) -> None:
     rooms = [("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model")]
     if not (folder / CONTEXT_FILE).is_file():
         require_files(folder, [(CONTEXT_FILE, "text_encoder/config.json")])
-        required.append(("tokenizer/tokenizer.json", "tokenizer/vocab.json"))
+        required.append(tuple(f"tokenizer/{name}" for name in TOKENIZER_FILES))
         rooms.append(("text_encoder", "model"))
     for room, stem in rooms:
         required += [f"{room}/config.json", (f"{room}/{stem}.safetensors", f"{room}/{stem}.safetensors.index.json")]
@@ -322,15 +333,28 @@ def _load_model(model_class: Any, folder: Path, device: torch.device, dtype: tor
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
         raise WeightsError(f"{folder}: cannot be loaded as {model_class.__name__}: {one_line(error)}") from error
     _require_whole(folder, report)
+    _require_used(folder, report)
     # channels_last: 4% less time a step on a CPU at batch 32, and what tensor cores want on a GPU.
     return model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
 
 
 def _require_whole(folder: Path, report: Mapping[str, Collection[str]]) -> None:
     # diffusers and transformers fill a missing tensor with random numbers and only warn.
-    wrong = sorted(report["missing_keys"])
-    if wrong:
-        raise WeightsError(f"{folder}: {len(wrong)} tensors are missing, {wrong[0]} among them; fetch the folder again")
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise WeightsError(
+            f"{folder}: {len(missing)} tensors are missing, {missing[0]} among them; fetch the folder again"
+        )
+
+
+def _require_used(folder: Path, report: Mapping[str, Collection[str]]) -> None:
+    # diffusers passes over them: a network with fewer layers than its weights have would compute something else.
+    unexpected = sorted(report["unexpected_keys"])
+    if unexpected:
+        raise WeightsError(
+            f"{folder}: {len(unexpected)} tensors are not part of what config.json describes, {unexpected[0]} among "
+            "them; take the config.json that belongs to these weights"
+        )
 
 
 def _load_context(folder: Path) -> torch.Tensor:
@@ -348,12 +372,11 @@ def _load_context(folder: Path) -> torch.Tensor:
 
 @torch.inference_mode()
 def _encode_empty_prompt(folder: Path) -> torch.Tensor:
-    """The last hidden state of CLIP for the empty prompt, padded as Stable Diffusion does [1, n, d]."""
+    """Return the last hidden state of CLIP for the empty prompt, float32 [1, n, d], padded as the tokenizer does."""
     # Imported here: a folder with the embedding in it, like nano's, needs no text encoder.
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextModel
 
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
         encoder, report = CLIPTextModel.from_pretrained(
             folder / "text_encoder",
             use_safetensors=True,
@@ -364,16 +387,47 @@ def _encode_empty_prompt(folder: Path) -> torch.Tensor:
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
         raise WeightsError(f"{folder}: the text encoder cannot be loaded: {one_line(error)}") from error
     _require_whole(folder / "text_encoder", report)
-    length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
-    ids = tokenizer("", padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+    ids = empty_prompt_ids(folder / "tokenizer", encoder.config.max_position_embeddings, encoder.config.vocab_size)
     context: torch.Tensor = encoder.eval()(ids).last_hidden_state
     return context
 
 
+def empty_prompt_ids(tokenizer: Path, positions: int, words: int) -> torch.Tensor:
+    """Return the ids of the empty prompt, int64 [1, n], as the CLIP tokenizer in a folder pads them.
+
+    Args:
+        tokenizer: Folder of the tokenizer.
+        positions: Positions that the text encoder has; n is at most that.
+        words: Size of the text encoder's vocabulary.
+
+    Raises:
+        WeightsError: The tokenizer cannot be loaded, or has more words than the text encoder.
+    """
+    from transformers import CLIPTokenizer
+
+    try:
+        loaded = CLIPTokenizer.from_pretrained(tokenizer, local_files_only=True)
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        raise WeightsError(f"{tokenizer}: the tokenizer cannot be loaded: {one_line(error)}") from error
+    length = min(loaded.model_max_length, positions)
+    ids = loaded("", padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+    if int(ids.max()) >= words:
+        raise WeightsError(
+            f"{tokenizer}: pads with id {int(ids.max())}, the text encoder has {words} words; take the tokenizer that "
+            "belongs to it"
+        )
+    return ids
+
+
 def _require_agreement(folder: Path, unet: Any, vae: Any, context: torch.Tensor) -> None:
-    for key in ("class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim_type"):
+    for key in _CONDITIONS:
         if unet.config[key] is not None:
             raise WeightsError(f"{folder}/unet: {key} is {unet.config[key]!r}; covray runs UNets without conditions")
+    for key in ("latents_mean", "latents_std"):
+        if vae.config[key] is not None:
+            raise WeightsError(
+                f"{folder}/vae: has {key} for every channel, covray knows one scaling factor; give another"
+            )
     channels = vae.config.latent_channels
     if not unet.config.in_channels == unet.config.out_channels == channels:
         raise WeightsError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,23 +19,39 @@ from transformers import LlamaConfig
 from covray.config import BackboneConfig, LoraConfig, differences
 from covray.errors import ConfigError, WeightsError, one_line
 from covray.io.storage import Folder
-from covray.io.tensor_files import new_folder, require_new
+from covray.io.tensor_files import new_folder, require_finite, require_new
 from covray.models.lvm.backbone import BackboneFacts, backbone_facts, stored_tensors, write_backbone
 from covray.models.lvm.model import TARGETS, Lora, Lvm
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_UNKNOWN = (
-    "rank_pattern",
-    "alpha_pattern",
-    "modules_to_save",
-    "use_dora",
-    "use_rslora",
-    "layers_to_transform",
-    "alora_invocation_tokens",
+_READ = ("peft_type", "r", "lora_alpha", "target_modules", "use_rslora", "init_lora_weights", "bias")
+"""Options of PEFT's LoraConfig that ``read_adapter`` computes with, or checks."""
+_WITHOUT_EFFECT = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "fan_in_fan_out",
+    "inference_mode",
+    "layers_pattern",
+    "loftq_config",
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "task_type",
 )
-"""Options of PEFT that change what an adapter means, and that covray has not."""
+"""Options that do not change what a trained LoRA of linear layers computes: names, training, and details of options
+that are themselves refused. Any other option that is set is refused, also one that a later PEFT adds."""
+_PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+"""``init_lora_weights`` that leave the backbone as it is. All others (``pissa``, ``olora``, ``corda``, ``loftq``,
+``lora_ga``, ...) also change the backbone's weights, and PEFT does so again whenever it loads the adapter."""
 
 
 def adapter_tensors(model: Lvm) -> dict[str, Tensor]:
@@ -92,12 +109,16 @@ def save_adapter(model: Lvm, folder: str, base_model_name: str) -> None:
 
 
 def read_adapter(folder: str) -> tuple[Lora, dict[str, Tensor]]:
-    """Rank, alpha and targets of a PEFT folder, and its tensors by their names in the file.
+    """Return rank, alpha and targets of a PEFT folder, and its tensors by their names in the file.
 
-    Raises WeightsError for a folder that is incomplete, or a kind of adapter that covray does not compute.
+    The alpha of a rank-stabilised adapter (rsLoRA), which scales by alpha / sqrt(rank), is returned as the one that
+    gives the same scale over the rank.
+
+    Raises:
+        WeightsError: The folder is incomplete, holds values that are not finite, or is a kind of adapter that covray
+            does not compute as PEFT does.
     """
     source = Folder(folder)
-    file = source.join(CONFIG_FILE)
     try:
         values = source.read_json(CONFIG_FILE)
         tensors = load(source.read_bytes(WEIGHTS_FILE))
@@ -105,38 +126,58 @@ def read_adapter(folder: str) -> tuple[Lora, dict[str, Tensor]]:
         raise WeightsError(f"{folder}: {CONFIG_FILE} or {WEIGHTS_FILE} is missing; give a PEFT adapter") from error
     except (OSError, ValueError, SafetensorError) as error:
         raise WeightsError(f"{folder}: cannot be read ({one_line(error)}); get it again") from error
-    kind = values.get("peft_type") if isinstance(values, dict) else None
+    lora = _read_lora(values if isinstance(values, dict) else {}, source.join(CONFIG_FILE))
+    for name, tensor in tensors.items():
+        require_finite(source.join(WEIGHTS_FILE), name, tensor)
+    return lora, tensors
+
+
+def _read_lora(values: dict[str, Any], file: str) -> Lora:
+    """Return the adapter that the options ``values`` of ``file`` describe. Raises WeightsError for an unplain LoRA."""
+    kind = values.get("peft_type")
     if kind != "LORA":
         raise WeightsError(f"{file}: is of type {kind}, not LORA; give a LoRA adapter")
-    odd = [key for key in _UNKNOWN if values.get(key)] + (["bias"] if values.get("bias", "none") != "none" else [])
-    if odd:
-        raise WeightsError(f"{file}: uses {odd[0]}, which covray does not compute; give a plain LoRA adapter")
+    unsupported = [key for key, value in values.items() if value and key not in (*_READ, *_WITHOUT_EFFECT)]
+    if values.get("bias", "none") != "none":
+        unsupported.append("bias")
+    if unsupported:
+        raise WeightsError(f"{file}: uses {unsupported[0]}, which covray does not compute; give a plain LoRA adapter")
+    init = values.get("init_lora_weights", True)
+    if init not in _PLAIN_INITS:
+        raise WeightsError(
+            f"{file}: its init_lora_weights is {init}, which changes the backbone, too; convert it to plain LoRA by "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=...) of PEFT, or merge it with PEFT"
+        )
     rank, alpha, targets = values.get("r"), values.get("lora_alpha"), values.get("target_modules")
-    if not (isinstance(rank, int) and rank > 0 and isinstance(alpha, int | float)):
+    if not (isinstance(rank, int) and rank > 0 and isinstance(alpha, int | float) and 0 < alpha < math.inf):
         raise WeightsError(f"{file}: has rank {rank!r} and alpha {alpha!r}; give a plain LoRA adapter")
-    if not (isinstance(targets, list) and targets and set(targets) <= set(TARGETS)):
-        raise WeightsError(f"{file}: adapts {targets!r}, covray only {', '.join(TARGETS)}; give another adapter")
-    return Lora(rank, float(alpha), tuple(name for name in TARGETS if name in targets)), tensors
+    # PEFT saves "all-linear" as the full names of all layers; the tensors show whether a layer is left out.
+    names = {str(target).rpartition(".")[2] for target in targets} if isinstance(targets, list) else set()
+    if not names or not names <= set(TARGETS):
+        raise WeightsError(f"{file}: adapts {targets!r:.200}, covray only {', '.join(TARGETS)}; give another adapter")
+    if values.get("use_rslora"):
+        alpha *= math.sqrt(rank)
+    return Lora(rank, float(alpha), tuple(name for name in TARGETS if name in names))
 
 
 def read_start(config: LoraConfig, llama: LlamaConfig) -> dict[str, Tensor]:
-    """The matrices of the adapter ``config.path`` to go on from, by their names in the file.
+    """Return the matrices of the adapter ``config.path`` to continue from, by their names in the file.
 
-    Raises ConfigError when its rank, alpha or targets are not those of ``config``, WeightsError when it cannot be read
-    or is of another backbone than ``llama``.
+    Raises:
+        ConfigError: Its rank, alpha or targets are not those of ``config``.
+        WeightsError: It cannot be read, or is of another backbone than ``llama``.
     """
     assert config.path is not None
-    found, tensors = read_adapter(config.path)
-    theirs, ours = (
-        {"lora": {"rank": lora.rank, "alpha": lora.alpha, "targets": sorted(lora.targets)}} for lora in (found, config)
-    )
-    changed = differences(theirs, ours)
+    stored, tensors = read_adapter(config.path)
+    changed = differences(_sizes(stored), _sizes(config))
     if changed:
         raise ConfigError(f"lora.path: {config.path}: {'; '.join(changed)}; set them as the adapter has them")
-    _require_backbone(tensors, found, llama, config.path)
-    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
-        raise WeightsError(f"{config.path}: {WEIGHTS_FILE} has values that are not finite; give another adapter")
+    _require_backbone(tensors, stored, llama, config.path)
     return tensors
+
+
+def _sizes(lora: Lora | LoraConfig) -> dict[str, Any]:
+    return {"lora": {"rank": lora.rank, "alpha": lora.alpha, "targets": sorted(lora.targets)}}
 
 
 def export_merged(facts: BackboneFacts, adapter: str, out: Path, dtype: torch.dtype | None = None) -> None:

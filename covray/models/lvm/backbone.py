@@ -1,11 +1,11 @@
 """LVM backbones: LLaMA folders whose words are image codes, checked, loaded into the fused ``Lvm``, and written.
 
-A backbone is a Hugging Face folder (``config.json``, safetensors) of a ``LlamaForCausalLM``. Those that covray writes
-also have a ``covray.json``, which says whose codes the ids are.
+A backbone is a Hugging Face folder (``config.json``, safetensors) of a ``LlamaForCausalLM``. Folders that covray writes
+also have a ``covray.json``, which names the codebook that the ids index.
 
-The end of a sequence. LVM's folders name id 2 as its end, and 2 is also an image code: ``generate`` would stop in the
-middle of a picture. No id ends a picture, so the configuration read here has neither a beginning nor an end, and what
-is written here also forbids ``generate`` the special ids.
+The end of a sequence: LVM's folders name id 2 as its end, and 2 is also an image code, so that ``generate`` would stop
+in the middle of a picture. No id ends a picture. The configuration read here therefore has ids neither for a beginning
+nor for an end, and folders written here also forbid ``generate`` the special ids.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from covray.config import BackboneConfig, LoraConfig
 from covray.errors import ConfigError, WeightsError, one_line
 from covray.io import storage
 from covray.io.model_folders import fingerprint_folder, require_files, resolve_folder
-from covray.io.tensor_files import weight_files
+from covray.io.tensor_files import duplicate_tensor, weight_files
 from covray.models.lvm.model import Lora, Lvm
 from covray.models.lvm.scales import SPECIAL_IDS, llama_config
 from covray.models.tokenizer.vqgan import MAX_CODES
@@ -42,6 +42,9 @@ _INDEX = f"{_WEIGHTS}.index.json"
 _ABOUT_FILES = ("config.json", ABOUT_FILE)
 _WEIGHT_FILES = (_WEIGHTS, "model-*-of-*.safetensors", _INDEX)
 _SHARD_SIZE = "5GB"
+_STORED_TYPES = ("F16", "BF16", "F32", "F64")
+"""safetensors' names of the types that weights are stored in; integers and 8-bit floats are codes of a quantised model.
+"""
 
 
 @dataclass(frozen=True)
@@ -49,24 +52,27 @@ class BackboneFacts:
     """What is known of a backbone before its weights are loaded."""
 
     llama: LlamaConfig
-    """The architecture; without ids for the beginning and end of a sequence, whatever the folder says."""
+    """The architecture, without ids for the beginning and end of a sequence, whatever the folder says."""
     folder: Path | None
-    """Where the weights are; None: random ones."""
+    """Where the weights are; None for random weights."""
     fingerprint: str
-    """SHA-256 (hex) of configuration and weights, of the configuration only where weights are random."""
+    """SHA-256 (hex) of configuration and weights; of the configuration only where weights are random."""
     codes: int
-    """Image codes: ids below are tokens of pictures, ids from there on are special."""
+    """Number of image codes: ids below it are tokens of pictures, ids from it on are special."""
     codebook: str | None
-    """SHA-256 (hex) of the codebook whose codes the ids are; None: the folder does not say."""
+    """SHA-256 (hex) of the codebook that the ids index; None where the folder does not record one."""
     tokens_per_image: int | None
-    """Tokens of a picture; None: the folder does not say."""
+    """Tokens of a picture; None where the folder does not record it."""
 
 
 def backbone_facts(config: BackboneConfig) -> BackboneFacts:
     """Find the backbone, check everything but the values of its weights, and fingerprint it.
 
-    A hub id is downloaded (for ``init: random`` its ``config.json`` only). Raises ConfigError when ``config`` names no
-    backbone or another scale than the folder's, WeightsError for a folder that is incomplete or is no LVM.
+    A hub id is downloaded; with ``init: random`` only its ``config.json``.
+
+    Raises:
+        ConfigError: ``config`` names no backbone, or another scale than the folder's.
+        WeightsError: The folder is incomplete, or is not an LVM.
     """
     random = config.init == "random"
     path = config.path
@@ -85,7 +91,7 @@ def backbone_facts(config: BackboneConfig) -> BackboneFacts:
     patterns = _ABOUT_FILES if random else (*_ABOUT_FILES, *_WEIGHT_FILES)
     if path != "nano" and Path(path).expanduser().is_file():
         raise WeightsError(
-            f"{path}: is a file, not a folder; if EasyLM wrote it: covray convert backbone {path} --out DIR"
+            f"{path}: is a file, not a folder; if EasyLM wrote it, run covray convert backbone {path} --out DIR"
         )
     folder = resolve_folder(path, config.revision, "lvm", patterns)
     llama = _read_llama(folder)
@@ -105,9 +111,9 @@ def backbone_facts(config: BackboneConfig) -> BackboneFacts:
 
 
 def weightless_facts(llama: LlamaConfig, where: Path | str) -> BackboneFacts:
-    """What the architecture alone says; from here on it has no ids for the beginning and end of a sequence.
+    """Return what the architecture alone says, and take the ids for the beginning and end of a sequence from ``llama``.
 
-    ``where``: whose it is, for the WeightsError about a vocabulary that is not one of image codes.
+    Raises WeightsError, naming ``where`` the architecture comes from, for a vocabulary that is not of image codes.
     """
     codes = _codes(llama, where)
     llama.bos_token_id = llama.eos_token_id = None
@@ -125,13 +131,24 @@ def load_backbone(
     seed: int,
     recompute: bool = False,
 ) -> Lvm:
-    """The backbone on ``device``: frozen weights in ``dtype`` and, with ``lora``, a fresh adapter in float32 to train.
+    """Return the backbone on ``device``: frozen weights and, with ``lora``, a fresh adapter in float32 to train.
 
-    Memory on the way is the model and one tensor. The adapter starts as PEFT's: A uniform in +-1/sqrt(inputs) (He et
-    al. 2015 with a = sqrt(5)), B zero, so that it changes nothing yet. Every tensor has a generator of its own, seeded
-    by ``seed`` and its name: A is the same on any device and with any set of targets, random weights (normal, of the
-    configuration's ``initializer_range``, 0.02) on one kind of device.
-    Raises WeightsError for a file that cannot be read, or weights that are not finite.
+    Memory on the way is the model and one tensor. The adapter starts as PEFT's does: A uniform in +-1/sqrt(inputs) (He
+    et al. 2015 with a = sqrt(5)), B zero, so that it changes nothing yet. Every tensor has a generator of its own,
+    seeded by ``seed`` and its name: A is the same on any device and with any set of targets; random weights (normal,
+    of the configuration's ``initializer_range``, 0.02) are the same on one kind of device.
+
+    Args:
+        facts: The backbone, as ``backbone_facts`` returns it.
+        config: The configuration that ``facts`` were made from.
+        lora: Rank, alpha and targets of the adapter; None for none.
+        dtype: Type of the frozen weights.
+        device: Where the model is put.
+        seed: Decides the adapter, and the weights where they are random.
+        recompute: Recompute activations in the backward pass (see ``Lvm``).
+
+    Raises:
+        WeightsError: A file cannot be read, or weights are not finite.
     """
     with torch.device("meta"):
         model = Lvm(facts.llama, Lora(lora.rank, lora.alpha, lora.targets) if lora else None, recompute)
@@ -157,11 +174,16 @@ def load_backbone(
 
 
 def write_backbone(folder: Path, facts: BackboneFacts, tensor: Callable[[str], Tensor], dtype: torch.dtype) -> None:
-    """Write a plain Hugging Face folder, and beside it what ``facts`` knows of the codes.
+    """Write a plain Hugging Face folder, and beside the weights what ``facts`` record of the codes.
 
-    ``tensor`` gives a weight by its name in ``LlamaForCausalLM``; it is asked for one after another, and large models
-    are written in several files, so that memory is that of one file (5 GB). ``generate`` on the folder makes pictures
-    only: no id ends a sequence, special ids are suppressed.
+    ``generate`` on the folder makes pictures only: no id ends a sequence, and special ids are suppressed.
+
+    Args:
+        folder: Created where it is absent.
+        facts: Architecture, codes and codebook of the backbone.
+        tensor: Returns a weight by its name in ``LlamaForCausalLM``, in the shape that it has there. It is asked for
+            one weight after another, and large models are written in several files, so that memory is one file (5 GB).
+        dtype: Type of the written weights.
     """
     llama = LlamaConfig.from_dict(facts.llama.to_dict())
     llama.tie_word_embeddings = False  # the head is written, tied or not
@@ -188,30 +210,31 @@ def write_backbone(folder: Path, facts: BackboneFacts, tensor: Callable[[str], T
 
 
 def stored_tensors(folder: Path, llama: LlamaConfig) -> Callable[[str], Tensor]:
-    """Reads one weight of a backbone folder after another, by name, on the CPU as stored; for ``write_backbone``."""
+    """Return a function that reads one weight of a backbone folder by name, on the CPU as stored."""
     files = _find_tensors(folder, llama)
 
     def tensor(name: str) -> Tensor:
-        here = name if name in files else "model.embed_tokens.weight"  # a tied head
-        with _opened(files[here]) as file:
-            return file.get_tensor(here)
+        stored_name = name if name in files else "model.embed_tokens.weight"  # a tied head
+        with _opened(files[stored_name]) as file:
+            return file.get_tensor(stored_name)
 
     return tensor
 
 
 def _read_llama(folder: Path) -> LlamaConfig:
-    """The architecture in ``config.json``, if it is one that ``Lvm`` computes."""
+    """Return the architecture in ``config.json``, if it is one that ``Lvm`` computes."""
     values = read_config(folder)
     kind = values.get("model_type")
     if kind == "internlm":
         raise WeightsError(
-            f"{folder}: is an InternLM, as DeLVM's are; covray convert backbone {folder} --out DIR makes it a LLaMA"
+            f"{folder}: is an InternLM, as DeLVM's are; run covray convert backbone {folder} --out DIR, which makes it "
+            "a LLaMA"
         )
     return checked_llama(values, folder / "config.json")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """``config.json`` of a model folder. Raises WeightsError when it is missing or no JSON object."""
+    """Return ``config.json`` of a model folder, empty where it is no JSON object. Raises WeightsError for no JSON."""
     require_files(folder, ["config.json"])
     file = folder / "config.json"
     try:
@@ -222,33 +245,37 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def checked_llama(values: dict[str, Any], file: Path) -> LlamaConfig:
-    """The architecture that ``values`` of ``file`` describe. Raises WeightsError for one that ``Lvm`` has not."""
+    """Return the architecture that ``values`` of ``file`` describe. Raises WeightsError for one that ``Lvm`` is not."""
     kind = values.get("model_type")
     if kind != "llama":
         raise WeightsError(f"{file}: is of model type {kind}, not llama; give the folder of a LlamaForCausalLM")
+    if values.get("quantization_config"):
+        raise WeightsError(f"{file}: has a quantization_config; give the weights as they were before quantisation")
     try:
         llama = LlamaConfig.from_dict(values)
     except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
-        raise WeightsError(f"{file}: is no LlamaConfig ({one_line(error)}); get the folder again") from error
+        raise WeightsError(f"{file}: is not a LlamaConfig ({one_line(error)}); get the folder again") from error
     rope = llama.rope_parameters
-    expected = {
-        "hidden_act": (llama.hidden_act, "silu"),
-        "num_key_value_heads": (llama.num_key_value_heads, llama.num_attention_heads),
-        "head_dim": (llama.head_dim, llama.hidden_size // llama.num_attention_heads),
-        "rope_type": (rope.get("rope_type", "default"), "default"),
-    }
-    for key, (found, supported) in expected.items():
-        if found != supported:
-            raise WeightsError(f"{file}: {key} is {found}, covray computes only {supported} here; give an LVM")
+    checks = (  # key, value, the only value that is supported
+        ("hidden_act", llama.hidden_act, "silu"),
+        ("num_key_value_heads", llama.num_key_value_heads, llama.num_attention_heads),
+        ("head_dim", llama.head_dim, llama.hidden_size // llama.num_attention_heads),
+        ("rope_type", rope.get("rope_type", "default"), "default"),
+        ("is_causal", values.get("is_causal", True), True),
+        ("layer_types", sorted(set(values.get("layer_types") or ["full_attention"])), ["full_attention"]),
+    )
+    for key, value, supported in checks:
+        if value != supported:
+            raise WeightsError(f"{file}: {key} is {value}, covray computes only {supported} here; give an LVM")
     return llama
 
 
 def _codes(llama: LlamaConfig, where: Path | str) -> int:
-    """Image codes of a vocabulary: all of DeLVM's 8192, all but the 100 special ids of LVM's 8292."""
+    """Return the image codes of a vocabulary: all of DeLVM's 8192, all but the 100 special ids of LVM's 8292."""
     codes = llama.vocab_size if llama.vocab_size == MAX_CODES else llama.vocab_size - SPECIAL_IDS
     if not 0 < codes <= MAX_CODES:
         raise WeightsError(
-            f"{where}: a vocabulary of {llama.vocab_size} is none of image codes (at most {MAX_CODES}, and "
+            f"{where}: a vocabulary of {llama.vocab_size} is not one of image codes (at most {MAX_CODES}, and "
             f"{SPECIAL_IDS} special ids); give an LVM"
         )
     return codes
@@ -258,12 +285,10 @@ def _require_scale(llama: LlamaConfig, folder: Path, scale: str) -> None:
     if scale == "custom":
         return
     published = llama_config(scale)
-    due = (published.hidden_size, published.num_hidden_layers)
-    found = (llama.hidden_size, llama.num_hidden_layers)
-    if found != due:
+    if (llama.hidden_size, llama.num_hidden_layers) != (published.hidden_size, published.num_hidden_layers):
         raise ConfigError(
-            f"{folder}: has hidden size {found[0]} and {found[1]} layers, scale {scale} has {due[0]} and {due[1]}; "
-            "give the folder's scale, or custom"
+            f"{folder}: has hidden size {llama.hidden_size} and {llama.num_hidden_layers} layers, scale {scale} has "
+            f"{published.hidden_size} and {published.num_hidden_layers}; give the folder's scale, or custom"
         )
 
 
@@ -286,25 +311,42 @@ def read_about(folder: Path) -> dict[str, Any]:
 
 
 def _find_tensors(folder: Path, llama: LlamaConfig) -> dict[str, Path]:
-    """The file of every weight, after comparing names and shapes with the architecture; reads headers only."""
+    """Return the file of every weight, after comparing names, shapes and types with the architecture.
+
+    Reads headers only.
+    """
     with torch.device("meta"):
-        due = {name: tuple(view.shape) for name, view in Lvm(llama).backbone_tensors().items()}
+        expected = {name: tuple(view.shape) for name, view in Lvm(llama).backbone_tensors().items()}
     files: dict[str, Path] = {}
     for file in _weight_files(folder):
         with _opened(file) as opened:
             for name in opened.keys():  # noqa: SIM118 (no mapping)
-                if name.endswith("rotary_emb.inv_freq"):  # old folders keep what is computed
+                if name.endswith("rotary_emb.inv_freq"):  # computed here, but stored in old folders
                     continue
-                shape = tuple(opened.get_slice(name).get_shape())
-                if name not in due:
-                    raise _disagreement(folder, f"{name} is too many")
-                if shape != due[name]:
-                    raise _disagreement(folder, f"{name} is {list(shape)}, not {list(due[name])}")
+                if name in files:
+                    raise duplicate_tensor(file, name)
+                stored = opened.get_slice(name)
+                _require_weight(folder, name, stored, expected.get(name))
                 files[name] = file
-    missing = due.keys() - files.keys() - ({"lm_head.weight"} if llama.tie_word_embeddings else set())
+    tied = {"lm_head.weight"} if llama.tie_word_embeddings else set()
+    missing = expected.keys() - files.keys() - tied
     if missing:
         raise _disagreement(folder, f"{min(missing)} is missing")
     return files
+
+
+def _require_weight(folder: Path, name: str, stored: Any, expected: tuple[int, ...] | None) -> None:
+    """Check type and shape of the tensor ``stored`` (a slice of safetensors). Raises WeightsError."""
+    shape = tuple(stored.get_shape())
+    if expected is None:
+        raise _disagreement(folder, f"unexpected tensor {name}")
+    if shape != expected:
+        raise _disagreement(folder, f"{name} is {list(shape)}, not {list(expected)}")
+    if stored.get_dtype() not in _STORED_TYPES:
+        raise WeightsError(
+            f"{folder}: {name} is stored as {stored.get_dtype()}, not {', '.join(_STORED_TYPES)}; give the weights as "
+            "they were before quantisation"
+        )
 
 
 def _disagreement(folder: Path, detail: str) -> WeightsError:
@@ -317,8 +359,8 @@ def _weight_files(folder: Path) -> list[Path]:
         return files
     if any(folder.glob("pytorch_model*.bin")):
         raise WeightsError(
-            f"{folder}: has weights only as pytorch_model.bin, which can run code; covray convert backbone {folder} "
-            "--out DIR reads them without, and writes safetensors"
+            f"{folder}: has weights only as pytorch_model.bin, which can run code; run covray convert backbone "
+            f"{folder} --out DIR, which reads them without running any and writes safetensors"
         )
     raise WeightsError(f"{folder}: {_WEIGHTS} or {_INDEX} is missing; complete the folder, or give another")
 
@@ -340,14 +382,15 @@ def _fill_from(folder: Path, llama: LlamaConfig, tensors: dict[str, Tensor]) -> 
 
 
 def _stored(files: dict[str, Path]) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor, a file opened once."""
+    """Yield the name and value of every tensor, each file opened once."""
     for file, names in groupby(files, files.__getitem__):
         with _opened(file) as opened:
-            yield from ((name, opened.get_tensor(name)) for name in names)
+            for name in names:
+                yield name, opened.get_tensor(name)
 
 
 def _fill_randomly(tensors: dict[str, Tensor], deviation: float, seed: int, device: torch.device) -> None:
-    """As transformers initialises: normal matrices, norms 1, no bias."""
+    """Fill weights as transformers initialises them: normal matrices, norms 1, biases 0."""
     for name, tensor in tensors.items():
         if tensor.ndim == 1:
             tensor.fill_(0.0 if name.endswith("bias") else 1.0)

@@ -25,7 +25,7 @@ from covray.errors import ConfigError, WeightsError, one_line
 from covray.io.tensor_files import (
     Shape,
     new_folder,
-    read_tensors,
+    read_all_tensors,
     require_finite,
     require_new,
     require_tensors,
@@ -138,9 +138,9 @@ def _read_folder(folder: Path) -> _Source:
     if not files:
         raise WeightsError(f"{folder}: {' or '.join(_WEIGHTS)} is missing; complete the folder, or give another")
     where = files[0] if len(files) == 1 else folder
-    tensors = {name: tensor for file in files for name, tensor in read_tensors(file).items()}
-    # Computed, but kept in old folders.
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    tensors = read_all_tensors(files)
+    for name in [name for name in tensors if name.endswith("rotary_emb.inv_freq")]:
+        del tensors[name]  # computed, but stored in old folders
     if llama.tie_word_embeddings and "model.embed_tokens.weight" in tensors:
         tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
     require_tensors(where, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, _due(llama))

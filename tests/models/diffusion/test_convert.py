@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from typer.testing import CliRunner
 
 from covray.cli.app import app
@@ -312,6 +313,64 @@ def test_half_the_file_or_more_of_it_makes_no_difference(v: Source, tmp_path: Pa
     assert torch.equal(first, second)
 
 
+def with_transformers_names(source: Source, layers: int) -> Weights:
+    """The file with its OpenCLIP under transformers' names, as converters back from a folder of diffusers write it."""
+    encoder = text_model(layers, "gelu", seed=2)
+    others = {name: tensor for name, tensor in source.tensors().items() if not name.startswith("cond_stage_model.")}
+    return others | {name: tensor.contiguous() for name, tensor in clip(encoder).items() if ".layers.2." not in name}
+
+
+def write_tokenizer(folder: Path, pad_token: str) -> CLIPTokenizer:
+    """A tokenizer of the family in small: "!" is id 0, the last two ids begin and end."""
+    folder.mkdir()
+    words = {"!": 0, **{f"{letter}</w>": number for number, letter in enumerate("abcdefghijklmnopq", start=1)}}
+    words |= {"<|startoftext|>": WORDS - 2, "<|endoftext|>": WORDS - 1}
+    (folder / "vocab.json").write_text(json.dumps(words))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": LENGTH, "pad_token": pad_token} | special
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+@torch.inference_mode()
+def test_the_prompt_of_2_is_padded_as_its_tokenizer_does_under_either_names(v: Source, tmp_path: Path) -> None:
+    """The judge is the library: CLIP's tokenizer, padding as the family does, and its text model."""
+    tokenizer = write_tokenizer(tmp_path / "tokenizer", "!")
+    ids = tokenizer("", padding="max_length", max_length=LENGTH, return_tensors="pt").input_ids
+    assert ids[0].tolist() == [WORDS - 2, WORDS - 1, *[0] * (LENGTH - 2)]
+    encoder = text_model(3, "gelu", seed=2)
+    states = encoder(ids, output_hidden_states=True)
+    expected = getattr(encoder, "text_model", encoder).final_layer_norm(states.hidden_states[-2])
+    named = with_transformers_names(v, layers=3)
+    save_file(named, tmp_path / "named.safetensors")
+    for number, file in enumerate((v.file, tmp_path / "named.safetensors")):
+        convert_prior(str(file), str(tmp_path / str(number)), str(v.like))
+        found = load_file(tmp_path / str(number) / "empty_prompt.safetensors")["context"]
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("pad_token", "pad"), [("!", 0), ("<|endoftext|>", WORDS - 1)])
+@torch.inference_mode()
+def test_a_tokenizer_beside_the_configs_pads_the_prompt(
+    epsilon: Source, tmp_path: Path, pad_token: str, pad: int
+) -> None:
+    """Whatever the family: a model may have been trained with other padding than the first of its architecture."""
+    like = shutil.copytree(epsilon.like, tmp_path / "like")
+    write_tokenizer(like / "tokenizer", pad_token)
+    convert_prior(str(epsilon.file), str(tmp_path / "out"), str(like))
+    encoder = text_model(2, "quick_gelu", seed=1)
+    expected = encoder(torch.tensor([[WORDS - 2, WORDS - 1, *[pad] * (LENGTH - 2)]])).last_hidden_state
+    found = load_file(tmp_path / "out" / "empty_prompt.safetensors")["context"]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_published_families_pad_as_published() -> None:
+    """Stable Diffusion 1's tokenizer pads with the end of text, id 49407; 2's with "!", id 0."""
+    pads = {width: convert._pad_id(CLIPTextConfig.from_dict(known.text), False) for width, known in PUBLISHED.items()}
+    assert pads == {768: 49407, 1024: 0}
+
+
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.model."
@@ -328,7 +387,11 @@ UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_mo
         ("", {f"{UNET}input_blocks.0.0.weight": torch.zeros(16, 9, 3, 3)}, r"unet\.conv_in\.weight is \[16, 9, 3, 3\]"),
         ("", {f"{UNET}label_emb.0.0.weight": torch.zeros(3, 3)}, r"label_emb\.0\.0\.weight is not used"),
         ("", {f"{VAE}loss.logvar": torch.zeros(1)}, r"loss\.logvar is not used"),
-        ("", {f"{TEXT}transformer.resblocks.3.ln_1.weight": torch.ones(WIDTH)}, r"layers\.3\.layer_norm1.*too many"),
+        (
+            "",
+            {f"{TEXT}transformer.resblocks.3.ln_1.weight": torch.ones(WIDTH)},
+            r"unexpected tensor .*layers\.3\.layer_norm1",
+        ),
         ("", {f"{TEXT}transformer.resblocks.0.attn.in_proj_bias": torch.ones(4 * WIDTH)}, r"v_proj\.bias is \[128\]"),
         ("", {f"{TEXT}transformer.resblocks.0.attn.in_proj_weight": torch.ones(9)}, "text_encoder is not whole"),
         ("", {f"{VAE}encoder.mid.attn_1.q.weight": torch.zeros(16, 16, 3, 3)}, r"attn_1\.q\.weight is not used"),
@@ -374,7 +437,7 @@ def test_what_is_no_such_file_is_one_line(v: Source, tmp_path: Path) -> None:
 
 def test_an_out_that_is_there_is_kept(v: Source, tmp_path: Path) -> None:
     (tmp_path / "note").write_text("mine")
-    with pytest.raises(ConfigError, match="is there already"):
+    with pytest.raises(ConfigError, match="already exists"):
         convert_prior(str(v.file), str(tmp_path), str(v.like))
     assert [path.name for path in tmp_path.iterdir()] == ["note"]
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -104,8 +105,11 @@ def test_decoding_reports_what_is_not_finite(prior_folder: Path) -> None:
     assert prior.decode(latents)[1].tolist() == [True, False]
 
 
-def write_text_encoder(prior_folder: Path, pad_token: str) -> CLIPTextModel:
-    """Tokenizer and text encoder of four words in place of the embedding: 0 is "!", 2 begins, 3 ends."""
+def write_text_encoder(prior_folder: Path, pad_token: str, mapped: str | None = None) -> CLIPTextModel:
+    """Tokenizer and text encoder of four words in place of the embedding: 0 is "!", 2 begins, 3 ends.
+
+    ``mapped``: the padding by ``special_tokens_map.json``, which goes before the tokenizer's configuration.
+    """
     (prior_folder / "empty_prompt.safetensors").unlink()
     tokenizer = prior_folder / "tokenizer"
     tokenizer.mkdir()
@@ -115,6 +119,8 @@ def write_text_encoder(prior_folder: Path, pad_token: str) -> CLIPTextModel:
     special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": pad_token}
     settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 6, "unk_token": "<|endoftext|>"}
     (tokenizer / "tokenizer_config.json").write_text(json.dumps(settings | special))
+    if mapped is not None:
+        (tokenizer / "special_tokens_map.json").write_text(json.dumps(special | {"pad_token": mapped}))
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = CLIPTextConfig(
@@ -144,6 +150,32 @@ def test_the_empty_prompt_comes_from_the_text_encoder(prior_folder: Path) -> Non
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(WeightsError, match=r"text_encoder.*fc1\.weight"):
         load(prior_folder)
+
+
+@pytest.mark.parametrize(
+    ("pad_token", "mapped", "pad"),
+    [("<|endoftext|>", None, 3), ("!", None, 0), ("<|endoftext|>", "!", 0), ("!", "<|endoftext|>", 3)],
+)
+@torch.inference_mode()
+def test_the_empty_prompt_is_padded_by_the_folders_tokenizer(
+    prior_folder: Path, pad_token: str, mapped: str | None, pad: int
+) -> None:
+    """Stable Diffusion 2's names the end of text in its configuration, and "!" in its map of special tokens."""
+    encoder = write_text_encoder(prior_folder, pad_token, mapped)
+    expected = encoder(torch.tensor([[2, 3, *[pad] * 4]])).last_hidden_state
+    other = encoder(torch.tensor([[2, 3, *[3 - pad] * 4]])).last_hidden_state
+    context = load(prior_folder).context
+    torch.testing.assert_close(context, expected)
+    assert (context - other).abs().max() > 0.01
+
+
+def test_a_tokenizer_of_another_text_encoder_is_one_line(prior_folder: Path) -> None:
+    write_text_encoder(prior_folder, "!")
+    words = {"!": 0, "!</w>": 1, "a": 2, "a</w>": 3, "<|startoftext|>": 4, "<|endoftext|>": 5}
+    (prior_folder / "tokenizer" / "vocab.json").write_text(json.dumps(words))
+    with pytest.raises(WeightsError, match=r"tokenizer: pads with id 5, the text encoder has 4 words") as raised:
+        load(prior_folder)
+    assert "\n" not in str(raised.value)
 
 
 @torch.inference_mode()
@@ -343,3 +375,51 @@ def test_compiling_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch
 def test_the_proposed_batch_is_the_smallest_that_is_nearly_best(priors: Callable[[str], Prior]) -> None:
     assert propose_batch(priors("epsilon")) == 32
     assert smallest_good_batch({8: 50.0, 16: 98.0, 32: 100.0, 64: 99.0}) == 16
+
+
+@pytest.mark.parametrize("room", ["unet", "vae"])
+def test_weights_that_the_configuration_does_not_mention_are_refused(prior_folder: Path, room: str) -> None:
+    """A network of fewer layers than its weights would load, and compute something else."""
+    file = prior_folder / room / "diffusion_pytorch_model.safetensors"
+    save_file(load_file(file) | {"mid_block.resnets.7.conv1.bias": torch.zeros(2)}, file, {"format": "pt"})
+    with pytest.raises(WeightsError, match=rf"{room}: 1 tensors are not part of .*mid_block\.resnets\.7") as raised:
+        load(prior_folder)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("room", "changes", "named"),
+    [
+        ("unet", {"time_cond_proj_dim": 8}, "time_cond_proj_dim"),
+        ("vae", {"latents_mean": [0.0, 1.0, 0.0, 0.0]}, "latents_mean"),
+        ("vae", {"latents_std": [1.0, 2.0, 1.0, 1.0]}, "latents_std"),
+    ],
+)
+def test_networks_that_need_more_than_they_get_are_refused(
+    prior_folder: Path, room: str, changes: dict[str, Any], named: str
+) -> None:
+    """A distilled UNet wants to know the guidance; a VAE of other families scales every channel by itself."""
+    file = prior_folder / room / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    if room == "unet":
+        weights = prior_folder / room / "diffusion_pytorch_model.safetensors"
+        more = {"time_embedding.cond_proj.weight": torch.zeros(16, 8)}
+        save_file(load_file(weights) | more, weights, {"format": "pt"})
+    with pytest.raises(WeightsError, match=named) as raised:
+        load(prior_folder)
+    assert "\n" not in str(raised.value)
+
+
+def test_shards_count_whatever_they_are_called(prior_folder: Path) -> None:
+    folder = prior_folder / "unet"
+    whole = folder / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(whole)
+    expected = load(prior_folder).unet.state_dict()
+    save_file(tensors, folder / "part-one.safetensors", {"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "part-one.safetensors")}
+    (folder / f"{whole.name}.index.json").write_text(json.dumps(index))
+    whole.unlink()
+    prior = load(prior_folder)
+    assert all(torch.equal(prior.unet.state_dict()[name], tensor) for name, tensor in expected.items())
+    save_file({name: tensor * 2 for name, tensor in tensors.items()}, folder / "part-one.safetensors", {"format": "pt"})
+    assert load(prior_folder).fingerprint != prior.fingerprint

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig as PeftLora
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaForCausalLM
@@ -143,6 +144,105 @@ def test_an_adapter_of_something_else_is_refused_in_one_line(
     assert all(torch.equal(tensor, before[name]) for name, tensor in adapter_tensors(model).items())
 
 
+def write_with_peft(backbone: Path, folder: Path, **options: Any) -> PeftModel:
+    """An adapter made and saved by PEFT itself, its matrices moved as by a training; the model that it was saved of."""
+    plain = {"r": 6, "lora_alpha": 9, "target_modules": list(TARGETS), "task_type": "CAUSAL_LM"}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        base = LlamaForCausalLM.from_pretrained(backbone, dtype=torch.float32)
+        model = get_peft_model(base, PeftLora(**plain | options)).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_rslora": True},
+        {"target_modules": "all-linear"},
+        {"target_modules": ["self_attn.q_proj", "down_proj"]},
+        {"lora_dropout": 0.5, "fan_in_fan_out": True},
+        *({"init_lora_weights": init} for init in (False, "gaussian", "orthogonal", "eva", "mica")),
+    ],
+    ids=str,
+)
+@torch.inference_mode()
+def test_what_peft_makes_of_its_options_is_computed(
+    llama_folder: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """PEFT, which loads the adapter, is the judge of the model and of the merged folder."""
+    with torch.inference_mode(False):
+        write_with_peft(llama_folder, tmp_path / "adapter", **options)
+    expected = peft_logits(with_peft(llama_folder, tmp_path / "adapter"))
+    lora, tensors = read_adapter(str(tmp_path / "adapter"))
+    model = load(llama_folder, LoraConfig(rank=lora.rank, alpha=lora.alpha, targets=lora.targets), warm=False)
+    before = logits(model)
+    load_adapter_tensors(model, tensors)
+    assert (expected - before).abs().max() > 1
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=5e-5)
+    facts = backbone_facts(BackboneConfig(scale="custom", path=str(llama_folder)))
+    export_merged(facts, str(tmp_path / "adapter"), tmp_path / "merged")
+    found = peft_logits(LlamaForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "lora_ga", "corda", "loftq"])
+def test_an_adapter_that_changes_the_backbone_too_is_refused(llama_folder: Path, tmp_path: Path, init: str) -> None:
+    """PEFT takes what such an adapter starts from off the backbone, whenever it loads it."""
+    if init in ("pissa", "olora"):
+        write_with_peft(llama_folder, tmp_path / "adapter", init_lora_weights=init)
+        loaded, base = with_peft(llama_folder, tmp_path / "adapter"), LlamaForCausalLM.from_pretrained(llama_folder)
+        name = "model.layers.0.mlp.up_proj"
+        there = loaded.get_submodule(f"base_model.model.{name}").base_layer.weight
+        assert (there - base.get_submodule(name).weight).abs().max() > 0.01
+    else:  # they want data or more packages to begin with
+        save_adapter(load(llama_folder, ADAPTERS[0]), str(tmp_path / "adapter"), "name")
+        edit(tmp_path / "adapter" / "adapter_config.json", init_lora_weights=init)
+    facts = backbone_facts(BackboneConfig(scale="custom", path=str(llama_folder)))
+    with pytest.raises(WeightsError, match=f"init_lora_weights is {init}, .*path_initial_model_for_weight") as raised:
+        export_merged(facts, str(tmp_path / "adapter"), tmp_path / "merged")
+    assert one_line(raised.value)
+    assert not (tmp_path / "merged").exists()
+
+
+@torch.inference_mode()
+def test_a_pissa_adapter_that_peft_converted_is_computed(llama_folder: Path, tmp_path: Path) -> None:
+    """As the message advises: plain LoRA of twice the rank."""
+    options = {"init_lora_weights": "pissa", "target_modules": list(TARGETS), "r": 6, "task_type": "CAUSAL_LM"}
+    with torch.inference_mode(False):
+        model = get_peft_model(LlamaForCausalLM.from_pretrained(llama_folder), PeftLora(**options)).eval()
+        model.peft_config["default"].init_lora_weights = True
+        model.save_pretrained(tmp_path / "initial")
+        model.peft_config["default"].init_lora_weights = "pissa"
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.add_(torch.full_like(parameter, 0.02))
+    model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
+    facts = backbone_facts(BackboneConfig(scale="custom", path=str(llama_folder)))
+    export_merged(facts, str(tmp_path / "plain"), tmp_path / "merged")
+    assert read_adapter(str(tmp_path / "plain"))[0].rank == 12
+    found = peft_logits(LlamaForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32))
+    torch.testing.assert_close(found, peft_logits(model), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("value", "message"), [(float("nan"), "not finite"), (3, "of type torch.int8")])
+def test_adapters_of_no_plain_numbers_are_refused(
+    llama_folder: Path, tmp_path: Path, value: float, message: str
+) -> None:
+    save_adapter(load(llama_folder, ADAPTERS[0]), str(tmp_path), "name")
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    name = next(iter(tensors))
+    tensors[name] = torch.full_like(tensors[name], value, dtype=torch.int8 if value == 3 else None)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(WeightsError, match=message) as raised:
+        read_adapter(str(tmp_path))
+    assert one_line(raised.value)
+
+
 def edit(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
@@ -151,7 +251,14 @@ def edit(file: Path, **changes: Any) -> None:
     ("changes", "message"),
     [
         ({"peft_type": "IA3"}, "of type IA3, not LORA"),
-        ({"use_rslora": True}, "uses use_rslora"),
+        ({"use_dora": True}, "uses use_dora"),
+        ({"rank_pattern": {"q_proj": 3}}, "uses rank_pattern"),
+        ({"modules_to_save": ["lm_head"]}, "uses modules_to_save"),
+        ({"trainable_token_indices": [1]}, "uses trainable_token_indices"),
+        ({"layers_to_transform": [1]}, "uses layers_to_transform"),
+        ({"lora_bias": True}, "uses lora_bias"),
+        ({"of_a_later_peft": 1}, "uses of_a_later_peft"),
+        ({"lora_alpha": float("inf")}, "alpha inf"),
         ({"alpha_pattern": {"q_proj": 3}}, "uses alpha_pattern"),
         ({"bias": "all"}, "uses bias"),
         ({"r": 0}, "has rank 0"),
@@ -320,8 +427,8 @@ def out_is_a_file(run: Path) -> None:
         (change_backbone, r"is backbone \w{12}, the run adapted \w{12}"),
         (lose_backbone, "backbone: no such folder"),
         (lose_adapter, "adapter: .* is missing"),
-        (take_out, "out: is there already"),
-        (out_is_a_file, "out: is there already"),
+        (take_out, "out: already exists"),
+        (out_is_a_file, "out: already exists"),
     ],
 )
 def test_what_cannot_be_exported_is_said_in_one_line(

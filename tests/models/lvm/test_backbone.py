@@ -27,6 +27,7 @@ from covray.models.lvm.backbone import (
     stored_tensors,
     write_backbone,
 )
+from covray.models.lvm.convert import convert_backbone
 from tests.support.backbones import CODES, CPU, load, random_batch, write_llama
 
 WEIGHTS = "model.safetensors"
@@ -227,13 +228,16 @@ def test_the_scale_must_be_the_folders(folder: Path) -> None:
         ({"head_dim": 32}, "head_dim is 32"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "rope_type is linear"),
         ({"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type is dynamic"),
-        ({"vocab_size": 100}, "vocabulary of 100 is none of image codes"),
-        ({"vocab_size": 32000}, "vocabulary of 32000 is none of image codes"),
-        ({"hidden_size": 63}, "is no LlamaConfig"),
-        ({"hidden_size": "many"}, "is no LlamaConfig"),
+        ({"is_causal": False}, "is_causal is False"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is .*sliding_attention"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "has a quantization_config"),
+        ({"vocab_size": 100}, "vocabulary of 100 is not one of image codes"),
+        ({"vocab_size": 32000}, "vocabulary of 32000 is not one of image codes"),
+        ({"hidden_size": 63}, "is not a LlamaConfig"),
+        ({"hidden_size": "many"}, "is not a LlamaConfig"),
         ({"intermediate_size": 95}, r"mlp.\w+.weight is \[\d+, \d+\], not \["),
         ({"num_hidden_layers": 3}, r"model.layers.2.\S+ is missing"),
-        ({"num_hidden_layers": 1}, r"model.layers.1.\S+ is too many"),
+        ({"num_hidden_layers": 1}, r"unexpected tensor model.layers.1."),
         ({"attention_bias": True}, r"_proj.bias is missing"),
     ],
 )
@@ -427,3 +431,57 @@ def test_chains_must_be_of_the_backbones_codes(
     edit(Path(path, "_dataset.json"), codes=65)
     with pytest.raises(DatasetError, match="its tokenizer has 65 codes, the backbone knows 64"):
         require_same_codes(unknown, ChainDataset(path))
+
+
+def shard(folder: Path, pattern: str) -> list[Path]:
+    """Write the weights of ``folder`` as two files whose names ``pattern`` has, with their index."""
+    tensors = load_file(folder / WEIGHTS)
+    names = sorted(tensors)
+    half = len(names) // 2
+    weight_map = {}
+    for number, part in enumerate((names[:half], names[half:]), start=1):
+        weight_map |= dict.fromkeys(part, pattern.format(number))
+        save_file({name: tensors[name] for name in part}, folder / pattern.format(number), {"format": "pt"})
+    (folder / WEIGHTS).unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return [folder / pattern.format(number) for number in (1, 2)]
+
+
+@pytest.mark.parametrize("pattern", ["model-0000{}-of-00002.safetensors", "consolidated-0000{}-of-00002.safetensors"])
+def test_what_an_index_names_is_loaded_and_counts(folder: Path, pattern: str) -> None:
+    expected = load(folder).backbone_tensors()
+    files = shard(folder, pattern)
+    found = load(folder).backbone_tensors()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    before = backbone_facts(custom(folder)).fingerprint
+    for file in files:
+        tensors = load_file(file)
+        whole = file.read_bytes()
+        save_file({name: tensor * 2 for name, tensor in tensors.items()}, file, {"format": "pt"})
+        assert backbone_facts(custom(folder)).fingerprint != before
+        file.write_bytes(whole)
+    assert backbone_facts(custom(folder)).fingerprint == before
+
+
+def test_a_weight_in_two_shards_is_refused(folder: Path) -> None:
+    first, second = shard(folder, "model-0000{}-of-00002.safetensors")
+    name = next(iter(load_file(first)))
+    save_file(load_file(second) | {name: load_file(first)[name] * 3}, second, {"format": "pt"})
+    for read in (backbone_facts, load_folder):
+        with pytest.raises(WeightsError, match=f"{name} is also in another file") as raised:
+            read(custom(folder))
+        assert one_line(raised.value)
+
+
+def load_folder(config: BackboneConfig) -> None:
+    convert_backbone(str(config.path), f"{config.path}-out")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_codes_of_a_quantised_model_are_no_weights(folder: Path, dtype: torch.dtype) -> None:
+    """Without their scales they would be loaded as numbers."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    edit_tensors(folder, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    with pytest.raises(WeightsError, match=f"{name} is stored as .*; give the weights as they were") as raised:
+        backbone_facts(custom(folder))
+    assert one_line(raised.value)
