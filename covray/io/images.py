@@ -6,59 +6,35 @@ or its URI hold, and nothing outside the manifest's root is opened.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import io
 import os
 import posixpath
 import stat
-import struct
 import urllib.parse
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from PIL import ExifTags, Image
+from PIL import Image
 
 from covray.errors import ConfigError, PairError, one_line
 from covray.io import storage
+from covray.io.codecs import plain, png, tiff
+from covray.io.codecs.opening import FORMATS, refusing
+from covray.io.codecs.raster import Raster, to_levels, to_rgb, turned
 
-FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM")
-"""What is decoded. Nothing that runs a program (EPS), draws (PDF, SVG) or fetches."""
+__all__ = [
+    "FORMATS", "MAX_FILE_BYTES", "MAX_PIXELS", "Picture", "decode", "decode_levels", "encode_png", "load_picture",
+    "picture_identity", "picture_orientation", "resize", "square", "turned",
+]  # fmt: skip
+
 MAX_PIXELS = 64 * 2**20
 MAX_FILE_BYTES = 512 * 2**20
-
-_MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"II*\0", b"MM\0*", b"BM", b"GIF8")
-_TURN = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-# What Pillow raises on hostile files. Its plugins parse bytes with plain Python, so the list is long.
-_HOSTILE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    EOFError,
-    RuntimeError,
-    AssertionError,
-    struct.error,
-    zlib.error,
-    Warning,  # where the caller has turned warnings into errors
-)
 
 
 @dataclass(frozen=True)
@@ -91,64 +67,56 @@ def load_picture(picture: Mapping[str, Any] | Picture, root: str | None) -> byte
 
 
 def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
-    """The picture in an encoded file of one of ``FORMATS``, as RGB [h, w, 3], upright by its EXIF orientation.
+    """Return the picture in an encoded file of one of ``FORMATS`` as RGB [h, w, 3], upright by its EXIF orientation.
 
+    - Intensities of any depth are scaled to 8 bits (255 v / maximum, rounded). Floating point, signed and 32-bit
+      numbers have no agreed range and are refused.
     - Transparent pixels are composited on black: in label pictures black is "nothing here", and showing the hidden
       colour below would invent content.
-    - One channel of 16 bits is scaled to 8 (v / 257, rounded), not cut; of colours Pillow keeps the high byte. Floating
-      point has no agreed range and is refused.
-    - Values are taken as sRGB, as LVM does; colour profiles are not applied, so a broken one does no harm.
+    - Values are taken as sRGB, as LVM does; colour profiles and gamma are not applied, so a broken one does no harm.
+      HDR (PQ, HLG) is refused.
     - Animations and multi-page files are refused, since taking the first frame would drop the others silently; a
       JPEG with further pictures attached (MPO: previews, gain maps) is its main picture.
 
-    The size in the header is checked against ``max_pixels`` (default 64 Mi) before any pixel is decoded.
-    Raises PairError: ``empty``, ``not_an_image``, ``truncated``, ``damaged``, ``animated``, ``unsupported``,
-    ``too_small`` (a side under 2 px), ``too_large``.
+    docs/datasets.md has the table of formats. The size in the header is checked before any pixel is decoded.
+
+    Args:
+        data: the file.
+        max_pixels: width x height that is accepted at most, by default 64 Mi.
+
+    Raises:
+        PairError: ``empty``, ``not_an_image``, ``truncated``, ``damaged``, ``animated``, ``unsupported``,
+            ``too_small`` (a side under 2 px), ``too_large``.
     """
-    with _opened(data, max_pixels) as image:
-        return _rgb(_upright(image))
+    with refusing(data):
+        return to_rgb(_read(data, max_pixels))
 
 
 def decode_levels(data: bytes, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8] | NDArray[np.uint16]:
-    """The one channel [h, w] of an encoded file as it is stored: grey levels of 8 or 16 bits, or indices of a palette.
+    """Return the one channel [h, w] of an encoded file as it is stored: grey levels, or indices of a palette.
 
-    For labels whose numbers mean something, such as classes or millimetres: neither scaled to 8 bits, nor looked up as
-    colours, nor turned. Limits and errors are those of ``decode``; a picture of several channels is ``unsupported``.
+    For labels whose numbers mean something, such as classes or millimetres: a level of 4 bits is 0 to 15, one of 12
+    bits 0 to 4095, "white is zero" inverts nothing; levels are not looked up as colours, nor turned. Limits and errors
+    are those of ``decode``; a picture of several channels is ``unsupported``.
     """
-    with _opened(data, max_pixels) as image:
-        if image.mode in ("L", "P"):
-            return np.array(image)
-        if image.mode == "I" or image.mode.startswith("I;16"):
-            return _sixteen_bits(image)
-        raise PairError("unsupported", f"pixels of mode {image.mode}, where one channel of whole numbers is needed")
+    with refusing(data):
+        return to_levels(_read(data, max_pixels))
 
 
-@contextlib.contextmanager
-def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
-    """The decoded picture; whatever goes wrong with it, here or in the ``with`` block, is a PairError."""
+def picture_orientation(data: bytes) -> int:
+    """Return EXIF's orientation (1 to 8) by which ``decode`` turns the picture in ``data``; errors are ``decode``'s."""
+    with refusing(data):
+        return _read(data, MAX_PIXELS).orientation
+
+
+def _read(data: bytes, max_pixels: int) -> Raster:
     if not data:
         raise PairError("empty", "zero bytes")
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            width_px, height_px = image.size
-            if width_px * height_px > max_pixels:
-                raise PairError("too_large", f"{width_px} x {height_px} px, more than {max_pixels} pixels")
-            if min(width_px, height_px) < 2:
-                raise PairError("too_small", f"{width_px} x {height_px} px")
-            if image.format != "MPO" and getattr(image, "is_animated", False):
-                raise PairError("animated", f"{image.format} of several frames; give one picture a file")
-            image.load()
-            yield image
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise PairError("too_large", one_line(error)) from error
-    except MemoryError as error:
-        raise PairError("too_large", "does not fit into memory") from error
-    except Image.UnidentifiedImageError as error:
-        if not data.startswith(_MAGIC):
-            raise PairError("not_an_image", f"none of {', '.join(FORMATS)}") from error
-        raise _broken(data, error) from error
-    except _HOSTILE as error:
-        raise _broken(data, error) from error
+    if data.startswith(png.SIGNATURE[:4]):
+        return png.read_png(data, max_pixels)
+    if data.startswith(tiff.MAGIC):
+        return tiff.read_tiff(data, max_pixels)
+    return plain.read_plain(data, max_pixels)
 
 
 def square(
@@ -259,45 +227,6 @@ def _local(path: str) -> str | None:
 def _check_size(uri: str, size_bytes: int) -> None:
     if size_bytes > MAX_FILE_BYTES:
         raise PairError("too_large", f"{_show(uri)} has {size_bytes} bytes, more than {MAX_FILE_BYTES}")
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except _HOSTILE:  # broken metadata around sound pixels: shown as stored, as browsers do
-        return image
-    turn = _TURN.get(orientation) if isinstance(orientation, int) else None
-    return image if turn is None else image.transpose(turn)
-
-
-def _rgb(image: Image.Image) -> NDArray[np.uint8]:
-    if image.mode == "F":
-        raise PairError("unsupported", "floating point pixels have no agreed range; save 8 or 16 bits")
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        levels = _sixteen_bits(image).astype(np.int64)
-        return np.repeat(((levels + 128) // 257).astype(np.uint8)[..., None], 3, axis=2)
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        cut_out = image.convert("RGBA")
-        ground = Image.new("RGBA", cut_out.size, (0, 0, 0, 255))
-        image = Image.alpha_composite(ground, cut_out)
-    return np.array(image.convert("RGB"))
-
-
-def _sixteen_bits(image: Image.Image) -> NDArray[np.uint16]:
-    levels = np.asarray(image).astype(np.int64)
-    if levels.min() < 0 or levels.max() > 65535:
-        raise PairError("unsupported", "integers beyond 16 bits have no agreed range; save 8 or 16 bits")
-    return levels.astype(np.uint16)
-
-
-def _broken(data: bytes, error: BaseException) -> PairError:
-    """Truncated, the common damage of an interrupted download, is told from other damage."""
-    order: Literal["big", "little"] = "big" if data.startswith(b"MM") else "little"
-    number = int.from_bytes(data[4:8], order)
-    short_webp = data.startswith(b"RIFF") and number + 8 > len(data)  # the length of what follows
-    short_tiff = data.startswith((b"II*\0", b"MM\0*")) and number >= len(data)  # where the directory lies
-    cut = short_webp or short_tiff or isinstance(error, EOFError) or "truncated" in str(error).lower()
-    return PairError("truncated" if cut else "damaged", one_line(error))
 
 
 def _show(uri: str | None) -> str:

@@ -21,9 +21,9 @@ from covray.pairs.label_files import Orientation, align, read_layout
 from covray.pairs.manifest import Pair, Picture
 
 ENDINGS = (
-    *(".jpg", ".jpeg", ".jpe", ".jif", ".jfif", ".mpo", ".png", ".webp", ".tif", ".tiff", ".bmp", ".dib", ".gif"),
-    *(".ppm", ".pgm", ".pbm", ".pnm"),
-    *(".heic", ".heif", ".hif", ".avif", ".jp2", ".j2k", ".jxl"),
+    *(".jpg", ".jpeg", ".jpe", ".jif", ".jfif", ".mpo", ".png", ".apng", ".webp", ".tif", ".tiff", ".bmp", ".dib"),
+    *(".gif", ".ppm", ".pgm", ".pbm", ".pnm", ".avif"),
+    *(".heic", ".heif", ".hif", ".jxl", ".jp2", ".j2k", ".jpx", ".psd", ".exr", ".hdr", ".pam", ".pfm", ".ico"),
 )
 """Endings of photographs. Those of the last row may not be decoded: a rejected row is better than a silent gap."""
 

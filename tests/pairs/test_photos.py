@@ -133,7 +133,7 @@ def test_a_broken_photograph_is_a_row_with_its_reason(folder: Path, tmp_path: Pa
     expected = {
         "cut.png": "truncated",
         "empty.jpg": "empty",
-        "phone.heic": "not_an_image",
+        "phone.heic": "unsupported",
         "link.png": "outside_root",
         "gone.png": "missing",
         "pipe.png": "unreadable",
