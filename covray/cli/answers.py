@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from covray.cli.options import ConfigFile, Json, Sets, Tasks, given, resolve, split_commas
-from covray.cli.output import console, escape, quiet_libraries
+from covray.cli.output import console, escape
 from covray.cli.results import print_evaluation
 from covray.errors import ConfigError
 
@@ -64,10 +64,9 @@ def generate(
         "seed": seed,
     }
     resolved = load_config(GenerateConfig, config, given(options), sets or ())
-    with quiet_libraries():
-        from covray.generation.files import generate as run_generation
+    from covray.generation.files import generate as run_generation
 
-        record = run_generation(resolved)
+    record = run_generation(resolved)
     if json_:
         print(json.dumps(record.to_json()))
         return
@@ -127,10 +126,9 @@ def evaluate(
         "seed": seed,
     }
     resolved = resolve(EvaluateConfig, config, options, sets)
-    with quiet_libraries():
-        from covray.distributed.evaluate import evaluate as run_evaluation
+    from covray.distributed.evaluate import evaluate as run_evaluation
 
-        results = run_evaluation(resolved)
+    results = run_evaluation(resolved)
     if json_:
         print(json.dumps(results))
     else:

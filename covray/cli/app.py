@@ -6,15 +6,23 @@ that ``covray --help`` does not wait for torch.
 
 from __future__ import annotations
 
+import signal
 import sys
-from typing import Annotated
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
 
 from covray import __version__
 from covray.cli import answers, chains, cluster, models, pairs, planning, stories, sweeps, training
-from covray.cli.output import console, escape
+from covray.cli.command import Command
+from covray.cli.output import console, escape, quiet_libraries
+from covray.cli.waiting import details_shown, informed, show_details
 from covray.errors import CovrayError
 
 STEPS = "Step by step"
@@ -29,71 +37,100 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command(rich_help_panel=STEPS)(chains.build)
-app.command(rich_help_panel=STEPS)(chains.view)
-app.command(rich_help_panel=STEPS)(chains.inspect)
-app.command(rich_help_panel=STEPS)(stories.demo)
-app.command(rich_help_panel=STEPS)(training.train)
-app.command(rich_help_panel=STEPS)(training.export)
-app.command(rich_help_panel=MODELS)(models.fetch)
-app.command(rich_help_panel=STEPS)(answers.generate)
-app.command(rich_help_panel=STEPS)(answers.evaluate)
-app.command(rich_help_panel=STEPS)(sweeps.sweep)
-app.command(rich_help_panel=STEPS)(sweeps.report)
+app.command(cls=Command, rich_help_panel=STEPS)(chains.build)
+app.command(cls=Command, rich_help_panel=STEPS)(chains.view)
+app.command(cls=Command, rich_help_panel=STEPS)(chains.inspect)
+app.command(cls=Command, rich_help_panel=STEPS)(stories.demo)
+app.command(cls=Command, rich_help_panel=STEPS)(training.train)
+app.command(cls=Command, rich_help_panel=STEPS)(training.export)
+app.command(cls=Command, rich_help_panel=MODELS)(models.fetch)
+app.command(cls=Command, rich_help_panel=STEPS)(answers.generate)
+app.command(cls=Command, rich_help_panel=STEPS)(answers.evaluate)
+app.command(cls=Command, rich_help_panel=STEPS)(sweeps.sweep)
+app.command(cls=Command, rich_help_panel=STEPS)(sweeps.report)
 # What follows the step is the step's own.
 app.command(
+    cls=Command,
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False},
     rich_help_panel=SCALE,
 )(cluster.submit)
-app.command(rich_help_panel=SCALE)(cluster.doctor)
-app.command(rich_help_panel=SCALE)(planning.plan)
-app.command(rich_help_panel=SCALE)(cluster.benchmark)
+app.command(cls=Command, rich_help_panel=SCALE)(cluster.doctor)
+app.command(cls=Command, rich_help_panel=SCALE)(planning.plan)
+app.command(cls=Command, rich_help_panel=SCALE)(cluster.benchmark)
 
 pairs_app = typer.Typer(help="Make a manifest of (image, label) pairs.", no_args_is_help=True)
-pairs_app.command()(pairs.photos)
-pairs_app.command()(pairs.scenes)
-pairs_app.command()(pairs.manifest)
-pairs_app.command()(pairs.coco)
-pairs_app.command()(pairs.nyuv2)
-pairs_app.command()(pairs.bsds)
-pairs_app.command()(pairs.lol)
+pairs_app.command(cls=Command)(pairs.photos)
+pairs_app.command(cls=Command)(pairs.scenes)
+pairs_app.command(cls=Command)(pairs.manifest)
+pairs_app.command(cls=Command)(pairs.coco)
+pairs_app.command(cls=Command)(pairs.nyuv2)
+pairs_app.command(cls=Command)(pairs.bsds)
+pairs_app.command(cls=Command)(pairs.lol)
 app.add_typer(pairs_app, name="pairs", rich_help_panel=STEPS)
 
 nano_app = typer.Typer(help="The nano family: train it again, measure it.", no_args_is_help=True)
-nano_app.command("train")(models.nano_train)
-nano_app.command("measure")(models.nano_measure)
+nano_app.command("train", cls=Command)(models.nano_train)
+nano_app.command("measure", cls=Command)(models.nano_measure)
 app.add_typer(nano_app, name="nano", rich_help_panel=MODELS)
 
 experiments_app = typer.Typer(help="Fixed experiments on the nano family.", no_args_is_help=True)
-experiments_app.command("claims")(stories.experiments_claims)
+experiments_app.command("claims", cls=Command)(stories.experiments_claims)
 app.add_typer(experiments_app, name="experiments", rich_help_panel=SCALE)
 
 convert_app = typer.Typer(help="Weights of other programs, written as covray reads them.", no_args_is_help=True)
-convert_app.command("tokenizer")(models.convert_a_tokenizer)
-convert_app.command("backbone")(models.convert_a_backbone)
-convert_app.command("prior")(models.convert_a_prior)
+convert_app.command("tokenizer", cls=Command)(models.convert_a_tokenizer)
+convert_app.command("backbone", cls=Command)(models.convert_a_backbone)
+convert_app.command("prior", cls=Command)(models.convert_a_prior)
 app.add_typer(convert_app, name="convert", rich_help_panel=MODELS)
 
 
 @app.callback(invoke_without_command=True)
-def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[
+        bool,
+        typer.Option("--debug", help="Show the cause of an error, and where Ray's logs are. All commands take it."),
+    ] = False,
+) -> None:
+    if debug:
+        show_details()
     if version:
         console.print(f"covray {__version__}")
         raise typer.Exit
 
 
 def main() -> None:
-    """Run the console script: a user's mistake is one line and exit code 2."""
+    """Run the console script: a user's mistake is one line and exit code 2; Ctrl-C is 130, SIGTERM 143."""
+    with informed(), quiet_libraries(), _ended_by_sigterm() as terminated:
+        try:
+            app()
+        except CovrayError as error:
+            if details_shown():
+                traceback.print_exception(error)
+            _fail(str(error), 2)
+        except (KeyboardInterrupt, SystemExit) as end:
+            stopped = isinstance(end, KeyboardInterrupt) or end.code == 130  # what typer makes of Ctrl-C
+            if stopped or terminated.is_set():
+                _fail("stopped; run the same command again to continue", 143 if terminated.is_set() else 130)
+            raise
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[threading.Event]:
+    """Make SIGTERM end the block as Ctrl-C does; the event is set when it came."""
+    terminated = threading.Event()
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        terminated.set()
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
     try:
-        app()
-    except CovrayError as error:
-        _fail(str(error), 2)
-    except SystemExit as end:
-        if end.code == 130:  # what typer makes of Ctrl-C
-            _fail("stopped; the same command continues", 130)
-        raise
+        yield terminated
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int) -> NoReturn:
     Console(stderr=True, emoji=False).print(f"[red]covray:[/red] {escape(message)}", highlight=False, soft_wrap=True)
     sys.exit(code)

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from covray.cli.options import ConfigFile, Json, Sets, numbers, resolve, split_commas
-from covray.cli.output import console, escape, print_values, quiet_libraries
+from covray.cli.output import console, escape, print_values
 
 
 def build(
@@ -43,14 +43,13 @@ def build(
         "noise_from": noise_from,
     }
     resolved = resolve(BuildConfig, config, options, sets)
-    with quiet_libraries():
-        from covray.distributed import build as building
+    from covray.distributed import build as building
 
-        if plan:
-            planned = building.plan_build(resolved)
-            print_values(planned.__dict__, json_)
-            return
-        audit = building.build(resolved)
+    if plan:
+        planned = building.plan_build(resolved)
+        print_values(planned.__dict__, json_)
+        return
+    audit = building.build(resolved)
     if json_:
         print(json.dumps(audit.to_json()))
     else:
@@ -79,8 +78,7 @@ def view(
     """Contact sheets and a page: every frame of a chain, decoded from its tokens."""
     from covray.report.dataset import view as write_view
 
-    with quiet_libraries():
-        paths = write_view(dataset, out or f"{dataset.rstrip('/')}/view", limit_per_task=limit)
+    paths = write_view(dataset, out or f"{dataset.rstrip('/')}/view", limit_per_task=limit)
     if json_:
         print(json.dumps({"written": paths}))
         return

@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from covray.cli.options import ConfigFile, Json, Resolved, Sets, checking, numbers
-from covray.cli.output import console, escape, figure, print_values, quiet_libraries
+from covray.cli.output import console, escape, figure, print_values
 from covray.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -67,10 +67,9 @@ def doctor(
     json_: Json = False,
 ) -> None:
     """Check this machine, or the cluster of RAY_ADDRESS, and say what to do. Exit code 1: there are problems."""
-    with quiet_libraries():
-        from covray.doctor.checks import examine
+    from covray.doctor.checks import examine
 
-        findings = list(examine(path, prior, tokenizer, backbone))
+    findings = list(examine(path, prior, tokenizer, backbone))
     counts = {status: sum(finding.status == status for finding in findings) for status in ("problem", "note", "ok")}
     if json_:
         print(json.dumps([asdict(finding) for finding in findings]))
@@ -98,10 +97,9 @@ def benchmark(
     from covray.config import PlanConfig, load_config
 
     resolved = load_config(PlanConfig, config, {}, sets or ())
-    with quiet_libraries():
-        from covray.distributed.benchmark import calibrate
+    from covray.distributed.benchmark import calibrate
 
-        calibration = calibrate(resolved, out, numbers("--pairs", pairs), train_steps)
+    calibration = calibrate(resolved, out, numbers("--pairs", pairs), train_steps)
     values = calibration.model_dump(mode="json")
     if json_:
         print(json.dumps(values))

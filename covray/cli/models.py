@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from covray.cli.options import Json, Out, Seed
-from covray.cli.output import console, print_values, quiet_libraries
+from covray.cli.output import console, print_values
 
 
 def fetch(
@@ -21,14 +21,13 @@ def fetch(
     json_: Json = False,
 ) -> None:
     """Download weights or a dataset by name, checked by SHA-256. The same command continues, verifies and mends."""
-    with quiet_libraries():
-        from covray.fetching.fetch import fetch as fetch_artefact
-        from covray.fetching.fetch import list_artefacts
+    from covray.fetching.fetch import fetch as fetch_artefact
+    from covray.fetching.fetch import list_artefacts
 
-        if name is None:
-            _print_artefacts(list_artefacts(), json_)
-            return
-        result = fetch_artefact(name, out, revision, hub_id)
+    if name is None:
+        _print_artefacts(list_artefacts(), json_)
+        return
+    result = fetch_artefact(name, out, revision, hub_id)
     if json_:
         print(json.dumps(result))
         return
@@ -62,10 +61,9 @@ def convert_a_tokenizer(
     json_: Json = False,
 ) -> None:
     """A VQGAN of muse, taming-transformers or LlamaGen becomes a VQModel folder, for --tokenizer."""
-    with quiet_libraries():
-        from covray.models.tokenizer.convert import convert_tokenizer
+    from covray.models.tokenizer.convert import convert_tokenizer
 
-        print_values(convert_tokenizer(source, out), json_)
+    print_values(convert_tokenizer(source, out), json_)
 
 
 def convert_a_backbone(
@@ -76,10 +74,9 @@ def convert_a_backbone(
     json_: Json = False,
 ) -> None:
     """A backbone of DeLVM, EasyLM or transformers becomes a LlamaForCausalLM folder of safetensors, for --backbone."""
-    with quiet_libraries():
-        from covray.models.lvm.convert import convert_backbone
+    from covray.models.lvm.convert import convert_backbone
 
-        print_values(convert_backbone(source, out, heads, tokenizer), json_)
+    print_values(convert_backbone(source, out, heads, tokenizer), json_)
 
 
 def convert_a_prior(
@@ -89,10 +86,9 @@ def convert_a_prior(
     json_: Json = False,
 ) -> None:
     """A single-file Stable Diffusion becomes a diffusers folder with the empty prompt in it, for --prior."""
-    with quiet_libraries():
-        from covray.models.diffusion.convert import convert_prior
+    from covray.models.diffusion.convert import convert_prior
 
-        print_values(convert_prior(source, out, like), json_)
+    print_values(convert_prior(source, out, like), json_)
 
 
 def nano_train(
@@ -105,10 +101,9 @@ def nano_train(
     seed: Seed = 0,
 ) -> None:
     """Train a model of the nano family by the recipe that made the shipped one."""
-    with quiet_libraries():
-        from covray.recipes.nano.recipe import train_model
+    from covray.recipes.nano.recipe import train_model
 
-        train_model(model, out, steps, scenes, threads, device, seed)
+    train_model(model, out, steps, scenes, threads, device, seed)
 
 
 def nano_measure(
@@ -118,7 +113,6 @@ def nano_measure(
     json_: Json = False,
 ) -> None:
     """Measure the family on held-out scenes: the figures of its model card."""
-    with quiet_libraries():
-        from covray.recipes.nano.recipe import measure
+    from covray.recipes.nano.recipe import measure
 
-        print_values(measure(folder), json_)
+    print_values(measure(folder), json_)

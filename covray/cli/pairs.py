@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -15,9 +16,12 @@ from rich.table import Table
 from covray.cli.options import Json, Out, Seed, Tasks, shares, split_commas
 from covray.cli.output import console, escape
 from covray.errors import ConfigError
+from covray.progress import own_display, stage
 
 if TYPE_CHECKING:
     from covray.pairs.manifest import Pair
+
+_LOG = logging.getLogger("covray")
 
 Splits = Annotated[str | None, typer.Option(help="Shares, such as train=8,val=1,test=1.")]
 Root = Annotated[str, typer.Argument(help="The dataset's folder; docs/datasets.md says what lies in it.")]
@@ -150,40 +154,47 @@ def lol(
 
 
 def _write_drawn(out: str, root: str, base: str | None, pairs: Iterator[Pair], count: int | None, json_: bool) -> None:
+    """Write the ``pairs`` of a data set below ``root``, with paths below ``base`` if that is given."""
     from covray.pairs.sources import rebased
 
     placed = pairs if base is None else rebased(pairs, root, base)
-    _write_manifest(out, base or root, _told(placed, count), json_, count)
+    _write_manifest(out, base or root, _checked(placed, count), json_, count)
 
 
-def _told(pairs: Iterator[Pair], count: int | None) -> Iterator[Pair]:
-    """``pairs``; says at their end where they are fewer than ``count``, and which cannot be used."""
-    found, reasons = 0, Counter[str]()
+def _checked(pairs: Iterator[Pair], count: int | None) -> Iterator[Pair]:
+    """Yield ``pairs``; then warn if there are fewer than ``count``, and of those that cannot be used."""
+    present, reasons = 0, Counter[str]()
     for pair in pairs:
-        found += 1
+        present += 1
         if "error" in pair.meta:
             reasons[pair.meta["error"].partition(":")[0]] += 1
         yield pair
-    stderr = Console(stderr=True, emoji=False)
-    if count is not None and found < count:
-        stderr.print(f"{count} pairs asked for, {found} there are: all were taken", soft_wrap=True)
+    if count is not None and present < count:
+        _LOG.warning("%d pairs asked for, %d there are: all were taken", count, present)
     if reasons:
-        named = ", ".join(f"{reason} {number}" for reason, number in reasons.most_common())
-        stderr.print(f"cannot be used, and will be rejected: {escape(named)}", soft_wrap=True)
+        counts = ", ".join(f"{reason} {number}" for reason, number in reasons.most_common())
+        _LOG.warning("cannot be used, and will be rejected: %s", counts)
 
 
 def _write_manifest(out: str, root: str | None, pairs: Iterator[Pair], json_: bool, total: int | None = None) -> None:
-    from rich.progress import track
+    """Write the manifest ``out`` of ``pairs``, relative to ``root``, and print what it holds.
 
+    ``total`` is the expected number of pairs, None where it is not known.
+    """
     from covray.pairs.manifest import ManifestWriter, check_manifest
 
     with ManifestWriter(out, root) as writer:
-        shown = track(pairs, "pairs", total=total, console=Console(stderr=True), disable=not sys.stderr.isatty())
-        for pair in shown:
+        for pair in _shown(pairs, total):
             writer.add(pair)
-    info = check_manifest(out)
-    result = {"out": out, "pairs": info.rows, "per_task": info.per_task, "splits": info.splits}
-    result["duplicates"] = writer.duplicates
+    with stage(f"checking {out}"):
+        info = check_manifest(out)
+    result = {
+        "out": out,
+        "pairs": info.rows,
+        "per_task": info.per_task,
+        "splits": info.splits,
+        "duplicates": writer.duplicates,
+    }
     if json_:
         print(json.dumps(result))
         return
@@ -193,3 +204,18 @@ def _write_manifest(out: str, root: str | None, pairs: Iterator[Pair], json_: bo
     console.print(table)
     note = f", {writer.duplicates} duplicates left out" if writer.duplicates else ""
     console.print(f"{info.rows} pairs in {escape(out)}{note}", soft_wrap=True)
+
+
+def _shown(pairs: Iterator[Pair], total: int | None) -> Iterator[Pair]:
+    """Yield ``pairs``; show how many there are so far, by a bar on a terminal."""
+    if sys.stderr.isatty():
+        from rich.progress import track
+
+        with own_display():
+            yield from track(pairs, "pairs", total=total, console=Console(stderr=True))
+        return
+    with stage("making pairs") as making:
+        of_total = "" if total is None else f" of {total}"
+        for number, pair in enumerate(pairs, start=1):
+            making.say(f"{number}{of_total} pairs made")
+            yield pair

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from covray.cli.options import ConfigFile, Json, Sets, given
-from covray.cli.output import console, escape, figure, print_values, quiet_libraries
+from covray.cli.output import console, escape, figure, print_values
 
 
 def plan(
@@ -32,10 +32,9 @@ def plan(
         "seed": seed,
     }
     resolved = load_config(PlanConfig, config, given(options), sets or ())
-    with quiet_libraries():
-        from covray.planning.plan import plan as make_plan
+    from covray.planning.plan import plan as make_plan
 
-        planned = make_plan(resolved)
+    planned = make_plan(resolved)
     if json_:
         print(json.dumps(planned))
         return

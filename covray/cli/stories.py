@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from covray.cli.options import Json, Out
-from covray.cli.output import console, quiet_libraries
+from covray.cli.output import console
 from covray.cli.results import print_sweep
 
 
@@ -18,10 +18,9 @@ def demo(
     json_: Json = False,
 ) -> None:
     """The whole story on the nano family, offline, in minutes: pictures in, chains of vision to look at."""
-    with quiet_libraries():
-        from covray.recipes.demo import run_demo
+    from covray.recipes.demo import run_demo
 
-        result = run_demo(out, console)
+    result = run_demo(out, console)
     if json_:
         print(json.dumps(result))
 
@@ -32,8 +31,7 @@ def experiments_claims(
     json_: Json = False,
 ) -> None:
     """None, linear and diffusion on seven tasks, three seeds: an hour on two cores. The same command continues."""
-    with quiet_libraries():
-        from covray.recipes.claims import run_claims
+    from covray.recipes.claims import run_claims
 
-        results = run_claims(out, data)
+    results = run_claims(out, data)
     print_sweep(results, f"{out}/claims", json_)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from covray.cli.options import ConfigFile, Json, Sets, require_speed, resolve
-from covray.cli.output import console, print_values, quiet_libraries
+from covray.cli.output import console, print_values
 from covray.cli.results import print_evaluation, print_sweep
 from covray.errors import ConfigError
 
@@ -39,24 +39,23 @@ def sweep(
         "concurrency": concurrency,
         "tracking.uri": tracking_uri,
     }
-    with quiet_libraries():
-        if resume:
-            given = [key for key, value in options.items() if value is not None and key != "out"]
-            if out is None or config is not None or sets or given:
-                raise ConfigError("--resume: takes --out SWEEP alone; what else holds is in its folder")
-            from covray.distributed.sweep import resumed
+    if resume:
+        given = [key for key, value in options.items() if value is not None and key != "out"]
+        if out is None or config is not None or sets or given:
+            raise ConfigError("--resume: takes --out SWEEP alone; what else holds is in its folder")
+        from covray.distributed.sweep import resumed
 
-            resolved = resumed(out)
-        else:
-            resolved = resolve(SweepConfig, config, options, sets)
-        if plan:
-            from covray.sweeps.plan import plan_sweep
+        resolved = resumed(out)
+    else:
+        resolved = resolve(SweepConfig, config, options, sets)
+    if plan:
+        from covray.sweeps.plan import plan_sweep
 
-            _print_sweep_plan(plan_sweep(resolved, tokens_per_s).to_json(), json_)
-            return
-        from covray.distributed.sweep import sweep as run_sweep
+        _print_sweep_plan(plan_sweep(resolved, tokens_per_s).to_json(), json_)
+        return
+    from covray.distributed.sweep import sweep as run_sweep
 
-        results = run_sweep(resolved)
+    results = run_sweep(resolved)
     print_sweep(results, resolved.out, json_)
 
 
@@ -65,19 +64,18 @@ def report(
     json_: Json = False,
 ) -> None:
     """Page and table of an evaluation, or of a sweep from the trials that are done so far."""
-    with quiet_libraries():
-        from covray.distributed import evaluate as evaluations
-        from covray.distributed import sweep as sweeps
-        from covray.io import storage
+    from covray.distributed import evaluate as evaluations
+    from covray.distributed import sweep as sweeps
+    from covray.io import storage
 
-        if storage.exists(storage.join(folder, evaluations.DESCRIPTION)):
-            results = evaluations.report(folder)
-            if json_:
-                print(json.dumps(results))
-            else:
-                print_evaluation(results, folder)
-            return
-        results = sweeps.report(folder)
+    if storage.exists(storage.join(folder, evaluations.DESCRIPTION)):
+        results = evaluations.report(folder)
+        if json_:
+            print(json.dumps(results))
+        else:
+            print_evaluation(results, folder)
+        return
+    results = sweeps.report(folder)
     print_sweep(results, folder, json_)
 
 

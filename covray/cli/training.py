@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from covray.cli.options import ConfigFile, Json, Out, Sets, numbers, require_speed, resolve
-from covray.cli.output import console, escape, print_values, quiet_libraries
+from covray.cli.output import console, escape, print_values
 
 if TYPE_CHECKING:
     from covray.training.memory import TrainPlan
@@ -60,15 +60,14 @@ def train(
     }
     resolved = resolve(TrainConfig, config, options, sets)
     require_speed(tokens_per_s, plan)
-    with quiet_libraries():
-        if plan:
-            from covray.training.memory import plan as plan_training
+    if plan:
+        from covray.training.memory import plan as plan_training
 
-            _print_plan(plan_training(resolved, tokens_per_s), json_)
-            return
-        from covray.distributed.train import train as run_training
+        _print_plan(plan_training(resolved, tokens_per_s), json_)
+        return
+    from covray.distributed.train import train as run_training
 
-        result = run_training(resolved)
+    result = run_training(resolved)
     if json_:
         print(json.dumps(result))
     else:
@@ -119,8 +118,7 @@ def export(
     merge: Annotated[bool, typer.Option("--merge", help="Backbone and adapter as one Hugging Face folder.")] = False,
 ) -> None:
     """The adapter alone (PEFT), or merged into its backbone, as a plain Hugging Face folder."""
-    with quiet_libraries():
-        from covray.models.lvm.adapter import export_run
+    from covray.models.lvm.adapter import export_run
 
-        export_run(run, out, merge)
+    export_run(run, out, merge)
     console.print(escape(out), highlight=False, soft_wrap=True)

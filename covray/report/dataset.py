@@ -15,6 +15,7 @@ from covray.config import EngineConfig, TokenizerConfig
 from covray.errors import ConfigError, one_line
 from covray.io import storage
 from covray.models.tokenizer.vqgan import load_tokenizer
+from covray.progress import stage
 from covray.report.contact_sheets import ChainPictures, decode_chains, draw_sheet, quality_lines
 from covray.report.formatting import NONE, duration, listed, readable
 from covray.report.html import TILE_MIN_PX, Link, render
@@ -94,14 +95,16 @@ def view(
     config = tokenizer or TokenizerConfig.model_validate(dataset.config["tokenizer"])
     vqgan = load_tokenizer(config, EngineConfig())
     require_same_tokens(dataset, vqgan, config.path)
-    chains = decode_chains(dataset, vqgan, limit_per_task)
+    with stage(f"decoding chains of {dataset_path}"):
+        chains = decode_chains(dataset, vqgan, limit_per_task)
     written = []
     try:
         for task, group in groupby(chains, lambda chain: chain.task):
             of_task = list(group)
             subtitle = f"{dataset.path} · {len(of_task)} of its chains, decoded from their tokens"
             written.append(storage.join(out, f"{task}.png"))
-            storage.write_bytes(written[-1], draw_sheet(of_task, readable(task), subtitle))
+            with stage(f"drawing {written[-1]}"):
+                storage.write_bytes(written[-1], draw_sheet(of_task, readable(task), subtitle))
         written.append(storage.join(out, PAGE))
         write_page(dataset, chains, written[-1])
     except OSError as error:  # the disk may have become full

@@ -22,6 +22,7 @@ from covray.io.storage import Folder
 from covray.io.tensor_files import new_folder, require_finite, require_new
 from covray.models.lvm.backbone import BackboneFacts, backbone_facts, stored_tensors, write_backbone
 from covray.models.lvm.model import TARGETS, Lora, Lvm
+from covray.progress import stage
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -226,7 +227,8 @@ def export_run(run: str, out: str, merge: bool) -> None:
                 copy.write_bytes(name, adapter.read_bytes(name))
         return
     try:
-        facts = backbone_facts(BackboneConfig.model_validate(about["config"]["backbone"]))
+        with stage("reading the backbone"):
+            facts = backbone_facts(BackboneConfig.model_validate(about["config"]["backbone"]))
         fingerprints = dict(about["fingerprints"])
         trained_on = fingerprints["backbone"]
     except (KeyError, TypeError, ValueError, ValidationError) as error:
@@ -237,7 +239,8 @@ def export_run(run: str, out: str, merge: bool) -> None:
             "put back the folder or revision it was trained on"
         )
     # Trained on these codes, the model now knows whose they are, even if the backbone's folder did not say.
-    export_merged(replace(facts, codebook=facts.codebook or fingerprints.get("codebook")), adapter.path, target)
+    with stage(f"merging the adapter into the backbone, to {out}"):
+        export_merged(replace(facts, codebook=facts.codebook or fingerprints.get("codebook")), adapter.path, target)
 
 
 def read_run(run: str) -> dict[str, Any]:

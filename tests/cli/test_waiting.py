@@ -1,0 +1,93 @@
+"""A command says what it does while someone waits, ends by SIGTERM as by Ctrl-C, and with --debug says why."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from covray import progress
+from covray.cli.waiting import informed
+
+ROOT = Path(__file__).parents[2]
+
+WAITS = """
+import time
+from covray.cli import waiting
+from covray.progress import own_display, stage
+waiting.FIRST_AFTER_S, waiting.EVERY_S, waiting._POLL_S = 0.2, 0.4, 0.02
+with waiting.informed():
+    with stage("reading [red]x") as reading:
+        time.sleep(0.3)
+        reading.say("half is read")
+        time.sleep(0.6)
+    with own_display():
+        time.sleep(0.8)
+    with stage("outer"), stage("writing"):
+        time.sleep(0.3)
+"""
+
+
+def test_the_innermost_stage_is_shown_and_nothing_beside_another_display() -> None:
+    done = subprocess.run([sys.executable, "-c", WAITS], cwd=ROOT, capture_output=True, text=True)
+    lines = [line.rpartition(" (")[0] for line in done.stderr.splitlines()]
+    assert lines == ["reading [red]x", "half is read", "writing"]
+    assert done.stdout == ""
+
+
+def test_a_stage_ends_with_its_block_also_by_an_error() -> None:
+    with progress.stage("outer"):
+        with contextlib.suppress(ValueError), progress.stage("inner"):
+            assert progress.current() == "inner"
+            raise ValueError
+        assert progress.current() == "outer"
+        with progress.own_display():
+            assert progress.current() is None
+    assert progress.current() is None
+
+
+def test_notes_are_one_printable_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    log = logging.getLogger("covray")
+    with informed():
+        log.debug("a detail")
+        log.warning("a [red]b[/x]\n\x1b[31m%s", "c")
+    assert capsys.readouterr().err == "covray: a [red]b[/x] ?[31mc\n"
+    assert not log.handlers
+
+
+def _start(*arguments: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "covray", *map(str, arguments)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # A shell's background job ignores Ctrl-C, and hands that down.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_command_says_what_it_does_and_when_stopped_that_it_is(tmp_path: Path, number: int, code: int) -> None:
+    process = _start("pairs", "scenes", "--count", 100_000, "--size", 16, "--out", tmp_path / "pairs.parquet")
+    assert process.stderr is not None
+    first = process.stderr.readline()
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert "pairs" in first
+    assert (process.returncode, out) == (code, "")
+    assert err.splitlines()[-1] == "covray: stopped; run the same command again to continue"
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [["view", "absent", "--debug"], ["--debug", "view", "absent"]])
+def test_debug_shows_the_cause_above_the_line(tmp_path: Path, arguments: list[str]) -> None:
+    process = _start(*arguments)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "Traceback" in err
+    assert "DatasetError" in err
+    assert err.splitlines()[-1].startswith("covray: absent")
