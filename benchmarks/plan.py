@@ -44,7 +44,7 @@ def main() -> None:
     config = configured(options)
     path = str(options.work / "calibration.yaml")
     calibrate(config, path, options.calibration_pairs, options.calibration_steps)
-    planned = plan(config.model_copy(update={"calibration": path}))
+    planned = plan(config.model_copy(update={"calibration": path})).to_json()
 
     manifest, chains = str(options.work / "pairs.parquet"), str(options.work / "chains")
     scenes = scene_pairs(-(-options.pairs // len(TASKS)), splits={"train": 9.0, "val": 1.0})

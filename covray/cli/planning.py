@@ -34,7 +34,7 @@ def plan(
     resolved = load_config(PlanConfig, config, given(options), sets or ())
     from covray.planning.plan import plan as make_plan
 
-    planned = make_plan(resolved)
+    planned = make_plan(resolved).to_json()
     if json_:
         print(json.dumps(planned))
         return

@@ -31,16 +31,9 @@ from covray.models.lvm.backbone import backbone_facts
 from covray.models.tokenizer.vqgan import load_tokenizer
 from covray.pairs.manifest import ManifestWriter, check_manifest
 from covray.pairs.scenes import scene_pairs
+from covray.planning.flops import parquet_bytes, pictures_per_pair
 from covray.planning.plan import build_config, train_config
-from covray.planning.rates import (
-    BuildRates,
-    Calibration,
-    TrainRates,
-    identity_of,
-    parquet_bytes,
-    pictures_per_pair,
-    write_calibration,
-)
+from covray.planning.rates import BuildRates, Calibration, TrainRates, identity_of, write_calibration
 from covray.tasks import TASKS
 from covray.training.checkpoints import CHECKPOINTS, checkpoint_name
 from covray.training.zero import read_settings

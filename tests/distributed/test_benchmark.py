@@ -54,7 +54,7 @@ def test_the_plan_of_a_build_that_was_measured_is_its_time(tmp_path: Path) -> No
         "pairs": 240, "calibration": path, "build.rows_per_block": 8, "build.check_endpoints": 0.0,
         "build_on.gpus": 2, "build_on.gpus_per_node": 2,
     }  # fmt: skip
-    planned = plan(load_config(PlanConfig, None, options))
+    planned = plan(load_config(PlanConfig, None, options)).to_json()
     assert planned["rates"] == "measured on here, 2026-11-21"
     assert planned["build"]["hours"]["mean"] * 3600 == pytest.approx(large["wall_s"], abs=0.1)
     assert planned["build"]["shard_bytes"] == 240 * 700 + 30 * 5000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from covray.config import PlanConfig, load_config
 from covray.errors import ConfigError
 from covray.planning.plan import plan, train_config
+from covray.planning.rates import nano_calibration
 from tests.cli.test_app import Done, mistake, run  # noqa: F401 (fixtures)
 
 # ruff: noqa: F811 (a fixture is an argument)
@@ -26,7 +28,7 @@ TRAIN = {"steps": ["build", "train"], "train.backbone.scale": "7b", "train_on.gp
 
 
 def make(**options: Any) -> dict[str, Any]:
-    return plan(load_config(PlanConfig, None, BASE | options))
+    return plan(load_config(PlanConfig, None, BASE | options)).to_json()
 
 
 def test_what_is_paid_is_useful_lost_or_waiting_and_has_its_price() -> None:
@@ -39,6 +41,24 @@ def test_what_is_paid_is_useful_lost_or_waiting_and_has_its_price() -> None:
         assert figures["lost_gpu_hours"] > 0
         assert planned[step]["hours"]["low"] < figures["hours"] < planned[step]["hours"]["high"]
     assert planned["rates"] == "assumed"
+
+
+def test_the_nano_family_is_planned_from_rates_that_are_shipped_and_marked() -> None:
+    planned = make(**{"build.prior.path": "nano", "steps": ["build", "train"], "train_on.gpu": "no such GPU"})
+    assert re.fullmatch(r"measured on .*, 2\d{3}-\d\d-\d\d", planned["rates"])
+    rates = nano_calibration().build
+    assert rates is not None
+    row_s = rates.row_s / rates.evaluations * planned["build"]["unet_evaluations"] / 20_000
+    assert planned["build"]["seconds_per_pair"] == pytest.approx(row_s)
+    slower = make(**{"build.prior.path": "nano", "build.engine.threads": 2})["build"]
+    assert any("engine.threads was 1, is 2" in note for note in slower["notes"])
+    mixed = make(steps=["build", "train"])
+    assert mixed["rates"] == f"build: assumed; train: {planned['rates']}"
+
+
+def test_a_plan_of_a_training_needs_no_rates_of_a_build() -> None:
+    unknown = {"build.prior.size_px": 384, "build_on.gpu": "abacus"}
+    assert make(**TRAIN | {"steps": ["train"]}, **unknown)["train"] == make(**TRAIN | {"steps": ["train"]})["train"]
 
 
 def test_useful_hours_are_the_pairs_whatever_happens_to_the_machines() -> None:
@@ -98,7 +118,6 @@ def test_the_training_has_the_steps_of_its_own_plan() -> None:
         ({"steps": ["train"], "train.workers.count": 3}, r"^train\.workers\.count: is not for a plan"),
         ({"steps": []}, "^steps: name build, train, or both"),
         ({"build_on.gpu": "abacus"}, r"^build_on\.gpu: the peak of abacus is not known"),
-        ({"build.prior.path": "nano"}, r"^build\.prior: FLOPs are known for"),
         ({"build.prior.size_px": 384}, r"^build\.prior: FLOPs are known for"),
         ({"build_on.interruptions": 100, "build.rows_per_block": 2000}, r"^build_on\.interruptions: .*hardly anything"),
         ({"pairs": 10**11}, r"^build\.rows_per_block: 1,562,500,000 blocks of 64 pairs, 4 times, are more than can be"),

@@ -15,16 +15,20 @@ from covray.distributed.build import plan_build
 from covray.errors import ConfigError
 from covray.models.lvm.scales import llama_config
 from covray.pairs.manifest import ManifestWriter, Pair, Picture
-from covray.planning.rates import (
-    BuildRates,
-    Calibration,
-    TrainRates,
+from covray.planning.flops import (
     assumed_build,
     assumed_training,
     build_flops,
     evaluations_per_pair,
-    identity_of,
     inversions_per_pair,
+    pictures_per_pair,
+)
+from covray.planning.rates import (
+    BuildRates,
+    Calibration,
+    RowCost,
+    TrainRates,
+    identity_of,
     measured_build,
     measured_training,
     read_calibration,
@@ -36,6 +40,11 @@ SD = {"path": "sd-2.1", "size_px": 512}
 
 def build(**values: Any) -> BuildConfig:
     return BuildConfig(pairs="pairs", out="out", **values)
+
+
+def scaled(config: BuildConfig, calibration: Calibration) -> tuple[BuildRates, float]:
+    """The rates of ``calibration`` for a build, and how many times the measured row one of it costs."""
+    return measured_build(config, calibration, RowCost(evaluations_per_pair(config), pictures_per_pair(config)))
 
 
 def train(**values: Any) -> TrainConfig:
@@ -118,10 +127,10 @@ def test_a_calibration_is_read_as_it_was_written(name: str, tmp_path: Path, cali
 
 
 def test_a_calibration_is_scaled_by_evaluations_and_pictures(calibration: Calibration) -> None:
-    rates, times = measured_build(build(check_endpoints=0.0), calibration, 1)
+    rates, times = scaled(build(check_endpoints=0.0), calibration)
     assert times == pytest.approx(5)
     assert rates.row_s == pytest.approx(2.5)
-    longer, times = measured_build(build(prior={"steps": 10}, check_endpoints=0.0, lengths=(6,)), calibration, 1)
+    longer, times = scaled(build(prior={"steps": 10}, check_endpoints=0.0, lengths=(6,)), calibration)
     assert times == pytest.approx(6 / 4)
     assert longer.row_bytes == pytest.approx(900 * 10 / 6)
 
@@ -135,7 +144,7 @@ def test_another_prior_tokenizer_or_engine_is_not_what_was_measured(
     begun = calibration.model_dump(mode="json")
     begun["build"]["identity"]["engine"]["batch"] = 32
     with pytest.raises(ConfigError, match=r"^calibration: build .* was .*; run covray benchmark"):
-        measured_build(build(**values), Calibration(**begun), 1)
+        scaled(build(**values), Calibration(**begun))
 
 
 def test_another_backbone_or_nothing_was_not_measured_either(calibration: Calibration) -> None:
@@ -147,9 +156,9 @@ def test_another_backbone_or_nothing_was_not_measured_either(calibration: Calibr
     hardly = calibration.model_dump(mode="json")
     hardly["build"]["evaluations"] = 1e-300
     with pytest.raises(ConfigError, match="with and without a prior"):
-        measured_build(build(), Calibration(**hardly), 1)
+        scaled(build(), Calibration(**hardly))
     with pytest.raises(ConfigError, match="with and without a prior"):
-        measured_build(build(methods=("linear",)), calibration, 1)
+        scaled(build(methods=("linear",)), calibration)
 
 
 @pytest.mark.parametrize(
