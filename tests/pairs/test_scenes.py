@@ -15,12 +15,12 @@ from covray.pairs.scenes import (
     CLASSES,
     SPLITS,
     View,
-    _Camera,
     labelled,
     render_scene,
     scene_pairs,
     scene_seed,
 )
+from covray.pairs.scenes.render import Camera
 from covray.tasks import TASKS, depth, normals, pose, segmentation
 
 PERSON = CLASSES.index("person") + 1
@@ -99,13 +99,13 @@ def _back_projected(view: View, focal_px: float) -> np.ndarray:
 def focal_lengths(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Filled with the focal length of every camera made."""
     found: list[float] = []
-    made = _Camera.__init__
+    made = Camera.__init__
 
-    def remember(self: _Camera, *args: object) -> None:
+    def remember(self: Camera, *args: object) -> None:
         made(self, *args)  # type: ignore[arg-type]
         found.append(float(self.focal_px))
 
-    monkeypatch.setattr(_Camera, "__init__", remember)
+    monkeypatch.setattr(Camera, "__init__", remember)
     return found
 
 
