@@ -11,33 +11,32 @@ from covray.config.section import Section
 
 
 class BuildConfig(Section):
-    """``covray build``: manifest in, token shards out."""
+    """``covray build``: turn a manifest into shards of tokens."""
 
     pairs: str
-    """Manifest: a Parquet file or folder, local or on any filesystem pyarrow knows."""
+    """Manifest: a Parquet file or a folder of them, local or on any filesystem that pyarrow knows."""
     out: str
     """Dataset folder to write."""
     lengths: tuple[Length, ...] = (4,)
     """Chain lengths to serve, both ends counted; length L has frames at alpha = k/(L-1)."""
     alphas: tuple[Alpha, ...] = ()
-    """Further alphas, beside those the lengths ask for."""
+    """Further alphas, beside those of the lengths."""
     methods: tuple[FrameMethod, ...] = ("diffusion", "linear")
-    """How frames are made. The method ``none`` needs no frames: it is every dataset's source and label."""
+    """How frames are made. The method ``none`` needs no frames: every dataset has source and label."""
     prior: PriorConfig = PriorConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     engine: EngineConfig = EngineConfig()
     actors: ActorsConfig = ActorsConfig()
     fit: Literal["stretch", "crop"] = "stretch"
-    """How a picture becomes square: ``stretch`` as LVM does, or ``crop`` the centre first."""
+    """How a picture becomes square: ``stretch`` as LVM does, or ``crop`` to the centre first."""
     check_endpoints: float = Field(default=0.05, ge=0.0, le=1.0)
-    """Share of pairs whose two ends are also denoised, to report how well inversion returns them."""
+    """Share of pairs whose two ends are also denoised, to report how well the inversion returns them."""
     keep_noise: bool = False
     """Keep the inverted noise in the shards, so that a later build needs no inversion."""
     noise_from: str | None = None
-    """A dataset built with ``keep_noise`` and the same prior: its noise is used where it has the pair, of the same
-    pixels."""
+    """Dataset built with ``keep_noise`` and the same prior; its noise is used for pairs that have the same pixels."""
     rows_per_block: int = Field(default=64, ge=1, le=100_000)
-    """Pairs an actor takes at a time; also the unit that a kill can cost."""
+    """Pairs that an actor takes at a time; a kill loses at most the blocks at work."""
 
     @field_validator("lengths", "alphas", "methods")
     @classmethod

@@ -25,61 +25,65 @@ class FormConfig(Section):
     """A form of chain, as a model reads and writes it."""
 
     method: ChainMethod = "diffusion"
+    """How frames are made."""
     length: Length = 4
+    """Pictures of a chain, both ends counted."""
     pairs: ExamplePairs = 1
     """Example pairs before the query."""
 
 
 class EvaluateConfig(Section):
-    """``covray evaluate``: chains and adapters in, scores with intervals out."""
+    """``covray evaluate``: score adapters, their backbone and baselines on the same queries."""
 
     data: str
     """Dataset of chains: the ``--out`` of a ``covray build``."""
     out: str
     """Folder to write."""
     adapters: tuple[str, ...] = ()
-    """Finished runs of ``covray train``, each ``RUN`` or ``NAME=RUN``; a run's name is by default its folder's."""
+    """Finished runs of ``covray train``, each ``RUN`` or ``NAME=RUN``; the default name of a run is its folder's."""
     backbone: BackboneConfig | None = None
-    """Of the runs, where it has moved since; without runs the untuned backbone to evaluate, by default nano."""
+    """Backbone of the runs, if it has moved; without runs the backbone to evaluate, by default nano."""
     untuned: bool = True
-    """Also evaluate the backbone without its adapter, once for every form of chain that the adapters have."""
+    """Also evaluate the backbone without an adapter, once for every form of chain that the adapters have."""
     forms: tuple[FormConfig, ...] = ()
-    """Further forms of chain for the untuned backbone."""
+    """Further forms of chain for the backbone without an adapter."""
     baselines: tuple[Literal["copy", "mean", "nearest", "focus", "ceiling"], ...] = (
         "copy", "mean", "nearest", "focus", "ceiling",
     )  # fmt: skip
-    """What else stands in the table: the query as its own answer, the mean label, the nearest example's label,
-    Chain-of-Focus, and what the tokenizer makes of the label itself."""
+    """Further rows of the table: the query as its own answer (copy), the mean label, the nearest example's label,
+    Chain-of-Focus, and the label after the tokenizer (ceiling)."""
     manifest: str | None = None
     """Manifest with the labels as they are; null: the one the dataset was built from."""
     tokenizer: TokenizerConfig | None = None
-    """Where the dataset's tokenizer is now; null: where it was."""
+    """The dataset's tokenizer, if it has moved."""
     tasks: tuple[TaskName, ...] | None = None
-    """Only these; by default all of the dataset."""
+    """Tasks to use; by default all of the dataset."""
     split: str = "test"
-    """Whose pairs are the queries."""
+    """Split of the queries."""
     example_split: str = "train"
-    """Whose pairs are the examples; it may be the same: no pair is its own example."""
+    """Split of the examples. It may be the queries' split: no pair is its own example."""
     episodes: int | None = Field(default=None, ge=1)
-    """At most so many queries of a task, the same for everyone."""
+    """Queries per task, at most; the same queries for every subject."""
     pairs: ExamplePairs | None = None
-    """Example pairs before the query; null: as many as a run was trained with, at most."""
+    """Example pairs before the query; null: the largest number that a run was trained with."""
     selection: Literal["random", "similar", "focus"] = "random"
-    """How examples are chosen: by the seed, by the query's nearest pictures, or as Chain-of-Focus does."""
+    """How examples are chosen: by the seed (random), by the query's nearest pictures (similar), or as Chain-of-Focus
+    does (focus)."""
     lpips: str | None = None
-    """AlexNet's weights for LPIPS, torchvision's file; null: where torchvision keeps it, if it is there. Never
-    downloaded: without them the metric is named as absent."""
+    """AlexNet's weights for LPIPS, in torchvision's file; null: torchvision's cache. They are never downloaded;
+    without them the metric is named as absent."""
     baseline_examples: int = Field(default=256, ge=1)
-    """At most so many examples of a task for the mean and the nearest label."""
+    """Examples per task for the mean and the nearest label, at most."""
     sampling: SamplingConfig = SamplingConfig()
     batch: int = Field(default=16, ge=1, le=4096)
     """Rows of the fixed, padded batch of the decoder."""
     engine: EngineConfig = EngineConfig()
     actors: ActorsConfig = ActorsConfig()
     rows_per_block: int = Field(default=64, ge=1, le=100_000)
-    """Episodes an actor takes at a time; also the unit that a kill can cost."""
+    """Episodes that an actor takes at a time; a kill loses at most the blocks at work."""
     tracking: TrackingConfig = TrackingConfig()
     seed: int = Field(default=0, ge=0)
+    """Everything random follows from it."""
 
     @field_validator("adapters", "baselines", "tasks")
     @classmethod

@@ -42,11 +42,11 @@ class PriorConfig(Section):
     path: str = "nano"
     """``nano`` (ships with the package), a diffusers folder, or a hub id."""
     revision: str | None = None
-    """Revision of a hub id; pin it for anything that is to be repeated."""
+    """Commit, tag or branch of a hub id; pin a commit for anything that is to be repeated."""
     size_px: int | None = Field(default=None, ge=16, le=2048, multiple_of=8)
-    """Side of the square pictures it works on; by default the size the UNet was trained at."""
+    """Side of the square pictures it works on, in pixels; by default the size the UNet was trained at."""
     steps: int = Field(default=50, ge=2, le=1000)
-    """DDIM steps of an inversion, and of a denoising (the paper: 50). Must divide the training steps."""
+    """DDIM steps of an inversion, and of a denoising (the paper: 50). Must divide the model's training steps."""
 
 
 class TokenizerConfig(Section):
@@ -55,54 +55,58 @@ class TokenizerConfig(Section):
     path: str = "nano"
     """``nano`` (ships with the package), a ``diffusers.VQModel`` folder, or a hub id."""
     revision: str | None = None
+    """Commit, tag or branch of a hub id; pin a commit for anything that is to be repeated."""
     size_px: int | None = Field(default=None, ge=16, le=2048, multiple_of=8)
-    """Side of the square pictures it reads; by default the model's ``sample_size``."""
+    """Side of the square pictures it reads, in pixels; by default the model's ``sample_size``."""
 
 
 class BackboneConfig(Section):
     """The pretrained vision model that LoRA adapts; its weights stay frozen."""
 
     scale: Scale = "nano"
-    """Size of the LVM family; ``custom`` takes whatever sizes the folder of ``path`` has."""
+    """Size of the LVM family; ``custom`` takes the sizes of the folder at ``path``."""
     path: str | None = None
-    """``nano`` (ships with the package), a ``LlamaForCausalLM`` folder, or a hub id; by default nano for that scale."""
+    """``nano`` (ships with the package), a ``LlamaForCausalLM`` folder, or a hub id; by default nano, if the scale is
+    nano."""
     revision: str | None = None
-    """Revision of a hub id; pin it for anything that is to be repeated."""
+    """Commit, tag or branch of a hub id; pin a commit for anything that is to be repeated."""
     init: Literal["pretrained", "random"] = "pretrained"
-    """``random`` starts from random weights of the scale's architecture, or of the one in the folder of ``path``: for
+    """``random`` starts from random weights of the scale's architecture, or of the one in the folder at ``path``: for
     measuring speed, not for pictures."""
 
 
 class EngineConfig(Section):
-    """How the arithmetic runs. Part of the fingerprint: tokens are identical to the bit for one setting of it."""
+    """How the arithmetic runs. Tokens are bit-identical only between builds with the same values here."""
 
     batch: int | None = Field(default=None, ge=1, le=4096)
-    """Rows of the UNet's fixed, padded batch. By default proposed by a probe, and recorded by the build."""
+    """Rows of the UNet's fixed, padded batch. By default a probe chooses, and the build records the choice."""
     image_batch: int = Field(default=16, ge=1, le=1024)
     """Rows of the fixed, padded batch of the VAE and of the tokenizer."""
     threads: int = Field(default=1, ge=1, le=256)
-    """CPU threads of one actor. Identity to the bit holds for one: more split a batch, and where a picture then stands
-    in it can change its last bits. Use more actors instead."""
+    """CPU threads of one actor. Results are bit-identical only with one thread: with more, a picture's position in the
+    batch can change its last bits. Use more actors instead."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto`` takes the GPU if there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Network arithmetic; latents stay float32. ``auto``: bfloat16 on a GPU, float32 on a CPU."""
+    """Number format of the networks; latents stay float32. ``auto``: bfloat16 on a GPU, float32 on a CPU."""
     compile: bool = False
-    """``torch.compile`` the UNet: minutes at the start, worth it for thousands of pairs on a GPU."""
+    """Compile the UNet by ``torch.compile``: this takes minutes at the start, and pays for thousands of pairs on a
+    GPU."""
 
 
 class ActorsConfig(Section):
-    """The pool that computes. Not part of the fingerprint: any number of actors writes the same tokens."""
+    """The pool of actors that computes. Results do not depend on it."""
 
     min: int = Field(default=1, ge=1)
+    """Actors that are always kept."""
     max: int | None = Field(default=None, ge=1)
-    """By default one per GPU, or on CPUs one per ``engine.threads`` cores."""
+    """Actors at most; by default one per GPU, or on CPUs one per ``engine.threads`` cores."""
     gpus: float | None = Field(default=None, ge=0)
     """GPUs of one actor, whole or a fraction; by default 1 where the cluster has GPUs, else 0."""
     cpus: float | None = Field(default=None, gt=0)
-    """Logical CPUs one actor reserves; by default a share that leaves room for reading and writing."""
+    """Logical CPUs that one actor reserves; by default a share that leaves room for reading and writing."""
     node_type: str | None = None
-    """Only on nodes that have this custom resource; the node types of ``cluster/gpu.yaml`` have one of their name."""
+    """Use only nodes that have this custom resource; each node type of ``cluster/gpu.yaml`` has one of its own name."""
 
     @model_validator(mode="after")
     def _ordered(self) -> ActorsConfig:
@@ -115,15 +119,16 @@ class SamplingConfig(Section):
     """How the model's next token is chosen."""
 
     temperature: float = Field(default=0.0, ge=0.0, le=100.0)
-    """0: the likeliest token (greedy). 1: the model's own distribution, as LVM samples."""
+    """0: always the likeliest token (greedy). 1: the model's own distribution, as LVM samples."""
     top_k: int | None = Field(default=None, ge=1)
-    """Only the so many likeliest tokens."""
+    """Sample only from this many likeliest tokens."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
-    """Only the likeliest tokens that together reach this probability."""
+    """Sample only from the likeliest tokens that together reach this probability."""
     best_of: int = Field(default=1, ge=1, le=1024)
-    """Candidates a query, of which the likeliest is given."""
+    """Candidates per query, of which the likeliest is given."""
     choose_by: Literal["answer", "chain"] = "answer"
-    """What a candidate's likelihood is of: its answer given its own frames, or frames and answer together."""
+    """What a candidate is ranked by: the likelihood of its answer given its own frames, or of frames and answer
+    together."""
 
     @model_validator(mode="after")
     def _candidates_differ(self) -> SamplingConfig:
@@ -138,11 +143,14 @@ class SamplingConfig(Section):
 
 
 class TrackingConfig(Section):
-    """MLflow."""
+    """What is logged to MLflow."""
 
     uri: str | None = None
-    """Tracking server or ``sqlite:///`` file; by default ``mlflow.db`` beside the run's folder. ``none``: no MLflow."""
+    """MLflow server or ``sqlite:///`` file; by default ``mlflow.db`` beside the folder that is written. ``none``: no
+    MLflow."""
     experiment: str = "covray"
+    """MLflow experiment."""
     log_every_steps: int = Field(default=1, ge=1)
+    """Steps between two logged values."""
     parent_run_id: str | None = None
-    """MLflow run that this one is a child of; a sweep sets it. Of one name there is one child."""
+    """MLflow run that this one is a child of; a sweep sets it. A parent has one child of each name."""

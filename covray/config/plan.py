@@ -10,23 +10,24 @@ from covray.config.section import Section
 
 
 class NodesConfig(Section):
-    """Machines of one kind, as an autoscaler brings them and a cloud takes them away."""
+    """Nodes of one kind, as an autoscaler starts them and a cloud takes them away."""
 
     gpu: str = "A100"
-    """Kind of GPU, where its rates are assumed: one whose peak is known, as A100, H100, H20."""
+    """Kind of GPU, for assumed rates: one whose peak is known, such as A100, H100 or H20."""
     gpus: int = Field(default=1, ge=1, le=100_000)
-    """GPUs of all nodes together; each is one actor, or one worker. Without GPUs: actors, or workers."""
+    """GPUs of all nodes together; each is one actor or one worker. Without GPUs: the number of actors or workers."""
     gpus_per_node: int = Field(default=1, ge=1, le=1024)
+    """GPUs of one node."""
     price: float = Field(default=0.0, ge=0, le=1e9)
-    """Of one GPU for an hour, in any currency."""
+    """Price of one GPU for an hour, in any currency."""
     interruptions: float = Field(default=0.0, ge=0, le=100)
-    """How often a node is taken away, an hour; 0: never, as on demand."""
+    """How often a node is taken away per hour; 0: never, as on demand."""
     boot_s: float = Field(default=0.0, ge=0, le=1e9)
-    """From asking for a node until Ray runs on it; also of one that replaces another."""
+    """Seconds from asking for a node until Ray runs on it; also for a node that replaces another."""
     upscaling_speed: float = Field(default=1.0, gt=0, le=100_000)
-    """Of the autoscaler: so many times the nodes there are may be under way, or five."""
+    """The autoscaler may launch ``upscaling_speed`` times the running nodes at once, and never fewer than five."""
     idle_timeout_s: float = Field(default=0.0, ge=0, le=1e9)
-    """How long a node stays, and is paid, when there is nothing left to do."""
+    """Seconds that a node stays, and is paid for, when there is nothing left to do."""
 
     @model_validator(mode="after")
     def _whole_nodes(self) -> NodesConfig:
@@ -36,51 +37,54 @@ class NodesConfig(Section):
 
 
 class AssumedConfig(Section):
-    """Rates of hardware that was not measured, where there is no calibration."""
+    """Rates of hardware that was not measured; used without a calibration."""
 
     build_utilisation: float = Field(default=0.386, ge=1e-6, le=1)
     """Share of the GPU's peak that chains reach: published for Stable Diffusion 1.5, batch 16, compiled, on an A100."""
     train_utilisation: float = Field(default=0.406, ge=1e-6, le=1)
     """Share of the peak that a LoRA training reaches: the fastest published, an 8B LLaMA on an H100."""
     start_s: float = Field(default=60.0, ge=0, le=1e9)
-    """Of a step, before the first actor or worker starts: Ray, checks, and loading the models once."""
+    """Seconds of a step before the first actor or worker starts: Ray, checks, and loading the models once."""
     load_s: float = Field(default=60.0, ge=0, le=1e9)
-    """Of an actor or a worker, until it computes."""
+    """Seconds of an actor or a worker until it computes."""
     audit_shard_s: float = Field(default=0.006, ge=0, le=1e9)
-    """Seconds of the driver for a shard, at the end: three requests of some 30 ms on object storage, 16 at a time."""
+    """Seconds of the driver per shard at the end: three requests of some 30 ms on object storage, 16 at a time."""
     checkpoint_s: float = Field(default=5.0, ge=0, le=1e9)
-    """For which a checkpoint holds up the training."""
+    """Seconds by which a checkpoint holds up the training."""
 
 
 class PlanConfig(Section):
-    """``covray plan`` and ``covray benchmark``: what a build or a training will take, before it is started."""
+    """``covray plan`` and ``covray benchmark``: what a build or a training will take, before it starts."""
 
     steps: tuple[Literal["build", "train"], ...] = ("build",)
     """What is planned."""
     pairs: int = Field(default=70_000, ge=1, le=10**11)
-    """Pairs of the build (by default the paper's, 10,000 for each of seven tasks)."""
+    """Pairs of the build; by default the paper's, 10,000 for each of seven tasks."""
     train_pairs: int | None = Field(default=None, ge=1, le=10**11)
     """Pairs of the training; null: those of the build."""
     pairs_per_source: float = Field(default=1.0, ge=1)
-    """Pairs that follow each other and share their image, which is inverted once a block."""
+    """Consecutive pairs that share their image, which is inverted once per block."""
     tasks_per_block: int = Field(default=1, ge=1, le=7)
-    """Tasks that pairs of one block have; each is a shard file."""
+    """Tasks that the pairs of one block have; each is a shard file."""
     build: dict[str, Any] = Field(default_factory=dict)
-    """Keys of ``covray build``, as ``prior: {steps: 20}``."""
+    """Keys of ``covray build``, such as ``prior: {steps: 20}``."""
     train: dict[str, Any] = Field(default_factory=dict)
     """Keys of ``covray train``."""
     build_on: NodesConfig = NodesConfig()
+    """Nodes of the build."""
     train_on: NodesConfig = NodesConfig()
+    """Nodes of the training."""
     head_price: float = Field(default=0.0, ge=0, le=1e9)
-    """Of the head for an hour."""
+    """Price of the head node for an hour."""
     driver_blocks_per_s: float = Field(default=20.0, ge=1e-6, le=1e9)
-    """Blocks that the driver can hand out a second."""
+    """Blocks that the driver can hand out per second."""
     calibration: str | None = None
-    """What ``covray benchmark`` measured; null: rates are computed from FLOPs and assumptions."""
+    """File that ``covray benchmark`` wrote; null: rates are computed from FLOPs and assumptions."""
     assumed: AssumedConfig = AssumedConfig()
     replicas: int = Field(default=5, ge=1, le=10_000)
     """How often a step is simulated, for the mean and the 90% range."""
     seed: int = Field(default=0, ge=0)
+    """Everything random follows from it."""
 
     @field_validator("steps")
     @classmethod

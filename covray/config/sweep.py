@@ -11,21 +11,23 @@ from covray.config.section import Section
 
 
 class GridConfig(Section):
-    """What the trials of a sweep differ in: every combination of these."""
+    """What the trials of a sweep differ in: every combination of these values is a trial."""
 
     methods: tuple[ChainMethod, ...] = ("none", "linear", "diffusion")
-    """How frames are made; ``none`` has no frames, so that it is one trial for all lengths."""
+    """How frames are made; ``none`` has no frames, so it is one trial for all lengths."""
     lengths: tuple[Length, ...] = (2, 3, 4, 6, 8)
     """Chain lengths, both ends counted; length 2 is the method ``none``."""
     pairs: tuple[ExamplePairs, ...] = (1, 2, 3)
-    """Example pairs before the query."""
+    """Numbers of example pairs before the query."""
     tasks: tuple[tuple[TaskName, ...] | None, ...] = (None,)
-    """Sets of tasks, each a trial's; null: all of the dataset."""
+    """Sets of tasks, each set for its own trials; null: all tasks of the dataset."""
     scales: tuple[BackboneConfig, ...] = ()
-    """Backbones: a scale, as ``7b``, or ``{scale: 7b, path: LVM-7B}``. By default that of ``train``."""
+    """Backbones, each a scale such as ``7b``, or ``{scale: 7b, path: LVM-7B}``. By default the backbone of ``train``.
+    """
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
+    """Seeds of the trainings."""
     fields: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
-    """Any other field of a training by its dotted name, as ``optimizer.learning_rate: [0.001, 0.0003]``."""
+    """Any other key of a training by its dotted name, such as ``optimizer.learning_rate: [0.001, 0.0003]``."""
 
     @field_validator("scales", mode="before")
     @classmethod
@@ -44,29 +46,29 @@ class GridConfig(Section):
 
 
 class SweepConfig(Section):
-    """``covray sweep``: many trainings and their scores, and what they say together."""
+    """``covray sweep``: train and score a grid of trials, and compare them."""
 
     out: str
     """Folder to write."""
     data: str | None = None
-    """Dataset of chains; null: one is built from ``manifest`` into the folder of the sweep, for all lengths at once."""
+    """Dataset of chains; null: one is built from ``manifest`` into the sweep's folder, for all lengths at once."""
     manifest: str | None = None
     """Manifest to build the dataset from."""
     grid: GridConfig = GridConfig()
     build: dict[str, Any] = Field(default_factory=dict)
-    """Keys of ``covray build`` beside those the grid decides, as ``prior: {steps: 20}``."""
+    """Keys of ``covray build`` beside those that the grid sets, such as ``prior: {steps: 20}``."""
     train: dict[str, Any] = Field(default_factory=dict)
-    """Keys of ``covray train`` beside those the grid decides."""
+    """Keys of ``covray train`` beside those that the grid sets."""
     evaluate: dict[str, Any] = Field(default_factory=dict)
-    """Keys of ``covray evaluate``; baselines and the untuned backbone are evaluated once for the whole sweep."""
+    """Keys of ``covray evaluate``; baselines and the backbone alone are evaluated once for the whole sweep."""
     concurrency: int | None = Field(default=None, ge=1)
     """Trials at a time; by default as many as the cluster holds."""
     retries: int = Field(default=1, ge=0)
-    """How often a trial that failed is tried again; then it is reported, and the others go on."""
+    """How often a failed trial is tried again; then it is reported, and the others go on."""
     stopping: Literal["none", "asha", "median"] = "none"
-    """End trials that do worse than others at equal tokens, by the answer's perplexity on the validation split: by
-    successive halving (Li et al. 2020) or below the median. Methods compare only where their answers are equally hard
-    to tell from their frames, so this is for sweeps within one."""
+    """End trials early that have a worse perplexity of the validation answers than others at equal tokens: by
+    successive halving (``asha``, Li et al. 2020), or below the median. Perplexity is comparable only between trials
+    of one method; do not stop early when the grid mixes methods."""
     grace: float = Field(default=0.25, gt=0, le=1)
     """Share of a training before which no trial is stopped."""
     tracking: TrackingConfig = TrackingConfig()

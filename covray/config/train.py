@@ -14,12 +14,14 @@ class LoraConfig(Section):
     """The adapter: W x + (alpha / rank) B A x."""
 
     rank: int = Field(default=32, ge=1, le=1024)
+    """Rank of B and A."""
     alpha: float = Field(default=64.0, gt=0)
+    """Scale of the update, before it is divided by the rank."""
     targets: tuple[Target, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     """Projections that get an update."""
     path: str | None = None
-    """An adapter to go on from, a PEFT folder of this rank, alpha and targets (a finished run has one in ``adapter``);
-    null: a new one, which changes nothing yet."""
+    """Adapter to start from: a PEFT folder of this rank, alpha and targets, such as ``adapter`` in a finished run.
+    Null: a new adapter, which changes nothing yet."""
 
     @field_validator("targets")
     @classmethod
@@ -35,17 +37,18 @@ class SentencesConfig(Section):
     method: ChainMethod = "diffusion"
     """How the frames between image and label were made; ``none`` leaves them out."""
     lengths: tuple[Length, ...] = (4,)
-    """Chain length, both ends counted; of several, each sentence draws one."""
+    """Chain lengths, both ends counted; each sentence draws one of them."""
     pairs: tuple[ExamplePairs, ...] = (1,)
-    """Example pairs before the query; of several, each sentence draws one."""
+    """Numbers of example pairs before the query; each sentence draws one of them."""
     tasks: tuple[TaskName, ...] | None = None
-    """Only these; by default all of the dataset."""
+    """Tasks to use; by default all of the dataset."""
     split: str = "train"
+    """Split to train on."""
     validation_split: str | None = "val"
-    """Split for the validation loss; null validates nothing."""
+    """Split for the validation loss; null: no validation."""
     loss: Literal["all", "chains", "chain", "answer"] = "all"
-    """Where loss is taken: every token (as LVM), the frames and answers of examples and query, those of the query, or
-    its answer only."""
+    """Tokens that the loss is taken on: ``all`` (as LVM), ``chains`` (frames and answers of examples and query),
+    ``chain`` (those of the query), or ``answer`` (the query's answer)."""
 
     @field_validator("lengths", "pairs", "tasks")
     @classmethod
@@ -56,11 +59,14 @@ class SentencesConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW on the adapter, cosine schedule with warm-up."""
+    """AdamW on the adapter, with a cosine schedule after a warm-up."""
 
     learning_rate: float = Field(default=2e-4, gt=0)
+    """Highest learning rate."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """Weight decay of AdamW."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    """Decay of AdamW's two moments."""
     warmup: float = Field(default=0.03, ge=0, lt=1)
     """Share of the steps over which the learning rate rises."""
     final: float = Field(default=0.1, ge=0, le=1)
@@ -70,11 +76,11 @@ class OptimizerConfig(Section):
     epochs: float = Field(default=1.0, gt=0, le=1e6)
     """How often each pair is the query."""
     steps: int | None = Field(default=None, ge=1, le=10**9)
-    """Steps, in place of ``epochs``."""
+    """Steps of the training, in place of ``epochs``."""
     batch_tokens: int = Field(default=172_032, ge=1, le=10**12)
-    """Tokens of a step over all workers (the paper: 172K); the loss is their mean, however many workers there are."""
+    """Tokens of a step over all workers (the paper: 172K). The loss is their mean, however many workers there are."""
     micro_batch_tokens: int = Field(default=8192, ge=1, le=10**12)
-    """Tokens a worker computes at a time; at least one sentence."""
+    """Tokens that a worker computes at a time; at least one sentence."""
 
 
 class ComputeConfig(Section):
@@ -83,43 +89,45 @@ class ComputeConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto`` takes the GPU if there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the frozen backbone and of the arithmetic; the adapter is float32. ``auto``: bfloat16 on a GPU and on a CPU
-    with units for it (AMX, AVX512-BF16), else float32."""
+    """Number format of the frozen backbone and of the arithmetic; the adapter is float32. ``auto``: bfloat16 on a GPU
+    and on a CPU with units for it (AMX, AVX512-BF16), else float32."""
     threads: int | None = Field(default=None, ge=1, le=256)
-    """CPU threads of one worker; by default the machine's cores over its workers."""
+    """CPU threads of one worker; by default the machine's cores divided by its workers."""
     recompute: bool = False
     """Compute activations again in the backward pass: a third more work for a fraction of the memory."""
     compile: bool = False
-    """``torch.compile`` the layers: a minute at the start, worth it on a GPU."""
+    """Compile the layers by ``torch.compile``: this takes a minute at the start, and pays on a GPU."""
     deepspeed: str = "auto"
-    """``auto`` by scale and GPU memory, ``none``, ``zero1``, ``zero2``, ``zero3``, ``zero2_offload``,
+    """``auto`` (by scale and GPU memory), ``none``, ``zero1``, ``zero2``, ``zero3``, ``zero2_offload``,
     ``zero3_offload``, or a DeepSpeed JSON file."""
 
 
 class WorkersConfig(Section):
-    """Ray Train's workers. Any number of them makes the same updates."""
+    """Ray Train's workers. The updates do not depend on their number, up to the order in which floats are added."""
 
     count: int = Field(default=1, ge=1)
+    """Workers, one per GPU."""
     gpus: float | None = Field(default=None, ge=0)
     """GPUs of one worker; by default 1 where the cluster has GPUs, else 0."""
     cpus: float = Field(default=1.0, gt=0)
-    """Logical CPUs one worker reserves."""
+    """Logical CPUs that one worker reserves."""
     node_type: str | None = None
-    """Only on nodes that have this custom resource; the node types of ``cluster/gpu.yaml`` have one of their name."""
+    """Use only nodes that have this custom resource; each node type of ``cluster/gpu.yaml`` has one of its own name."""
     max_failures: int = Field(default=3, ge=-1)
-    """Restarts after the loss of a worker before the run is given up; -1: without end."""
+    """Restarts after lost workers before the command gives up; -1: no limit."""
 
 
 class CheckpointsConfig(Section):
-    """When the state of a run is kept, and how much of it."""
+    """When the state of a run is written, and how many states are kept."""
 
     every_steps: int = Field(default=100, ge=1)
+    """Steps between two checkpoints."""
     keep: int = Field(default=2, ge=1, le=10**9)
-    """The last so many, beside the best by validation loss."""
+    """Newest checkpoints that are kept, beside the best by validation loss."""
 
 
 class TrainConfig(Section):
-    """``covray train``: token shards in, a PEFT adapter out."""
+    """``covray train``: turn shards of tokens into a PEFT adapter."""
 
     data: str
     """Dataset of chains: the ``--out`` of a ``covray build``."""
@@ -134,9 +142,11 @@ class TrainConfig(Section):
     checkpoints: CheckpointsConfig = CheckpointsConfig()
     tracking: TrackingConfig = TrackingConfig()
     validate_every_steps: int = Field(default=100, ge=1)
+    """Steps between two validations."""
     validation_sentences: int = Field(default=64, ge=1, le=10**12)
-    """At most so many sentences of the validation split."""
+    """Sentences of the validation split, at most."""
     seed: int = Field(default=0, ge=0)
+    """Everything random follows from it."""
 
     def identity(self) -> dict[str, Any]:
         """What decides the losses; a resume must agree in all of it.

@@ -1,0 +1,119 @@
+"""What the fields say of themselves: the text of a key, and the page of all keys, docs/configuration.md.
+
+``python -m covray.config.reference > docs/configuration.md`` writes the page again.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+import yaml
+
+from covray.config.build import BuildConfig
+from covray.config.evaluate import EvaluateConfig
+from covray.config.generate import GenerateConfig
+from covray.config.plan import PlanConfig
+from covray.config.section import Section
+from covray.config.sweep import SweepConfig
+from covray.config.train import TrainConfig
+
+STEPS: dict[str, type[Section]] = {
+    "build": BuildConfig,
+    "train": TrainConfig,
+    "generate": GenerateConfig,
+    "evaluate": EvaluateConfig,
+    "sweep": SweepConfig,
+    "plan": PlanConfig,
+}
+"""The configuration of every step, in the order of the page."""
+
+_INTRODUCTION = """\
+# Configuration
+
+Defaults, then `--config FILE` (YAML), then the command's options, then `--set key=value`. Unknown keys are refused.
+The resolved configuration is written into every result.
+
+This page is generated from the fields in `covray/config/`: `python -m covray.config.reference > docs/configuration.md`.
+"""
+
+
+def key_text(model: type[Section], key: str) -> str:
+    """Return what the dotted ``key`` of a configuration means: the docstring of its field, in one line.
+
+    Raises:
+        KeyError: ``model`` has no such key.
+    """
+    section, _, rest = key.partition(".")
+    field = model.model_fields[section]
+    if not rest:
+        return _in_one_line(field.description or "")
+    inner = _section_in(field.annotation)
+    if inner is None:
+        raise KeyError(key)
+    return key_text(inner, rest)
+
+
+def reference_page() -> str:
+    """Return docs/configuration.md: every key of every step with its default and its meaning."""
+    parts = [_INTRODUCTION]
+    for step, model in STEPS.items():
+        text = inspect.cleandoc(model.__doc__ or "").replace("``", "`")
+        rows = "\n".join(_rows(model))
+        parts.append(f"## {step}\n\n{text}\n\n| key | default | meaning |\n|---|---|---|\n{rows}\n")
+    return "\n".join(parts)
+
+
+def _rows(model: type[Section], prefix: str = "", defaults: Section | None = None) -> Iterator[str]:
+    """Yield a table row for each key of ``model``; a section has a row for itself, then its keys.
+
+    ``defaults`` is what a section holds by default where that is not what its class says.
+    """
+    for name, field in model.model_fields.items():
+        key, text = f"{prefix}{name}", _in_one_line(field.description or "")
+        section = _section_in(field.annotation)
+        if section is not None and isinstance(field.default, Section):
+            yield f"| **{key}** | | {_cell(text or _in_one_line(section.__doc__ or ''))} |"
+            yield from _rows(section, f"{key}.", field.default)
+            continue
+        if section is not None:
+            text = f"{text} Keys: {', '.join(section.model_fields)}.".strip()
+        if field.is_required():
+            default = "required"
+        elif defaults is not None:
+            default = _as_yaml(getattr(defaults, name))
+        else:
+            default = _as_yaml(field.get_default(call_default_factory=True))
+        yield f"| `{key}` | {default} | {_cell(text)} |"
+
+
+def _section_in(annotation: Any) -> type[Section] | None:
+    """Return the section that a field holds, alone, or null, or several of; None for a field of plain values."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    if get_origin(annotation) in (Union, UnionType, tuple):
+        for argument in get_args(annotation):
+            section = _section_in(argument)
+            if section is not None:
+                return section
+    return None
+
+
+def _as_yaml(value: Any) -> str:
+    """Return a default as a file or ``--set`` would give it."""
+    plain = list(value) if isinstance(value, tuple) else value
+    return yaml.safe_dump(plain, default_flow_style=True, width=1000).removesuffix("...\n").strip()
+
+
+def _in_one_line(docstring: str) -> str:
+    return " ".join(docstring.split())
+
+
+def _cell(text: str) -> str:
+    return text.replace("``", "`").replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    print(reference_page(), end="")
