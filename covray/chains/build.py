@@ -1,11 +1,13 @@
-"""One block of a manifest to shard rows: decode, invert once per picture, interpolate, tokenize. Knows no ray.
+"""From one block of a manifest to shard rows: decode, invert each picture once, interpolate, tokenize.
 
-What an actor of ``covray build`` does, and what a bare GPU machine can profile. Two halves, so that CPUs can feed GPUs:
-``covray.chains.prepare`` decodes and checks, ``BlockBuilder`` computes.
+This is what an actor of ``covray build`` does; it does not import Ray, so that a bare GPU machine can profile it. The
+work has two halves, so that CPUs can feed GPUs: ``covray.chains.prepare`` decodes and checks pictures, ``BlockBuilder``
+computes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from covray.chains.dataset import frame_order, shard_schema, union_alphas
-from covray.chains.prepare import Facts, needs_prior, picture_digest
+from covray.chains.prepare import BuildModels, needs_prior, picture_digest
 from covray.config import BuildConfig
 from covray.io.device import resolve_device
 from covray.io.images import square
@@ -24,13 +26,30 @@ from covray.models.tokenizer.vqgan import load_tokenizer
 
 
 @dataclass
-class Work:
+class BlockStats:
     """What a block cost."""
 
     rows: int = 0
     rejected: int = 0
     evaluations: int = 0
+    """Forward passes of the UNet, counted by picture."""
     padded: int = 0
+    """Further passes that only filled batches."""
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """The good pairs of a block, with every distinct picture once."""
+
+    ids: list[int]
+    ends: list[tuple[int, int]]
+    """Of each pair: where its source and its label are in ``images``."""
+    images: np.ndarray
+    """uint8 [distinct pictures, h, w, 3], at the prior's size."""
+    small: list[tuple[np.ndarray, np.ndarray]]
+    """Of each pair: source and label at the tokenizer's size, uint8 [h, w, 3]."""
+    noise: dict[int, np.ndarray]
+    """Noise that an earlier build kept, by the place of its picture in ``images``: float32 [c, h, w]."""
 
 
 class BlockBuilder:
@@ -58,132 +77,154 @@ class BlockBuilder:
         )
         """The resolved configuration."""
 
-    def facts(self) -> Facts:
-        """What was loaded."""
-        prior = self.engine.prior if self.engine else None
-        return Facts(
-            prior_px=prior.size_px if prior else self.tokenizer.size_px,
-            tokenizer_px=self.tokenizer.size_px,
-            tokens_per_image=self.tokenizer.tokens_per_image,
-            codes=self.tokenizer.codes,
-            latent_shape=prior.latent_shape if prior else None,
-            fingerprints={
-                "prior": prior.fingerprint if prior else "",
-                "tokenizer": self.tokenizer.fingerprint,
-                "codebook": self.tokenizer.codebook_fingerprint,
-            },
+    def models(self) -> BuildModels:
+        """Return what was loaded."""
+        tokenizer = self.tokenizer
+        fingerprints = {
+            "prior": "",
+            "tokenizer": tokenizer.fingerprint,
+            "codebook": tokenizer.codebook_fingerprint,
+        }
+        prior_px, latent_shape = tokenizer.size_px, None
+        if self.engine is not None:
+            prior = self.engine.prior
+            prior_px, latent_shape = prior.size_px, prior.latent_shape
+            fingerprints["prior"] = prior.fingerprint
+        return BuildModels(
+            prior_px, tokenizer.size_px, tokenizer.tokens_per_image, tokenizer.codes, latent_shape, fingerprints
         )
 
-    def build(self, prepared: pa.Table) -> tuple[pa.Table, Work]:
-        """Shard rows (``shard_schema``) of a prepared block, one a pair in the same order, and what they cost."""
-        schema = shard_schema(self.config.keep_noise)
+    def build(self, prepared: pa.Table) -> tuple[pa.Table, BlockStats]:
+        """Turn a prepared block (``PREPARED_SCHEMA``) into shard rows.
+
+        Returns:
+            The rows (``shard_schema``), one a pair in the same order, and what they cost.
+        """
         columns = ("pair_id", "task", "split", "error")
         rows: list[dict[str, Any]] = prepared.select(columns).to_pylist()
-        work = Work(rows=len(rows))
+        stats = BlockStats(rows=len(rows))
         good = [index for index, row in enumerate(rows) if row["error"] is None]
         if good:
-            self._fill(rows, good, prepared.take(good), work)
-        work.rejected = sum(row["error"] is not None for row in rows)
-        return pa.Table.from_pylist(rows, schema), work
+            pairs = self._pairs(prepared.take(good))
+            chains = self._interpolate(pairs, stats) if self.engine else None
+            tokens = self._tokens(pairs, chains)
+            for number, index in enumerate(good):
+                self._fill(rows[index], number, pairs, chains, tokens[number])
+        stats.rejected = sum(row["error"] is not None for row in rows)
+        return pa.Table.from_pylist(rows, shard_schema(self.config.keep_noise)), stats
 
-    def _fill(self, rows: list[dict[str, Any]], good: list[int], prepared: pa.Table, work: Work) -> None:
-        size, small = self.facts().prior_px, self.tokenizer.size_px
-        distinct: dict[bytes, int] = {}
-        ends = [
-            tuple(distinct.setdefault(pixels, len(distinct)) for pixels in pair)
-            for pair in zip(prepared["source"].to_pylist(), prepared["label"].to_pylist(), strict=True)
-        ]
-        images = np.stack([_pixels(pixels, size) for pixels in distinct])
-        ids = prepared["pair_id"].to_pylist()
-        chains = self._interpolate(images, ends, ids, prepared, work) if self.engine else None
-
-        # Every picture of the block in one list, tokenized together: ends first, then frames row by row.
-        if small == size:
-            ends_small = [(images[source], images[label]) for source, label in ends]
+    def _pairs(self, prepared: pa.Table) -> _Pairs:
+        """Decode prepared rows without errors; a picture that several pairs share is kept once."""
+        size_px, small_px = self.models().prior_px, self.tokenizer.size_px
+        places: dict[bytes, int] = {}  # of distinct pictures, in order of appearance
+        ends: list[tuple[int, int]] = []
+        for source, label in _both(prepared, ""):
+            source_at = places.setdefault(source, len(places))
+            ends.append((source_at, places.setdefault(label, len(places))))
+        images = np.stack([_pixels(pixels, size_px) for pixels in places])
+        if small_px == size_px:
+            small = [(images[source], images[label]) for source, label in ends]
         else:
-            ends_small = [
-                (_pixels(source, small), _pixels(label, small))
-                for source, label in zip(
-                    prepared["source_small"].to_pylist(), prepared["label_small"].to_pylist(), strict=True
-                )
+            small = [
+                (_pixels(source, small_px), _pixels(label, small_px)) for source, label in _both(prepared, "_small")
             ]
-        pictures: list[np.ndarray] = []
-        for number, pair in enumerate(ends_small):
-            pictures += pair
-            for method in self.config.methods:
-                if method == "linear":
-                    pictures += [mix_pixels(*pair, alpha) for alpha in self.alphas]
-                elif chains is not None:
-                    pictures += [square(frame, small) for frame in chains.frames[number]]
-        order = frame_order(self.config.methods, self.alphas)
-        tokens = self.tokenizer.encode(np.stack(pictures)).reshape(len(good), 2 + len(order), -1)
-        for number, index in enumerate(good):
-            row = rows[index]
-            if chains is not None and not chains.finite_requests[number]:
-                row["error"] = "not_finite: the prior's latents of this pair are not finite"
-                continue
-            row["source"], row["label"] = tokens[number, 0], tokens[number, 1]
-            row["frames"] = [
-                {"method": method, "alpha": alpha, "tokens": ids}
-                for (method, alpha), ids in zip(order, tokens[number, 2:], strict=True)
-            ]
-            row["quality"] = self._quality(row["pair_id"], images, ends[number], number, chains)
-            if self.config.keep_noise and chains is not None:
-                for name, end in zip(("source", "label"), ends[number], strict=True):
-                    row[f"{name}_noise"] = chains.noise[end].astype("<f4").tobytes()
-                    row[f"{name}_pixels"] = picture_digest(images[end].tobytes())
+        noise: dict[int, np.ndarray] = {}
+        if self.engine is not None:
+            shape = self.engine.prior.latent_shape
+            for pair, kept in zip(ends, _both(prepared, "_noise"), strict=True):
+                for image, data in zip(pair, kept, strict=True):
+                    if data is not None:
+                        noise[image] = np.frombuffer(data, "<f4").reshape(shape)
+        return _Pairs(prepared["pair_id"].to_pylist(), ends, images, small, noise)
 
-    def _interpolate(
-        self, images: np.ndarray, ends: list[tuple[int, ...]], ids: list[int], prepared: pa.Table, work: Work
-    ) -> Interpolation:
+    def _interpolate(self, pairs: _Pairs, stats: BlockStats) -> Interpolation:
+        """Invert every picture once, and denoise every frame once."""
         assert self.engine is not None
         alphas = self.alphas if "diffusion" in self.config.methods else ()
-        shape = self.engine.prior.latent_shape
-        noise: dict[int, np.ndarray] = {}
-        kept = zip(prepared["source_noise"].to_pylist(), prepared["label_noise"].to_pylist(), strict=True)
-        for pair, pair_noise in zip(ends, kept, strict=True):
-            for image, data in zip(pair, pair_noise, strict=True):
-                if data is not None:
-                    noise[image] = np.frombuffer(data, "<f4").reshape(shape)
-        checked = [number for number, pair_id in enumerate(ids) if is_checked(pair_id, self.config.check_endpoints)]
-        chains = self.engine.interpolate(
-            images,
-            [Request(source, label, alphas) for source, label in ends],
-            noise,
-            {image for number in checked for image in ends[number]},
-        )
-        work.evaluations, work.padded = chains.evaluations, chains.padded
+        requests = [Request(source, label, alphas) for source, label in pairs.ends]
+        to_return: set[int] = set()
+        for pair_id, ends in zip(pairs.ids, pairs.ends, strict=True):
+            if is_checked(pair_id, self.config.check_endpoints):
+                to_return.update(ends)
+        chains = self.engine.interpolate(pairs.images, requests, pairs.noise, to_return)
+        stats.evaluations, stats.padded = chains.evaluations, chains.padded
         return chains
 
-    def _quality(
-        self, pair_id: int, images: np.ndarray, ends: tuple[int, ...], number: int, chains: Interpolation | None
-    ) -> dict[str, float | None]:
-        source, label = ends
+    def _tokens(self, pairs: _Pairs, chains: Interpolation | None) -> np.ndarray:
+        """Tokenize all pictures of the block together.
+
+        Returns:
+            uint16 [pairs, 2 + frames, tokens per image]: of each pair source, label, then frames in ``frame_order``.
+        """
+        pictures: list[np.ndarray] = []
+        for number, ends in enumerate(pairs.small):
+            pictures += ends
+            for method in self.config.methods:
+                if method == "linear":
+                    pictures += [mix_pixels(*ends, alpha) for alpha in self.alphas]
+                elif chains is not None:
+                    pictures += [square(frame, self.tokenizer.size_px) for frame in chains.frames[number]]
+        frames = len(self.config.methods) * len(self.alphas)
+        return self.tokenizer.encode(np.stack(pictures)).reshape(len(pairs.ids), 2 + frames, -1)
+
+    def _fill(
+        self, row: dict[str, Any], number: int, pairs: _Pairs, chains: Interpolation | None, tokens: np.ndarray
+    ) -> None:
+        """Complete the row of a good pair.
+
+        Args:
+            row: The row, which has its pair's id, task and split.
+            number: The pair's place in ``pairs``.
+            pairs: The good pairs of the block.
+            chains: Their frames and noise.
+            tokens: uint16 [2 + frames, tokens per image], as ``_tokens`` orders them.
+        """
+        if chains is not None and not chains.finite_requests[number]:
+            row["error"] = "not_finite: the prior's latents of this pair are not finite"
+            return
+        row["source"], row["label"] = tokens[0], tokens[1]
+        row["frames"] = []
+        order = frame_order(self.config.methods, self.alphas)
+        for (method, alpha), frame_tokens in zip(order, tokens[2:], strict=True):
+            row["frames"].append({"method": method, "alpha": alpha, "tokens": frame_tokens})
+        row["quality"] = self._quality(number, pairs, chains)
+        if self.config.keep_noise and chains is not None:
+            for name, image in zip(("source", "label"), pairs.ends[number], strict=True):
+                row[f"{name}_noise"] = chains.noise[image].astype("<f4").tobytes()
+                row[f"{name}_pixels"] = picture_digest(pairs.images[image].tobytes())
+
+    def _quality(self, number: int, pairs: _Pairs, chains: Interpolation | None) -> dict[str, float | None]:
+        """Return the quality figures (``QUALITY``) of the pair at place ``number``."""
+        source, label = pairs.ends[number]
+        ends = pairs.images[source], pairs.images[label]
         quality: dict[str, float | None] = {}
         if "linear" in self.config.methods and self.alphas:
-            mixed = [mix_pixels(images[source], images[label], alpha) for alpha in self.alphas]
-            quality["linear_path"] = path_ratio([images[source], *mixed, images[label]])
-        if chains is not None:
-            # A picture may have been returned for a neighbour that shares it: the row must not show its neighbours.
-            returned = chains.returned if is_checked(pair_id, self.config.check_endpoints) else {}
-            quality |= {
-                "source_noise_rms": float(np.sqrt(np.mean(np.square(chains.noise[source], dtype=np.float64)))),
-                "label_noise_rms": float(np.sqrt(np.mean(np.square(chains.noise[label], dtype=np.float64)))),
-                "source_psnr": _round_trip(images[source], returned.get(source)),
-                "label_psnr": _round_trip(images[label], returned.get(label)),
-            }
-            if len(chains.frames[number]):
-                quality["diffusion_path"] = path_ratio([images[source], *chains.frames[number], images[label]])
+            mixed = [mix_pixels(*ends, alpha) for alpha in self.alphas]
+            quality["linear_path"] = path_ratio([ends[0], *mixed, ends[1]])
+        if chains is None:
+            return quality
+        # A picture may have been returned for another pair that shares it: the row must not depend on its neighbours.
+        returned = chains.returned if is_checked(pairs.ids[number], self.config.check_endpoints) else {}
+        quality["source_noise_rms"] = _rms(chains.noise[source])
+        quality["label_noise_rms"] = _rms(chains.noise[label])
+        quality["source_psnr"] = _round_trip(ends[0], returned.get(source))
+        quality["label_psnr"] = _round_trip(ends[1], returned.get(label))
+        if len(chains.frames[number]):
+            quality["diffusion_path"] = path_ratio([ends[0], *chains.frames[number], ends[1]])
         return quality
 
 
 def mix_pixels(source: np.ndarray, label: np.ndarray, alpha: float) -> np.ndarray:
-    """The paper's baseline: pixels mixed linearly, uint8 [h, w, 3] each."""
+    """Mix the pixels of two pictures, uint8 [h, w, 3] each, linearly: the paper's baseline."""
     return np.rint((1 - alpha) * source.astype(np.float64) + alpha * label.astype(np.float64)).astype(np.uint8)
 
 
 def is_checked(pair_id: int, share: float) -> bool:
-    """Whether a pair is among the ``share`` whose ends are checked: a function of the pair alone (splitmix64)."""
+    """Return whether a pair is among the ``share`` whose ends are checked.
+
+    The answer depends on the pair's id alone, through splitmix64 (Steele et al., "Fast splittable pseudorandom number
+    generators", 2014).
+    """
     mixed = (pair_id + 0x9E3779B97F4A7C15) % 2**64
     mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB % 2**64
@@ -193,6 +234,15 @@ def is_checked(pair_id: int, share: float) -> bool:
 def _round_trip(picture: np.ndarray, returned: np.ndarray | None) -> float | None:
     """Return the PSNR in dB of a picture that was ``returned`` from noise, at most 99; None where it was not."""
     return None if returned is None else psnr(picture, returned, most_db=99.0)
+
+
+def _rms(values: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(values, dtype=np.float64))))
+
+
+def _both(prepared: pa.Table, suffix: str) -> Iterator[tuple[Any, Any]]:
+    """Yield the values of the columns of source and label whose names end in ``suffix``, row by row."""
+    return zip(prepared[f"source{suffix}"].to_pylist(), prepared[f"label{suffix}"].to_pylist(), strict=True)
 
 
 def _pixels(data: bytes, size_px: int) -> np.ndarray:

@@ -41,8 +41,8 @@ PREPARED_SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What the models of a build are, found once before it starts."""
+class BuildModels:
+    """What the models of a build are: looked up once, before the build starts."""
 
     prior_px: int
     """Side of the pictures that are interpolated; the tokenizer's where no frame needs the prior."""
@@ -61,7 +61,7 @@ def needs_prior(config: BuildConfig) -> bool:
 
 
 def prepare_block(
-    table: pa.Table, config: BuildConfig, facts: Facts, root: str | None, noise: KeptNoise | None = None
+    table: pa.Table, config: BuildConfig, models: BuildModels, root: str | None, noise: KeptNoise | None = None
 ) -> pa.Table:
     """Manifest rows to ``PREPARED_SCHEMA``: pictures decoded and square, or a reason why the pair is rejected."""
     kept = noise.read(table["pair_id"].to_numpy()) if noise is not None else {}
@@ -69,7 +69,7 @@ def prepare_block(
     for row in row_dicts(table):
         prepared: dict[str, Any] = {name: row[name] for name in ("pair_id", "task", "split")}
         try:
-            prepared |= _prepare_pair(row, config, facts, root)
+            prepared |= _prepare_pair(row, config, models, root)
             for name, (noise_of_it, digest) in kept.get(row["pair_id"], {}).items():
                 if digest == picture_digest(prepared[name]):
                     prepared[f"{name}_noise"] = noise_of_it
@@ -79,7 +79,7 @@ def prepare_block(
     return pa.Table.from_pylist(rows, PREPARED_SCHEMA)
 
 
-def _prepare_pair(row: dict[str, Any], config: BuildConfig, facts: Facts, root: str | None) -> dict[str, bytes]:
+def _prepare_pair(row: dict[str, Any], config: BuildConfig, models: BuildModels, root: str | None) -> dict[str, bytes]:
     if row["task"] not in TASKS:
         raise PairError("unknown_task", f"{row['task']!r} is none of {', '.join(TASKS)}")
     task = TASKS[row["task"]]
@@ -94,9 +94,9 @@ def _prepare_pair(row: dict[str, Any], config: BuildConfig, facts: Facts, root: 
     prepared: dict[str, bytes] = {}
     for name, picture, resample in (("source", image, "bicubic"), ("label", label, task.resample)):
         how = cast(Literal["bicubic", "nearest"], resample)
-        prepared[name] = square(picture, facts.prior_px, config.fit, how).tobytes()
-        if facts.tokenizer_px != facts.prior_px:
-            prepared[f"{name}_small"] = square(picture, facts.tokenizer_px, config.fit, how).tobytes()
+        prepared[name] = square(picture, models.prior_px, config.fit, how).tobytes()
+        if models.tokenizer_px != models.prior_px:
+            prepared[f"{name}_small"] = square(picture, models.tokenizer_px, config.fit, how).tobytes()
     return prepared
 
 
@@ -134,16 +134,16 @@ class KeptNoise:
     file_of: np.ndarray  # int32 [n]
 
     @classmethod
-    def of(cls, path: str, config: BuildConfig, facts: Facts) -> KeptNoise:
+    def of(cls, path: str, config: BuildConfig, models: BuildModels) -> KeptNoise:
         """Index the dataset at ``path``. Raises DatasetError where its noise is not what ``config`` would invert."""
         dataset = ChainDataset(path)
         theirs, ours = dataset.identity, config.identity()
         if not theirs.get("keep_noise"):
             raise DatasetError(f"noise_from: {path} was built without --keep-noise; build it again with it")
-        if dataset.fingerprints["prior"] != facts.fingerprints["prior"]:
+        if dataset.fingerprints["prior"] != models.fingerprints["prior"]:
             raise DatasetError(
                 f"noise_from: {path} was inverted with prior {dataset.fingerprints['prior'][:12]}, "
-                f"this build has {facts.fingerprints['prior'][:12]}; use the same prior"
+                f"this build has {models.fingerprints['prior'][:12]}; use the same prior"
             )
         differing = [key for key in ("fit",) if theirs[key] != ours[key]]
         differing += [f"prior.{key}" for key in ("size_px", "steps") if theirs["prior"][key] != ours["prior"][key]]

@@ -79,7 +79,7 @@ class Audit(Record):
     per_task: dict[str, TaskCounts]
     """The same by task."""
     actors: int | None = None
-    """Actors that computed in the last run of the build, as all of the following."""
+    """Actors that computed. This and what follows is of the build's last run."""
     chains_per_s: float | None = None
     """Rows a second, without every actor's first block; null where nothing was computed."""
     busy_share: float | None = None
@@ -87,14 +87,14 @@ class Audit(Record):
     row_s: float | None = None
     """Seconds of an actor for one row."""
     load_s: float | None = None
-    """Seconds until an actor computed: its start, its imports and its models."""
+    """Seconds, beyond its rows, until an actor's first block was done: its start, imports, models and warm-up."""
     last_block_s: float | None = None
-    """Seconds from the start until the last block was computed."""
+    """Seconds from the start of the pool until the last block was computed."""
     unet_evaluations: int | None = None
     """Forward passes of the UNet, counted by picture."""
     padded_share: float | None = None
     """Share of further passes that only filled batches."""
     seconds: float | None = None
-    """Seconds from the first actor's start until the last shard was written."""
+    """Seconds from the start of the pool until the last shard was written."""
     rows_of_earlier_runs: int | None = None
     """Rows that earlier runs of the same build had written."""

@@ -66,9 +66,10 @@ def report(
     """Page and table of an evaluation, or of a sweep from the trials that are done so far."""
     from covray.distributed import evaluate as evaluations
     from covray.distributed import sweep as sweeps
+    from covray.evaluation.records import EvaluationRecord
     from covray.io import storage
 
-    if storage.exists(storage.join(folder, evaluations.DESCRIPTION)):
+    if storage.exists(storage.join(folder, EvaluationRecord.FILE)):
         results = evaluations.report(folder)
         if json_:
             print(json.dumps(results))

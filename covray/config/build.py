@@ -6,7 +6,16 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from covray.config.fields import ActorsConfig, Alpha, EngineConfig, FrameMethod, Length, PriorConfig, TokenizerConfig
+from covray.config.fields import (
+    MOST_ROWS_PER_BLOCK,
+    ActorsConfig,
+    Alpha,
+    EngineConfig,
+    FrameMethod,
+    Length,
+    PriorConfig,
+    TokenizerConfig,
+)
 from covray.config.section import Section
 
 
@@ -35,8 +44,14 @@ class BuildConfig(Section):
     """Keep the inverted noise in the shards, so that a later build needs no inversion."""
     noise_from: str | None = None
     """Dataset built with ``keep_noise`` and the same prior; its noise is used for pairs that have the same pixels."""
-    rows_per_block: int = Field(default=64, ge=1, le=100_000)
-    """Pairs that an actor takes at a time; a kill loses at most the blocks at work."""
+    rows_per_block: int | None = Field(default=None, ge=1, le=100_000)
+    """Pairs that an actor takes at a time; a kill loses at most the blocks at work. By default several blocks for every
+    actor, of as many pairs as fill its batches, and of at most 64."""
+
+    @property
+    def most_rows_per_block(self) -> int:
+        """Return the rows of a block, of which a small build may have fewer where the configuration leaves it open."""
+        return self.rows_per_block or MOST_ROWS_PER_BLOCK
 
     @field_validator("lengths", "alphas", "methods")
     @classmethod

@@ -79,8 +79,9 @@ class EvaluateConfig(Section):
     """Rows of the fixed, padded batch of the decoder."""
     engine: EngineConfig = EngineConfig()
     actors: ActorsConfig = ActorsConfig()
-    rows_per_block: int = Field(default=64, ge=1, le=100_000)
-    """Episodes that an actor takes at a time; a kill loses at most the blocks at work."""
+    rows_per_block: int | None = Field(default=None, ge=1, le=100_000)
+    """Episodes that an actor takes at a time; a kill loses at most the blocks at work. By default several blocks for
+    every actor, of as many episodes as fill its batches, and of at most 64."""
     tracking: TrackingConfig = TrackingConfig()
     seed: int = Field(default=0, ge=0)
     """Everything random follows from it."""

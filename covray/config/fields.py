@@ -94,6 +94,10 @@ class EngineConfig(Section):
     GPU."""
 
 
+MOST_ROWS_PER_BLOCK = 64
+"""Rows of the blocks of a large build or evaluation, where the configuration leaves them open."""
+
+
 class ActorsConfig(Section):
     """The pool of actors that computes. Results do not depend on it."""
 

@@ -79,7 +79,7 @@ def build_rates(config: BuildConfig, builds: list[dict[str, Any]]) -> BuildRates
     last = builds[-1]
     return BuildRates(
         identity=identity_of("build", config.identity()),
-        rows_per_block=config.rows_per_block,
+        rows_per_block=config.most_rows_per_block,
         actors=last["actors"],
         start_s=_mean(max(0.0, found["wall_s"] - found["last_block_s"] - found["audit_s"]) for found in builds),
         load_s=_mean(found["load_s"] for found in builds),
@@ -128,7 +128,7 @@ def train_rates(
 
 
 def _sizes(pairs: list[int] | None, config: BuildConfig) -> tuple[int, int]:
-    sizes = [blocks * config.rows_per_block for blocks in _BLOCKS] if pairs is None else pairs
+    sizes = [blocks * config.most_rows_per_block for blocks in _BLOCKS] if pairs is None else pairs
     if len(sizes) != 2 or not 0 < sizes[0] < sizes[1] or sizes[1] < _FEWEST:
         raise ConfigError(
             f"--pairs {','.join(map(str, sizes))}: give two numbers, the second the larger and {_FEWEST} at least"
@@ -145,7 +145,9 @@ def _measure_build(config: BuildConfig, folder: str, pairs: int) -> dict[str, An
         for pair in itertools.islice(scenes, pairs):
             writer.add(pair)
     started = time.monotonic()
-    audit = build(config.model_copy(update={"pairs": manifest, "out": out}))
+    # Blocks of a large build: a small one would choose smaller ones.
+    settings = {"pairs": manifest, "out": out, "rows_per_block": config.most_rows_per_block}
+    audit = build(config.model_copy(update=settings))
     wall_s = time.monotonic() - started
     if audit.rejected or audit.row_s is None:
         raise ConfigError(f"build: {audit.rejected} of {pairs} rendered pairs were rejected; see covray build")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -20,24 +20,28 @@ from ray.data import Dataset
 
 from covray.chains.audit import audit_dataset
 from covray.chains.dataset import ChainDataset, shard_schema, union_alphas
-from covray.chains.prepare import Facts, KeptNoise, needs_prior
+from covray.chains.prepare import BuildModels, KeptNoise, needs_prior
 from covray.chains.records import Audit, DatasetRecord, PairSet
-from covray.config import BuildConfig, differences
+from covray.config import BuildConfig
 from covray.distributed.pool import (
     TASK_CPUS,
+    RowsIn,
+    RowsOut,
     absolute,
+    choose_rows_per_block,
     commit_again,
     delete_checkpoint,
     gpus_of,
     map_exactly_once,
+    most_actors,
     on,
     one_line_errors,
     pool_of,
-    require_fresh,
 )
 from covray.distributed.prepare import prepare
-from covray.distributed.progress import Meter
-from covray.distributed.session import here, ray_session
+from covray.distributed.progress import BlockReport, PoolUsage, stage, start_progress_actor
+from covray.distributed.resumable import Output
+from covray.distributed.session import ray_session
 from covray.errors import DatasetError
 from covray.io import storage
 from covray.pairs.manifest import ManifestInfo, check_manifest
@@ -63,51 +67,74 @@ def plan_build(config: BuildConfig) -> Plan:
     """Check the manifest and count the work. Raises ManifestError."""
     info = check_manifest(config.pairs)
     alphas = union_alphas(config.lengths, config.alphas)
-    jobs = (2 + 2 * config.check_endpoints) if needs_prior(config) else 0
-    jobs += len(alphas) if "diffusion" in config.methods else 0
-    return Plan(
-        info.rows, info.per_task, config.methods, alphas, round(info.rows * jobs * config.prior.steps), config.out
-    )
+    passes = 0.0  # of the UNet through all steps, for one pair
+    if needs_prior(config):
+        passes += 2 + 2 * config.check_endpoints
+    if "diffusion" in config.methods:
+        passes += len(alphas)
+    evaluations = round(info.rows * passes * config.prior.steps)
+    return Plan(info.rows, info.per_task, config.methods, alphas, evaluations, config.out)
 
 
-def build(config: BuildConfig) -> Audit:
-    """Build the dataset ``config.out`` from the manifest ``config.pairs``; returns the audit.
+def build(config: BuildConfig, patience_s: float = 0.0) -> Audit:
+    """Build the dataset ``config.out`` from the manifest ``config.pairs``.
 
-    Called again on an unfinished dataset it continues it; on a finished one it returns the audit at once. Raises
-    CovrayError: a manifest, model, configuration or storage that cannot be used, before any actor is started.
+    Called again on an unfinished dataset it continues it; on a finished one it returns the audit at once.
+
+    Args:
+        config: The configuration; what it leaves open is decided here, and recorded.
+        patience_s: Seconds to wait for another command that is at work in the folder.
+
+    Returns:
+        The audit, as it is written.
+
+    Raises:
+        CovrayError: A manifest, model, configuration or storage cannot be used; nothing has been computed.
     """
-    # A relative path means nothing to those who come later, and elsewhere.
+    # A relative path means nothing in a worker's folder, nor to a later command in another folder.
     config = config.model_copy(update={"pairs": absolute(config.pairs)})
-    info = check_manifest(config.pairs)
-    described = DatasetRecord.read_if_present(config.out)
-    if described is not None:
-        _require_same_pairs(config, described, info)
-        _require_same(config, described.identity, config.identity(), open_matches=True)
-        config = _as_recorded(config, described.config)
-        audit = Audit.read_if_present(config.out)
-        if audit is not None:
-            return audit
-    else:
-        require_fresh(config.out, "dataset")
-    with ray_session() as cores:
-        gpus = gpus_of(config.actors, config.engine)
-        config, facts = _probe(config, gpus)
-        if described is None:
-            _write_description(config, info, facts)
-        else:
-            _require_same(config, described.identity, config.identity())
-            _require_same(config, described.fingerprints, facts.fingerprints)
-            commit_again(config.out, "pair_id", lambda: _standing(config.out))
-        noise = KeptNoise.of(config.noise_from, config, facts) if config.noise_from else None
-        usage = _run(config, info, facts, noise, pool_of(config.actors, config.engine, cores, gpus))
-    audit = audit_dataset(config.out, info.pair_ids, info.per_task).model_copy(update=usage)
-    audit.write(config.out)
-    delete_checkpoint(config.out)
+    with stage(f"reading {config.pairs}"):
+        info = check_manifest(config.pairs)
+    with Output(config.out, DatasetRecord, "covray build", result=Audit.FILE, patience_s=patience_s) as output:
+        if output.begun is not None:
+            _require_same_pairs(config, output.begun, info)
+            output.require_same(output.begun.identity, config.identity(), open_matches=True)
+            config = _as_recorded(config, output.begun)
+        if output.finished:
+            return Audit.read(output.folder)
+        with ray_session() as cores:
+            audit = _build(config, info, output, cores)
     return audit
 
 
-def _standing(out: str) -> pa.ChunkedArray:
-    """Pair ids of the rows that ``out`` has. Raises DatasetError for a shard that cannot be read."""
+def _build(config: BuildConfig, info: ManifestInfo, output: Output[DatasetRecord], cores: int) -> Audit:
+    """Build in a Ray session with ``cores`` cores."""
+    gpus = gpus_of(config.actors, config.engine)
+    with stage("loading the models, to check them"):
+        config, models = _load_once(config, gpus)
+    config = _with_block_size(config, info.rows, most_actors(config.actors, config.engine, cores, gpus))
+    if output.begun is None:
+        _description(config, info, models).write(output.folder)
+    else:
+        output.require_same(output.begun.identity, config.identity())
+        output.require_same(output.begun.fingerprints, models.fingerprints)
+        commit_again(output.folder, "pair_id", lambda: _written_ids(config.out))
+    noise = KeptNoise.of(config.noise_from, config, models) if config.noise_from else None
+    started = time.monotonic()
+    pool = pool_of(config.actors, config.engine, cores, gpus)
+    usage, before = _run(config, info, models, noise, pool)
+    seconds = round(time.monotonic() - started, 1)
+    with stage("counting what was written"):
+        audit = audit_dataset(config.out, info.pair_ids, info.per_task)
+    audit = audit.model_copy(update=asdict(usage) | {"seconds": seconds, "rows_of_earlier_runs": before})
+    audit.write(output.folder)
+    # By us and not by Ray Data at its success: a kill before the audit would else start the build afresh.
+    delete_checkpoint(output.folder)
+    return audit
+
+
+def _written_ids(out: str) -> pa.ChunkedArray:
+    """Return the pair ids of the rows that ``out`` has. Raises DatasetError for a shard that cannot be read."""
     dataset = ChainDataset(out, unfinished=True)
     ids = dataset.table(["pair_id"], errors=True)["pair_id"]
     if dataset.unreadable:
@@ -116,12 +143,22 @@ def _standing(out: str) -> pa.ChunkedArray:
 
 
 def _run(
-    config: BuildConfig, info: ManifestInfo, facts: Facts, noise: KeptNoise | None, pool: dict[str, Any]
-) -> dict[str, Any]:
-    """Compute and write every pair that the checkpoint does not have."""
-    started = time.monotonic()
-    meter = Meter.options(scheduling_strategy=here()).remote()
-    shared = {"config": config, "facts": facts}
+    config: BuildConfig, info: ManifestInfo, models: BuildModels, noise: KeptNoise | None, pool: dict[str, Any]
+) -> tuple[PoolUsage, int]:
+    """Compute and write every pair that the checkpoint does not have.
+
+    Args:
+        config: Resolved.
+        info: The manifest.
+        models: What the actors must load.
+        noise: The index of an earlier build's noise.
+        pool: The pool's arguments of ``map_batches``.
+
+    Returns:
+        How the actors spent their time, and the rows that earlier runs had written.
+    """
+    progress = start_progress_actor()
+    shared = {"config": config, "models": models}
 
     def chains(blocks: Dataset) -> Dataset:
         prepared = blocks.map_batches(
@@ -133,47 +170,48 @@ def _run(
         )
         return prepared.map_batches(
             ChainActor,
-            fn_constructor_kwargs=shared | {"meter": meter},
+            fn_constructor_kwargs=shared | {"progress": progress},
             batch_format="pyarrow",
             batch_size=config.rows_per_block,
             **pool,
         )
 
+    rows_in = RowsIn(
+        filesystem=storage.resolve(config.pairs)[0],
+        files=info.files,
+        columns=["pair_id", "task", "split", "image", "label", "meta"],
+        id_column="pair_id",
+        total=info.rows,
+        unit="pairs",
+    )
+    schema = shard_schema(config.keep_noise).with_metadata(_file_metadata(config, models))
+    rows_out = RowsOut(storage.Folder(config.out), "shards", schema, partition="task")
+    assert config.rows_per_block is not None
     with one_line_errors(config.out, "build"):
-        before = map_exactly_once(
-            (storage.resolve(config.pairs)[0], info.files),
-            config.out,
-            "shards",
-            chains,
-            columns=["pair_id", "task", "split", "image", "label", "meta"],
-            id_column="pair_id",
-            rows_per_block=config.rows_per_block,
-            schema=shard_schema(config.keep_noise).with_metadata(_file_metadata(config, facts)),
-            partition="task",
-            total=info.rows,
-            unit="pairs",
-            meter=meter,
-        )
-    usage: dict[str, Any] = ray.get(meter.usage.remote())
-    return usage | {"seconds": round(time.monotonic() - started, 1), "rows_of_earlier_runs": before}
+        before = map_exactly_once(rows_in, rows_out, chains, config.rows_per_block, progress)
+    usage: PoolUsage = ray.get(progress.usage.remote())
+    return usage, before
 
 
 class ChainActor:
     """One worker of the pool: holds the models, turns prepared blocks into shard rows, reports what it did."""
 
-    def __init__(self, config: BuildConfig, facts: Facts, meter: Any):
+    def __init__(self, config: BuildConfig, models: BuildModels, progress: Any):
+        """Load the models. Raises DatasetError when they are not those of the driver, ``models``."""
         self.builder = _builder(config)
-        if self.builder.facts() != facts:
-            raise DatasetError(f"this node's weights differ from the driver's: {self.builder.facts()}, not {facts}")
-        self.meter = meter
+        loaded = self.builder.models()
+        if loaded != models:
+            raise DatasetError(f"this node's weights differ from the driver's: {loaded}, not {models}")
+        self.progress = progress
         self.name = ray.get_runtime_context().get_actor_id()
-        meter.join.remote(self.name)
+        progress.join.remote(self.name)
 
     def __call__(self, prepared: pa.Table) -> pa.Table:
+        """Return the shard rows of a prepared block."""
         started = time.time()
-        rows, work = self.builder.build(prepared)
-        self.meter.report.remote(
-            self.name, started, time.time(), work.rows, work.rejected, work.evaluations, work.padded
+        rows, stats = self.builder.build(prepared)
+        self.progress.report.remote(
+            BlockReport(self.name, started, time.time(), stats.rows, stats.rejected, stats.evaluations, stats.padded)
         )
         return rows
 
@@ -191,68 +229,73 @@ def _builder(config: BuildConfig) -> BlockBuilder:
 # --- before anything expensive -------------------------------------------------------------------------------------
 
 
-def _probe(config: BuildConfig, gpus: float) -> tuple[BuildConfig, Facts]:
-    """Load the models once where an actor will, so that what is wrong with them is one line before the pool starts."""
+def _load_once(config: BuildConfig, gpus: float) -> tuple[BuildConfig, BuildModels]:
+    """Load the models once where an actor will, so that what is wrong with them is one line before the pool starts.
 
-    def load(config: BuildConfig) -> tuple[BuildConfig, Facts]:
+    Returns:
+        The configuration with what the models decide, and what they are.
+    """
+
+    def load(config: BuildConfig) -> tuple[BuildConfig, BuildModels]:
         builder = _builder(config)
-        return builder.config, builder.facts()
+        return builder.config, builder.models()
 
     where = {"num_cpus": 0 if gpus else 1, "num_gpus": gpus, "resources": on(config.actors.node_type)}
     with one_line_errors(config.out, "build"):
-        found: tuple[BuildConfig, Facts] = ray.get(ray.remote(max_retries=2, **where)(load).remote(config))
-    return found
+        loaded: tuple[BuildConfig, BuildModels] = ray.get(ray.remote(max_retries=2, **where)(load).remote(config))
+    return loaded
 
 
-def _write_description(config: BuildConfig, info: ManifestInfo, facts: Facts) -> None:
-    DatasetRecord(
+def _with_block_size(config: BuildConfig, pairs: int, actors: int) -> BuildConfig:
+    """Return ``config`` with the rows of a block decided. No token depends on them."""
+    fewest = 1
+    if config.engine.batch is not None:
+        # Two waves of the engine: in a block all but the last two have full batches.
+        passes_per_pair = 2 + len(union_alphas(config.lengths, config.alphas)) * ("diffusion" in config.methods)
+        fewest = -(-2 * config.engine.batch // passes_per_pair)
+    rows = choose_rows_per_block(config.rows_per_block, pairs, actors, fewest)
+    return config.model_copy(update={"rows_per_block": rows})
+
+
+def _description(config: BuildConfig, info: ManifestInfo, models: BuildModels) -> DatasetRecord:
+    return DatasetRecord(
         config=config.model_dump(mode="json"),
         identity=config.identity(),
-        fingerprints=facts.fingerprints,
-        latent_shape=facts.latent_shape,
-        tokenizer_size_px=facts.tokenizer_px,
-        tokens_per_image=facts.tokens_per_image,
-        codes=facts.codes,
-        pairs=_digest(info),
-    ).write(config.out)
+        fingerprints=models.fingerprints,
+        latent_shape=models.latent_shape,
+        tokenizer_size_px=models.tokenizer_px,
+        tokens_per_image=models.tokens_per_image,
+        codes=models.codes,
+        pairs=_pair_set(info),
+    )
 
 
-def _digest(info: ManifestInfo) -> PairSet:
-    """The manifest's set of pairs, whatever their order."""
+def _pair_set(info: ManifestInfo) -> PairSet:
     ids = info.pair_ids.copy()
     ids.sort()
     return PairSet(rows=info.rows, sha256=hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest())
 
 
-def _require_same_pairs(config: BuildConfig, described: DatasetRecord, info: ManifestInfo) -> None:
-    if described.pairs != _digest(info):
-        rows = described.pairs.rows if described.pairs else "unknown"
+def _require_same_pairs(config: BuildConfig, begun: DatasetRecord, info: ManifestInfo) -> None:
+    if begun.pairs != _pair_set(info):
+        rows = "unknown" if begun.pairs is None else begun.pairs.rows
         raise DatasetError(
-            f"{config.out}: was begun with another manifest ({rows} pairs, {config.pairs} has "
-            f"{info.rows}, or others); give that one, or another --out"
+            f"{config.out}: was begun with another manifest ({rows} pairs, {config.pairs} has {info.rows}, or others); "
+            "give that one, or another --out"
         )
 
 
-def _require_same(
-    config: BuildConfig, theirs: dict[str, Any], ours: dict[str, Any], open_matches: bool = False
-) -> None:
-    """Refuse to go on with another configuration. ``open_matches``: what ours leaves open agrees with anything."""
-    differing = differences(theirs, ours, open_matches=open_matches)
-    if differing:
-        raise DatasetError(
-            f"{config.out}: was begun with another configuration: {'; '.join(differing)}; "
-            "give the same, or another --out"
-        )
+def _as_recorded(config: BuildConfig, begun: DatasetRecord) -> BuildConfig:
+    """Return ``config`` with what the begun build decided: a probe of today might propose another batch."""
+    batch = begun.config["engine"]["batch"]
+    update: dict[str, Any] = {"engine": config.engine.model_copy(update={"batch": batch})}
+    if config.rows_per_block is None:
+        update["rows_per_block"] = begun.config["rows_per_block"]
+    return config.model_copy(update=update)
 
 
-def _as_recorded(config: BuildConfig, recorded: dict[str, Any]) -> BuildConfig:
-    """``config`` with the batch that the begun build recorded: a probe of today might propose another."""
-    batch = recorded["engine"]["batch"]
-    return config.model_copy(update={"engine": config.engine.model_copy(update={"batch": batch})})
-
-
-def _file_metadata(config: BuildConfig, facts: Facts) -> dict[str, str]:
-    """What every shard says of itself, should it be separated from its folder."""
+def _file_metadata(config: BuildConfig, models: BuildModels) -> dict[str, str]:
+    """Return what every shard says of itself, should it be separated from its folder."""
     return {
-        "covray": json.dumps({"version": 1, "identity": config.identity(), "fingerprints": facts.fingerprints}),
+        "covray": json.dumps({"version": 1, "identity": config.identity(), "fingerprints": models.fingerprints}),
     }

@@ -12,8 +12,9 @@ import json
 import re
 import time
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.dataset as ds
@@ -27,22 +28,25 @@ from covray.chains.dataset import ChainDataset
 from covray.config import BuildConfig, EvaluateConfig, load_config
 from covray.distributed.pool import (
     CHECKPOINT,
+    RowsIn,
+    RowsOut,
     absolute,
+    choose_rows_per_block,
     delete_checkpoint,
     gpus_of,
     map_exactly_once,
+    most_actors,
     on,
     one_line_errors,
     pool_of,
-    read_description,
-    require_fresh,
 )
-from covray.distributed.progress import Meter
-from covray.distributed.session import here, ray_session
+from covray.distributed.progress import BlockReport, stage, start_progress_actor
+from covray.distributed.resumable import Output
+from covray.distributed.session import ray_session
 from covray.distributed.tracking import Tracker
 from covray.errors import ConfigError, DatasetError, PairError
 from covray.evaluation.lpips import find_alexnet, load_lpips
-from covray.evaluation.records import EvaluationResults
+from covray.evaluation.records import EvaluationRecord, EvaluationResults
 from covray.evaluation.results import choose_episodes, tabulate, to_csv
 from covray.evaluation.runner import (
     EPISODE_SCHEMA,
@@ -54,203 +58,233 @@ from covray.evaluation.runner import (
 )
 from covray.evaluation.subjects import Subject, adapter_weights, subjects_of
 from covray.io import storage
+from covray.io.storage import Folder
 from covray.models.tokenizer.vqgan import load_tokenizer
 from covray.report.evaluation import Strip, write_evaluation_page
 from covray.seeds import seed_of
-from covray.training.checkpoints import require_same
 
-DESCRIPTION, RESULTS, TABLE, PAGE = "_evaluation.json", "results.json", "table.csv", "index.html"
+RESULTS, TABLE, PAGE = "results.json", "table.csv", "index.html"
 _EPISODES, _QUERIES, _EXAMPLES, _ROWS = "_episodes.parquet", "_queries.parquet", "_examples.parquet", "rows"
-_KEYS = ("config", "identity", "fingerprints", "subjects", "mlflow_run_id")
 
 
-def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Evaluate everyone that ``config`` names; returns what is written to ``results.json``.
+def evaluate(config: EvaluateConfig, patience_s: float = 0.0) -> dict[str, Any]:
+    """Evaluate everyone that ``config`` names.
 
-    Called again on an unfinished evaluation it continues it; on a finished one it returns the results at once. Raises
-    CovrayError: a dataset, run, backbone, manifest or configuration that cannot be used, before any actor is started.
+    Called again on an unfinished evaluation it continues it; on a finished one it returns the results at once.
+
+    Args:
+        config: The configuration; what it leaves open is decided here, and recorded.
+        patience_s: Seconds to wait for another command that is at work in the folder.
+
+    Returns:
+        What is written to ``results.json``.
+
+    Raises:
+        CovrayError: A dataset, run, backbone, manifest or configuration cannot be used; nothing has been computed.
     """
     config = _absolute(config)
-    described = read_description(storage.join(config.out, DESCRIPTION), _KEYS)
-    dataset = ChainDataset(config.data)
-    config = _resolve(config, dataset)
-    subjects = subjects_of(config, dataset)
-    fingerprints = _fingerprints(dataset, subjects)
-    queries, examples = _pairs(config, dataset, subjects)
-    assert config.manifest is not None
-    root = require_pairs(config.manifest, pa.concat_tables([queries, examples]))
-    if described is not None:
-        require_same(config.out, described["identity"], config.identity())
-        require_same(config.out, described["fingerprints"], fingerprints)
-        if storage.exists(storage.join(config.out, RESULTS)):
-            results = dict(storage.read_json(storage.join(config.out, RESULTS)))
-            if storage.exists(storage.join(config.out, CHECKPOINT)):  # killed before MLflow had all of them
-                tracker = Tracker(config, described["mlflow_run_id"], "covray evaluate")
-                tracker.start()
-                _track(tracker, config, results)
-                tracker.finish("FINISHED")
-                delete_checkpoint(config.out)
-            return results
-    else:
-        require_fresh(config.out, "evaluation")
-    with ray_session() as cores, one_line_errors(config.out, "evaluation"):
-        gpus = gpus_of(config.actors, config.engine)
-        _probe(config, gpus)
-        description: dict[str, Any] = {
-            "version": 1,
-            "config": config.model_dump(mode="json"),
-            "identity": config.identity(),
-            "fingerprints": fingerprints,
-            "subjects": [subject.as_json() for subject in subjects],
-            "mlflow_run_id": described["mlflow_run_id"] if described else None,
-        }
-        storage.write_json(storage.join(config.out, DESCRIPTION), description)
-        tracker = Tracker(config, description["mlflow_run_id"], "covray evaluate")
-        description["mlflow_run_id"] = tracker.start()
-        storage.write_json(storage.join(config.out, DESCRIPTION), description)
-        status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
-        try:
-            for name, wanted in ((_QUERIES, queries), (_EXAMPLES, examples)):
-                if not storage.exists(storage.join(config.out, name)):
-                    write_pairs(storage.join(config.out, name), config.manifest, root, wanted)
-            episodes = _episodes(subjects, queries)
-            results = _run(config, subjects, episodes, pool_of(config.actors, config.engine, cores, gpus))
-            results |= {"config": description["config"], "fingerprints": fingerprints}
-            _write_results(config, subjects, results)
-            _track(tracker, config, results)
-            status = "FINISHED"
-        except KeyboardInterrupt:
-            status = "KILLED"
-            raise
-        finally:
-            tracker.finish(status)
-    delete_checkpoint(config.out)
+    with Output(config.out, EvaluationRecord, "covray evaluate", result=RESULTS, patience_s=patience_s) as output:
+        with stage("reading the dataset, the runs and the manifest"):
+            work = _prepare(config)
+        begun = output.begun
+        if begun is not None:
+            output.require_same(begun.identity, work.config.identity())
+            output.require_same(begun.fingerprints, work.fingerprints)
+            if output.finished:
+                return _finished(work.config, output.folder, begun)
+        with ray_session() as cores, one_line_errors(config.out, "evaluation"):
+            gpus = gpus_of(config.actors, config.engine)
+            with stage("loading the tokenizer, to check it"):
+                _load_once(work.config, gpus)
+            actors = most_actors(config.actors, config.engine, cores, gpus)
+            pool = pool_of(config.actors, config.engine, cores, gpus)
+            results = _evaluate(_with_block_size(work, actors), output, pool)
     return results
 
 
 def report(out: str) -> dict[str, Any]:
-    """Write table and page of the finished evaluation ``out`` again; returns its results. Raises ConfigError."""
-    path = storage.join(absolute(out), RESULTS)
-    described = read_description(storage.join(absolute(out), DESCRIPTION), _KEYS)
-    if described is None or not storage.exists(path):
+    """Write table and page of the finished evaluation ``out`` again; return its results. Raises ConfigError."""
+    folder = Folder(absolute(out))
+    record = EvaluationRecord.read_if_present(folder)
+    if record is None or not folder.exists(RESULTS):
         raise ConfigError(f"{out}: holds no finished evaluation; run its covray evaluate again to continue it")
-    config = load_config(EvaluateConfig, None, described["config"]).model_copy(update={"out": absolute(out)})
-    results = dict(storage.read_json(path))
-    _write_results(config, [Subject(**subject) for subject in described["subjects"]], results)
+    config = load_config(EvaluateConfig, None, record.config).model_copy(update={"out": folder.path})
+    results = dict(folder.read_json(RESULTS))
+    _write_results(config, [Subject(**subject) for subject in record.subjects], results)
+    return results
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What an evaluation is about to do."""
+
+    config: EvaluateConfig
+    """Resolved."""
+    subjects: tuple[Subject, ...]
+    fingerprints: dict[str, str]
+    queries: pa.Table
+    examples: pa.Table
+    root: str | None
+    """The folder of the manifest's pictures."""
+    episodes: pa.Table
+    """``EPISODE_SCHEMA``."""
+
+
+def _evaluate(work: _Work, output: Output[EvaluationRecord], pool: dict[str, Any]) -> dict[str, Any]:
+    """Evaluate in a Ray session on ``pool``, the arguments of ``map_batches``; return the results."""
+    config, folder = work.config, output.folder
+    assert config.manifest is not None
+    record = EvaluationRecord(
+        config=config.model_dump(mode="json"),
+        identity=config.identity(),
+        fingerprints=work.fingerprints,
+        subjects=[subject.as_json() for subject in work.subjects],
+        mlflow_run_id=None if output.begun is None else output.begun.mlflow_run_id,
+    )
+    with output.tracked(config, record) as (tracker, record):
+        with stage("writing the list of episodes"):
+            for name, pairs in ((_QUERIES, work.queries), (_EXAMPLES, work.examples)):
+                if not folder.exists(name):
+                    write_pairs(folder.join(name), config.manifest, work.root, pairs)
+            if not folder.exists(_EPISODES):
+                folder.write_bytes(_EPISODES, _parquet_bytes(work.episodes))
+        results = _run(work, folder, pool) | {"config": record.config, "fingerprints": work.fingerprints}
+        with stage("writing the table and the page"):
+            _write_results(config, work.subjects, results)
+        _track(tracker, config, results)
+    delete_checkpoint(folder)
+    return results
+
+
+def _finished(config: EvaluateConfig, folder: Folder, record: EvaluationRecord) -> dict[str, Any]:
+    """Return the results of a finished evaluation, and log them where it was killed before MLflow had all of them."""
+    results = dict(folder.read_json(RESULTS))
+    if folder.exists(CHECKPOINT):
+        tracker = Tracker(config, record.mlflow_run_id, "covray evaluate")
+        tracker.start()
+        _track(tracker, config, results)
+        tracker.finish("FINISHED")
+        delete_checkpoint(folder)
     return results
 
 
 class EpisodeActor:
     """One worker of the pool: holds tokenizer and model, answers and scores."""
 
-    def __init__(self, config: EvaluateConfig, subjects: Sequence[Subject], meter: Any):
+    def __init__(self, config: EvaluateConfig, subjects: Sequence[Subject], progress: Any):
+        """Load the tokenizer; models are loaded when an episode asks for them."""
         torch.set_num_threads(config.engine.threads)
-        self.runner = Runner(config, subjects, *(storage.join(config.out, name) for name in (_QUERIES, _EXAMPLES)))
-        self.meter = meter
+        self.runner = _runner(config, subjects)
+        self.progress = progress
         self.name = ray.get_runtime_context().get_actor_id()
-        meter.join.remote(self.name)
+        progress.join.remote(self.name)
 
     def __call__(self, episodes: pa.Table) -> pa.Table:
+        """Return the rows (``RESULT_SCHEMA``) of a block of episodes."""
         started = time.time()
         rows = self.runner.run(episodes)
         failed = len(rows) - rows["error"].null_count
-        self.meter.report.remote(self.name, started, time.time(), len(rows), failed, 0, 0)
+        self.progress.report.remote(BlockReport(self.name, started, time.time(), len(rows), failed))
         return rows
 
 
-def _run(
-    config: EvaluateConfig,
-    subjects: Sequence[Subject],
-    episodes: pa.Table,
-    pool: dict[str, Any],
-) -> dict[str, Any]:
-    """Answer and score every episode that the checkpoint does not have; gives the table."""
+def _run(work: _Work, folder: Folder, pool: dict[str, Any]) -> dict[str, Any]:
+    """Answer and score every episode that the checkpoint does not have; return the table of all."""
     started = time.monotonic()
-    if not storage.exists(storage.join(config.out, _EPISODES)):
-        buffer = pa.BufferOutputStream()
-        pq.write_table(episodes, buffer)
-        storage.write_bytes(storage.join(config.out, _EPISODES), buffer.getvalue().to_pybytes())
-    meter = Meter.options(scheduling_strategy=here()).remote()
+    config = work.config
+    progress = start_progress_actor()
 
     def answers(blocks: Dataset) -> Dataset:
         return blocks.map_batches(
             EpisodeActor,
-            fn_constructor_kwargs={"config": config, "subjects": subjects, "meter": meter},
+            fn_constructor_kwargs={"config": config, "subjects": work.subjects, "progress": progress},
             batch_format="pyarrow",
             batch_size=config.rows_per_block,
             **pool,
         )
 
-    filesystem, asked = storage.resolve(storage.join(config.out, _EPISODES))
-    map_exactly_once(
-        (filesystem, [asked]),
-        config.out,
-        _ROWS,
-        answers,
+    rows_in = RowsIn(
+        filesystem=folder.filesystem,
+        files=[folder.inner_path(_EPISODES)],
         columns=EPISODE_SCHEMA.names,
         id_column="episode",
-        rows_per_block=config.rows_per_block,
-        schema=RESULT_SCHEMA,
-        partition="task",
-        total=len(episodes),
+        total=len(work.episodes),
         unit="episodes",
-        meter=meter,
     )
+    assert config.rows_per_block is not None
+    rows_out = RowsOut(folder, _ROWS, RESULT_SCHEMA, partition="task")
+    map_exactly_once(rows_in, rows_out, answers, config.rows_per_block, progress)
     rows = read_rows(config.out)
-    if sorted(row["episode"] for row in rows) != sorted(episodes["episode"].to_pylist()):
+    if sorted(row["episode"] for row in rows) != sorted(work.episodes["episode"].to_pylist()):
         raise DatasetError(
-            f"{config.out}: has {len(rows)} rows, not one for each of {len(episodes)} episodes; give another --out"
+            f"{config.out}: has {len(rows)} rows, not one for each of {len(work.episodes)} episodes; give another --out"
         )
-    return tabulate(rows, subjects, config.seed) | {"seconds": round(time.monotonic() - started, 1)}
+    return tabulate(rows, work.subjects, config.seed) | {"seconds": round(time.monotonic() - started, 1)}
 
 
 def read_rows(out: str, pair_ids: Collection[int] | None = None) -> list[dict[str, Any]]:
-    """The rows (``RESULT_SCHEMA``) of the evaluation ``out``, by task, subject and pair.
+    """Return the rows (``RESULT_SCHEMA``) of the evaluation ``out``, by task, subject and pair.
 
-    All of them without ``images``, which are most of their size, or with them those of ``pair_ids``.
+    Without ``pair_ids`` all of them, but not their ``images``, which are most of their size; else those of these pairs,
+    with ``images``.
     """
-    filesystem, inner = storage.resolve(storage.join(out, _ROWS))
-    found = ds.dataset(
-        inner, RESULT_SCHEMA, "parquet", filesystem, ds.partitioning(pa.schema([("task", pa.string())]), flavor="hive")
-    )
+    folder = Folder(out)
+    partitioning = ds.partitioning(pa.schema([("task", pa.string())]), flavor="hive")
+    dataset = ds.dataset(folder.inner_path(_ROWS), RESULT_SCHEMA, "parquet", folder.filesystem, partitioning)
     if pair_ids is None:
-        table = found.to_table(columns=[name for name in RESULT_SCHEMA.names if name != "images"])
+        table = dataset.to_table(columns=[name for name in RESULT_SCHEMA.names if name != "images"])
     else:
-        table = found.to_table(columns=RESULT_SCHEMA.names, filter=ds.field("pair_id").isin(list(pair_ids)))
-    rows: list[dict[str, Any]] = table.sort_by(
-        [(key, "ascending") for key in ("task", "subject", "pair_id")]
-    ).to_pylist()
+        table = dataset.to_table(columns=RESULT_SCHEMA.names, filter=ds.field("pair_id").isin(list(pair_ids)))
+    ordered = table.sort_by([("task", "ascending"), ("subject", "ascending"), ("pair_id", "ascending")])
+    rows: list[dict[str, Any]] = ordered.to_pylist()
     return rows
 
 
 def _write_results(config: EvaluateConfig, subjects: Sequence[Subject], results: dict[str, Any]) -> None:
-    """Table and page, then ``results.json``, which says that all is there."""
+    """Write table and page, then ``results.json``, which says that all is there."""
+    folder = Folder(config.out)
+    strips = _strips(config, subjects, results)
+    write_evaluation_page(EvaluationResults.model_validate(results), strips, folder.join(PAGE))
+    folder.write_bytes(TABLE, to_csv(results).encode())
+    folder.write_json(RESULTS, results)
+
+
+def _strips(config: EvaluateConfig, subjects: Sequence[Subject], results: dict[str, Any]) -> list[Strip]:
+    """Decode what each subject answered in the best, the median and the worst episode of each task."""
     chosen = choose_episodes(read_rows(config.out), results)
-    shown = read_rows(config.out, {pair_id for ranks in chosen.values() for pair_id in ranks.values()})
-    by_key = {(row["task"], row["pair_id"], row["subject"]): row for row in shown if row["error"] is None}
-    here = config.model_copy(update={"engine": config.engine.model_copy(update={"device": "cpu"})})  # a head has no GPU
-    runner = Runner(here, subjects, *(storage.join(config.out, name) for name in (_QUERIES, _EXAMPLES)))
+    pair_ids: set[int] = set()
+    for ranks in chosen.values():
+        pair_ids.update(ranks.values())
+    rows: dict[tuple[str, int, str], dict[str, Any]] = {}
+    for row in read_rows(config.out, pair_ids):
+        if row["error"] is None:
+            rows[row["task"], row["pair_id"], row["subject"]] = row
+    engine = config.engine.model_copy(update={"device": "cpu"})  # the driver's machine may have no GPU
+    runner = _runner(config.model_copy(update={"engine": engine}), subjects)
     strips = []
     for task, ranks in chosen.items():
         primary = results["tasks"][task]["primary"]
         for rank, pair_id in ranks.items():
             for subject in subjects:
-                row = by_key.get((task, pair_id, subject.name))
-                if row is None:
+                if (task, pair_id, subject.name) not in rows:
                     continue
+                row = rows[task, pair_id, subject.name]
                 try:
                     query, frames, answer, label = runner.pictures_of(row)
-                except PairError:  # a model read tokens where the query's picture has gone since
+                except PairError:  # a model read tokens, and the query's picture is gone since
                     continue
                 value = next(entry["value"] for entry in row["values"] if entry["metric"] == primary)
                 strips.append(Strip(task, subject.name, rank, pair_id, value, query, list(frames), answer, label))
-    write_evaluation_page(EvaluationResults.model_validate(results), strips, storage.join(config.out, PAGE))
-    storage.write_bytes(storage.join(config.out, TABLE), to_csv(results).encode())
-    storage.write_json(storage.join(config.out, RESULTS), results)
+    return strips
+
+
+def _runner(config: EvaluateConfig, subjects: Sequence[Subject]) -> Runner:
+    folder = Folder(config.out)
+    return Runner(config, subjects, folder.join(_QUERIES), folder.join(_EXAMPLES))
 
 
 def _track(tracker: Tracker, config: EvaluateConfig, results: dict[str, Any]) -> None:
-    """Figures and files to MLflow; figures that it has already stay as they are."""
+    """Log figures and files to MLflow; figures that it has already stay as they are."""
     tracker.log(0, {_metric(entry): entry["mean"] for entry in results["scores"]})
     tracker.artefacts(config.out, (RESULTS, TABLE, PAGE))
 
@@ -259,7 +293,7 @@ def _track(tracker: Tracker, config: EvaluateConfig, results: dict[str, Any]) ->
 
 
 def _absolute(config: EvaluateConfig) -> EvaluateConfig:
-    """``config`` with paths that mean the same in a worker's folder, and every run with its name."""
+    """Return ``config`` with paths that mean the same in a worker's folder, and with a name for every run."""
     adapters = []
     for entry in config.adapters:
         name, separator, run = entry.partition("=")
@@ -272,8 +306,20 @@ def _absolute(config: EvaluateConfig) -> EvaluateConfig:
     return config.model_copy(update=update)
 
 
+def _prepare(config: EvaluateConfig) -> _Work:
+    """Check all that can be wrong with the data and the runs, and list the episodes. Raises CovrayError."""
+    dataset = ChainDataset(config.data)
+    config = _resolve(config, dataset)
+    subjects = subjects_of(config, dataset)
+    fingerprints = _fingerprints(dataset, subjects)
+    queries, examples = _pairs(config, dataset, subjects)
+    assert config.manifest is not None
+    root = require_pairs(config.manifest, pa.concat_tables([queries, examples]))
+    return _Work(config, subjects, fingerprints, queries, examples, root, _episodes(subjects, queries))
+
+
 def _resolve(config: EvaluateConfig, dataset: ChainDataset) -> EvaluateConfig:
-    """``config`` with what the dataset decides."""
+    """Return ``config`` with what the dataset decides."""
     try:
         keys = ("prior", "tokenizer", "pairs", "out")
         built = BuildConfig.model_validate({key: dataset.config[key] for key in keys if key in dataset.config})
@@ -287,33 +333,41 @@ def _resolve(config: EvaluateConfig, dataset: ChainDataset) -> EvaluateConfig:
     if config.tokenizer is None:
         update["tokenizer"] = built.tokenizer
     if config.lpips is None:
-        found = find_alexnet()
-        update["lpips"] = None if found is None else str(found)
+        alexnet = find_alexnet()
+        update["lpips"] = None if alexnet is None else str(alexnet)
     else:
         load_lpips(Path(config.lpips))
     if config.tasks is None:
-        update["tasks"] = tuple(sorted(set(dataset.table(["task"], None, config.split)["task"].to_pylist()))) or None
+        tasks = dataset.table(["task"], None, config.split)["task"].to_pylist()
+        update["tasks"] = tuple(sorted(set(tasks))) or None
     return config.model_copy(update=update)
 
 
 def _pairs(config: EvaluateConfig, dataset: ChainDataset, subjects: Sequence[Subject]) -> tuple[pa.Table, pa.Table]:
-    """Queries, and examples for the baselines; DatasetError where there are not enough."""
+    """Return the queries, and the examples for the baselines. Raises DatasetError where there are not enough."""
     queries = choose_pairs(dataset, config.tasks, config.split, config.episodes, config.seed, "split")
     examples = choose_pairs(
         dataset, config.tasks, config.example_split, config.baseline_examples, config.seed, "example_split"
     )
     needed = max((subject.pairs or 0) for subject in subjects) + (config.split == config.example_split)
-    there = dataset.table(["task"], config.tasks, config.example_split)["task"].to_pylist()
+    present = dataset.table(["task"], config.tasks, config.example_split)["task"].to_pylist()
     for task in config.tasks or ():
-        if there.count(task) < needed:
+        if present.count(task) < needed:
             raise DatasetError(
-                f"{dataset.path}: {task} has {there.count(task)} good pairs in split {config.example_split}, an "
+                f"{dataset.path}: {task} has {present.count(task)} good pairs in split {config.example_split}, an "
                 f"episode needs {needed}; lower --pairs, set example_split, or name the other tasks"
             )
     return queries, examples
 
 
-def _probe(config: EvaluateConfig, gpus: float) -> None:
+def _with_block_size(work: _Work, actors: int) -> _Work:
+    """Return ``work`` with the rows of a block decided for a pool of ``actors``. No score depends on them."""
+    config = work.config
+    rows = choose_rows_per_block(config.rows_per_block, len(work.episodes), actors, fewest=config.batch)
+    return replace(work, config=config.model_copy(update={"rows_per_block": rows}))
+
+
+def _load_once(config: EvaluateConfig, gpus: float) -> None:
     """Load the tokenizer where an actor will, so that what is wrong with it is one line before the pool starts."""
 
     @ray.remote(num_cpus=0 if gpus else 1, num_gpus=gpus, resources=on(config.actors.node_type), max_retries=2)
@@ -326,29 +380,38 @@ def _probe(config: EvaluateConfig, gpus: float) -> None:
 
 
 def _episodes(subjects: Sequence[Subject], queries: pa.Table) -> pa.Table:
-    """One row (``EPISODE_SCHEMA``) for every subject and query, sorted so that an actor seldom changes its model."""
-    rows = [
-        {"episode": seed_of(subject.name, pair["pair_id"]), "subject": subject.name} | pair
-        for subject in subjects
-        for pair in queries.to_pylist()
-    ]
+    """List every subject with every query (``EPISODE_SCHEMA``), sorted so that an actor seldom changes its model."""
+    pairs = queries.to_pylist()
+    rows = []
+    for subject in subjects:
+        for pair in pairs:
+            rows.append({"episode": seed_of(subject.name, pair["pair_id"]), "subject": subject.name} | pair)
     return pa.Table.from_pylist(rows, EPISODE_SCHEMA)
 
 
+def _parquet_bytes(table: pa.Table) -> bytes:
+    buffer = pa.BufferOutputStream()
+    pq.write_table(table, buffer)
+    data: bytes = buffer.getvalue().to_pybytes()
+    return data
+
+
 def _fingerprints(dataset: ChainDataset, subjects: Sequence[Subject]) -> dict[str, str]:
-    found = {f"dataset.{key}": value for key, value in dataset.fingerprints.items()}
+    """Return the SHA-256 (hex) of all that decides the scores beside the configuration."""
+    fingerprints = {f"dataset.{key}": value for key, value in dataset.fingerprints.items()}
     pairs = dataset.record.pairs
-    what = json.dumps([dataset.identity, pairs and pairs.to_json(), dataset.count()], sort_keys=True)
-    found["dataset.pairs"] = hashlib.sha256(what.encode()).hexdigest()
+    contents = json.dumps([dataset.identity, pairs and pairs.to_json(), dataset.count()], sort_keys=True)
+    fingerprints["dataset.pairs"] = hashlib.sha256(contents.encode()).hexdigest()
     for subject in subjects:
         if subject.fingerprint:
-            found[f"{subject.name}.backbone"] = subject.fingerprint
+            fingerprints[f"{subject.name}.backbone"] = subject.fingerprint
         if subject.adapter is not None:
-            found[f"{subject.name}.adapter"] = hashlib.sha256(storage.read_bytes(adapter_weights(subject))).hexdigest()
-    return found
+            weights = storage.read_bytes(adapter_weights(subject))
+            fingerprints[f"{subject.name}.adapter"] = hashlib.sha256(weights).hexdigest()
+    return fingerprints
 
 
 def _metric(entry: dict[str, Any]) -> str:
-    """The name of a score in MLflow, which takes only some characters."""
+    """Return the name of a score in MLflow, which takes only some characters."""
     name = f"{entry['task']}/{entry['metric']}/{entry['subject']}"
     return re.sub(r"[^\w\-. :/]", "_", name)

@@ -1,6 +1,6 @@
 """A map over Parquet files on a pool of actors that is exactly once: killed anywhere, continued by the same call.
 
-Ray Data's checkpoint commits a block when what became of it is written; what is committed is not read again.
+Ray Data's checkpoint commits a block when its rows are written; the rows of committed blocks are not read again.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -19,44 +20,70 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset
 from ray.data.checkpoint import CheckpointConfig
 
 from covray.config import ActorsConfig, EngineConfig
-from covray.distributed.progress import PoolProgress
+from covray.config.fields import MOST_ROWS_PER_BLOCK
+from covray.distributed.progress import PoolCounts, PoolProgress
 from covray.distributed.session import READING_CPUS
 from covray.errors import CovrayError, DatasetError, last_line
 from covray.io import storage
+from covray.io.storage import Folder
 
 TASK_CPUS = 0.5
 """Logical CPUs of a task that reads, decodes or writes: such tasks wait for storage, and must fit beside the actors."""
 CHECKPOINT = "_checkpoint"
+"""The folder, below a command's output, that says which blocks are written."""
+_BLOCKS_PER_ACTOR = 4  # so that no actor waits long for the others at the end
 _COMMITTED, _PENDING = ".parquet", ".pending.parquet"
 _READERS = 16
 
 
-def map_exactly_once(
-    files: tuple[fs.FileSystem, Sequence[str]],
-    out: str,
-    folder: str,
-    mapping: Callable[[Dataset], Dataset],
-    *,
-    columns: list[str],
-    id_column: str,
-    rows_per_block: int,
-    schema: pa.Schema,
-    partition: str,
-    total: int,
-    unit: str,
-    meter: Any,
-) -> int:
-    """Write ``mapping`` of the rows of ``files`` that no earlier call has written, below ``out``/``folder``.
+@dataclass(frozen=True)
+class RowsIn:
+    """What a pool reads: Parquet files of one filesystem."""
 
-    ``files``: storage and paths of Parquet with ``columns``, of which ``id_column`` (int64) is unique; ``mapping``
-    keeps one row a row and its id; ``schema``: of what is written, a folder for every value of the column
-    ``partition``; ``total`` rows, called ``unit`` where progress is shown, as ``meter`` reports it. Returns the rows of
-    earlier calls. The checkpoint stays until ``delete_checkpoint``: a kill right after the end must not start afresh.
+    filesystem: fs.FileSystem
+    files: Sequence[str]
+    columns: list[str]
+    id_column: str
+    """An int64 column whose values are unique."""
+    total: int
+    """Rows of all files."""
+    unit: str
+    """What a row is called where progress is shown, in the plural."""
+
+
+@dataclass(frozen=True)
+class RowsOut:
+    """What a pool writes: Parquet files below ``output``/``name``, in a folder for every value of ``partition``."""
+
+    output: Folder
+    name: str
+    schema: pa.Schema
+    partition: str
+
+
+def map_exactly_once(
+    rows_in: RowsIn, rows_out: RowsOut, mapping: Callable[[Dataset], Dataset], rows_per_block: int, progress: Any
+) -> int:
+    """Map the rows that no earlier call has written, and write them.
+
+    The checkpoint stays until ``delete_checkpoint`` is called: a kill right after the end must not start afresh.
+
+    Args:
+        rows_in: The rows to map.
+        rows_out: Where their images go.
+        mapping: Maps blocks of rows; it keeps one row for each, with its id.
+        rows_per_block: Rows of a block.
+        progress: The handle of the ``ProgressActor`` that the actors of ``mapping`` report to.
+
+    Returns:
+        The rows that earlier calls have written.
     """
+    output = rows_out.output
     context = DataContext.get_current().copy()
     context.checkpoint_config = CheckpointConfig(
-        id_column=id_column,
-        checkpoint_path=absolute(storage.join(out, CHECKPOINT)),
+        id_column=rows_in.id_column,
+        checkpoint_path=output.inner_path(CHECKPOINT),
+        override_filesystem=output.filesystem,
         delete_checkpoint_on_success=False,
     )
     context.enable_progress_bars = False
@@ -64,15 +91,21 @@ def map_exactly_once(
     context.execution_no_progress_timeout_s = 24 * 3600  # GPU nodes may take long to arrive
     # Ray Data would start 32 processes to read footers; one, of 128 threads, reads those of thousands of files.
     os.environ.setdefault("RAY_DATA_PARQUET_FOOTER_NUM_ACTORS", "1")
-    finish_commits(out)
-    before = _committed_rows(out)
-    with DataContext.current(context), PoolProgress(total, before, meter, unit):
+    finish_commits(output)
+    committed = CommittedRows(output)
+    before = committed.count()
+
+    def counts() -> PoolCounts:
+        result: PoolCounts = ray.get(progress.counts.remote())
+        return result
+
+    shown = PoolProgress(rows_in.total, rows_in.unit, committed.count, counts)
+    with DataContext.current(context), shown:
         # These files and no others, whatever they are called and whatever their folders' names look like.
-        filesystem, paths = files
         rows = ray.data.read_parquet(
-            list(paths),
-            filesystem=filesystem,
-            columns=columns,
+            list(rows_in.files),
+            filesystem=rows_in.filesystem,
+            columns=rows_in.columns,
             num_cpus=TASK_CPUS,
             partitioning=None,
             file_extensions=None,
@@ -80,71 +113,141 @@ def map_exactly_once(
         # A small file is read as one block: without this, one actor would get it all.
         blocks = rows.repartition(target_num_rows_per_block=rows_per_block)
         mapping(blocks).write_parquet(
-            absolute(storage.join(out, folder)),
-            partition_cols=[partition],
+            output.inner_path(rows_out.name),
+            filesystem=output.filesystem,
+            partition_cols=[rows_out.partition],
             ray_remote_args={"num_cpus": TASK_CPUS},
-            schema=schema,
+            schema=rows_out.schema,
         )
     return before
 
 
-def commit_again(out: str, id_column: str, ids: Callable[[], pa.ChunkedArray]) -> None:
-    """Commit ``ids``, of rows that stand in ``out``, if it has no checkpoint any more: a finished result that somebody
-    took files from is continued, not made a second time beside what is left of it."""
-    if not storage.list_files(storage.join(out, CHECKPOINT)) and len(standing := ids()):
+def choose_rows_per_block(configured: int | None, rows: int, actors: int, fewest: int) -> int:
+    """Return the rows of a block: so few that all actors have work to the end, so many that batches are full.
+
+    Args:
+        configured: What the user wants; None: choose.
+        rows: Rows of the whole job.
+        actors: The most actors that will work on it.
+        fewest: Rows that fill the batches of an actor.
+    """
+    if configured is not None:
+        return configured
+    wanted = max(-(-rows // (_BLOCKS_PER_ACTOR * actors)), fewest)
+    # Every actor gets a block, whatever that does to batches; and one actor gets two, so that progress is seen.
+    share = -(-rows // max(actors, 2))
+    return max(1, min(wanted, share, MOST_ROWS_PER_BLOCK))
+
+
+class CommittedRows:
+    """Counts the rows whose blocks are committed below an output folder."""
+
+    def __init__(self, output: Folder):
+        """Count nothing yet."""
+        self._folder = output / CHECKPOINT
+        self._rows: dict[str, int] = {}  # by file: a file never changes
+
+    def count(self) -> int:
+        """Return the rows that are written; reads only the files that are new since the last call."""
+        names = [name for name in self._folder.list_files(_COMMITTED) if not name.endswith(_PENDING)]
+        new = [name for name in names if name not in self._rows]
+        if new:
+            with ThreadPoolExecutor(min(_READERS, len(new))) as readers:  # of an object store each takes requests
+                self._rows.update(zip(new, readers.map(self._count_file, new), strict=True))
+        return sum(self._rows[name] for name in names)
+
+    def _count_file(self, name: str) -> int:
+        metadata = pq.read_metadata(self._folder.inner_path(name), filesystem=self._folder.filesystem)
+        return int(metadata.num_rows)
+
+
+def commit_again(output: Folder, id_column: str, ids: Callable[[], pa.ChunkedArray]) -> None:
+    """Commit the rows that ``output`` has, where its checkpoint is gone.
+
+    So a finished result that somebody took files from is continued, not made a second time beside what is left of it.
+
+    Args:
+        output: The folder of the command.
+        id_column: The column of ids.
+        ids: Reads the ids of the rows that the folder has.
+    """
+    if (output / CHECKPOINT).list_files():
+        return
+    present = ids()
+    if len(present):
         buffer = pa.BufferOutputStream()
-        pq.write_table(pa.table({id_column: standing}), buffer)
-        storage.write_bytes(storage.join(out, CHECKPOINT, f"standing{_COMMITTED}"), buffer.getvalue().to_pybytes())
+        pq.write_table(pa.table({id_column: present}), buffer)
+        (output / CHECKPOINT).write_bytes(f"standing{_COMMITTED}", buffer.getvalue().to_pybytes())
 
 
-def delete_checkpoint(out: str) -> None:
+def delete_checkpoint(output: Folder) -> None:
     """Forget what was committed, once the result stands."""
-    filesystem, inner = storage.resolve(storage.join(out, CHECKPOINT))
-    filesystem.delete_dir_contents(inner, missing_dir_ok=True)
-    filesystem.delete_dir(inner)
+    folder = output / CHECKPOINT
+    folder.filesystem.delete_dir_contents(folder.inner, missing_dir_ok=True)
+    folder.filesystem.delete_dir(folder.inner)
 
 
-def finish_commits(out: str) -> None:
-    """Delete what announces a block that is committed all the same.
+def finish_commits(output: Folder) -> None:
+    """Delete the announcements of blocks that are committed all the same.
 
     A commit is the move of a file, and an object store moves by copying and deleting. A kill between the two leaves
     both files, and Ray Data would take the block for unwritten, delete its shards, and not compute it again.
     """
-    folder = storage.join(out, CHECKPOINT)
-    filesystem, inner = storage.resolve(folder)
-    names = set(storage.list_files(folder, _COMMITTED))
+    folder = output / CHECKPOINT
+    names = set(folder.list_files(_COMMITTED))
     for name in names:
         if name.endswith(_PENDING) and name.removesuffix(_PENDING) + _COMMITTED in names:
-            filesystem.delete_file(f"{inner}/{name}")
+            folder.delete_file(name)
 
 
 def gpus_of(actors: ActorsConfig, engine: EngineConfig) -> float:
-    """GPUs of one actor."""
+    """Return the GPUs of one actor."""
     if actors.gpus is not None:
         return actors.gpus
     return 1.0 if engine.device != "cpu" and ray.cluster_resources().get("GPU", 0) else 0.0
 
 
+def most_actors(actors: ActorsConfig, engine: EngineConfig, cores: int, gpus: float) -> int:
+    """Return how many actors a pool may have: as many as are asked for, or fit now.
+
+    Args:
+        actors: What is asked for.
+        engine: Says how many threads an actor computes with.
+        cores: Cores of the cluster.
+        gpus: GPUs of one actor.
+    """
+    if actors.max is not None:
+        return actors.max
+    fit = int(ray.cluster_resources().get("GPU", 0) / gpus) if gpus else cores // engine.threads
+    return max(fit, actors.min, 1)
+
+
 def pool_of(actors: ActorsConfig, engine: EngineConfig, cores: int, gpus: float) -> dict[str, Any]:
-    """Arguments of ``map_batches`` for the actor pool: as many actors as are asked for, or fit now."""
-    resources = ray.cluster_resources()
-    fit = int(resources.get("GPU", 0) / gpus) if gpus else cores // engine.threads
-    maximum = actors.max or max(fit, actors.min, 1)
+    """Return the arguments of ``map_batches`` for a pool of ``most_actors`` actors, which has the same arguments."""
+    most = most_actors(actors, engine, cores, gpus)
     if actors.cpus is not None:
         cpus = actors.cpus
     elif gpus:
         cpus = 1.0
     else:  # on a small cluster the actors reserve less than they use, or nothing could be read beside them
-        spare = max(0.0, resources.get("CPU", 0) - READING_CPUS)
-        cpus = min(float(engine.threads), int(100 * spare / maximum) / 100)
+        spare = max(0.0, ray.cluster_resources().get("CPU", 0) - READING_CPUS)
+        cpus = min(float(engine.threads), int(100 * spare / most) / 100)
     # The pool begins whole: actors that wait are what an autoscaler brings nodes for.
-    pool = ActorPoolStrategy(min_size=actors.min, max_size=maximum, initial_size=maximum)
-    return {"compute": pool, "num_cpus": cpus, "resources": on(actors.node_type)} | ({"num_gpus": gpus} if gpus else {})
+    strategy = ActorPoolStrategy(min_size=actors.min, max_size=most, initial_size=most)
+    pool: dict[str, Any] = {"compute": strategy, "num_cpus": cpus, "resources": on(actors.node_type)}
+    if gpus:
+        pool["num_gpus"] = gpus
+    return pool
 
 
 def on(node_type: str | None) -> dict[str, float]:
-    """What to reserve of a custom resource so as to stand on a node that has it."""
+    """Return what to reserve of a custom resource so as to run on a node that has it."""
     return {} if node_type is None else {node_type: 0.001}
+
+
+def absolute(path: str) -> str:
+    """Return ``path`` as it means the same in a worker's folder."""
+    return path if "://" in path else storage.resolve(path)[1]
 
 
 def require_fresh(out: str, what: str) -> None:
@@ -168,37 +271,18 @@ def read_description(path: str, keys: Sequence[str] = ("config", "identity")) ->
     return description
 
 
-def absolute(path: str) -> str:
-    """``path`` as it means the same in a worker's folder."""
-    return path if "://" in path else storage.resolve(path)[1]
-
-
-def _committed_rows(out: str) -> int:
-    """Rows that earlier calls have committed."""
-    folder = storage.join(out, CHECKPOINT)
-    filesystem, inner = storage.resolve(folder)
-    names = [name for name in storage.list_files(folder, _COMMITTED) if not name.endswith(_PENDING)]
-
-    def rows(name: str) -> int:
-        return int(pq.read_metadata(f"{inner}/{name}", filesystem=filesystem).num_rows)
-
-    with ThreadPoolExecutor(_READERS) as readers:  # a file a block: of an object store each takes requests
-        return sum(readers.map(rows, names))
-
-
 class one_line_errors:
-    """Whatever Ray wraps a failure in, the user gets our own error, or one line about the storage or the worker.
-
-    ``what`` writes to ``out``: a build, an evaluation.
-    """
+    """Turns whatever Ray wraps a failure in into our own error, or into one line about the storage or the worker."""
 
     def __init__(self, out: str, what: str):
+        """Say what writes to ``out``: "build", "evaluation"."""
         self._out, self._what = out, what
 
     def __enter__(self) -> None:
-        return None
+        """Do nothing."""
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        """Raise the error that a user understands. KeyboardInterrupt and the like pass."""
         if error is None or not isinstance(error, Exception):
             return
         causes = [cause for cause in _causes(error) if not isinstance(cause, ray.exceptions.RayError)] or [error]
@@ -208,13 +292,14 @@ class one_line_errors:
         again = "run the same command again to continue"
         for cause in causes:
             if isinstance(cause, OSError) and not isinstance(cause, ConnectionError):
-                raise DatasetError(f"{self._out}: storage failed ({last_line(cause)}); mend it and {again}") from error
+                raise DatasetError(f"{self._out}: storage failed ({last_line(cause)}); fix it and {again}") from error
         raise DatasetError(
-            f"the {self._what} failed in a worker: {last_line(causes[-1])}; mend it and {again}"
+            f"the {self._what} failed in a worker: {last_line(causes[-1])}; fix it and {again}"
         ) from error
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield ``error`` and all that it came from, the nearest first."""
     seen: set[int] = set()
     queue: list[BaseException | None] = [error]
     while queue:

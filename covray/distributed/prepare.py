@@ -7,10 +7,10 @@ from typing import Any
 import pyarrow as pa
 import ray
 
-from covray.chains.prepare import Facts, prepare_block
+from covray.chains.prepare import BuildModels, prepare_block
 from covray.config import BuildConfig
 
 
-def prepare(table: pa.Table, config: BuildConfig, facts: Facts, root: str | None, noise: Any) -> pa.Table:
+def prepare(table: pa.Table, config: BuildConfig, models: BuildModels, root: str | None, noise: Any) -> pa.Table:
     """``prepare_block``, with the index of kept noise (or None) by reference: it is large, and blocks are many."""
-    return prepare_block(table, config, facts, root, ray.get(noise))
+    return prepare_block(table, config, models, root, ray.get(noise))

@@ -1,90 +1,204 @@
-"""How a pool of actors is getting on: what they report, and the line a person reads."""
+"""How a command is getting on: what the actors of a pool report, and the lines and bars a person reads.
+
+Ray is imported only where an actor is started, so that a command can say what it does before it imports anything large.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-import ray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 POLL_S = 0.5
-LINE_EVERY_S = 30.0
+"""A bar is drawn again this often."""
+LINE_EVERY_S = 10.0
+"""Where there is no terminal, a line says this often how far a command is."""
+SILENCE_S = 1.0
+"""What a command does is said when it takes longer than this."""
+_COUNTING_SHARE = 0.05  # of the time at most is spent on counting what is written: on S3 that takes requests
 
 
-class Tally:
-    """Adds up what the actors report, a block at a time."""
+@dataclass(frozen=True)
+class BlockReport:
+    """One block that an actor has computed."""
+
+    actor: str
+    started: float
+    """Seconds since the epoch, as ``finished``."""
+    finished: float
+    rows: int
+    rejected: int
+    evaluations: int = 0
+    """Forward passes of the UNet, counted by picture."""
+    padded: int = 0
+    """Further passes that only filled batches."""
+
+
+@dataclass(frozen=True)
+class PoolCounts:
+    """What the actors have done so far."""
+
+    rows: int
+    """Rows computed, in this run."""
+    rejected: int
+    actors: int
+    """Actors that have loaded their models."""
+
+
+@dataclass(frozen=True)
+class PoolUsage:
+    """How the actors of a pool spent their time; None where nothing was computed. ``Audit`` explains the figures."""
+
+    actors: int = 0
+    chains_per_s: float | None = None
+    busy_share: float | None = None
+    row_s: float | None = None
+    load_s: float | None = None
+    last_block_s: float | None = None
+    unet_evaluations: int = 0
+    padded_share: float | None = None
+
+
+class ProgressActor:
+    """Adds up what the actors of a pool report."""
 
     def __init__(self) -> None:
+        """Begin with nothing; the time until the first block counts from now."""
         self.created = time.time()
-        self.rows = self.rejected = self.evaluations = self.padded = 0
-        self.spans: dict[str, list[tuple[float, float, int]]] = {}
+        self.reports: dict[str, list[BlockReport]] = {}
         self.ready: set[str] = set()
 
     def join(self, actor: str) -> None:
-        """``actor`` has loaded its models and takes blocks; its first may take minutes."""
+        """Note that ``actor`` has loaded its models and takes blocks; its first may take minutes."""
         self.ready.add(actor)
 
-    def report(
-        self, actor: str, started: float, finished: float, rows: int, rejected: int, evaluations: int, padded: int
-    ) -> None:
-        """One block computed by ``actor`` between two times (seconds since the epoch)."""
-        self.rows += rows
-        self.rejected += rejected
-        self.evaluations += evaluations
-        self.padded += padded
-        self.spans.setdefault(actor, []).append((started, finished, rows))
+    def report(self, block: BlockReport) -> None:
+        """Note a block that was computed."""
+        self.reports.setdefault(block.actor, []).append(block)
 
-    def counts(self) -> tuple[int, int, int]:
-        """Rows computed, rows rejected, actors at work."""
-        return self.rows, self.rejected, len(self.ready)
+    def counts(self) -> PoolCounts:
+        """Return what was done so far."""
+        blocks = self._all_blocks()
+        rows = sum(block.rows for block in blocks)
+        return PoolCounts(rows, sum(block.rejected for block in blocks), len(self.ready))
 
-    def usage(self) -> dict[str, Any]:
-        """What the audit says of the run: chains/s, and the share of the actors' time spent computing.
+    def usage(self) -> PoolUsage:
+        """Return how the actors spent their time.
 
-        An actor's first block is its warm-up and left out where it had more than one. A block in a queue counts as
-        waiting, whoever is to blame. For ``covray benchmark``: ``row_s``, an actor's seconds for a row; ``load_s``,
-        what an actor took beyond its rows until its first block was done; ``last_block_s``, when the last one was.
+        An actor's first block is its warm-up, and left out where the actor had more than one. Time a block spends
+        queued counts as idle time.
         """
-        spans = [sorted(blocks)[1:] or blocks for blocks in self.spans.values()]
-        busy = sum(end - start for blocks in spans for start, end, _ in blocks)
-        present = sum(blocks[-1][1] - blocks[0][0] for blocks in spans)
-        warm_rows = sum(rows for blocks in spans for _, _, rows in blocks)
-        spent = max((blocks[-1][1] for blocks in spans), default=0.0) - min((b[0][0] for b in spans), default=0.0)
-        evaluated = self.evaluations + self.padded
-        row_s = busy / warm_rows if warm_rows else 0.0
-        firsts = [min(blocks) for blocks in self.spans.values()]
-        loads = [end - rows * row_s - self.created for _, end, rows in firsts]
-        return {
-            "actors": len(self.spans),
-            "chains_per_s": round(warm_rows / spent, 3) if spent else None,
-            "busy_share": round(busy / present, 4) if present else None,
-            "row_s": round(row_s, 6) if row_s else None,
-            "load_s": round(max(0.0, sum(loads) / len(loads)), 2) if loads else None,
-            "last_block_s": round(max(blocks[-1][1] for blocks in spans) - self.created, 2) if spans else None,
-            "unet_evaluations": self.evaluations,
-            "padded_share": round(self.padded / evaluated, 4) if evaluated else None,
-        }
+        if not self.reports:
+            return PoolUsage()
+        busy_s = present_s = 0.0
+        warm_rows = 0
+        starts, ends = [], []
+        for of_actor in self.reports.values():
+            ordered = sorted(of_actor, key=lambda block: block.started)
+            warm = ordered[1:] or ordered
+            busy_s += sum(block.finished - block.started for block in warm)
+            present_s += warm[-1].finished - warm[0].started
+            warm_rows += sum(block.rows for block in warm)
+            starts.append(warm[0].started)
+            ends.append(warm[-1].finished)
+        spent_s = max(ends) - min(starts)
+        blocks = self._all_blocks()
+        evaluations = sum(block.evaluations for block in blocks)
+        padded = sum(block.padded for block in blocks)
+        passes = evaluations + padded
+        row_s = busy_s / warm_rows if warm_rows else 0.0
+        return PoolUsage(
+            actors=len(self.reports),
+            chains_per_s=round(warm_rows / spent_s, 3) if spent_s else None,
+            busy_share=round(busy_s / present_s, 4) if present_s else None,
+            row_s=round(row_s, 6) if row_s else None,
+            load_s=round(self._mean_load_s(row_s), 2),
+            last_block_s=round(max(ends) - self.created, 2),
+            unet_evaluations=evaluations,
+            padded_share=round(padded / passes, 4) if passes else None,
+        )
+
+    def _all_blocks(self) -> list[BlockReport]:
+        return [block for of_actor in self.reports.values() for block in of_actor]
+
+    def _mean_load_s(self, row_s: float) -> float:
+        """Return what the actors took on average, beyond their rows, until their first block was done."""
+        loads = []
+        for of_actor in self.reports.values():
+            first = min(of_actor, key=lambda block: block.started)
+            loads.append(first.finished - first.rows * row_s - self.created)
+        return max(0.0, sum(loads) / len(loads))
 
 
-Meter = ray.remote(num_cpus=0)(Tally)
-"""The tally as an actor, for all others to report to."""
+def start_progress_actor() -> Any:
+    """Start a ``ProgressActor`` on the driver's node, for the actors of a pool to report to; return its handle."""
+    import ray
+
+    from covray.distributed.session import here
+
+    return ray.remote(num_cpus=0)(ProgressActor).options(scheduling_strategy=here()).remote()
+
+
+@contextlib.contextmanager
+def stage(text: str) -> Iterator[None]:
+    """Say ``text`` if the block takes longer than a second, and how long it takes every ten seconds.
+
+    ``text`` says what a command does: "loading the models".
+    """
+    ended = threading.Event()
+    console = Console(stderr=True, emoji=False)
+
+    def watch() -> None:
+        started = time.monotonic()
+        message, wait_s = text, SILENCE_S
+        while not ended.wait(wait_s):
+            console.print(message, highlight=False, soft_wrap=True, markup=False)
+            message, wait_s = f"{text}, for {time.monotonic() - started + LINE_EVERY_S:.0f} s", LINE_EVERY_S
+
+    watcher = threading.Thread(target=watch, name="covray-stage", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
 
 
 class PoolProgress:
-    """Shows rows done, rate and time left until the block ends: a bar on a terminal, a line now and then elsewhere."""
+    """Shows what a pool has written until the block ends, as a bar on a terminal, or as a line every ten seconds.
 
-    def __init__(self, total: int, done: int, meter: Any, unit: str):
-        self._total, self._before, self._meter, self._unit = total, done, meter, unit
+    Rows count when they are written: those that were only computed are lost by a kill.
+    """
+
+    def __init__(self, total: int, unit: str, written: Callable[[], int], counts: Callable[[], PoolCounts]):
+        """Prepare the display.
+
+        Args:
+            total: Rows to write, those of earlier runs included.
+            unit: What a row is called, in the plural.
+            written: Counts the rows that are written, those of earlier runs included. May raise OSError while the
+                storage is away.
+            counts: What the actors have done.
+        """
+        self._total, self._unit = total, unit
+        self._count_written, self._counts = written, counts
+        self._written = self._before = written()
+        self._first: tuple[float, int] | None = None  # when rows of this run were first seen, and how many there were
+        self._count_due = 0.0
         self._stop = threading.Event()
         self._console = Console(stderr=True)
-        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="covray-progress", daemon=True)
 
     def __enter__(self) -> PoolProgress:
+        """Say what is written already, and begin to watch."""
         if self._before:
             self._console.print(f"continuing: {self._before} of {self._total} {self._unit} are written already")
         self._thread.start()
@@ -93,6 +207,7 @@ class PoolProgress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        """Stop watching."""
         self._stop.set()
         self._thread.join()
 
@@ -105,54 +220,66 @@ class PoolProgress:
     def _watch_bar(self) -> None:
         columns = (
             SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"), TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+            TextColumn("{task.fields[note]}"), TimeRemainingColumn(compact=True, elapsed_when_finished=True),
         )  # fmt: skip
         with Progress(*columns, console=self._console) as bar:
-            task = bar.add_task("starting actors", total=self._total, completed=self._before, rate="")
-            first: tuple[float, int] | None = None
+            task = bar.add_task("starting actors", total=self._total, completed=self._before, note="")
             while True:
                 stopped = self._stop.wait(POLL_S)
-                rows, rejected, actors = ray.get(self._meter.counts.remote())
-                if rows and first is None:
-                    first = (time.monotonic(), rows)
-                rate = _rate(first, rows)
-                note = f"{rate:.2f} {self._unit}/s" if rate else ""
-                note += f", {rejected} rejected" if rejected else ""
-                done = min(self._before + rows, self._total)
-                bar.update(task, completed=done, description=_at_work(actors), rate=note)
+                counts = self._look(last=stopped)
+                description, *notes = self._facts(counts)
+                bar.update(task, completed=self._written, description=description, note=", ".join(notes))
                 if stopped:
                     return
 
     def _watch_lines(self) -> None:
-        first: tuple[float, int] | None = None
-        while not self._stop.wait(LINE_EVERY_S):
-            rows, rejected, actors = ray.get(self._meter.counts.remote())
-            if rows and first is None:
-                first = (time.monotonic(), rows)
-            rate = _rate(first, rows)
-            if not rows:
-                self._console.print(f"{_at_work(actors)}, no block done yet" if actors else _at_work(actors))
+        line_due = time.monotonic() + LINE_EVERY_S
+        while not self._stop.wait(POLL_S):
+            counts = self._look()
+            if time.monotonic() < line_due:
                 continue
-            said = [f"{self._before + rows}/{self._total} {self._unit}", _at_work(actors)]
-            said += [f"{rate:.2f} {self._unit}/s"] if rate else []
-            said += [f"{rejected} rejected"] if rejected else []
-            said += [time_left((self._total - self._before - rows) / rate)] if rate else []
-            self._console.print(", ".join(said), highlight=False, soft_wrap=True)
+            line_due = time.monotonic() + LINE_EVERY_S
+            facts = [f"{self._written}/{self._total} {self._unit} written", *self._facts(counts)]
+            rate = self._rate()
+            if rate:
+                facts.append(time_left((self._total - self._written) / rate))
+            self._console.print(", ".join(facts), highlight=False, soft_wrap=True)
 
+    def _look(self, last: bool = False) -> PoolCounts:
+        """Count anew; what is written not at every look, where counting takes long."""
+        began = time.monotonic()
+        if last or began >= self._count_due:
+            with contextlib.suppress(OSError):  # the storage is away: what was counted stays written
+                self._written = self._count_written()
+            now = time.monotonic()
+            self._count_due = now + (now - began) / _COUNTING_SHARE
+            if self._first is None and self._written > self._before:
+                self._first = (now, self._written)
+        return self._counts()
 
-def _at_work(actors: int) -> str:
-    return f"{actors} actor{'s' if actors != 1 else ''}" if actors else "starting actors"
+    def _facts(self, counts: PoolCounts) -> list[str]:
+        """Return the actors at work, and what else there is to say."""
+        if not counts.actors:
+            return ["starting actors"]
+        facts = [f"{counts.actors} actor{'s' if counts.actors != 1 else ''}"]
+        rate = self._rate()
+        if rate:
+            facts.append(f"{rate:.2f} {self._unit}/s")
+        elif self._written == self._before:
+            facts.append(f"{counts.rows} computed")
+        if counts.rejected:
+            facts.append(f"{counts.rejected} rejected")
+        return facts
+
+    def _rate(self) -> float:
+        """Return the rows written in a second since the first were seen; 0 before there are more."""
+        if self._first is None or self._written <= self._first[1]:
+            return 0.0
+        return (self._written - self._first[1]) / (time.monotonic() - self._first[0])
 
 
 def time_left(seconds: float) -> str:
-    """``seconds`` for a reader who waits for them."""
+    """Return ``seconds`` in the unit that a reader waits in."""
     if seconds < 90:
         return f"{seconds:.0f} s left"
     return f"{seconds / 60:.0f} min left" if seconds < 5400 else f"{seconds / 3600:.1f} h left"
-
-
-def _rate(first: tuple[float, int] | None, rows: int) -> float:
-    """Pairs a second since the first report; 0 before there are two."""
-    if first is None or rows <= first[1]:
-        return 0.0
-    return (rows - first[1]) / (time.monotonic() - first[0])

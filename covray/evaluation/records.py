@@ -11,6 +11,25 @@ from covray.evaluation.subjects import Kind
 from covray.io.records import Record, RecordPart
 
 
+class EvaluationRecord(Record):
+    """What an evaluation is: written before its first episode, and compared by every command that continues it."""
+
+    FILE: ClassVar[str] = "_evaluation.json"
+    FIX: ClassVar[str] = "give another --out"
+    ERROR: ClassVar[type[CovrayError]] = ConfigError
+
+    config: dict[str, Any]
+    """The resolved configuration of `covray evaluate`."""
+    identity: dict[str, Any]
+    """The part of the configuration that decides the scores."""
+    fingerprints: dict[str, str]
+    """SHA-256 (hex) of the dataset's models and pairs, and of every subject's backbone and adapter."""
+    subjects: list[dict[str, Any]]
+    """Everyone that is evaluated, in the order of the table."""
+    mlflow_run_id: str | None
+    """The MLflow run; null without tracking."""
+
+
 class SubjectEntry(RecordPart):
     """A row of the table; ``covray.evaluation.subjects.Subject`` as JSON."""
 

@@ -164,7 +164,7 @@ class Generator:
 
     def fingerprints(self) -> dict[str, str]:
         """Return the SHA-256 (hex) of the models loaded; of the prior it is empty where no request needed it."""
-        prior = "" if self._builder is None else self._builder.facts().fingerprints["prior"]
+        prior = "" if self._builder is None else self._builder.models().fingerprints["prior"]
         return {
             "prior": prior,
             "tokenizer": self.tokenizer.fingerprint,
@@ -217,7 +217,7 @@ class Generator:
             ends = {"image": {"bytes": example.image}, "label": {"bytes": example.label}}
             rows.append({"pair_id": pair.pair_id, "task": task, "split": "", "meta": "{}"} | ends)
         table = pa.Table.from_pylist(rows, MANIFEST_SCHEMA)
-        built, _ = builder.build(prepare_block(table, builder.config, builder.facts(), None))
+        built, _ = builder.build(prepare_block(table, builder.config, builder.models(), None))
         chains = []
         for row, example in zip(built.to_pylist(), examples, strict=True):
             if row["error"] is not None:

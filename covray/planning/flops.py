@@ -68,7 +68,7 @@ def inversions_per_pair(build: BuildConfig, pairs_per_source: float) -> float:
     An image is inverted once a block. A block of r rows, wherever it begins, meets (r + s - 1) / s images of s pairs
     each on average.
     """
-    rows, shared = build.rows_per_block, pairs_per_source
+    rows, shared = build.most_rows_per_block, pairs_per_source
     return 1 + (rows + shared - 1) / (shared * rows)
 
 
@@ -117,11 +117,11 @@ def assumed_build(
         ConfigError: The GPU's peak, or the FLOPs of these models, are not known.
     """
     tokens = picture_tokens(build)
-    rows = min(_MAX_ROWS, max(1, build.rows_per_block // tasks_per_block))
+    rows = min(_MAX_ROWS, max(1, build.most_rows_per_block // tasks_per_block))
     row_bytes, shard_bytes = _shard_bytes(build, tokens, rows)
     return BuildRates(
         identity={},
-        rows_per_block=build.rows_per_block,
+        rows_per_block=build.most_rows_per_block,
         actors=1,
         start_s=assumed.start_s,
         load_s=assumed.load_s,

@@ -174,11 +174,11 @@ def _architecture(train: TrainConfig) -> LlamaConfig:
 
 def _plan_build(config: PlanConfig, build: BuildConfig, basis: _BuildBasis) -> BuildPlan:
     rates = basis.rates
-    blocks = -(-config.pairs // build.rows_per_block)
-    shards = blocks * min(config.tasks_per_block, build.rows_per_block)
+    blocks = -(-config.pairs // build.most_rows_per_block)
+    shards = blocks * min(config.tasks_per_block, build.most_rows_per_block)
     work = BuildWork(
         rows=config.pairs,
-        rows_per_block=build.rows_per_block,
+        rows_per_block=build.most_rows_per_block,
         row_s=rates.row_s,
         start_s=rates.start_s,
         load_s=rates.load_s,
@@ -186,14 +186,14 @@ def _plan_build(config: PlanConfig, build: BuildConfig, basis: _BuildBasis) -> B
         driver_blocks_per_s=config.driver_blocks_per_s,
     )
     fleet = _fleet(config.build_on)
-    block_s = build.rows_per_block * rates.row_s
+    block_s = build.most_rows_per_block * rates.row_s
     first_block_s = fleet.boot_s + max(rates.start_s, rates.load_s + block_s)
     _require_progress(fleet.interruptions_per_s, first_block_s, "build", "the way to a block", "build.rows_per_block")
     repeated = math.exp(fleet.interruptions_per_s * block_s)  # blocks that are lost are done again
     if config.replicas * blocks * repeated > _MAX_BLOCKS:
         raise ConfigError(
-            f"build.rows_per_block: {blocks:,} blocks of {build.rows_per_block} pairs, {config.replicas} times, are "
-            "more than can be simulated; raise it, or lower replicas"
+            f"build.rows_per_block: {blocks:,} blocks of {build.most_rows_per_block} pairs, {config.replicas} times, "
+            "are more than can be simulated; raise it, or lower replicas"
         )
     outcomes = _simulate(config, lambda generator: simulate_build(work, fleet, generator))
     actors = min(config.build_on.gpus, blocks)

@@ -68,7 +68,7 @@ class TrialTable(RecordPart):
 class TrialRecord(Record):
     """A trial that ended: ``trials/NAME.json``. One that finished has figures, one that did not has its error."""
 
-    FILE: ClassVar[str] = ""
+    FILE: ClassVar[str] = "trials/NAME.json"
     FIX: ClassVar[str] = "delete it, and run the same command again to repeat the trial"
     VERSION: ClassVar[int | None] = None
     ERROR: ClassVar[type[CovrayError]] = ConfigError

@@ -17,7 +17,7 @@ from PIL import Image
 from covray.chains import build as building
 from covray.chains.build import BlockBuilder, is_checked, mix_pixels
 from covray.chains.dataset import shard_schema, union_alphas
-from covray.chains.prepare import PREPARED_SCHEMA, Facts, KeptNoise, needs_prior, prepare_block
+from covray.chains.prepare import PREPARED_SCHEMA, BuildModels, KeptNoise, needs_prior, prepare_block
 from covray.chains.records import Audit, DatasetRecord
 from covray.config import BuildConfig, load_config
 from covray.errors import DatasetError
@@ -87,12 +87,14 @@ ROWS = [
 ]
 
 
-def _build(builder: BlockBuilder, rows: list[dict], noise: KeptNoise | None = None) -> tuple[pa.Table, building.Work]:
-    return builder.build(prepare_block(_manifest(rows), builder.config, builder.facts(), None, noise))
+def _build(
+    builder: BlockBuilder, rows: list[dict], noise: KeptNoise | None = None
+) -> tuple[pa.Table, building.BlockStats]:
+    return builder.build(prepare_block(_manifest(rows), builder.config, builder.models(), None, noise))
 
 
 @pytest.fixture(scope="module")
-def built(builder: BlockBuilder) -> tuple[pa.Table, building.Work]:
+def built(builder: BlockBuilder) -> tuple[pa.Table, building.BlockStats]:
     return _build(builder, ROWS)
 
 
@@ -100,8 +102,8 @@ def built(builder: BlockBuilder) -> tuple[pa.Table, building.Work]:
 
 
 @pytest.fixture(scope="module")
-def facts() -> Facts:
-    return Facts(PRIOR_PX, SMALL_PX, 16, 64, (4, 8, 8), {})
+def models() -> BuildModels:
+    return BuildModels(PRIOR_PX, SMALL_PX, 16, 64, (4, 8, 8), {})
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +111,7 @@ def config(prior_folder: Path, vqgan_folder: Path) -> BuildConfig:
     return _config(prior_folder, vqgan_folder)
 
 
-def test_hostile_rows_become_reasons(config: BuildConfig, facts: Facts, tmp_path: Path) -> None:
+def test_hostile_rows_become_reasons(config: BuildConfig, models: BuildModels, tmp_path: Path) -> None:
     (tmp_path / "root").mkdir()
     (tmp_path / "secret.png").write_bytes(_png(1)["bytes"])
     (tmp_path / "root" / "good.png").write_bytes(_png(1)["bytes"])
@@ -134,7 +136,7 @@ def test_hostile_rows_become_reasons(config: BuildConfig, facts: Facts, tmp_path
         (_row(17, good, None) | {"meta": "[no json"}, "missing: label: "),
     ]
     table = _manifest([row for row, _ in cases])
-    prepared = prepare_block(table, config, facts, str(tmp_path / "root"))
+    prepared = prepare_block(table, config, models, str(tmp_path / "root"))
     assert prepared.schema == PREPARED_SCHEMA
     assert prepared["pair_id"].to_pylist() == list(range(1, 18))
     for row, (_, expected) in zip(prepared.to_pylist(), cases, strict=True):
@@ -147,9 +149,9 @@ def test_hostile_rows_become_reasons(config: BuildConfig, facts: Facts, tmp_path
             assert pictures == [None] * 4
 
 
-def test_null_columns_and_no_root_are_reasons_too(config: BuildConfig, facts: Facts) -> None:
+def test_null_columns_and_no_root_are_reasons_too(config: BuildConfig, models: BuildModels) -> None:
     rows = [_row(1, {"uri": "a.png", "bytes": None}, _png(1)), _row(2, _png(1), _png(1)) | {"task": None}]
-    errors = prepare_block(_manifest(rows), config, facts, None)["error"].to_pylist()
+    errors = prepare_block(_manifest(rows), config, models, None)["error"].to_pylist()
     assert errors[0].startswith("outside_root: image: ")
     assert errors[1].startswith("unknown_task: ")
 
@@ -161,10 +163,12 @@ def test_no_rows_are_no_rows(builder: BlockBuilder) -> None:
 
 
 @pytest.mark.parametrize("fit", ["stretch", "crop"])
-def test_pictures_are_made_square_as_configured(prior_folder: Path, vqgan_folder: Path, facts: Facts, fit: str) -> None:
+def test_pictures_are_made_square_as_configured(
+    prior_folder: Path, vqgan_folder: Path, models: BuildModels, fit: str
+) -> None:
     config = _config(prior_folder, vqgan_folder, fit=fit)
     wide = _row(1, _png(1, 60, 40), _png(2, 60, 40), "segmentation")
-    row = prepare_block(_manifest([wide]), config, facts, None).to_pylist()[0]
+    row = prepare_block(_manifest([wide]), config, models, None).to_pylist()[0]
     assert row["source"] == square(_picture(1, 60, 40), PRIOR_PX, config.fit).tobytes()
     assert row["source_small"] == square(_picture(1, 60, 40), SMALL_PX, config.fit).tobytes()
     # Colours of classes may not be mixed.
@@ -172,7 +176,7 @@ def test_pictures_are_made_square_as_configured(prior_folder: Path, vqgan_folder
 
 
 def test_pictures_of_one_size_travel_once(config: BuildConfig) -> None:
-    same = Facts(PRIOR_PX, PRIOR_PX, 64, 64, (4, 8, 8), {})
+    same = BuildModels(PRIOR_PX, PRIOR_PX, 64, 64, (4, 8, 8), {})
     row = prepare_block(_manifest([ROWS[0]]), config, same, None).to_pylist()[0]
     assert row["source_small"] is None
     assert row["label_small"] is None
@@ -181,7 +185,9 @@ def test_pictures_of_one_size_travel_once(config: BuildConfig) -> None:
 # --- building ------------------------------------------------------------------------------------------------------
 
 
-def test_rows_keep_the_contract_and_their_order(builder: BlockBuilder, built: tuple[pa.Table, building.Work]) -> None:
+def test_rows_keep_the_contract_and_their_order(
+    builder: BlockBuilder, built: tuple[pa.Table, building.BlockStats]
+) -> None:
     rows, work = built
     validate_rows(
         rows,
@@ -197,7 +203,9 @@ def test_rows_keep_the_contract_and_their_order(builder: BlockBuilder, built: tu
     assert (work.rows, work.rejected) == (6, 1)
 
 
-def test_a_pair_has_the_same_row_in_any_block(builder: BlockBuilder, built: tuple[pa.Table, building.Work]) -> None:
+def test_a_pair_has_the_same_row_in_any_block(
+    builder: BlockBuilder, built: tuple[pa.Table, building.BlockStats]
+) -> None:
     expected = {row["pair_id"]: row for row in built[0].to_pylist()}
     for block in (
         [ROWS[0]],
@@ -213,7 +221,7 @@ def test_a_pair_has_the_same_row_in_any_block(builder: BlockBuilder, built: tupl
 
 
 def test_a_picture_of_several_pairs_is_inverted_once(
-    builder: BlockBuilder, built: tuple[pa.Table, building.Work]
+    builder: BlockBuilder, built: tuple[pa.Table, building.BlockStats]
 ) -> None:
     good = [row for row in ROWS if row["pair_id"] != 15]
     pictures = {row[name]["bytes"]: None for row in good for name in ("image", "label")}
@@ -227,9 +235,9 @@ def test_a_picture_of_several_pairs_is_inverted_once(
 
 
 def test_frames_are_those_of_the_engine_and_of_mixing(
-    builder: BlockBuilder, built: tuple[pa.Table, building.Work]
+    builder: BlockBuilder, built: tuple[pa.Table, building.BlockStats]
 ) -> None:
-    prepared = prepare_block(_manifest([ROWS[0]]), builder.config, builder.facts(), None).to_pylist()[0]
+    prepared = prepare_block(_manifest([ROWS[0]]), builder.config, builder.models(), None).to_pylist()[0]
     pixels = {
         name: np.frombuffer(prepared[name], np.uint8).reshape(-1, size, 3)
         for name, size in (
@@ -254,7 +262,7 @@ def test_frames_are_those_of_the_engine_and_of_mixing(
     assert row["label_noise"] == interpolation.noise[1].tobytes()
 
 
-def test_quality_tells_what_was_measured(built: tuple[pa.Table, building.Work]) -> None:
+def test_quality_tells_what_was_measured(built: tuple[pa.Table, building.BlockStats]) -> None:
     for row in built[0].to_pylist():
         quality = row["quality"]
         if row["error"] is not None:
@@ -273,9 +281,9 @@ def test_quality_tells_what_was_measured(built: tuple[pa.Table, building.Work]) 
 
 
 def test_noise_that_is_not_finite_is_a_row_of_its_own(
-    builder: BlockBuilder, built: tuple[pa.Table, building.Work]
+    builder: BlockBuilder, built: tuple[pa.Table, building.BlockStats]
 ) -> None:
-    prepared = prepare_block(_manifest(ROWS), builder.config, builder.facts(), None).to_pylist()
+    prepared = prepare_block(_manifest(ROWS), builder.config, builder.models(), None).to_pylist()
     broken = np.zeros((4, 8, 8), "<f4")
     broken[2, 3, 4] = np.nan
     prepared[5]["source_noise"] = prepared[5]["label_noise"] = broken.tobytes()
@@ -300,20 +308,20 @@ def test_a_block_of_rejects_costs_nothing(builder: BlockBuilder) -> None:
 
 
 def test_the_resolved_configuration_is_complete(builder: BlockBuilder) -> None:
-    config, facts = builder.config, builder.facts()
+    config, models = builder.config, builder.models()
     assert (config.prior.size_px, config.tokenizer.size_px) == (PRIOR_PX, SMALL_PX)
     assert (config.engine.device, config.engine.dtype, config.engine.batch) == ("cpu", "float32", 5)
-    assert (facts.prior_px, facts.tokenizer_px, facts.tokens_per_image, facts.codes) == (PRIOR_PX, SMALL_PX, 16, 64)
-    assert facts.latent_shape == (4, 8, 8)
-    assert all(len(fingerprint) == 64 for fingerprint in facts.fingerprints.values())
+    assert (models.prior_px, models.tokenizer_px, models.tokens_per_image, models.codes) == (PRIOR_PX, SMALL_PX, 16, 64)
+    assert models.latent_shape == (4, 8, 8)
+    assert all(len(fingerprint) == 64 for fingerprint in models.fingerprints.values())
 
 
 def test_mixing_alone_needs_no_prior(vqgan_folder: Path) -> None:
     config = _config("no-such-folder", vqgan_folder, methods=["linear"])
     builder = BlockBuilder(config)
     assert builder.engine is None
-    assert builder.facts().prior_px == SMALL_PX
-    assert builder.facts().latent_shape is None
+    assert builder.models().prior_px == SMALL_PX
+    assert builder.models().latent_shape is None
     rows, work = _build(builder, ROWS)
     validate_rows(rows, tokens_per_image=16, codes=64, methods=("linear",), alphas=builder.alphas)
     assert work.evaluations == 0
@@ -341,16 +349,18 @@ def test_the_prior_is_needed_for_frames_and_noise(options: dict[str, Any], neede
 
 
 @pytest.fixture(scope="module")
-def kept(builder: BlockBuilder, built: tuple[pa.Table, building.Work], tmp_path_factory: pytest.TempPathFactory) -> str:
+def kept(
+    builder: BlockBuilder, built: tuple[pa.Table, building.BlockStats], tmp_path_factory: pytest.TempPathFactory
+) -> str:
     """A dataset with noise, in two shards."""
     out = str(tmp_path_factory.mktemp("kept"))
-    config, facts = builder.config, builder.facts()
+    config, models = builder.config, builder.models()
     DatasetRecord(
         config=config.model_dump(mode="json"),
         identity=config.identity(),
-        fingerprints=facts.fingerprints,
-        tokenizer_size_px=facts.tokenizer_px,
-        tokens_per_image=facts.tokens_per_image,
+        fingerprints=models.fingerprints,
+        tokenizer_size_px=models.tokenizer_px,
+        tokens_per_image=models.tokens_per_image,
     ).write(out)
     for part, rows in enumerate((built[0].slice(0, 2), built[0].slice(2))):
         folder = Path(out, "shards", "task=depth")
@@ -361,9 +371,9 @@ def kept(builder: BlockBuilder, built: tuple[pa.Table, building.Work], tmp_path_
 
 
 def test_kept_noise_gives_the_same_rows_without_inversions(
-    builder: BlockBuilder, built: tuple[pa.Table, building.Work], kept: str
+    builder: BlockBuilder, built: tuple[pa.Table, building.BlockStats], kept: str
 ) -> None:
-    noise = KeptNoise.of(kept, builder.config, builder.facts())
+    noise = KeptNoise.of(kept, builder.config, builder.models())
     rows, work = _build(builder, ROWS, noise)
     assert rows.equals(built[0])
     denoisings = 2 * 5 + len(
@@ -381,13 +391,13 @@ def test_kept_noise_gives_the_same_rows_without_inversions(
 
 
 def test_a_pair_without_kept_noise_is_inverted(builder: BlockBuilder, kept: str) -> None:
-    noise = KeptNoise.of(kept, builder.config, builder.facts())
+    noise = KeptNoise.of(kept, builder.config, builder.models())
     new = _row(99, _png(8), _png(9))
     assert _build(builder, [ROWS[0], new], noise)[0].slice(1).equals(_build(builder, [new])[0])
 
 
 def test_kept_noise_of_a_picture_that_changed_is_not_used(builder: BlockBuilder, kept: str) -> None:
-    noise = KeptNoise.of(kept, builder.config, builder.facts())
+    noise = KeptNoise.of(kept, builder.config, builder.models())
     changed = ROWS[0] | {"label": _png(9)}
     rows, work = _build(builder, [changed], noise)
     fresh, all_work = _build(builder, [changed])
@@ -398,8 +408,8 @@ def test_kept_noise_of_a_picture_that_changed_is_not_used(builder: BlockBuilder,
 def test_kept_noise_of_another_inversion_is_refused(
     builder: BlockBuilder, kept: str, prior_folder: Path, vqgan_folder: Path
 ) -> None:
-    facts = builder.facts()
-    other = Facts(**{**vars(facts), "fingerprints": facts.fingerprints | {"prior": "f" * 64}})
+    models = builder.models()
+    other = BuildModels(**{**vars(models), "fingerprints": models.fingerprints | {"prior": "f" * 64}})
     with pytest.raises(DatasetError, match=r"noise_from: .* use the same prior"):
         KeptNoise.of(kept, builder.config, other)
     config = builder.config
@@ -411,10 +421,10 @@ def test_kept_noise_of_another_inversion_is_refused(
     }
     for key, other_config in changed.items():
         with pytest.raises(DatasetError, match=f"another {key}"):
-            KeptNoise.of(kept, other_config, facts)
+            KeptNoise.of(kept, other_config, models)
     # What does not decide the noise may differ.
     longer = config.model_copy(update={"lengths": (8,), "keep_noise": False, "check_endpoints": 0.0, "out": "x"})
-    assert len(KeptNoise.of(kept, longer, facts).pair_ids) == 6
+    assert len(KeptNoise.of(kept, longer, models).pair_ids) == 6
 
 
 def test_a_dataset_without_noise_is_refused(builder: BlockBuilder, kept: str, tmp_path: Path) -> None:
@@ -423,9 +433,9 @@ def test_a_dataset_without_noise_is_refused(builder: BlockBuilder, kept: str, tm
     storage.write_json(f"{tmp_path}/_dataset.json", description)
     Audit(asked=0, written=0, rejected=0, per_task={}).write(str(tmp_path))
     with pytest.raises(DatasetError, match="without --keep-noise"):
-        KeptNoise.of(str(tmp_path), builder.config, builder.facts())
+        KeptNoise.of(str(tmp_path), builder.config, builder.models())
     with pytest.raises(DatasetError, match=r"no _dataset\.json"):
-        KeptNoise.of(str(tmp_path / "absent"), builder.config, builder.facts())
+        KeptNoise.of(str(tmp_path / "absent"), builder.config, builder.models())
 
 
 # --- figures -------------------------------------------------------------------------------------------------------
@@ -450,8 +460,8 @@ def test_mixing_goes_straight_from_one_end_to_the_other() -> None:
     assert mix_pixels(np.uint8([[[0, 10, 255]]]), np.uint8([[[255, 20, 255]]]), 0.5).tolist() == [[[128, 15, 255]]]
 
 
-def test_jpegs_are_pictures_too(config: BuildConfig, facts: Facts) -> None:
+def test_jpegs_are_pictures_too(config: BuildConfig, models: BuildModels) -> None:
     buffer = io.BytesIO()
     Image.fromarray(_picture(1)).save(buffer, "JPEG")
     row = _row(1, {"uri": None, "bytes": buffer.getvalue()}, _png(2))
-    assert prepare_block(_manifest([row]), config, facts, None)["error"].to_pylist() == [None]
+    assert prepare_block(_manifest([row]), config, models, None)["error"].to_pylist() == [None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from covray.config import BuildConfig, PlanConfig, TrainConfig, load_config
 from covray.distributed.benchmark import build_rates, calibrate, train_rates
-from covray.distributed.progress import Tally
+from covray.distributed.progress import BlockReport, ProgressActor
 from covray.errors import ConfigError, CovrayError
 from covray.planning.plan import plan
 from covray.planning.rates import Calibration, write_calibration
@@ -21,18 +22,24 @@ START_S, LOAD_S, ROW_S, WARM_UP_S, AUDIT_SHARD_S = 14.0, 8.0, 0.5, 3.0, 0.01
 
 def built(blocks: int, actors: int = 2, rows: int = 8) -> dict[str, Any]:
     """What would be measured of a build with these rates, an actor's first block longer than the others."""
-    tally = Tally()
+    progress = ProgressActor()
     for number in range(blocks):
         first = number < actors
-        begin = tally.created + LOAD_S + (0 if first else WARM_UP_S) + number // actors * rows * ROW_S
+        begin = progress.created + LOAD_S + (0 if first else WARM_UP_S) + number // actors * rows * ROW_S
         end = begin + rows * ROW_S + (WARM_UP_S if first else 0)
-        tally.report(f"{number % actors}", begin, end, rows, 0, rows * 200, 0)
-    usage = tally.usage()
+        progress.report(BlockReport(f"{number % actors}", begin, end, rows, 0, rows * 200))
+    usage = progress.usage()
     audit_s = blocks * AUDIT_SHARD_S
     return {
-        **usage, "wall_s": START_S + usage["last_block_s"] + audit_s, "audit_s": audit_s, "rows": blocks * rows,
-        "shards": blocks, "row_bytes": 700 * blocks * rows, "other_bytes": 5000 * blocks, "tokens_per_image": 64,
-    }  # fmt: skip
+        **asdict(usage),
+        "wall_s": START_S + (usage.last_block_s or 0.0) + audit_s,
+        "audit_s": audit_s,
+        "rows": blocks * rows,
+        "shards": blocks,
+        "row_bytes": 700 * blocks * rows,
+        "other_bytes": 5000 * blocks,
+        "tokens_per_image": 64,
+    }
 
 
 def test_a_build_s_time_comes_apart_into_its_rates() -> None:

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from covray.chains.records import DatasetRecord
 from covray.config import BuildConfig
-from covray.distributed import build as module
 from covray.distributed.build import plan_build
+from covray.distributed.resumable import Output
 from covray.errors import DatasetError
 from covray.pairs.manifest import ManifestWriter, Pair, Picture
 
@@ -21,7 +22,8 @@ def config(**values: Any) -> BuildConfig:
 def test_a_resume_must_agree_in_everything_that_decides_tokens() -> None:
     begun = config(lengths=(4,), engine={"batch": 32, "device": "cpu", "dtype": "float32"})
     same = config(lengths=(4,), rows_per_block=7, actors={"max": 3})
-    module._require_same(same, begun.identity(), same.identity(), open_matches=True)
+    output = Output("out", DatasetRecord, "covray build")
+    output.require_same(begun.identity(), same.identity(), open_matches=True)
     for values, key in (
         ({"lengths": (4, 8)}, "lengths"),
         ({"methods": ("linear",)}, "methods"),
@@ -32,7 +34,7 @@ def test_a_resume_must_agree_in_everything_that_decides_tokens() -> None:
     ):
         other = config(**{"lengths": (4,), **values})
         with pytest.raises(DatasetError, match=f"{key} was"):
-            module._require_same(other, begun.identity(), other.identity(), open_matches=True)
+            output.require_same(begun.identity(), other.identity(), open_matches=True)
 
 
 def test_the_plan_counts_inversions_frames_and_checks(tmp_path: Path) -> None:

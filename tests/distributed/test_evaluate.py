@@ -17,11 +17,11 @@ import pytest
 from covray.chains.dataset import ChainDataset
 from covray.cli import app as cli
 from covray.config import EvaluateConfig
-from covray.distributed.evaluate import DESCRIPTION, _episodes, _metric, evaluate, read_rows
+from covray.distributed.evaluate import _episodes, _metric, evaluate, read_rows
 from covray.errors import ConfigError
+from covray.evaluation.records import EvaluationRecord
 from covray.evaluation.runner import RESULT_SCHEMA, choose_pairs
 from covray.evaluation.subjects import Subject
-from covray.io import storage
 
 Write = Callable[..., Any]
 
@@ -127,12 +127,14 @@ def test_an_output_of_something_else_is_refused(
     _, _, command = there
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
-    assert "holds files that are no evaluation of covray" in mistake(*command)
-    for text in ('{"version": 2}', '{"version": 1, "config": {}, "identity": {}}'):
-        (tmp_path / "out" / DESCRIPTION).write_text(text)
-        assert "is no description of this version" in mistake(*command)
-    (tmp_path / "out" / DESCRIPTION).write_text("{")
-    assert "cannot be read" in mistake(*command)
+    assert "holds files that covray evaluate did not write" in mistake(*command)
+    for text, message in (
+        ('{"version": 2}', "is of version 2, not 1"),
+        ('{"version": 1, "config": {}, "identity": {}}', "lacks fingerprints; give another --out"),
+        ("{", "cannot be read"),
+    ):
+        (tmp_path / "out" / EvaluationRecord.FILE).write_text(text)
+        assert message in mistake(*command)
     assert "cannot be written" in mistake(*command, "--out", tmp_path / "pairs.parquet" / "out")
 
 
@@ -144,9 +146,9 @@ def test_another_configuration_does_not_continue(
     config = EvaluateConfig(
         data=data, out=str(tmp_path / "out"), adapters=(run,), split="val", manifest=str(tmp_path / "pairs.parquet")
     )
-    described = {"version": 1, "config": {}, "identity": {"seed": 7}, "fingerprints": {}, "subjects": []}
-    described["mlflow_run_id"] = None
-    storage.write_json(f"{config.out}/{DESCRIPTION}", described)
+    EvaluationRecord(config={}, identity={"seed": 7}, fingerprints={}, subjects=[], mlflow_run_id=None).write(
+        config.out
+    )
     with pytest.raises(ConfigError, match=r"was begun with another configuration: .*seed was 7, is 0") as error:
         evaluate(config)
     assert "\n" not in str(error.value)

@@ -6,13 +6,24 @@ import errno
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import ray
 import ray.exceptions
 
 from covray.config import BuildConfig
-from covray.distributed.pool import finish_commits, gpus_of, one_line_errors, pool_of, require_fresh
-from covray.errors import ConfigError, DatasetError, WeightsError
+from covray.distributed import pool as pool_module
+from covray.distributed.pool import (
+    CommittedRows,
+    choose_rows_per_block,
+    finish_commits,
+    gpus_of,
+    one_line_errors,
+    pool_of,
+)
+from covray.errors import DatasetError, WeightsError
+from covray.io.storage import Folder
 
 
 def config(**values: Any) -> BuildConfig:
@@ -64,14 +75,41 @@ def test_what_fails_in_a_worker_is_one_line() -> None:
     assert "boom" in raised(ValueError("first\nboom"))
 
 
-def test_an_output_of_something_else_is_not_touched(tmp_path: Path) -> None:
-    (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(DatasetError, match="holds files"):
-        require_fresh(str(tmp_path), "dataset")
-    assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="cannot be written"):
-        require_fresh(str(tmp_path / "file" / "out"), "dataset")
+@pytest.mark.parametrize(
+    ("rows", "actors", "fewest", "expected"),
+    [
+        (60, 2, 8, 8),  # several blocks for each of two actors
+        (60, 1, 8, 15),
+        (60, 2, 40, 30),  # batches would be fuller, but one actor would have nothing to do
+        (60, 1, 64, 30),  # progress is seen
+        (1, 8, 8, 1),
+        (10**6, 2, 8, 64),
+        (10**6, 1000, 8, 64),
+        (1000, 1000, 1, 1),
+    ],
+)
+def test_all_actors_have_blocks_and_full_batches_where_there_are_rows(
+    rows: int, actors: int, fewest: int, expected: int
+) -> None:
+    chosen = choose_rows_per_block(None, rows, actors, fewest)
+    assert chosen == expected
+    assert -(-rows // chosen) >= min(rows, actors, 2 * actors)
+    assert choose_rows_per_block(64, rows, actors, fewest) == 64, "what a user says holds"
+
+
+def test_written_rows_are_counted_and_no_file_is_read_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = tmp_path / "_checkpoint"
+    committed = CommittedRows(Folder(str(tmp_path)))
+    assert committed.count() == 0
+    checkpoint.mkdir()
+    reads: list[str] = []
+    read = pq.read_metadata
+    monkeypatch.setattr(pool_module.pq, "read_metadata", lambda path, **more: reads.append(path) or read(path, **more))
+    for number, rows in enumerate((3, 5), 1):
+        pq.write_table(pa.table({"pair_id": range(rows)}), checkpoint / f"{number}.parquet")
+        pq.write_table(pa.table({"pair_id": range(rows)}), checkpoint / f"{number}x.pending.parquet")
+        assert committed.count() == sum((3, 5)[:number])
+        assert len(reads) == number
 
 
 def test_a_commit_that_was_cut_short_is_finished(tmp_path: Path) -> None:
@@ -79,6 +117,6 @@ def test_a_commit_that_was_cut_short_is_finished(tmp_path: Path) -> None:
     checkpoint.mkdir()
     for name in ("a.parquet", "a.pending.parquet", "b.pending.parquet", "c.parquet"):
         (checkpoint / name).touch()
-    finish_commits(str(tmp_path))
+    finish_commits(Folder(str(tmp_path)))
     assert sorted(file.name for file in checkpoint.iterdir()) == ["a.parquet", "b.pending.parquet", "c.parquet"]
-    finish_commits(str(tmp_path / "absent"))
+    finish_commits(Folder(str(tmp_path / "absent")))

@@ -16,11 +16,13 @@ from mlflow import MlflowClient
 from covray.cli import app as cli
 from covray.config import SweepConfig, TrackingConfig, load_config
 from covray.distributed import sweep as sweeps
-from covray.distributed.sweep import DESCRIPTION, _track_trials, report, resumed, sweep
+from covray.distributed import trials as running
+from covray.distributed.sweep import report, resumed, sweep
 from covray.distributed.tracking import Tracker, store_of
 from covray.errors import ConfigError
 from covray.io import storage
 from covray.sweeps.grid import Trial, grid_of
+from covray.sweeps.records import SweepRecord
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -74,14 +76,9 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 def begun(config: SweepConfig) -> None:
     """What a sweep leaves that was killed before its first trial."""
-    description = {
-        "version": 1,
-        "config": config.model_dump(mode="json"),
-        "identity": config.identity(),
-        "mlflow_run_id": None,
-        "seconds": 0.0,
-    }
-    storage.write_json(f"{config.out}/{DESCRIPTION}", description)
+    SweepRecord(
+        config=config.model_dump(mode="json"), identity=config.identity(), mlflow_run_id=None, seconds=0.0
+    ).write(config.out)
 
 
 def test_mistakes_are_one_line_before_anything_starts(config: SweepConfig, run: Run, tmp_path: Path) -> None:
@@ -97,7 +94,7 @@ def test_mistakes_are_one_line_before_anything_starts(config: SweepConfig, run: 
         (("--config", file, "--set", "grid.lengths=[7]"), "a chain of 7 needs alpha"),
         (("--config", file, "--manifest", "pairs"), "give data, a dataset of chains, or manifest"),
         (("--config", file, "--data", tmp_path / "nothing"), str(tmp_path / "nothing")),
-        (("--config", file, "--out", occupied), "holds files that are no sweep of covray"),
+        (("--config", file, "--out", occupied), "holds files that covray sweep did not write"),
         (("--config", file, "--tokens-per-s", 5), "--tokens-per-s: is for --plan"),
         (("--config", file, "--plan", "--tokens-per-s", 0), "--tokens-per-s"),
         (("--resume",), "--resume: takes --out SWEEP alone"),
@@ -188,7 +185,7 @@ def test_why_a_trial_failed_is_its_last_error(tmp_path: Path, text: str, line: s
         error_file = str(tmp_path / "error.txt")
 
     Path(Ended.error_file).write_text(text)
-    assert sweeps._failure(Ended()) == line  # type: ignore[arg-type]
+    assert running._failure(Ended()) == line  # type: ignore[arg-type]
 
 
 class Ended:
@@ -205,7 +202,7 @@ def test_a_trial_that_was_stopped_or_lost_is_written_down_with_what_it_was_compa
     begun(config)
     trials = {trial.name: trial for trial in grid_of(config).trials}
     stopped, lost, waiting = trials
-    progress = sweeps._Progress(config.out, trials, 0)
+    progress = running._Progress(config.out, trials, 0)
     for tokens, perplexity in ((0, 9.0), (100, 8.0)):
         seen: Any = Ended(stopped)
         progress.on_trial_result(0, [], seen, {"tokens": tokens, "answer_perplexity": perplexity, "pid": 1})
@@ -225,9 +222,11 @@ def away(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> Trial:
     """``trial``, trained and evaluated, with a run in an MLflow that does not answer."""
     storage.write_json(f"{trial.train.out}/_run.json", {"mlflow_run_id": "0" * 32})
     score = {"task": "depth", "metric": "abs_rel", "mean": 0.25}
-    monkeypatch.setattr(sweeps, "train", lambda config, watch: {"steps": 7, "seconds": 1.0, "tokens": 70})
+    monkeypatch.setattr(running, "train", lambda config, watch: {"steps": 7, "seconds": 1.0, "tokens": 70})
     monkeypatch.setattr(
-        sweeps, "evaluate", lambda config: {"scores": [score], "seconds": 1.0, "tasks": {}, "lower_is_better": []}
+        running,
+        "evaluate",
+        lambda config, patience_s: {"scores": [score], "seconds": 1.0, "tasks": {}, "lower_is_better": []},
     )
     tracking = trial.train.tracking.model_copy(update={"uri": "http://127.0.0.1:9", "log_every_steps": 4})
     return replace(trial, train=trial.train.model_copy(update={"tracking": tracking}))
@@ -238,8 +237,8 @@ def test_an_mlflow_that_is_away_costs_no_trial_and_ends_no_sweep(
 ) -> None:
     trials = {trial.name: away(trial, monkeypatch) for trial in grid_of(config).trials}
     finished, stopped, lost = trials
-    sweeps._TrialDriver().run(trials[finished], config.out)
-    progress = sweeps._Progress(config.out, trials, 0)
+    running.TrialDriver().run(trials[finished], config.out)
+    progress = running._Progress(config.out, trials, 0)
     one: Any
     for one, ends in ((Ended(stopped), progress.on_trial_complete), (Ended(lost), progress.on_trial_error)):
         ends(0, [], one)
@@ -260,14 +259,16 @@ def test_a_trial_s_scores_reach_mlflow_however_seldom_steps_are_logged_and_befor
 
     class Store:
         def log_batch(self, run_id: str, metrics: Any) -> None:
-            assert sweeps._record(config.out, trial.name) is None, "a kill here would leave MLflow without the scores"
+            assert running.read_trial(config.out, trial.name) is None, (
+                "a kill here would leave MLflow without the scores"
+            )
             logged.update({metric.key: metric.value for metric in metrics})
 
         def set_terminated(self, run_id: str, status: str) -> None:
             assert status == "FINISHED"
 
-    monkeypatch.setattr(sweeps.Tracker, "start", lambda tracker: setattr(tracker, "_client", Store()))
-    sweeps._TrialDriver().run(trial, config.out)
+    monkeypatch.setattr(running.Tracker, "start", lambda tracker: setattr(tracker, "_client", Store()))
+    running.TrialDriver().run(trial, config.out)
     assert logged == {"depth/abs_rel": 0.25}
 
 
@@ -276,9 +277,9 @@ def test_a_rule_stops_who_is_worse_at_equal_tokens_and_nobody_before_the_grace(c
     given = config.model_dump(mode="json")
     given["train"]["optimizer"] = {"batch_tokens": 512, "epochs": 8.0}
     chosen = load_config(SweepConfig, None, given | {"stopping": rule, "grace": 0.5})
-    scheduler = sweeps._scheduler(chosen)
+    scheduler = running._scheduler(chosen)
     assert scheduler is not None
-    tokens = min(line.train_tokens for line in sweeps.plan_sweep(chosen).trials)
+    tokens = min(line.train_tokens for line in running.plan_sweep(chosen).trials)
     controller: Any = None
     good = [Ended(f"good {number}") for number in range(4)]
     bad: Any = Ended("bad")
@@ -293,7 +294,7 @@ def test_a_rule_stops_who_is_worse_at_equal_tokens_and_nobody_before_the_grace(c
     assert decide(bad, 0.4, 99.0) == "CONTINUE"
     assert {decide(trial, 0.6, 8.0) for trial in good} == {"CONTINUE"}
     assert decide(bad, 0.6, 99.0) == "STOP"
-    assert sweeps._scheduler(config) is None
+    assert running._scheduler(config) is None
 
 
 def test_scores_of_a_trial_that_ended_while_mlflow_was_away_are_logged_later(
@@ -308,10 +309,10 @@ def test_scores_of_a_trial_that_ended_while_mlflow_was_away_are_logged_later(
     storage.write_json(path, {"status": "finished", "table": {"scores": [entry]}, "tracked": False})
     away = replace(trial, train=trial.train.model_copy(update={"tracking": TrackingConfig(uri="http://127.0.0.1:9")}))
 
-    _track_trials(config.out, trials | {name: away})
+    running._track_trials(config.out, trials | {name: away})
     assert "the sweep goes on" in capsys.readouterr().err
     assert not storage.read_json(path)["tracked"]
-    _track_trials(config.out, trials)
+    running._track_trials(config.out, trials)
     assert storage.read_json(path)["tracked"]
     run = MlflowClient(store_of(trial.train)).get_run(run_id)
     assert (run.info.status, run.data.metrics) == ("FINISHED", {"depth/AbsRel": 0.25})

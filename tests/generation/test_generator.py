@@ -150,7 +150,7 @@ def test_the_model_reads_the_chains_that_a_build_makes_and_its_answer_is_written
          "label": {"bytes": Path(label).read_bytes()}}
         for number, (image, label) in enumerate(examples)
     ]  # fmt: skip
-    prepared = prepare_block(pa.Table.from_pylist(table, MANIFEST_SCHEMA), builder.config, builder.facts(), None)
+    prepared = prepare_block(pa.Table.from_pylist(table, MANIFEST_SCHEMA), builder.config, builder.models(), None)
     prompt: list[list[int]] = []
     for row in builder.build(prepared)[0].to_pylist():
         frames = [frame["tokens"] for frame in row["frames"] if frame["method"] == method]

@@ -85,7 +85,7 @@ def computed(manifest: Path) -> dict[int, Any]:
     options = {"pairs": str(manifest), "out": "nowhere", "lengths": [3]}
     builder = BlockBuilder(load_config(BuildConfig, None, options, [FAST[3], FAST[5]]))
     pairs = pq.read_table(manifest, columns=["pair_id", "task", "split", "image", "label"])
-    rows, _ = builder.build(prepare_block(pairs, builder.config, builder.facts(), None))
+    rows, _ = builder.build(prepare_block(pairs, builder.config, builder.models(), None))
 
     def data(tokens: list[int] | None) -> bytes | None:
         return None if tokens is None else np.array(tokens, np.uint16).tobytes()
