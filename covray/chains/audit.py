@@ -14,94 +14,103 @@ import pyarrow.parquet as pq
 from covray.chains.dataset import shard_files, task_of
 from covray.chains.records import Audit, TaskCounts
 from covray.errors import DatasetError
-from covray.io import storage
+from covray.io.storage import Folder
 
 _UNREADABLE = (OSError, pa.ArrowInvalid)
 _READERS = 16
+_LISTED = 3  # ids of each kind of problem in a message
 
 
 def audit_dataset(out: str, pair_ids: np.ndarray, per_task: Mapping[str, int] | None = None) -> Audit:
-    """Compare the shards of the dataset folder ``out`` with the manifest, and count them.
+    """Compare the shards of a dataset folder with its manifest, and count them.
 
-    ``pair_ids``: int64 ``[n]``, the manifest's, distinct; ``per_task``: its rows per task, compared when given.
-    Reads only the narrow columns, file by file; memory is 24 bytes a row, more where something is wrong. Raises
-    DatasetError that lists unreadable shards, missing, doubled and foreign pairs.
+    Reads only the narrow columns, file by file; memory is 24 bytes a row, more where something is wrong.
+
+    Args:
+        out: The dataset folder.
+        pair_ids: Those of the manifest, distinct, int64 [n].
+        per_task: The manifest's rows by task; None: not compared.
+
+    Raises:
+        DatasetError: Shards are unreadable, or pairs are missing, doubled or not in the manifest; the message lists
+            some of each.
     """
-    asked = np.sort(np.asarray(pair_ids, dtype=np.int64))
-    if np.any(asked[1:] == asked[:-1]):
+    expected = np.sort(np.asarray(pair_ids, dtype=np.int64))
+    if np.any(expected[1:] == expected[:-1]):
         raise ValueError("pair_ids are not distinct")
-    found: list[np.ndarray] = []
+    ids_of_shards: list[np.ndarray] = []
     good: Counter[str] = Counter()
     reasons: dict[str, Counter[str]] = {}
-    torn: list[str] = []
-    for name, narrow in _read_narrow(out, ["pair_id", "error"]):
+    unreadable: list[str] = []
+    for name, narrow in _read_narrow(Folder(out), ["pair_id", "error"]):
         if narrow is None:
-            torn.append(name)
+            unreadable.append(name)
             continue
         task = task_of(name)
-        found.append(narrow["pair_id"].to_numpy())
+        ids_of_shards.append(narrow["pair_id"].to_numpy())
         errors = narrow["error"].cast(pa.string()).drop_null()
         good[task] += len(narrow) - len(errors)
-        per_reason = reasons.setdefault(task, Counter())
+        of_task = reasons.setdefault(task, Counter())
         for entry in pc.value_counts(pc.replace_substring_regex(errors, r"(?s):.*", "")).to_pylist():
-            per_reason[entry["values"]] += entry["counts"]
+            of_task[entry["values"]] += entry["counts"]
 
-    rows = np.concatenate([np.zeros(0, np.int64), *found])
-    del found
+    rows = np.concatenate([np.zeros(0, np.int64), *ids_of_shards])
+    del ids_of_shards  # half of the memory
     rows.sort()
-    problems = [] if not torn and np.array_equal(asked, rows) else _problems(asked, rows, torn)
-    per_task_rows = {task: good[task] + counts.total() for task, counts in sorted(reasons.items())}
+    problems = [] if not unreadable and np.array_equal(expected, rows) else _problems(expected, rows, unreadable)
+    counts = {task: _counts(good[task], reasons[task]) for task in sorted(reasons)}
     if not problems and per_task is not None:
-        expected = {task: rows for task, rows in sorted(per_task.items()) if rows}
-        if per_task_rows != expected:
-            problems.append(f"rows per task are {per_task_rows}, the manifest has {expected}")
+        problems = _task_problems(counts, per_task)
     if problems:
         raise DatasetError(f"{out}: {'; '.join(problems)}; run the same covray build again")
-    counts_per_task = {}
-    for task, task_rows in per_task_rows.items():
-        counts = reasons[task]
-        counts_per_task[task] = TaskCounts(
-            asked=task_rows, written=good[task], rejected=counts.total(), reasons=dict(sorted(counts.items()))
-        )
-    return Audit(
-        asked=len(asked),
-        written=good.total(),
-        rejected=sum(counts.total() for counts in reasons.values()),
-        per_task=counts_per_task,
-    )
+    rejected = sum(of_task.rejected for of_task in counts.values())
+    return Audit(asked=len(expected), written=good.total(), rejected=rejected, per_task=counts)
 
 
-def unreadable_shards(out: str) -> list[str]:
-    """Shards of ``out``, relative to it, that a killed writer left without a readable footer. A resume deletes them."""
-    return [name for name, narrow in _read_narrow(out, []) if narrow is None]
+def _counts(good: int, reasons: Counter[str]) -> TaskCounts:
+    rejected = reasons.total()
+    return TaskCounts(asked=good + rejected, written=good, rejected=rejected, reasons=dict(sorted(reasons.items())))
 
 
-def _read_narrow(out: str, columns: list[str]) -> Iterator[tuple[str, pa.Table | None]]:
-    """``columns`` of every shard of ``out``, several at a time: of an object store each takes three requests."""
-    filesystem, folder = storage.resolve(out)
+def _read_narrow(folder: Folder, columns: list[str]) -> Iterator[tuple[str, pa.Table | None]]:
+    """Yield ``columns`` of every shard, None for one that cannot be read.
+
+    Several are read at a time, because each takes three requests of an object store.
+    """
 
     def read(name: str) -> pa.Table | None:
         try:
-            with pq.ParquetFile(f"{folder}/{name}", filesystem=filesystem) as file:
+            with pq.ParquetFile(folder.inner_path(name), filesystem=folder.filesystem) as file:
                 return file.read(columns=columns)
         except _UNREADABLE:
             return None
 
-    names = shard_files(out)
+    names = shard_files(folder)
     with ThreadPoolExecutor(_READERS) as readers:
         yield from zip(names, readers.map(read, names), strict=True)
 
 
-def _problems(asked: np.ndarray, rows: np.ndarray, torn: list[str]) -> list[str]:
+def _problems(expected: np.ndarray, rows: np.ndarray, unreadable: list[str]) -> list[str]:
+    """Say what is wrong with the pair ids of all ``rows``; both arrays are int64 and ascending."""
     distinct = np.unique(rows)
     lists = {
-        "unreadable shards": torn,
-        "pairs missing": np.setdiff1d(asked, distinct, assume_unique=True).tolist(),
+        "unreadable shards": unreadable,
+        "pairs missing": np.setdiff1d(expected, distinct, assume_unique=True).tolist(),
         "rows doubled": rows[1:][rows[1:] == rows[:-1]].tolist(),
-        "pairs not in the manifest": np.setdiff1d(distinct, asked, assume_unique=True).tolist(),
+        "pairs not in the manifest": np.setdiff1d(distinct, expected, assume_unique=True).tolist(),
     }
-    return [
-        f"{len(items)} {what} ({', '.join(map(str, items[:3]))}{', ...' if len(items) > 3 else ''})"
-        for what, items in lists.items()
-        if items
-    ]
+    problems = []
+    for problem, items in lists.items():
+        if items:
+            listed = [str(item) for item in items[:_LISTED]]
+            if len(items) > _LISTED:
+                listed.append("...")
+            problems.append(f"{len(items)} {problem} ({', '.join(listed)})")
+    return problems
+
+
+def _task_problems(counts: Mapping[str, TaskCounts], per_task: Mapping[str, int]) -> list[str]:
+    """Say where rows are in the folder of another task than the manifest's."""
+    rows = {task: of_task.asked for task, of_task in counts.items()}
+    expected = {task: count for task, count in sorted(per_task.items()) if count}
+    return [] if rows == expected else [f"rows per task are {rows}, the manifest has {expected}"]

@@ -9,7 +9,7 @@ from covray.models.tokenizer.vqgan import Tokenizer, require_same_codebook
 
 
 def require_same_codes(facts: BackboneFacts, dataset: ChainDataset) -> None:
-    """Refuse chains that ``facts``'s backbone cannot read: of another codebook, or with ids that it has no codes for.
+    """Refuse chains that a backbone cannot read: of another codebook, or with ids that it has no codes for.
 
     If the backbone's folder does not record a codebook, no codebook check is made. Raises DatasetError.
     """
@@ -29,9 +29,16 @@ def require_same_codes(facts: BackboneFacts, dataset: ChainDataset) -> None:
 
 
 def require_same_tokens(dataset: ChainDataset, tokenizer: Tokenizer, what: str) -> None:
-    """Refuse a tokenizer that did not write the tokens of ``dataset``; ``what``: the tokenizer, as the user knows it.
+    """Refuse a tokenizer that did not write the tokens of a dataset.
 
-    Raises DatasetError for another codebook, ConfigError for pictures of another size.
+    Args:
+        dataset: The dataset.
+        tokenizer: The tokenizer.
+        what: The tokenizer, as the user knows it: the start of a message.
+
+    Raises:
+        DatasetError: It has another codebook.
+        ConfigError: Its pictures are of another size.
     """
     require_same_codebook(dataset.fingerprints["codebook"], tokenizer.codebook_fingerprint, what)
     if tokenizer.tokens_per_image != dataset.tokens_per_image:

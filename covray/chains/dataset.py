@@ -1,7 +1,7 @@
 """Shards: the Parquet rows that hold chains as tokens, and how to read them.
 
 A dataset folder holds ``_dataset.json`` (written first), ``shards/task=<task>/*.parquet`` and ``_audit.json`` (written
-last). One row is one pair; its frames serve every method and every length that was built.
+last). A row is a pair; its frames serve every method and every length that was built.
 """
 
 from __future__ import annotations
@@ -16,20 +16,23 @@ import pyarrow.parquet as pq
 
 from covray.chains.records import Audit, DatasetRecord
 from covray.errors import ConfigError, DatasetError, one_line
-from covray.io import storage
+from covray.io.storage import Folder
 
 QUALITY = ("source_noise_rms", "label_noise_rms", "source_psnr", "label_psnr", "diffusion_path", "linear_path")
 """Figures of a row: ``*_noise_rms`` is |z_T|/sqrt(d), expected 1; ``*_psnr`` the round trip of an end in dB, null where
 it was not checked; ``*_path`` the way through the frames over the direct way, as RMS pixel distances (linear: 1)."""
 
 _TOKENS = pa.list_(pa.uint16())
-_UNREADABLE = (OSError, pa.ArrowInvalid)  # a torn file has no footer, a damaged one a footer that lies
+_UNREADABLE = (OSError, pa.ArrowInvalid)  # an incomplete file has no footer, a damaged one a wrong footer
 _ROWS_AT_ONCE = 1024  # rows of 256 tokens and a dozen frames: some 7 MB
 
 
 def shard_schema(keep_noise: bool) -> pa.Schema:
-    """The schema of a shard; ``keep_noise`` adds the inverted noise of both ends (float32 little-endian bytes), and
-    the BLAKE2b digests (16 bytes) of the pixels that were inverted."""
+    """Return the schema of a shard.
+
+    ``keep_noise`` adds the inverted noise of both ends (float32 little-endian bytes), and the BLAKE2b digests (16
+    bytes) of the pixels that were inverted.
+    """
     frame = pa.struct([("method", pa.string()), ("alpha", pa.float32()), ("tokens", _TOKENS)])
     fields = [
         ("pair_id", pa.int64()),
@@ -41,48 +44,60 @@ def shard_schema(keep_noise: bool) -> pa.Schema:
         ("quality", pa.struct([(name, pa.float32()) for name in QUALITY])),
         ("error", pa.string()),
     ]
-    kept = [(f"{end}_{what}", pa.binary()) for what in ("noise", "pixels") for end in ("source", "label")]
-    return pa.schema(fields + (kept if keep_noise else []))
+    if keep_noise:
+        for name in ("source_noise", "label_noise", "source_pixels", "label_pixels"):
+            fields.append((name, pa.binary()))
+    return pa.schema(fields)
 
 
 def alphas_of(length: int) -> tuple[float, ...]:
-    """The alphas k/(length-1), k = 1..length-2, of a chain of ``length`` pictures, rounded to float32 as stored."""
+    """Return the alphas k/(length-1), k = 1..length-2, of a chain of ``length`` pictures, as float32 stores them."""
     return tuple(float(np.float32(k / (length - 1))) for k in range(1, length - 1))
 
 
 def union_alphas(lengths: Iterable[int], alphas: Iterable[float] = ()) -> tuple[float, ...]:
-    """All alphas that chains of ``lengths`` need, and ``alphas``: distinct as float32, ascending.
+    """Return all alphas that chains of ``lengths`` need, and ``alphas``: distinct as float32, ascending.
 
     Raises ConfigError for an alpha that float32 cannot tell from an end of the chain.
     """
-    extra = {float(np.float32(alpha)) for alpha in alphas}
-    if any(not 0.0 < alpha < 1.0 for alpha in extra):
-        raise ConfigError("alphas: an alpha is not between 0 and 1 as float32; leave it out, the ends are always there")
-    return tuple(sorted(extra.union(*(alphas_of(length) for length in lengths))))
+    union = {float(np.float32(alpha)) for alpha in alphas}
+    if any(not 0.0 < alpha < 1.0 for alpha in union):
+        raise ConfigError(
+            "alphas: an alpha is not between 0 and 1 as float32; leave it out, a chain always has both ends"
+        )
+    for length in lengths:
+        union.update(alphas_of(length))
+    return tuple(sorted(union))
 
 
 def frame_order(methods: Iterable[str], alphas: Iterable[float]) -> list[tuple[str, float]]:
-    """The (method, alpha) of a row's frames in their fixed order: by method, then by alpha."""
+    """Return the (method, alpha) of a row's frames in their fixed order: by method, then by alpha."""
     ascending = sorted(alphas)
     return [(method, alpha) for method in sorted(methods) for alpha in ascending]
 
 
 class ChainDataset:
-    """A dataset of chains, to read.
-
-    ``path`` is a dataset folder, local or on any filesystem pyarrow knows. ``unfinished=True`` also opens a dataset
-    that is still being built, or whose build was stopped: shards that cannot be read are then left out and listed in
-    ``unreadable``. Raises DatasetError when there is no dataset, it is unfinished, or it is of an unknown version.
-    """
+    """A dataset of chains, to read."""
 
     def __init__(self, path: str, *, unfinished: bool = False):
+        """Open a dataset.
+
+        Args:
+            path: The dataset folder, local or on any filesystem pyarrow knows.
+            unfinished: Also open a dataset that is still being built, or whose build was stopped: shards that cannot be
+                read are then left out, and listed in ``unreadable``.
+
+        Raises:
+            DatasetError: There is no dataset, it is unfinished, or its description cannot be used.
+        """
         self.path = path
-        record = DatasetRecord.read_if_present(path)
+        self.folder = Folder(path)
+        record = DatasetRecord.read_if_present(self.folder)
         if record is None:
             raise DatasetError(f"{path}: no _dataset.json there, so not a dataset; give the --out of a covray build")
         self.record = record
         """The description of the dataset."""
-        self.audit = Audit.read_if_present(path)
+        self.audit = Audit.read_if_present(self.folder)
         """What the finished build wrote; None while it is unfinished."""
         if self.audit is None and not unfinished:
             raise DatasetError(f"{path}: is unfinished; run the same covray build again")
@@ -91,41 +106,41 @@ class ChainDataset:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The resolved BuildConfig, as JSON values."""
+        """Return the resolved BuildConfig, as JSON values."""
         return self.record.config
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The part of the configuration that decides the tokens."""
+        """Return the part of the configuration that decides the tokens."""
         return self.record.identity
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """SHA-256 (hex) of ``prior``, ``tokenizer`` and ``codebook``."""
+        """Return the SHA-256 (hex) of ``prior``, ``tokenizer`` and ``codebook``."""
         return self.record.fingerprints
 
     @property
     def tokens_per_image(self) -> int:
-        """Tokens of one picture."""
+        """Return the tokens of one picture."""
         return self.record.tokens_per_image
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """The methods that frames were built by."""
+        """Return the methods that frames were built by."""
         return tuple(sorted(self.config["methods"]))
 
     @property
     def alphas(self) -> tuple[float, ...]:
-        """The alphas (float32) that frames were built at."""
+        """Return the alphas (float32) that frames were built at."""
         return union_alphas(self.config["lengths"], self.config["alphas"])
 
     @property
     def shards(self) -> list[str]:
-        """The Parquet files, relative to ``path``."""
-        return shard_files(self.path)
+        """Return the Parquet files, relative to ``path``."""
+        return shard_files(self.folder)
 
     def count(self, *, errors: bool = False) -> int:
-        """Rows: the good ones, and with ``errors`` also the rejected ones. A finished dataset's audit knows."""
+        """Return how many rows are good, or with ``errors`` how many there are; a finished dataset's audit knows."""
         if self.audit is not None:
             return self.audit.written + (self.audit.rejected if errors else 0)
         return sum(len(batch) for batch in self._batches(["pair_id"], None, None, errors))
@@ -138,10 +153,16 @@ class ChainDataset:
         *,
         errors: bool = False,
     ) -> Iterator[dict[str, Any]]:
-        """The rows one after another, in the order of the files; tokens as uint16 arrays.
+        """Yield the rows in the order of the files, with tokens as uint16 arrays; memory is that of a thousand rows.
 
-        ``columns``: only these (all by default); ``tasks``, ``split``: only of these; ``errors``: also rejected rows.
-        Streams: memory is that of a thousand rows. Raises DatasetError for a shard that cannot be read.
+        Args:
+            columns: Only these columns; None: all.
+            tasks: Only rows of these tasks.
+            split: Only rows of this split.
+            errors: Also rejected rows.
+
+        Raises:
+            DatasetError: A shard cannot be read.
         """
         for batch in self._batches(columns, tasks, split, errors):
             values = {name: _python_values(batch.column(name)) for name in batch.schema.names}
@@ -156,16 +177,24 @@ class ChainDataset:
         *,
         errors: bool = False,
     ) -> pa.Table:
-        """Like ``rows``, as one Arrow table with the columns of ``shard_schema``; it is held in memory."""
+        """Return what ``rows`` yields as one Arrow table in memory, with the columns of ``shard_schema``."""
         batches = list(self._batches(columns, tasks, split, errors))
         schema = self._schema()
         return pa.Table.from_batches(batches, pa.schema([schema.field(name) for name in columns or schema.names]))
 
     def chain(self, row: Mapping[str, Any], length: int, method: str) -> np.ndarray:
-        """The chain of a row of ``rows``: uint16 ``[length, tokens_per_image]``, from the source to the label.
+        """Return the chain of a row of ``rows``, from the source to the label.
 
-        The method ``none`` and the length 2 have no frames: they give source and label. Raises DatasetError when the
-        dataset lacks the method or an alpha, or the row is a rejected pair.
+        Args:
+            row: A row with all its columns.
+            length: Pictures of the chain, both ends counted.
+            method: How its frames were made; ``none``, like the length 2, gives source and label alone.
+
+        Returns:
+            uint16 [length, tokens_per_image].
+
+        Raises:
+            DatasetError: The dataset lacks the method or an alpha, or the row is a rejected pair.
         """
         if row.get("error") is not None:
             raise DatasetError(f"{self.path}: pair {row.get('pair_id')} was rejected ({row['error']}); it has no chain")
@@ -177,15 +206,15 @@ class ChainDataset:
                 f"build with --methods {','.join((*self.methods, method))}"
             )
         frames = {frame["alpha"]: frame["tokens"] for frame in row["frames"] if frame["method"] == method}
-        wanted = alphas_of(length)
-        missing = [alpha for alpha in wanted if alpha not in frames]
+        alphas = alphas_of(length)
+        missing = [alpha for alpha in alphas if alpha not in frames]
         if missing:
             lengths = ",".join(str(known) for known in sorted({*self.config["lengths"], length}))
             raise DatasetError(
                 f"{self.path}: a chain of {length} needs alpha {_rounded(missing)}, "
                 f"the dataset has {_rounded(frames)}; build with --lengths {lengths}"
             )
-        return np.stack([row["source"], *(frames[alpha] for alpha in wanted), row["label"]])
+        return np.stack([row["source"], *(frames[alpha] for alpha in alphas), row["label"]])
 
     def _batches(
         self, columns: Sequence[str] | None, tasks: Iterable[str] | None, split: str | None, errors: bool
@@ -194,38 +223,44 @@ class ChainDataset:
         unknown = [name for name in columns or () if name not in schema.names]
         if unknown:
             raise DatasetError(f"{self.path}: has no column {unknown[0]}, only {', '.join(schema.names)}")
-        wanted = pa.schema([schema.field(name) for name in columns or schema.names])
+        wanted = list(columns or schema.names)
         # The filters' columns are read beside the wanted ones, and dropped again.
-        needed = [*dict.fromkeys([*wanted.names, *([] if errors else ["error"]), *(["split"] if split else [])])]
+        to_read = [*wanted]
+        if not errors and "error" not in to_read:
+            to_read.append("error")
+        if split is not None and "split" not in to_read:
+            to_read.append("split")
+        narrow = pa.schema([schema.field(name) for name in to_read])
         chosen = None if tasks is None else set(tasks)
         for name in self.shards:
             task = task_of(name)
             if chosen is not None and task not in chosen:
                 continue
-            for batch in self._file_batches(name, task, pa.schema([schema.field(column) for column in needed])):
+            for batch in self._file_batches(name, task, narrow):
                 kept = batch
                 if not errors:
                     kept = kept.filter(pc.is_null(kept.column("error")))
                 if split is not None:
                     kept = kept.filter(pc.fill_null(pc.equal(kept.column("split"), split), False))
                 if len(kept):
-                    yield kept.select(wanted.names)
+                    yield kept.select(wanted)
 
     def _file_batches(self, name: str, task: str, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-        filesystem, inner = storage.resolve(storage.join(self.path, name))
+        """Yield the rows of one shard with the columns of ``schema``."""
+        # A partitioned writer leaves the task out of the files: the folder says it.
+        stored = [column for column in schema.names if column != "task"]
         try:
-            with pq.ParquetFile(inner, filesystem=filesystem) as file:
+            with pq.ParquetFile(self.folder.inner_path(name), filesystem=self.folder.filesystem) as file:
                 absent = set(schema.names) - set(file.schema_arrow.names) - {"task"}
                 if absent:
                     raise DatasetError(f"{self.path}/{name}: lacks column {min(absent)}; build the dataset again")
-                # A partitioned writer leaves the task out of the files: the folder says it.
-                for batch in file.iter_batches(_ROWS_AT_ONCE, columns=[c for c in schema.names if c != "task"]):
-                    columns = [
-                        pa.array([task] * len(batch), pa.string())
-                        if field.name == "task"
-                        else batch.column(field.name).cast(field.type)
-                        for field in schema
-                    ]
+                for batch in file.iter_batches(_ROWS_AT_ONCE, columns=stored):
+                    columns = []
+                    for field in schema:
+                        if field.name == "task":
+                            columns.append(pa.array([task] * len(batch), pa.string()))
+                        else:
+                            columns.append(batch.column(field.name).cast(field.type))
                     yield pa.RecordBatch.from_arrays(columns, schema=schema)
         except _UNREADABLE as error:
             if self.audit is not None:
@@ -240,14 +275,17 @@ class ChainDataset:
         return shard_schema(keep_noise=bool(self.config.get("keep_noise", False)))
 
 
-def shard_files(out: str) -> list[str]:
-    """The Parquet files of the dataset folder ``out``, relative to it, sorted; not those a writer left aside."""
-    names = [f"shards/{name}" for name in storage.list_files(storage.join(out, "shards"), ".parquet")]
-    return [name for name in names if not name.rsplit("/", 1)[-1].startswith((".", "_"))]
+def shard_files(folder: Folder) -> list[str]:
+    """Return the Parquet files of a dataset folder, relative to it, sorted; not those that a writer left aside."""
+    names = []
+    for name in (folder / "shards").list_files(".parquet"):
+        if not name.rsplit("/", 1)[-1].startswith((".", "_")):
+            names.append(f"shards/{name}")
+    return names
 
 
 def task_of(shard: str) -> str:
-    """The task a shard's path names (``shards/task=<task>/...``). Raises DatasetError when it names none."""
+    """Return the task that a shard's path names (``shards/task=<task>/...``). Raises DatasetError for none."""
     for part in shard.split("/"):
         if part.startswith("task="):
             return part.removeprefix("task=")
@@ -255,18 +293,16 @@ def task_of(shard: str) -> str:
 
 
 def _python_values(column: pa.Array) -> list[Any]:
-    """The values of a column; lists of tokens as uint16 arrays, as nobody wants them as Python integers."""
+    """Return the values of a column, with lists of tokens as uint16 arrays."""
     if column.type == _TOKENS:
         return _token_arrays(column)
     if pa.types.is_list(column.type):
         flat = column.flatten()
         tokens = _token_arrays(flat.field("tokens"))
-        frames = [
-            {"method": method, "alpha": alpha, "tokens": ids}
-            for method, alpha, ids in zip(
-                flat.field("method").to_pylist(), flat.field("alpha").to_pylist(), tokens, strict=True
-            )
-        ]
+        methods, alphas = flat.field("method").to_pylist(), flat.field("alpha").to_pylist()
+        frames = []
+        for method, alpha, ids in zip(methods, alphas, tokens, strict=True):
+            frames.append({"method": method, "alpha": alpha, "tokens": ids})
         return [None if part is None else frames[part] for part in _list_slices(column)]
     return list(column.to_pylist())
 
@@ -277,7 +313,7 @@ def _token_arrays(column: pa.Array) -> list[np.ndarray | None]:
 
 
 def _list_slices(column: pa.Array) -> list[slice | None]:
-    """Where each list of ``column`` lies in ``column.flatten()``, which leaves out what lies below null lists."""
+    """Return where each list of ``column`` is in ``column.flatten()``, which leaves out what is below null lists."""
     slices: list[slice | None] = []
     start = 0
     for length in column.value_lengths().to_pylist():
