@@ -35,7 +35,7 @@ from covray.distributed.progress import LINE_EVERY_S, time_left
 from covray.distributed.tracking import Tracker, store_of
 from covray.distributed.train import train
 from covray.errors import ConfigError
-from covray.evaluation.records import EvaluationResults, SubjectScore
+from covray.evaluation.records import SubjectScore
 from covray.io import storage
 from covray.io.storage import Folder
 from covray.sweeps.grid import Grid, Trial
@@ -132,7 +132,7 @@ class TrialDriver:
         result = train(trial.train, watch)
         # Patient: workers of a sweep that was killed may still be at it for a moment.
         results = evaluate(trial.evaluate, patience_s=STALE_S)
-        table = EvaluationResults.model_validate(results)
+        table = TrialTable.model_validate({key: results[key] for key in TrialTable.model_fields})
         # Before the record, after which nobody comes back here: a kill in between must not cost MLflow the scores.
         tracked = _close_run(trial, "FINISHED", _means(table.scores))
         gpus = trial.train.workers.count * (trial.train.workers.gpus or 0.0)
@@ -145,7 +145,7 @@ class TrialDriver:
             gpus=gpus,
             gpu_hours=gpus * (result["seconds"] + results["seconds"]) / 3600,
             validation=tuple(validations),
-            table=TrialTable(tasks=table.tasks, lower_is_better=table.lower_is_better, scores=table.scores),
+            table=table,
             tracked=tracked,
         ).write(out, _file_of(trial.name))
 

@@ -221,7 +221,8 @@ def test_a_trial_that_was_stopped_or_lost_is_written_down_with_what_it_was_compa
 def away(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> Trial:
     """``trial``, trained and evaluated, with a run in an MLflow that does not answer."""
     storage.write_json(f"{trial.train.out}/_run.json", {"mlflow_run_id": "0" * 32})
-    score = {"task": "depth", "metric": "abs_rel", "mean": 0.25}
+    score = {"task": "depth", "subject": "tuned", "metric": "abs_rel", "mean": 0.25, "low": None, "high": None}
+    score |= {"episodes": 4}
     monkeypatch.setattr(running, "train", lambda config, watch: {"steps": 7, "seconds": 1.0, "tokens": 70})
     monkeypatch.setattr(
         running,
@@ -304,9 +305,10 @@ def test_scores_of_a_trial_that_ended_while_mlflow_was_away_are_logged_later(
     name, trial = next(iter(trials.items()))
     run_id = Tracker(trial.train, None).start()
     storage.write_json(storage.join(trial.train.out, "_run.json"), {"mlflow_run_id": run_id})
-    entry = {"task": "depth", "metric": "AbsRel", "subject": "tuned", "mean": 0.25}
+    entry = {"task": "depth", "metric": "AbsRel", "subject": "tuned", "mean": 0.25, "low": None, "high": None}
+    table = {"tasks": {}, "lower_is_better": [], "scores": [entry | {"episodes": 4}]}
     path = storage.join(config.out, "trials", f"{name}.json")
-    storage.write_json(path, {"status": "finished", "table": {"scores": [entry]}, "tracked": False})
+    storage.write_json(path, {"status": "finished", "table": table, "tracked": False})
     away = replace(trial, train=trial.train.model_copy(update={"tracking": TrackingConfig(uri="http://127.0.0.1:9")}))
 
     running._track_trials(config.out, trials | {name: away})
