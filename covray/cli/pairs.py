@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -71,26 +71,44 @@ def scenes(
 
 
 def manifest(
-    file: Annotated[str, typer.Argument(help="Your own list: Parquet, CSV, JSONL, or Painter's JSON.")],
+    file: Annotated[str, typer.Argument(help="Your own list: Parquet, CSV, TSV, JSONL, or Painter's JSON.")],
     out: Out,
     task: Annotated[str | None, typer.Option(help="The task, where the list has no such column.")] = None,
     split: Annotated[str, typer.Option(help="The split, where the list has no such column.")] = "train",
     root: Annotated[
         str | None, typer.Option(help="Folder the list's paths are relative to; by default its own.")
     ] = None,
+    classes: Annotated[
+        str | None, typer.Option(help="YAML file of the masks' classes: names, numbers or colours, void.")
+    ] = None,
+    metres_per_level: Annotated[
+        float | None, typer.Option(min=0, help="Depth of one level of depth labels; 0.001 for millimetres.")
+    ] = None,
+    label_orientation: Annotated[
+        Literal["stored", "upright"] | None,
+        typer.Option(help="How labels lie to images that EXIF turns; by default as their size tells."),
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Your own pairs, from a list of files."""
-    from covray.pairs.manifest import list_root, read_user_list
+    from covray.pairs.classes import load_classes
+    from covray.pairs.user_labels import LabelRules, checked_pairs
+    from covray.pairs.user_lists import list_root, read_user_list
 
-    _write_manifest(out, list_root(file, root), read_user_list(file, task, split, root), json_)
+    masks = None if classes is None else load_classes(classes)
+    rules = LabelRules(masks, metres_per_level or None, label_orientation)
+    place = list_root(file, root)
+    pairs = checked_pairs(read_user_list(file, task, split, root), place, rules)
+    _write_manifest(out, place, _checked(pairs, None, examples=3), json_)
 
 
 def coco(
     root: Root,
     out: Out,
     task: Annotated[str, typer.Option(help="segmentation or pose.")] = "segmentation",
-    labels: Annotated[str, typer.Option(help="Of segmentation: panoptic (133 classes) or stuff (182).")] = "panoptic",
+    labels: Annotated[
+        str, typer.Option(help="panoptic (133 classes) or stuff (182); or stuffthingmaps or pixelmaps, by name.")
+    ] = "panoptic",
     split: Annotated[str, typer.Option(help="train or val.")] = "train",
     count: Count = None,
     seed: Seed = 0,
@@ -161,19 +179,32 @@ def _write_drawn(out: str, root: str, base: str | None, pairs: Iterator[Pair], c
     _write_manifest(out, base or root, _checked(placed, count), json_, count)
 
 
-def _checked(pairs: Iterator[Pair], count: int | None) -> Iterator[Pair]:
-    """Yield ``pairs``; then warn if there are fewer than ``count``, and of those that cannot be used."""
+def _checked(pairs: Iterator[Pair], count: int | None, examples: int = 0) -> Iterator[Pair]:
+    """Yield ``pairs``; then warn if there are fewer than ``count``, and of those that cannot be used.
+
+    Args:
+        pairs: Pairs with the reason in ``meta["error"]`` where they cannot be used.
+        count: How many pairs were asked for; None for all.
+        examples: How many errors of each reason are shown in full.
+    """
     present, reasons = 0, Counter[str]()
+    shown = defaultdict[str, list[str]](list)
     for pair in pairs:
         present += 1
         if "error" in pair.meta:
-            reasons[pair.meta["error"].partition(":")[0]] += 1
+            reason = pair.meta["error"].partition(":")[0]
+            reasons[reason] += 1
+            if len(shown[reason]) < examples:
+                shown[reason].append(pair.meta["error"])
         yield pair
     if count is not None and present < count:
         _LOG.warning("%d pairs asked for, %d there are: all were taken", count, present)
     if reasons:
         counts = ", ".join(f"{reason} {number}" for reason, number in reasons.most_common())
         _LOG.warning("cannot be used, and will be rejected: %s", counts)
+    for reason, _ in reasons.most_common():
+        for error in shown[reason]:
+            _LOG.warning("  %s", error)
 
 
 def _write_manifest(out: str, root: str | None, pairs: Iterator[Pair], json_: bool, total: int | None = None) -> None:

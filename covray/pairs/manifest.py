@@ -1,24 +1,21 @@
-"""The manifest: one Parquet row a pair of an image and its label drawn as an image.
+"""The manifest: one Parquet row for each pair of an image and its label drawn as an image.
 
-A manifest comes from one of our sources, from the user's own list (``read_user_list``), or from anywhere else, since
-it is plain Parquet; ``check_manifest`` says in one line what is wrong with it before a build is started.
+A manifest comes from one of our sources, from the user's own list (``covray.pairs.user_lists``), or from anywhere else,
+since it is plain Parquet; ``check_manifest`` says in one line what is wrong with it before a build is started.
 """
 
 from __future__ import annotations
 
 import contextlib
-import csv
 import functools
 import hashlib
-import io
 import json
-import math
 import os
 import posixpath
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, cast
@@ -29,10 +26,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pyarrow import fs
 
-from covray.errors import ConfigError, ManifestError, one_line
+from covray.errors import ManifestError
 from covray.io import storage
 from covray.io.images import Picture, picture_identity
-from covray.tasks import TASKS
+from covray.pairs.values import absolute, parsed_json, plain, reading, storable, unknown_task, writing
+from covray.tasks import TASKS, segmentation
 
 __all__ = [
     "MANIFEST_SCHEMA",
@@ -41,10 +39,9 @@ __all__ = [
     "Pair",
     "Picture",
     "check_manifest",
-    "list_root",
+    "read_classes",
     "read_manifest",
     "read_meta",
-    "read_user_list",
     "row_dicts",
 ]
 
@@ -64,18 +61,11 @@ MANIFEST_SCHEMA = pa.schema(
 )
 """Columns of a manifest; the file's metadata carries ``covray.manifest`` = {"version": 1, "root": folder or null}."""
 
+ENDING = ".parquet"
+"""What a manifest's name ends in: Ray reads no other files as Parquet."""
+
 ROW_GROUP_BYTES = 32 * 2**20
 ROW_GROUP_ROWS = 10_000
-
-PAINTER_TASKS = {
-    "ade20k_image2semantic": "segmentation",
-    "coco_image2panoptic_sem_seg": "segmentation",
-    "nyuv2_image2depth": "depth",
-    "coco_image2pose": "pose",
-    "lol_image2enhance": "low_light",
-}
-"""Types of Painter's lists that are one of our tasks (github.com/baaivision/Painter). The others (deraining,
-denoising, class-agnostic instances) are refused by name."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +77,7 @@ class Pair:
     image: Picture
     label: Picture
     meta: dict[str, Any] = field(default_factory=dict)
-    """Whatever else is known; written as JSON."""
+    """What else is known; written as JSON. Of segmentation the class table (``covray.tasks.segmentation``)."""
 
     @functools.cached_property
     def pair_id(self) -> int:
@@ -103,30 +93,38 @@ class Pair:
 
 
 class ManifestWriter:
-    """Writes a manifest, row by row; the file appears whole when the ``with`` block ends well, else not at all.
-
-    ``path`` is the Parquet file to write, on any storage; ``root`` the folder that relative URIs are below (a local
-    one is made absolute), None where every picture is given by its bytes. Raises ManifestError where ``path`` cannot
-    be written.
-    """
+    """Writes a manifest row by row; the file appears whole when the ``with`` block ends well, else not at all."""
 
     def __init__(self, path: str | os.PathLike[str], root: str | os.PathLike[str] | None = None):
+        """Prepare to write; nothing is opened before the ``with`` block.
+
+        Args:
+            path: The Parquet file to write, on any storage; its name ends in ``.parquet``.
+            root: Folder that relative URIs are below (a local one is made absolute); None where every picture is given
+                by its bytes.
+
+        Raises:
+            ManifestError: In the ``with`` block, where ``path`` has another ending or cannot be written.
+        """
         self.path = os.fspath(path)
-        self.root = None if root is None else _absolute(os.fspath(root))
+        self.root = None if root is None else absolute(os.fspath(root))
         self.rows = 0
         """Pairs written."""
         self.duplicates = 0
-        """Pairs left out, because that ``pair_id`` had been added before."""
+        """Pairs that were left out because their ``pair_id`` had been added before."""
         self._seen: set[int] = set()
         self._buffer: list[dict[str, Any]] = []
         self._buffer_bytes = 0
         self._aside = ""
 
     def __enter__(self) -> ManifestWriter:
-        with _writing(self.path):
+        """Open the file beside its place."""
+        with writing(self.path):
             filesystem, inner = storage.resolve(self.path)
             if filesystem.get_file_info(inner).type == fs.FileType.Directory:
                 raise ManifestError(f"{self.path}: is a folder; give the file to write, such as pairs.parquet")
+            if not inner.lower().endswith(ENDING):
+                raise ManifestError(f"{self.path}: a manifest's name ends in {ENDING}; give --out such a name")
             if isinstance(filesystem, fs.LocalFileSystem):
                 folder = os.path.dirname(inner)
                 os.makedirs(folder, exist_ok=True)
@@ -142,9 +140,9 @@ class ManifestWriter:
         return self
 
     def add(self, pair: Pair) -> bool:
-        """Write ``pair``; False, and counted in ``duplicates``, where its ``pair_id`` had been added before."""
+        """Write ``pair``; return False, and count it, where its ``pair_id`` had been added before."""
         if pair.task not in TASKS:
-            raise ManifestError(f"{self.path}: {_unknown_task(pair.task)}")
+            raise ManifestError(f"{self.path}: {unknown_task(pair.task)}")
         if pair.pair_id in self._seen:
             self.duplicates += 1
             return False
@@ -152,10 +150,10 @@ class ManifestWriter:
         row = {
             "pair_id": pair.pair_id,
             "task": pair.task,
-            "split": _text(pair.split),
-            "image": {"uri": _text(pair.image.uri), "bytes": pair.image.bytes},
-            "label": {"uri": _text(pair.label.uri), "bytes": pair.label.bytes},
-            "meta": json.dumps(_plain(pair.meta), sort_keys=True),
+            "split": storable(pair.split),
+            "image": {"uri": storable(pair.image.uri), "bytes": pair.image.bytes},
+            "label": {"uri": storable(pair.label.uri), "bytes": pair.label.bytes},
+            "meta": json.dumps(plain(pair.meta), sort_keys=True),
         }
         self._buffer.append(row)
         self._buffer_bytes += len(pair.image.bytes or b"") + len(pair.label.bytes or b"") + len(row["meta"])
@@ -167,19 +165,20 @@ class ManifestWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        """Put the file in its place, or remove it after an error."""
         try:
-            with _writing(self.path):
+            with writing(self.path):
                 try:
                     if kind is None:
                         self._flush()
                 finally:
                     self._writer.close()
-                if kind is None and not self.rows:  # what stood there may be good
+                if kind is None and not self.rows:  # the file at that path may be good
                     raise ManifestError(f"{self.path}: is not written: there are no pairs to write")
                 if kind is None:
                     self._publish()
         except ManifestError:
-            if kind is None:  # the first failure is the one to tell
+            if kind is None:  # otherwise the first failure is the one to report
                 raise
         finally:
             with contextlib.suppress(FileNotFoundError):
@@ -188,7 +187,7 @@ class ManifestWriter:
     def _flush(self) -> None:
         if not self._buffer:
             return
-        with _writing(self.path):
+        with writing(self.path):
             self._writer.write_table(pa.Table.from_pylist(self._buffer, MANIFEST_SCHEMA))
         self._buffer = []
         self._buffer_bytes = 0
@@ -222,9 +221,12 @@ class ManifestInfo:
 def check_manifest(path: str | os.PathLike[str]) -> ManifestInfo:
     """Check a manifest, a Parquet file or a folder of them, before work is put into it.
 
-    Reads ids, tasks and splits only; the pictures are checked by the build, each as its own row. Raises ManifestError
-    (one line, the file named) where it is missing, not Parquet, empty, without a column or with one of another type,
-    written by a later version, of several roots, or where it has unknown tasks, nulls, or an id twice.
+    Reads ids, tasks and splits only; the pictures are checked by the build, each as its own row. A manifest that
+    another program wrote has no root; its URIs are then below the folder that holds it.
+
+    Raises:
+        ManifestError: In one line that names the file: it is missing, not Parquet, empty, lacks a column or has one of
+            another type, is of a later version or of several roots, or has unknown tasks, nulls, or an id twice.
     """
     path = os.fspath(path)
     files, filesystem = _manifest_files(path)
@@ -232,11 +234,16 @@ def check_manifest(path: str | os.PathLike[str]) -> ManifestInfo:
     splits: Counter[str] = Counter()
     ids: list[NDArray[np.int64]] = []
     roots: dict[str | None, str] = {}
+    without_root: list[tuple[str, str]] = []
     for file in files:
         name = file if len(files) > 1 else path
-        with _reading(name), pq.ParquetFile(file, filesystem=filesystem) as parquet:
+        with reading(name), pq.ParquetFile(file, filesystem=filesystem) as parquet:
             _check_schema(name, parquet.schema_arrow)
-            roots.setdefault(_root_of(name, parquet.schema_arrow.metadata), name)
+            metadata = parquet.schema_arrow.metadata or {}
+            if METADATA_KEY in metadata:
+                roots.setdefault(_root_of(name, metadata[METADATA_KEY]), name)
+            else:
+                without_root.append((name, file))
             for batch in parquet.iter_batches(2**16, columns=["pair_id", "task", "split"]):
                 for column in ("pair_id", "task", "split"):
                     if batch.column(column).null_count:
@@ -245,20 +252,22 @@ def check_manifest(path: str | os.PathLike[str]) -> ManifestInfo:
                 for column, counts in (("task", per_task), ("split", splits)):
                     for entry in batch.column(column).value_counts().to_pylist():
                         counts[entry["values"]] += entry["counts"]
-    if len(roots) > 1:  # a file that needs no root, its pictures being bytes, goes with any
-        roots.pop(None, None)
-    if len(roots) > 1:
-        found = ", ".join(f"{root} ({name})" for root, name in list(roots.items())[:3])
-        raise ManifestError(
-            f"{path}: its files have different roots: {found}; write them with one --root, a folder above all pictures"
-        )
     unknown = sorted(set(per_task) - set(TASKS))
     if unknown:
-        raise ManifestError(f"{path}: {_unknown_task(*unknown)}")
+        raise ManifestError(f"{path}: {unknown_task(*unknown)}")
     pair_ids = np.concatenate(ids) if ids else np.empty(0, np.int64)
     if not len(pair_ids):
         raise ManifestError(f"{path}: holds no pairs; write some with covray pairs")
     _check_unique(path, pair_ids)
+    for name, file in without_root:
+        roots.setdefault(_folder_as_root(path, name, file, filesystem), name)
+    if len(roots) > 1:  # a file that needs no root, its pictures being bytes, goes with any
+        roots.pop(None, None)
+    if len(roots) > 1:
+        shown = ", ".join(f"{root} ({name})" for root, name in list(roots.items())[:3])
+        raise ManifestError(
+            f"{path}: its files have different roots: {shown}; write them with one --root, a folder above all pictures"
+        )
     (root,) = roots
     return ManifestInfo(
         len(pair_ids), dict(sorted(per_task.items())), dict(sorted(splits.items())), root, pair_ids, tuple(files)
@@ -266,17 +275,51 @@ def check_manifest(path: str | os.PathLike[str]) -> ManifestInfo:
 
 
 def read_manifest(path: str | os.PathLike[str], columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """The rows of a checked manifest, ``columns`` of ``MANIFEST_SCHEMA`` in its types; files by name."""
+    """Yield the rows of a checked manifest, ``columns`` of ``MANIFEST_SCHEMA`` in its types; files by name."""
     files, filesystem = _manifest_files(os.fspath(path))
     schema = pa.schema([MANIFEST_SCHEMA.field(name) for name in columns])
     for file in files:
-        with _reading(file), pq.ParquetFile(file, filesystem=filesystem) as parquet:
+        with reading(file), pq.ParquetFile(file, filesystem=filesystem) as parquet:
             for batch in parquet.iter_batches(256, columns=list(columns)):
                 yield batch.select(list(columns)).cast(schema)
 
 
+def read_classes(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """Return the class table of a manifest's segmentation: the keys ``META_KEYS`` of its ``meta``.
+
+    None where it has no segmentation. Rows that cannot be used do not count.
+
+    Raises:
+        ManifestError: Two rows have different classes, so that one colour would stand for two things.
+    """
+    tables: dict[str, str] = {}
+    for batch in read_manifest(path, ["task", "split", "label", "meta"]):
+        for row in row_dicts(pa.Table.from_batches([batch])):
+            if row["task"] != segmentation.name or not any((row["label"] or {}).values()):
+                continue
+            meta = read_meta(row["meta"])
+            table = {key: meta[key] for key in segmentation.META_KEYS if key in meta}
+            tables.setdefault(json.dumps(table, sort_keys=True), _described(meta))
+            if len(tables) > 1:
+                first, second = tables.values()
+                raise ManifestError(
+                    f"{os.fspath(path)}: its segmentation has two sets of classes, {first} and {second}, so that one "
+                    "colour would stand for two things; build them apart, or declare one --classes for both"
+                )
+    return json.loads(next(iter(tables))) if tables else None
+
+
+def _described(meta: dict[str, Any]) -> str:
+    """Return how a message calls the classes of a row."""
+    names = meta.get("classes")
+    source = str(meta.get("source", "a list"))[:40]
+    if not isinstance(names, list) or not names:
+        return f"unnamed ones ({source})"
+    return f"{len(names)} from {str(names[0])[:40]!r} to {str(names[-1])[:40]!r} ({source})"
+
+
 def row_dicts(table: pa.Table) -> list[dict[str, Any]]:
-    """The rows of a manifest's ``table``. Parquet may call text what is not UTF-8: such parts come as U+FFFD."""
+    """Return the rows of a manifest's ``table``. Parquet may call text what is not UTF-8: that becomes U+FFFD."""
     try:
         return cast(list[dict[str, Any]], table.to_pylist())
     except UnicodeDecodeError:
@@ -300,7 +343,7 @@ def _replaced(value: Any, kind: pa.DataType) -> Any:
 
 
 def read_meta(text: str | None) -> dict[str, Any]:
-    """A row's ``meta``; empty where a stranger's is no JSON object."""
+    """Return a row's ``meta``; empty where another program's is no JSON object."""
     try:
         values = json.loads(text or "{}")
     except (ValueError, RecursionError):
@@ -308,203 +351,81 @@ def read_meta(text: str | None) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def list_root(file: str | os.PathLike[str], root: str | os.PathLike[str] | None = None) -> str:
-    """The root of a user's list, to be given to ``ManifestWriter``: ``root``, else the folder the list lies in."""
-    if root is not None:
-        return _absolute(os.fspath(root))
-    return posixpath.dirname(_absolute(os.fspath(file)).rstrip("/"))
-
-
-def read_user_list(
-    file: str | os.PathLike[str],
-    task: str | None = None,
-    split: str = "train",
-    root: str | os.PathLike[str] | None = None,
-) -> Iterator[Pair]:
-    """The pairs of a user's own list: ``.csv``, ``.jsonl``, ``.json`` (Painter's, or objects) or ``.parquet``.
-
-    Columns or keys: ``image``, ``label``, and where not the same for all ``task`` and ``split`` (a row's own wins over
-    the argument); further ones go to ``meta``. Pictures are URIs below ``list_root(file, root)``; an absolute one
-    there is made relative, so that a pair keeps its identity when the folder moves. Parquet may hold the bytes
-    themselves, as binary or as a struct of ``bytes`` and ``uri`` or ``path`` (Hugging Face's way). Nothing is opened
-    here: a null, missing or hostile picture is a pair all the same, and becomes a rejected row in the build.
-    Raises ManifestError (file and line, or item) where the list is malformed or names a task that is none of ours.
-    """
-    file = os.fspath(file)
-    readers = {".csv": _csv_rows, ".jsonl": _jsonl_rows, ".ndjson": _jsonl_rows, ".json": _json_rows}
-    readers |= {".parquet": _parquet_rows, ".pq": _parquet_rows}
-    ending = posixpath.splitext(file)[1].lower()
-    if ending not in readers:
-        raise ManifestError(f"{file}: a list of pairs ends in {', '.join(readers)}")
-    if task is not None and task not in TASKS:
-        raise ManifestError(f"--task {task}: {_unknown_task(task)}")
-    base = list_root(file, root).rstrip("/") + "/"
-    return _user_pairs(file, readers[ending](file), task, split, base)
-
-
-def _user_pairs(file: str, rows: Iterable[tuple[str, Any]], task: str | None, split: str, base: str) -> Iterator[Pair]:
-    for where, row in rows:
-        if not isinstance(row, dict):
-            raise ManifestError(f"{file}, {where}: is no object with image and label")
-        values = dict(row)
-        if "image_path" in values:
-            _from_painter(file, where, values)
-        for key in ("image", "label"):
-            if key not in values:
-                raise ManifestError(f"{file}, {where}: has no {key}; a pair needs image and label")
-        image = _picture(file, where, "image", values.pop("image"), base)
-        label = _picture(file, where, "label", values.pop("label"), base)
-        own_task, own_split = values.pop("task", None) or task, values.pop("split", None) or split
-        if own_task is None:
-            raise ManifestError(f"{file}, {where}: has no task; add a column task, or give --task")
-        if own_task not in tuple(TASKS):
-            raise ManifestError(f"{file}, {where}: {_unknown_task(own_task)}")
-        if not isinstance(own_split, str):
-            raise ManifestError(f"{file}, {where}: split is {own_split!r}, not a name")
-        yield Pair(own_task, own_split, image, label, _plain(values))
-
-
-def _from_painter(file: str, where: str, values: dict[str, Any]) -> None:
-    values["image"] = values.pop("image_path")
-    values["label"] = values.pop("target_path", None)
-    kind = values.get("type")
-    if kind is None:
-        return
-    if not isinstance(kind, str) or kind not in PAINTER_TASKS:
-        known = ", ".join(PAINTER_TASKS)
-        raise ManifestError(f"{file}, {where}: Painter's type {kind!r} is none of the seven tasks; usable: {known}")
-    values["task"] = PAINTER_TASKS[kind]
-
-
-def _picture(file: str, where: str, key: str, value: Any, base: str) -> Picture:
-    if value is None or value == "":
-        return Picture()
-    if isinstance(value, bytes):
-        return Picture(bytes=value)
-    if isinstance(value, str):
-        return Picture(uri=_text(value.removeprefix(base)))
-    if isinstance(value, Mapping) and value.keys() <= {"uri", "path", "bytes"}:
-        uri, data = value.get("uri") or value.get("path"), value.get("bytes")
-        if (uri is None or isinstance(uri, str)) and (data is None or isinstance(data, bytes)):
-            return Picture(uri=_text(uri.removeprefix(base)) if uri else None, bytes=data)
-    raise ManifestError(f"{file}, {where}: {key} is {type(value).__name__}, neither a URI nor a picture's bytes")
-
-
-def _csv_rows(file: str) -> Iterator[tuple[str, dict[str, str]]]:
-    reader = csv.reader((text for _, text in _lines(file)), strict=True)
-    header: list[str] | None = None
-    try:
-        for cells in reader:
-            where = f"line {reader.line_num}"
-            if not cells:
-                continue
-            if header is None:
-                header = [cell.strip() for cell in cells]
-                missing = [key for key in ("image", "label") if key not in header]
-                if missing or len(set(header)) < len(header):
-                    told = f"no column {' or '.join(missing)}" if missing else "a column name twice"
-                    raise ManifestError(f"{file}, {where}: {told}; the first line names the columns: image,label,...")
-                continue
-            if len(cells) != len(header):
-                raise ManifestError(f"{file}, {where}: {len(cells)} cells for {len(header)} columns")
-            yield where, dict(zip(header, cells, strict=True))
-    except csv.Error as error:
-        raise ManifestError(f"{file}, line {reader.line_num}: {error}") from error
-
-
-def _jsonl_rows(file: str) -> Iterator[tuple[str, Any]]:
-    for number, text in _lines(file):
-        if text.strip():
-            where = f"line {number}"
-            yield where, _parsed(f"{file}, {where}", text)
-
-
-def _json_rows(file: str) -> Iterator[tuple[str, Any]]:
-    with _reading(file):
-        data = storage.read_bytes(file)
-    items = _parsed(file, data)
-    if not isinstance(items, list):
-        raise ManifestError(f"{file}: holds {type(items).__name__}, not a list of pairs")
-    for number, item in enumerate(items, 1):
-        yield f"item {number}", item
-
-
-def _parquet_rows(file: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    number = 0
-    with _reading(file):
-        filesystem, inner = storage.resolve(file)
-        with pq.ParquetFile(inner, filesystem=filesystem) as parquet:
-            for batch in parquet.iter_batches(256):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"row {number}", row
-
-
-def _lines(file: str) -> Iterator[tuple[int, str]]:
-    with _reading(file):
-        filesystem, inner = storage.resolve(file)
-        with io.BufferedReader(filesystem.open_input_stream(inner)) as stream:
-            for number, line in enumerate(stream, 1):
-                try:
-                    yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError as error:
-                    raise ManifestError(f"{file}, line {number}: is not UTF-8") from error
-
-
-def _parsed(where: str, text: str | bytes) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ManifestError(f"{where}: not valid JSON: {one_line(error)}") from error
+# --- the files -----------------------------------------------------------------------------------------------------
 
 
 def _manifest_files(path: str) -> tuple[list[str], fs.FileSystem]:
-    with _reading(path):
+    with reading(path):
         filesystem, inner = storage.resolve(path)
         kind = filesystem.get_file_info(inner).type
         if kind == fs.FileType.NotFound:
             raise ManifestError(f"{path}: no such file or folder; write it with covray pairs")
         if kind == fs.FileType.File:
+            _require_ending(path, inner, filesystem)
             return [inner], filesystem
-        names = [name for name in storage.list_files(path) if _is_part(name)]
-    if not names:
+        names = [name for name in storage.list_files(path) if _is_public(name)]
+        parts = []
+        for name in names:
+            file = posixpath.join(inner, name)
+            if name.lower().endswith(ENDING):
+                parts.append(file)
+            elif name.lower().endswith(".pq") or not posixpath.splitext(name)[1]:
+                _require_ending(file, file, filesystem)
+    if not parts:
         raise ManifestError(f"{path}: holds no Parquet files; give a manifest written by covray pairs")
-    return [posixpath.join(inner, name) for name in names], filesystem
+    return parts, filesystem
 
 
-def _is_part(name: str) -> bool:
-    """Whether a file of a manifest's folder belongs to it; names that begin with ``.`` or ``_`` are private to all who
-    read Parquet."""
-    return name.lower().endswith((".parquet", ".pq")) and not any(part[0] in "._" for part in name.split("/"))
+def _is_public(name: str) -> bool:
+    """Whether a file of a manifest's folder belongs to it; all who read Parquet ignore names with ``.`` or ``_``."""
+    return not any(part[0] in "._" for part in name.split("/"))
+
+
+def _require_ending(path: str, inner: str, filesystem: fs.FileSystem) -> None:
+    """Refuse a Parquet file that Ray would not read as one, for its name."""
+    if inner.lower().endswith(ENDING):
+        return
+    with filesystem.open_input_stream(inner) as stream:
+        is_parquet = stream.read(4) == b"PAR1"
+    if is_parquet:
+        raise ManifestError(f"{path}: a manifest's name ends in {ENDING}; rename it")
 
 
 def _check_schema(name: str, schema: pa.Schema) -> None:
-    for wanted in MANIFEST_SCHEMA:
-        if wanted.name not in schema.names:
+    for expected in MANIFEST_SCHEMA:
+        if expected.name not in schema.names:
             raise ManifestError(
-                f"{name}: has no column {wanted.name}; a manifest has {', '.join(MANIFEST_SCHEMA.names)}"
+                f"{name}: has no column {expected.name}; a manifest has {', '.join(MANIFEST_SCHEMA.names)}"
                 " (turn your own list into one with covray pairs manifest)"
             )
-        found = schema.field(wanted.name).type
-        if _small(found) != wanted.type:
-            raise ManifestError(f"{name}: column {wanted.name} is {found}, not {wanted.type}")
+        kind = schema.field(expected.name).type
+        if not _fits(_small(kind), expected.type):
+            raise ManifestError(f"{name}: column {expected.name} is {kind}, not {expected.type}")
 
 
 def _small(kind: pa.DataType) -> pa.DataType:
-    """``kind`` with Arrow's large variants, which other writers choose, as the plain ones."""
-    if pa.types.is_large_string(kind):
+    """Return ``kind`` with the variants that other writers choose as the plain ones."""
+    if pa.types.is_dictionary(kind):
+        return _small(kind.value_type)
+    if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
         return pa.string()
-    if pa.types.is_large_binary(kind):
+    if pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind):
         return pa.binary()
     if pa.types.is_struct(kind):
         return pa.struct(sorted(((part.name, _small(part.type)) for part in kind), reverse=True))
     return kind
 
 
-def _root_of(name: str, metadata: dict[bytes, bytes] | None) -> str | None:
-    if metadata is None or METADATA_KEY not in metadata:  # written by hand
-        return None
-    header = _parsed(f"{name}, metadata covray.manifest", metadata[METADATA_KEY])
+def _fits(kind: pa.DataType, expected: pa.DataType) -> bool:
+    """Whether a column can be read as ``expected``: pandas writes fields without a value as of type null."""
+    if pa.types.is_struct(kind) and pa.types.is_struct(expected):
+        fields = [part.name for part in kind] == [part.name for part in expected]
+        return fields and all(_fits(part.type, other.type) for part, other in zip(kind, expected, strict=True))
+    return bool(kind == expected or pa.types.is_null(kind))
+
+
+def _root_of(name: str, metadata: bytes) -> str | None:
+    header = parsed_json(f"{name}, metadata covray.manifest", metadata)
     if not isinstance(header, dict) or not isinstance(header.get("root"), str | None):
         raise ManifestError(f"{name}: its metadata covray.manifest is damaged; write it again with covray pairs")
     if header.get("version") != VERSION:
@@ -514,62 +435,41 @@ def _root_of(name: str, metadata: dict[bytes, bytes] | None) -> str | None:
     return header.get("root")
 
 
+def _folder_as_root(path: str, name: str, file: str, filesystem: fs.FileSystem) -> str | None:
+    """Return the root of a manifest that names none, written by hand or through a program that drops metadata.
+
+    That is the folder that holds it, if the first picture that has only a URI is below; None if all are bytes.
+
+    Raises:
+        ManifestError: The picture is not there.
+    """
+    place = absolute(path).rstrip("/")
+    folder = posixpath.dirname(place) if place.lower().endswith(ENDING) else place
+    uri = _first_uri(name, file, filesystem)
+    if uri is None:
+        return None
+    with reading(name):
+        if storage.exists(storage.join(folder, uri)):
+            return folder
+    raise ManifestError(
+        f"{name}: names no root (another program may have dropped it), and {uri[:80]!r} is not in {folder}; move the "
+        "manifest into the folder that its pictures are below"
+    )
+
+
+def _first_uri(name: str, file: str, filesystem: fs.FileSystem) -> str | None:
+    with reading(name), pq.ParquetFile(file, filesystem=filesystem) as parquet:
+        for batch in parquet.iter_batches(256, columns=["image", "label"]):
+            for row in row_dicts(pa.Table.from_batches([batch])):
+                for picture in (row["image"], row["label"]):
+                    if picture and picture["uri"] and picture["bytes"] is None:
+                        return str(picture["uri"])
+    return None
+
+
 def _check_unique(path: str, pair_ids: NDArray[np.int64]) -> None:
     ordered = np.sort(pair_ids)
     repeats = ordered[1:][ordered[1:] == ordered[:-1]]
     if len(repeats):
         first = ", ".join(str(pair_id) for pair_id in np.unique(repeats)[:3])
         raise ManifestError(f"{path}: {len(repeats)} rows repeat a pair_id ({first}); ids must be unique")
-
-
-def _unknown_task(*names: Any) -> str:
-    shown = ", ".join(repr(name)[:80] for name in names[:3])
-    return f"unknown task {shown}; the tasks are {', '.join(TASKS)}"
-
-
-def _absolute(path: str) -> str:
-    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
-
-
-def _text(value: Any) -> Any:
-    """Text that Parquet can hold: a file name of broken UTF-8 loses the broken part (and is rejected in its row)."""
-    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
-
-
-def _plain(value: Any) -> Any:
-    """``value`` as strict JSON can hold it: no NaN, no bytes, other things by their text."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, np.generic | np.ndarray):
-        return _plain(value.tolist())
-    if isinstance(value, bytes):
-        return f"{len(value)} bytes"
-    return value if value is None or isinstance(value, bool | int | str) else str(value)
-
-
-@contextlib.contextmanager
-def _writing(path: str) -> Iterator[None]:
-    """What goes wrong with the output's storage is the user's to mend: one line."""
-    try:
-        yield
-    except (OSError, UnicodeEncodeError, pa.ArrowException, ConfigError) as error:
-        raise ManifestError(
-            f"{path}: cannot be written: {one_line(error)}; give a path with room that you own"
-        ) from error
-
-
-@contextlib.contextmanager
-def _reading(path: str) -> Iterator[None]:
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise ManifestError(f"{path}: no such file") from error
-    except pa.ArrowInvalid as error:
-        raise ManifestError(f"{path}: is not a Parquet file, or a damaged one: {one_line(error)}") from error
-    except (OSError, UnicodeError, OverflowError, pa.ArrowException, ConfigError) as error:
-        # Unicode: of a path or a text that is no UTF-8; overflow: of a date that Python does not have.
-        raise ManifestError(f"{path}: cannot be read: {one_line(error)}") from error

@@ -77,6 +77,13 @@ def draw_depth(levels_mm: NDArray[np.unsignedinteger]) -> NDArray[np.uint8]:
     return depth.render(np.where(np.isin(levels_mm, NO_DEPTH_MM), 0, levels_mm) / 1000)
 
 
+def only_directions(picture: NDArray[np.unsignedinteger]) -> NDArray[np.uint8]:
+    """Return a picture of normals [h, w, 3], rgb = (n + 1) / 2, black where the stored vector is no direction."""
+    length = np.linalg.norm(picture / 255 * 2 - 1, axis=2)
+    valid = (length > LENGTH_RANGE[0]) & (length < LENGTH_RANGE[1])
+    return np.where(valid[..., None], picture, 0).astype(np.uint8)
+
+
 def _depths(root: str, folder: str) -> dict[str, Entry]:
     hint = f"depth is expected as {folder}/<scene>/rgb_00000.jpg and sync_depth_00000.png"
     entries = {}
@@ -117,9 +124,7 @@ def _read_normals(root: str, uri: str) -> NDArray[np.uint8]:
     picture = read_label_file(load_picture(Picture(uri=uri), root)).samples
     if picture.ndim != 3:
         raise PairError("unsupported", f"{uri}: one channel, where three of a direction are expected")
-    length = np.linalg.norm(picture / 255 * 2 - 1, axis=2)
-    valid = (length > LENGTH_RANGE[0]) & (length < LENGTH_RANGE[1])
-    drawn = np.zeros(picture.shape, np.uint8)
-    drawn[valid] = picture[valid]
+    drawn = only_directions(picture)
+    valid = drawn.any(axis=2)
     drawn[valid, 0] = 255 - drawn[valid, 0]
     return drawn

@@ -122,6 +122,8 @@ def test_photographs_become_a_manifest_with_their_root(run: Callable[..., Done],
 
 def test_a_list_becomes_a_manifest_and_duplicates_are_told(run: Callable[..., Done], tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("image,label\na.png,b.png\na.png,b.png\nc.png,b.png\n")
+    for name in "abc":
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
     out = tmp_path / "pairs.parquet"
     done = run("pairs", "manifest", tmp_path / "list.csv", "--task", "depth", "--out", out)
     assert done.code == 0

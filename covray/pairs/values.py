@@ -1,0 +1,80 @@
+"""Values of lists and manifests: checked, and made such that JSON and Parquet hold them; errors as one line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from covray.errors import ConfigError, ManifestError, one_line
+from covray.tasks import TASKS
+
+
+def unknown_task(*names: Any) -> str:
+    """Return what a message says of tasks that are none of ours."""
+    shown = ", ".join(repr(name)[:80] for name in names[:3])
+    return f"unknown task {shown}; the tasks are {', '.join(TASKS)}"
+
+
+def absolute(path: str) -> str:
+    """Return ``path``, a local one made absolute."""
+    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
+
+
+def storable(value: Any) -> Any:
+    """Return text as Parquet can hold it: a file name of broken UTF-8 loses the broken part, and is then rejected."""
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
+
+
+def plain(value: Any) -> Any:
+    """Return ``value`` as strict JSON can hold it: no NaN, no bytes, other things by their text."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, np.generic | np.ndarray):
+        return plain(value.tolist())
+    if isinstance(value, bytes):
+        return f"{len(value)} bytes"
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
+
+
+def parsed_json(where: str, text: str | bytes) -> Any:
+    """Return the value that ``text`` is in JSON; ManifestError names ``where`` it is."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(f"{where}: not valid JSON: {one_line(error)}") from error
+
+
+@contextlib.contextmanager
+def writing(path: str) -> Iterator[None]:
+    """Turn what goes wrong with the output's storage into one line."""
+    try:
+        yield
+    except (OSError, UnicodeEncodeError, pa.ArrowException, ConfigError) as error:
+        raise ManifestError(
+            f"{path}: cannot be written: {one_line(error)}; give a path with room that you own"
+        ) from error
+
+
+@contextlib.contextmanager
+def reading(path: str) -> Iterator[None]:
+    """Turn what goes wrong with reading a list or a manifest into one line."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise ManifestError(f"{path}: no such file") from error
+    except pa.ArrowInvalid as error:
+        raise ManifestError(f"{path}: is not a Parquet file, or a damaged one: {one_line(error)}") from error
+    except (OSError, UnicodeError, OverflowError, pa.ArrowException, ConfigError) as error:
+        # Unicode: of a path or a text that is no UTF-8; overflow: of a date that Python does not have.
+        raise ManifestError(f"{path}: cannot be read: {one_line(error)}") from error
