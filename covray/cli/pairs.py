@@ -204,7 +204,7 @@ def _checked(pairs: Iterator[Pair], count: int | None, examples: int = 0) -> Ite
         _LOG.warning("cannot be used, and will be rejected: %s", counts)
     for reason, _ in reasons.most_common():
         for error in shown[reason]:
-            _LOG.warning("  %s", error)
+            _LOG.warning("%s", error)
 
 
 def _write_manifest(out: str, root: str | None, pairs: Iterator[Pair], json_: bool, total: int | None = None) -> None:

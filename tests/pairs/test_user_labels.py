@@ -256,9 +256,9 @@ def test_the_command_counts_and_names_what_is_missing(root: Path, command: Calla
     answer, message = command("manifest", root / "list.csv", "--task", "colorization", "--out", out)
     assert answer["pairs"] == 3
     assert message.splitlines() == [
-        "cannot be used, and will be rejected: missing 2",
-        "  missing: label: 'none.png' is not below the root",
-        "  missing: image: 'b.png' is not below the root",
+        "covray: cannot be used, and will be rejected: missing 2",
+        "covray: missing: label: 'none.png' is not below the root",
+        "covray: missing: image: 'b.png' is not below the root",
     ]
     assert check_manifest(out).rows == 3
     metas = [json.loads(row["meta"]) for row in pq.read_table(out).to_pylist()]
