@@ -92,6 +92,6 @@ def inspect(dataset: Annotated[str, typer.Argument(help="Dataset folder.")], jso
 
     description = describe(dataset)
     if json_:
-        print(json.dumps(description))
+        print(json.dumps(description.to_json()))
     else:
         print_description(description, console)

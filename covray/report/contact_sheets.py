@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -14,7 +16,12 @@ from covray.chains.dataset import ChainDataset, task_of
 from covray.io.drawing import FAINT, GAP_PX, PAPER, TILE_PX, load_font
 from covray.models.tokenizer.vqgan import Tokenizer
 
-_MARGIN_PX, _META_PX, _METHOD_PX = 28, 230, 86
+_MARGIN_PX, _TOP_PX = 28, 112
+_FIGURES_PX, _METHOD_PX = 230, 86
+"""Widths of the columns left of the pictures."""
+_LEFT_PX = _MARGIN_PX + _FIGURES_PX + _METHOD_PX
+_STEP_PX = TILE_PX + GAP_PX
+_CHAIN_GAP_PX = 26
 _INK, _RULE = "#1c1f24", "#e3e5e9"
 
 
@@ -36,21 +43,34 @@ class ChainPictures:
 def decode_chains(
     dataset: ChainDataset, tokenizer: Tokenizer, limit_per_task: int, tasks: Iterable[str] | None = None
 ) -> list[ChainPictures]:
-    """The first ``limit_per_task`` good pairs of every task (or of ``tasks``), by task, all their frames decoded."""
-    chosen = sorted({task_of(shard) for shard in dataset.shards} if tasks is None else set(tasks))
+    """Decode the first good pairs of every task with all their frames.
+
+    Args:
+        dataset: The dataset, finished or not.
+        tokenizer: The tokenizer of the dataset.
+        limit_per_task: The number of pairs of each task.
+        tasks: The tasks to decode; by default all of the dataset.
+
+    Returns:
+        The pairs, grouped by task.
+    """
+    chosen = set(tasks) if tasks is not None else {task_of(shard) for shard in dataset.shards}
+    rows: list[dict[str, Any]] = []
+    for task in sorted(chosen):
+        rows += islice(dataset.rows(tasks=[task]), limit_per_task)
+    if not rows:
+        return []
     methods, alphas = dataset.methods, dataset.alphas
-    rows = [row for task in chosen for row in islice(dataset.rows(tasks=[task]), limit_per_task)]
     tokens = []
     for row in rows:
         frames = {(frame["method"], frame["alpha"]): frame["tokens"] for frame in row["frames"]}
-        tokens += [row["source"], row["label"], *(frames[method, alpha] for method in methods for alpha in alphas)]
-    if not rows:
-        return []
+        tokens += [row["source"], row["label"]]
+        tokens += [frames[key] for key in itertools.product(methods, alphas)]
     pictures = tokenizer.decode(np.stack(tokens))
     size = pictures.shape[1:]
     chains = []
-    for row, (source, label, *frames) in zip(rows, pictures.reshape(len(rows), -1, *size), strict=True):
-        by_method = np.reshape(frames, (len(methods), len(alphas), *size))
+    for row, (source, label, *decoded) in zip(rows, pictures.reshape(len(rows), -1, *size), strict=True):
+        by_method = np.reshape(decoded, (len(methods), len(alphas), *size))
         chains.append(
             ChainPictures(
                 pair_id=row["pair_id"],
@@ -67,54 +87,70 @@ def decode_chains(
 
 
 def draw_sheet(chains: Sequence[ChainPictures], title: str, subtitle: str = "") -> bytes:
-    """A contact sheet as PNG: per chain a band a method, from source to label, alphas above, figures at the left.
+    """Draw a contact sheet: for each chain a row a method, from source to label, with figures at the left.
 
-    ``chains``: at least one, all of one dataset.
+    Args:
+        chains: At least one, all of one dataset.
+        title: Stands at the top.
+        subtitle: Stands below the title.
+
+    Returns:
+        The sheet as PNG.
     """
-    alphas, methods = chains[0].alphas, list(chains[0].frames) or [""]
-    captions = ["source", *(f"α = {alpha:.3g}" for alpha in alphas), "label"]
-    step = TILE_PX + GAP_PX
-    left = _MARGIN_PX + _META_PX + _METHOD_PX
-    chain_px = len(methods) * step + 26
-    top = 112
-    width = left + len(captions) * step - GAP_PX + _MARGIN_PX
-    sheet = Image.new("RGB", (width, top + len(chains) * chain_px + _MARGIN_PX - 13), PAPER)
+    rows = max(1, len(chains[0].frames))
+    captions = ["source", *(f"α = {alpha:.3g}" for alpha in chains[0].alphas), "label"]
+    chain_px = rows * _STEP_PX + _CHAIN_GAP_PX
+    width = _LEFT_PX + len(captions) * _STEP_PX - GAP_PX + _MARGIN_PX
+    sheet = Image.new("RGB", (width, _TOP_PX + len(chains) * chain_px + _MARGIN_PX - _CHAIN_GAP_PX // 2), PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.text((_MARGIN_PX, 22), title, _INK, load_font(24, bold=True))
     draw.text((_MARGIN_PX, 56), subtitle, FAINT, load_font(13))
     for column, caption in enumerate(captions):
-        centre = left + column * step + TILE_PX // 2
-        draw.text((centre, top - 12), caption, FAINT, load_font(12), anchor="ms")
+        centre = _LEFT_PX + column * _STEP_PX + TILE_PX // 2
+        draw.text((centre, _TOP_PX - 12), caption, FAINT, load_font(12), anchor="ms")
     for index, chain in enumerate(chains):
-        y = top + index * chain_px
-        if index:
+        y = _TOP_PX + index * chain_px
+        if index > 0:
             draw.line((_MARGIN_PX, y - 16, width - _MARGIN_PX, y - 16), _RULE)
-        draw.text((_MARGIN_PX, y), str(chain.pair_id), _INK, load_font(12, bold=True))
-        draw.text((_MARGIN_PX, y + 18), chain.split, FAINT, load_font(12))
-        for line, (name, value) in enumerate(quality_lines(chain)):
-            draw.text((_MARGIN_PX, y + 44 + 34 * line), name, FAINT, load_font(11))
-            draw.text((_MARGIN_PX, y + 58 + 34 * line), value, _INK, load_font(12))
-        for band, method in enumerate(methods):
-            band_y = y + band * step
-            draw.text((left - 14, band_y + TILE_PX // 2), method, _INK, load_font(13), anchor="rm")
-            for column, picture in enumerate([chain.source, *chain.frames.get(method, []), chain.label]):
-                tile = Image.fromarray(picture).resize((TILE_PX, TILE_PX), Image.Resampling.LANCZOS)
-                sheet.paste(tile, (left + column * step, band_y))
+        _draw_figures(draw, chain, y)
+        _draw_chain(sheet, draw, chain, y)
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
     return buffer.getvalue()
 
 
+def _draw_figures(draw: ImageDraw.ImageDraw, chain: ChainPictures, y: int) -> None:
+    """Draw the figures of a chain at the left, from ``y`` pixels down."""
+    draw.text((_MARGIN_PX, y), str(chain.pair_id), _INK, load_font(12, bold=True))
+    draw.text((_MARGIN_PX, y + 18), chain.split, FAINT, load_font(12))
+    for line, (name, value) in enumerate(quality_lines(chain)):
+        draw.text((_MARGIN_PX, y + 44 + 34 * line), name, FAINT, load_font(11))
+        draw.text((_MARGIN_PX, y + 58 + 34 * line), value, _INK, load_font(12))
+
+
+def _draw_chain(sheet: Image.Image, draw: ImageDraw.ImageDraw, chain: ChainPictures, y: int) -> None:
+    """Draw the pictures of a chain, a row a method; a chain without frames is one row."""
+    for row, method in enumerate(chain.frames or [""]):
+        row_y = y + row * _STEP_PX
+        draw.text((_LEFT_PX - 14, row_y + TILE_PX // 2), method, _INK, load_font(13), anchor="rm")
+        for column, picture in enumerate([chain.source, *chain.frames.get(method, []), chain.label]):
+            tile = Image.fromarray(picture).resize((TILE_PX, TILE_PX), Image.Resampling.LANCZOS)
+            sheet.paste(tile, (_LEFT_PX + column * _STEP_PX, row_y))
+
+
 def quality_lines(chain: ChainPictures) -> list[tuple[str, str]]:
-    """The quality figures of a chain as (name, figures) for people, without the ones that were not taken."""
+    """Return the quality figures of a chain as (name, figures) for people, without those that were not measured."""
     lines = []
     for name, columns, digits, unit in (
         ("noise |z|/√d", ("source_noise_rms", "label_noise_rms"), 2, ""),
         ("round trip", ("source_psnr", "label_psnr"), 1, " dB"),
         ("path / direct way", ("diffusion_path", "linear_path"), 2, ""),
     ):
-        known = [(column.split("_")[0], chain.quality.get(column)) for column in columns]
-        figures = [f"{which} {value:.{digits}f}{unit}" for which, value in known if value is not None]
+        figures = []
+        for column in columns:
+            value = chain.quality.get(column)
+            if value is not None:
+                figures.append(f"{column.partition('_')[0]} {value:.{digits}f}{unit}")
         if figures:
             lines.append((name, " · ".join(figures)))
     return lines

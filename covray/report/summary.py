@@ -2,118 +2,162 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import ConfigDict, Field
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from covray.chains.dataset import QUALITY, ChainDataset, shard_schema
 from covray.io import storage
+from covray.io.records import RecordPart
+from covray.report.formatting import NONE, listed
 
 
-def describe(dataset_path: str) -> dict[str, Any]:
-    """Describe the dataset folder ``dataset_path``, finished or not, as JSON values.
+class TaskDescription(RecordPart):
+    """The pairs of one task."""
 
-    Reads the narrow columns only. ``per_task`` has counts by split and by reason of rejection, and the medians of the
-    quality figures over the good pairs that have them (null where none has). Raises DatasetError for no dataset.
-    """
+    good: int
+    rejected: int
+    splits: dict[str, int]
+    """Good pairs by split."""
+    reasons: dict[str, int]
+    """Rejected pairs by reason."""
+    quality: dict[str, float | None]
+    """Medians over the good pairs that have the figure; null where none has."""
+
+
+class DatasetDescription(RecordPart):
+    """What `covray inspect --json` prints."""
+
+    model_config = ConfigDict(populate_by_name=True, serialize_by_alias=True)
+
+    path: str
+    status: str
+    """``finished``, or ``unfinished`` before the audit."""
+    good: int
+    rejected: int
+    per_task: dict[str, TaskDescription]
+    lengths: tuple[int, ...]
+    methods: tuple[str, ...]
+    alphas: tuple[float, ...]
+    tokens_per_image: int
+    tokens: int
+    """Of all pictures of the good pairs."""
+    shards: int
+    unreadable_shards: tuple[str, ...]
+    bytes_on_disk: int
+    columns: dict[str, str] = Field(alias="schema")
+    """The columns of a shard with their types."""
+    fingerprints: dict[str, str]
+    config: dict[str, Any]
+    audit: dict[str, Any] | None
+    """What ``_audit.json`` holds."""
+
+
+def describe(dataset_path: str) -> DatasetDescription:
+    """Describe a dataset folder, finished or not; reads the narrow columns only. Raises DatasetError for no dataset."""
     dataset = ChainDataset(dataset_path, unfinished=True)
     narrow = dataset.table(["task", "split", "quality", "error"], errors=True)
-    per_task = {task: _describe_task(narrow.filter(pc.equal(narrow["task"], task))) for task in _names(narrow["task"])}
-    good = sum(entry["good"] for entry in per_task.values())
+    per_task = {}
+    for task in sorted(pc.unique(narrow["task"]).to_pylist()):
+        per_task[task] = _describe_task(narrow.filter(pc.equal(narrow["task"], task)))
+    good = sum(of_task.good for of_task in per_task.values())
     pictures = 2 + len(dataset.methods) * len(dataset.alphas)
-    shards = dataset.shards
     filesystem, inner = storage.resolve(dataset_path)
-    sizes = [info.size for info in filesystem.get_file_info([storage.join(inner, name) for name in shards])]
-    return {
-        "path": dataset_path,
-        "status": "unfinished" if dataset.audit is None else "finished",
-        "good": good,
-        "rejected": len(narrow) - good,
-        "per_task": per_task,
-        "lengths": list(dataset.config["lengths"]),
-        "methods": list(dataset.methods),
-        "alphas": list(dataset.alphas),
-        "tokens_per_image": dataset.tokens_per_image,
-        "tokens": good * pictures * dataset.tokens_per_image,
-        "shards": len(shards),
-        "unreadable_shards": dataset.unreadable,
-        "bytes_on_disk": sum(sizes),
-        "schema": {field.name: str(field.type) for field in shard_schema(bool(dataset.config.get("keep_noise")))},
-        "fingerprints": dataset.fingerprints,
-        "config": dataset.config,
-        "audit": None if dataset.audit is None else dataset.audit.to_json(),
-    }
+    files = filesystem.get_file_info([storage.join(inner, name) for name in dataset.shards])
+    schema = shard_schema(bool(dataset.config.get("keep_noise")))
+    return DatasetDescription(
+        path=dataset_path,
+        status="unfinished" if dataset.audit is None else "finished",
+        good=good,
+        rejected=len(narrow) - good,
+        per_task=per_task,
+        lengths=tuple(dataset.config["lengths"]),
+        methods=tuple(dataset.methods),
+        alphas=tuple(dataset.alphas),
+        tokens_per_image=dataset.tokens_per_image,
+        tokens=good * pictures * dataset.tokens_per_image,
+        shards=len(dataset.shards),
+        unreadable_shards=tuple(dataset.unreadable),
+        bytes_on_disk=sum(file.size for file in files),
+        columns={field.name: str(field.type) for field in schema},
+        fingerprints=dataset.fingerprints,
+        config=dataset.config,
+        audit=None if dataset.audit is None else dataset.audit.to_json(),
+    )
 
 
-def print_description(description: dict[str, Any], console: Console) -> None:
-    """Print what ``describe`` returned. Texts of the dataset are printed as they are, never as markup."""
-    console.print(f"[bold]{escape(description['path'])}[/]  {description['status']}")
+def print_description(description: DatasetDescription, console: Console) -> None:
+    """Print a description. Texts of the dataset are printed as they are, never as markup."""
+    console.print(f"[bold]{escape(description.path)}[/]  {description.status}")
     facts = Table.grid(padding=(0, 2))
     for name, value in _facts(description):
         facts.add_row(f"[dim]{name}[/]", escape(value))
     console.print(facts)
-    figures = [
-        name for name in QUALITY if any(e["quality"][name] is not None for e in description["per_task"].values())
-    ]
-    tasks = Table(title="pairs per task; quality figures are medians", title_justify="left", title_style="dim")
-    for column in ("task", "good", "splits", "rejected"):
-        tasks.add_column(column, justify="right" if column == "good" else "left")
-    for name in figures:
-        tasks.add_column(name.replace("_", "\n", 1), justify="right")
-    for task, entry in description["per_task"].items():
-        medians = [entry["quality"][name] for name in figures]
-        tasks.add_row(
-            escape(task),
-            f"{entry['good']:,}",
-            escape(_lines(entry["splits"])),
-            escape(_lines(entry["reasons"]) or "0"),
-            *("–" if median is None else f"{median:.3g}" for median in medians),
-        )
-    console.print(tasks)
+    console.print(_task_table(description))
     columns = Table.grid(padding=(0, 2))
     console.print("[dim]columns of a shard[/]")
-    for name, kind in description["schema"].items():
+    for name, kind in description.columns.items():
         columns.add_row(name, f"[dim]{escape(kind)}[/]")
     console.print(columns)
 
 
-def _facts(description: dict[str, Any]) -> list[tuple[str, str]]:
-    config, audit = description["config"], description["audit"]
+def _task_table(description: DatasetDescription) -> Table:
+    """Return the table of the tasks, with a column for each quality figure that a task has."""
+    figures = []
+    for name in QUALITY:
+        if any(task.quality[name] is not None for task in description.per_task.values()):
+            figures.append(name)
+    table = Table(title="pairs per task; quality figures are medians", title_justify="left", title_style="dim")
+    for column in ("task", "good", "splits", "rejected"):
+        table.add_column(column, justify="right" if column == "good" else "left")
+    for name in figures:
+        table.add_column(name.replace("_", "\n", 1), justify="right")
+    for name, task in description.per_task.items():
+        row = [escape(name), f"{task.good:,}", escape(_lines(task.splits)), escape(_lines(task.reasons) or "0")]
+        for figure in figures:
+            median = task.quality[figure]
+            row.append(NONE if median is None else f"{median:.3g}")
+        table.add_row(*row)
+    return table
+
+
+def _facts(description: DatasetDescription) -> list[tuple[str, str]]:
+    prior, tokenizer = description.config["prior"], description.config["tokenizer"]
+    fingerprints, audit = description.fingerprints, description.audit
     facts = [
-        ("pairs", f"{description['good']:,} good, {description['rejected']:,} rejected"),
-        ("chains", f"lengths {_listed(description['lengths'])}; methods {_listed(description['methods'])}"),
-        ("alphas", _listed(f"{alpha:.4g}" for alpha in description["alphas"])),
-        ("tokens", f"{description['tokens']:,}, {description['tokens_per_image']} a picture"),
-        ("on disk", f"{_size(description['bytes_on_disk'])} in {description['shards']:,} shards"),
-        (
-            "prior",
-            f"{config['prior']['path']}, {config['prior']['steps']} steps, {description['fingerprints']['prior']}",
-        ),
-        ("tokenizer", f"{config['tokenizer']['path']}, {description['fingerprints']['tokenizer']}"),
-        ("codebook", description["fingerprints"]["codebook"]),
+        ("pairs", f"{description.good:,} good, {description.rejected:,} rejected"),
+        ("chains", f"lengths {_listed(description.lengths)}; methods {_listed(description.methods)}"),
+        ("alphas", _listed(f"{alpha:.4g}" for alpha in description.alphas)),
+        ("tokens", f"{description.tokens:,}, {description.tokens_per_image} a picture"),
+        ("on disk", f"{_size(description.bytes_on_disk)} in {description.shards:,} shards"),
+        ("prior", f"{prior['path']}, {prior['steps']} steps, {fingerprints['prior']}"),
+        ("tokenizer", f"{tokenizer['path']}, {fingerprints['tokenizer']}"),
+        ("codebook", fingerprints["codebook"]),
     ]
     if audit is not None and audit.get("chains_per_s") is not None:
         facts.append(("speed", f"{audit['chains_per_s']:.3g} chains/s"))
-    if description["unreadable_shards"]:
-        facts.append(("left out", f"{_listed(description['unreadable_shards'])} (cannot be read)"))
+    if description.unreadable_shards:
+        facts.append(("left out", f"{_listed(description.unreadable_shards)} (cannot be read)"))
     return facts
 
 
-def _describe_task(rows: pa.Table) -> dict[str, Any]:
+def _describe_task(rows: pa.Table) -> TaskDescription:
     errors = rows["error"].drop_null()
     good = rows.filter(pc.is_null(rows["error"]))
-    return {
-        "good": len(good),
-        "rejected": len(errors),
-        "splits": _count_values(good["split"]),
-        "reasons": _count_values(pc.replace_substring_regex(errors, r"(?s):.*", "")),
-        "quality": {name: _median(pc.struct_field(good["quality"], name)) for name in QUALITY},
-    }
+    return TaskDescription(
+        good=len(good),
+        rejected=len(errors),
+        splits=_count_values(good["split"]),
+        reasons=_count_values(pc.replace_substring_regex(errors, r"(?s):.*", "")),
+        quality={name: _median(pc.struct_field(good["quality"], name)) for name in QUALITY},
+    )
 
 
 def _median(column: pa.ChunkedArray) -> float | None:
@@ -122,22 +166,16 @@ def _median(column: pa.ChunkedArray) -> float | None:
 
 
 def _count_values(column: pa.ChunkedArray) -> dict[str, int]:
-    return {
-        str(entry["values"]): entry["counts"]
-        for entry in sorted(pc.value_counts(column).to_pylist(), key=lambda entry: str(entry["values"]))
-    }
-
-
-def _names(column: pa.ChunkedArray) -> list[str]:
-    return sorted(pc.unique(column).to_pylist())
+    counts = {str(entry["values"]): entry["counts"] for entry in pc.value_counts(column).to_pylist()}
+    return dict(sorted(counts.items()))
 
 
 def _lines(counts: dict[str, int]) -> str:
     return "\n".join(f"{name} {count:,}" for name, count in counts.items())
 
 
-def _listed(values: Any) -> str:
-    return ", ".join(str(value) for value in values) or "none"
+def _listed(values: Iterable[object]) -> str:
+    return listed(values, empty="none")
 
 
 def _size(size_bytes: float) -> str:

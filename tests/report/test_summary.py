@@ -19,7 +19,7 @@ Writer = Callable[..., tuple[str, list[dict[str, Any]]]]
 def test_a_description_counts_what_was_written(write_dataset: Writer) -> None:
     rejects = {1: "missing: a: b", 2: "missing: c", 8: "empty: d"}
     out, rows = write_dataset({"depth": 7, "edges": 4}, lengths=(4, 5), rejects=rejects)
-    description = describe(out)
+    description = describe(out).to_json()
     assert description == json.loads(json.dumps(description))
     good = [row for row in rows if "error" not in row]
     assert (description["good"], description["rejected"]) == (len(good), 3)
@@ -42,7 +42,7 @@ def test_a_description_counts_what_was_written(write_dataset: Writer) -> None:
 def test_an_unfinished_dataset_is_described_too(write_dataset: Writer, tmp_path: Path) -> None:
     out, _ = write_dataset({"depth": 3}, finished=False)
     Path(out, "shards", "task=depth", "torn.parquet").write_bytes(b"")
-    description = describe(out)
+    description = describe(out).to_json()
     assert (description["status"], description["audit"], description["good"]) == ("unfinished", None, 3)
     assert description["unreadable_shards"] == ["shards/task=depth/torn.parquet"]
     with pytest.raises(DatasetError, match="not a dataset"):
@@ -56,5 +56,5 @@ def test_the_printed_description_is_text_not_markup(write_dataset: Writer) -> No
     print_description(description, Console(file=stream, width=200))
     printed = stream.getvalue()
     assert "[red]boo[/red] [/] 1" in printed
-    for expected in (out, "2 good, 1 rejected", "list<", description["fingerprints"]["codebook"], "2.5 chains/s"):
+    for expected in (out, "2 good, 1 rejected", "list<", description.fingerprints["codebook"], "2.5 chains/s"):
         assert expected in printed
