@@ -22,7 +22,7 @@ def demo(
 
     result = run_demo(out, console)
     if json_:
-        print(json.dumps(result))
+        print(json.dumps(result.to_json()))
 
 
 def experiments_claims(

@@ -1,10 +1,10 @@
-"""A build, or a training, on machines that come late, go, and are taken away: played through, event by event.
+"""Simulate a build, or a training, event by event, on nodes that boot, idle and are lost.
 
-    build     nodes join -> actors load -> each takes block after block -> the last block, the audit
-              a node that is lost takes its unfinished blocks with it; others do them again
-    training  all workers step together; the loss of any node costs what came after the last checkpoint
+    build     nodes join -> actors load -> each takes one block after another -> the last block, the audit
+              others repeat the unfinished blocks of a node that is lost
+    training  all workers step together; the loss of any node costs the steps since the last checkpoint
 
-Times are seconds; a node is paid from the moment it is asked for until it is taken away or its idle timeout has passed.
+Times are seconds. A node is paid from its request until it is taken away, or until its idle timeout has passed.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import numpy as np
 
 from covray.errors import ConfigError
 
-_FIRST_LAUNCHES = 5
-"""Nodes that Ray's autoscaler lets be under way however few there are (AUTOSCALER_UPSCALING_INITIAL_NUM_NODES)."""
-_MOST_EVENTS = 100
-"""For every block and actor; with more nothing gets done."""
+_MIN_LAUNCHES = 5
+"""Ray's autoscaler may always launch this many nodes at once (AUTOSCALER_UPSCALING_INITIAL_NUM_NODES)."""
+_MAX_EVENTS = 100
+"""For every block and actor: with more, the build makes no progress."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class Fleet:
 
     nodes: int
     actors: int = 1
-    """Of a node; workers in a training."""
+    """Actors of a build, or workers of a training, on each node."""
     boot_s: float = 0.0
     upscaling_speed: float = 1.0
     interruptions_per_s: float = 0.0
-    """Of each node; the time until one is exponential."""
+    """Of each node; the time until an interruption is exponential."""
     idle_timeout_s: float = 0.0
 
 
@@ -51,20 +51,21 @@ class BuildWork:
     start_s: float = 0.0
     """Between the first node and the first actor: checks, and loading the models once."""
     load_s: float = 0.0
-    """Of an actor."""
+    """From the start of an actor until it computes."""
     end_s: float = 0.0
     """After the last block, without actors: the audit."""
     driver_blocks_per_s: float = math.inf
+    """Blocks that the driver can hand out."""
 
     @property
     def blocks(self) -> int:
-        """The last may be a smaller one."""
+        """The number of blocks; the last one may be smaller."""
         return -(-self.rows // self.rows_per_block)
 
 
 @dataclass(frozen=True)
 class TrainWork:
-    """What a training has to do. Validations and checkpoints are also at the end."""
+    """What a training has to do. It also ends with a validation and a checkpoint."""
 
     steps: int
     step_s: float
@@ -77,47 +78,57 @@ class TrainWork:
 
     @property
     def checkpoints(self) -> int:
-        """Their number."""
+        """The number of checkpoints."""
         return -(-self.steps // self.checkpoint_every_steps)
 
     def seconds_to(self, step: int) -> float:
-        """From the first step to the end of number ``step``, with the pauses until then."""
+        """Return the seconds from the first step to the end of number ``step``, with the pauses until then."""
         last = step == self.steps
         validations = step // self.validate_every_steps + (last and step % self.validate_every_steps > 0)
         checkpoints = self.checkpoints if last else step // self.checkpoint_every_steps
         return step * self.step_s + validations * self.validation_s + checkpoints * self.checkpoint_s
 
     def kept(self, checkpoint: int) -> float:
-        """Seconds of ``seconds_to`` that the checkpoint of this number keeps; 0 is the beginning."""
+        """Return the seconds of ``seconds_to`` that the checkpoint of this number keeps; 0 is the beginning."""
         return self.seconds_to(min(checkpoint * self.checkpoint_every_steps, self.steps))
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How it went; ``paid_s``, ``busy_s`` and ``lost_s`` are summed over actors or workers."""
+    """The outcome of one simulation; ``paid_s``, ``busy_s`` and ``lost_s`` are summed over actors or workers."""
 
     seconds: float
     """From the command to its end."""
     paid_s: float
     busy_s: float
-    """Work that was kept."""
+    """Work that is kept."""
     lost_s: float
-    """Work that was not."""
+    """Work that is not kept."""
     interruptions: int
     done: int
-    """Blocks, or steps, that were kept."""
+    """Blocks, or steps, that are kept."""
 
 
 def simulate_build(work: BuildWork, fleet: Fleet, generator: np.random.Generator) -> Outcome:
-    """One course of a build. Raises ConfigError where nodes are lost faster than they get anything done."""
+    """Simulate one build. Raises ConfigError where nodes are lost faster than they get anything done."""
     return _Build(work, fleet, generator).run()
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """A block that an actor computes."""
+
+    begin: float
+    seconds: float
 
 
 @dataclass(eq=False, slots=True)
 class _Node:
+    """A node from its request to its end."""
+
     launched: float
-    work: list[tuple[float, float] | None]
-    """Of each actor the block it is at: when it begins, and how long it takes."""
+    blocks: list[_Block | None]
+    """What each actor computes; None while it is idle."""
     joined: bool = False
     gone: bool = False
     idle_since: float | None = None
@@ -125,6 +136,8 @@ class _Node:
 
 @dataclass
 class _Build:
+    """The state of a simulated build, and the events that change it."""
+
     work: BuildWork
     fleet: Fleet
     generator: np.random.Generator
@@ -133,13 +146,17 @@ class _Build:
     nodes: dict[_Node, None] = field(default_factory=dict)  # in order, so that sums are the same to the bit
     booting: int = 0
     wanted: int = 1
-    """Nodes; one to load the models once, then all."""
+    """Nodes to request: one that loads the models once, then all."""
     probed: bool = False
-    handed: int = 0
-    handed_at: float = -math.inf
-    again: list[float] = field(default_factory=list)
-    """Seconds of the blocks that were lost."""
+    """Whether the models have been loaded once."""
+    handed_out: int = 0
+    """Blocks that were handed out, without repetitions."""
+    handed_out_at: float = -math.inf
+    """When the driver handed out a block last."""
+    lost_blocks: list[float] = field(default_factory=list)
+    """Seconds of the blocks that must be repeated."""
     idle: list[tuple[_Node, int]] = field(default_factory=list)
+    """Actors without work, each as its node and its number there."""
     done: int = 0
     paid_s: float = 0.0
     busy_s: float = 0.0
@@ -147,18 +164,20 @@ class _Build:
     interruptions: int = 0
 
     def __post_init__(self) -> None:
-        self.order = itertools.count()  # of events at one time
+        self.order = itertools.count()  # breaks ties between events of one time
         self.blocks, self.gap_s = self.work.blocks, 1 / self.work.driver_blocks_per_s
         self.block_s = self.work.rows_per_block * self.work.row_s
-        self.last_s = (self.work.rows - (self.blocks - 1) * self.work.rows_per_block) * self.work.row_s
+        rows_of_last = self.work.rows - (self.blocks - 1) * self.work.rows_per_block
+        self.last_block_s = rows_of_last * self.work.row_s
 
     def run(self) -> Outcome:
+        """Simulate until every block is done."""
         self._launch()
-        most = _MOST_EVENTS * (self.blocks + self.fleet.nodes * self.fleet.actors)
-        for played in itertools.count():
+        max_events = _MAX_EVENTS * (self.blocks + self.fleet.nodes * self.fleet.actors)
+        for count in itertools.count():
             if self.done == self.blocks:
                 break
-            if played > most:
+            if count > max_events:
                 raise ConfigError(
                     f"build_on.interruptions: {self.interruptions:,} nodes were taken away and {self.done:,} of "
                     f"{self.blocks:,} blocks done; take machines that stay, that come sooner, or fewer"
@@ -166,11 +185,11 @@ class _Build:
             self.now, _, event, subject = heapq.heappop(self.events)
             event(*subject)
         for node in self.nodes:
-            free = node.idle_since if node.idle_since is not None else self.now
+            idle_from = node.idle_since if node.idle_since is not None else self.now
             if not node.joined:
-                free = max(self.now, node.launched + self.fleet.boot_s)
-            until = max(self.now, free + self.fleet.idle_timeout_s)
-            self.paid_s += until - node.launched
+                idle_from = max(self.now, node.launched + self.fleet.boot_s)
+            released = max(self.now, idle_from + self.fleet.idle_timeout_s)
+            self.paid_s += released - node.launched
         return Outcome(
             seconds=self.now + self.work.end_s,
             paid_s=self.paid_s * self.fleet.actors,
@@ -184,9 +203,10 @@ class _Build:
         heapq.heappush(self.events, (time, next(self.order), event, subject))
 
     def _launch(self) -> None:
-        """Ask for as many nodes as are wanted and the autoscaler allows."""
-        allowed = max(_FIRST_LAUNCHES, math.ceil(self.fleet.upscaling_speed * (len(self.nodes) - self.booting)))
-        wanted = self.wanted if self.again or self.handed < self.blocks else 0
+        """Request as many nodes as are wanted and the autoscaler allows."""
+        allowed = max(_MIN_LAUNCHES, math.ceil(self.fleet.upscaling_speed * (len(self.nodes) - self.booting)))
+        has_work = bool(self.lost_blocks) or self.handed_out < self.blocks
+        wanted = self.wanted if has_work else 0
         while self.booting < allowed and len(self.nodes) < wanted:
             node = _Node(self.now, [None] * self.fleet.actors)
             self.nodes[node] = None
@@ -203,7 +223,7 @@ class _Build:
         node.joined = True
         if self.probed:
             self._at(self.now + self.work.load_s, self._ready, node)
-        else:  # the loss of this node begins it again, on the next
+        else:  # if this node is lost, the next one begins again
             self._at(self.now + self.work.start_s, self._probe, node)
         self._launch()
 
@@ -221,30 +241,30 @@ class _Build:
                 self._take(node, slot)
 
     def _take(self, node: _Node, slot: int) -> None:
-        """Begin the next block, as soon as the driver hands it out."""
-        if self.again:
-            seconds = self.again.pop()
-        elif self.handed < self.blocks:
-            self.handed += 1
-            seconds = self.block_s if self.handed < self.blocks else self.last_s
+        """Begin the next block as soon as the driver hands it out."""
+        if self.lost_blocks:
+            seconds = self.lost_blocks.pop()
+        elif self.handed_out < self.blocks:
+            self.handed_out += 1
+            seconds = self.block_s if self.handed_out < self.blocks else self.last_block_s
         else:
-            node.work[slot] = None
+            node.blocks[slot] = None
             self.idle.append((node, slot))
-            if not any(node.work):
+            if not any(node.blocks):
                 node.idle_since = self.now
                 self._at(self.now + self.fleet.idle_timeout_s, self._leave, node, self.now)
             return
-        begin = self.handed_at = max(self.now, self.handed_at + self.gap_s)
-        node.work[slot] = (begin, seconds)
+        begin = self.handed_out_at = max(self.now, self.handed_out_at + self.gap_s)
+        node.blocks[slot] = _Block(begin, seconds)
         heapq.heappush(self.events, (begin + seconds, next(self.order), self._commit, (node, slot)))
 
     def _commit(self, node: _Node, slot: int) -> None:
         if node.gone:
             return
-        work = node.work[slot]
-        assert work is not None
+        block = node.blocks[slot]
+        assert block is not None
         self.done += 1
-        self.busy_s += work[1]
+        self.busy_s += block.seconds
         self._take(node, slot)
 
     def _leave(self, node: _Node, since: float) -> None:
@@ -256,11 +276,10 @@ class _Build:
             return
         self.interruptions += 1
         self._remove(node)
-        for work in filter(None, node.work):
-            begin, seconds = work
-            self.lost_s += max(0.0, self.now - begin)
-            self.again.append(seconds)
-        while self.idle and self.again:
+        for block in filter(None, node.blocks):
+            self.lost_s += max(0.0, self.now - block.begin)
+            self.lost_blocks.append(block.seconds)
+        while self.idle and self.lost_blocks:
             other, slot = self.idle.pop()
             if not other.gone:
                 other.idle_since = None
@@ -275,15 +294,15 @@ class _Build:
 
 
 def simulate_training(work: TrainWork, fleet: Fleet, generator: np.random.Generator) -> Outcome:
-    """One course of a training; it has no use for part of its nodes, so it waits for all of them.
+    """Simulate one training, which waits for all its nodes: it has no use for a part of them.
 
-    While one is being replaced no other is lost: both at a time are rare, and cost hardly more than one.
+    While a node is being replaced no other is lost: two at a time are rare, and cost hardly more than one.
     """
     whole_s, checkpoints = work.seconds_to(work.steps), range(work.checkpoints + 1)
     launched = launch_times(fleet)
-    seconds = launched[-1] + fleet.boot_s
-    before_s = sum(seconds - time for time in launched)  # paid while the last are still booting
-    ramp_s, kept_s, lost_s, interruptions = seconds, 0.0, 0.0, 0
+    first_start_s = launched[-1] + fleet.boot_s
+    paid_before_s = sum(first_start_s - time for time in launched)  # while the last nodes are still booting
+    seconds, kept_s, lost_s, interruptions = first_start_s, 0.0, 0.0, 0
     rate = fleet.nodes * fleet.interruptions_per_s
     while True:
         left = work.start_s + whole_s - kept_s
@@ -299,7 +318,7 @@ def simulate_training(work: TrainWork, fleet: Fleet, generator: np.random.Genera
     workers = fleet.nodes * fleet.actors
     return Outcome(
         seconds=seconds,
-        paid_s=(before_s + fleet.nodes * (seconds - ramp_s + fleet.idle_timeout_s)) * fleet.actors,
+        paid_s=(paid_before_s + fleet.nodes * (seconds - first_start_s + fleet.idle_timeout_s)) * fleet.actors,
         busy_s=whole_s * workers,
         lost_s=lost_s * workers,
         interruptions=interruptions,
@@ -308,11 +327,11 @@ def simulate_training(work: TrainWork, fleet: Fleet, generator: np.random.Genera
 
 
 def launch_times(fleet: Fleet) -> list[float]:
-    """When each node is asked for, where all are wanted at once and none is lost."""
+    """Return when each node is requested, where all are wanted at once and none is lost."""
     times: list[float] = []
     wave = 0
     while len(times) < fleet.nodes:
-        allowed = max(_FIRST_LAUNCHES, math.ceil(fleet.upscaling_speed * len(times)))
+        allowed = max(_MIN_LAUNCHES, math.ceil(fleet.upscaling_speed * len(times)))
         times += [wave * fleet.boot_s] * min(allowed, fleet.nodes - len(times))
         wave += 1
     return times

@@ -1,4 +1,4 @@
-"""``covray experiments``: fixed experiments on the nano family, behind what the project says of the method."""
+"""``covray experiments``: fixed experiments on the nano models, on which the project's claims of the method rest."""
 
 from __future__ import annotations
 
@@ -27,30 +27,44 @@ CLAIMS: dict[str, Any] = {
     },
     "evaluate": {"episodes": 24, "batch": 12, "baselines": ["copy", "mean", "nearest", "ceiling"]},
 }  # fmt: skip
-"""None, linear and diffusion on seven tasks, three seeds: 1,190 pairs to train on, two epochs, the checkpoint that was
-best on the validation split, 24 queries a task of scenes that no training saw, greedy. Every method sees the same pairs
-as often, so that a chain of 4 is trained on twice the tokens of a plain pair, as in the paper."""
+"""No frames, linear and diffusion on seven tasks with three seeds: 1,190 pairs to train on, two epochs, the checkpoint
+that is best on the validation split, 24 queries a task of scenes that no training saw, greedy decoding. Every method
+sees the same pairs equally often, so a chain of 4 is trained on twice the tokens of a plain pair, as in the paper."""
 
 
 def run_claims(out: str, data: str | None = None) -> dict[str, Any]:
-    """Run the experiment of the claims in the folder ``out``, or go on with it; returns the results of its sweep.
+    """Run the experiment of the claims, or continue it.
 
-    ``data``: a dataset of chains of 4 by both methods to use in place of the experiment's own scenes; null renders and
-    builds those. Raises CovrayError.
+    Args:
+        out: The folder of the experiment.
+        data: A dataset of chains of 4 by both methods to use in place of the experiment's own scenes, which are
+            otherwise rendered and built.
+
+    Returns:
+        The results of its sweep.
+
+    Raises:
+        CovrayError: As ``covray sweep``.
     """
     options = CLAIMS | {"out": storage.join(out, "claims")}
     if data is None:
-        manifest = Path(out, "pairs.parquet")
-        if not manifest.exists():
-            try:
-                manifest.parent.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise ConfigError(f"--out {out}: cannot be written ({one_line(error)}); give another folder") from error
-            with ManifestWriter(manifest) as writer:
-                for pair in scene_pairs(SCENES, splits=SPLITS):
-                    writer.add(pair)
-        options["manifest"] = str(manifest)
+        options["manifest"] = _render_scenes(out)
     else:
         del options["build"]
         options["data"] = data
     return sweep(load_config(SweepConfig, None, options))
+
+
+def _render_scenes(out: str) -> str:
+    """Write the manifest of the scenes to the local folder ``out``, unless it is there; returns its path."""
+    manifest = Path(out, "pairs.parquet")
+    if manifest.exists():
+        return str(manifest)
+    try:
+        manifest.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: cannot be written ({one_line(error)}); give another folder") from error
+    with ManifestWriter(manifest) as writer:
+        for pair in scene_pairs(SCENES, splits=SPLITS):
+            writer.add(pair)
+    return str(manifest)

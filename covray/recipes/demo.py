@@ -1,11 +1,12 @@
-"""``covray demo``: the whole story on the nano family, offline, on a laptop. Every step names its command."""
+"""``covray demo``: every station on the nano models, offline, on a laptop. Each step prints its command."""
 
 from __future__ import annotations
 
 import shlex
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from covray.distributed.build import build
 from covray.distributed.evaluate import PAGE, evaluate
 from covray.distributed.train import train
 from covray.errors import ConfigError, one_line
+from covray.io.records import RecordPart
 from covray.pairs.manifest import ManifestWriter, Pair
 from covray.pairs.photos import photo_pairs
 from covray.pairs.scenes import scene_pairs
@@ -27,103 +29,196 @@ PHOTOGRAPHS = (
     "sklearn/china.jpg", "sklearn/flower.jpg",
 )  # fmt: skip
 SCENES = {"train": 5, "val": 2, "test": 2}
-"""Two to validate on: a sentence needs an example beside the query. Two to be evaluated on, which no training sees."""
+"""Scenes by split. Two to validate on: a sentence needs an example beside the query. Two that no training sees."""
 LENGTH = 6
 STEPS = 25
-"""Half of the paper's: at this size it shows little, and a newcomer waits half as long."""
+"""Half of the paper's: at this size the difference is hard to see, and a newcomer waits half as long."""
+BUILD = {"fit": "crop", "rows_per_block": 8}
 TRAINING = {"epochs": 4.0, "batch_tokens": 6144, "learning_rate": 1e-3}
-"""Some twenty short steps: enough to see the model take to chains, on so few pairs."""
-
+"""Some twenty short steps: enough to see the model learn chains, on so few pairs."""
 EVALUATION: dict[str, Any] = {"batch": 4, "rows_per_block": 14}
-"""Small batches: here are few queries."""
+"""Small batches, for few queries."""
 
 
-def run_demo(out: Path, console: Console) -> dict[str, Any]:
-    """Make pairs of photographs and scenes, build chains of them, look at them, train a small adapter, evaluate it.
+class DemoResult(RecordPart):
+    """What the demo wrote; the keys of ``covray demo --json``."""
 
-    ``out``: a folder that does not exist yet, or that an earlier demo was stopped in. Raises CovrayError.
+    page: str
+    """The page of the dataset."""
+    evaluation: str
+    """The page of the evaluation."""
+    dataset: str
+    run: str
+    seconds: float
+    audit: dict[str, Any]
+    training: dict[str, Any]
+    scores: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class _Demo:
+    """The demo in one folder."""
+
+    out: Path
+    console: Console
+
+    @property
+    def photographs(self) -> Path:
+        return self.out / "photographs"
+
+    @property
+    def pairs(self) -> Path:
+        return self.out / "pairs"
+
+    @property
+    def chains(self) -> Path:
+        return self.out / "chains"
+
+    @property
+    def run(self) -> Path:
+        return self.out / "run"
+
+    @property
+    def scores(self) -> Path:
+        return self.out / "evaluation"
+
+    def announce(self, step: str, command: str) -> None:
+        """Print what comes next, and the command that does it."""
+        self.console.print(f"\n[bold]{step}[/bold]\n  [dim]$ covray {command}[/dim]", highlight=False, soft_wrap=True)
+
+    def report(self, text: str) -> None:
+        """Print what came of a step."""
+        self.console.print(f"  {text}", highlight=False, soft_wrap=True)
+
+    def make_pairs(self) -> None:
+        """Copy the photographs, and write a manifest of them and one of rendered scenes."""
+        try:
+            self.photographs.mkdir(parents=True, exist_ok=True)
+            self.pairs.mkdir(exist_ok=True)
+            for name in PHOTOGRAPHS:
+                shutil.copy(photograph_path(name), self.photographs)
+        except OSError as error:
+            raise ConfigError(
+                f"--out {self.out}: cannot be written ({one_line(error)}); give another folder"
+            ) from error
+        photo_manifest, scene_manifest = self.pairs / "photos.parquet", self.pairs / "scenes.parquet"
+        self.announce(
+            f"{len(PHOTOGRAPHS)} photographs label themselves",
+            f"pairs photos {self.photographs} --size 128 --splits train=1 --out {photo_manifest}",
+        )
+        root = str(self.photographs)
+        _write_manifest(photo_manifest, photo_pairs(root, size_px=128, splits={"train": 1}), root)
+        count = sum(SCENES.values())
+        shares = ",".join(f"{name}={number}" for name, number in SCENES.items())
+        self.announce(
+            f"{count} rendered scenes, labelled for all seven tasks",
+            f"pairs scenes --count {count} --splits {shares} --out {scene_manifest}",
+        )
+        _write_manifest(scene_manifest, scene_pairs(count, splits=dict(SCENES)))
+
+    def make_chains(self) -> dict[str, Any]:
+        """Build the chains; returns the audit."""
+        self.announce(
+            f"Chains of {LENGTH}: inversion, slerp, denoising; and linear mixing beside them",
+            f"build --pairs {self.pairs} --out {self.chains} --lengths {LENGTH} --set prior.steps={STEPS} "
+            f"{_set_options(BUILD)}",
+        )
+        config = BuildConfig.model_validate(
+            {
+                "pairs": str(self.pairs), "out": str(self.chains), "prior": PriorConfig(steps=STEPS),
+                "lengths": [LENGTH], **BUILD,
+            }
+        )  # fmt: skip
+        audit = build(config)
+        text = f"{audit.written} chains, {audit.rejected} rejected"
+        if audit.chains_per_s:
+            text += f", {audit.chains_per_s:.2f} chains/s on {audit.actors} actors"
+        self.report(text)
+        return audit.to_json()
+
+    def write_page(self) -> str:
+        """Write the page of the dataset; returns its path."""
+        self.announce("Every frame, decoded from its tokens", f"view {self.chains}")
+        paths = view(str(self.chains), str(self.chains / "view"), limit_per_task=6)
+        page = next(path for path in paths if path.endswith(".html"))
+        self.report(f"[bold]{page}[/bold]")
+        return page
+
+    def tune(self) -> dict[str, Any]:
+        """Train an adapter; returns the result of the training."""
+        options = {f"optimizer.{key}": value for key, value in TRAINING.items() if key != "epochs"}
+        self.announce(
+            "A small adapter learns to think in chains: LoRA on the nano LVM",
+            f"train --scale nano --data {self.chains} --out {self.run} --length {LENGTH} "
+            f"--epochs {TRAINING['epochs']} {_set_options(options)}",
+        )
+        result = train(
+            TrainConfig(
+                data=str(self.chains),
+                out=str(self.run),
+                sentences=SentencesConfig(lengths=(LENGTH,)),
+                optimizer=OptimizerConfig.model_validate(TRAINING),
+            )
+        )
+        self.report(
+            f"{result['steps']} steps, {result['tokens_per_s']:,.0f} tokens/s; perplexity of the answers on scenes it "
+            f"has not seen: {result['answer_perplexity_before']:.1f} before, {result['answer_perplexity']:.1f} after"
+        )
+        return result
+
+    def score(self) -> dict[str, Any]:
+        """Evaluate the adapter; returns the table."""
+        self.announce(
+            "Its answers on scenes it has not seen, beside the untuned backbone and answers without a model",
+            f"evaluate --data {self.chains} --adapter {self.run} --out {self.scores} {_set_options(EVALUATION)}",
+        )
+        return evaluate(
+            EvaluateConfig(data=str(self.chains), out=str(self.scores), adapters=(str(self.run),), **EVALUATION)
+        )
+
+
+def run_demo(out: Path, console: Console) -> DemoResult:
+    """Make pairs of photographs and scenes, build chains of them, show them, train a small adapter, evaluate it.
+
+    Args:
+        out: A folder that does not exist yet, or that an earlier demo was stopped in.
+        console: Where to print the steps.
+
+    Raises:
+        CovrayError: ``out`` holds something else, or a step failed.
     """
     started = time.monotonic()
-    photographs, pairs, chains, run, scores = (
-        out / name for name in ("photographs", "pairs", "chains", "run", "evaluation")
-    )
-    if out.exists() and not photographs.is_dir():
+    demo = _Demo(out, console)
+    if out.exists() and not demo.photographs.is_dir():
         raise ConfigError(f"--out {out}: exists and holds no demo; give a folder that does not exist yet")
-
-    def say(step: str, command: str) -> None:
-        console.print(f"\n[bold]{step}[/bold]\n  [dim]$ covray {command}[/dim]", highlight=False, soft_wrap=True)
-
-    try:
-        photographs.mkdir(parents=True, exist_ok=True)
-        pairs.mkdir(exist_ok=True)
-        for name in PHOTOGRAPHS:
-            shutil.copy(photograph_path(name), photographs)
-    except OSError as error:
-        raise ConfigError(f"--out {out}: cannot be written ({one_line(error)}); give another folder") from error
-    say(
-        f"{len(PHOTOGRAPHS)} photographs label themselves",
-        f"pairs photos {photographs} --size 128 --splits train=1 --out {pairs}/photos.parquet",
-    )
-    _write(pairs / "photos.parquet", photo_pairs(str(photographs), size_px=128, splits={"train": 1}), str(photographs))
-    scenes = sum(SCENES.values())
-    shares = ",".join(f"{name}={count}" for name, count in SCENES.items())
-    say(
-        f"{scenes} rendered scenes, labelled for all seven tasks",
-        f"pairs scenes --count {scenes} --splits {shares} --out {pairs}/scenes.parquet",
-    )
-    _write(pairs / "scenes.parquet", scene_pairs(scenes, splits=dict(SCENES)))
-
-    settings = {"lengths": [LENGTH], "fit": "crop", "rows_per_block": 8}
-    config = BuildConfig(pairs=str(pairs), out=str(chains), prior=PriorConfig(steps=STEPS), **settings)
-    sets = " ".join(f"--set {shlex.quote(f'{key}={value}')}" for key, value in list(settings.items())[1:])
-    say(
-        f"Chains of {LENGTH}: inversion, slerp, denoising; and linear mixing beside them",
-        f"build --pairs {pairs} --out {chains} --lengths {LENGTH} --set prior.steps={STEPS} {sets}",
-    )
-    audit = build(config).to_json()
-    console.print(
-        f"  {audit['written']} chains, {audit['rejected']} rejected"
-        + (f", {audit['chains_per_s']:.2f} chains/s on {audit['actors']} actors" if audit.get("chains_per_s") else ""),
-        highlight=False,
-    )
-    say("Every frame, read back from its tokens", f"view {chains}")
-    paths = view(str(chains), str(chains / "view"), limit_per_task=6)
-    page = next(path for path in paths if path.endswith(".html"))
-    console.print(f"  [bold]{page}[/bold]", soft_wrap=True)
-    sets = " ".join(f"--set optimizer.{key}={value}" for key, value in list(TRAINING.items())[1:])
-    say(
-        "A small adapter learns to think in chains: LoRA on the nano LVM",
-        f"train --scale nano --data {chains} --out {run} --length {LENGTH} --epochs {TRAINING['epochs']} {sets}",
-    )
-    result = train(
-        TrainConfig(
-            data=str(chains), out=str(run), sentences=SentencesConfig(lengths=(LENGTH,)),
-            optimizer=OptimizerConfig.model_validate(TRAINING),
-        )
-    )  # fmt: skip
-    console.print(
-        f"  {result['steps']} steps, {result['tokens_per_s']:,.0f} tokens/s; perplexity of the answers on scenes it "
-        f"has not seen: {result['answer_perplexity_before']:.1f} before, {result['answer_perplexity']:.1f} after",
-        highlight=False,
-        soft_wrap=True,
-    )
-    sets = " ".join(f"--set {key}={value}" for key, value in EVALUATION.items())
-    say(
-        "What it answers on scenes it has not seen, beside the untuned backbone and answers without a model",
-        f"evaluate --data {chains} --adapter {run} --out {scores} {sets}",
-    )
-    evaluation = evaluate(EvaluateConfig(data=str(chains), out=str(scores), adapters=(str(run),), **EVALUATION))
+    demo.make_pairs()
+    audit = demo.make_chains()
+    page = demo.write_page()
+    training = demo.tune()
+    evaluation = demo.score()
     seconds = round(time.monotonic() - started, 1)
+    evaluation_page = str(demo.scores / PAGE)
     console.print(f"\nDone in {seconds:.0f} s. Open [bold]{page}[/bold]", soft_wrap=True)
-    console.print(f"and at last [bold]{scores / PAGE}[/bold]", soft_wrap=True)
-    return {
-        "page": page, "evaluation": str(scores / PAGE), "dataset": str(chains), "run": str(run), "seconds": seconds,
-        "audit": audit, "training": result, "scores": evaluation["scores"],
-    }  # fmt: skip
+    console.print(f"and then [bold]{evaluation_page}[/bold]", soft_wrap=True)
+    return DemoResult(
+        page=page,
+        evaluation=evaluation_page,
+        dataset=str(demo.chains),
+        run=str(demo.run),
+        seconds=seconds,
+        audit=audit,
+        training=training,
+        scores=evaluation["scores"],
+    )
 
 
-def _write(path: Path, pairs: Iterable[Pair], root: str | None = None) -> None:
-    """Write a manifest, unless an earlier, stopped demo has."""
+def _set_options(values: Mapping[str, Any]) -> str:
+    """Return configuration values as options of a command."""
+    return " ".join(f"--set {shlex.quote(f'{key}={value}')}" for key, value in values.items())
+
+
+def _write_manifest(path: Path, pairs: Iterable[Pair], root: str | None = None) -> None:
+    """Write a manifest, unless an earlier demo, which was stopped, has written it."""
     if not path.exists():
         with ManifestWriter(str(path), root) as writer:
             for pair in pairs:
