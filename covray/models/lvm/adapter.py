@@ -56,19 +56,19 @@ _PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 
 
 def adapter_tensors(model: Lvm) -> dict[str, Tensor]:
-    """Copies of the adapter's matrices on the CPU, float32, by their names in PEFT's files.
+    """Return copies of the adapter's matrices on the CPU, float32, by their names in PEFT's files.
 
-    ``base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`` [rank, inputs], ``...lora_B.weight`` [outputs,
-    rank].
+    ``base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`` is [rank, inputs], ``...lora_B.weight`` is
+    [outputs, rank].
     """
-    tensors = model.lora_tensors().items()
-    return {
-        f"{_PREFIX}{name}.weight": tensor.to("cpu", torch.float32, copy=True).contiguous() for name, tensor in tensors
-    }
+    copies = {}
+    for name, tensor in model.lora_tensors().items():
+        copies[f"{_PREFIX}{name}.weight"] = tensor.to("cpu", torch.float32, copy=True).contiguous()
+    return copies
 
 
 def load_adapter_tensors(model: Lvm, tensors: Mapping[str, Tensor]) -> None:
-    """Set the adapter of ``model`` to ``tensors`` (as ``adapter_tensors`` gives them).
+    """Set the adapter of ``model`` to ``tensors`` (as ``adapter_tensors`` returns them).
 
     Raises WeightsError when they are of another backbone, rank or set of targets.
     """
@@ -80,9 +80,9 @@ def load_adapter_tensors(model: Lvm, tensors: Mapping[str, Tensor]) -> None:
 
 
 def adapter_files(model: Lvm, base_model_name: str) -> dict[str, bytes]:
-    """The files of the adapter by name: ``adapter_config.json`` and ``adapter_model.safetensors``.
+    """Return the files of the adapter by name: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-    ``base_model_name``: folder or hub id of the backbone, for ``peft`` to know what it adapts.
+    ``base_model_name`` is the folder or hub id of the backbone, by which ``peft`` finds it.
     """
     assert model.lora is not None, "the model has no adapter"
     config = {
@@ -184,13 +184,20 @@ def _sizes(lora: Lora | LoraConfig) -> dict[str, Any]:
 def export_merged(facts: BackboneFacts, adapter: str, out: Path, dtype: torch.dtype | None = None) -> None:
     """Write backbone plus adapter as one plain Hugging Face folder: W + (alpha / rank) B A, computed in float32.
 
-    ``adapter``: a PEFT folder; ``out``: must not exist or be empty, and is complete or not there; ``dtype``: of the
-    weights written, by default as the backbone's are stored. Streams: memory is that of one file of at most 5 GB.
-    Raises WeightsError when the two do not belong together, ConfigError for a backbone without weights or an ``out``
-    that cannot be used.
+    Weights are streamed: memory is one file of at most 5 GB.
+
+    Args:
+        facts: The backbone.
+        adapter: A PEFT folder.
+        out: A new or empty folder; it is complete in the end, or absent.
+        dtype: Type of the written weights; by default that of the backbone's.
+
+    Raises:
+        WeightsError: Backbone and adapter do not belong together.
+        ConfigError: The backbone has no weights, or ``out`` cannot be used.
     """
     if facts.folder is None:
-        raise ConfigError("backbone.init: random weights are kept nowhere, so there is nothing to merge with")
+        raise ConfigError("backbone.init: random weights are stored nowhere; give the backbone that was adapted")
     lora, tensors = read_adapter(adapter)
     _require_backbone(tensors, lora, facts.llama, adapter)
     stored = stored_tensors(facts.folder, facts.llama)
@@ -200,18 +207,19 @@ def export_merged(facts: BackboneFacts, adapter: str, out: Path, dtype: torch.dt
         projection = _PREFIX + name.removesuffix(".weight")
         if f"{projection}.lora_A.weight" not in tensors:
             return weight
-        low, high = (tensors[f"{projection}.{part}.weight"].float() for part in ("lora_A", "lora_B"))
-        return weight.float().addmm_(high, low, alpha=lora.alpha / lora.rank)
+        lora_a, lora_b = tensors[f"{projection}.lora_A.weight"].float(), tensors[f"{projection}.lora_B.weight"].float()
+        return weight.float().addmm_(lora_b, lora_a, alpha=lora.alpha / lora.rank)
 
     with new_folder(out) as folder:
         write_backbone(folder, facts, merged, dtype or stored("model.embed_tokens.weight").dtype)
 
 
 def export_run(run: str, out: str, merge: bool) -> None:
-    """Write what the finished ``run`` learnt to the folder ``out``: its adapter as it is, or merged into its backbone.
+    """Write what the finished ``run`` learned to the folder ``out``: its adapter, or with ``merge`` the whole model.
 
-    Raises ConfigError for a folder that is no finished run or an ``out`` that cannot be used, WeightsError when the
-    backbone is not where, or no longer what, it was.
+    Raises:
+        ConfigError: The folder is not a finished run, or ``out`` cannot be used.
+        WeightsError: The backbone is missing, or has changed since the training.
     """
     if "://" in out:
         raise ConfigError(f"--out {out}: is not on this machine; export to a folder here, and copy it from there")
@@ -232,45 +240,47 @@ def export_run(run: str, out: str, merge: bool) -> None:
         fingerprints = dict(about["fingerprints"])
         trained_on = fingerprints["backbone"]
     except (KeyError, TypeError, ValueError, ValidationError) as error:
-        raise ConfigError(f"{run}/_run.json: is no description of a run; give the --out of a covray train") from error
+        raise ConfigError(f"{run}/_run.json: does not describe a run; give the --out of a covray train") from error
     if facts.fingerprint != trained_on:
         raise WeightsError(
             f"{facts.folder}: is backbone {facts.fingerprint[:12]}, the run adapted {trained_on[:12]}; "
             "put back the folder or revision it was trained on"
         )
-    # Trained on these codes, the model now knows whose they are, even if the backbone's folder did not say.
+    # The run records the codebook of its chains, even where the backbone's folder does not record one.
+    codebook = facts.codebook or fingerprints.get("codebook")
     with stage(f"merging the adapter into the backbone, to {out}"):
-        export_merged(replace(facts, codebook=facts.codebook or fingerprints.get("codebook")), adapter.path, target)
+        export_merged(replace(facts, codebook=codebook), adapter.path, target)
 
 
 def read_run(run: str) -> dict[str, Any]:
-    """``_run.json`` of the finished ``run``. Raises ConfigError for a folder that is none."""
+    """Return ``_run.json`` of the finished ``run``. Raises ConfigError for a folder that is not a finished run."""
     folder = Folder(run)
     try:
         about = folder.read_json("_run.json")
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise ConfigError(f"{run}: no _run.json there, so not a run; give the --out of a covray train") from error
+        raise ConfigError(f"{run}: has no _run.json, so is not a run; give the --out of a covray train") from error
     except (OSError, ValueError) as error:
         raise ConfigError(f"{run}/_run.json: cannot be read ({one_line(error)}); restore it") from error
     if not isinstance(about, dict) or about.get("version") != 1:
-        raise ConfigError(f"{run}/_run.json: is no description of this version; use the covray that wrote it")
+        raise ConfigError(f"{run}/_run.json: is not of this version; use the covray that wrote it")
     if not folder.exists("_result.json"):
         raise ConfigError(f"{run}: is unfinished; run the same covray train again")
     return about
 
 
-def _require_backbone(tensors: Mapping[str, Tensor], lora: Lora, llama: LlamaConfig, what: str) -> None:
+def _require_backbone(tensors: Mapping[str, Tensor], lora: Lora, llama: LlamaConfig, where: str) -> None:
+    """Check that ``tensors`` fit the backbone ``llama`` with the adapter ``lora``. Raises WeightsError."""
     with torch.device("meta"):
         views = Lvm(llama, lora).lora_tensors().items()
-    _require_shapes(tensors, {f"{_PREFIX}{name}.weight": tuple(view.shape) for name, view in views}, what)
+    _require_shapes(tensors, {f"{_PREFIX}{name}.weight": tuple(view.shape) for name, view in views}, where)
 
 
-def _require_shapes(tensors: Mapping[str, Tensor], due: Mapping[str, tuple[int, ...]], what: str) -> None:
-    for name in sorted(due.keys() | tensors.keys()):
-        found = tuple(tensors[name].shape) if name in tensors else "missing"
-        wanted = due.get(name, "not adapted")
-        if found != wanted:
+def _require_shapes(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], where: str) -> None:
+    for name in sorted(expected.keys() | tensors.keys()):
+        stored = tuple(tensors[name].shape) if name in tensors else "missing"
+        adapted = expected.get(name, "not adapted")
+        if stored != adapted:
             raise WeightsError(
-                f"{what}: {name.removeprefix(_PREFIX)} is {found}, the model has {wanted}; give the adapter of this "
+                f"{where}: {name.removeprefix(_PREFIX)} is {stored}, the model has {adapted}; give the adapter of this "
                 "backbone, with the same rank and targets"
             )

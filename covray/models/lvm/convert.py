@@ -1,14 +1,16 @@
-"""Backbones of other programs as the Hugging Face folders of a ``LlamaForCausalLM`` that covray reads.
+"""Convert backbones of other programs to the Hugging Face folders of a ``LlamaForCausalLM`` that covray reads.
 
-DeLVM's are InternLM's: a LLaMA with biases in its attention, under LLaMA's own names. LVM was trained by EasyLM, whose
-checkpoints are streams of (name, array) in msgpack: kernels are [inputs, outputs], and the rotary embedding turns
-neighbouring pairs of a head where transformers turns its two halves, so rows of queries and keys are reordered.
-LLaMA folders are taken, too: out come safetensors, and a ``generate`` that stops at no image code.
+- DeLVM's are InternLM's: a LLaMA with biases in its attention, under LLaMA's own names.
+- LVM was trained by EasyLM, whose checkpoints are streams of (name, array) in msgpack. Its kernels are [inputs,
+  outputs]. Its rotary embedding turns neighbouring pairs of a head where transformers turns the head's two halves, so
+  that rows of queries and keys are reordered.
+- LLaMA folders are written again, as safetensors, and so that ``generate`` stops at no image code.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -53,7 +55,7 @@ _INTERNLM = (  # what its configuration must say, and may
     ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     ("hidden_act", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "initializer_range"),
 )
-_CONTEXT = 4096  # of every LVM; EasyLM's files do not say
+_CONTEXT = 4096  # of every LVM; EasyLM's files do not record it
 _ARRAY = 1  # flax's type of extension
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _READ_BYTES = 2**20
@@ -72,24 +74,32 @@ _EASYLM = {  # transformers: EasyLM
 
 @dataclass(frozen=True)
 class _Source:
-    """A checkpoint, its weights by their names in ``LlamaForCausalLM``, asked for one after another."""
+    """A checkpoint that is open for reading."""
 
     layout: str
     facts: BackboneFacts
     tensor: Callable[[str], Tensor]
+    """Returns a weight by its name in ``LlamaForCausalLM``, in the shape that it has there."""
     dtype: torch.dtype
     """The narrowest type that holds every weight exactly."""
 
 
 def convert_backbone(source: str, out: str, heads: int | None = None, tokenizer: str | None = None) -> dict[str, Any]:
-    """Write the backbone ``source`` as a plain Hugging Face folder ``out``; gives what was converted, to show.
+    """Write the backbone ``source`` as a plain Hugging Face folder, and return what was converted, to show.
 
-    ``source``: a folder of DeLVM (InternLM) or of a LLaMA, with safetensors or ``pytorch_model.bin``, or a file that
-    EasyLM streamed. ``heads``: an EasyLM file does not say; known for LVM's published sizes. ``tokenizer``: folder,
-    hub id or ``nano``, whose codes the backbone knows: written beside it, and chains of other codes are then refused.
-    Weights keep their type. Memory is that of one written file, of at most 5 GB. ``out`` must be new.
-    Raises WeightsError for a checkpoint that is damaged, is none of these, or is no LVM, ConfigError for an ``out``
-    that cannot be used or a number of heads that is wanted.
+    Weights keep their type. Memory is one written file of at most 5 GB.
+
+    Args:
+        source: A folder of DeLVM (InternLM) or of a LLaMA, with safetensors or ``pytorch_model.bin``; or a file that
+            EasyLM streamed.
+        out: A new folder.
+        heads: Number of attention heads, which an EasyLM file does not record; known for LVM's published sizes.
+        tokenizer: Folder, hub id or ``nano`` of the tokenizer whose codes the backbone knows. Its codebook is recorded
+            in ``out``, and chains of another codebook are then refused.
+
+    Raises:
+        WeightsError: The checkpoint is damaged, is none of these, or is not an LVM.
+        ConfigError: ``out`` cannot be used, or ``heads`` is needed.
     """
     path, target = Path(source).expanduser(), Path(out).expanduser()
     require_new(target)
@@ -121,42 +131,50 @@ def convert_backbone(source: str, out: str, heads: int | None = None, tokenizer:
 
 
 def _read_folder(folder: Path) -> _Source:
-    """A folder whose weights have the names of ``LlamaForCausalLM``."""
+    """Read a folder whose weights have the names of ``LlamaForCausalLM``."""
     values, file = read_config(folder), folder / "config.json"
     layout = str(values.get("model_type"))
     if layout == "internlm":
-        missing = [key for key in _INTERNLM[0] if key not in values]
-        if missing:
-            raise WeightsError(f"{file}: {missing[0]} is missing; get the folder again")
-        if "rotary" in values:
-            raise WeightsError(f"{file}: has a rotary of a later InternLM; give a folder of DeLVM")
-        known = {key: values[key] for keys in _INTERNLM for key in keys if key in values}
-        values = known | {"model_type": "llama", "attention_bias": bool(values.get("bias", True))}
+        values = _internlm_as_llama(values, file)
     llama = checked_llama(values, file)
     facts = weightless_facts(llama, folder)
     files = weight_files(folder, _WEIGHTS)
     if not files:
         raise WeightsError(f"{folder}: {' or '.join(_WEIGHTS)} is missing; complete the folder, or give another")
-    where = files[0] if len(files) == 1 else folder
+    where = files[0] if len(files) == 1 else folder  # for messages
     tensors = read_all_tensors(files)
     for name in [name for name in tensors if name.endswith("rotary_emb.inv_freq")]:
         del tensors[name]  # computed, but stored in old folders
     if llama.tie_word_embeddings and "model.embed_tokens.weight" in tensors:
         tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
-    require_tensors(where, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, _due(llama))
+    require_tensors(where, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, _shapes(llama))
 
     def tensor(name: str) -> Tensor:
         return require_finite(where, name, tensors[name])
 
-    return _Source(layout, facts, tensor, _common({tensor.dtype for tensor in tensors.values()}))
+    return _Source(layout, facts, tensor, _common_type({tensor.dtype for tensor in tensors.values()}))
 
 
-def _due(llama: LlamaConfig) -> dict[str, Shape]:
+def _internlm_as_llama(values: dict[str, Any], file: Path) -> dict[str, Any]:
+    """Return the configuration of a LLaMA that computes what the InternLM of ``values`` computes."""
+    required, optional = _INTERNLM
+    missing = [key for key in required if key not in values]
+    if missing:
+        raise WeightsError(f"{file}: {missing[0]} is missing; get the folder again")
+    if "rotary" in values:
+        raise WeightsError(f"{file}: has a rotary of a later InternLM; give a folder of DeLVM")
+    known = {key: values[key] for key in (*required, *optional) if key in values}
+    return known | {"model_type": "llama", "attention_bias": bool(values.get("bias", True))}
+
+
+def _shapes(llama: LlamaConfig) -> dict[str, Shape]:
+    """Return the shape of every weight by its name in ``LlamaForCausalLM``."""
     with torch.device("meta"):
         return {name: tuple(view.shape) for name, view in Lvm(llama).backbone_tensors().items()}
 
 
-def _common(dtypes: set[torch.dtype]) -> torch.dtype:
+def _common_type(dtypes: set[torch.dtype]) -> torch.dtype:
+    """Return the narrowest type that holds values of all ``dtypes`` exactly."""
     return functools.reduce(torch.promote_types, dtypes)
 
 
@@ -164,79 +182,85 @@ def _common(dtypes: set[torch.dtype]) -> torch.dtype:
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where an array is in a stream, and what it is."""
+class _Entry:
+    """An array in a stream."""
 
     offset: int
+    """Byte at which its item begins."""
     shape: Shape
     dtype: torch.dtype
 
 
 def _read_easylm(file: Path, heads: int | None) -> _Source:
-    places = _index(file)
-    llama = _easylm_llama(file, places, heads)
+    entries = _index(file)
+    llama = _easylm_llama(file, entries, heads)
     facts = weightless_facts(llama, file)
-    due = _due(llama)
-    names = {name: _easylm_name(name) for name in due}
-    stored = {names[name]: shape[::-1] if _is_kernel(name) else shape for name, shape in due.items()}
-    require_tensors(file, {name: place.shape for name, place in places.items()}, stored)
+    expected = {}
+    for name, shape in _shapes(llama).items():
+        expected[_easylm_name(name)] = shape[::-1] if _is_kernel(name) else shape
+    require_tensors(file, {name: entry.shape for name, entry in entries.items()}, expected)
 
     def tensor(name: str) -> Tensor:
+        stored_name = _easylm_name(name)
         with file.open("rb") as opened:
-            opened.seek(places[names[name]].offset)
+            opened.seek(entries[stored_name].offset)
             _, value = _next(file, _unpacker(opened))
-        shape, _, data = _array(file, names[name], value)
-        array = torch.frombuffer(bytearray(data), dtype=places[names[name]].dtype).view(shape)
-        array = require_finite(file, names[name], array)
-        array = array.t() if _is_kernel(name) else array
-        return _halves(array, llama.num_attention_heads) if re.search(r"\.[qk]_proj\.", name) else array
+        shape, dtype, data = _array(file, stored_name, value)
+        weight = require_finite(file, stored_name, torch.frombuffer(bytearray(data), dtype=dtype).view(shape))
+        if _is_kernel(name):
+            weight = weight.t()
+        if re.search(r"\.[qk]_proj\.", name):
+            weight = _halves(weight, llama.num_attention_heads)
+        return weight
 
-    return _Source("easylm", facts, tensor, _common({place.dtype for place in places.values()}))
+    return _Source("easylm", facts, tensor, _common_type({entry.dtype for entry in entries.values()}))
 
 
-def _index(file: Path) -> dict[str, _Place]:
-    """Every weight of a stream by its name, from ``transformer`` or ``lm_head`` on. Holds an array at a time."""
-    places = {}
+def _index(file: Path) -> dict[str, _Entry]:
+    """Return every weight of a stream by its name, from ``transformer`` or ``lm_head`` on. Holds an array at a time."""
+    entries: dict[str, _Entry] = {}
     size = file.stat().st_size
     with file.open("rb") as opened:
         unpacker = _unpacker(opened)
-        # Not a for loop: over a stream that was cut, it would just end.
+        # A for loop over a stream that was cut would end without an error.
         while (offset := unpacker.tell()) < size:
             key, value = _next(file, unpacker)
-            if key[0] in ("opt_state", "step"):  # of a whole training state
+            if key[0] in ("opt_state", "step"):  # parts of a whole training state
                 continue
             while key[0] == "params" and len(key) > 1:
                 key = key[1:]
             name = "/".join(key)
-            if name in places:
-                raise WeightsError(f"{file}: {name} is there twice; give another checkpoint")
+            if name in entries:
+                raise WeightsError(f"{file}: holds {name} twice; give another checkpoint")
             shape, dtype, _ = _array(file, name, value)
-            places[name] = _Place(offset, shape, dtype)
-    if not places:
+            entries[name] = _Entry(offset, shape, dtype)
+    if not entries:
         raise WeightsError(f"{file}: holds no weights; give a checkpoint that EasyLM streamed")
-    return places
+    return entries
 
 
 def _unpacker(opened: Any) -> Any:
-    # Bounds on what a header may announce: memory is taken for it before the rest is read.
+    # Bounds on what a header may announce, as msgpack allocates memory for it before it reads the rest.
     return msgpack.Unpacker(
         opened, read_size=_READ_BYTES, max_buffer_size=2**31 - 1, max_array_len=64, max_map_len=64, max_str_len=4096
     )
 
 
 def _next(file: Path, unpacker: Any) -> tuple[tuple[str, ...], bytes]:
-    """Key and value that stand next in a stream."""
+    """Return the next key and value of a stream. Raises WeightsError for anything else."""
     start = unpacker.tell()
     try:
         item = unpacker.unpack()
     except (msgpack.UnpackException, ValueError, TypeError) as error:
-        kind = "ends within" if isinstance(error, msgpack.OutOfData) else "is no EasyLM stream at"
+        kind = "ends within" if isinstance(error, msgpack.OutOfData) else "is not an EasyLM stream at"
         raise WeightsError(f"{file}: {kind} the item at byte {start}; get the checkpoint again") from error
     pair = item if isinstance(item, list) and len(item) == 2 else (None, None)
     if not (isinstance(pair[0], list) and pair[0] and all(map(_is_name, pair[0]))):
-        raise WeightsError(f"{file}: is no EasyLM stream at the item at byte {start}; give one of (name, array) pairs")
+        raise WeightsError(
+            f"{file}: is not an EasyLM stream at the item at byte {start}; give one of (name, array) pairs"
+        )
     if not isinstance(pair[1], bytes):
-        raise WeightsError(f"{file}: {'/'.join(pair[0])} is no array; give another checkpoint")
+        raise WeightsError(f"{file}: {'/'.join(pair[0])} is not an array; give another checkpoint")
     return tuple(pair[0]), pair[1]
 
 
@@ -245,7 +269,7 @@ def _is_name(part: object) -> bool:
 
 
 def _array(file: Path, name: str, value: bytes) -> tuple[Shape, torch.dtype, bytes]:
-    """Shape, type and bytes of an array as flax packs it: an extension that holds the three."""
+    """Return shape, type and bytes of an array as flax packs it: an msgpack extension that holds the three."""
     try:
         extension = msgpack.unpackb(value)
         code = extension.code if isinstance(extension, msgpack.ExtType) else None
@@ -253,37 +277,44 @@ def _array(file: Path, name: str, value: bytes) -> tuple[Shape, torch.dtype, byt
         shape, dtype, data = fields
     except (msgpack.UnpackException, ValueError, TypeError) as error:
         raise WeightsError(f"{file}: {name} cannot be read ({one_line(error)}); get the checkpoint again") from error
-    whole = isinstance(shape, list) and isinstance(dtype, str) and isinstance(data, bytes)
-    if not (whole and all(isinstance(side, int) and side >= 0 for side in shape)):
-        raise WeightsError(f"{file}: {name} is no array; give another checkpoint")
+    complete = isinstance(shape, list) and isinstance(dtype, str) and isinstance(data, bytes)
+    if not (complete and all(isinstance(side, int) and side >= 0 for side in shape)):
+        raise WeightsError(f"{file}: {name} is not an array; give another checkpoint")
     if dtype not in _DTYPES:
         raise WeightsError(
             f"{file}: {name} is of type {dtype!r:.40}, not {', '.join(_DTYPES)}; give another checkpoint"
         )
-    if functools.reduce(lambda size, side: size * side, shape, _DTYPES[dtype].itemsize) != len(data):
+    if math.prod(shape) * _DTYPES[dtype].itemsize != len(data):
         raise WeightsError(f"{file}: {name} has {len(data)} bytes for {shape}; get the checkpoint again")
     return tuple(shape), _DTYPES[dtype], data
 
 
-def _easylm_llama(file: Path, places: dict[str, _Place], heads: int | None) -> LlamaConfig:
-    """The architecture, from the shapes; its heads are known for the published sizes, or ``heads``."""
+def _easylm_llama(file: Path, entries: dict[str, _Entry], heads: int | None) -> LlamaConfig:
+    """Return the architecture that the shapes of ``entries`` show, with ``heads``, or those of the published size."""
 
     def shape(name: str) -> tuple[int, int]:
-        found = places[name].shape if name in places else ()
-        if len(found) != 2:
-            raise WeightsError(f"{file}: {name} is {list(found) or 'missing'}; give a checkpoint of EasyLM's LLaMA")
-        return found[0], found[1]
+        sides = entries[name].shape if name in entries else ()
+        if len(sides) != 2:
+            raise WeightsError(f"{file}: {name} is {list(sides) or 'missing'}; give a checkpoint of EasyLM's LLaMA")
+        return sides[0], sides[1]
 
     vocabulary, width = shape("transformer/wte/embedding")
     inner = shape("transformer/h/0/feed_forward/w1/kernel")[1]
-    layers = len({name.split("/")[2] for name in places if name.startswith("transformer/h/")})
+    layers = len({name.split("/")[2] for name in entries if name.startswith("transformer/h/")})
     if heads is None:
-        published = {(llama.hidden_size, llama.num_hidden_layers): llama for llama in map(llama_config, SCALES)}
-        heads = published[width, layers].num_attention_heads if (width, layers) in published else None
+        for published in map(llama_config, SCALES):
+            if (published.hidden_size, published.num_hidden_layers) == (width, layers):
+                heads = published.num_attention_heads
     if heads is None:
-        raise ConfigError(f"--heads: {file} has hidden size {width} and {layers} layers, no published size; give them")
+        raise ConfigError(
+            f"--heads: {file} has hidden size {width} and {layers} layers, not a published size; pass its number of "
+            "heads"
+        )
     if width % (2 * heads):
-        raise ConfigError(f"--heads {heads}: a hidden size of {width} has no such heads of an even size; give its own")
+        raise ConfigError(
+            f"--heads {heads}: a hidden size of {width} does not divide into them, each of an even size; pass the "
+            "model's own"
+        )
     return LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=width,
@@ -298,21 +329,25 @@ def _easylm_llama(file: Path, places: dict[str, _Place], heads: int | None) -> L
 
 
 def _easylm_name(name: str) -> str:
-    """EasyLM's name of the weight ``name`` of ``LlamaForCausalLM``."""
+    """Return EasyLM's name of the weight ``name`` of ``LlamaForCausalLM``."""
     ends = {"model.embed_tokens": "transformer/wte/embedding", "model.norm": "transformer/ln_f/kernel"}
     stem = name.removesuffix(".weight")
-    found = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", stem)
-    if found:
-        return f"transformer/h/{found[1]}/{_EASYLM[found[2]]}/kernel"
+    in_layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", stem)
+    if in_layer:
+        return f"transformer/h/{in_layer[1]}/{_EASYLM[in_layer[2]]}/kernel"
     return ends.get(stem, "lm_head/kernel")
 
 
 def _is_kernel(name: str) -> bool:
-    """Whether EasyLM keeps the weight as [inputs, outputs]."""
+    """Return whether EasyLM stores the weight ``name`` of ``LlamaForCausalLM`` as [inputs, outputs]."""
     return "_proj." in name or name == "lm_head.weight"
 
 
 def _halves(weight: Tensor, heads: int) -> Tensor:
-    """Rows [outputs, inputs] reordered within every head: first the even, then the odd, as halves are turned."""
+    """Reorder the rows of ``weight`` [outputs, inputs] within each of ``heads``: first the even ones, then the odd.
+
+    Pair i of EasyLM's rotary embedding, rows 2i and 2i + 1 of a head, then is what transformers pairs: rows i and
+    i + d/2.
+    """
     pairs = weight.reshape(heads, -1, 2, weight.shape[1])
     return pairs.transpose(1, 2).reshape(weight.shape)

@@ -1,10 +1,14 @@
 """The LLaMA of an LVM with LoRA, laid out for speed: no padding, fused projections, logits only where they count.
 
-The numbers are those of ``transformers.LlamaForCausalLM`` with ``peft.LoraModel`` on top (tests compare them). Three
-things differ in how they are computed. Sentences of any lengths lie one after another in a flat row of tokens and only
-attention knows where one ends, so nothing is ever padded. Projections of the same input (q, k, v; gate, up) are one
-matrix, and so are their LoRA ``A``. The loss computes logits a chunk at a time, at the positions that carry loss only,
-and keeps none.
+It computes the numbers of ``transformers.LlamaForCausalLM`` with ``peft.LoraModel`` on top; tests compare them. Three
+things are computed differently:
+
+- Sentences of any lengths lie one after another in a flat row of tokens, and only attention knows where one ends.
+  Nothing is ever padded.
+- Projections of the same input (q, k, v; gate, up) are one matrix, and so are their LoRA ``A``.
+- The loss computes logits a chunk at a time, only at the positions that carry loss, and keeps none.
+
+In all shapes here, T is the number of tokens of all sentences together, and P that of the positions that carry loss.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ _CHUNK = 2048
 
 
 def bfloat16_units() -> str | None:
-    """What makes bfloat16 faster than float32 on this CPU, by name; None where nothing does.
+    """Return the name of the unit that makes bfloat16 faster than float32 on this CPU, or None.
 
     Training the nano LVM, bfloat16 was 1.9 times as fast on a Xeon with AMX, 2.4 times on an EPYC with AVX512-BF16.
     """
@@ -38,7 +42,7 @@ def bfloat16_units() -> str | None:
 
 @dataclass(frozen=True)
 class Batch:
-    """Sentences laid flat, and where loss is taken."""
+    """Sentences laid one after another, and the positions where loss is taken."""
 
     ids: Tensor
     """Token ids, int64 [T]."""
@@ -49,17 +53,17 @@ class Batch:
 
     @property
     def targets(self) -> Tensor:
-        """The successors, int64 [P]."""
+        """The token after each of ``positions``, int64 [P]."""
         return self.ids[self.positions + 1]
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on ``device``."""
+        """Return the same batch on ``device``."""
         return Batch(self.ids.to(device), self.lengths, self.positions.to(device))
 
 
 @dataclass(frozen=True)
 class Lora:
-    """A low-rank update: W x + (alpha / rank) B A x on the projections ``targets`` (Hu et al. 2021)."""
+    """A low-rank update: W x + (alpha / rank) B A x on the projections ``targets`` (Hu et al., arXiv:2106.09685)."""
 
     rank: int
     alpha: float
@@ -69,10 +73,18 @@ class Lora:
 class Projection(nn.Module):
     """Linear maps of one input, as one matrix, each with its LoRA update if it is a target.
 
-    ``sizes`` are the widths of the outputs by name; ``weight`` is [sum of sizes, width].
+    ``weight`` is [sum of sizes, width]; ``lora_A`` is [targets * rank, width], and each ``lora_B`` [size, rank].
     """
 
     def __init__(self, width: int, sizes: dict[str, int], bias: bool, lora: Lora | None):
+        """Allocate parameters.
+
+        Args:
+            width: Of the input.
+            sizes: Widths of the outputs, by the name of the projection, in their order in ``weight``.
+            bias: Whether the maps have biases.
+            lora: The adapter; projections that it does not target are left as they are.
+        """
         super().__init__()
         self.sizes = sizes
         self.weight = nn.Parameter(torch.empty(sum(sizes.values()), width))
@@ -81,13 +93,13 @@ class Projection(nn.Module):
         if lora and self.adapted:
             self.requires_grad_(False)  # an adapted map is frozen: its backward pass gives the base no gradient
             self.rank, self.scale = lora.rank, lora.alpha / lora.rank
-            self.lora_A = nn.Parameter(torch.empty(len(self.adapted) * lora.rank, width))  # [targets * rank, width]
+            self.lora_A = nn.Parameter(torch.empty(len(self.adapted) * lora.rank, width))
             self.lora_B = nn.ParameterDict(
                 {name: nn.Parameter(torch.empty(sizes[name], lora.rank)) for name in self.adapted}
             )
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """``x`` [T, width] -> one [T, size] for each of ``sizes``."""
+        """Map ``x`` [T, width] to one output [T, size] for each of ``sizes``."""
         sizes = tuple(self.sizes.values())
         if not self.adapted:
             whole: Tensor = F.linear(x, self.weight, self.bias)
@@ -101,16 +113,17 @@ class Projection(nn.Module):
 
 
 class RmsNorm(nn.Module):
-    """x / rms(x) * weight, the mean square taken in float32 as transformers does."""
+    """x / rms(x) * weight (Zhang & Sennrich, arXiv:1910.07467), the mean square in float32 as in transformers."""
 
     def __init__(self, width: int, eps: float):
+        """Allocate the weight [width]; ``eps`` is added to the mean square."""
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` [T, width] -> the same shape and type."""
-        weight = self.weight.to(x.dtype)  # one type: the fused kernel
+        """Normalise ``x`` [T, width]; shape and type stay."""
+        weight = self.weight.to(x.dtype)  # the fused kernel wants one type
         if weight.requires_grad or not x.requires_grad:
             return F.rms_norm(x, (x.shape[-1],), weight, self.eps)
         normed: Tensor = _FrozenRmsNorm.apply(x, weight, self.eps)
@@ -121,6 +134,7 @@ class Layer(nn.Module):
     """A decoder layer: attention and gated MLP, each after a norm and added to the stream."""
 
     def __init__(self, config: LlamaConfig, lora: Lora | None):
+        """Allocate one layer of ``config``, with the projections that ``lora`` targets adapted."""
         super().__init__()
         width, inner = config.hidden_size, config.intermediate_size
         self.heads = config.num_attention_heads
@@ -132,16 +146,16 @@ class Layer(nn.Module):
         self.down = Projection(inner, {"down_proj": width}, config.mlp_bias, lora)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], lengths: tuple[int, ...]) -> Tensor:
-        """``x`` [T, width] of sentences of ``lengths`` -> the same shape."""
+        """Compute the layer's output [T, width] from ``x`` [T, width], which holds sentences of ``lengths``."""
         return self.finish(x, attend(*self.project(x, rotation), lengths))
 
     def project(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys, rotated, and values of ``x`` [T, width], each [T, heads, d]."""
+        """Return queries and keys, both rotated, and values of ``x`` [T, width], each [T, heads, d]."""
         query, key, value = (part.view(len(x), self.heads, -1) for part in self.qkv(self.input_norm(x)))
         return rotate(query, rotation), rotate(key, rotation), value
 
     def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
-        """The layer's output [T, width] from its input ``x`` and the attention's ``mixed`` [T, heads * d]."""
+        """Return the layer's output [T, width] from its input ``x`` and the attention's ``mixed`` [T, heads * d]."""
         x = x + self.out(mixed)[0]
         gate, up = self.gate_up(self.mlp_norm(x))
         return x + self.down(F.silu(gate) * up)[0]
@@ -151,13 +165,14 @@ class Head(nn.Module):
     """The map from hidden states to the vocabulary, and the loss over it."""
 
     def __init__(self, config: LlamaConfig):
+        """Allocate the weight [vocabulary, width]."""
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
 
     def forward(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Negative log likelihood in nats of ``targets`` [P] after ``hidden`` [P, width], in float32.
+        """Return the negative log likelihood in nats of ``targets`` [P] after ``hidden`` [P, width], in float32.
 
-        Gives the sum, to differentiate, and the likelihood of every position [P], to look at.
+        Two values: the sum, which can be differentiated, and each position's [P], which cannot.
         """
         total, each = _ChunkedLoss.apply(hidden, self.weight, targets)
         return total, each
@@ -166,11 +181,17 @@ class Head(nn.Module):
 class Lvm(nn.Module):
     """An LVM backbone, with a LoRA adapter when ``lora`` is given.
 
-    Parameters are uninitialised: ``covray.models.lvm.backbone`` fills them. ``recompute`` drops the activations
-    inside layers and computes them again in the backward pass.
+    Parameters are uninitialised: ``covray.models.lvm.backbone`` fills them.
     """
 
     def __init__(self, config: LlamaConfig, lora: Lora | None = None, recompute: bool = False):
+        """Allocate a model.
+
+        Args:
+            config: The architecture.
+            lora: The adapter, or None.
+            recompute: Drop the activations inside layers, and compute them again in the backward pass.
+        """
         super().__init__()
         self.config, self.lora, self.recompute = config, lora, recompute
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -179,7 +200,7 @@ class Lvm(nn.Module):
         self.head = Head(config)
 
     def hidden(self, ids: Tensor, lengths: tuple[int, ...]) -> Tensor:
-        """Hidden states after the last norm, [T, width], of sentences laid flat (see ``Batch``)."""
+        """Return the hidden states after the last norm, [T, width], of sentences laid flat (see ``Batch``)."""
         x = self.embed(ids)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -192,17 +213,17 @@ class Lvm(nn.Module):
         return self.norm(x)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Negative log likelihood in nats over the positions of the batch that carry loss: sum, and each [P]."""
+        """Return the negative log likelihood in nats at the batch's positions: the sum, and each position's [P]."""
         return self.head(self.hidden(batch.ids, batch.lengths)[batch.positions], batch.targets)
 
     def logits(self, ids: Tensor, lengths: tuple[int, ...]) -> Tensor:
-        """Logits after every token, [T, vocabulary]; for looking and comparing, not for training."""
+        """Return the logits after every token, [T, vocabulary]; to look at and compare, not to train with."""
         return F.linear(self.hidden(ids, lengths), self.head.weight.to(self.embed.weight.dtype))
 
     def backbone_tensors(self) -> dict[str, Tensor]:
-        """The weights under the names and in the pieces of ``transformers.LlamaForCausalLM``.
+        """Return the weights under the names and in the shapes of ``transformers.LlamaForCausalLM``.
 
-        Detached views: what is written into one is in the model.
+        They are detached views: writing into one changes the model.
         """
         tensors = {"model.embed_tokens.weight": self.embed.weight.detach()}
         layer: Any  # nn.ModuleList forgets what it holds
@@ -220,9 +241,10 @@ class Lvm(nn.Module):
         return tensors
 
     def lora_tensors(self) -> dict[str, Tensor]:
-        """The LoRA matrices by projection, ``<name of the projection in transformers>.lora_A`` and ``.lora_B``.
+        """Return the LoRA matrices as ``<name of the projection in transformers>.lora_A`` and ``.lora_B``.
 
-        A is [rank, inputs], B is [outputs, rank]. Detached views, as ``backbone_tensors``; empty without an adapter.
+        A is [rank, inputs], B is [outputs, rank]. They are detached views, as in ``backbone_tensors``; without an
+        adapter there are none.
         """
         tensors = {}
         for block, projection in self._projections():
@@ -234,37 +256,49 @@ class Lvm(nn.Module):
         return tensors
 
     def _projections(self) -> Iterator[tuple[str, Projection]]:
+        """Yield every projection after the name of its block in transformers."""
         layer: Any
         for index, layer in enumerate(self.layers):
-            yield from ((f"model.layers.{index}.self_attn", part) for part in (layer.qkv, layer.out))
-            yield from ((f"model.layers.{index}.mlp", part) for part in (layer.gate_up, layer.down))
+            for projection in (layer.qkv, layer.out):
+                yield f"model.layers.{index}.self_attn", projection
+            for projection in (layer.gate_up, layer.down):
+                yield f"model.layers.{index}.mlp", projection
 
 
 def rotary(
     config: LlamaConfig, lengths: Sequence[int], device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every token's angles, each [T, 1, d]; every sentence counts from 0 (RoFormer)."""
+    """Return cosine and sine of every token's angles, each [T, 1, d] with d the size of a head.
+
+    Rotary position embedding (Su et al., RoFormer, arXiv:2104.09864); every sentence of ``lengths`` counts from 0.
+    """
     size = config.hidden_size // config.num_attention_heads
     theta = float(config.rope_parameters["rope_theta"])
     frequencies = 1.0 / theta ** (torch.arange(0, size, 2, device=device, dtype=torch.float32) / size)
-    places = torch.cat([torch.arange(length, device=device, dtype=torch.float32) for length in lengths])
-    angles = places[:, None] * frequencies
+    positions = torch.cat([torch.arange(length, device=device, dtype=torch.float32) for length in lengths])
+    angles = positions[:, None] * frequencies
     angles = torch.cat((angles, angles), -1)[:, None]
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary embedding of ``x`` [T, heads, d] by the halves convention of transformers."""
-    if not x.requires_grad:  # autograd's detour would be a twentieth of a decoding step
+    """Rotate ``x`` [T, heads, d] by ``rotation`` (see ``rotary``), pairing a head's halves as transformers does."""
+    if not x.requires_grad:  # a call through autograd would take a twentieth of a decoding step
         return _rotated(x, *rotation)
     rotated: Tensor = _Rotate.apply(x, *rotation)
     return rotated
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Causal attention inside every sentence of ``lengths``; all [T, heads, d] -> [T, heads * d].
+    """Compute causal attention inside every sentence, [T, heads * d].
 
     Neighbours of equal length are one batch of the attention kernel; sentences never see each other.
+
+    Args:
+        query: [T, heads, d], rotated.
+        key: [T, heads, d], rotated.
+        value: [T, heads, d].
+        lengths: Tokens of each sentence, in order; they sum to T.
     """
     mixed, start = [], 0
     for length, group in groupby(lengths):
@@ -281,7 +315,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int]) ->
 class _AdaptedLinear(torch.autograd.Function):
     """Frozen linear maps of one input, each with its LoRA update or none.
 
-    Autograd would join the gradients of the parts to multiply them by the fused weight; this adds products in place.
+    part = x W' + low B', with low = scale x A' [T, targets * rank] computed once for all parts. Its gradients, for the
+    upstream gradient g of each part: dx = sum g W + d_low A, dA = d_low' x, dB = g' low, d_low = scale [g B of each].
+    Autograd would concatenate the gradients of the parts, to multiply them by the fused weight at once; here the
+    products are added in place.
     """
 
     @staticmethod
@@ -327,7 +364,10 @@ class _AdaptedLinear(torch.autograd.Function):
 
 
 class _FrozenRmsNorm(torch.autograd.Function):
-    """RMS norm whose weight gets no gradient; autograd's own takes the norm apart on a CPU."""
+    """RMS norm whose weight gets no gradient; on a CPU autograd's own is computed in several passes.
+
+    With r = 1 / rms(x) and s = g * weight: dx = r (s - x r^2 mean(s x)).
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -344,7 +384,7 @@ class _FrozenRmsNorm(torch.autograd.Function):
 
 
 class _Rotate(torch.autograd.Function):
-    """Rotation of the two halves of every head; its gradient is the rotation back."""
+    """Rotation of the two halves of every head; its gradient is rotated back by the same angles."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
@@ -358,6 +398,7 @@ class _Rotate(torch.autograd.Function):
 
 
 def _rotated(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Return [x1 cos - x2 sin, x2 cos + x1 sin] for the halves x1, x2 of ``x`` [T, heads, d]."""
     half = x.shape[-1] // 2
     turned = x * cosine
     turned[..., :half].addcmul_(x[..., half:], sine[..., :half], value=-1)
@@ -366,28 +407,29 @@ def _rotated(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Summed cross-entropy of ``hidden @ weight.T``: logits live for a chunk, their gradient is taken on the spot."""
+    """Summed cross-entropy of the logits ``hidden @ weight.T``.
+
+    Logits exist for one chunk of positions at a time, and their gradient, softmax - one hot, is taken on the spot.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        to_hidden, to_weight = (
-            torch.zeros_like(part) if needed else None
-            for part, needed in zip((hidden, weight), ctx.needs_input_grad, strict=False)
-        )
+        to_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
+        to_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         matrix = weight.to(hidden.dtype)
         losses = torch.empty(len(hidden), device=hidden.device, dtype=torch.float32)
         for start in range(0, len(hidden), _CHUNK):
-            here = slice(start, start + _CHUNK)
-            chunk, wanted = hidden[here], targets[here, None]
+            rows = slice(start, start + _CHUNK)
+            chunk, target = hidden[rows], targets[rows, None]
             logits = (chunk @ matrix.t()).float()
             normaliser = logits.logsumexp(-1, keepdim=True)
-            losses[here] = (normaliser - logits.gather(-1, wanted))[:, 0]
+            losses[rows] = (normaliser - logits.gather(-1, target))[:, 0]
             if to_hidden is not None or to_weight is not None:
-                error = logits.sub_(normaliser).exp_()  # softmax - one hot
-                error.scatter_add_(-1, wanted, torch.full_like(wanted, -1, dtype=error.dtype))
+                error = logits.sub_(normaliser).exp_()  # the softmax, in the memory of the logits
+                error.scatter_add_(-1, target, torch.full_like(target, -1, dtype=error.dtype))
                 low = error.to(hidden.dtype)
                 if to_hidden is not None:
-                    to_hidden[here] = low @ matrix
+                    to_hidden[rows] = low @ matrix
                 if to_weight is not None:
                     to_weight += low.t() @ chunk
         ctx.save_for_backward(to_hidden, to_weight)
@@ -396,4 +438,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        return (*(None if part is None else part * upstream[0].to(part.dtype) for part in ctx.saved_tensors), None)
+        to_hidden, to_weight = ctx.saved_tensors
+        scaled_hidden = None if to_hidden is None else to_hidden * upstream[0].to(to_hidden.dtype)
+        scaled_weight = None if to_weight is None else to_weight * upstream[0].to(to_weight.dtype)
+        return scaled_hidden, scaled_weight, None

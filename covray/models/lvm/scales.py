@@ -18,9 +18,10 @@ SCALES = tuple(_SHAPES)
 
 
 def llama_config(scale: str) -> LlamaConfig:
-    """The architecture of ``scale``: LLaMA with SiLU, untied head, no grouped queries.
+    """Return the architecture of ``scale``: LLaMA with SiLU, an untied head and no grouped queries.
 
-    Ids below the codes are the tokenizer's, with no offset; end of sequence is none of them, so there is none.
+    Ids below the number of codes are the tokenizer's, without an offset. None of them can end a sequence, so no id
+    does.
     """
     hidden, intermediate, layers, heads, codes, context = _SHAPES[scale]
     return LlamaConfig(
@@ -40,9 +41,11 @@ def llama_config(scale: str) -> LlamaConfig:
 
 
 def parameters(config: LlamaConfig) -> int:
-    """Parameters of the architecture ``config``, embedding and head included."""
+    """Return the number of parameters of the architecture ``config``, embedding and head included."""
     width, inner = config.hidden_size, config.intermediate_size
-    attention = 4 * width * width + (4 * width if config.attention_bias else 0)
-    mlp = 3 * width * inner + (2 * inner + width if config.mlp_bias else 0)
-    layer = attention + mlp + 2 * width
+    layer = 4 * width * width + 3 * width * inner + 2 * width  # attention, MLP, norms
+    if config.attention_bias:
+        layer += 4 * width
+    if config.mlp_bias:
+        layer += 2 * inner + width
     return config.num_hidden_layers * layer + 2 * config.vocab_size * width + width

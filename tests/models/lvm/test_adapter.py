@@ -335,7 +335,7 @@ def test_an_adapter_of_another_backbone_is_not_merged(llama_folder: Path, tmp_pa
     assert one_line(raised.value)
     assert not (tmp_path / "out").exists()
     random = backbone_facts(BackboneConfig(scale="nano", init="random"))
-    with pytest.raises(ConfigError, match="random weights are kept nowhere"):
+    with pytest.raises(ConfigError, match="random weights are stored nowhere"):
         export_merged(random, str(tmp_path / "a"), tmp_path / "out")
 
 
@@ -420,10 +420,10 @@ def out_is_a_file(run: Path) -> None:
     ("damage", "message"),
     [
         (unfinish, "is unfinished; run the same covray train again"),
-        (undescribe, "no _run.json there, so not a run"),
-        (outdate, "is no description of this version"),
+        (undescribe, "has no _run.json, so is not a run"),
+        (outdate, "is not of this version"),
         (garble, "_run.json: cannot be read"),
-        (empty_config, "is no description of a run"),
+        (empty_config, "does not describe a run"),
         (change_backbone, r"is backbone \w{12}, the run adapted \w{12}"),
         (lose_backbone, "backbone: no such folder"),
         (lose_adapter, "adapter: .* is missing"),

@@ -250,7 +250,7 @@ def test_a_stream_that_was_cut_is_refused_wherever(weights: Weights, tmp_path: P
     (tmp_path / "cut").write_bytes(whole[: ends[5]])  # between two
     assert " is missing" in refusal(tmp_path / "cut", tmp_path / "out", heads=HEADS)
     (tmp_path / "cut").write_bytes(whole + item(HEAD, packed(weights[HEAD])))
-    assert "lm_head/kernel is there twice" in refusal(tmp_path / "cut", tmp_path / "out", heads=HEADS)
+    assert "holds lm_head/kernel twice" in refusal(tmp_path / "cut", tmp_path / "out", heads=HEADS)
     (tmp_path / "cut").write_bytes(b"")
     assert "holds no weights" in refusal(tmp_path / "cut", tmp_path / "out", heads=HEADS)
 
@@ -258,22 +258,22 @@ def test_a_stream_that_was_cut_is_refused_wherever(weights: Weights, tmp_path: P
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"version https://git-lfs.github.com/spec/v1\n", "is no EasyLM stream at the item at byte 0"),
-        (b"\xc1" * 9, "is no EasyLM stream at the item at byte 0"),
-        (b"\xdd\x7f\xff\xff\xf0", "is no EasyLM stream"),  # announces 2 G entries
-        (b"\xdf\x7f\xff\xff\xf0", "is no EasyLM stream"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is not an EasyLM stream at the item at byte 0"),
+        (b"\xc1" * 9, "is not an EasyLM stream at the item at byte 0"),
+        (b"\xdd\x7f\xff\xff\xf0", "is not an EasyLM stream"),  # announces 2 G entries
+        (b"\xdf\x7f\xff\xff\xf0", "is not an EasyLM stream"),
         (b"\x92\x91\xa1a\xc6\x7f\xff\xff\xf0", "ends within"),  # announces 2 GiB of bytes
-        (b"\x91" * 5000, "is no EasyLM stream"),
-        (msgpack.packb({"params": {"lm_head": 1}}), "is no EasyLM stream"),  # what flax writes whole
-        (msgpack.packb((["a", 1], b"")), "is no EasyLM stream"),
-        (msgpack.packb(([], b"")), "is no EasyLM stream"),
-        (msgpack.packb((["a\nb"], b"")), "is no EasyLM stream"),
-        (msgpack.packb((["a"], "text")), "a is no array"),
+        (b"\x91" * 5000, "is not an EasyLM stream"),
+        (msgpack.packb({"params": {"lm_head": 1}}), "is not an EasyLM stream"),  # what flax writes whole
+        (msgpack.packb((["a", 1], b"")), "is not an EasyLM stream"),
+        (msgpack.packb(([], b"")), "is not an EasyLM stream"),
+        (msgpack.packb((["a\nb"], b"")), "is not an EasyLM stream"),
+        (msgpack.packb((["a"], "text")), "a is not an array"),
         (msgpack.packb((["a"], b"\xc1")), "a cannot be read"),
-        (msgpack.packb((["a"], msgpack.packb(3))), "a is no array"),
-        (msgpack.packb((["a"], msgpack.packb(msgpack.ExtType(2, b"\x01")))), "a is no array"),
+        (msgpack.packb((["a"], msgpack.packb(3))), "a is not an array"),
+        (msgpack.packb((["a"], msgpack.packb(msgpack.ExtType(2, b"\x01")))), "a is not an array"),
         (msgpack.packb((["a"], msgpack.packb(msgpack.ExtType(1, b"\x01")))), "a cannot be read"),
-        (item("a", msgpack.packb(msgpack.ExtType(1, msgpack.packb(([2], ["float32"], b""))))), "a is no array"),
+        (item("a", msgpack.packb(msgpack.ExtType(1, msgpack.packb(([2], ["float32"], b""))))), "a is not an array"),
         (item("a", packed(torch.zeros(2), "int8")), "a is of type 'int8'"),
         (item("a", packed(torch.zeros(2), "float16")), "a has 8 bytes for [2]"),
         (item("a", packed(torch.zeros(2))), "transformer/wte/embedding is missing"),
