@@ -31,6 +31,7 @@ def generate(
     top_k: Annotated[int | None, typer.Option(help="Sample of so many likeliest tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample of the likeliest tokens of this probability.")] = None,
     best_of: Annotated[int | None, typer.Option(help="Candidates a query, of which the likeliest is given.")] = None,
+    vote: Annotated[int | None, typer.Option(help="Candidates a query, which are joined into one answer.")] = None,
     config: ConfigFile = None,
     sets: Sets = None,
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Everything random follows from it.")] = None,
@@ -61,6 +62,7 @@ def generate(
         "sampling.top_k": top_k,
         "sampling.top_p": top_p,
         "sampling.best_of": best_of,
+        "sampling.vote": vote,
         "seed": seed,
     }
     resolved = load_config(GenerateConfig, config, given(options), sets or ())
@@ -96,6 +98,7 @@ def evaluate(
     ] = None,
     temperature: Annotated[float | None, typer.Option(help="0 (the default): greedy; 1: the model's own.")] = None,
     best_of: Annotated[int | None, typer.Option(help="Candidates a query, of which the likeliest is scored.")] = None,
+    vote: Annotated[int | None, typer.Option(help="Candidates a query, which are joined into one answer.")] = None,
     tracking_uri: Annotated[
         str | None, typer.Option(help="MLflow; by default a file beside OUT; none: no MLflow.")
     ] = None,
@@ -122,6 +125,7 @@ def evaluate(
         "backbone.scale": "custom" if backbone else None,
         "sampling.temperature": temperature,
         "sampling.best_of": best_of,
+        "sampling.vote": vote,
         "tracking.uri": tracking_uri,
         "seed": seed,
     }

@@ -18,13 +18,18 @@ def print_evaluation(results: dict[str, Any], out: str) -> None:
     means = {(entry["subject"], entry["task"], entry["metric"]): entry["mean"] for entry in results["scores"]}
     lower = set(results["lower_is_better"])
     table = Table("", box=None, pad_edge=False)
+    samples = [subject.get("samples", 1) for subject in results["subjects"]]
+    if max(samples, default=1) > 1:
+        table.add_column("samples", justify="right")
     for task, about in tasks.items():
         arrow = "↓" if about["primary"] in lower else "↑"
         title = f"{short_task(task)}\n{short_metric(about['primary'])} {arrow}"
         table.add_column(title, justify="right", no_wrap=True)
-    for subject in results["subjects"]:
-        found = [means.get((subject["name"], task, about["primary"])) for task, about in tasks.items()]
-        cells = ["–" if mean is None else f"{mean:.3g}" for mean in found]
+    for subject, count in zip(results["subjects"], samples, strict=True):
+        cells = [] if max(samples) == 1 else [str(count) if subject["method"] is not None else "–"]
+        for task, about in tasks.items():
+            mean = means.get((subject["name"], task, about["primary"]))
+            cells.append("–" if mean is None else f"{mean:.3g}")
         table.add_row(escape(subject["name"]), *cells, style="bold" if subject["kind"] == "adapter" else None)
     console.print(table)
     if results["failed"]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from covray.config.section import Section
 
@@ -133,17 +133,30 @@ class SamplingConfig(Section):
     choose_by: Literal["answer", "chain"] = "answer"
     """What a candidate is ranked by: the likelihood of its answer given its own frames, or of frames and answer
     together."""
+    vote: int = Field(default=1, ge=1, le=1024)
+    """Candidates per query whose answers are joined into one: the most frequent class, the median of keypoints and
+    metres, the mean of directions, edges and pictures. 1, no vote, is the way of LVM and of the paper."""
 
     @model_validator(mode="after")
     def _candidates_differ(self) -> SamplingConfig:
         if self.best_of > 1 and self.temperature == 0:
             raise ValueError("best_of: greedy candidates are all the same; set a temperature")
+        if self.best_of > 1 and self.vote > 1:
+            raise ValueError("vote: joins all candidates, best_of takes the likeliest; set one of them to 1")
         return self
+
+    @model_serializer(mode="wrap")
+    def _leave_out_no_vote(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Write ``vote`` only where there is one, so that identities made before votes existed stay the same."""
+        values: dict[str, Any] = handler(self)
+        if values.get("vote") == 1:
+            del values["vote"]
+        return values
 
     @property
     def candidates(self) -> int:
         """How many candidates the decoder writes for a query."""
-        return self.best_of
+        return max(self.best_of, self.vote)
 
 
 class TrackingConfig(Section):

@@ -39,6 +39,8 @@ class SubjectEntry(RecordPart):
     method: str | None = None
     length: int | None = None
     pairs: int | None = None
+    samples: int = 1
+    """How many candidates a model writes for an answer; absent where it is one."""
 
 
 class TaskSummary(RecordPart):

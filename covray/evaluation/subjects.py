@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from pydantic import ValidationError
@@ -53,10 +53,15 @@ class Subject:
     """SHA-256 (hex) of the backbone's weights."""
     baseline: str | None = None
     """Which answer without a model, of ``EvaluateConfig.baselines``."""
+    samples: int = 1
+    """How many candidates a model writes for an answer."""
 
     def as_json(self) -> dict[str, Any]:
-        """All of it, as JSON values."""
-        return asdict(self)
+        """Return all fields as JSON values; ``samples`` only where an answer takes several."""
+        values = asdict(self)
+        if self.samples == 1:
+            del values["samples"]
+        return values
 
 
 def subjects_of(config: EvaluateConfig, dataset: ChainDataset) -> tuple[Subject, ...]:
@@ -74,6 +79,8 @@ def subjects_of(config: EvaluateConfig, dataset: ChainDataset) -> tuple[Subject,
     found = (*simple.values(), *(untuned if config.untuned else ()), *focus, *adapters, *ceiling)
     if not found:
         raise ConfigError("nothing to evaluate: give --adapter RUN, or leave untuned and baselines as they are")
+    samples = config.sampling.candidates
+    found = tuple(subject if subject.method is None else replace(subject, samples=samples) for subject in found)
     names = [subject.name for subject in found]
     for name in names:
         if names.count(name) > 1:

@@ -25,7 +25,8 @@ def generate(config: GenerateConfig) -> GenerationRecord:
     """Answer ``config.queries``, and write what was answered.
 
     Every query gets a folder below ``config.out``, by the name of its file: ``strip.png`` (query, frames, answer),
-    ``answer.png`` at the query's size, and what its task exports, as ``classes.png`` or ``depth_m.npy``.
+    ``answer.png`` at the query's size, what its task exports, as ``classes.png`` or ``depth_m.npy``, and of a vote
+    ``spread.png``, which is bright where the candidates disagree.
 
     Returns:
         What is written to ``generation.json``.
@@ -48,17 +49,7 @@ def generate(config: GenerateConfig) -> GenerationRecord:
         files = _answer_files(answer)
         for file, data in files.items():
             _write(folder, f"{name}/{file}", data)
-        *frames, of_answer = answer.log_likelihood
-        records.append(
-            AnswerRecord(
-                query=query,
-                folder=name,
-                files=tuple(sorted(files)),
-                seed=answer.seed,
-                candidate=answer.candidate,
-                log_likelihood=LogLikelihood(frames=tuple(frames), answer=of_answer),
-            )
-        )
+        records.append(_answer_record(name, query, tuple(sorted(files)), answer))
     record = GenerationRecord(
         config=_resolved_values(config, generator),
         fingerprints={**generator.fingerprints(), "adapter": _adapter_hash(config.adapter)},
@@ -105,11 +96,37 @@ def _resolved_values(config: GenerateConfig, generator: Generator) -> dict[str, 
     return config.model_copy(update=update).model_dump(mode="json")
 
 
+def _answer_record(folder: str, query: str, files: tuple[str, ...], answer: Answer) -> AnswerRecord:
+    """Return what ``generation.json`` says of an answer; the number of samples only of a vote.
+
+    Args:
+        folder: Of the query's files.
+        query: The picture file.
+        files: Names of what was written.
+        answer: What the model wrote.
+    """
+    *frames, of_answer = answer.log_likelihood
+    record = AnswerRecord(
+        query=query,
+        folder=folder,
+        files=files,
+        seed=answer.seed,
+        candidate=answer.candidate,
+        log_likelihood=LogLikelihood(frames=tuple(frames), answer=of_answer),
+    )
+    return record if answer.spread is None else record.model_copy(update={"samples": answer.samples})
+
+
 def _answer_files(answer: Answer) -> dict[str, bytes]:
     """Return the files of one query by name."""
     pictures = [answer.query, *answer.frames, answer.small]
     captions = ["query", *(f"α = {alpha:.3g}" for alpha in alphas_of(len(pictures))), "answer"]
-    return {"strip.png": draw_strip(pictures, captions), "answer.png": encode_png(answer.picture)} | answer.data
+    files = {"answer.png": encode_png(answer.picture)} | answer.data
+    if answer.spread is not None:
+        captions[-1] = f"vote of {answer.samples}"
+        files["spread.png"] = encode_png(answer.spread)
+    files["strip.png"] = draw_strip(pictures, captions)
+    return files
 
 
 def _folder_names(paths: Sequence[str]) -> list[str]:

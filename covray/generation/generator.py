@@ -31,17 +31,19 @@ from covray.config import (
 from covray.errors import ConfigError, DatasetError, WeightsError, one_line
 from covray.generation.models import LoadedModel, ModelSource
 from covray.generation.request import Answer, Example, Request, WrittenPicture
-from covray.io import storage
-from covray.io.images import Picture, resize, square
+from covray.generation.votes import PLAIN_TASK, draw_spread, join_answers
+from covray.io import images, storage
+from covray.io.images import resize, square
+from covray.io.pixels import Picture
 from covray.models.lvm.adapter import read_adapter, read_run
 from covray.models.lvm.backbone import backbone_facts
-from covray.models.lvm.decoding.base import require_context
+from covray.models.lvm.decoding.base import Decoded, require_context
 from covray.models.tokenizer.vqgan import load_tokenizer, require_same_codebook
 from covray.pairs.manifest import MANIFEST_SCHEMA, Pair
 from covray.seeds import seed_of
 from covray.tasks import TASKS
+from covray.tasks.base import Resample
 
-_WITHOUT_TASK = "colorization"  # resized as photographs are, read as nothing but a picture
 _PROMPTS = 8
 """Prompts whose tokens a generator keeps: the chains of their examples need not be made again."""
 
@@ -121,42 +123,60 @@ class Generator:
             ConfigError: The sentence exceeds the model's context, or an example cannot be used.
         """
         prompt, squares, tokens, seeds = self._read(request)
-        images = self.resolved.length - 1
-        decoded = self.model.decoder.decode(prompt, tokens, images, request.sampling, seeds)
-        pictures = self.tokenizer.decode(decoded.ids.reshape(-1, self.tokenizer.tokens_per_image))
-        pictures = pictures.reshape(len(squares), images, *pictures.shape[1:])
-        answers = []
-        for number, query in enumerate(request.queries):
-            picture = self._resized(request, query, pictures[number, -1])
-            answers.append(
-                Answer(
-                    query=squares[number],
-                    frames=pictures[number, :-1],
-                    small=pictures[number, -1],
-                    picture=picture,
-                    data=self._export(request, picture),
-                    seed=seeds[number],
-                    candidate=int(decoded.candidate[number]),
-                    log_likelihood=tuple(decoded.image_log_likelihood[number].tolist()),
-                )
-            )
-        return answers
+        decoded = self.model.decoder.decode(prompt, tokens, self.resolved.length - 1, request.sampling, seeds)
+        return [
+            self._answer(request, number, square_query, seeds[number], decoded)
+            for number, square_query in enumerate(squares)
+        ]
+
+    def _answer(self, request: Request, number: int, query: Picture, seed: int, decoded: Decoded) -> Answer:
+        """Return the answer to one query.
+
+        Args:
+            request: All queries.
+            number: That of the query.
+            query: The query as the model saw it.
+            seed: Of the query's random numbers.
+            decoded: What was written for all queries.
+        """
+        best = int(decoded.candidate[number])
+        candidates = decoded.candidate_ids[number]  # [N, images, tokens per image]
+        *frames, likeliest = self.tokenizer.decode(candidates[best])
+        small, spread = likeliest, None
+        if request.sampling.vote > 1:
+            answers = list(self.tokenizer.decode(candidates[:, -1]))
+            small = join_answers(self._task(request), answers, answer_meta(request))
+            spread = self._resized(request, number, draw_spread(answers), "bicubic")
+        task = self._task(request)
+        picture = self._resized(request, number, small, TASKS[task or PLAIN_TASK].resample)
+        return Answer(
+            query=query,
+            frames=np.array(frames, np.uint8).reshape(-1, *small.shape),
+            small=small,
+            picture=picture,
+            spread=spread,
+            data={} if task is None else TASKS[task].export(picture, answer_meta(request)),
+            seed=seed,
+            samples=len(candidates),
+            candidate=best,
+            log_likelihood=tuple(decoded.image_log_likelihood[number].tolist()),
+        )
 
     def stream(self, request: Request) -> Iterator[WrittenPicture]:
         """Write the pictures of ``answer``, and yield each as soon as it is finished; those of one query in order.
 
         Where a query has several candidates, its pictures are known only when all of them are written.
         """
-        images = self.resolved.length - 1
+        count = self.resolved.length - 1
         if request.sampling.candidates > 1:
             for query, answer in enumerate(self.answer(request)):
                 for number, picture in enumerate([*answer.frames, answer.small]):
-                    yield WrittenPicture(query, number, number == images - 1, picture)
+                    yield WrittenPicture(query, number, number == count - 1, picture)
             return
         prompt, _, tokens, seeds = self._read(request)
-        for each in self.model.decoder.stream(prompt, tokens, images, request.sampling, seeds):
+        for each in self.model.decoder.stream(prompt, tokens, count, request.sampling, seeds):
             picture = self.tokenizer.decode(each.ids[None])[0]
-            yield WrittenPicture(each.query, each.image, each.image == images - 1, picture)
+            yield WrittenPicture(each.query, each.image, each.image == count - 1, picture)
 
     def prompt_tokens(self, request: Request) -> int:
         """Return how many tokens stand before a query of ``request``."""
@@ -189,22 +209,24 @@ class Generator:
     def _task(self, request: Request) -> str | None:
         return request.task or self.resolved.task
 
-    def _resized(self, request: Request, query: np.ndarray, small: np.ndarray) -> np.ndarray:
-        """Return the answer at the size of the query, or of its centre square."""
-        height_px, width_px = query.shape[:2]
+    def _resized(self, request: Request, number: int, small: Picture, resample: Resample) -> Picture:
+        """Return ``small`` at the size of a query, or of its centre square.
+
+        Args:
+            request: All queries.
+            number: That of the query.
+            small: A picture at the tokenizer's size.
+            resample: How it is resized.
+        """
+        height_px, width_px = request.queries[number].shape[:2]
         if self.resolved.config.fit == "crop":
             height_px = width_px = min(height_px, width_px)
-        task = TASKS[self._task(request) or _WITHOUT_TASK]
-        return resize(small, height_px, width_px, task.resample)
-
-    def _export(self, request: Request, picture: np.ndarray) -> dict[str, bytes]:
-        name = self._task(request)
-        return {} if name is None else TASKS[name].export(picture, answer_meta(request))
+        return resize(small, height_px, width_px, resample)
 
     # --- the prompt --------------------------------------------------------------------------------------------------
 
     def _prompt(self, request: Request) -> np.ndarray:
-        return self._prompt_of(request.examples, self._task(request) or _WITHOUT_TASK)
+        return self._prompt_of(request.examples, self._task(request) or PLAIN_TASK)
 
     def _make_prompt(self, examples: tuple[Example, ...], task: str) -> np.ndarray:
         """Return the chains of ``examples`` one after another, uint16 [P], as ``covray build`` makes them."""
@@ -213,7 +235,7 @@ class Generator:
         builder = self._builder = self._builder or self._load_builder()
         rows = []
         for example in examples:
-            pair = Pair(task, "", Picture(bytes=example.image), Picture(bytes=example.label))
+            pair = Pair(task, "", images.Picture(bytes=example.image), images.Picture(bytes=example.label))
             ends = {"image": {"bytes": example.image}, "label": {"bytes": example.label}}
             rows.append({"pair_id": pair.pair_id, "task": task, "split": "", "meta": "{}"} | ends)
         table = pa.Table.from_pylist(rows, MANIFEST_SCHEMA)

@@ -27,9 +27,11 @@ class AnswerRecord(RecordPart):
     seed: int
     """All random numbers of the query follow from it."""
     candidate: int
-    """The number of the likeliest candidate, which was given."""
+    """The number of the likeliest candidate."""
     log_likelihood: LogLikelihood
     """Of that candidate."""
+    samples: int = 1
+    """Candidates whose answers were joined; absent where there was no vote, and ``candidate`` is the answer."""
 
 
 class GenerationRecord(Record):

@@ -45,18 +45,22 @@ class Answer:
     query: Picture
     """The query as the model saw it, square, [s, s, 3]."""
     frames: NDArray[np.uint8]
-    """[frames, s, s, 3], from the query to the answer."""
+    """[frames, s, s, 3], from the query to the answer; of a vote, those of the likeliest candidate."""
     small: Picture
-    """The answer at the tokenizer's size, [s, s, 3]."""
+    """The answer at the tokenizer's size, [s, s, 3]; of a vote, the joined one."""
     picture: Picture
     """The answer at the query's size; with fit ``crop``, of its centre square."""
+    spread: Picture | None
+    """Where the candidates of a vote disagree, at the answer's size; None without a vote."""
     data: dict[str, bytes]
     """The answer as its task reads it, file name to content, as ``depth_m.npy``."""
     seed: int
+    samples: int
+    """How many candidates were written for the answer."""
     candidate: int
-    """The number of the likeliest candidate, whose pictures these are."""
+    """The number of the likeliest of them."""
     log_likelihood: tuple[float, ...]
-    """Of each picture written, the answer last, in nats."""
+    """Of each of its pictures, the answer last, in nats."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -286,6 +286,8 @@ def _form(subject: SubjectEntry) -> str:
         parts.append(f"{subject.method}, L={subject.length}")
     if subject.pairs is not None:
         parts.append(counted(subject.pairs, "pair"))
+    if subject.samples > 1:
+        parts.append(f"{subject.samples} samples")
     return " · ".join(parts)
 
 

@@ -68,6 +68,8 @@ class Task(Protocol):
     resample: Resample
     metrics: tuple[Metric, ...]
     """The first one is primary: pages rank and compare answers by it."""
+    meta_keys: tuple[str, ...]
+    """The keys of ``meta`` that decide how a label is read; mostly none."""
 
     @property
     def render(self) -> Callable[..., Picture]:

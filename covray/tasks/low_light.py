@@ -20,6 +20,7 @@ from covray.tasks.pictures import PSNR, SSIM, mean_colour, read_colour, render_c
 name = "low_light"
 short = "dark"
 resample: Resample = "bicubic"
+meta_keys: tuple[str, ...] = ()
 metrics: tuple[Metric, ...] = (PSNR, SSIM)
 
 EV_RANGE = (2.0, 4.5)

@@ -12,6 +12,7 @@ from covray.tasks.base import Lpips, Meta, Metric, Picture, Resample, Score, mea
 name = "normals"
 short = "normals"
 resample: Resample = "nearest"
+meta_keys: tuple[str, ...] = ()
 metrics: tuple[Metric, ...] = (
     Metric(
         "mean_angle_deg", "Mean angle", "Angle between normals of answer and label, mean over pixels.", "lower", "°",

@@ -14,9 +14,6 @@ from covray.tasks.base import Counts, Lpips, Meta, Metric, Picture, Resample, Sc
 VOC_CLASSES = 21
 """Classes of a segmentation whose ``meta`` names none: PASCAL VOC's twenty and the background."""
 
-META_KEYS = ("classes", "class_numbers", "void", "void_number")
-"""The keys of ``meta`` that ``class_table`` reads: which classes a label's colours stand for."""
-
 
 @dataclass(frozen=True)
 class ClassTable:
@@ -189,6 +186,8 @@ def export(answer: Picture, meta: Meta | None = None) -> dict[str, bytes]:
 name = "segmentation"
 short = "segm."
 resample: Resample = "nearest"
+meta_keys: tuple[str, ...] = ("classes", "class_numbers", "void", "void_number")
+"""Which classes a label\'s colours stand for; ``class_table`` reads them."""
 metrics: tuple[Metric, ...] = (
     Metric(
         "iou",

@@ -19,8 +19,9 @@ from covray.cli import app as cli
 from covray.config import EvaluateConfig
 from covray.distributed.evaluate import _episodes, _metric, evaluate, read_rows
 from covray.errors import ConfigError
+from covray.evaluation.pair_files import choose_pairs
 from covray.evaluation.records import EvaluationRecord
-from covray.evaluation.runner import RESULT_SCHEMA, choose_pairs
+from covray.evaluation.runner import RESULT_SCHEMA
 from covray.evaluation.subjects import Subject
 
 Write = Callable[..., Any]

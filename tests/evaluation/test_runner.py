@@ -22,7 +22,8 @@ from covray.config import EvaluateConfig
 from covray.errors import CovrayError
 from covray.evaluation.baselines import saliency
 from covray.evaluation.metrics import OWN, REFERENCE
-from covray.evaluation.runner import Runner, choose_pairs
+from covray.evaluation.pair_files import choose_pairs
+from covray.evaluation.runner import Runner
 from covray.evaluation.scores import score
 from covray.io import storage
 from covray.io.images import resize, square
@@ -379,7 +380,7 @@ def test_pairs_come_back_as_the_manifest_has_them(
     runner_of: Write,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("covray.evaluation.runner._ROWS_AT_ONCE", 3)
+    monkeypatch.setattr("covray.evaluation.pair_files._ROWS_AT_ONCE", 3)
     data, rows = write_dataset({"depth": 40})
     # A folder, of whose files one has wider strings, beside the list they were made of.
     folder = tmp_path / "manifest"

@@ -1,0 +1,143 @@
+"""The pairs of an evaluation: which ones are chosen, and files of them that any worker reads a few rows at a time."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from covray.chains.dataset import ChainDataset
+from covray.errors import DatasetError
+from covray.io import storage
+from covray.pairs.manifest import check_manifest, read_manifest, row_dicts
+from covray.seeds import seed_of
+
+PAIR_SCHEMA = pa.schema(
+    [
+        ("pair_id", pa.int64()),
+        ("task", pa.string()),
+        ("image", pa.struct([("uri", pa.string()), ("bytes", pa.binary())])),
+        ("label", pa.struct([("uri", pa.string()), ("bytes", pa.binary())])),
+        ("meta", pa.string()),
+    ]
+)
+_ROWS_AT_ONCE = 64
+_ROOT_KEY = b"covray.root"
+
+
+class PairFile:
+    """Pairs of a manifest, chosen for an evaluation: written once, read by any worker, a few rows at a time."""
+
+    def __init__(self, path: str):
+        """Open the file that ``write_pairs`` wrote to ``path``."""
+        self.path = path
+        filesystem, inner = storage.resolve(path)
+        with pq.ParquetFile(inner, filesystem=filesystem) as file:
+            table = file.read(columns=["pair_id", "task"])
+            metadata = file.schema_arrow.metadata or {}
+        self.root: str | None = json.loads(metadata[_ROOT_KEY])
+        self._ids, self._tasks = table["pair_id"].to_numpy(), table["task"].to_pylist()
+        self._row = {pair_id: row for row, pair_id in enumerate(self._ids.tolist())}
+        self._group = functools.lru_cache(maxsize=4)(self._read_group)
+
+    def ids_of(self, task: str) -> list[int]:
+        """Return the pairs of ``task``, in the order of the file."""
+        of_task = np.array([name == task for name in self._tasks], bool)
+        ids: list[int] = self._ids[of_task].tolist()
+        return ids
+
+    def read(self, pair_ids: Iterable[int]) -> list[dict[str, Any]]:
+        """Return the rows (``PAIR_SCHEMA``) of ``pair_ids``. Raises KeyError for one that is not in the file."""
+        rows = []
+        for pair_id in pair_ids:
+            group, row = divmod(self._row[pair_id], _ROWS_AT_ONCE)
+            rows.append(self._group(group)[row])
+        return rows
+
+    def _read_group(self, number: int) -> list[dict[str, Any]]:
+        filesystem, inner = storage.resolve(self.path)
+        with pq.ParquetFile(inner, filesystem=filesystem) as file:
+            return row_dicts(file.read_row_group(number))
+
+
+def require_pairs(manifest: str, wanted: pa.Table) -> str | None:
+    """Check that a manifest has the pairs of ``wanted`` (pair_id, task), and return its root.
+
+    Raises:
+        ManifestError: The manifest cannot be used.
+        DatasetError: It lacks some of the pairs.
+    """
+    info = check_manifest(manifest)
+    missing = np.setdiff1d(wanted["pair_id"].to_numpy(), info.pair_ids)
+    if len(missing):
+        raise DatasetError(
+            f"{manifest}: lacks {len(missing)} of the {len(wanted)} pairs to evaluate, pair {missing[0]} for one; "
+            "give --manifest the one the dataset was built from"
+        )
+    return info.root
+
+
+def write_pairs(path: str, manifest: str, root: str | None, wanted: pa.Table) -> None:
+    """Write rows of a manifest for ``PairFile``.
+
+    Args:
+        path: The file to write.
+        manifest: Where the rows are.
+        root: The manifest's root.
+        wanted: Table of (pair_id, task): which rows, in which order.
+    """
+    ids = wanted["pair_id"].combine_chunks()
+    rows = read_manifest(manifest, PAIR_SCHEMA.names)
+    parts = [batch.filter(pc.is_in(batch.column("pair_id"), value_set=ids)) for batch in rows]
+    table = pa.Table.from_batches(parts)
+    order = pc.index_in(wanted["pair_id"], value_set=table["pair_id"].combine_chunks())
+    metadata = {_ROOT_KEY: json.dumps(root)}
+    buffer = pa.BufferOutputStream()
+    pq.write_table(table.take(order).replace_schema_metadata(metadata), buffer, row_group_size=_ROWS_AT_ONCE)
+    storage.write_bytes(path, buffer.getvalue().to_pybytes())
+
+
+def choose_pairs(
+    dataset: ChainDataset, tasks: Sequence[str] | None, split: str, count: int | None, seed: int, option: str
+) -> pa.Table:
+    """Choose good pairs of a split, by the seed and the pair alone, so that fewer are some of the more.
+
+    Args:
+        dataset: Whose pairs.
+        tasks: Only of these; None: all.
+        split: Only of this.
+        count: At most so many of a task; None: all.
+        seed: By which they are chosen.
+        option: What the error tells the user to set.
+
+    Returns:
+        Table of (pair_id, task), sorted by task and pair.
+
+    Raises:
+        DatasetError: The split, or one of ``tasks``, has no good pair.
+    """
+    table = dataset.table(["pair_id", "task"], tasks, split)
+    present = set(table["task"].to_pylist())
+    absent = [task for task in tasks or () if task not in present]
+    if not len(table) or absent:
+        splits = sorted(set(dataset.table(["split"], tasks)["split"].drop_null().to_pylist()))
+        missing = f"no good pairs of {', '.join(absent)}" if absent else "no good pairs"
+        raise DatasetError(
+            f"{dataset.path}: {missing} in split {split}, only in {', '.join(splits) or 'none'}; set {option}"
+        )
+    rows = table.to_pylist()
+    shuffled = sorted(rows, key=lambda row: (row["task"], seed_of(seed, row["pair_id"])))
+    taken: dict[str, int] = {}
+    chosen = []
+    for row in shuffled:
+        taken[row["task"]] = taken.get(row["task"], 0) + 1
+        if count is None or taken[row["task"]] <= count:
+            chosen.append(row)
+    chosen.sort(key=lambda row: (row["task"], row["pair_id"]))
+    return pa.Table.from_pylist(chosen, table.schema)
