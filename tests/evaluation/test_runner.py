@@ -18,16 +18,18 @@ from diffusers import VQModel
 from transformers import LlamaForCausalLM
 
 from covray.chains.dataset import ChainDataset
-from covray.config import EvaluateConfig
+from covray.config import EvaluateConfig, SamplingConfig
 from covray.errors import CovrayError
 from covray.evaluation.baselines import saliency
 from covray.evaluation.metrics import OWN, REFERENCE
 from covray.evaluation.pair_files import choose_pairs
 from covray.evaluation.runner import Runner
 from covray.evaluation.scores import score
+from covray.evaluation.subjects import subjects_of
 from covray.io import storage
 from covray.io.images import resize, square
 from covray.models.lvm.decoding.sequential import SequentialDecoder
+from covray.seeds import seed_of
 from covray.tasks import TASKS
 from tests.support.backbones import load
 from tests.support.datasets import CODES, TOKENS
@@ -74,6 +76,7 @@ def chains_of(runner: Runner, method: str, length: int) -> dict[int, np.ndarray]
         {"selection": "random"},
         {"selection": "similar", "sampling": {"temperature": 1.0, "best_of": 2}},
         {"selection": "focus", "example_split": SPLIT},
+        {"sampling": {"temperature": 1.0, "vote": 5}},
     ],
 )
 def test_a_row_is_the_same_alone_among_others_and_in_any_order(
@@ -161,6 +164,43 @@ def test_answers_are_the_decoder_s_after_the_same_prompt(
             assert row["log_likelihood"] == pytest.approx(written.image_log_likelihood[0, -1], rel=1e-5)
         differ |= first["images"] != second["images"]
     assert differ, "the adapter changes something"
+
+
+def test_a_vote_is_scored_as_the_joined_answer_of_all_candidates(
+    llama_folder: Path, write_dataset: Write, write_manifest: Write, config_of: Write, runner_of: Write
+) -> None:
+    data, rows = write_dataset({"depth": 12})
+    write_manifest(rows)
+    sampling = {"temperature": 1.0, "vote": 5}
+    options: dict[str, Any] = {"forms": [{"method": "linear", "length": 4, "pairs": 1}], "baselines": ("copy",)}
+    config = config_of(data, sampling=sampling, **options)
+    assert {subject.samples for subject in subjects_of(config, ChainDataset(data))} == {1, 5}
+    runner, episodes = runner_of(config)
+    alone, _ = runner_of(config_of(data, sampling={"temperature": 1.0}, **options))
+    chains = chains_of(runner, "linear", 4)
+    decoder = SequentialDecoder(load(llama_folder), CODES, TOKENS, batch=3)
+    first = {row["pair_id"]: row for row in alone.run(episodes).to_pylist() if row["images"] is not None}
+    voted = [row for row in runner.run(episodes).to_pylist() if row["images"] is not None]
+    assert voted
+    for row in voted:
+        prompt = np.concatenate([*(chains[pair_id].ravel() for pair_id in row["examples"]), chains[row["pair_id"]][0]])
+        seed = seed_of(0, row["pair_id"])
+        decoded = decoder.decode(
+            np.empty(0, np.uint16), prompt[None], 3, SamplingConfig.model_validate(sampling), [seed]
+        )
+        images = np.array(row["images"]).reshape(5, 3, TOKENS)
+        assert np.array_equal(images[0], decoded.ids[0]), "the likeliest candidate first"
+        assert sorted(images.tolist()) == sorted(decoded.candidate_ids[0].tolist())
+        assert first[row["pair_id"]]["images"] in images.tolist(), "the candidate that is written without a vote"
+        assert row["log_likelihood"] == pytest.approx(decoded.candidate_log_likelihood[0, :, -1].mean(), rel=1e-5)
+        answers = runner.tokenizer.decode(decoded.candidate_ids[0, :, -1])
+        joined = resize(TASKS["depth"].mean(answers, robust=True), 20, 24, "nearest")
+        _, frames, answer, label = runner.pictures_of(row)
+        assert len(frames) == 2
+        assert np.array_equal(answer, joined)
+        expected = score("depth", joined, label).values
+        assert {metric: values(row)[metric] for metric in expected} == expected
+        assert values(row)[OWN] != values(row)[REFERENCE]
 
 
 def test_chain_of_focus_prompts_with_image_saliency_map_and_label(evaluation: Evaluation, llama_folder: Path) -> None:

@@ -273,7 +273,9 @@ def test_a_generator_answers_again_without_loading_or_making_chains_again(
     assert generator.answer(Request(queries[1:], task="depth"))[0].log_likelihood != alone.log_likelihood
 
 
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0}, {"temperature": 1.0, "best_of": 3}])
+@pytest.mark.parametrize(
+    "sampling", [{}, {"temperature": 1.0}, {"temperature": 1.0, "best_of": 3}, {"temperature": 1.0, "vote": 3}]
+)
 def test_a_stream_yields_the_pictures_of_the_answers_one_by_one(
     sampling: dict[str, Any], write_run: Callable[..., str], pictures: Any
 ) -> None:
@@ -290,6 +292,56 @@ def test_a_stream_yields_the_pictures_of_the_answers_one_by_one(
         assert [each.number for each in written] == [0, 1, 2]
         assert [each.is_answer for each in written] == [False, False, True]
         assert np.array_equal([each.picture for each in written], [*answer.frames, answer.small])
+
+
+# --- votes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", ["segmentation", "depth", "normals", "colorization", None])
+def test_a_vote_without_chance_is_the_greedy_answer_read_and_rendered(
+    task: str | None, answered: Generate, write_run: Callable[..., str], pictures: Any, tmp_path: Path
+) -> None:
+    options = {"adapter": write_run(method="linear"), "queries": pictures(1, 16, 16), "task": task}
+    greedy = answered(**options)["answers"][0]
+    picture = read_png(tmp_path, "out", "picture0", "answer.png")
+    voted = answered(sampling={"vote": 3}, **options)["answers"][0]
+    if task is not None:
+        picture = TASKS[task].render(TASKS[task].read(picture))
+    assert np.array_equal(read_png(tmp_path, "out", "picture0", "answer.png"), picture)
+    assert not read_png(tmp_path, "out", "picture0", "spread.png").any()
+    assert (greedy.get("samples"), voted["samples"]) == (None, 3)
+    assert voted["log_likelihood"] == greedy["log_likelihood"]
+    assert set(voted["files"]) - set(greedy["files"]) == {"spread.png"}
+
+
+def test_a_vote_joins_the_candidates_of_a_query_alone_and_among_others(
+    answered: Generate, write_run: Callable[..., str], pictures: Any, llama_folder: Path, vqgan_folder: Path,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """Seven candidates fill batches of four, with those of other queries beside them."""
+    paths = pictures(3, 16, 16)
+    sampling = {"temperature": 1.0, "vote": 7}
+    options = {"adapter": write_run(method="linear"), "examples": [paths[:2]], "task": "depth", "sampling": sampling}
+    several = answered(queries=paths, **options)["answers"]
+    shown = [read_png(tmp_path, "out", "picture2", file) for file in ("answer.png", "spread.png")]
+    (alone,) = answered(queries=paths[2:], **options)["answers"]
+    assert alone == several[2]
+    for file, expected in zip(("answer.png", "spread.png"), shown, strict=True):
+        assert np.array_equal(read_png(tmp_path, "out", "picture2", file), expected)
+
+    config = GeneratorConfig.model_validate({"adapter": options["adapter"], "engine": ENGINE, "batch": 4})
+    generator = Generator.load(config)
+    example = Example(*(Path(path).read_bytes() for path in paths[:2]))
+    request = Request((read_png(paths[2]),), (example,), "depth", sampling=SamplingConfig.model_validate(sampling))
+    prompt, _, tokens, seeds = generator._read(request)
+    decoded = generator.model.decoder.decode(prompt, tokens, 3, request.sampling, seeds)
+    assert len(np.unique(decoded.candidate_ids[0, :, :-1].reshape(7, -1), axis=0)) == 7, "each writes its own frames"
+    answers = generator.tokenizer.decode(decoded.candidate_ids[0, :, -1])
+    assert np.array_equal(shown[0], TASKS["depth"].mean(answers, robust=True))
+    assert shown[1].any()
+    fewer = SamplingConfig.model_validate(sampling | {"vote": 2})
+    first = generator.model.decoder.decode(prompt, tokens, 3, fewer, seeds).candidate_ids[0]
+    assert np.array_equal(first, decoded.candidate_ids[0, :2]), "the first candidates do not depend on their number"
 
 
 # --- refusals ------------------------------------------------------------------------------------------------------
@@ -336,6 +388,8 @@ def test_options_that_do_not_add_up_are_refused(mistake: Callable[..., str], pic
     assert "out: is required" in mistake("--query", first)
     assert "task" in mistake("--query", first, "--task", "cooking", *out)
     assert "set a temperature" in mistake("--query", first, "--best-of", 3, *out)
+    both = ("--temperature", 1, "--best-of", 3, "--vote", 3)
+    assert "set one of them to 1" in mistake("--query", first, *both, *out)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("")
     assert "no generation of covray" in mistake("--query", first, *out)

@@ -98,6 +98,17 @@ def test_every_score_appears_with_its_interval(written: Writer) -> None:
             assert f"[{row['low']:.3f}, {row['high']:.3f}]" in texts, row
 
 
+def test_a_row_says_how_many_samples_an_answer_took(written: Writer) -> None:
+    results = _results("depth")
+    assert not any("samples" in text for text in written(results).texts)
+    for subject in results["subjects"]:
+        if subject["method"] is not None:
+            subject["samples"] = 8
+    expected = sum(subject["method"] is not None for subject in results["subjects"])
+    page = written(results)
+    assert sum("3 pairs · 8 samples" in text for text in page.texts) == expected
+
+
 def test_the_best_is_bold_and_the_ceiling_is_no_competitor(written: Writer) -> None:
     results = _results(*METRICS)
     bold = written(results).texts_in("b")[5:]  # the first five are the large figures of the head
