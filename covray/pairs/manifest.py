@@ -298,7 +298,7 @@ def read_classes(path: str | os.PathLike[str]) -> dict[str, Any] | None:
             if row["task"] != segmentation.name or not any((row["label"] or {}).values()):
                 continue
             meta = read_meta(row["meta"])
-            table = {key: meta[key] for key in segmentation.META_KEYS if key in meta}
+            table = {key: meta[key] for key in segmentation.meta_keys if key in meta}
             tables.setdefault(json.dumps(table, sort_keys=True), _described(meta))
             if len(tables) > 1:
                 first, second = tables.values()
