@@ -77,12 +77,10 @@ def is_untyped_mapping(node: ast.AST) -> bool:
     return name in MAPPING_NAMES and ast.unparse(node.slice).strip("()") == "str, Any"
 
 
-def is_command(function: ast.AST) -> bool:
-    """Tell whether a decorator declares `function` as a command, whose options are its parameters."""
-    return any(
-        isinstance(decorator, ast.Call) and ast.unparse(decorator.func).endswith((".command", ".callback"))
-        for decorator in getattr(function, "decorator_list", [])
-    )
+def is_command(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Tell whether `function` is a command of the CLI, whose options are its parameters."""
+    annotations = [ast.unparse(argument.annotation) for argument in function.args.args if argument.annotation]
+    return any("typer.Option" in annotation or "typer.Argument" in annotation for annotation in annotations)
 
 
 def add_functions(counts: Counts, tree: ast.AST, path: Path) -> None:

@@ -220,6 +220,7 @@ def _draw_series(chart: LineChart, x_axis: Axis, y_axis: Axis) -> Iterator[Drawn
         elif chart.level:
             y = drawn[0].mark.y
             level = Segment(_LEFT_PX, y, chart.width_px - _RIGHT_PX, y)
+        # A curve is marked at its end only.
         shown = drawn[-1:] if chart.curves else drawn
         yield DrawnSeries(method_class(series.method), line, level, tuple(shown))
 
@@ -248,14 +249,23 @@ def _x_axis(chart: LineChart) -> Axis:
     left, right = _LEFT_PX, chart.width_px - _RIGHT_PX
     if chart.places:
         return Axis(tuple(chart.places), left + _INSET_PX, right - _INSET_PX)
-    values = [point.x for series in chart.series for point in series.points]
+    values = [point.x for point in _points(chart)]
+    # Curves begin with the training, at zero.
     first = 0.0 if chart.curves else min(values)
     ticks, _ = round_ticks(first, max(values))
     return Axis(tuple(Tick(tick, short_count(tick)) for tick in ticks), left, right)
 
 
+def _points(chart: LineChart) -> list[Point]:
+    """Return the points of all series."""
+    points: list[Point] = []
+    for series in chart.series:
+        points += series.points
+    return points
+
+
 def _y_axis(chart: LineChart) -> Axis:
-    points = [point for series in chart.series for point in series.points]
+    points = _points(chart)
     values = [point.y for point in points]
     if chart.include_zero:
         values.append(0.0)

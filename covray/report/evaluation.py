@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import posixpath
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -158,9 +159,10 @@ def write_evaluation_page(results: EvaluationResults, strips: Sequence[Strip], o
     """
     data = str(results.config.get("data", ""))
     title = f"Evaluation on {posixpath.basename(data.rstrip('/')) or 'no dataset'}"
-    tasks = []
-    for task in results.tasks:
-        tasks.append(_task(results, task, [strip for strip in strips if strip.task == task]))
+    strips_by_task: dict[str, list[Strip]] = defaultdict(list)
+    for strip in strips:
+        strips_by_task[strip.task].append(strip)
+    tasks = [_task(results, task, strips_by_task[task]) for task in results.tasks]
     page = render(
         "evaluation.html",
         title,
@@ -229,6 +231,7 @@ def _task(results: EvaluationResults, task: str, strips: Sequence[Strip]) -> Tas
     counts = counted(about.episodes, "episode")
     if about.rejected:
         counts += f", {about.rejected:,} rejected"
+    # A metric without scores has a column, unless its absence has a reason, which is written below the table.
     scored = {score.metric for score in results.scores if score.task == task}
     metrics = [metric for metric in about.metrics if metric in scored or metric not in about.absent]
     absent = [(metric_of(metric).label, reason) for metric, reason in about.absent.items()]
@@ -254,6 +257,7 @@ def _table(results: EvaluationResults, keys: Sequence[tuple[str, str]]) -> Subje
     for score in results.scores:
         if (score.task, score.metric) in scores:
             scores[score.task, score.metric][score.subject] = score
+    # The ceiling has seen the label, and is no competitor.
     competitors = [subject.name for subject in results.subjects if subject.kind != "ceiling"]
     columns = []
     for (task, metric), by_subject in scores.items():
@@ -271,7 +275,6 @@ def _table(results: EvaluationResults, keys: Sequence[tuple[str, str]]) -> Subje
             note = ""
             if cell_score is not None and cell_score.episodes != column.episodes:
                 note = f"n = {cell_score.episodes:,}"
-            # The ceiling has seen the label, and is no competitor.
             cells.append(score_cell(cell_score, None if is_ceiling else column.best, note))
         (ceilings if is_ceiling else rows).append(SubjectRow(subject.name, _form(subject), tuple(cells)))
     return SubjectTable(tuple(columns), tuple(rows), tuple(ceilings))

@@ -6,6 +6,7 @@ import posixpath
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from covray.io import storage
 from covray.report.formatting import (
@@ -101,9 +102,12 @@ def write_sweep_page(results: SweepResults, out: str) -> None:
     path = str(results.config.get("out", ""))
     name = posixpath.basename(path.rstrip("/"))
     title = f"Sweep {name}" if name else "Sweep"
-    untuned = [reference for reference in results.references if reference.kind == "untuned"]
+    # Many forms of the untuned backbone would fill the first table; the tables of all metrics have them.
     shown = list(results.references)
+    untuned = [reference for reference in shown if reference.kind == "untuned"]
+    hidden_forms = 0
     if len(untuned) > _MAX_UNTUNED:
+        hidden_forms = len(untuned)
         shown = [reference for reference in shown if reference.kind != "untuned"]
     drawn = plots(results)
     page = render(
@@ -118,7 +122,7 @@ def write_sweep_page(results: SweepResults, out: str) -> None:
         claims=_claims(results),
         table=ablation_table(results, shown),
         several_seeds=any(len(cell.seeds) > 1 for cell in results.cells),
-        hidden_forms=len(untuned) if len(untuned) > _MAX_UNTUNED else 0,
+        hidden_forms=hidden_forms,
         task_tables=list(task_tables(results)),
         references=[(reference.name, reference.about) for reference in shown if reference.about],
         plots=drawn,
@@ -151,14 +155,16 @@ def _tiles(results: SweepResults) -> list[tuple[str, str]]:
     for status in ("failed", "stopped", "waiting"):
         if statuses[status]:
             tiles.append((f"{statuses[status]:,}", status))
-    seeds = len({trial.seed for trial in trials})
+    seeds = len(set(_column(trials, "seed")))
     tiles.append((f"{seeds:,}", plural(seeds, "seed")))
-    tiles.append((short_count(_sum(trial.tokens for trial in trials)), "tokens trained on"))
-    if any(trial.gpus for trial in trials):
-        tiles.append((numbers(_sum(trial.gpu_hours for trial in trials))[0], "GPU hours"))
+    tiles.append((short_count(_sum(_column(trials, "tokens"))), "tokens trained on"))
+    # GPU hours say what a sweep cost; without GPUs the time of its trials does.
+    if any(_column(trials, "gpus")):
+        gpu_hours, *_ = numbers(_sum(_column(trials, "gpu_hours")))
+        tiles.append((gpu_hours, "GPU hours"))
     else:
-        times = [trial.train_seconds for trial in trials] + [trial.evaluate_seconds for trial in trials]
-        tiles.append((duration(_sum(times)), "of CPU work"))
+        work_s = _sum(_column(trials, "train_seconds")) + _sum(_column(trials, "evaluate_seconds"))
+        tiles.append((duration(work_s), "of CPU work"))
     tiles.append((duration(results.seconds), "from start to end"))
     return tiles
 
@@ -166,15 +172,15 @@ def _tiles(results: SweepResults) -> list[tuple[str, str]]:
 def _facts(results: SweepResults) -> list[tuple[str, str]]:
     """Return what was tried."""
     config, trials = results.config, results.trials
-    methods = sorted({trial.method for trial in trials}, key=method_rank)
+    methods = sorted(set(_column(trials, "method")), key=method_rank)
     lines = [
         ("Data", str(config.get("data") or config.get("manifest") or NONE)),
         ("Tasks", listed(map(readable, results.tasks))),
         ("Methods", listed(methods)),
-        ("Chain lengths", listed(sorted(trial.length for trial in trials))),
-        ("Example pairs", listed(sorted(trial.pairs for trial in trials))),
-        ("Scales", listed(trial.scale for trial in trials)),
-        ("Seeds", listed(sorted(trial.seed for trial in trials))),
+        ("Chain lengths", listed(sorted(_column(trials, "length")))),
+        ("Example pairs", listed(sorted(_column(trials, "pairs")))),
+        ("Scales", listed(_column(trials, "scale"))),
+        ("Seeds", listed(sorted(_column(trials, "seed")))),
     ]
     keys: dict[str, None] = {}
     for trial in trials:
@@ -272,16 +278,9 @@ def _cost(trials: Sequence[TrialEntry]) -> list[CostRow]:
 
 def _total_cost(trials: Sequence[TrialEntry]) -> tuple[str, ...]:
     """Return the sums over all trials; a dash for what no trial has."""
-    columns = (
-        [trial.steps for trial in trials],
-        [trial.tokens for trial in trials],
-        [trial.train_seconds for trial in trials],
-        [trial.evaluate_seconds for trial in trials],
-        [trial.gpu_hours for trial in trials],
-    )
     sums = []
-    for values in columns:
-        known = [value for value in values if value is not None]
+    for name in ("steps", "tokens", "train_seconds", "evaluate_seconds", "gpu_hours"):
+        known = [value for value in _column(trials, name) if value is not None]
         sums.append(sum(known) if known else None)
     return _cost_figures(*sums)
 
@@ -292,6 +291,11 @@ def _cost_figures(*figures: float | None) -> tuple[str, ...]:
     counts = [NONE if count is None else f"{count:,}" for count in (steps, tokens)]
     times = [NONE if seconds is None else duration(seconds) for seconds in (train_s, evaluate_s)]
     return *counts, *times, numbers(gpu_hours)[0]
+
+
+def _column(trials: Iterable[TrialEntry], name: str) -> list[Any]:
+    """Return the values of a field of all trials."""
+    return [getattr(trial, name) for trial in trials]
 
 
 def _sum(values: Iterable[float | None]) -> float:

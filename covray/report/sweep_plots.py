@@ -48,8 +48,11 @@ class Plot:
 def plots(results: SweepResults) -> list[Plot]:
     """Return the plots that have something to show."""
     cells = sort_rows(results.cells)
-    primary = {task: about.primary for task, about in results.tasks.items()}
-    perplexity = {task: OWN for task, about in results.tasks.items() if OWN in about.metrics}
+    primary, perplexity = {}, {}
+    for task, about in results.tasks.items():
+        primary[task] = about.primary
+        if OWN in about.metrics:
+            perplexity[task] = OWN
     from_none = f"{_WHISKERS}; dashed: no frames"
     found = [
         _plot("Score and chain length", from_none, cells, _against("length", results, cells, primary)),
@@ -87,10 +90,9 @@ def _against(
 ) -> Iterator[ChartGroup]:
     """Yield scores against ``axis`` with everything else fixed, a chart a task by its metric of ``metrics``."""
     names = variants(cells)
-    keys = {fixed(axis, cell, names[cell.label]) for cell in cells if cell.method != "none"}
-    if not keys:
-        keys = {fixed(axis, cell, names[cell.label]) for cell in cells}
-    for key in sorted(keys):
+    # Cells without frames start no group of their own, unless there are no others.
+    with_frames = [cell for cell in cells if cell.method != "none"]
+    for key in sorted({fixed(axis, cell, names[cell.label]) for cell in with_frames or cells}):
         members = []
         for cell in cells:
             # Without frames there is no length: such cells belong beside the chains of every length.
@@ -138,6 +140,7 @@ def _curves(trials: Sequence[TrialEntry]) -> ChartGroup:
             series[fixed("length", trial, names[trial.label])].append(Series(trial.method, tuple(points)))
     charts = []
     for key, of_key in sorted(series.items()):
+        # A curve of one point is no curve.
         if any(len(curve.points) > 1 for curve in of_key):
             y_title = "answer perplexity (less is better)"
             charts.append(draw(LineChart(key.name("length"), "tokens trained on", y_title, of_key, curves=True)))

@@ -88,7 +88,8 @@ def _table(
     results: SweepResults, heads: Sequence[Head], columns: Sequence[Column], references: Sequence[Reference]
 ) -> SweepTable:
     cells = sort_rows(results.cells)
-    scores_by_cell = [_scores(cell) for cell in cells]
+    scores_by_cell = list(map(_scores, cells))
+    # References do not compete: the best cell of each column is marked.
     best = {}
     for column in columns:
         best[column] = best_mean(column[1], [scores.get(column) for scores in scores_by_cell], results.lower_is_better)
@@ -109,8 +110,11 @@ def _table(
             )
         )
     groups = [tuple(group) for _, group in groupby(rows, key=lambda row: row.method)]
-    ceilings = [_reference_row(reference, columns) for reference in references if reference.kind == "ceiling"]
-    others = [_reference_row(reference, columns) for reference in references if reference.kind != "ceiling"]
+    # Ceilings stand last and apart: they have seen the label.
+    others: list[ReferenceRow] = []
+    ceilings: list[ReferenceRow] = []
+    for reference in references:
+        (ceilings if reference.kind == "ceiling" else others).append(_reference_row(reference, columns))
     return SweepTable(tuple(heads), tuple(groups), tuple(others), tuple(ceilings))
 
 
