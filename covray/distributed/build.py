@@ -39,12 +39,13 @@ from covray.distributed.pool import (
     pool_of,
 )
 from covray.distributed.prepare import prepare
-from covray.distributed.progress import BlockReport, PoolUsage, stage, start_progress_actor
+from covray.distributed.progress import BlockReport, PoolUsage, start_progress_actor
 from covray.distributed.resumable import Output
 from covray.distributed.session import ray_session
 from covray.errors import DatasetError
 from covray.io import storage
 from covray.pairs.manifest import ManifestInfo, check_manifest
+from covray.progress import stage
 
 if TYPE_CHECKING:
     from covray.chains.build import BlockBuilder

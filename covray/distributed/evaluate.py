@@ -40,7 +40,7 @@ from covray.distributed.pool import (
     one_line_errors,
     pool_of,
 )
-from covray.distributed.progress import BlockReport, stage, start_progress_actor
+from covray.distributed.progress import BlockReport, start_progress_actor
 from covray.distributed.resumable import Output
 from covray.distributed.session import ray_session
 from covray.distributed.tracking import Tracker
@@ -54,6 +54,7 @@ from covray.evaluation.subjects import Subject, adapter_weights, subjects_of
 from covray.io import storage
 from covray.io.storage import Folder
 from covray.models.tokenizer.vqgan import load_tokenizer
+from covray.progress import stage
 from covray.report.evaluation import Strip, write_evaluation_page
 from covray.seeds import seed_of
 

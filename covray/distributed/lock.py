@@ -21,6 +21,7 @@ machine wants its folder. A command that stood still so long finds its claim gon
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import platform
 import posixpath
@@ -35,7 +36,6 @@ from pathlib import Path
 from types import TracebackType
 
 from pyarrow import fs
-from rich.console import Console
 
 from covray.errors import ConfigError, DatasetError, one_line
 from covray.io.records import Record
@@ -50,6 +50,7 @@ PREFIX = "_lock."
 """How the names of claims begin."""
 _LOOK_AGAIN_S = (0.2, 1.0)  # random, so that two commands that withdrew together do not claim together again
 
+_LOGGER = logging.getLogger(__name__)
 _own_tokens: set[str] = set()  # of this process, so that it knows a claim that it left behind
 
 
@@ -275,10 +276,9 @@ class FolderLock:
         )
 
     def _tell(self, rival: _Rival, left_s: float) -> None:
-        Console(stderr=True, emoji=False).print(
-            f"{self._folder.path}: {self._who(rival.name)} was at work here {rival.age_s:.0f} s ago; waiting at most "
-            f"{left_s:.0f} s for a sign of life of it",
-            highlight=False, soft_wrap=True, markup=False,
+        _LOGGER.info(
+            "%s: %s was at work here %.0f s ago; waiting at most %.0f s for a sign of life of it",
+            self._folder.path, self._who(rival.name), rival.age_s, left_s,
         )  # fmt: skip
 
 

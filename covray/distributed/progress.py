@@ -1,7 +1,4 @@
-"""How a command is getting on: what the actors of a pool report, and the lines and bars a person reads.
-
-Ray is imported only where an actor is started, so that a command can say what it does before it imports anything large.
-"""
+"""How a pool is getting on: what its actors report, and the lines and bars a person reads."""
 
 from __future__ import annotations
 
@@ -9,20 +6,22 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
+import ray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+from covray.distributed.session import here
+from covray.progress import own_display
 
 POLL_S = 0.5
 """A bar is drawn again this often."""
 LINE_EVERY_S = 10.0
 """Where there is no terminal, a line says this often how far a command is."""
-SILENCE_S = 1.0
-"""What a command does is said when it takes longer than this."""
 _COUNTING_SHARE = 0.05  # of the time at most is spent on counting what is written: on S3 that takes requests
 
 
@@ -140,36 +139,7 @@ class ProgressActor:
 
 def start_progress_actor() -> Any:
     """Start a ``ProgressActor`` on the driver's node, for the actors of a pool to report to; return its handle."""
-    import ray
-
-    from covray.distributed.session import here
-
     return ray.remote(num_cpus=0)(ProgressActor).options(scheduling_strategy=here()).remote()
-
-
-@contextlib.contextmanager
-def stage(text: str) -> Iterator[None]:
-    """Say ``text`` if the block takes longer than a second, and how long it takes every ten seconds.
-
-    ``text`` says what a command does: "loading the models".
-    """
-    ended = threading.Event()
-    console = Console(stderr=True, emoji=False)
-
-    def watch() -> None:
-        started = time.monotonic()
-        message, wait_s = text, SILENCE_S
-        while not ended.wait(wait_s):
-            console.print(message, highlight=False, soft_wrap=True, markup=False)
-            message, wait_s = f"{text}, for {time.monotonic() - started + LINE_EVERY_S:.0f} s", LINE_EVERY_S
-
-    watcher = threading.Thread(target=watch, name="covray-stage", daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        watcher.join()
 
 
 class PoolProgress:
@@ -195,12 +165,14 @@ class PoolProgress:
         self._count_due = 0.0
         self._stop = threading.Event()
         self._console = Console(stderr=True)
-        self._thread = threading.Thread(target=self._watch, name="covray-progress", daemon=True)
+        self._own_display = own_display()
+        self._thread = threading.Thread(target=self._watch, name="covray-pool-progress", daemon=True)
 
     def __enter__(self) -> PoolProgress:
         """Say what is written already, and begin to watch."""
         if self._before:
             self._console.print(f"continuing: {self._before} of {self._total} {self._unit} are written already")
+        self._own_display.__enter__()
         self._thread.start()
         return self
 
@@ -210,6 +182,7 @@ class PoolProgress:
         """Stop watching."""
         self._stop.set()
         self._thread.join()
+        self._own_display.__exit__(kind, error, trace)
 
     def _watch(self) -> None:
         if sys.stderr.isatty():

@@ -15,10 +15,11 @@ from ray.exceptions import AuthenticationError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from covray.errors import ConfigError, one_line
+from covray.progress import stage
 
 READING_CPUS = 2
-"""Logical CPUs beyond the cores of a Ray of our own: reading, checking and writing mostly wait for the disk, and a
-resume's filter holds one CPU for as long as it runs."""
+"""Logical CPUs beyond the cores of a Ray of our own. Reading, checking and writing mostly wait for the disk, and the
+filter of a build that continues holds one CPU as long as it runs."""
 
 _CORES = "covray_cores"
 """A resource that a Ray of our own has for no other purpose than to say how many of its CPUs are cores."""
@@ -29,25 +30,31 @@ _CONNECT_PATIENCE_S = 5.0
 
 @contextmanager
 def ray_session() -> Iterator[int]:
-    """Connect to Ray for the length of the block; gives the CPUs that may compute.
+    """Connect to Ray for the length of the block.
 
     An initialised Ray is used as it is; else the cluster of ``RAY_ADDRESS`` (which ``ray job submit`` sets); else a
-    local one is started on free ports of the loopback interface and stopped at the end. Raises ConfigError when the
-    named cluster does not answer, or not to us.
+    local one is started on free ports of the loopback interface and stopped at the end.
+
+    Yields:
+        The CPUs that may compute.
+
+    Raises:
+        ConfigError: The named cluster does not answer, or not to us; or no local one starts.
     """
     if ray.is_initialized():
         resources = ray.cluster_resources()
         yield int(resources.get(_CORES, resources.get("CPU", 0)))
         return
-    # Ray's own reports of its inner life go to its log folder; what concerns the user, covray says.
+    # Ray's own reports go to its log folder; covray itself says what concerns the user.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     address = os.environ.get("RAY_ADDRESS")
     if address:
-        _require_answer(address)
         try:
-            with _without_backend_greeting():
-                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            with stage(f"connecting to the Ray cluster at {address}"):
+                _require_answer(address)
+                with _without_backend_greeting():
+                    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except AuthenticationError as error:
             raise ConfigError(f"RAY_ADDRESS={address}: {_refusal(error)}; {TOKEN_ADVICE}") from error
         except (ConnectionError, RuntimeError, ValueError) as error:  # the first is also what a wrong token comes to
@@ -58,7 +65,8 @@ def ray_session() -> Iterator[int]:
         cores = int(ray.cluster_resources().get("CPU", 0))
     else:
         cores = os.cpu_count() or 1
-        _start_patiently(cores)
+        with stage("starting Ray"):
+            _start_patiently(cores)
     try:
         yield cores
     finally:
@@ -66,15 +74,15 @@ def ray_session() -> Iterator[int]:
 
 
 def _start_patiently(cores: int) -> None:
-    """Ray gives its own node 30 seconds to start, which are too few on a machine that is busy: it is tried again."""
+    """Start a Ray of our own, in three attempts: Ray gives its node 30 seconds, too few on a busy machine."""
     for attempts_left in (2, 1, 0):
         try:
             with _without_backend_greeting():
                 _start(cores)
             return
         except AuthenticationError as error:
-            raise ConfigError(f"{_refusal(error)}; mend it, or unset RAY_AUTH_MODE") from error
-        except Exception as error:  # what Ray raises when a process of its own is late is of no narrower kind
+            raise ConfigError(f"{_refusal(error)}; fix it, or unset RAY_AUTH_MODE") from error
+        except Exception as error:  # Ray raises no narrower class when a process of its own is late
             ray.shutdown()
             if not attempts_left:
                 raise ConfigError(
@@ -84,7 +92,7 @@ def _start_patiently(cores: int) -> None:
 
 
 def _require_answer(address: str) -> None:
-    """Ray itself asks a dead address for minutes. Raises ConfigError when no connection is taken there."""
+    """Refuse an address where nothing listens, which Ray itself tries for minutes. Raises ConfigError."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not port.isdecimal() or "://" in host:  # auto, and what Ray itself refuses
         return
@@ -97,19 +105,19 @@ def _require_answer(address: str) -> None:
 
 
 def _refusal(error: AuthenticationError) -> str:
-    """What Ray says of a token, without its paragraph of advice."""
+    """Return what Ray says of a token, without its paragraph of advice."""
     return str(error).partition(". Ensure that")[0]
 
 
 def here() -> NodeAffinitySchedulingStrategy:
-    """Where to put an actor that shall live as long as its driver: on the same node. Others may go at any time."""
+    """Return where to put an actor that lives as long as its driver: on the driver's node. Others may go any time."""
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def _start(cores: int) -> None:
-    """A Ray of our own, on free ports of the loopback interface."""
-    # Linux' Ray takes the machine's address for its own, and listens to all who reach that, unless it may not be a
-    # cluster, as on other systems. Its processes read the variable, this one has read it.
+    """Start a Ray of our own, on free ports of the loopback interface."""
+    # On Linux, Ray listens on the machine's address, unless clusters are switched off, as they are on other systems.
+    # Its processes read the variable; this process has read it already.
     os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
     ray_constants.ENABLE_RAY_CLUSTER = False
     if sys.platform == "linux":
@@ -121,8 +129,8 @@ def _start(cores: int) -> None:
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
-        # A machine that is busy with other things is no dead node: Ray's own patience is 15 s. And Ray warns on the
-        # terminal of four times as many processes as it starts at once: by default that is one a core.
+        # A busy machine is no dead node: Ray itself waits 15 s. And Ray warns on the terminal when there are four times
+        # as many processes as it starts at once, by default one a core.
         _system_config={
             "health_check_failure_threshold": 100,
             "worker_maximum_startup_concurrency": max(4, cores),
@@ -132,7 +140,7 @@ def _start(cores: int) -> None:
 
 @contextmanager
 def _without_backend_greeting() -> Iterator[None]:
-    """Ray's C++ side writes to the file descriptor itself that it obeys RAY_BACKEND_LOG_LEVEL: not to the user."""
+    """Hide the line that Ray's C++ side writes to the file descriptor itself, that it obeys RAY_BACKEND_LOG_LEVEL."""
     sys.stderr.flush()
     kept = os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)

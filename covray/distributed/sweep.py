@@ -15,7 +15,6 @@ from covray.config import SweepConfig, load_config
 from covray.distributed.build import build
 from covray.distributed.evaluate import RESULTS, evaluate
 from covray.distributed.pool import absolute, one_line_errors
-from covray.distributed.progress import stage
 from covray.distributed.resumable import Output
 from covray.distributed.session import ray_session
 from covray.distributed.tracking import Tracker
@@ -23,6 +22,7 @@ from covray.distributed.trials import Session, read_trial, run_trials
 from covray.errors import ConfigError
 from covray.evaluation.records import EvaluationResults, SubjectEntry, SubjectScore, TaskSummary
 from covray.io.storage import Folder
+from covray.progress import stage
 from covray.report.sweep import write_sweep_page
 from covray.sweeps.grid import Grid, Trial, grid_of
 from covray.sweeps.records import Reference, SweepRecord, TrialEntry, TrialRecord, TrialScore, TrialTable

@@ -18,6 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Literal
 
 import ray
@@ -38,6 +39,7 @@ from covray.errors import ConfigError
 from covray.evaluation.records import SubjectScore
 from covray.io import storage
 from covray.io.storage import Folder
+from covray.progress import own_display
 from covray.sweeps.grid import Grid, Trial
 from covray.sweeps.plan import plan_sweep
 from covray.sweeps.records import TRIALS, TrialRecord, TrialTable, Validation
@@ -286,6 +288,7 @@ class _Progress(tune.Callback):
         self._before, self._ended, self._running = before, dict[str, str](), set[str]()
         self._validations: dict[str, list[Validation]] = {}
         self._console = Console(stderr=True, emoji=False)
+        self._own_display = own_display()
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         self._progress = Progress(*columns, TimeElapsedColumn(), console=self._console, disable=not sys.stderr.isatty())
         self._task = self._progress.add_task("starting trials", total=len(trials), completed=before)
@@ -297,12 +300,16 @@ class _Progress(tune.Callback):
 
     def __enter__(self) -> _Progress:
         """Show the bar."""
+        self._own_display.__enter__()
         self._progress.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Take the bar away."""
         self._progress.stop()
+        self._own_display.__exit__(kind, error, trace)
 
     def on_trial_start(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
         """Note that a trial runs."""

@@ -139,8 +139,9 @@ def test_a_command_at_work_on_another_machine_is_seen_by_its_heartbeat(tmp_path:
 
 @pytest.mark.parametrize("age_s", [0, 30, 3600])
 def test_a_command_of_another_machine_that_has_died_is_followed_after_the_stated_time(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], age_s: float
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, age_s: float
 ) -> None:
+    caplog.set_level("INFO", logger="covray")
     name, fake = put_claim(tmp_path), FakeTime()
     touched = time.time() - age_s
     os.utime(tmp_path / name, (touched, touched))
@@ -148,7 +149,7 @@ def test_a_command_of_another_machine_that_has_died_is_followed_after_the_stated
         assert name not in claims(tmp_path)
     waited_s = fake.now - 1000
     assert waited_s == pytest.approx(max(STALE_S - age_s, 2 * HEARTBEAT_S), abs=1.5)
-    assert f"covray build (process 7 on far) was at work here {age_s} s ago; waiting at most" in capsys.readouterr().err
+    assert f"covray build (process 7 on far) was at work here {age_s} s ago; waiting at most" in caplog.text
 
 
 def test_an_old_claim_that_is_touched_again_after_an_outage_is_at_work(tmp_path: Path) -> None:

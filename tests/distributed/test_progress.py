@@ -14,9 +14,9 @@ from covray.distributed.progress import (
     PoolProgress,
     PoolUsage,
     ProgressActor,
-    stage,
     time_left,
 )
+from covray.progress import current, stage
 
 
 def block(actor: str, started: float, finished: float, rows: int = 8, **stats: int) -> BlockReport:
@@ -76,7 +76,7 @@ def test_the_time_until_an_actor_computes_at_full_speed_is_told_from_its_rows() 
 @pytest.fixture
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seconds become hundredths."""
-    for name, seconds in {"POLL_S": 0.005, "LINE_EVERY_S": 0.1, "SILENCE_S": 0.01}.items():
+    for name, seconds in {"POLL_S": 0.005, "LINE_EVERY_S": 0.1}.items():
         monkeypatch.setattr(progress, name, seconds)
 
 
@@ -87,28 +87,6 @@ def wait_until(holds: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
-def test_a_stage_that_takes_long_is_said_at_once_and_again(fast: None, capfd: pytest.CaptureFixture[str]) -> None:
-    said = ""
-
-    def lines() -> list[str]:
-        nonlocal said
-        said += capfd.readouterr().err
-        return said.splitlines()
-
-    with stage("loading [the] models"):
-        wait_until(lambda: len(lines()) == 1)
-        wait_until(lambda: len(lines()) == 3)
-    first, *more = lines()
-    assert first == "loading [the] models"
-    assert all(line.startswith("loading [the] models, for ") for line in more)
-
-
-def test_a_stage_that_takes_no_time_is_not_said(capfd: pytest.CaptureFixture[str]) -> None:
-    with stage("adding two and two"):
-        pass
-    assert capfd.readouterr().err == ""
-
-
 def test_progress_counts_what_is_written_not_what_is_computed(fast: None, capfd: pytest.CaptureFixture[str]) -> None:
     written, counts, said = 4, PoolCounts(0, 0, 0), ""
 
@@ -117,7 +95,8 @@ def test_progress_counts_what_is_written_not_what_is_computed(fast: None, capfd:
         said += capfd.readouterr().err
         return text in said
 
-    with PoolProgress(20, "pairs", lambda: written, lambda: counts):
+    with stage("building"), PoolProgress(20, "pairs", lambda: written, lambda: counts):
+        assert current() is None, "it shows itself what the command does"
         wait_until(lambda: seen("4/20 pairs written, starting actors\n"))
         counts = PoolCounts(rows=8, rejected=1, actors=2)
         wait_until(lambda: seen("4/20 pairs written, 2 actors, 8 computed, 1 rejected\n"))

@@ -27,7 +27,7 @@ def listening() -> Iterator[str]:
     ("named", "error", "told"),
     [
         (False, Exception("The current node timed out during startup.\nMore."), "Ray did not start on this machine"),
-        (False, AuthenticationError(f"/absent cannot be opened{ADVICE}"), "^/absent cannot be opened; mend it"),
+        (False, AuthenticationError(f"/absent cannot be opened{ADVICE}"), "^/absent cannot be opened; fix it"),
         (True, ConnectionError("no answer"), "no Ray cluster answers us there .*RAY_AUTH_TOKEN_PATH"),
         (True, AuthenticationError(f"token missing{ADVICE}"), "RAY_ADDRESS=.*: token missing; set RAY_AUTH_MODE=token"),
     ],
