@@ -1,7 +1,7 @@
 """Build chains as a Ray job; takes what ``covray build`` takes.
 
-ray job submit --working-dir . -- python jobs/build_chains.py --pairs PAIRS --out CHAINS --lengths 4,8
-python jobs/build_chains.py --pairs PAIRS --out CHAINS            # the same on this machine
+ray job submit --working-dir . -- python jobs/build_chains.py --manifest PAIRS --out CHAINS --length 4,8
+python jobs/build_chains.py --manifest PAIRS --out CHAINS            # the same on this machine
 """
 
 import sys

@@ -30,7 +30,7 @@ from ray.autoscaler.v2.utils import ResourceRequestUtil
 from ray.scripts.scripts import start
 
 from covray.cli.app import app
-from covray.cli.options import Resolved, checking
+from covray.cli.cluster import submitted_config
 from covray.config import BuildConfig, EvaluateConfig, SweepConfig, TrainConfig
 from covray.distributed.pool import on
 from covray.sweeps.grid import grid_of
@@ -404,21 +404,15 @@ SHOWN = [
 @pytest.mark.parametrize("words", SHOWN)
 def test_a_command_that_is_shown_is_taken(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    command = typer.main.get_command(app)
+    root = typer.main.get_command(app).make_context("covray", ["doctor"])
     arguments = words[words.index("covray") + 1 :]
     if arguments[0] == "submit":
-        context = command.commands["submit"].make_context("submit", arguments[1:])  # type: ignore[attr-defined]
+        context = root.command.commands["submit"].make_context("submit", arguments[1:])  # type: ignore[attr-defined]
         arguments = [context.params["step"], *context.args]
     if arguments[0] not in MODELS or "--resume" in arguments:
-        command.commands[arguments[0]].make_context(arguments[0], arguments[1:])  # type: ignore[attr-defined]
+        root.command.commands[arguments[0]].make_context(arguments[0], arguments[1:])  # type: ignore[attr-defined]
         return
-    token = checking.set(True)
-    try:
-        with pytest.raises(Resolved) as resolved:
-            command.main(args=arguments, standalone_mode=False)
-    finally:
-        checking.reset(token)
-    config = resolved.value.args[0]
+    config = submitted_config(root, arguments[0], arguments[1:])
     assert isinstance(config, MODELS[arguments[0]])
     if isinstance(config, SweepConfig):  # what it passes on is checked where the job runs
         # The buckets shown are nobody's: nothing has begun there, and their pairs cannot be counted.

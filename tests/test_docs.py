@@ -23,6 +23,12 @@ def fields(model: type[Section], prefix: str = "") -> Iterator[tuple[str, str]]:
             yield f"{prefix}{name}", field.description or ""
 
 
+def keys(model: type[Section]) -> list[str]:
+    """Return the dotted names of all values of a configuration."""
+    named = [key for key, _ in fields(model)]
+    return [key for key in named if not any(other.startswith(f"{key}.") for other in named)]
+
+
 @pytest.mark.parametrize("step", STEPS)
 def test_every_key_of_the_configuration_has_a_docstring(step: str) -> None:
     assert [key for key, text in fields(STEPS[step]) if not text.strip().endswith(".")] == []

@@ -203,7 +203,7 @@ class ChainDataset:
         if method not in self.methods:
             raise DatasetError(
                 f"{self.path}: has no frames by {method}, only by {', '.join(self.methods) or 'none'}; "
-                f"build with --methods {','.join((*self.methods, method))}"
+                f"build with --method {','.join((*self.methods, method))}"
             )
         frames = {frame["alpha"]: frame["tokens"] for frame in row["frames"] if frame["method"] == method}
         alphas = alphas_of(length)
@@ -212,7 +212,7 @@ class ChainDataset:
             lengths = ",".join(str(known) for known in sorted({*self.config["lengths"], length}))
             raise DatasetError(
                 f"{self.path}: a chain of {length} needs alpha {_rounded(missing)}, "
-                f"the dataset has {_rounded(frames)}; build with --lengths {lengths}"
+                f"the dataset has {_rounded(frames)}; build with --length {lengths}"
             )
         return np.stack([row["source"], *(frames[alpha] for alpha in alphas), row["label"]])
 

@@ -38,7 +38,7 @@ def require_context(config: SentencesConfig, tokens_per_image: int, context_toke
         raise ConfigError(
             f"sentences: {pictures} pictures x ({pairs} + 1) chains x {tokens_per_image} tokens = {tokens} tokens "
             f"exceed the context of {context_tokens} ({context_tokens // tokens_per_image} pictures); "
-            "lower --length or --pairs"
+            "lower --length or --example-pairs"
         )
     return tokens
 
@@ -270,7 +270,8 @@ def _require_pairs(dataset: ChainDataset, config: SentencesConfig, split: str, c
         if counts.get(task, 0) < needed:
             raise DatasetError(
                 f"{dataset.path}: {task} has {counts.get(task, 0)} good pairs in split {split}, a sentence of "
-                f"{needed - 1} + 1 chains needs {needed}; lower --pairs, or name the other tasks in sentences.tasks"
+                f"{needed - 1} + 1 chains needs {needed}; lower --example-pairs, or name the other "
+                "tasks in sentences.tasks"
             )
 
 

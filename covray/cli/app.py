@@ -20,7 +20,7 @@ from rich.console import Console
 
 from covray import __version__
 from covray.cli import answers, chains, cluster, models, pairs, planning, stories, sweeps, training
-from covray.cli.command import Command
+from covray.cli.command import Command, once_spelled
 from covray.cli.output import console, escape, quiet_libraries
 from covray.cli.waiting import details_shown, informed, show_details
 from covray.errors import CovrayError
@@ -37,15 +37,15 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command(cls=Command, rich_help_panel=STEPS)(chains.build)
+app.command(cls=once_spelled(pairs="manifest", lengths="length", methods="method"), rich_help_panel=STEPS)(chains.build)
 app.command(cls=Command, rich_help_panel=STEPS)(chains.view)
 app.command(cls=Command, rich_help_panel=STEPS)(chains.inspect)
 app.command(cls=Command, rich_help_panel=STEPS)(stories.demo)
-app.command(cls=Command, rich_help_panel=STEPS)(training.train)
+app.command(cls=once_spelled(pairs="example-pairs"), rich_help_panel=STEPS)(training.train)
 app.command(cls=Command, rich_help_panel=STEPS)(training.export)
 app.command(cls=Command, rich_help_panel=MODELS)(models.fetch)
 app.command(cls=Command, rich_help_panel=STEPS)(answers.generate)
-app.command(cls=Command, rich_help_panel=STEPS)(answers.evaluate)
+app.command(cls=once_spelled(pairs="example-pairs", tasks="task"), rich_help_panel=STEPS)(answers.evaluate)
 app.command(cls=Command, rich_help_panel=STEPS)(sweeps.sweep)
 app.command(cls=Command, rich_help_panel=STEPS)(sweeps.report)
 # What follows the step is the step's own.
@@ -59,8 +59,8 @@ app.command(cls=Command, rich_help_panel=SCALE)(planning.plan)
 app.command(cls=Command, rich_help_panel=SCALE)(cluster.benchmark)
 
 pairs_app = typer.Typer(help="Make a manifest of (image, label) pairs.", no_args_is_help=True)
-pairs_app.command(cls=Command)(pairs.photos)
-pairs_app.command(cls=Command)(pairs.scenes)
+pairs_app.command(cls=once_spelled(tasks="task"))(pairs.photos)
+pairs_app.command(cls=once_spelled(tasks="task"))(pairs.scenes)
 pairs_app.command(cls=Command)(pairs.manifest)
 pairs_app.command(cls=Command)(pairs.coco)
 pairs_app.command(cls=Command)(pairs.nyuv2)

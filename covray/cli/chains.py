@@ -8,41 +8,34 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from covray.cli.options import ConfigFile, Json, Sets, numbers, resolve, split_commas
+from covray.cli.options import ConfigFile, Json, Plan, Sets, StepOptions, numbers, require_folder_name, words
 from covray.cli.output import console, escape, print_values
+from covray.config import BuildConfig
+
+BUILD = StepOptions(BuildConfig)
 
 
 def build(
-    pairs: Annotated[str | None, typer.Option(help="Manifest, or a folder of manifests.")] = None,
-    out: Annotated[str | None, typer.Option("--out", help="Dataset folder to write.")] = None,
-    lengths: Annotated[str | None, typer.Option(help="Chain lengths to serve, for example 4,8.")] = None,
-    methods: Annotated[str | None, typer.Option(help="diffusion, linear, or both (the default).")] = None,
-    prior: Annotated[str | None, typer.Option(help="nano, a diffusers folder, or a hub id.")] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="nano, a VQModel folder, or a hub id.")] = None,
-    actors: Annotated[int | None, typer.Option(min=1, help="Size of the pool; by default what fits.")] = None,
-    keep_noise: Annotated[bool | None, typer.Option("--keep-noise", help="Keep the inverted noise.")] = None,
-    noise_from: Annotated[str | None, typer.Option(help="Dataset whose kept noise is used.")] = None,
+    context: typer.Context,
+    manifest: Annotated[str | None, BUILD.option("--manifest", "pairs")] = None,
+    out: Annotated[str | None, BUILD.option("--out", "out")] = None,
+    length: Annotated[str | None, BUILD.option("--length", "lengths", read=numbers, metavar="4,8,...")] = None,
+    method: Annotated[str | None, BUILD.option("--method", "methods", read=words, metavar="diffusion,linear")] = None,
+    prior: Annotated[str | None, BUILD.option("--prior", "prior.path")] = None,
+    tokenizer: Annotated[str | None, BUILD.option("--tokenizer", "tokenizer.path")] = None,
+    actors: Annotated[
+        int | None,
+        BUILD.option("--actors", "actors.min", "actors.max", min=1, text="Size of the pool; by default what fits."),
+    ] = None,
+    keep_noise: Annotated[bool | None, BUILD.option("--keep-noise", "keep_noise")] = None,
+    noise_from: Annotated[str | None, BUILD.option("--noise-from", "noise_from")] = None,
     config: ConfigFile = None,
     sets: Sets = None,
-    plan: Annotated[bool, typer.Option("--plan", help="Say what would happen, and stop.")] = False,
+    plan: Plan = False,
     json_: Json = False,
 ) -> None:
-    """Turn pairs into chains of tokens. Killed anywhere, the same command continues."""
-    from covray.config import BuildConfig
-
-    options: dict[str, Any] = {
-        "pairs": pairs,
-        "out": out,
-        "lengths": numbers("--lengths", lengths),
-        "methods": split_commas(methods),
-        "prior.path": prior,
-        "tokenizer.path": tokenizer,
-        "actors.min": actors,
-        "actors.max": actors,
-        "keep_noise": keep_noise,
-        "noise_from": noise_from,
-    }
-    resolved = resolve(BuildConfig, config, options, sets)
+    """Turn pairs into chains of tokens. Run the same command again to resume after any interruption."""
+    resolved = BUILD.resolve(context)
     from covray.distributed import build as building
 
     if plan:
@@ -71,7 +64,10 @@ def _print_audit(audit: dict[str, Any], out: str) -> None:
 
 def view(
     dataset: Annotated[str, typer.Argument(help="Dataset folder, finished or not.")],
-    out: Annotated[str | None, typer.Option("--out", help="Folder to write; by default DATASET/view.")] = None,
+    out: Annotated[
+        str | None,
+        typer.Option("--out", help="Folder to write; by default DATASET/view.", callback=require_folder_name),
+    ] = None,
     limit: Annotated[int, typer.Option(min=1, help="Chains shown of every task.")] = 12,
     json_: Json = False,
 ) -> None:

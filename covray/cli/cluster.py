@@ -3,60 +3,72 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from covray.cli.options import ConfigFile, Json, Resolved, Sets, checking, numbers
+from covray.cli.answers import EVALUATE
+from covray.cli.chains import BUILD
+from covray.cli.options import ConfigFile, Json, Sets, StepOptions, numbers
 from covray.cli.output import console, escape, figure, print_values
+from covray.cli.sweeps import SWEEP
+from covray.cli.training import TRAIN
+from covray.config import PlanConfig, Section, load_config
 from covray.errors import ConfigError
+from covray.progress import own_display
 
-if TYPE_CHECKING:
-    from covray.config import Section
+STEPS: dict[str, StepOptions[Any]] = {"build": BUILD, "train": TRAIN, "evaluate": EVALUATE, "sweep": SWEEP}
+"""The steps that can be submitted, with the options that make their configuration."""
+
+_STATUS_STYLES = {"problem": "red", "note": "yellow", "ok": "dim"}
+"""Style of what the doctor finds, the worst first."""
 
 
 def submit(
     context: typer.Context,
     step: Annotated[str, typer.Argument(metavar="build|train|evaluate|sweep", help="Its options follow it.")],
     address: Annotated[
-        str | None, typer.Option(help="Of the dashboard; by default RAY_API_SERVER_ADDRESS, or this machine's.")
+        str | None, typer.Option(help="Address of the dashboard; by default RAY_API_SERVER_ADDRESS, or this machine's.")
     ] = None,
     submission_id: Annotated[str | None, typer.Option(help="Name of the job; by default Ray gives one.")] = None,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Show the job's output, and end as it does.")] = True,
 ) -> None:
     """Run a step on a Ray cluster: checked here first, then sent with this very covray. Its paths are the cluster's."""
-    from covray.distributed.submit import STEPS
-    from covray.distributed.submit import submit as submit_job
-
     if step not in STEPS:
         raise ConfigError(f"{step}: cannot be submitted; give one of {', '.join(STEPS)}")
     arguments = list(context.args)
     if "--plan" in arguments:
         raise ConfigError("--plan: needs no cluster; run it here, without submit")
-    config: Section | None = None
-    # A sweep that is resumed has its configuration on the cluster.
-    if "--resume" not in arguments:
-        token = checking.set(True)
-        try:
-            context.find_root().command.main(args=[step, *arguments], prog_name="covray submit")
-        except Resolved as resolved:
-            config = resolved.args[0]
-        finally:
-            checking.reset(token)
-    flags = ["--json"] if "--json" in arguments and config is not None else []
-    raise typer.Exit(
-        submit_job(
-            step,
-            config,
-            flags if config is not None else arguments,
-            address=address,
-            submission_id=submission_id,
-            wait=wait,
-            console=console,
+    config = submitted_config(context, step, arguments)
+    # The job's configuration is sent as a file, so of the options only those remain that are no part of it.
+    options = arguments
+    if config is not None:
+        options = ["--json"] if "--json" in arguments else []
+    from covray.distributed.submit import submit as submit_job
+
+    with own_display():
+        code = submit_job(
+            step, config, options, address=address, submission_id=submission_id, wait=wait, console=console
         )
-    )
+    raise typer.Exit(code)
+
+
+def submitted_config(context: typer.Context, step: str, arguments: list[str]) -> Section | None:
+    """Return the configuration that ``covray STEP ARGUMENTS`` would run; the step itself is only parsed, not run.
+
+    None for a sweep that is resumed, which has its configuration on the cluster.
+
+    Raises:
+        ConfigError: The configuration is refused.
+    """
+    command = context.find_root().command.commands[step]  # type: ignore[attr-defined]
+    parsed = command.make_context(f"covray submit {step}", list(arguments))
+    if parsed.params.get("resume"):
+        return None
+    return STEPS[step].resolve(parsed)
 
 
 def doctor(
@@ -70,15 +82,16 @@ def doctor(
     from covray.doctor.checks import examine
 
     findings = list(examine(path, prior, tokenizer, backbone))
-    counts = {status: sum(finding.status == status for finding in findings) for status in ("problem", "note", "ok")}
+    counts = Counter(finding.status for finding in findings)
     if json_:
         print(json.dumps([asdict(finding) for finding in findings]))
     else:
-        styles = {"problem": "red", "note": "yellow", "ok": "dim"}
         table = Table(show_header=False, box=None, pad_edge=False)
-        for finding in sorted(findings, key=lambda finding: list(counts).index(finding.status)):
-            advice = f"\n[default]{escape(finding.advice)}[/default]" if finding.advice else ""
-            table.add_row(escape(finding.name), escape(finding.found) + advice, style=styles[finding.status])
+        for status, style in _STATUS_STYLES.items():
+            for finding in findings:
+                if finding.status == status:
+                    advice = f"\n[default]{escape(finding.advice)}[/default]" if finding.advice else ""
+                    table.add_row(status, escape(finding.name), escape(finding.found) + advice, style=style)
         console.print(table, highlight=False)
         console.print(f"{counts['problem']} problems, {counts['note']} notes, {counts['ok']} ok", highlight=False)
     if counts["problem"]:
@@ -94,12 +107,11 @@ def benchmark(
     json_: Json = False,
 ) -> None:
     """Measure small real builds and a training on this hardware, for covray plan. Takes a PLAN's configuration."""
-    from covray.config import PlanConfig, load_config
-
     resolved = load_config(PlanConfig, config, {}, sets or ())
+    sizes = None if pairs is None else numbers("--pairs", pairs)
     from covray.distributed.benchmark import calibrate
 
-    calibration = calibrate(resolved, out, numbers("--pairs", pairs), train_steps)
+    calibration = calibrate(resolved, out, sizes, train_steps)
     values = calibration.model_dump(mode="json")
     if json_:
         print(json.dumps(values))

@@ -9,13 +9,16 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from covray.cli.options import Json, Out, Seed
+from covray.cli.options import Json, OutFolder, Seed, require_folder_name
 from covray.cli.output import console, print_values
 
 
 def fetch(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="Without it: list what there is.")] = None,
-    out: Annotated[str | None, typer.Option("--out", help="Folder; by default models/NAME or data/NAME.")] = None,
+    out: Annotated[
+        str | None,
+        typer.Option("--out", help="Folder; by default models/NAME or data/NAME.", callback=require_folder_name),
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of the hub's repository.")] = None,
     hub_id: Annotated[str | None, typer.Option("--id", help="Another repository of the hub, such as a mirror.")] = None,
     json_: Json = False,
@@ -57,7 +60,7 @@ def _print_artefacts(artefacts: list[dict[str, Any]], json_: bool) -> None:
 
 def convert_a_tokenizer(
     source: Annotated[str, typer.Argument(help="Folder of muse or taming, or file of LlamaGen.")],
-    out: Out,
+    out: OutFolder,
     json_: Json = False,
 ) -> None:
     """A VQGAN of muse, taming-transformers or LlamaGen becomes a VQModel folder, for --tokenizer."""
@@ -68,7 +71,7 @@ def convert_a_tokenizer(
 
 def convert_a_backbone(
     source: Annotated[str, typer.Argument(help="Folder of DeLVM or a LLaMA, or file of EasyLM.")],
-    out: Out,
+    out: OutFolder,
     heads: Annotated[int | None, typer.Option(min=1, help="Of EasyLM's, if its size is no published one.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Whose codes it knows: chains of others are refused.")] = None,
     json_: Json = False,
@@ -81,7 +84,7 @@ def convert_a_backbone(
 
 def convert_a_prior(
     source: Annotated[str, typer.Argument(help="Stable Diffusion 1 or 2 in one .safetensors file.")],
-    out: Out,
+    out: OutFolder,
     like: Annotated[str | None, typer.Option(help="Diffusers folder with its configs, if it is another.")] = None,
     json_: Json = False,
 ) -> None:
@@ -93,7 +96,12 @@ def convert_a_prior(
 
 def nano_train(
     model: Annotated[str, typer.Argument(help="vae, prior (needs the vae), vqgan, or lvm (needs the vqgan).")],
-    out: Annotated[Path, typer.Option("--out", help="Folder of the family; a killed training continues there.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", help="Folder of the family; the same command resumes there.", callback=require_folder_name
+        ),
+    ],
     steps: Annotated[int | None, typer.Option(min=1, help="By default the recipe's.")] = None,
     scenes: Annotated[int, typer.Option(min=1, help="Rendered scenes to train on, eight pictures each.")] = 8000,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,

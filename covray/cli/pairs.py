@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from covray.cli.options import Json, Out, Seed, Tasks, shares, split_commas
+from covray.cli.options import Json, OutManifest, Seed, shares, split_commas
 from covray.cli.output import console, escape
 from covray.errors import ConfigError
 from covray.progress import own_display, stage
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger("covray")
 
+Task = Annotated[
+    str | None, typer.Option("--task", metavar="TASK,...", help="Comma-separated; all that apply by default.")
+]
 Splits = Annotated[str | None, typer.Option(help="Shares, such as train=8,val=1,test=1.")]
 Root = Annotated[str, typer.Argument(help="The dataset's folder; docs/datasets.md says what lies in it.")]
 Base = Annotated[
@@ -33,8 +36,8 @@ Count = Annotated[int | None, typer.Option("--count", min=1, help="Draw so many,
 
 def photos(
     folder: Annotated[str, typer.Argument(help="Any folder of photographs.")],
-    out: Out,
-    tasks: Tasks = None,
+    out: OutManifest,
+    task: Task = None,
     size: Annotated[int, typer.Option(min=16, max=4096, help="Shorter side is shrunk to this many pixels.")] = 512,
     splits: Splits = None,
     count: Count = None,
@@ -45,15 +48,15 @@ def photos(
     """Photographs label themselves: colorization, edges, low light."""
     from covray.pairs.photos import PHOTO_TASKS, photo_pairs
 
-    chosen = split_commas(tasks) or list(PHOTO_TASKS)
+    chosen = split_commas(task) or list(PHOTO_TASKS)
     pairs = photo_pairs(folder, chosen, size, shares(splits), seed, count)
     _write_drawn(out, folder, base, pairs, count and count * len(set(chosen)), json_)
 
 
 def scenes(
-    out: Out,
+    out: OutManifest,
     count: Annotated[int, typer.Option(min=1, help="Scenes; each gives a pair for every task.")] = 100,
-    tasks: Tasks = None,
+    task: Task = None,
     size: Annotated[int, typer.Option(min=16, max=2048, help="Side of the pictures in pixels.")] = 64,
     splits: Splits = None,
     seed: Seed = 0,
@@ -63,16 +66,16 @@ def scenes(
     from covray.pairs.scenes import scene_pairs
     from covray.tasks import TASKS
 
-    chosen = split_commas(tasks) or list(TASKS)
-    unknown = [task for task in chosen if task not in TASKS]
+    chosen = split_commas(task) or list(TASKS)
+    unknown = [name for name in chosen if name not in TASKS]
     if unknown:
-        raise ConfigError(f"--tasks {unknown[0]}: no such task; the tasks are {', '.join(TASKS)}")
+        raise ConfigError(f"--task {unknown[0]}: no such task; the tasks are {', '.join(TASKS)}")
     _write_manifest(out, None, scene_pairs(count, chosen, size, seed, shares(splits)), json_, count * len(chosen))
 
 
 def manifest(
     file: Annotated[str, typer.Argument(help="Your own list: Parquet, CSV, TSV, JSONL, or Painter's JSON.")],
-    out: Out,
+    out: OutManifest,
     task: Annotated[str | None, typer.Option(help="The task, where the list has no such column.")] = None,
     split: Annotated[str, typer.Option(help="The split, where the list has no such column.")] = "train",
     root: Annotated[
@@ -104,7 +107,7 @@ def manifest(
 
 def coco(
     root: Root,
-    out: Out,
+    out: OutManifest,
     task: Annotated[str, typer.Option(help="segmentation or pose.")] = "segmentation",
     labels: Annotated[
         str, typer.Option(help="panoptic (133 classes) or stuff (182); or stuffthingmaps or pixelmaps, by name.")
@@ -123,7 +126,7 @@ def coco(
 
 def nyuv2(
     root: Root,
-    out: Out,
+    out: OutManifest,
     task: Annotated[str, typer.Option(help="depth or normals.")],
     split: Annotated[str, typer.Option(help="train or test.")] = "train",
     count: Count = None,
@@ -139,7 +142,7 @@ def nyuv2(
 
 def bsds(
     root: Root,
-    out: Out,
+    out: OutManifest,
     split: Annotated[str, typer.Option(help="train, val or test.")] = "train",
     share: Annotated[float, typer.Option(help="Share of the annotators who must have drawn an edge.")] = 0.5,
     listing: Annotated[
@@ -158,7 +161,7 @@ def bsds(
 
 def lol(
     root: Root,
-    out: Out,
+    out: OutManifest,
     split: Annotated[str, typer.Option(help="train (our485) or test (eval15).")] = "train",
     count: Count = None,
     seed: Seed = 0,

@@ -3,35 +3,33 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from covray.cli.options import ConfigFile, Json, Sets, given
+from covray.cli.options import ConfigFile, Json, Sets, StepOptions
 from covray.cli.output import console, escape, figure, print_values
+from covray.config import PlanConfig
+
+PLAN = StepOptions(PlanConfig)
 
 
 def plan(
+    context: typer.Context,
     steps: Annotated[list[str] | None, typer.Argument(metavar="[build] [train]", help="build by default.")] = None,
-    pairs: Annotated[int | None, typer.Option(help="Pairs of the build.")] = None,
-    gpus: Annotated[int | None, typer.Option(help="GPUs of the build; of the training: train_on.gpus.")] = None,
-    calibration: Annotated[str | None, typer.Option(help="What covray benchmark wrote.")] = None,
+    pairs: Annotated[int | None, PLAN.option("--pairs", "pairs")] = None,
+    gpus: Annotated[
+        int | None,
+        PLAN.option("--gpus", "build_on.gpus", text="GPUs of the build; those of the training are train_on.gpus."),
+    ] = None,
+    calibration: Annotated[str | None, PLAN.option("--calibration", "calibration")] = None,
     config: ConfigFile = None,
     sets: Sets = None,
-    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Everything random follows from it.")] = None,
+    seed: Annotated[int | None, PLAN.option("--seed", "seed", min=0)] = None,
     json_: Json = False,
 ) -> None:
     """What a build or a training will take in time, GPU hours, money and storage."""
-    from covray.config import PlanConfig, load_config
-
-    options: dict[str, Any] = {
-        "steps": steps or None,
-        "pairs": pairs,
-        "build_on.gpus": gpus,
-        "calibration": calibration,
-        "seed": seed,
-    }
-    resolved = load_config(PlanConfig, config, given(options), sets or ())
+    resolved = PLAN.resolve(context, steps=steps or None)
     from covray.planning.plan import plan as make_plan
 
     planned = make_plan(resolved).to_json()

@@ -8,13 +8,15 @@ from typing import Annotated
 
 import typer
 
-from covray.cli.options import Json, Out
+from covray.cli.options import Json, OutFolder, require_folder_name
 from covray.cli.output import console
 from covray.cli.results import print_sweep
 
 
 def demo(
-    out: Annotated[Path, typer.Option("--out", help="Folder to write.")] = Path("covray-demo"),
+    out: Annotated[Path, typer.Option("--out", help="Folder to write.", callback=require_folder_name)] = Path(
+        "covray-demo"
+    ),
     json_: Json = False,
 ) -> None:
     """The whole story on the nano family, offline, in minutes: pictures in, chains of vision to look at."""
@@ -26,7 +28,7 @@ def demo(
 
 
 def experiments_claims(
-    out: Out,
+    out: OutFolder,
     data: Annotated[str | None, typer.Option(help="Chains of 4 by both methods; by default scenes, built.")] = None,
     json_: Json = False,
 ) -> None:

@@ -7,47 +7,42 @@ from typing import Annotated, Any
 
 import typer
 
-from covray.cli.options import ConfigFile, Json, Sets, require_speed, resolve
+from covray.cli.options import ConfigFile, Json, Plan, Sets, StepOptions, TokensPerS, require_speed
 from covray.cli.output import console, print_values
 from covray.cli.results import print_evaluation, print_sweep
+from covray.config import SweepConfig
 from covray.errors import ConfigError
+
+SWEEP = StepOptions(SweepConfig)
 
 
 def sweep(
-    out: Annotated[str | None, typer.Option("--out", help="Folder of the sweep.")] = None,
-    data: Annotated[str | None, typer.Option(help="Dataset of chains.")] = None,
-    manifest: Annotated[str | None, typer.Option(help="Or pairs, to build the dataset from.")] = None,
-    concurrency: Annotated[int | None, typer.Option(help="Trials at a time; by default as many as fit.")] = None,
-    tracking_uri: Annotated[
-        str | None, typer.Option(help="MLflow; by default a file beside OUT; none: no MLflow.")
-    ] = None,
+    context: typer.Context,
+    out: Annotated[str | None, SWEEP.option("--out", "out")] = None,
+    data: Annotated[str | None, SWEEP.option("--data", "data")] = None,
+    manifest: Annotated[str | None, SWEEP.option("--manifest", "manifest")] = None,
+    concurrency: Annotated[int | None, SWEEP.option("--concurrency", "concurrency")] = None,
+    tracking_uri: Annotated[str | None, SWEEP.option("--tracking-uri", "tracking.uri")] = None,
     config: ConfigFile = None,
     sets: Sets = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the sweep in OUT, as it was configured.")] = False,
-    plan: Annotated[bool, typer.Option("--plan", help="Say what would happen, and stop.")] = False,
-    tokens_per_s: Annotated[float | None, typer.Option(help="With --plan: of one worker, for the hours.")] = None,
+    plan: Plan = False,
+    tokens_per_s: TokensPerS = None,
     json_: Json = False,
 ) -> None:
-    """Train and score a grid of chain lengths, pairs and methods. Killed anywhere, the same command continues."""
-    from covray.config import SweepConfig
+    """Train and score a grid of chain lengths, pairs and methods.
 
+    Run the same command again to resume after any interruption.
+    """
     require_speed(tokens_per_s, plan)
-    options: dict[str, Any] = {
-        "out": out,
-        "data": data,
-        "manifest": manifest,
-        "concurrency": concurrency,
-        "tracking.uri": tracking_uri,
-    }
     if resume:
-        given = [key for key, value in options.items() if value is not None and key != "out"]
-        if out is None or config is not None or sets or given:
-            raise ConfigError("--resume: takes --out SWEEP alone; what else holds is in its folder")
+        if out is None or config or sets or data or manifest or concurrency or tracking_uri:
+            raise ConfigError("--resume: takes --out SWEEP alone; the sweep's folder has its configuration")
         from covray.distributed.sweep import resumed
 
         resolved = resumed(out)
     else:
-        resolved = resolve(SweepConfig, config, options, sets)
+        resolved = SWEEP.resolve(context)
     if plan:
         from covray.sweeps.plan import plan_sweep
 

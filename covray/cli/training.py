@@ -9,56 +9,55 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from covray.cli.options import ConfigFile, Json, Out, Sets, numbers, require_speed, resolve
+from covray.cli.options import (
+    ConfigFile,
+    Json,
+    OutFolder,
+    Plan,
+    Sets,
+    StepOptions,
+    TokensPerS,
+    numbers,
+    require_speed,
+)
 from covray.cli.output import console, escape, print_values
+from covray.config import TrainConfig
 
 if TYPE_CHECKING:
     from covray.training.memory import TrainPlan
 
 
+TRAIN = StepOptions(TrainConfig)
+
+
 def train(
-    scale: Annotated[str | None, typer.Option(help="nano, 300m, 600m, 1b, 3b, 7b, or custom (a folder's own).")] = None,
-    data: Annotated[str | None, typer.Option(help="Dataset of chains: the --out of a covray build.")] = None,
-    out: Annotated[str | None, typer.Option("--out", help="Run folder to write.")] = None,
-    length: Annotated[str | None, typer.Option(help="Chain length, for example 4; of 4,6 each sentence draws.")] = None,
-    pairs: Annotated[str | None, typer.Option(help="Example pairs before the query, 1 or 1,2.")] = None,
-    method: Annotated[str | None, typer.Option(help="How frames were made: diffusion, linear or none.")] = None,
-    backbone: Annotated[str | None, typer.Option(help="nano, a LlamaForCausalLM folder, or a hub id.")] = None,
-    init: Annotated[str | None, typer.Option(help="random: to measure speed, without weights.")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Ray Train's workers, one a GPU.")] = None,
-    epochs: Annotated[float | None, typer.Option(help="How often each pair is the query.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps, in place of epochs.")] = None,
-    deepspeed: Annotated[str | None, typer.Option(help="auto, none, zero1, zero2, zero3, or a JSON file.")] = None,
-    tracking_uri: Annotated[
-        str | None, typer.Option(help="MLflow; by default a file beside RUN; none: no MLflow.")
+    context: typer.Context,
+    scale: Annotated[str | None, TRAIN.option("--scale", "backbone.scale", metavar="nano|...|7b")] = None,
+    data: Annotated[str | None, TRAIN.option("--data", "data")] = None,
+    out: Annotated[str | None, TRAIN.option("--out", "out")] = None,
+    length: Annotated[
+        str | None, TRAIN.option("--length", "sentences.lengths", read=numbers, metavar="4,6,...")
     ] = None,
+    example_pairs: Annotated[
+        str | None, TRAIN.option("--example-pairs", "sentences.pairs", read=numbers, metavar="1,2,...")
+    ] = None,
+    method: Annotated[str | None, TRAIN.option("--method", "sentences.method", metavar="diffusion|linear|none")] = None,
+    backbone: Annotated[str | None, TRAIN.option("--backbone", "backbone.path")] = None,
+    init: Annotated[str | None, TRAIN.option("--init", "backbone.init", metavar="pretrained|random")] = None,
+    workers: Annotated[int | None, TRAIN.option("--workers", "workers.count", min=1)] = None,
+    epochs: Annotated[float | None, TRAIN.option("--epochs", "optimizer.epochs")] = None,
+    steps: Annotated[int | None, TRAIN.option("--steps", "optimizer.steps", min=1)] = None,
+    deepspeed: Annotated[str | None, TRAIN.option("--deepspeed", "compute.deepspeed")] = None,
+    tracking_uri: Annotated[str | None, TRAIN.option("--tracking-uri", "tracking.uri")] = None,
     config: ConfigFile = None,
     sets: Sets = None,
-    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Everything random follows from it.")] = None,
-    plan: Annotated[bool, typer.Option("--plan", help="Say what would happen, and stop.")] = False,
-    tokens_per_s: Annotated[float | None, typer.Option(help="With --plan: of one worker, for the hours.")] = None,
+    seed: Annotated[int | None, TRAIN.option("--seed", "seed", min=0)] = None,
+    plan: Plan = False,
+    tokens_per_s: TokensPerS = None,
     json_: Json = False,
 ) -> None:
-    """Teach an adapter to think in chains. Killed anywhere, the same command continues."""
-    from covray.config import TrainConfig
-
-    options: dict[str, Any] = {
-        "data": data,
-        "out": out,
-        "sentences.lengths": numbers("--length", length),
-        "sentences.pairs": numbers("--pairs", pairs),
-        "sentences.method": method,
-        "backbone.scale": scale,
-        "backbone.path": backbone,
-        "backbone.init": init,
-        "workers.count": workers,
-        "optimizer.epochs": epochs,
-        "optimizer.steps": steps,
-        "compute.deepspeed": deepspeed,
-        "tracking.uri": tracking_uri,
-        "seed": seed,
-    }
-    resolved = resolve(TrainConfig, config, options, sets)
+    """Teach an adapter to think in chains. Run the same command again to resume after any interruption."""
+    resolved = TRAIN.resolve(context)
     require_speed(tokens_per_s, plan)
     if plan:
         from covray.training.memory import plan as plan_training
@@ -114,7 +113,7 @@ def print_training(result: dict[str, Any], out: str) -> None:
 
 def export(
     run: Annotated[str, typer.Argument(help="Run folder of a covray train.")],
-    out: Out,
+    out: OutFolder,
     merge: Annotated[bool, typer.Option("--merge", help="Backbone and adapter as one Hugging Face folder.")] = False,
 ) -> None:
     """The adapter alone (PEFT), or merged into its backbone, as a plain Hugging Face folder."""

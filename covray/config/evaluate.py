@@ -53,7 +53,7 @@ class EvaluateConfig(Section):
     """Further rows of the table: the query as its own answer (copy), the mean label, the nearest example's label,
     Chain-of-Focus, and the label after the tokenizer (ceiling)."""
     manifest: str | None = None
-    """Manifest with the labels as they are; null: the one the dataset was built from."""
+    """Manifest with the labels as they are; by default the one the dataset was built from."""
     tokenizer: TokenizerConfig | None = None
     """The dataset's tokenizer, if it has moved."""
     tasks: tuple[TaskName, ...] | None = None
@@ -65,7 +65,7 @@ class EvaluateConfig(Section):
     episodes: int | None = Field(default=None, ge=1)
     """Queries per task, at most; the same queries for every subject."""
     pairs: ExamplePairs | None = None
-    """Example pairs before the query; null: the largest number that a run was trained with."""
+    """Example pairs before the query; by default the largest number that a run was trained with."""
     selection: Literal["random", "similar", "focus"] = "random"
     """How examples are chosen: by the seed (random), by the query's nearest pictures (similar), or as Chain-of-Focus
     does (focus)."""

@@ -26,13 +26,13 @@ class GeneratorConfig(Section):
     """
 
     adapter: str | None = None
-    """Finished run of ``covray train``; null: the backbone without an adapter."""
+    """Finished run of ``covray train``; by default the backbone without an adapter."""
     backbone: BackboneConfig | None = None
     """Backbone to use; null: the run's, without a run nano."""
     length: Length | None = None
     """Pictures of a chain, both ends counted; must be given for a run trained at several lengths. Without a run 4."""
     method: ChainMethod | None = None
-    """How the examples' frames are made; ``none``: chains have none. Null: the run's."""
+    """How the examples' frames are made; ``none``: chains have none. By default the run's."""
     prior: PriorConfig | None = None
     """Prior of the examples' frames; null: the one the run's dataset was built with, without a run nano."""
     tokenizer: TokenizerConfig | None = None
@@ -60,7 +60,7 @@ class GenerateConfig(Section):
     examples: tuple[tuple[str, str], ...] = ()
     """Picture files of image and label; each pair is an example chain of the prompt."""
     adapter: str | None = None
-    """Finished run of ``covray train``; null: the backbone without an adapter."""
+    """Finished run of ``covray train``; by default the backbone without an adapter."""
     task: TaskName | None = None
     """Task of the answers: how labels are resized, and answers written as data. Null: the run's, if it has one; else
     answers are pictures only."""
@@ -71,7 +71,7 @@ class GenerateConfig(Section):
     length: Length | None = None
     """Pictures of a chain, both ends counted; must be given for a run trained at several lengths. Without a run 4."""
     method: ChainMethod | None = None
-    """How the examples' frames are made; ``none``: chains have none. Null: the run's."""
+    """How the examples' frames are made; ``none``: chains have none. By default the run's."""
     prior: PriorConfig | None = None
     """Prior of the examples' frames; null: the one the run's dataset was built with, without a run nano."""
     tokenizer: TokenizerConfig | None = None

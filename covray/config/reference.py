@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from operator import attrgetter
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
@@ -56,6 +57,23 @@ def key_text(model: type[Section], key: str) -> str:
     return key_text(inner, rest)
 
 
+def key_default(model: type[Section], key: str) -> str:
+    """Return the default of the dotted ``key`` as YAML; "required" for a key without one.
+
+    Raises:
+        KeyError: ``model`` has no such key.
+    """
+    name, _, rest = key.partition(".")
+    field = model.model_fields[name]
+    if not rest:
+        return "required" if field.is_required() else _as_yaml(field.get_default(call_default_factory=True))
+    if isinstance(field.default, Section):
+        return _as_yaml(attrgetter(rest)(field.default))
+    if _section_in(field.annotation) is None:
+        raise KeyError(key)
+    return "null"  # by default there is no such section, and the command decides
+
+
 def reference_page() -> str:
     """Return docs/configuration.md: every key of every step with its default and its meaning."""
     parts = [_INTRODUCTION]
@@ -80,12 +98,7 @@ def _rows(model: type[Section], prefix: str = "", defaults: Section | None = Non
             continue
         if section is not None:
             text = f"{text} Keys: {', '.join(section.model_fields)}.".strip()
-        if field.is_required():
-            default = "required"
-        elif defaults is not None:
-            default = _as_yaml(getattr(defaults, name))
-        else:
-            default = _as_yaml(field.get_default(call_default_factory=True))
+        default = key_default(model, name) if defaults is None else _as_yaml(getattr(defaults, name))
         yield f"| `{key}` | {default} | {_cell(text)} |"
 
 

@@ -350,7 +350,7 @@ def _pairs(config: EvaluateConfig, dataset: ChainDataset, subjects: Sequence[Sub
         if present.count(task) < needed:
             raise DatasetError(
                 f"{dataset.path}: {task} has {present.count(task)} good pairs in split {config.example_split}, an "
-                f"episode needs {needed}; lower --pairs, set example_split, or name the other tasks"
+                f"episode needs {needed}; lower --example-pairs, set example_split, or name the other tasks"
             )
     return queries, examples
 

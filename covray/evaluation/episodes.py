@@ -53,8 +53,8 @@ class Episodes:
             left = len(there) - bool(np.isin(queries.pair_ids[first:last], there).any())
             if left < pairs:
                 raise DatasetError(
-                    f"{task}: a query has {left} example pairs of its task and needs {pairs}; lower --pairs, take "
-                    "examples of another split, or name the other tasks"
+                    f"{task}: a query has {left} example pairs of its task and needs {pairs}; lower --example-pairs, "
+                    "take examples of another split, or name the other tasks"
                 )
         if selection != "random":
             if codebook is None:

@@ -120,7 +120,7 @@ class _Demo:
         """Build the chains; returns the audit."""
         self.announce(
             f"Chains of {LENGTH}: inversion, slerp, denoising; and linear mixing beside them",
-            f"build --pairs {self.pairs} --out {self.chains} --lengths {LENGTH} --set prior.steps={STEPS} "
+            f"build --manifest {self.pairs} --out {self.chains} --length {LENGTH} --set prior.steps={STEPS} "
             f"{_set_options(BUILD)}",
         )
         config = BuildConfig.model_validate(

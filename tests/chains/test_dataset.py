@@ -124,7 +124,7 @@ def test_what_a_dataset_lacks_is_named_with_the_remedy(write_dataset: Writer) ->
     with pytest.raises(DatasetError, match=r"needs alpha 0\.25, 0\.5, 0\.75.* has 0\.3333, 0\.6667; .*--lengths 4,5"):
         dataset.chain(good, 5, "linear")
     with pytest.raises(
-        DatasetError, match="no frames by diffusion, only by linear; build with --methods linear,diffusion"
+        DatasetError, match="no frames by diffusion, only by linear; build with --method linear,diffusion"
     ):
         dataset.chain(good, 4, "diffusion")
     with pytest.raises(DatasetError, match=r"rejected \(missing: gone\)"):

@@ -324,10 +324,10 @@ def test_without_frames_a_dataset_of_ends_is_enough(write_dataset: Writer) -> No
 @pytest.mark.parametrize(
     ("values", "split", "line"),
     [
-        ({"method": "diffusion"}, "train", r"no frames by diffusion, only by linear; build with --methods"),
-        ({"lengths": [4, 5]}, "train", r"a chain of 5 needs alpha 0\.25, 0\.5, 0\.75, .*build with --lengths 4,5"),
+        ({"method": "diffusion"}, "train", r"no frames by diffusion, only by linear; build with --method"),
+        ({"lengths": [4, 5]}, "train", r"a chain of 5 needs alpha 0\.25, 0\.5, 0\.75, .*build with --length 4,5"),
         ({"pairs": [1, 4]}, "train", r"edges has 3 good pairs in split train, a sentence of 4 \+ 1 chains needs 5"),
-        ({"pairs": [1]}, "val", r"edges has 1 good pairs in split val, .* needs 2; lower --pairs"),
+        ({"pairs": [1]}, "val", r"edges has 1 good pairs in split val, .* needs 2; lower --example-pairs"),
         ({"tasks": ["depth", "pose"]}, "train", r"pose has 0 good pairs in split train"),
         ({}, "test", r"no good pairs in split test, only in train, val; set sentences\.split"),
         ({"tasks": ["pose"]}, "train", r"no good pairs in split train, only in none"),
@@ -366,7 +366,7 @@ def test_a_shard_of_other_pictures_is_one_line(write_dataset: Writer, name: str)
 def test_sentences_beyond_the_context_are_refused_with_the_arithmetic() -> None:
     line = (
         "sentences: 8 pictures x (2 + 1) chains x 64 tokens = 1536 tokens exceed the context of 1024 (16 pictures); "
-        "lower --length or --pairs"
+        "lower --length or --example-pairs"
     )
     with pytest.raises(ConfigError) as caught:
         require_context(config_of(lengths=[2, 8], pairs=[0, 2]), 64, 1024)

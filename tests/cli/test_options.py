@@ -1,0 +1,124 @@
+"""Options set keys of a configuration, take their help from them, and keep their old spellings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from covray.cli.app import app
+from covray.cli.cluster import STEPS, submitted_config
+from covray.config import BuildConfig, EvaluateConfig, TrainConfig
+from covray.errors import ConfigError
+
+
+def parsed(*words: object) -> object:
+    """Return the configuration of ``covray STEP ...``."""
+    root = typer.main.get_command(app).make_context("covray", ["doctor"])
+    step, *arguments = map(str, words)
+    return submitted_config(root, step, arguments)
+
+
+@pytest.mark.parametrize(
+    ("now", "once"),
+    [
+        (
+            ["build", "--manifest", "p", "--out", "o", "--length", "4,8", "--method", "linear"],
+            ["build", "--pairs", "p", "--out", "o", "--lengths=4,8", "--methods", "linear"],
+        ),
+        (
+            ["train", "--data", "d", "--out", "o", "--example-pairs", "1,2"],
+            ["train", "--data=d", "--out=o", "--pairs=1,2"],
+        ),
+        (
+            ["evaluate", "--data", "d", "--out", "o", "--example-pairs", "2", "--task", "depth,pose"],
+            ["evaluate", "--data", "d", "--out", "o", "--pairs", "2", "--tasks", "depth,pose"],
+        ),
+    ],
+    ids=["build", "train", "evaluate"],
+)  # fmt: skip
+def test_old_spellings_mean_the_same_and_are_not_shown(now: list[str], once: list[str]) -> None:
+    config = parsed(*now)
+    assert config is not None
+    assert config == parsed(*once)
+    shown = CliRunner().invoke(app, [now[0], "--help"], env={"COLUMNS": "200"}).stdout
+    for word in once:
+        option = word.partition("=")[0]
+        if option.startswith("--") and option not in now:
+            assert f"{option} " not in shown
+
+
+def test_what_follows_two_dashes_is_no_option() -> None:
+    done = CliRunner().invoke(app, ["pairs", "photos", "--out", "o.parquet", "--", "--tasks", "--debug"])
+    assert "unexpected extra argument" in done.stderr
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_every_option_sets_keys_that_there_are(step: str) -> None:
+    command = typer.main.get_command(app).commands[step]  # type: ignore[attr-defined]
+    options = STEPS[step]
+    own = {parameter.opts[0] for parameter in command.params}
+    beside = {"--config", "--set", "--plan", "--tokens-per-s", "--json", "--resume"}
+    assert own - beside == set(options._settings)
+
+
+def test_help_is_the_text_of_the_key_with_its_default() -> None:
+    shown = CliRunner().invoke(app, ["evaluate", "--help"], env={"COLUMNS": "300"}).stdout
+    text = BuildConfig.model_fields["prior"].default.__class__.model_fields["path"].description
+    assert text is not None
+    built = CliRunner().invoke(app, ["build", "--help"], env={"COLUMNS": "300"}).stdout
+    assert text.replace("``", "") in built
+    assert "Split of the queries. Default: test." in shown
+
+
+def test_a_step_is_checked_without_being_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = parsed("evaluate", "--data", "s3://bucket/d", "--out", "s3://bucket/o", "--backbone", "LVM", "--seed", 3)
+    assert isinstance(config, EvaluateConfig)
+    assert config.backbone is not None
+    assert (config.backbone.path, config.backbone.scale, config.seed) == ("LVM", "custom", 3)
+    assert parsed("sweep", "--resume", "--out", "s3://bucket/sweep") is None
+    actors = parsed("build", "--manifest", "p", "--out", "o", "--actors", 3)
+    assert isinstance(actors, BuildConfig)
+    assert (actors.actors.min, actors.actors.max) == (3, 3)
+    with pytest.raises(ConfigError, match=r"sentences\.lengths\.0"):
+        parsed("train", "--data", "d", "--out", "o", "--length", "1")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "advice"),
+    [
+        (["pairs", "scenes", "--count", "1", "--out", "pairs.csv"], "ends in .parquet"),
+        (["build", "--manifest", "p", "--out", "chains.parquet"], "does not end in .parquet"),
+        (["train", "--data", "d", "--out", "run.safetensors"], "does not end in .safetensors"),
+        (["generate", "--query", "q.png", "--out", "answer.PNG"], "does not end in .png"),
+        (["evaluate", "--data", "d", "--out", "scores.json"], "does not end in .json"),
+        (["sweep", "--data", "d", "--out", "sweep.yaml"], "does not end in .yaml"),
+        (["view", "chains", "--out", "page.html"], "does not end in .html"),
+        (["export", "run", "--out", "merged.bin"], "does not end in .bin"),
+        (["convert", "prior", "x.safetensors", "--out", "y.safetensors"], "does not end in .safetensors"),
+        (["demo", "--out", "demo.zip"], "does not end in .zip"),
+    ],
+    ids=lambda value: "-".join(value[:2]) if isinstance(value, list) else None,
+)
+def test_an_out_that_means_another_format_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], advice: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    error = CliRunner().invoke(app, arguments).exception
+    assert isinstance(error, ConfigError)
+    assert str(error).startswith("--out ")
+    assert advice in str(error)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_was_begun_under_such_a_name_continues(tmp_path: Path) -> None:
+    begun = tmp_path / "run.bin"
+    begun.mkdir()
+    config = parsed("train", "--data", "d", "--out", begun)
+    assert isinstance(config, TrainConfig)
+    assert config.out == str(begun)
+    assert parsed("train", "--data", "d", "--out", tmp_path / "run.v1") is not None
