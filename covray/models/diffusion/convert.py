@@ -1,8 +1,8 @@
-"""Stable Diffusion in one file (LDM's layout) as the diffusers folder that ``load_prior`` reads.
+"""Convert Stable Diffusion in one file (LDM's layout) to the diffusers folder that ``load_prior`` reads.
 
-diffusers has the maps of names; here it is seen to that every tensor is there, fits, and is used. The text encoder is
-not written: it is evaluated once, for the empty prompt, whose ids are known without a tokenizer. A file does not say
-whether its UNet predicts epsilon or v: the UNet is asked.
+diffusers maps the names; this module checks that every tensor is present, fits, and is used. The text encoder is not
+written: it is evaluated once, for the empty prompt, whose ids are known without a tokenizer. A file does not record
+whether its UNet predicts epsilon or v, so the UNet itself is probed.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Configs:
-    """What the three networks and the scheduler are configured to be."""
+    """The configurations of the three networks and of the scheduler."""
 
     layout: str
     unet: dict[str, Any]
@@ -61,7 +61,7 @@ class Configs:
     tokenizer: Path | None = None
     """Folder of the tokenizer that belongs to the text encoder, where there is one."""
     v_sample_size: int | None = None
-    """The UNet's ``sample_size`` if it turns out to predict v, where that makes a difference."""
+    """The UNet's ``sample_size`` if the probe finds that it predicts v; None where that makes no difference."""
 
 
 _PUBLISHED_VAE = {
@@ -110,7 +110,7 @@ PUBLISHED = {
         text={
             "hidden_size": 1024,
             "intermediate_size": 4096,
-            "num_hidden_layers": 23,  # of 24: the prompt is what the last but one gives
+            "num_hidden_layers": 23,  # of 24: the prompt is the output of the last but one
             "num_attention_heads": 16,
             "hidden_act": "gelu",
         },
@@ -118,36 +118,44 @@ PUBLISHED = {
         v_sample_size=96,
     ),
 }
-"""By the width of the prompt. What is not said is the default of diffusers and transformers."""
+"""By the width of the prompt. Keys that are absent have the defaults of diffusers and transformers."""
 
 
 def convert_prior(source: str, out: str, like: str | None = None) -> dict[str, Any]:
-    """Write the checkpoint ``source`` as a prior folder ``out``; gives what was converted, to show.
+    """Write the checkpoint ``source`` as a prior folder, and return what was converted, to show.
 
-    ``source``: a ``.safetensors`` file with UNet, VAE and text encoder in LDM's layout; what else is in it, as averaged
-    weights (``model_ema``), is left out. ``like``: a diffusers folder whose ``config.json`` files describe the networks
-    and the scheduler; without it the file must be a Stable Diffusion 1 or 2. Weights keep their type; the memory needed
-    is that of UNet and VAE in float32. ``out`` must be new.
-    Raises WeightsError for a file that is damaged, is none of these, or would be refused by ``load_prior``,
-    ConfigError for an ``out``, ``source`` or ``like`` that cannot be used.
+    Weights keep their type. Memory is that of UNet and VAE in float32.
+
+    Args:
+        source: A ``.safetensors`` file with UNet, VAE and text encoder in LDM's layout. Its other tensors, as averaged
+            weights (``model_ema``), are left out.
+        out: A new folder.
+        like: A diffusers folder whose ``config.json`` files describe the networks and the scheduler, and whose
+            tokenizer, if it has one, pads the prompt. Without it the file must be a Stable Diffusion 1 or 2.
+
+    Raises:
+        WeightsError: The file is damaged, is none of these, or would be refused by ``load_prior``.
+        ConfigError: ``out``, ``source`` or ``like`` cannot be used.
     """
     file, target = Path(source).expanduser(), Path(out).expanduser()
     require_new(target)
     if not file.is_file():
         raise ConfigError(f"{file}: no such file; give a downloaded checkpoint")
     if file.suffix != ".safetensors":
-        raise WeightsError(f"{file}: is no .safetensors file; get the checkpoint as one, or as a folder of diffusers")
+        raise WeightsError(
+            f"{file}: is not a .safetensors file; get the checkpoint as one, or as a folder of diffusers"
+        )
     tensors = read_tensors(file)
     configs = _recognise(file, tensors) if like is None else _read_configs(Path(like).expanduser())
     unet, unet_tensors = _network(file, "unet", UNet2DConditionModel, configs.unet, _part(tensors, _UNET))
     vae, vae_tensors = _network(file, "vae", AutoencoderKL, configs.vae, _part(tensors, _VAE))
     context = _empty_prompt(file, configs.text, tensors, configs.tokenizer)
     with new_folder(target) as folder:
-        for room, network, of_network in (("unet", unet, unet_tensors), ("vae", vae, vae_tensors)):
-            network.save_config(folder / room)
-            save_file(of_network, folder / room / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+        for subfolder, network, weights in (("unet", unet, unet_tensors), ("vae", vae, vae_tensors)):
+            network.save_config(folder / subfolder)
+            save_file(weights, folder / subfolder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
         save_file({"context": context}, folder / CONTEXT_FILE)
-        prediction_type = _ask(file, folder, configs.scheduler)
+        prediction_type = _write_scheduler(file, folder, configs.scheduler)
         if prediction_type == "v_prediction" and configs.v_sample_size is not None:
             unet.register_to_config(sample_size=configs.v_sample_size)
             unet.save_config(folder / "unet")
@@ -162,11 +170,11 @@ def convert_prior(source: str, out: str, like: str | None = None) -> dict[str, A
 
 
 def _recognise(file: Path, tensors: Tensors) -> Configs:
-    """The configurations of Stable Diffusion 1 or 2, by the width of the prompt."""
+    """Return the configurations of Stable Diffusion 1 or 2, by the width of the prompt."""
     key = tensors.get(_FIRST_KEY)
     if key is None or key.ndim != 2:
         raise WeightsError(
-            f"{file}: has no {_FIRST_KEY}, so is no Stable Diffusion 1 or 2 in one file; give one, or --like FOLDER"
+            f"{file}: has no {_FIRST_KEY}, so is not a Stable Diffusion 1 or 2 in one file; give one, or --like FOLDER"
         )
     width = key.shape[1]
     if width not in PUBLISHED:
@@ -176,12 +184,13 @@ def _recognise(file: Path, tensors: Tensors) -> Configs:
 
 
 def _read_configs(folder: Path) -> Configs:
-    names = {room: f"{room}/config.json" for room in ("unet", "vae", "text_encoder")}
+    """Return the configurations of a diffusers folder."""
+    names = {network: f"{network}/config.json" for network in ("unet", "vae", "text_encoder")}
     names["scheduler"] = "scheduler/scheduler_config.json"
     if not folder.is_dir():
         raise ConfigError(f"--like {folder}: no such folder; give one of diffusers")
     require_files(folder, names.values())
-    values = {room: read_config(folder / name) for room, name in names.items()}
+    values = {part: read_config(folder / name) for part, name in names.items()}
     tokenizer = folder / "tokenizer"
     return Configs(
         layout=f"like {folder}",
@@ -193,14 +202,23 @@ def _read_configs(folder: Path) -> Configs:
     )
 
 
-def _network(file: Path, room: str, kind: Any, config: dict[str, Any], part: Tensors) -> tuple[Any, Tensors]:
-    """A network of class ``kind`` without weights, and its weights by diffusers' names."""
+def _network(file: Path, name: str, kind: Any, config: dict[str, Any], part: Tensors) -> tuple[Any, Tensors]:
+    """Return a network of class ``kind`` without weights, and its weights by diffusers' names.
+
+    Args:
+        file: The checkpoint, for messages.
+        name: ``unet`` or ``vae``.
+        kind: The class, of diffusers.
+        config: Its configuration.
+        part: The network's tensors by LDM's names.
+    """
     convert = convert_ldm_unet_checkpoint if kind is UNet2DConditionModel else convert_ldm_vae_checkpoint
-    network = _weightless(room, lambda: kind.from_config(config))
-    return network, _renamed(file, room, network, part, lambda: convert(part, network.config))
+    network = _weightless(name, lambda: kind.from_config(config))
+    return network, _renamed(file, name, network, part, lambda: convert(part, network.config))
 
 
-def _weightless(room: str, build: Callable[[], Any]) -> Any:
+def _weightless(name: str, build: Callable[[], Any]) -> Any:
+    """Return the network that ``build`` makes, without memory. Raises WeightsError for a configuration of none."""
     try:
         with torch.device("meta"):
             return build()
@@ -213,35 +231,48 @@ def _weightless(room: str, build: Callable[[], Any]) -> Any:
         TypeError,
         ValueError,
     ) as e:
-        raise WeightsError(f"{room}/config.json: describes no network ({one_line(e)}); give another --like") from e
+        raise WeightsError(f"{name}/config.json: describes no network ({one_line(e)}); give another --like") from e
 
 
-def _renamed(file: Path, room: str, network: Any, part: Tensors, convert: Callable[[], Mapping[str, Any]]) -> Tensors:
-    """What ``convert`` makes of ``part``: all tensors of ``network``, from all of ``part``, and nothing else."""
+def _renamed(
+    file: Path, network_name: str, network: Any, part: Tensors, convert: Callable[[], Mapping[str, Any]]
+) -> Tensors:
+    """Return what ``convert`` makes of ``part``, after checking that it is all of ``network`` from all of ``part``.
+
+    Args:
+        file: The checkpoint, for messages.
+        network_name: ``unet``, ``vae`` or ``text_encoder``.
+        network: The network that the tensors must fit, without memory.
+        part: The network's tensors by LDM's names.
+        convert: Returns the tensors of ``part`` by the names of diffusers or transformers.
+
+    Raises:
+        WeightsError: A tensor is missing, unexpected, unused, of another shape or type, or not finite.
+    """
     try:
-        found = {name: tensor for name, tensor in convert().items() if tensor is not None}
+        converted = {name: tensor for name, tensor in convert().items() if tensor is not None}
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise WeightsError(
-            f"{file}: its {room} is not whole ({type(error).__name__}: {one_line(error)}); get the checkpoint again"
+            f"{file}: its {network_name} is not complete ({type(error).__name__}: {one_line(error)}); get the "
+            "checkpoint again"
         ) from error
-    require_tensors(
-        file,
-        {f"{room}.{name}": tuple(tensor.shape) for name, tensor in found.items()},
-        {f"{room}.{name}": tuple(tensor.shape) for name, tensor in network.state_dict().items()},
-    )
-    # The converters pass over what they do not know, and take the first pixel of a kernel where they expect but one.
-    # The text encoder's fused projections are copied in three, and their shapes are checked by that.
-    used = {tensor.data_ptr(): tensor.numel() for tensor in found.values()}
+    shapes = {f"{network_name}.{name}": tuple(tensor.shape) for name, tensor in converted.items()}
+    expected = {f"{network_name}.{name}": tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    require_tensors(file, shapes, expected)
+    # The converters pass over what they do not know, and take the first pixel of a kernel where they expect only one.
+    # The text encoder's fused projections are copied into three tensors, whose shapes were checked.
+    used = {tensor.data_ptr(): tensor.numel() for tensor in converted.values()}
     for name, tensor in part.items():
         if tensor.dtype not in _DTYPES:
             raise WeightsError(f"{file}: {name} is of type {tensor.dtype}; get the checkpoint in float16 or float32")
         require_finite(file, name, tensor)
         if used.get(tensor.data_ptr()) != tensor.numel() and "attn.in_proj_" not in name:
             raise WeightsError(f"{file}: {name} is not used; give --like a folder of this architecture")
-    return {name: tensor.contiguous() for name, tensor in found.items()}
+    return {name: tensor.contiguous() for name, tensor in converted.items()}
 
 
 def _part(tensors: Tensors, prefix: str) -> Tensors:
+    """Return the tensors whose names begin with ``prefix``."""
     return {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
@@ -300,8 +331,8 @@ def _pad_id(config: CLIPTextConfig, open_clip: bool) -> int:
     return 0 if open_clip or config.hidden_act == "gelu" else config.vocab_size - 1
 
 
-def _ask(file: Path, folder: Path, scheduler: dict[str, Any]) -> str:
-    """Load what was written, find what its UNet predicts, and write the scheduler that says so."""
+def _write_scheduler(file: Path, folder: Path, scheduler: dict[str, Any]) -> str:
+    """Load what was written to ``folder``, and write the scheduler of what its UNet predicts, which is returned."""
     path = str(folder / "scheduler" / "scheduler_config.json")
     storage.write_json(path, scheduler | {"prediction_type": "epsilon"})
     try:

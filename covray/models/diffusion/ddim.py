@@ -1,7 +1,8 @@
 """Deterministic DDIM with a step and a direction per sample, so that one batch inverts and denoises at once.
 
-Source: Song et al., Denoising Diffusion Implicit Models (arXiv:2010.02502), equations 12 and 16 with eta = 0. Steps and
-ends are those of diffusers' ``DDIMScheduler`` (denoising) and ``DDIMInverseScheduler`` (inversion), as the tests check.
+Source: Song et al., Denoising Diffusion Implicit Models (arXiv:2010.02502), equations 12 and 16 with eta = 0. Timesteps
+and their ends are those of diffusers' ``DDIMScheduler`` (denoising) and ``DDIMInverseScheduler`` (inversion); tests
+compare them.
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ from covray.errors import ConfigError, WeightsError
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 _PNDM = {"clip_sample": False, "set_alpha_to_one": False}
-"""What PNDMScheduler, which Stable Diffusion's repositories name, means by absent keys where DDIMScheduler does not:
-it never clips."""
+"""Defaults of PNDMScheduler, which Stable Diffusion's repositories name, where DDIMScheduler has others: it never
+clips."""
 
 
 @dataclass(frozen=True)
 class Schedule:
     """The tables of DDIM with a fixed number of steps: step ``k`` evaluates the network at ``timesteps[k]``.
 
-    Steps are numbered upwards in noise: an inversion takes 0, 1, ..., a denoising takes them backwards. Epsilon and
-    v-prediction alike, a step is linear in the latent and in the network's output, x' = a x + b output, so that all of
-    the scheduler is two gathers and one multiply-add.
+    Steps are numbered by rising noise: an inversion takes 0, 1, ..., a denoising takes them backwards. With epsilon
+    and with v-prediction, a step is linear in the latent and in the network's output, x' = a x + b output, so that the
+    whole scheduler is two table look-ups and one multiply-add.
     """
 
     prediction_type: str
@@ -43,7 +44,7 @@ class Schedule:
         return len(self.timesteps)
 
     def to(self, device: torch.device) -> Schedule:
-        """The same tables on ``device``."""
+        """Return the same tables on ``device``."""
         return replace(
             self,
             timesteps=self.timesteps.to(device),
@@ -54,10 +55,13 @@ class Schedule:
     def step(
         self, latents: torch.Tensor, output: torch.Tensor, index: torch.Tensor, inverse: torch.Tensor
     ) -> torch.Tensor:
-        """One DDIM step of every sample.
+        """Return the latents after one DDIM step of every sample, float32 [B, c, h, w].
 
-        ``latents`` and ``output`` (of the network at ``timesteps[index]``) are float32 [B, c, h, w], ``index`` int64
-        [B], ``inverse`` int64 [B]: 1 for a step towards noise, 0 for a step towards the picture.
+        Args:
+            latents: Before the step, float32 [B, c, h, w].
+            output: The network's output for them at ``timesteps[index]``, float32 [B, c, h, w].
+            index: Step of each sample, int64 [B].
+            inverse: 1 for a step towards noise, 0 for a step towards the picture, int64 [B].
         """
         a = self.latent_scale[inverse, index].view(-1, 1, 1, 1)
         b = self.output_scale[inverse, index].view(-1, 1, 1, 1)
@@ -65,10 +69,12 @@ class Schedule:
 
 
 def make_schedule(config: dict[str, Any], steps: int) -> Schedule:
-    """The schedule of ``steps`` steps for a diffusers scheduler configuration (``scheduler_config.json``).
+    """Return the schedule of ``steps`` steps for a diffusers scheduler configuration (``scheduler_config.json``).
 
-    Raises WeightsError for a configuration that asks for what is not implemented, and ConfigError for a number of steps
-    that does not divide the training steps (diffusers would silently stop short of the last timesteps).
+    Raises:
+        WeightsError: The configuration asks for what is not implemented.
+        ConfigError: The number of steps does not divide the training steps: diffusers would end before the last
+            timesteps without an error.
     """
     if config.get("_class_name") == "PNDMScheduler":
         config = _PNDM | config
@@ -79,16 +85,16 @@ def make_schedule(config: dict[str, Any], steps: int) -> Schedule:
         raise WeightsError(f"scheduler_config.json: {error}; covray needs a DDIM-compatible schedule") from error
     train_timesteps = int(scheduler.config.num_train_timesteps)
     if steps > train_timesteps or train_timesteps % steps:
-        raise ConfigError(f"prior.steps: {steps} does not divide the {train_timesteps} training steps; take 50")
+        raise ConfigError(f"prior.steps: {steps} does not divide the {train_timesteps} training steps; set 50")
     scheduler.set_timesteps(steps)
     timesteps = scheduler.timesteps.flip(0)
     if int(timesteps[-1]) >= train_timesteps:
         raise ConfigError(
             f"prior.steps: {steps} steps with steps_offset {scheduler.config.steps_offset} end at timestep "
-            f"{int(timesteps[-1])} of {train_timesteps}; take fewer"
+            f"{int(timesteps[-1])} of {train_timesteps}; set fewer"
         )
     signal = scheduler.alphas_cumprod.double()
-    before = timesteps - train_timesteps // steps  # the less noisy end of each step; below zero is the picture itself
+    before = timesteps - train_timesteps // steps  # the less noisy end of each step; below zero it is the picture
     clean = torch.where(before >= 0, signal[before.clamp(min=0)], scheduler.final_alpha_cumprod.double())
     noisy = signal[timesteps]
     prediction_type = str(scheduler.config.prediction_type)
@@ -104,12 +110,12 @@ def make_schedule(config: dict[str, Any], steps: int) -> Schedule:
 
 
 def slerp(start: np.ndarray, end: np.ndarray, alpha: float) -> np.ndarray:
-    """Spherical interpolation between two latents, each one vector as a whole, as float32 of their shape.
+    """Interpolate spherically between two latents (Shoemake 1985), at ``alpha`` in [0, 1], as float32 of their shape.
 
-    The angle is between the directions, in float64; the latents themselves are mixed with their own lengths, as in
-    DiffMorpher. Where the angle has no sine (parallel or opposite latents) it is linear.
+    A latent is one vector. The angle is that between the directions, in float64; the latents are mixed with their own
+    lengths, as in DiffMorpher. Where the sine of the angle is 0 (parallel or opposite latents), the mix is linear.
 
-    In numpy and one pair at a time: its sums have one order whatever is interpolated beside it.
+    It is computed in numpy for one pair at a time, so that sums have one order whatever is interpolated in the batch.
     """
     z0, z1 = start.astype(np.float64), end.astype(np.float64)
     lengths = math.sqrt(float(np.square(z0).sum()) * float(np.square(z1).sum()))
@@ -124,7 +130,10 @@ def slerp(start: np.ndarray, end: np.ndarray, alpha: float) -> np.ndarray:
 
 
 def _coefficients(prediction_type: str, start: torch.Tensor, end: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """a and b of x' = a x + b output, from signal level ``start`` to ``end`` (both alphas_cumprod, float64)."""
+    """Return a and b of x' = a x + b output, each float64 [steps].
+
+    ``start`` and ``end`` are the alphas_cumprod before and after each step, float64 [steps].
+    """
     signal0, noise0 = start.sqrt(), (1 - start).sqrt()
     signal1, noise1 = end.sqrt(), (1 - end).sqrt()
     if prediction_type == "epsilon":  # picture = (x - noise0 output) / signal0
@@ -134,15 +143,16 @@ def _coefficients(prediction_type: str, start: torch.Tensor, end: torch.Tensor) 
 
 
 def _refuse_unknown(config: dict[str, Any]) -> None:
-    # The defaults are those of diffusers for an absent key; clip_sample's would ruin latents silently.
-    wanted = {
+    # Key, diffusers' default for an absent key, and what is implemented. clip_sample's default would ruin latents
+    # without an error.
+    supported = {
         "prediction_type": ("epsilon", PREDICTION_TYPES),
         "clip_sample": (True, (False,)),
         "thresholding": (False, (False,)),
         "rescale_betas_zero_snr": (False, (False,)),
         "timestep_spacing": ("leading", ("leading",)),
     }
-    for key, (default, allowed) in wanted.items():
+    for key, (default, allowed) in supported.items():
         value = config.get(key, default)
         if value not in allowed:
             stated = repr(value) if key in config else f"absent, which means {value!r}"

@@ -1,10 +1,10 @@
-"""The engine: pictures in, frames between them out, with every slot of every UNet batch put to use.
+"""The engine computes the frames between pictures, and uses every slot of every UNet batch.
 
 An inversion and a denoising take the same number of steps, so the engine works in waves: up to ``batch`` jobs of either
-kind go through all steps together, in one batch of one fixed shape. A chain's frames can only start from finished
-noise, so inversions go first and frames fill the slots they leave.
+kind go through all steps together, in one batch of one fixed shape. Frames start from finished noise; inversions
+therefore go first, and frames fill the slots that they leave.
 
-Identity: a picture's noise and a request's frames are the same to the bit whatever stands beside them, because every
+Identity: a picture's noise and a request's frames are the same to the bit whatever else is in the batch, because every
 operation works on samples separately and every batch has the same shape, padded with zeros.
 """
 
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Request:
-    """Frames wanted between two pictures of a call."""
+    """Frames that are asked for between two pictures of a call."""
 
     source: int
     """Index of the picture at alpha 0."""
@@ -46,13 +46,13 @@ class Interpolation:
     noise: np.ndarray
     """The inverted noise z_T of every picture, float32 [m, c, h, w]."""
     returned: dict[int, np.ndarray]
-    """Per picture asked for: its noise denoised again, uint8 [S, S, 3]. Values that are not finite become grey."""
+    """Per picture of ``endpoints``: its noise denoised again, uint8 [S, S, 3]. Values that are not finite are grey."""
     finite_images: np.ndarray
     """bool [m]: whether a picture's noise is finite throughout."""
     finite_requests: np.ndarray
-    """bool [n]: whether both noises and all frames of a request are finite; if not, its frames are not to be used."""
+    """bool [n]: whether both noises and all frames of a request are finite; if not, its frames must not be used."""
     evaluations: int
-    """UNet evaluations of single samples that were wanted: jobs times steps."""
+    """UNet evaluations of single samples that were asked for: jobs times steps."""
     padded: int
     """UNet evaluations spent on padding."""
     seconds: dict[str, float]
@@ -60,12 +60,13 @@ class Interpolation:
 
 
 Denoising = tuple[int, int, float]
-"""A denoising: from the slerp of two pictures' noise at an alpha. A returned picture i is (i, i, 0)."""
+"""A denoising: (source, label, alpha) starts from the slerp of two pictures' noise at alpha; a returned picture i is
+(i, i, 0)."""
 
 
 @dataclass(frozen=True, eq=False)
 class Diffusion:
-    """The waves' results: noise by picture, and the latent of every distinct denoising."""
+    """The results of the waves: noise by picture, and the latent of every distinct denoising."""
 
     noise: np.ndarray  # float32 [m, c, h, w]
     latents: dict[Denoising, np.ndarray]  # float32 [c, h, w] each
@@ -74,13 +75,14 @@ class Diffusion:
 
 
 class ChainEngine:
-    """Interpolates between pictures with one prior, in batches of ``batch`` UNet rows and ``engine.image_batch``
-    pictures.
+    """Interpolates between pictures with one prior.
 
-    Results depend to the bit on these two numbers, the prior, its device and dtype, and the threads; on nothing else.
+    Results depend to the bit on the prior, its device and dtype, the number of threads and the two batch sizes, and on
+    nothing else.
     """
 
     def __init__(self, prior: Prior, engine: EngineConfig, batch: int):
+        """Use ``prior`` in batches of ``batch`` UNet rows and ``engine.image_batch`` pictures."""
         self.prior = prior
         self.batch = batch
         self.image_batch = engine.image_batch
@@ -94,14 +96,17 @@ class ChainEngine:
     ) -> Interpolation:
         """Invert pictures and denoise the frames between them.
 
-        ``images``: uint8 [m, S, S, 3] with S the prior's ``size_px``, distinct; each is inverted once, unless ``noise``
-        has its z_T (float32 [c, h, w], by index). ``endpoints``: indices of pictures whose noise is also denoised.
+        Args:
+            images: uint8 [m, S, S, 3] with S the prior's ``size_px``, distinct. Each is inverted once.
+            requests: Frames between two of the pictures.
+            noise: z_T by index of a picture, float32 [c, h, w]; such a picture is not inverted.
+            endpoints: Indices of pictures whose noise is also denoised.
         """
         given = dict(noise or {})
         start = time.perf_counter()
         latents = self._encode(images, [i for i in range(len(images)) if i not in given])
         encoded = time.perf_counter()
-        diffusion = self.diffuse(latents, given, wanted_denoisings(requests, endpoints))
+        diffusion = self.diffuse(latents, given, distinct_denoisings(requests, endpoints))
         diffused = time.perf_counter()
         pictures = self._decode(diffusion.latents)
         decoded = time.perf_counter()
@@ -109,11 +114,13 @@ class ChainEngine:
         finite_images = np.isfinite(diffusion.noise).all(axis=(1, 2, 3))
         frames, finite_requests = [], []
         for request in requests:
-            results = [pictures[key] for key in _denoisings(request)]
-            shape = (0, *images.shape[1:])
-            frames.append(np.stack([picture for picture, _ in results]) if results else np.empty(shape, np.uint8))
-            finite = all(finite for _, finite in results)
-            finite_requests.append(finite and finite_images[request.source] and finite_images[request.label])
+            of_request = np.empty((len(request.alphas), *images.shape[1:]), np.uint8)
+            finite = finite_images[request.source] and finite_images[request.label]
+            for position, key in enumerate(_denoisings(request)):
+                of_request[position], finite_frame = pictures[key]
+                finite = finite and finite_frame
+            frames.append(of_request)
+            finite_requests.append(finite)
         return Interpolation(
             frames=frames,
             noise=diffusion.noise,
@@ -128,10 +135,15 @@ class ChainEngine:
     def diffuse(
         self, latents: Mapping[int, np.ndarray], noise: Mapping[int, np.ndarray], denoisings: Sequence[Denoising]
     ) -> Diffusion:
-        """Run the waves: invert every one of ``latents``, denoise every one of ``denoisings`` (distinct).
+        """Run the waves: invert every one of ``latents``, denoise every one of ``denoisings``.
 
-        Pictures are numbered 0 to m - 1; each is in ``latents`` (float32 [c, h, w]) or in ``noise`` (its z_T). All
-        inversions come before the first wave that is short of them, so that no wave but the last two is ever padded.
+        Inversions go first, so that only the last two waves can be padded. Pictures are numbered 0 to m - 1, and each
+        is either in ``latents`` or in ``noise``.
+
+        Args:
+            latents: Latent by picture, to be inverted, float32 [c, h, w] each.
+            noise: z_T by picture, float32 [c, h, w] each.
+            denoisings: Distinct.
         """
         known = dict(noise)
         results: dict[Denoising, np.ndarray] = {}
@@ -139,26 +151,26 @@ class ChainEngine:
         waves = 0
         while inversions or waiting:
             starting, inversions = inversions[: self.batch], inversions[self.batch :]
-            free = self.batch - len(starting)
-            ready = [key for key in waiting if key[0] in known and key[1] in known][:free]
-            rows = [latents[i] for i in starting] + [_mix(known, key) for key in ready]
+            ready, waiting = _take_ready(waiting, known, self.batch - len(starting))
+            rows = [latents[i] for i in starting]
+            rows += [_mix(known, key) for key in ready]
             finished = self._run_wave(np.stack(rows), len(starting))
             known.update(zip(starting, finished, strict=False))
             results.update(zip(ready, finished[len(starting) :], strict=True))
-            done = set(ready)
-            waiting = [key for key in waiting if key not in done]
             waves += 1
         jobs, steps = len(latents) + len(denoisings), self.prior.schedule.steps
-        stacked = [np.asarray(known[i], dtype=np.float32) for i in range(len(known))]
+        stacked = np.empty((len(known), *self.prior.latent_shape), np.float32)
+        for picture, z in known.items():
+            stacked[picture] = z
         return Diffusion(
-            noise=np.stack(stacked) if stacked else np.empty((0, *self.prior.latent_shape), np.float32),
+            noise=stacked,
             latents=results,
             evaluations=jobs * steps,
             padded=(waves * self.batch - jobs) * steps,
         )
 
     def _run_wave(self, rows: np.ndarray, inversions: int) -> np.ndarray:
-        """Take ``rows`` [k <= batch, c, h, w] through all steps: the first ``inversions`` towards noise."""
+        """Take ``rows`` float32 [k <= batch, c, h, w] through all steps, the first ``inversions`` towards noise."""
         schedule, device = self.prior.schedule, self.prior.device
         latents = self._padded(rows, self.batch)
         inverse = (torch.arange(self.batch, device=device) < inversions).long()
@@ -168,35 +180,56 @@ class ChainEngine:
             latents = schedule.step(latents, output, index, inverse)
         return latents[: len(rows)].cpu().numpy()
 
-    def _encode(self, images: np.ndarray, wanted: Sequence[int]) -> dict[int, np.ndarray]:
+    def _encode(self, images: np.ndarray, chosen: Sequence[int]) -> dict[int, np.ndarray]:
+        """Return the latent, float32 [c, h, w], of each of the ``chosen`` pictures of ``images`` uint8 [m, S, S, 3]."""
         latents: dict[int, np.ndarray] = {}
-        for some in _batches(wanted, self.image_batch):
+        for indices in _batches(chosen, self.image_batch):
             padded = np.zeros((self.image_batch, *images.shape[1:]), np.uint8)
-            padded[: len(some)] = images[some]
+            padded[: len(indices)] = images[indices]
             encoded = self.prior.encode(torch.from_numpy(padded)).cpu().numpy()
-            latents.update(zip(some, encoded, strict=False))
+            latents.update(zip(indices, encoded, strict=False))
         return latents
 
     def _decode(self, latents: Mapping[Denoising, np.ndarray]) -> dict[Denoising, tuple[np.ndarray, bool]]:
-        """Per latent its picture, uint8 [S, S, 3], and whether latent and picture are finite."""
+        """Return the picture of each latent, uint8 [S, S, 3], and whether latent and picture are finite."""
         pictures: dict[Denoising, tuple[np.ndarray, bool]] = {}
-        for some in _batches(list(latents), self.image_batch):
-            rows = np.stack([latents[key] for key in some])
+        for keys in _batches(list(latents), self.image_batch):
+            rows = np.stack([latents[key] for key in keys])
             decoded, finite = self.prior.decode(self._padded(rows, self.image_batch))
-            sound = finite.cpu().numpy()[: len(some)] & np.isfinite(rows).all(axis=(1, 2, 3))
-            pictures.update(zip(some, zip(decoded.cpu().numpy(), sound.tolist(), strict=False), strict=False))
+            finite_rows = finite.cpu().numpy()[: len(keys)] & np.isfinite(rows).all(axis=(1, 2, 3))
+            for key, picture, is_finite in zip(keys, decoded.cpu().numpy(), finite_rows.tolist(), strict=False):
+                pictures[key] = (picture, is_finite)
         return pictures
 
     def _padded(self, rows: np.ndarray, batch: int) -> torch.Tensor:
+        """Return ``rows`` [k, c, h, w] on the device, followed by zeros: [batch, c, h, w]."""
         latents = torch.zeros((batch, *rows.shape[1:]), device=self.prior.device)
         latents[: len(rows)] = torch.from_numpy(rows).to(self.prior.device)
         return latents.contiguous(memory_format=torch.channels_last)
 
 
-def wanted_denoisings(requests: Iterable[Request], endpoints: Iterable[int]) -> list[Denoising]:
-    """The distinct denoisings of a call, in the order they are first asked for."""
-    wanted = [key for request in requests for key in _denoisings(request)]
-    return list(dict.fromkeys(wanted + [(i, i, 0.0) for i in endpoints]))
+def distinct_denoisings(requests: Iterable[Request], endpoints: Iterable[int]) -> list[Denoising]:
+    """Return the distinct denoisings of a call, in the order in which they are first asked for."""
+    keys: dict[Denoising, None] = {}
+    for request in requests:
+        keys |= dict.fromkeys(_denoisings(request))
+    for picture in endpoints:
+        keys[picture, picture, 0.0] = None
+    return list(keys)
+
+
+def _take_ready(
+    waiting: Sequence[Denoising], noise: Collection[int], most: int
+) -> tuple[list[Denoising], list[Denoising]]:
+    """Divide ``waiting`` into at most ``most`` denoisings whose pictures have ``noise``, and the others, in order."""
+    ready: list[Denoising] = []
+    others: list[Denoising] = []
+    for key in waiting:
+        if len(ready) < most and key[0] in noise and key[1] in noise:
+            ready.append(key)
+        else:
+            others.append(key)
+    return ready, others
 
 
 def _denoisings(request: Request) -> list[Denoising]:
@@ -204,7 +237,8 @@ def _denoisings(request: Request) -> list[Denoising]:
 
 
 def _mix(noise: Mapping[int, np.ndarray], key: Denoising) -> np.ndarray:
-    return slerp(noise[key[0]], noise[key[1]], key[2])
+    source, label, alpha = key
+    return slerp(noise[source], noise[label], alpha)
 
 
 def _batches(items: Sequence[T], size: int) -> Iterable[list[T]]:

@@ -27,7 +27,7 @@ CPU_BATCH = 32
 GPU_BATCHES = (8, 16, 32, 64, 128, 256)
 CONTEXT_FILE = "empty_prompt.safetensors"
 PROBE_LATENTS = 16
-"""Side of the latents of pictures that only probe: 128 px for Stable Diffusion."""
+"""Side of the latents of the probe pictures: 128 px for Stable Diffusion."""
 _CONDITIONS = (
     "class_embed_type",
     "num_class_embeds",
@@ -37,16 +37,17 @@ _CONDITIONS = (
 )
 """Keys of a UNet's configuration that are set where it needs more than a latent, a timestep and a prompt."""
 LATENT_STD = (0.4, 2.5)
-"""Bounds for latents of the probe pictures: nano's have 1.06; a Stable Diffusion's without its factor, about 5.5."""
+"""Bounds of the standard deviation of the probe pictures' latents: nano's is 1.06, a Stable Diffusion's without its
+factor about 5.5."""
 
 
-def _model_patterns(room: str, stem: str) -> tuple[str, ...]:
-    """The files of one model: whole or sharded safetensors. Variants (fp16, non-EMA) beside them are never read."""
+def _model_patterns(subfolder: str, stem: str) -> tuple[str, ...]:
+    """Return patterns of one model's files, whole or sharded. Variants (fp16, non-EMA) beside them are not read."""
     return (
-        f"{room}/config.json",
-        f"{room}/{stem}.safetensors",
-        f"{room}/{stem}-*-of-*.safetensors",
-        f"{room}/{stem}.safetensors.index.json",
+        f"{subfolder}/config.json",
+        f"{subfolder}/{stem}.safetensors",
+        f"{subfolder}/{stem}-*-of-*.safetensors",
+        f"{subfolder}/{stem}.safetensors.index.json",
     )
 
 
@@ -56,7 +57,7 @@ NETWORK_PATTERNS = (
     "scheduler/scheduler_config.json",
 )
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
-"""Of which a tokenizer's folder has one."""
+"""A tokenizer's folder has one of these."""
 TEXT_PATTERNS = (*_model_patterns("text_encoder", "model"), "tokenizer/*.json", "tokenizer/merges.txt")
 
 
@@ -83,20 +84,20 @@ class Prior:
 
     @torch.inference_mode()
     def predict(self, latents: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """The UNet's output, float32 [B, c, h, w], for latents [B, c, h, w] at integer timesteps [B]."""
+        """Return the UNet's output, float32 [B, c, h, w], for latents [B, c, h, w] at integer timesteps [B]."""
         context = self.context.expand(len(latents), -1, -1)
         return self.unet(latents.to(self.dtype), timesteps, context, return_dict=False)[0].float()
 
     @torch.inference_mode()
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """Latents, float32 [B, c, h, w]: the mean of the VAE's posterior, for uint8 pictures [B, S, S, 3]."""
+        """Return latents, float32 [B, c, h, w], the mean of the VAE's posterior, of uint8 pictures [B, S, S, 3]."""
         pixels = images.to(self.device).permute(0, 3, 1, 2).to(self.dtype) / 127.5 - 1.0  # channels_last by its strides
         mean = self.vae.encode(pixels).latent_dist.mean.float()
         return (mean - self._shift) * self.vae.config.scaling_factor
 
     @torch.inference_mode()
     def decode(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pictures, uint8 [B, S, S, 3], of latents [B, c, h, w]; and whether all of a picture is finite, bool [B]."""
+        """Return pictures, uint8 [B, S, S, 3], of latents [B, c, h, w], and whether each is finite, bool [B]."""
         latents = latents / self.vae.config.scaling_factor + self._shift
         latents = latents.to(self.dtype, memory_format=torch.channels_last)
         pixels = self.vae.decode(latents, return_dict=False)[0].float().permute(0, 2, 3, 1)
@@ -112,14 +113,15 @@ class Prior:
 class ConstantContextProcessor:
     """Cross-attention to a context that never changes: its keys and values are computed once.
 
-    Since they are the same for every sample, the queries of all samples stand in one long sequence, and nothing is
-    expanded over the batch. Worth 1 to 2% of a step with 4 context tokens on a CPU; Stable Diffusion has 77.
+    They are the same for every sample, so the queries of all samples form one long sequence, and nothing is expanded
+    over the batch. This saves 1 to 2% of a step with 4 context tokens on a CPU; Stable Diffusion has 77.
 
-    Measured and left out, as worth less than 3%: fused query, key and value projections of the self-attention (no
-    gain), and tables of the time embeddings (2.8% at most).
+    Measured and left out, because they save less than 3%: fused query, key and value projections of the self-attention
+    (nothing), and tables of the time embeddings (2.8% at most).
     """
 
     def __init__(self, attention: Attention, context: torch.Tensor):
+        """Compute the keys and values of ``attention`` for ``context`` [1, n, d]."""
         heads = attention.heads
         with torch.inference_mode():
             key, value = attention.to_k(context), attention.to_v(context)  # [1, n, heads * d]
@@ -133,7 +135,10 @@ class ConstantContextProcessor:
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attention of ``hidden_states`` [B, l, c] to the constant context, [B, l, c]."""
+        """Return the attention of ``hidden_states`` [B, l, c] to the constant context, [B, l, c].
+
+        The other arguments are those that diffusers passes to every processor; they are not used.
+        """
         query = attn.to_q(hidden_states).flatten(0, 1).unflatten(-1, (attn.heads, -1))  # [B * l, heads, d]
         mixed = F.scaled_dot_product_attention(query.transpose(0, 1)[None], self.key, self.value)
         mixed = mixed[0].transpose(0, 1).flatten(1).unflatten(0, hidden_states.shape[:2])
@@ -144,11 +149,17 @@ def load_prior(config: PriorConfig, engine: EngineConfig, *, verify: bool = True
     """Load a prior folder onto the engine's device.
 
     The folder has the diffusers layout: ``unet/``, ``vae/``, ``scheduler/`` and either ``empty_prompt.safetensors`` (a
-    tensor ``context`` [1, n, d]) or ``text_encoder/`` and ``tokenizer/`` (CLIP), from which it is computed once. Only
-    safetensors are read. ``verify`` also checks the network itself, see ``verify_prior``.
+    tensor ``context`` [1, n, d]) or ``text_encoder/`` and ``tokenizer/`` (CLIP), from which the context is computed
+    once. Only safetensors are read.
 
-    Raises WeightsError for a folder that is missing, incomplete or contradicts itself, ConfigError for a size, a number
-    of steps, a device or a compilation that cannot be had.
+    Args:
+        config: Which prior, at which size, with how many steps.
+        engine: Device, type of arithmetic, and whether to compile.
+        verify: Also check the network itself, see ``verify_prior``.
+
+    Raises:
+        WeightsError: The folder is missing or incomplete, or contradicts itself.
+        ConfigError: The size, the number of steps, the device or the compilation is not possible.
     """
     folder = resolve_folder(config.path, config.revision, "prior", (*NETWORK_PATTERNS, CONTEXT_FILE, *TEXT_PATTERNS))
     require_prior_files(folder)
@@ -164,7 +175,9 @@ def load_prior(config: PriorConfig, engine: EngineConfig, *, verify: bool = True
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     sample_size = unet.config.sample_size
     if config.size_px is None and not isinstance(sample_size, int):
-        raise ConfigError(f"prior.size_px: {folder}/unet/config.json has sample_size {sample_size}, no side; give one")
+        raise ConfigError(
+            f"prior.size_px: {folder}/unet/config.json has sample_size {sample_size}, not one side; set it"
+        )
     size_px = config.size_px or sample_size * factor
     if size_px % factor:
         raise ConfigError(f"prior.size_px: {size_px} is not a multiple of {factor}, the downsampling of {folder}/vae")
@@ -183,16 +196,16 @@ def load_prior(config: PriorConfig, engine: EngineConfig, *, verify: bool = True
     if verify:
         verify_prior(prior, folder)
     if engine.compile:
-        # The batch has one shape for the whole build, so shapes are compiled in. On a CPU: 14% less time a step, for
-        # half a minute at the start.
+        # The batch has one shape for the whole build, so the shapes are compiled in. On a CPU a step takes 14% less
+        # time, after half a minute at the start.
         unet.compile(dynamic=False)
     return prior
 
 
 def fingerprint_prior(folder: Path) -> str:
-    """SHA-256 (hex) over the files of a prior folder that decide its numbers; no tensor is loaded."""
-    has_context = (folder / CONTEXT_FILE).is_file()
-    return fingerprint_folder(folder, (*NETWORK_PATTERNS, *((CONTEXT_FILE,) if has_context else TEXT_PATTERNS)))
+    """Return a SHA-256 (hex) over the files of a prior folder that decide its numbers; no tensor is loaded."""
+    prompt_patterns = (CONTEXT_FILE,) if (folder / CONTEXT_FILE).is_file() else TEXT_PATTERNS
+    return fingerprint_folder(folder, (*NETWORK_PATTERNS, *prompt_patterns))
 
 
 def cache_context(unet: UNet2DConditionModel, context: torch.Tensor) -> None:
@@ -206,23 +219,25 @@ def cache_context(unet: UNet2DConditionModel, context: torch.Tensor) -> None:
 
 
 def verify_prior(prior: Prior, where: str | Path = "prior") -> None:
-    """Check that the weights are what the configuration says: the prediction type and the VAE's scaling factor. With
-    a wrong one everything runs, and the frames are noise. Raises WeightsError."""
+    """Check that prediction type and scaling factor belong to the weights. Raises WeightsError.
+
+    With a wrong one everything runs, and the frames are noise.
+    """
     probed, slope = probe_prediction(prior, where)
     if probed != prior.prediction_type:
         raise WeightsError(
             f"{where}: scheduler_config.json says prediction_type {prior.prediction_type}, but the UNet answers noise "
-            f"like {probed} (slope {slope:.2f}); take the scheduler that belongs to these weights"
+            f"like {probed} (slope {slope:.2f}); use the scheduler that belongs to these weights"
         )
     verify_scale(prior, where)
 
 
 def probe_prediction(prior: Prior, where: str | Path = "prior") -> tuple[str, float]:
-    """What the UNet predicts, ``epsilon`` or ``v_prediction``, by its answer to noise; and the slope of that answer.
+    """Return what the UNet predicts, ``epsilon`` or ``v_prediction``, by its answer to noise, and that answer's slope.
 
-    At the last training timestep a latent is nearly all noise, so a network that predicts the noise answers its input
-    (slope near 1), and one that predicts v answers nearly minus the picture (slope near 0, Salimans & Ho 2022).
-    Raises WeightsError for an answer that is not finite.
+    At the last training timestep a latent is nearly all noise. A network that predicts the noise therefore answers with
+    its input (slope near 1), and one that predicts v nearly with minus the picture (slope near 0; Salimans & Ho,
+    arXiv:2202.00512). Raises WeightsError for an answer that is not finite.
     """
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn((4, *prior.latent_shape), generator=generator).to(prior.device)
@@ -230,7 +245,7 @@ def probe_prediction(prior: Prior, where: str | Path = "prior") -> tuple[str, fl
     timesteps = torch.full((len(noise),), prior.schedule.train_timesteps - 1, device=prior.device)
     output = prior.predict(noise, timesteps)
     if not bool(output.isfinite().all()):
-        raise WeightsError(f"{where}: the UNet answers Gaussian noise with values that are not finite")
+        raise WeightsError(f"{where}: the UNet answers Gaussian noise with values that are not finite; get it again")
     slope = float((output * noise).sum() / noise.square().sum())
     return ("epsilon" if slope > 0.5 else "v_prediction"), slope
 
@@ -238,8 +253,8 @@ def probe_prediction(prior: Prior, where: str | Path = "prior") -> tuple[str, fl
 def verify_scale(prior: Prior, where: str | Path = "prior") -> None:
     """Check that the scaling factor brings the VAE's latents near unit variance, as the UNet expects them.
 
-    Bounds are wide, since the pictures are but two: they tell a factor that is absent or of another family of VAEs (a
-    Stable Diffusion's is 0.18215), not one that is a little off. Raises WeightsError.
+    There are only two pictures, so the bounds are wide: they find a factor that is absent or of another family of VAEs
+    (a Stable Diffusion's is 0.18215), not one that is slightly wrong. Raises WeightsError.
     """
     side = PROBE_LATENTS * (prior.size_px // prior.latent_shape[-1])
     deviation = float(prior.encode(torch.from_numpy(probe_pictures(side))).std())
@@ -247,32 +262,36 @@ def verify_scale(prior: Prior, where: str | Path = "prior") -> None:
         factor = prior.vae.config.scaling_factor
         raise WeightsError(
             f"{where}: with scaling_factor {factor:g} the VAE's latents have a standard deviation of {deviation:.2f}, "
-            "not near 1; take the vae/config.json that belongs to these weights"
+            "not near 1; use the vae/config.json that belongs to these weights"
         )
 
 
 def probe_pictures(size_px: int) -> np.ndarray:
-    """Two pictures, uint8 [2, size_px, size_px, 3]: shades, edges and texture as in a photo, and a label's flat areas.
+    """Return two pictures, uint8 [2, size_px, size_px, 3]: shades, edges and texture as in a photo, and flat areas.
 
-    Whole numbers only, so that they are the same to the bit everywhere.
+    They are computed in whole numbers only, so that they are the same to the bit on every machine.
     """
     y, x = np.mgrid[:size_px, :size_px] * 256 // size_px
     disc = ((x - 96) ** 2 + (y - 112) ** 2 < 64**2)[..., None]
     checks = ((x // 16 + y // 16) % 2 * (x > 144))[..., None] > 0
     shades = np.stack([x, (x + y) // 2, 255 - y], axis=-1)
-    photo = np.where(disc, 255 - shades, np.where(checks, (60, 40, 20), shades))
-    label = np.where(disc, (220, 20, 60), np.where(x[..., None] > 144, (244, 232, 32), (32, 96, 160)))
+    background = np.where(checks, (60, 40, 20), shades)
+    photo = np.where(disc, 255 - shades, background)
+    halves = np.where(x[..., None] > 144, (244, 232, 32), (32, 96, 160))
+    label = np.where(disc, (220, 20, 60), halves)
     return np.stack([photo, label]).astype(np.uint8)
 
 
 def propose_batch(prior: Prior) -> int:
-    """Rows of the UNet's batch for this machine: a constant on a CPU; on a GPU the smallest size within 3% of the best
-    samples a second among doubling sizes that fit in memory.
+    """Return the rows of the UNet's batch for this machine.
+
+    On a CPU it is a constant; on a GPU the smallest of the doubling sizes that fit in memory whose samples a second are
+    within 3% of the best. Raises ConfigError where not even the smallest fits.
     """
     if prior.device.type == "cpu":
-        return CPU_BATCH  # 64 rows are slower again: activations leave the cache
+        return CPU_BATCH  # 64 rows are slower: activations leave the cache
     speeds: dict[int, float] = {}
-    with torch.compiler.set_stance("force_eager"):  # compiling every size would take longer than it could tell
+    with torch.compiler.set_stance("force_eager"):  # compiling every size would take longer than it could save
         for size in GPU_BATCHES:
             try:
                 speeds[size] = size / _time_prediction(prior, size)
@@ -285,11 +304,12 @@ def propose_batch(prior: Prior) -> int:
 
 
 def smallest_good_batch(speeds: dict[int, float]) -> int:
-    """The smallest batch whose samples a second are within 3% of the best."""
+    """Return the smallest batch whose samples a second (``speeds`` by batch) are within 3% of the best."""
     return min(size for size, speed in speeds.items() if speed >= 0.97 * max(speeds.values()))
 
 
 def _time_prediction(prior: Prior, size: int, repetitions: int = 3) -> float:
+    """Return the seconds that one prediction of ``size`` rows takes on a GPU."""
     latents = torch.zeros((size, *prior.latent_shape), device=prior.device)
     latents = latents.contiguous(memory_format=torch.channels_last)
     timesteps = torch.zeros(size, dtype=torch.int64, device=prior.device)
@@ -303,25 +323,27 @@ def _time_prediction(prior: Prior, size: int, repetitions: int = 3) -> float:
 
 
 def require_prior_files(folder: Path) -> None:
+    """Check that a prior folder is complete. Raises WeightsError naming the first file that is missing."""
     required: list[str | tuple[str, ...]] = ["scheduler/scheduler_config.json"]
-    rooms = [("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model")]
+    models = [("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model")]
     if not (folder / CONTEXT_FILE).is_file():
         require_files(folder, [(CONTEXT_FILE, "text_encoder/config.json")])
         required.append(tuple(f"tokenizer/{name}" for name in TOKENIZER_FILES))
-        rooms.append(("text_encoder", "model"))
-    for room, stem in rooms:
-        required += [f"{room}/config.json", (f"{room}/{stem}.safetensors", f"{room}/{stem}.safetensors.index.json")]
+        models.append(("text_encoder", "model"))
+    for subfolder, stem in models:
+        weights = f"{subfolder}/{stem}.safetensors"
+        required += [f"{subfolder}/config.json", (weights, f"{weights}.index.json")]
     require_files(folder, required)
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """The keys and values of a JSON file. Raises WeightsError for a file that is none."""
+    """Return the keys and values of a JSON file. Raises WeightsError for a file of anything else."""
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise WeightsError(f"{file}: not valid JSON: {error}") from error
+        raise WeightsError(f"{file}: is not valid JSON ({one_line(error)}); get the folder again") from error
     if not isinstance(config, dict):
-        raise WeightsError(f"{file}: holds {type(config).__name__}, not keys and values")
+        raise WeightsError(f"{file}: holds {type(config).__name__}, not keys and values; get the folder again")
     return config
 
 
@@ -334,7 +356,7 @@ def _load_model(model_class: Any, folder: Path, device: torch.device, dtype: tor
         raise WeightsError(f"{folder}: cannot be loaded as {model_class.__name__}: {one_line(error)}") from error
     _require_whole(folder, report)
     _require_used(folder, report)
-    # channels_last: 4% less time a step on a CPU at batch 32, and what tensor cores want on a GPU.
+    # channels_last: 4% less time a step on a CPU at batch 32, and the layout of a GPU's tensor cores.
     return model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
 
 
@@ -353,7 +375,7 @@ def _require_used(folder: Path, report: Mapping[str, Collection[str]]) -> None:
     if unexpected:
         raise WeightsError(
             f"{folder}: {len(unexpected)} tensors are not part of what config.json describes, {unexpected[0]} among "
-            "them; take the config.json that belongs to these weights"
+            "them; use the config.json that belongs to these weights"
         )
 
 
@@ -364,9 +386,9 @@ def _load_context(folder: Path) -> torch.Tensor:
     try:
         context = load_file(file).get("context")
     except SafetensorError as error:
-        raise WeightsError(f"{file}: not a readable safetensors file: {error}") from error
+        raise WeightsError(f"{file}: is not a readable safetensors file ({one_line(error)}); get it again") from error
     if context is None or context.ndim != 3 or len(context) != 1:
-        raise WeightsError(f"{file}: must hold one tensor named context of shape [1, n, d]")
+        raise WeightsError(f"{file}: has no tensor named context of shape [1, n, d]; get the folder again")
     return context.float()
 
 
@@ -413,7 +435,7 @@ def empty_prompt_ids(tokenizer: Path, positions: int, words: int) -> torch.Tenso
     ids = loaded("", padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
     if int(ids.max()) >= words:
         raise WeightsError(
-            f"{tokenizer}: pads with id {int(ids.max())}, the text encoder has {words} words; take the tokenizer that "
+            f"{tokenizer}: pads with id {int(ids.max())}, the text encoder has {words} words; use the tokenizer that "
             "belongs to it"
         )
     return ids
@@ -422,7 +444,9 @@ def empty_prompt_ids(tokenizer: Path, positions: int, words: int) -> torch.Tenso
 def _require_agreement(folder: Path, unet: Any, vae: Any, context: torch.Tensor) -> None:
     for key in _CONDITIONS:
         if unet.config[key] is not None:
-            raise WeightsError(f"{folder}/unet: {key} is {unet.config[key]!r}; covray runs UNets without conditions")
+            raise WeightsError(
+                f"{folder}/unet: {key} is {unet.config[key]!r}; covray runs UNets without conditions, give another"
+            )
     for key in ("latents_mean", "latents_std"):
         if vae.config[key] is not None:
             raise WeightsError(
@@ -432,11 +456,11 @@ def _require_agreement(folder: Path, unet: Any, vae: Any, context: torch.Tensor)
     if not unet.config.in_channels == unet.config.out_channels == channels:
         raise WeightsError(
             f"{folder}: the UNet has {unet.config.in_channels} input and {unet.config.out_channels} output channels, "
-            f"the VAE {channels} latent channels; take the VAE that belongs to the UNet"
+            f"the VAE {channels} latent channels; use the VAE that belongs to the UNet"
         )
     width = unet.config.cross_attention_dim
     if width != context.shape[-1]:
         raise WeightsError(
             f"{folder}: the empty prompt is {context.shape[-1]} wide, the UNet's cross_attention_dim is {width}; "
-            f"take the text encoder that belongs to the UNet"
+            "use the text encoder that belongs to the UNet"
         )

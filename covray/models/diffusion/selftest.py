@@ -1,8 +1,7 @@
-"""A golden self-test of a prior: a tiny chain of two fixed pictures, and sixteen numbers that tell whether it came out
-as it once did.
+"""A golden self-test of a prior: sixteen numbers of a tiny chain of two fixed pictures, compared with recorded ones.
 
-Weights that are damaged, of another revision, or run with other settings give other numbers; another machine does not:
-differences of float32 arithmetic stay far below ``TOLERANCE``. What was recorded is in ``golden.json``, by fingerprint.
+Weights that are damaged, of another revision, or run with other settings give other numbers. Another machine does not:
+differences of float32 arithmetic stay far below ``TOLERANCE``. ``golden.json`` has the recorded numbers by fingerprint.
 """
 
 from __future__ import annotations
@@ -32,9 +31,12 @@ _MASKS = 73 * np.arange(1, 9)  # of the eight Walsh functions that a latent is p
 def self_test(path: str, revision: str | None = None) -> dict[str, Any]:
     """Load a prior and compute its digest, in float32 on the CPU: 3 runs of 5 steps at latents of 16 x 16.
 
-    ``path`` and ``revision`` are those of ``PriorConfig``. Gives ``digest`` (sixteen numbers of order 1),
-    ``fingerprint``, ``size_px``, ``steps`` and ``seconds``, of the loading too.
-    Raises WeightsError for a prior that cannot be loaded or fails ``verify_prior``.
+    ``path`` and ``revision`` are those of ``PriorConfig``. Raises WeightsError for a prior that cannot be loaded or
+    fails ``verify_prior``.
+
+    Returns:
+        ``digest`` (sixteen numbers of order 1), ``fingerprint``, ``size_px``, ``steps`` and ``seconds``, which include
+        loading.
     """
     start = time.perf_counter()
     config = PriorConfig(path=path, revision=revision, steps=STEPS)
@@ -50,38 +52,39 @@ def self_test(path: str, revision: str | None = None) -> dict[str, Any]:
 
 
 def small(prior: Prior) -> Prior:
-    """``prior`` for pictures whose latents are 16 x 16."""
+    """Return ``prior`` for pictures whose latents are 16 x 16."""
     channels, _, side = prior.latent_shape
     size_px = PROBE_LATENTS * (prior.size_px // side)
     return replace(prior, size_px=size_px, latent_shape=(channels, PROBE_LATENTS, PROBE_LATENTS))
 
 
 def digest(prior: Prior) -> list[float]:
-    """Invert the two probe pictures and denoise the frame halfway: eight projections of the first picture's noise, and
-    eight of the frame's latent."""
+    """Return eight projections of the first probe picture's noise, and eight of the latent of the frame halfway.
+
+    Both probe pictures are inverted, and the frame between them is denoised.
+    """
     engine = ChainEngine(prior, EngineConfig(device="cpu"), batch=2)
     latents = prior.encode(torch.from_numpy(probe_pictures(prior.size_px))).cpu().numpy()
     halfway = (0, 1, 0.5)
-    found = engine.diffuse(dict(enumerate(latents)), {}, [halfway])
-    return [*_projections(found.noise[0]), *_projections(found.latents[halfway])]
+    diffusion = engine.diffuse(dict(enumerate(latents)), {}, [halfway])
+    return [*_projections(diffusion.noise[0]), *_projections(diffusion.latents[halfway])]
 
 
 def golden(fingerprint: str) -> dict[str, Any] | None:
-    """The ``digest``, ``size_px`` and ``steps`` recorded for the prior of this fingerprint, or None."""
+    """Return the ``digest``, ``size_px`` and ``steps`` recorded for the prior of this fingerprint, or None."""
     recorded: dict[str, dict[str, Any]] = json.loads(GOLDEN_FILE.read_text(encoding="utf-8"))
     return recorded.get(fingerprint)
 
 
 def compare(digest: Sequence[float], recorded: Sequence[float]) -> float:
-    """The largest difference of two digests, to be held against ``TOLERANCE``. Values that are not finite differ by
-    infinity."""
+    """Return the largest difference of two digests, to compare with ``TOLERANCE``; infinity for values not finite."""
     with np.errstate(invalid="ignore"):
         difference = np.abs(np.subtract(digest, recorded, dtype=np.float64))
     return float(np.where(np.isfinite(difference), difference, np.inf).max())
 
 
 def _projections(latent: np.ndarray) -> list[float]:
-    """Sums of ``latent`` [c, h, w] under the signs of Walsh functions, of order 1 for unit variance."""
+    """Return sums of ``latent`` [c, h, w] under the signs of Walsh functions, of order 1 for unit variance."""
     index = np.arange(latent.size)
     signs = 1.0 - 2.0 * (np.bitwise_count(index & _MASKS[:, None]) & 1)
     sums = signs @ latent.astype(np.float64).reshape(-1) / np.sqrt(latent.size)

@@ -380,8 +380,8 @@ UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_mo
     ("drop", "new", "named"),
     [
         (f"{UNET}middle_block.1.norm.weight", {}, r"unet\.mid_block.*is missing"),
-        (f"{UNET}output_blocks.3.2.conv.bias", {}, "unet is not whole"),
-        (f"{VAE}decoder.up.1.upsample.conv.bias", {}, "vae is not whole"),
+        (f"{UNET}output_blocks.3.2.conv.bias", {}, "unet is not complete"),
+        (f"{VAE}decoder.up.1.upsample.conv.bias", {}, "vae is not complete"),
         (f"{VAE}encoder.conv_in.weight", {}, r"vae\.encoder\.conv_in\.weight is missing"),
         (f"{TEXT}positional_embedding", {}, r"text_encoder\.embeddings\.position_embedding\.weight is missing"),
         ("", {f"{UNET}input_blocks.0.0.weight": torch.zeros(16, 9, 3, 3)}, r"unet\.conv_in\.weight is \[16, 9, 3, 3\]"),
@@ -393,7 +393,7 @@ UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_mo
             r"unexpected tensor .*layers\.3\.layer_norm1",
         ),
         ("", {f"{TEXT}transformer.resblocks.0.attn.in_proj_bias": torch.ones(4 * WIDTH)}, r"v_proj\.bias is \[128\]"),
-        ("", {f"{TEXT}transformer.resblocks.0.attn.in_proj_weight": torch.ones(9)}, "text_encoder is not whole"),
+        ("", {f"{TEXT}transformer.resblocks.0.attn.in_proj_weight": torch.ones(9)}, "text_encoder is not complete"),
         ("", {f"{VAE}encoder.mid.attn_1.q.weight": torch.zeros(16, 16, 3, 3)}, r"attn_1\.q\.weight is not used"),
         ("", {f"{UNET}out.2.bias": torch.full((4,), torch.nan)}, r"out\.2\.bias holds values that are not finite"),
         ("", {f"{UNET}out.2.bias": torch.zeros(4, dtype=torch.int64)}, r"out\.2\.bias is of type torch\.int64"),
@@ -420,7 +420,7 @@ def test_what_is_no_such_file_is_one_line(v: Source, tmp_path: Path) -> None:
         "cut": "cannot be read",
         "empty": "cannot be read",
         "pickle": "cannot be read",
-        "xl": "no Stable Diffusion 1 or 2",
+        "xl": "not a Stable Diffusion 1 or 2",
         "wide": "width 640, not 768 or 1024",
         "stub": r"unet\.\S+ is missing",
     }
@@ -428,7 +428,7 @@ def test_what_is_no_such_file_is_one_line(v: Source, tmp_path: Path) -> None:
         with pytest.raises(WeightsError, match=named) as raised:
             convert_prior(str(tmp_path / f"{name}.safetensors"), str(tmp_path / "out"))
         require_one_line(raised.value, name)
-    with pytest.raises(WeightsError, match=r"model\.ckpt: is no \.safetensors file"):
+    with pytest.raises(WeightsError, match=r"model\.ckpt: is not a \.safetensors file"):
         convert_prior(str(tmp_path / "model.ckpt"), str(tmp_path / "out"))
     with pytest.raises(ConfigError, match=r"absent\.safetensors: no such file"):
         convert_prior(str(tmp_path / "absent.safetensors"), str(tmp_path / "out"))

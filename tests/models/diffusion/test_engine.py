@@ -10,7 +10,7 @@ from diffusers import DDIMInverseScheduler, DDIMScheduler
 
 from covray.config import EngineConfig
 from covray.models.diffusion.ddim import slerp
-from covray.models.diffusion.engine import ChainEngine, Interpolation, Request, wanted_denoisings
+from covray.models.diffusion.engine import ChainEngine, Interpolation, Request, distinct_denoisings
 from covray.models.diffusion.prior import Prior
 
 Priors = Callable[[str], Prior]
@@ -65,7 +65,7 @@ def test_frames_are_those_of_diffusers_a_pair_at_a_time(priors: Priors, predicti
     engine, images, alphas = make_engine(prior), pictures(4), (1 / 3, 2 / 3)
     requests = [Request(0, 1, alphas), Request(2, 3, alphas)]
     latents = engine._encode(images, range(4))
-    frames = engine.diffuse(latents, {}, wanted_denoisings(requests, ())).latents
+    frames = engine.diffuse(latents, {}, distinct_denoisings(requests, ())).latents
     for request in requests:
         reference = reference_latents(prior, images[request.source], images[request.label], alphas)
         ours = np.stack([frames[request.source, request.label, float(np.float32(alpha))] for alpha in alphas])
@@ -155,7 +155,7 @@ def test_given_noise_is_used_and_costs_no_inversion(engine: ChainEngine) -> None
 
 def test_alphas_are_float32_and_equal_denoisings_run_once(engine: ChainEngine) -> None:
     third = float(np.float32(1 / 3))
-    assert wanted_denoisings([Request(0, 1, (1 / 3, 0.5)), Request(0, 1, (third,))], [0, 1, 0]) == [
+    assert distinct_denoisings([Request(0, 1, (1 / 3, 0.5)), Request(0, 1, (third,))], [0, 1, 0]) == [
         (0, 1, third),
         (0, 1, 0.5),
         (0, 0, 0.0),
