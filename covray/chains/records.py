@@ -40,6 +40,8 @@ class DatasetRecord(Record):
     """Codes of the tokenizer's codebook; absent in datasets of early versions."""
     pairs: PairSet | None = None
     """The manifest's pairs; absent in datasets of early versions."""
+    classes: dict[str, Any] | None = None
+    """The classes of segmentation (names, numbers, void) as `meta` of the manifest has them; absent without any."""
 
     @field_validator("config")
     @classmethod

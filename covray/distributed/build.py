@@ -44,8 +44,9 @@ from covray.distributed.resumable import Output
 from covray.distributed.session import ray_session
 from covray.errors import DatasetError
 from covray.io import storage
-from covray.pairs.manifest import ManifestInfo, check_manifest
+from covray.pairs.manifest import ManifestInfo, check_manifest, read_classes
 from covray.progress import stage
+from covray.tasks import segmentation
 
 if TYPE_CHECKING:
     from covray.chains.build import BlockBuilder
@@ -67,6 +68,7 @@ class Plan:
 def plan_build(config: BuildConfig) -> Plan:
     """Check the manifest and count the work. Raises ManifestError."""
     info = check_manifest(config.pairs)
+    _classes(config, info)
     alphas = union_alphas(config.lengths, config.alphas)
     passes = 0.0  # of the UNet through all steps, for one pair
     if needs_prior(config):
@@ -103,19 +105,23 @@ def build(config: BuildConfig, patience_s: float = 0.0) -> Audit:
             config = _as_recorded(config, output.begun)
         if output.finished:
             return Audit.read(output.folder)
+        # A dataset that has begun goes on, whatever an earlier version let into it.
+        classes = _classes(config, info) if output.begun is None else None
         with ray_session() as cores:
-            audit = _build(config, info, output, cores)
+            audit = _build(config, info, classes, output, cores)
     return audit
 
 
-def _build(config: BuildConfig, info: ManifestInfo, output: Output[DatasetRecord], cores: int) -> Audit:
+def _build(
+    config: BuildConfig, info: ManifestInfo, classes: dict[str, Any] | None, output: Output[DatasetRecord], cores: int
+) -> Audit:
     """Build in a Ray session with ``cores`` cores."""
     gpus = gpus_of(config.actors, config.engine)
     with stage("loading the models, to check them"):
         config, models = _load_once(config, gpus)
     config = _with_block_size(config, info.rows, most_actors(config.actors, config.engine, cores, gpus))
     if output.begun is None:
-        _description(config, info, models).write(output.folder)
+        _description(config, info, models, classes).write(output.folder)
     else:
         output.require_same(output.begun.identity, config.identity())
         output.require_same(output.begun.fingerprints, models.fingerprints)
@@ -258,8 +264,15 @@ def _with_block_size(config: BuildConfig, pairs: int, actors: int) -> BuildConfi
     return config.model_copy(update={"rows_per_block": rows})
 
 
-def _description(config: BuildConfig, info: ManifestInfo, models: BuildModels) -> DatasetRecord:
-    return DatasetRecord(
+def _classes(config: BuildConfig, info: ManifestInfo) -> dict[str, Any] | None:
+    """Return the classes of the manifest's segmentation; ManifestError where one colour would stand for two."""
+    return read_classes(config.pairs) if segmentation.name in info.per_task else None
+
+
+def _description(
+    config: BuildConfig, info: ManifestInfo, models: BuildModels, classes: dict[str, Any] | None
+) -> DatasetRecord:
+    record = DatasetRecord(
         config=config.model_dump(mode="json"),
         identity=config.identity(),
         fingerprints=models.fingerprints,
@@ -269,6 +282,7 @@ def _description(config: BuildConfig, info: ManifestInfo, models: BuildModels) -
         codes=models.codes,
         pairs=_pair_set(info),
     )
+    return record if classes is None else record.model_copy(update={"classes": classes})
 
 
 def _pair_set(info: ManifestInfo) -> PairSet:

@@ -79,7 +79,9 @@ def train(config: TrainConfig, watch: Callable[[dict[str, Any]], None] | None = 
     if config.lora.path is not None:
         weights = storage.read_bytes(storage.join(config.lora.path, WEIGHTS_FILE))
         fingerprints["adapter"] = hashlib.sha256(weights).hexdigest()
-    if described is not None:
+    if described is None:
+        _require_same_classes(config, dataset.record.classes)
+    else:
         require_same(config.out, described["fingerprints"], fingerprints)
         if storage.exists(storage.join(config.out, "_result.json")):
             if watch is not None:
@@ -97,6 +99,8 @@ def train(config: TrainConfig, watch: Callable[[dict[str, Any]], None] | None = 
             "fingerprints": fingerprints,
             "mlflow_run_id": described["mlflow_run_id"] if described else None,
         }
+        if dataset.record.classes is not None:
+            run["classes"] = dataset.record.classes
         _write_run(config, run)
         tracker = Tracker(config, run["mlflow_run_id"])
         run["mlflow_run_id"] = tracker.start()
@@ -280,6 +284,27 @@ def _data_fingerprint(dataset: ChainDataset) -> str:
     pairs = dataset.record.pairs
     what = [dataset.identity, dataset.fingerprints, pairs and pairs.to_json(), dataset.count()]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+
+def _require_same_classes(config: TrainConfig, classes: dict[str, Any] | None) -> None:
+    """Refuse to go on from an adapter whose run was trained on other classes of segmentation, if it says so.
+
+    Raises:
+        ConfigError: One colour would stand for two classes.
+    """
+    if config.lora.path is None or classes is None:
+        return
+    folder, _, name = config.lora.path.rstrip("/").rpartition("/")
+    try:
+        earlier = storage.read_json(storage.join(folder, "_run.json")).get("classes") if name else None
+    except (OSError, ValueError, AttributeError):
+        return  # an adapter from elsewhere
+    if earlier is not None and earlier != classes:
+        raise ConfigError(
+            f"--data {config.data}: its segmentation has other classes than the run of --set lora.path="
+            f"{config.lora.path}, so that one colour would stand for two things; train a new adapter, or build the "
+            "data with the same --classes"
+        )
 
 
 def _read_run(config: TrainConfig) -> dict[str, Any] | None:

@@ -61,6 +61,8 @@ class ResolvedGenerator:
     """Fingerprint of the codebook that the model was trained on, if it is known."""
     tokens_per_image: int | None
     """If it is known before the tokenizer is loaded."""
+    classes: dict[str, Any] | None = None
+    """The classes of segmentation that the run was trained on, as a manifest's ``meta`` has them."""
 
     @property
     def length(self) -> int:
@@ -145,7 +147,7 @@ class Generator:
         small, spread = likeliest, None
         if request.sampling.vote > 1:
             answers = list(self.tokenizer.decode(candidates[:, -1]))
-            small = join_answers(self._task(request), answers, answer_meta(request))
+            small = join_answers(self._task(request), answers, answer_meta(request, self.resolved.classes))
             spread = self._resized(request, number, draw_spread(answers), "bicubic")
         task = self._task(request)
         picture = self._resized(request, number, small, TASKS[task or PLAIN_TASK].resample)
@@ -155,7 +157,7 @@ class Generator:
             small=small,
             picture=picture,
             spread=spread,
-            data={} if task is None else TASKS[task].export(picture, answer_meta(request)),
+            data={} if task is None else TASKS[task].export(picture, answer_meta(request, self.resolved.classes)),
             seed=seed,
             samples=len(candidates),
             candidate=best,
@@ -263,8 +265,13 @@ class Generator:
         return builder
 
 
-def answer_meta(request: Request) -> dict[str, Any]:
-    """Return the ``meta`` by which the answers of ``request`` are read, as a manifest's row would have it."""
+def answer_meta(request: Request, trained: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the ``meta`` by which the answers of ``request`` are read, as a manifest's row would have it.
+
+    That are the classes that the run was ``trained`` on, unless the request asks for another number of them.
+    """
+    if trained is not None and request.classes in (Request.classes, len(trained.get("classes", ()))):
+        return trained
     return {"classes": [str(number) for number in range(request.classes)]}
 
 
@@ -304,6 +311,7 @@ def resolve_generator(config: GeneratorConfig) -> ResolvedGenerator:
         task=None if run is None else run.task,
         codebook=facts.codebook or trained_codebook,
         tokens_per_image=tokens_per_image,
+        classes=None if run is None else run.classes,
     )
 
 
@@ -316,6 +324,8 @@ class _Trained:
     """Fingerprint of its backbone."""
     codebook: str
     """Fingerprint of the codebook of its data."""
+    classes: dict[str, Any] | None
+    """The classes of its data's segmentation."""
 
     @property
     def task(self) -> str | None:
@@ -328,7 +338,9 @@ def _read_trained(adapter: str) -> _Trained:
     run = read_run(adapter)
     try:
         config = TrainConfig.model_validate(run["config"])
-        return _Trained(config, str(run["fingerprints"]["backbone"]), str(run["fingerprints"]["codebook"]))
+        fingerprints, classes = run["fingerprints"], run.get("classes")
+        known = classes if isinstance(classes, dict) else None
+        return _Trained(config, str(fingerprints["backbone"]), str(fingerprints["codebook"]), known)
     except (KeyError, TypeError, ValidationError) as error:
         raise ConfigError(
             f"{adapter}/_run.json: is no description of a run; give the --out of a covray train"

@@ -52,7 +52,7 @@ def test_bad_pairs_are_rows_with_their_reason(tmp_path: Path) -> None:
     root.mkdir()
     (tmp_path / "outside.png").write_bytes(b"secret")
     expected = hostile_files(root)
-    lines = ["image,label,task"] + [f"{name},good.png,depth" for name in expected]
+    lines = ["image,label,task"] + [f"{name},good.png,pose" for name in expected]
     (root / "list.csv").write_text("\n".join(lines) + "\n")
     pairs, out = tmp_path / "pairs.parquet", tmp_path / "chains"
     run("pairs", "manifest", str(root / "list.csv"), "--out", str(pairs))
@@ -64,7 +64,7 @@ def test_bad_pairs_are_rows_with_their_reason(tmp_path: Path) -> None:
     assert reasons == sorted(expected.values())
     audit = json.loads((out / "_audit.json").read_text())
     assert audit["asked"] == len(expected) == audit["written"] + audit["rejected"]
-    assert audit["per_task"]["depth"]["reasons"]["outside_root"] == 2
+    assert audit["per_task"]["pose"]["reasons"]["outside_root"] == 2
 
 
 def test_from_photographs_to_the_page(tmp_path: Path, scenes_manifest: Callable[..., Path]) -> None:

@@ -23,6 +23,8 @@ from covray.pairs.manifest import (
     Pair,
     Picture,
     check_manifest,
+    read_classes,
+    read_manifest,
     row_dicts,
 )
 
@@ -312,3 +314,92 @@ def test_a_manifest_cut_short_is_one_line(tmp_path: Path) -> None:
     for size in (len(data) // 2, len(data) - 1, len(data) - 100):
         path.write_bytes(data[:size])
         assert refused(check_manifest, path).startswith(f"{path}: ")
+
+
+def test_a_manifest_from_pandas_is_read(tmp_path: Path) -> None:
+    """pandas writes a field that has no value in any row as of type null, and drops the root."""
+    pandas = pytest.importorskip("pandas")
+    for name in ("i.png", "l.png"):
+        (tmp_path / name).touch()
+    pairs = [Pair("depth", "train", Picture(uri="i.png"), Picture(uri="l.png")), pair(1), pair(2)]
+    write(tmp_path / "ours.parquet", pairs[:1], str(tmp_path))
+    pandas.read_parquet(tmp_path / "ours.parquet").query("split == 'train'").to_parquet(tmp_path / "theirs.parquet")
+    info = check_manifest(tmp_path / "theirs.parquet")
+    assert (info.rows, info.root, info.pair_ids.tolist()) == (1, str(tmp_path), [pairs[0].pair_id])
+    (batch,) = read_manifest(tmp_path / "theirs.parquet", MANIFEST_SCHEMA.names)
+    assert batch.schema.equals(MANIFEST_SCHEMA)
+    (row,) = batch.to_pylist()
+    assert (row["image"], row["label"]) == ({"uri": "i.png", "bytes": None}, {"uri": "l.png", "bytes": None})
+
+
+def test_dictionaries_and_views_of_other_writers_are_read(tmp_path: Path) -> None:
+    rows = table()
+    (tmp_path / "i").touch()
+    for name in ("task", "split", "meta"):
+        rows = rows.set_column(rows.schema.get_field_index(name), name, rows[name].dictionary_encode())
+    pq.write_table(rows, tmp_path / "pairs.parquet")
+    assert check_manifest(tmp_path / "pairs.parquet").per_task == {"depth": 5}
+    assert sum(len(batch) for batch in read_manifest(tmp_path / "pairs.parquet", MANIFEST_SCHEMA.names)) == 5
+
+
+def test_a_manifest_that_lost_its_root_is_read_beside_its_pictures(tmp_path: Path) -> None:
+    """As DuckDB and others write: no metadata."""
+    pictures, elsewhere = tmp_path / "pictures", tmp_path / "elsewhere"
+    write(pictures / "ours.parquet", [pair(1)], str(pictures))
+    (pictures / "label1.png").touch()
+    rows = pq.read_table(pictures / "ours.parquet").replace_schema_metadata(None)
+    pq.write_table(rows, pictures / "theirs.parquet", store_schema=False)
+    assert check_manifest(pictures / "theirs.parquet").root == str(pictures)
+    elsewhere.mkdir()
+    pq.write_table(rows, elsewhere / "theirs.parquet", store_schema=False)
+    message = refused(check_manifest, elsewhere / "theirs.parquet")
+    assert (
+        f"names no root (another program may have dropped it), and 'label1.png' is not in {elsewhere}; move" in message
+    )
+    (elsewhere / "label1.png").touch()
+    assert check_manifest(elsewhere).root == str(elsewhere)  # a folder of manifests is a root by itself
+    held = rows.set_column(4, "label", rows["image"])
+    pq.write_table(held, elsewhere / "theirs.parquet", store_schema=False)
+    assert check_manifest(elsewhere / "theirs.parquet").root is None  # bytes need none
+
+
+@pytest.mark.parametrize("name", ["pairs", "pairs.pq", "pairs.csv", "pairs.parquet.bak"])
+def test_a_name_that_ray_would_not_read_is_refused_by_who_writes_it(tmp_path: Path, name: str) -> None:
+    assert "a manifest's name ends in .parquet" in refused(write, tmp_path / name, [pair()])
+    assert list(tmp_path.iterdir()) == []
+    write(tmp_path / "Pairs.PARQUET", [pair()])
+    (tmp_path / "Pairs.PARQUET").rename(tmp_path / name)
+    assert f"{tmp_path / name}: a manifest's name ends in .parquet; rename it" == refused(
+        check_manifest, tmp_path / name
+    )
+
+
+@pytest.mark.parametrize("name", ["b.pq", "b"])
+def test_no_manifest_of_a_folder_is_passed_over(tmp_path: Path, name: str) -> None:
+    write(tmp_path / "a.parquet", [pair(1)])
+    write(tmp_path / "b.parquet", [pair(2)])
+    (tmp_path / "b.parquet").rename(tmp_path / name)
+    (tmp_path / "README").write_text("no Parquet")
+    assert refused(check_manifest, tmp_path) == f"{tmp_path / name}: a manifest's name ends in .parquet; rename it"
+    (tmp_path / name).unlink()
+    assert check_manifest(tmp_path).rows == 1
+
+
+def test_classes_are_those_of_usable_segmentation(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.parquet"
+
+    def segmented(number: int, **meta: Any) -> Pair:
+        return Pair("segmentation", "train", Picture(bytes=b"image %d" % number), Picture(bytes=b"label"), meta)
+
+    write(path, [pair(1, classes=["x"])])
+    assert read_classes(path) is None
+    unusable = Pair("segmentation", "train", Picture(bytes=b"i"), Picture(), {"error": "missing: it", "classes": ["z"]})
+    own = {"classes": ["a", "b"], "void": 255}
+    write(path, [segmented(1, **own, scene=1), segmented(2, **own, scene=2), unusable, pair(3)])
+    assert read_classes(path) == own
+    write(path, [segmented(1, **own), segmented(2, classes=["a", "b"])])
+    assert "two sets of classes, 2 from 'a' to 'b' (a list) and 2 from 'a' to 'b' (a list)" in refused(
+        read_classes, path
+    )
+    write(path, [segmented(1, **own, source="scenes"), segmented(2)])
+    assert "2 from 'a' to 'b' (scenes) and unnamed ones (a list)" in refused(read_classes, path)
