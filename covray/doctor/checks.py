@@ -36,6 +36,7 @@ def examine(path: str = ".", prior: str = "nano", tokenizer: str = "nano", backb
         "weights": lambda: models.check_weights(prior, tokenizer, backbone),
         "token": ray.check_token,
     }
+    # A cluster has its ports already; a machine without one may become a head.
     if address and address != "local":
         checks["cluster"] = lambda: ray.check_cluster(address)
     else:

@@ -83,6 +83,7 @@ def check_gpus() -> list[Finding]:
         available = torch.cuda.is_available()
     if available:
         return [_check_gpu(index, driver) for index in range(torch.cuda.device_count())]
+    # Without a driver there is no GPU to miss; with one, something keeps torch from it.
     if driver is None:
         advice = "enough for the nano family; larger priors and backbones need an NVIDIA GPU"
         return [Finding("GPU", "note", f"none; torch {torch.__version__} computes on the CPU", advice)]
@@ -109,6 +110,7 @@ def _check_gpu(index: int, driver: str | None) -> Finding:
     else:
         parts.append(f"torch for ROCm {torch.version.hip}")
     message = ", ".join(parts)
+    # What fails stands first, then what limits.
     if torch.version.cuda and not built_for(capability, torch.cuda.get_arch_list()):
         message += f", which has no code for its architecture sm_{capability[0]}{capability[1]}"
         return Finding(name, "problem", message, "install a build of torch for this GPU (pytorch.org/get-started)")

@@ -57,6 +57,7 @@ def check_weights(prior: str, tokenizer: str, backbone: str) -> list[Finding]:
             _check_model("tokenizer", tokenizer, fingerprint_tokenizer),
             _check_model("backbone", backbone, fingerprint_backbone),
         ]
+    # The backbone knows the codes of one codebook only.
     ours, theirs = codebooks.get("tokenizer"), codebooks.get("backbone")
     if ours and theirs and ours != theirs:
         message = f"the backbone's is {theirs[:_SHOWN_DIGITS]}, the tokenizer's {ours[:_SHOWN_DIGITS]}"

@@ -95,6 +95,7 @@ def _check_shared_memory() -> Finding:
 
 def check_token() -> list[Finding]:
     """Check whether Ray's token is there, and who can read it. The token itself is never read."""
+    # Ray looks for its token in this order: a variable, the file that a variable names, a file in the home folder.
     mode = os.environ.get("RAY_AUTH_MODE", "").lower()
     cluster = bool(os.environ.get("RAY_ADDRESS"))
     if mode and mode != "token":
@@ -169,6 +170,7 @@ def _check_nodes(nodes: list[dict[str, Any]]) -> list[Finding]:
     probe = _node_probe()
     tasks = []
     for node in nodes:
+        # Not soft: an answer from another node would say nothing of this one.
         strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         tasks.append(probe.options(scheduling_strategy=strategy))
     first_answers = [task.remote() for task in tasks]

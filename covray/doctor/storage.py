@@ -47,6 +47,7 @@ def check_storage(path: str) -> list[Finding]:
     if filesystem.get_file_info(folder).type == fs.FileType.File:
         return [Finding("storage", "problem", f"{target}: is a file", "give --path a folder")]
     findings = []
+    # An object store has no disk that could be full.
     if isinstance(filesystem, fs.LocalFileSystem):
         findings.append(_check_space(folder))
     try:
@@ -124,6 +125,7 @@ def check_clock(started_s: float, ended_s: float, stamp_ns: int | None) -> Findi
 
 def nearest_existing(path: str) -> str:
     """Return ``path``, or the nearest folder above it that exists. Raises ConfigError where none does."""
+    # Upwards until something exists, so that a check creates no folders.
     target = path.rstrip("/") if "://" in path else storage.resolve(path)[1]
     while not storage.exists(target):
         above = posixpath.dirname(target)

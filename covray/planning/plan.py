@@ -77,6 +77,7 @@ def plan(config: PlanConfig) -> Plan:
     calibration = None if config.calibration is None else read_calibration(config.calibration)
     build = build_config(config)
     planned: dict[str, Any] = {}
+    # Each step may have rates of its own: measured, shipped or assumed.
     sources: dict[str, str] = {}
     if "build" in config.steps:
         build_basis = _build_basis(config, build, calibration)
@@ -121,6 +122,7 @@ def _section(config: PlanConfig, section: str, model: type[C], decided: dict[str
 
 def _build_basis(config: PlanConfig, build: BuildConfig, calibration: Calibration | None) -> _BuildBasis:
     """Return the rates of a calibration, those shipped for the nano family, or assumed ones."""
+    # Pairs that share an image share its inversion, so a row of theirs costs less.
     shared = config.pairs_per_source
     cost = RowCost(evaluations_per_pair(build, shared), pictures_per_pair(build))
     notes: list[str] = []
@@ -185,6 +187,7 @@ def _plan_build(config: PlanConfig, build: BuildConfig, basis: _BuildBasis) -> B
         end_s=shards * rates.audit_shard_s,
         driver_blocks_per_s=config.driver_blocks_per_s,
     )
+    # Refuse what would never end, or take too long to simulate, before the first simulation.
     fleet = _fleet(config.build_on)
     block_s = build.most_rows_per_block * rates.row_s
     first_block_s = fleet.boot_s + max(rates.start_s, rates.load_s + block_s)
@@ -196,6 +199,7 @@ def _plan_build(config: PlanConfig, build: BuildConfig, basis: _BuildBasis) -> B
             "are more than can be simulated; raise it, or lower replicas"
         )
     outcomes = _simulate(config, lambda generator: simulate_build(work, fleet, generator))
+    # Notes name what limits the build, where that is not its actors.
     actors = min(config.build_on.gpus, blocks)
     notes = list(basis.notes)
     if actors / block_s > config.driver_blocks_per_s:
@@ -225,6 +229,7 @@ def _plan_build(config: PlanConfig, build: BuildConfig, basis: _BuildBasis) -> B
 def _plan_training(config: PlanConfig, train: TrainConfig, basis: _TrainBasis, tokens_per_image: int) -> TrainingPlan:
     rates = basis.rates
     planned = plan_training(train, _architecture(train), config.train_pairs or config.pairs, tokens_per_image)
+    # A validation reads its sentences once; the workers share them.
     validated_tokens = train.validation_sentences * planned.tokens_per_sentence / planned.workers
     if train.sentences.validation_split is None:
         validated_tokens = 0.0
@@ -237,6 +242,7 @@ def _plan_training(config: PlanConfig, train: TrainConfig, basis: _TrainBasis, t
         checkpoint_s=rates.checkpoint_s,
         checkpoint_every_steps=train.checkpoints.every_steps,
     )
+    # The loss of any node stops all of them, so a training is as fragile as its nodes together.
     fleet = _fleet(config.train_on)
     rate = fleet.nodes * fleet.interruptions_per_s
     kept_s = work.start_s + min(work.checkpoint_every_steps, work.steps) * work.step_s

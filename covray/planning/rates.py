@@ -176,6 +176,7 @@ def scale_build(rates: BuildRates, cost: RowCost) -> tuple[BuildRates, float]:
 
     Raises ConfigError where only one of both has a prior.
     """
+    # The time of a row without a prior says nothing of one with a prior, nor the other way round.
     if bool(cost.evaluations) != (rates.evaluations >= 1):
         raise ConfigError(
             "calibration: of builds with and without a prior one was measured and the other is planned; run covray "
@@ -194,6 +195,7 @@ def scale_build(rates: BuildRates, cost: RowCost) -> tuple[BuildRates, float]:
 def identity_of(step: Step, identity: dict[str, Any]) -> dict[str, Any]:
     """Return the part of the ``identity`` of a configuration that rates depend on, beyond what they are scaled by."""
     kept = {key: identity[key] for key in _IDENTITY_KEYS[step]}
+    # Rows are scaled by their UNet evaluations, so the number of steps may differ.
     if step == "build":
         kept["prior"] = {key: value for key, value in kept["prior"].items() if key != "steps"}
     return kept

@@ -184,6 +184,7 @@ class _Build:
                 )
             self.now, _, event, subject = heapq.heappop(self.events)
             event(*subject)
+        # Nodes that are still up are paid until their idle timeout has passed.
         for node in self.nodes:
             idle_from = node.idle_since if node.idle_since is not None else self.now
             if not node.joined:
@@ -204,6 +205,7 @@ class _Build:
 
     def _launch(self) -> None:
         """Request as many nodes as are wanted and the autoscaler allows."""
+        # The autoscaler launches in proportion to the nodes that are up, and never fewer than a few.
         allowed = max(_MIN_LAUNCHES, math.ceil(self.fleet.upscaling_speed * (len(self.nodes) - self.booting)))
         has_work = bool(self.lost_blocks) or self.handed_out < self.blocks
         wanted = self.wanted if has_work else 0
@@ -276,6 +278,7 @@ class _Build:
             return
         self.interruptions += 1
         self._remove(node)
+        # Idle actors of other nodes repeat the lost blocks at once.
         for block in filter(None, node.blocks):
             self.lost_s += max(0.0, self.now - block.begin)
             self.lost_blocks.append(block.seconds)
@@ -305,6 +308,7 @@ def simulate_training(work: TrainWork, fleet: Fleet, generator: np.random.Genera
     seconds, kept_s, lost_s, interruptions = first_start_s, 0.0, 0.0, 0
     rate = fleet.nodes * fleet.interruptions_per_s
     while True:
+        # Every start goes on from the last checkpoint, and ends with the training or with the next loss.
         left = work.start_s + whole_s - kept_s
         life = generator.exponential(1 / rate) if rate else math.inf
         if life >= left:

@@ -207,6 +207,7 @@ def _draw_ticks(axis: Axis) -> tuple[DrawnTick, ...]:
 
 def _draw_series(chart: LineChart, x_axis: Axis, y_axis: Axis) -> Iterator[DrawnSeries]:
     """Place every series; at named places the methods stand side by side."""
+    # At one place the methods stand side by side, in the order of the legend.
     methods = list(dict.fromkeys(series.method for series in chart.series))
     for series in chart.series:
         offset = 0.0
@@ -285,6 +286,7 @@ def _y_axis(chart: LineChart) -> Axis:
 def _logarithmic_ticks(low: float, high: float) -> tuple[Tick, ...]:
     """Return the powers of ten around ``low`` and ``high``, with 2 and 5 between them where there are few."""
     steps = (1, 2, 5) if high < 100 * low else (1,)
+    # All candidates, one power of ten wider than needed; those outside are dropped.
     values = []
     for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1):
         values += [step * 10.0**power for step in steps]
@@ -303,6 +305,7 @@ def round_ticks(low: float, high: float) -> tuple[list[float], int]:
     Returns:
         About five round numbers, from at most ``low`` to at least ``high``, and the decimals to write them with.
     """
+    # A single value gets a tenth of itself on either side.
     if low == high:
         low, high = low - (abs(low) or 1) / 10, high + (abs(high) or 1) / 10
     power = 10.0 ** math.floor(math.log10((high - low) / 5))

@@ -55,6 +55,7 @@ def draw_dots(dots: Sequence[Dot]) -> DotPlot:
         values += filter(is_finite, (dot.mean, dot.low, dot.high))
     ticks, decimals = round_ticks(min(values), max(values))
     axis = Axis(tuple(Tick(tick, fixed(tick, decimals)) for tick in ticks), 0.0, 100.0)
+    # The ceiling is a line through all rows, and takes no row of its own.
     rows: list[DrawnDot] = []
     ceilings: list[DrawnDot] = []
     for dot in dots:

@@ -213,6 +213,7 @@ def _facts(results: EvaluationResults) -> list[tuple[str, str]]:
     """Return how the evaluation was made."""
     config = results.config
     pairs = sorted({subject.pairs for subject in results.subjects if subject.pairs is not None})
+    # At temperature 0, the default, the likeliest token is taken.
     sampling = config.get("sampling", {})
     how = "greedy"
     if sampling.get("temperature"):

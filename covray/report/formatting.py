@@ -33,6 +33,7 @@ def numbers(value: float | None, *bounds: float | None) -> list[str]:
     if is_finite(value):
         sizes.append(abs(value))
     sizes += [abs(bound) / 10 for bound in bounds if is_finite(bound)]
+    # The largest of them decides the decimals of all; a bound counts a tenth.
     size = max(sizes)
     pattern = ".2e"
     if size == 0:

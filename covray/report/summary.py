@@ -62,6 +62,7 @@ class DatasetDescription(RecordPart):
 
 def describe(dataset_path: str) -> DatasetDescription:
     """Describe a dataset folder, finished or not; reads the narrow columns only. Raises DatasetError for no dataset."""
+    # The tokens are most of a shard's bytes, and are not needed.
     dataset = ChainDataset(dataset_path, unfinished=True)
     narrow = dataset.table(["task", "split", "quality", "error"], errors=True)
     per_task = {}

@@ -212,6 +212,7 @@ def _claim(claim: ClaimEntry, reach: float, lower_is_better: Sequence[str]) -> C
         verdicts = Counter(row.verdict for row in claim.rows)
         parts = [f"{verdict} in {verdicts[verdict]:,}" for verdict in sorted(verdicts, key=_verdict_rank)]
         counts = f"{counted(len(rows), 'comparison')}: {', '.join(parts)}"
+    # Without a gain there is no interval to draw: the scores were not above zero, or nothing was compared.
     overall = claim.overall
     if overall is None:
         verdict = "no figure" if rows else "not tried"

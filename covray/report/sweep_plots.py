@@ -162,6 +162,7 @@ def _efficiency(results: SweepResults, cells: Sequence[CellEntry]) -> Plot | Non
         text = _tooltip(row.cell, row.gain_percent, row.low, row.high, signed_numbers) + " %"
         point = Point(row.context_tokens, row.gain_percent, row.low, row.high, text)
         points[cell.method, fixed("length", cell, names[cell.label])].append(point)
+    # A single point shows nothing that its table row does not.
     if len(compared) < 2:
         return None
     series = [Series(method, tuple(points[method, key])) for method, key in sorted(points, key=_by_method)]
@@ -202,6 +203,7 @@ def _returns(axis: Axis, results: SweepResults, cells: Sequence[CellEntry]) -> P
         cell = cell_by_label.get(row.second)
         if cell is None or row.axis != axis or not is_finite(row.per_added):
             continue
+        # The interval of a gain, too, is divided by what was added.
         added = row.end - row.start
         low, high = _divide(row.low, added), _divide(row.high, added)
         text = _tooltip(f"{row.first} → {row.second}", row.per_added, low, high, signed_numbers)

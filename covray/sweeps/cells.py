@@ -83,6 +83,7 @@ def vary(cells: Sequence[Cell], axis: Literal["length", "pairs"]) -> list[list[C
 
 def vary_length_from_none(cells: Sequence[Cell]) -> list[list[Cell]]:
     """Group the cells of either method with frames by length, each group after the cell without frames, if any."""
+    # Without frames every length is 2, so both methods start from the same cell.
     without_frames = {(cell.pairs, cell.rest): cell for cell in cells if cell.method == "none"}
     groups = []
     for group in vary([cell for cell in cells if cell.method != "none"], "length"):
@@ -144,11 +145,12 @@ def _mean_over_seeds(metric: str, scores: Sequence[TrialScore]) -> tuple[float |
     """Return the mean of ``scores`` and its 95% interval; that of a single seed is its own, over episodes."""
     if not scores:
         return None, None, None
-    if len(scores) == 1:
+    if len(scores) == 1:  # nothing to average: the trial's own interval is all there is
         return scores[0].mean, scores[0].low, scores[0].high
     values = [score.mean for score in scores if score.mean is not None]
     if metric not in _LOGARITHMIC_METRICS:
         return t_interval(values)
+    # The mean of perplexities is that of their logarithms, which are likelihoods.
     mean, low, high = t_interval([math.log(value) for value in values])
     return _exp(mean), _exp(low), _exp(high)
 

@@ -89,6 +89,7 @@ def claim_entry(claim: Claim, cells: Sequence[Cell], primary: Primary) -> ClaimE
     """
     pairs = claim.compare(cells)
     rows = []
+    # Every task of every pair of cells is a comparison of its own.
     for first, second in pairs:
         for task, metric in primary.items():
             row = _compare(first, second, task, metric)
@@ -110,6 +111,7 @@ def efficiency(cells: Sequence[Cell], primary: Primary) -> Iterator[Efficiency]:
         without_frames = [other for other in cells if other.method == "none" and other.rest == cell.rest]
         if cell.method == "none" or not without_frames:
             continue
+        # The cell of as many pairs comes first; without one, that of the fewest pairs.
         reference = min(without_frames, key=lambda other: (other.pairs != cell.pairs, other.pairs))
         gain = _mean_gain([(cell, reference)], primary)
         if gain is not None:
@@ -187,6 +189,7 @@ def _mean_gain(pairs: Iterable[Pair], primary: Primary) -> _MeanGain | None:
                     logarithms[seed].append(metric.sign * math.log(ours / theirs))
     if not logarithms:
         return None
+    # Means of logarithms are geometric means of ratios.
     by_seed = [float(np.mean(values)) for _, values in sorted(logarithms.items())]
     mean, low, high = t_interval(by_seed)
     if low is None or high is None:

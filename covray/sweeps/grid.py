@@ -101,6 +101,7 @@ def grid_of(config: SweepConfig) -> Grid:
         _require_frames(data, trials)
     else:
         build = _with_frames(build, trials)
+    # What trials and references read must be there before the first hour of work.
     evaluations = [Evaluation(trial.evaluate, trial.pairs, "grid.tasks") for trial in trials]
     for reference in references:
         pairs = max((form.pairs for form in reference.forms), default=0)
@@ -131,6 +132,7 @@ def _trials(config: SweepConfig, data: str, picture_tokens: int) -> tuple[list[T
             left_out.append(LeftOut(name=trial_name(asked, defaults), reason=reason))
             continue
         train, evaluate = _configs(config, data, name, combination)
+        # A sentence that exceeds the context leaves out its trial, not the sweep.
         try:
             context_tokens = require_context(train.sentences, picture_tokens, context(train.backbone))
         except ConfigError as error:
@@ -190,6 +192,7 @@ def _configs(config: SweepConfig, data: str, name: str, combination: Combination
     if config.grid.scales and any(key.startswith("backbone.") for key in (*fields, *options)):
         raise ConfigError("train.backbone: is what grid.scales says; leave one of them")
     train = _load("train", TrainConfig, options | fields)
+    # A trial evaluates its adapter alone: baselines and the untuned backbone are shared by all trials.
     evaluate_options = _given(config, "evaluate")
     evaluate = _load(
         "evaluate",
@@ -299,6 +302,7 @@ def _with_frames(build: BuildConfig, trials: Sequence[Trial]) -> BuildConfig:
 
     Raises ConfigError where it has begun with fewer: the dataset of a sweep is never extended.
     """
+    # Chains of length 2 have no frames to build.
     with_frames = [trial for trial in trials if trial.length > 2]
     lengths = sorted({trial.length for trial in with_frames}) or [2]
     methods = sorted({trial.method for trial in with_frames})

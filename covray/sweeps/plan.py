@@ -66,6 +66,7 @@ def plan_sweep(config: SweepConfig, tokens_per_s: float | None = None) -> SweepP
     """
     if tokens_per_s is not None and tokens_per_s <= 0:
         raise ConfigError(f"--tokens-per-s {tokens_per_s:g}: must be more than 0")
+    # All of it comes from configurations and counts: no weights and no pictures are read.
     grid = grid_of(config)
     picture_tokens = tokens_per_image(config, grid.build)
     architecture = functools.cache(backbone_architecture)
@@ -78,6 +79,7 @@ def plan_sweep(config: SweepConfig, tokens_per_s: float | None = None) -> SweepP
     smallest = min(plan.parameters for plan in plans)
     lines = []
     for trial, plan in zip(grid.trials, plans, strict=True):
+        # An evaluation asks so many queries of each task, or all there are.
         episodes = 0
         queries = counts[trial.evaluate.split]
         for task in trial.evaluate.tasks or queries:
@@ -89,6 +91,7 @@ def plan_sweep(config: SweepConfig, tokens_per_s: float | None = None) -> SweepP
             evaluate_tokens=episodes * trial.context_tokens,
             workers=plan.workers,
         )
+        # Time goes with the parameters of the backbone; the rate is that of the smallest one.
         if tokens_per_s is not None:
             hours = plan.tokens / (tokens_per_s * smallest / plan.parameters) / 3600
             line = line.model_copy(update={"hours": hours / plan.workers, "gpu_hours": hours})

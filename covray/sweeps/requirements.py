@@ -64,6 +64,7 @@ def require_pairs(
     Raises:
         DatasetError: A split has no pairs, or too few of a task.
     """
+    # The good pairs of the dataset, or before it is built all pairs of the manifest.
     counts = count_pairs_by_task(config, build)
     source = finished_dataset(config, build) or config.manifest
     # Many trials need the same; each need is checked once, in the order of the trials.
@@ -94,6 +95,7 @@ def _evaluation_needs(evaluations: Iterable[Evaluation], counts: PairCounts) -> 
         config = evaluation.config
         # Where no tasks are chosen, those of the queries need examples.
         tasks = tuple(config.tasks or counts.get(config.split, {}))
+        # Where queries and examples share a split, the query itself is no example.
         is_shared = config.split == config.example_split
         yield _Need("evaluate.split", evaluation.tasks_key, config.split, tasks, 1)
         examples = max(1, evaluation.pairs + is_shared)

@@ -49,6 +49,7 @@ def tabulate(
     ordered = sorted(trials, key=lambda trial: (*sort_key(trial), trial.seed, trial.name))
     cells = group_cells(trial for trial in ordered if trial.status == "finished")
     lower = set(lower_is_better)
+    # Differences are turned so that more is better, whatever the metric.
     primary = {}
     for task, about in tasks.items():
         primary[task] = PrimaryMetric(about.primary, -1 if about.primary in lower else 1)
@@ -77,6 +78,7 @@ def to_csv(results: SweepResults) -> str:
     writer = csv.DictWriter(lines, _COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for cell in results.cells:
+        # The columns of a cell stand in every line of its scores.
         about = cell.to_json()
         about["tasks"] = "+".join(cell.tasks or ())
         about["fields"] = json.dumps(cell.fields, sort_keys=True)
