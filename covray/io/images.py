@@ -103,6 +103,12 @@ def decode_levels(data: bytes, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8
         return to_levels(_read(data, max_pixels))
 
 
+def read_raster(data: bytes, max_pixels: int = MAX_PIXELS) -> Raster:
+    """Return the samples of an encoded file as they are stored. Limits and errors are those of ``decode``."""
+    with refusing(data):
+        return _read(data, max_pixels)
+
+
 def picture_orientation(data: bytes) -> int:
     """Return EXIF's orientation (1 to 8) by which ``decode`` turns the picture in ``data``; errors are ``decode``'s."""
     with refusing(data):

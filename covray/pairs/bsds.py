@@ -21,8 +21,9 @@ from scipy.io import loadmat
 from scipy.sparse import issparse
 
 from covray.errors import ConfigError, ManifestError, PairError
+from covray.io.codecs.raster import turned
 from covray.io.images import MAX_PIXELS, load_picture
-from covray.pairs.label_files import read_label_file, turned
+from covray.pairs.label_files import read_label_file
 from covray.pairs.manifest import Pair, Picture
 from covray.pairs.sources import Entry, as_utf8, labelled, list_below, read_file
 from covray.tasks import edges

@@ -114,7 +114,7 @@ def _by_level(levels: NDArray[Any], file: LabelFile, coding: MaskCoding) -> NDAr
     if coding.levels is None:
         raise PairError("unknown_class", "a mask of numbers, where the classes have colours; add index to --classes")
     if file.lossy:
-        raise PairError("unsupported", "a JPEG, which changes the numbers of a mask; save it as PNG")
+        raise PairError("unsupported", "a lossy file (JPEG), which changes the numbers of a mask; save it as PNG")
     table = np.full(2**16, _UNKNOWN, np.int16)
     table[list(coding.levels)] = list(coding.levels.values())
     indices = table[levels]

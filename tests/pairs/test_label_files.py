@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from covray.errors import PairError
+from covray.io.codecs.raster import turned
 from covray.io.images import decode
 from covray.pairs.label_files import (
     ImageLayout,
@@ -19,7 +20,6 @@ from covray.pairs.label_files import (
     read_label_file,
     read_layout,
     read_levels,
-    turned,
 )
 from tests.support.photographs import photo
 
@@ -79,19 +79,22 @@ def test_alpha_does_not_change_what_is_stored() -> None:
 
 def test_numbers_that_would_not_come_as_stored_are_refused() -> None:
     levels = np.arange(16 * 24, dtype=np.uint8).reshape(16, 24) % 20
-    pgm = b"P5 24 16 20\n" + levels.tobytes()
-    white_is_zero = encoded(Image.fromarray(levels), "TIFF", tiffinfo={262: 0})
     for data, message in (
         (encoded(Image.fromarray(levels), "JPEG"), "JPEG"),
-        (pgm, "white is 20"),
-        (white_is_zero, "white is zero"),
+        (encoded(Image.fromarray(levels), "TIFF", tiffinfo={262: 0}), "white is zero"),
+        (encoded(Image.fromarray(levels), "WEBP", lossless=False), "several channels"),
         (encoded(Image.fromarray(photo(0))), "several channels"),
-        (encoded(Image.fromarray(photo(0)).convert("CMYK"), "JPEG"), "mode CMYK"),
+        (encoded(Image.fromarray(photo(0)).convert("CMYK"), "JPEG"), "several channels"),
         (b"no picture", "not_an_image"),
     ):
         with pytest.raises(PairError, match=message):
             read_levels(data)
-    assert np.array_equal(read_levels(b"P5 24 16 255\n" + levels.tobytes()), levels)
+
+
+def test_a_scale_changes_no_number() -> None:
+    levels = np.arange(16 * 24, dtype=np.uint8).reshape(16, 24) % 20
+    for maximum in (20, 255):
+        assert np.array_equal(read_levels(b"P5 24 16 %d\n" % maximum + levels.tobytes()), levels)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
