@@ -1,1 +1,1 @@
-"""Tokens: the VQGAN tokenizer, the shards that hold chains, and the audit of a dataset."""
+"""The VQGAN tokenizer, and the converter of other layouts."""

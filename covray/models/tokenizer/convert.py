@@ -1,16 +1,20 @@
-"""VQGANs of other programs as ``diffusers.VQModel`` folders: muse, taming-transformers, LlamaGen.
+"""Convert VQGANs of other programs to ``diffusers.VQModel`` folders: muse, taming-transformers, LlamaGen.
 
 All three are one network under three sets of names, and ``VQModel`` is the same network: the weights are renamed, not
-changed. Two things are more than names. taming and LlamaGen are trained on pixels in [-1, 1], which the written folder
-says for the tokenizer to obey. LlamaGen compares directions: the code nearest to z / |z| among unit vectors is the one
-nearest to z among them, so its codebook is written normalised. What ``VQModel`` cannot compute is refused.
+changed. There are two differences besides names:
+
+- taming and LlamaGen are trained on pixels in [-1, 1]; the written folder records that, and the tokenizer obeys it.
+- LlamaGen compares directions. Among unit vectors, the code nearest to z / |z| is the one nearest to z, so its codebook
+  is written normalised.
+
+What ``VQModel`` cannot compute is refused.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,10 +46,10 @@ _Factors = Annotated[list[PositiveInt], Field(min_length=1, max_length=10)]
 _GROUPS = 32  # of every group norm, in all three
 _MUSE_WEIGHTS = ("pytorch_model.bin", "pytorch_model.safetensors", "model.safetensors")
 _LIGHTNING = ("pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",)
-"""A key in the checkpoints of PyTorch Lightning, which taming's are."""
+"""A class that checkpoints of PyTorch Lightning, as taming's are, have as a key."""
 _LLAMAGEN_PX = 256
-"""What LlamaGen's are trained at; their files do not say."""
-_PARTS = {  # diffusers: muse and taming; order counts
+"""Side of the pictures that LlamaGen's are trained on; their files do not record it."""
+_PARTS = {  # diffusers: muse and taming; replaced in this order
     "down_blocks": "down",
     "mid_block.attentions.0": "mid.attn_1",
     "resnets": "block",
@@ -64,7 +68,7 @@ _MIDDLE = ("block_1", "attn_1", "block_2")  # in LlamaGen's list
 
 
 class _Muse(BaseModel):
-    """``config.json`` of muse's ``VQGANModel``, with its defaults; literals are what ``VQModel`` can compute."""
+    """``config.json`` of muse's ``VQGANModel``, with its defaults; literals are all that ``VQModel`` can compute."""
 
     resolution: PositiveInt = 256
     num_channels: Literal[3] = 3
@@ -84,7 +88,7 @@ class _Muse(BaseModel):
 
 
 class _TamingNetwork(BaseModel):
-    """``ddconfig`` of a taming configuration. An option that is not here might change the network: it is refused."""
+    """``ddconfig`` of a taming configuration. Other options are refused, because they might change the network."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -124,18 +128,20 @@ class _Checkpoint:
     """Arguments of ``VQModel``."""
     tensors: dict[str, Tensor]
     name: Callable[[str], str]
-    """The checkpoint's name of a tensor of ``VQModel``."""
+    """Returns the checkpoint's name of a tensor of ``VQModel``."""
     signed: bool
     """Whether pixels are in [-1, 1]."""
 
 
 def convert_tokenizer(source: str, out: str) -> dict[str, Any]:
-    """Write the VQGAN ``source`` as a ``VQModel`` folder ``out``; gives what was converted, to show.
+    """Write the VQGAN ``source`` as a ``VQModel`` folder ``out``, and return what was converted, to show.
 
-    ``source``: muse's folder (``config.json`` and ``pytorch_model.bin`` or safetensors), taming's (a ``.ckpt`` and its
-    ``.yaml``, below it), or LlamaGen's ``.pt`` file. Weights keep their type. ``out`` must be new.
-    Raises WeightsError for a checkpoint that is damaged, is none of these, or computes what ``VQModel`` cannot,
-    ConfigError for an ``out`` that cannot be used.
+    ``source`` is muse's folder (``config.json`` and ``pytorch_model.bin`` or safetensors), taming's (with a ``.ckpt``
+    and its ``.yaml`` anywhere below), or LlamaGen's ``.pt`` file. ``out`` must be new. Weights keep their type.
+
+    Raises:
+        WeightsError: The checkpoint is damaged, is none of these, or computes what ``VQModel`` cannot.
+        ConfigError: ``out`` cannot be used.
     """
     path, target = Path(source).expanduser(), Path(out).expanduser()
     require_new(target)
@@ -150,15 +156,10 @@ def convert_tokenizer(source: str, out: str) -> dict[str, Any]:
         with torch.device("meta"):
             model = VQModel(**network)
     except (ValueError, TypeError, ZeroDivisionError) as error:
-        raise WeightsError(f"{file}: is no network that VQModel can build ({one_line(error)}); give another") from error
-    due = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    names = {name: checkpoint.name(name) for name in due}
-    found = {name: tuple(tensor.shape) for name, tensor in checkpoint.tensors.items()}
-    require_tensors(file, found, {names[name]: _stored_shape(name, shape) for name, shape in due.items()})
-    tensors = {
-        name: require_finite(file, names[name], checkpoint.tensors[names[name]]).reshape(shape).contiguous()
-        for name, shape in due.items()
-    }
+        raise WeightsError(
+            f"{file}: is a network that VQModel cannot build ({one_line(error)}); give another"
+        ) from error
+    tensors = _renamed(checkpoint, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
     if checkpoint.layout == "llamagen":
         codebook = tensors["quantize.embedding.weight"]
         tensors["quantize.embedding.weight"] = F.normalize(codebook.float(), dim=-1).to(codebook.dtype)
@@ -177,20 +178,34 @@ def convert_tokenizer(source: str, out: str) -> dict[str, Any]:
     }
 
 
+def _renamed(checkpoint: _Checkpoint, shapes: dict[str, Shape]) -> dict[str, Tensor]:
+    """Return the weights by their names in ``VQModel``, whose tensors have ``shapes``. Raises WeightsError."""
+    stored = {name: tuple(tensor.shape) for name, tensor in checkpoint.tensors.items()}
+    expected = {checkpoint.name(name): _stored_shape(name, shape) for name, shape in shapes.items()}
+    require_tensors(checkpoint.file, stored, expected)
+    tensors = {}
+    for name, shape in shapes.items():
+        stored_name = checkpoint.name(name)
+        tensor = require_finite(checkpoint.file, stored_name, checkpoint.tensors[stored_name])
+        tensors[name] = tensor.reshape(shape).contiguous()
+    return tensors
+
+
 def _read(path: Path) -> _Checkpoint:
+    """Read a checkpoint of any of the layouts."""
     if path.is_file():
         return _read_llamagen(path)
     if not path.is_dir():
         raise ConfigError(f"{path}: no such file or folder; give a downloaded checkpoint")
     if any(path.glob("diffusion_pytorch_model*")):
-        raise WeightsError(f"{path}: is a folder of diffusers already; give it to --tokenizer as it is")
+        raise WeightsError(f"{path}: is already a folder of diffusers; pass it to --tokenizer as it is")
     if (path / "config.json").is_file():
         return _read_muse(path)
     checkpoints = sorted(path.glob("**/*.ckpt"))
     if len(checkpoints) != 1:
         raise WeightsError(
-            f"{path}: holds {'several' if checkpoints else 'no'} .ckpt files and no config.json; give a folder of muse "
-            "(config.json, pytorch_model.bin) or taming (one .ckpt and its .yaml), or a file of LlamaGen (.pt)"
+            f"{path}: holds {len(checkpoints)} .ckpt files and no config.json; give a folder of muse (config.json, "
+            "pytorch_model.bin) or taming (one .ckpt and its .yaml), or a file of LlamaGen (.pt)"
         )
     return _read_taming(path, checkpoints[0])
 
@@ -212,7 +227,7 @@ def _read_muse(folder: Path) -> _Checkpoint:
     levels = len(config.channel_mult)
     attention = _attention(attended, config.resolution, levels)
     if config.num_res_blocks == 1 and any(attention):
-        # muse's levels pass over their attention where they have but one.
+        # muse's levels skip their attention if they have only one block.
         raise WeightsError(f"{file}: attn_resolutions with one residual block is not supported; give another")
     network = _network(
         file,
@@ -229,13 +244,14 @@ def _read_muse(folder: Path) -> _Checkpoint:
 
 
 def _read_taming(root: Path, file: Path) -> _Checkpoint:
-    found = [(path, model) for path in sorted(root.glob("**/*.yaml")) for model in _taming_models(path)]
-    if len(found) != 1:
+    models = [(path, _taming_model(path)) for path in sorted(root.glob("**/*.yaml"))]
+    described = [(path, model) for path, model in models if model is not None]
+    if len(described) != 1:
         raise WeightsError(
-            f"{root}: holds {'several' if found else 'no'} .yaml with a model.params.ddconfig; put the one of "
+            f"{root}: holds {len(described)} .yaml files with a model.params.ddconfig, not one; put the one of "
             f"{file.name} beside it"
         )
-    path, model = found[0]
+    path, model = described[0]
     kind = str(model.get("target", "VQModel")).rpartition(".")[2]
     if kind not in ("VQModel", "VQModelInterface"):
         raise WeightsError(
@@ -284,25 +300,30 @@ def _read_llamagen(file: Path) -> _Checkpoint:
     return _Checkpoint("llamagen", file, network, tensors, partial(_llamagen_name, len(channels)), True)
 
 
-def _taming_models(path: Path) -> Iterable[dict[str, Any]]:
-    """``model`` of a configuration, if it describes an autoencoder."""
+def _taming_model(path: Path) -> dict[str, Any] | None:
+    """Return ``model`` of a configuration, or None where it does not describe an autoencoder."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise WeightsError(f"{path}: cannot be read ({one_line(error)}); get it again") from error
     model = values.get("model") if isinstance(values, dict) else None
-    params = model.get("params") if isinstance(model, dict) else None
-    return [model] if isinstance(model, dict) and isinstance(params, dict) and "ddconfig" in params else []
+    if not isinstance(model, dict):
+        return None
+    params = model.get("params")
+    return model if isinstance(params, dict) and "ddconfig" in params else None
 
 
 def _validated(model: type[M], values: dict[str, Any], file: Path) -> M:
+    """Return ``values`` of ``file`` as a ``model``. Raises WeightsError naming the first key that is not supported."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
-        found = "is missing" if first["type"] == "missing" else f"is {first['input']!r:.60}"
-        raise WeightsError(f"{file}: {key} {found}, no VQModel can be that ({first['msg']}); give another") from error
+        value = "is missing" if first["type"] == "missing" else f"is {first['input']!r:.60}"
+        raise WeightsError(
+            f"{file}: {key} {value}, which a VQModel cannot be ({first['msg']}); give another"
+        ) from error
 
 
 def _network(
@@ -316,11 +337,25 @@ def _network(
     codebook: tuple[int, int],
     size_px: int,
 ) -> dict[str, Any]:
-    """Arguments of ``VQModel``; ``first``: channels after the first convolution, ``codebook``: its codes and their
-    dimensions, ``channels`` and ``attention``: of every level, from the picture down."""
+    """Return the arguments of ``VQModel``.
+
+    Args:
+        where: The file that describes the network, for messages.
+        first: Channels after the first convolution.
+        channels: Channels of every level, from the picture down.
+        attention: Whether each level attends, in the same order.
+        mid_attention: Whether the middle block attends.
+        blocks: Residual blocks of a level.
+        latents: Channels of the latents.
+        codebook: Number of codes, and their dimensions.
+        size_px: Side of the pictures that the network was trained on.
+
+    Raises:
+        WeightsError: The first level changes the number of channels.
+    """
     if first != channels[0]:
         raise WeightsError(
-            f"{where}: its first level widens {first} channels to {channels[0]}, no VQModel can be that; give another"
+            f"{where}: its first level turns {first} channels into {channels[0]}, which a VQModel cannot; give another"
         )
     return {
         "block_out_channels": list(channels),
@@ -340,29 +375,29 @@ def _network(
 
 
 def _attention(resolutions: Sequence[int], size_px: int, levels: int) -> list[bool]:
-    """Whether a level attends: muse and taming name the sides of its latents, in pixels."""
+    """Return whether each level attends: muse and taming list the sides, in pixels, of the levels that do."""
     return [size_px // 2**level in resolutions for level in range(levels)]
 
 
 def _muse_name(levels: int, name: str) -> str:
-    """muse's and taming's name of VQModel's tensor ``name``. Their decoder counts its levels from the picture."""
-    name = re.sub(r"mid_block\.resnets\.(\d)", lambda found: f"mid.block_{int(found[1]) + 1}", name)
-    name = re.sub(r"up_blocks\.(\d+)", lambda found: f"up.{levels - 1 - int(found[1])}", name)
+    """Return muse's and taming's name of VQModel's tensor ``name``. Their decoder counts levels from the picture."""
+    name = re.sub(r"mid_block\.resnets\.(\d)", lambda match: f"mid.block_{int(match[1]) + 1}", name)
+    name = re.sub(r"up_blocks\.(\d+)", lambda match: f"up.{levels - 1 - int(match[1])}", name)
     for ours, theirs in _PARTS.items():
         name = name.replace(ours, theirs)
     return name
 
 
 def _llamagen_name(levels: int, name: str) -> str:
-    """LlamaGen's name of VQModel's tensor ``name``. Its decoder counts as VQModel's does."""
+    """Return LlamaGen's name of VQModel's tensor ``name``. Its decoder counts levels as VQModel's does."""
     name = _muse_name(levels, name)
-    name = re.sub(r"mid\.(block_1|attn_1|block_2)", lambda found: f"mid.{_MIDDLE.index(found[1])}", name)
-    name = re.sub(r"decoder\.up\.(\d+)", lambda found: f"decoder.conv_blocks.{levels - 1 - int(found[1])}", name)
+    name = re.sub(r"mid\.(block_1|attn_1|block_2)", lambda match: f"mid.{_MIDDLE.index(match[1])}", name)
+    name = re.sub(r"decoder\.up\.(\d+)", lambda match: f"decoder.conv_blocks.{levels - 1 - int(match[1])}", name)
     return name.replace("encoder.down.", "encoder.conv_blocks.").replace(".block.", ".res.")
 
 
 def _stored_shape(name: str, shape: Shape) -> Shape:
-    """A shape as the checkpoints have it: their attention's projections are convolutions of 1x1."""
+    """Return the shape of VQModel's tensor ``name`` in a checkpoint, where projections are convolutions of 1x1."""
     return (*shape, 1, 1) if re.search(r"\.to_(q|k|v|out\.0)\.weight$", name) else shape
 
 

@@ -1,7 +1,7 @@
 """The VQGAN tokenizer: pictures to tokens and back.
 
-A ``diffusers.VQModel``, as LVM's tokenizer can be stored. Unlike Stable Diffusion's VAE it reads pixels in [0, 1]; one
-that was trained on [-1, 1], as taming-transformers' are, has a ``covray.json`` beside it that says so.
+It is a ``diffusers.VQModel``, as which LVM's tokenizer can be stored. Unlike Stable Diffusion's VAE it reads pixels in
+[0, 1]; one that was trained on [-1, 1], as taming-transformers' are, has a ``covray.json`` beside it that says so.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import diffusers  # its models load where one is named, which a training never does
+import diffusers  # as a package: its models are imported at their first use, which a training has not
 import numpy as np
 import torch
 from safetensors import SafetensorError
@@ -22,11 +22,13 @@ from covray.io.device import choose_device
 from covray.io.model_folders import fingerprint_folder, require_files, resolve_folder
 
 MAX_CODES = 8192
-"""LVM's vocabulary: ids above are special."""
-_MIN_TOKENS = 16  # fewer come of VQModel's own default sample_size of 32, that is, of a size nobody stated
+"""Codes in LVM's vocabulary; ids from there on are special."""
+_MIN_TOKENS = 16  # fewer result from VQModel's default sample_size of 32, that is, where no size is stated
 ABOUT_FILE = "covray.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 _FILES = ("config.json", ABOUT_FILE, "diffusion_pytorch_model*.safetensors*")
+_UNLOADABLE = (OSError, ValueError, TypeError, RuntimeError, SafetensorError)
+"""What diffusers raises for files that it cannot load."""
 _HUB_PATTERNS = (*_FILES, *(f"vqvae/{name}" for name in _FILES))
 
 
@@ -40,10 +42,15 @@ class Tokenizer:
     def __init__(
         self, model: diffusers.VQModel, size_px: int, image_batch: int, fingerprint: str, signed: bool = False
     ):
-        """``model`` on its device in float32; ``image_batch``: pictures of the fixed batch. See ``load_tokenizer``.
+        """Use a loaded model; see ``load_tokenizer``.
 
-        ``signed``: the model's pixels are in [-1, 1]. No weights can hide that: zero padding is grey there, black in
-        [0, 1].
+        Args:
+            model: On its device, in float32.
+            size_px: Side of the square pictures.
+            image_batch: Pictures of the fixed batch.
+            fingerprint: SHA-256 (hex) of the model folder.
+            signed: Whether the model's pixels are in [-1, 1]. Weights cannot be rewritten for [0, 1]: zero padding is
+                grey in [-1, 1] and black in [0, 1].
         """
         side = size_px // _downsampling(model)
         self.size_px = size_px
@@ -56,21 +63,22 @@ class Tokenizer:
         self.fingerprint = fingerprint
         """SHA-256 (hex) of the model folder."""
         self.codebook_fingerprint = _fingerprint_codebook(model)
-        """SHA-256 (hex) of the codebook's float32 values, however they are stored: who shares it shares the tokens."""
+        """SHA-256 (hex) of the codebook's float32 values, whatever type they are stored in. Tokenizers that share it
+        give the same tokens the same meaning."""
         self._model = model
         self._batch = image_batch
         self._signed = signed
 
     @property
     def codebook(self) -> np.ndarray:
-        """What every code stands for, float32 ``[codes, dimensions]``, read-only; near vectors mean alike patches."""
+        """The vector of every code, float32 ``[codes, dimensions]``, read-only; near vectors mean similar patches."""
         values = self._model.quantize.embedding.weight.detach().float().cpu().numpy()
         values.flags.writeable = False  # it may be the model's own memory
         return values
 
     @torch.inference_mode()
     def encode(self, images: np.ndarray) -> np.ndarray:
-        """Tokens uint16 ``[n, tokens_per_image]`` of pictures uint8 ``[n, size_px, size_px, 3]``."""
+        """Return the tokens, uint16 ``[n, tokens_per_image]``, of pictures uint8 ``[n, size_px, size_px, 3]``."""
         expected = (self.size_px, self.size_px, 3)
         if images.dtype != np.uint8 or images.shape[1:] != expected:
             raise ValueError(
@@ -78,7 +86,7 @@ class Tokenizer:
             )
         ids = np.empty((len(images), self.tokens_per_image), dtype=np.uint16)
         for start, count, batch in self._padded(images):
-            # [B, S, S, 3] seen as [B, 3, S, S] is channels_last already.
+            # [B, S, S, 3] viewed as [B, 3, S, S] is channels_last already.
             pixels = torch.from_numpy(batch).to(self._model.device).permute(0, 3, 1, 2).float().div_(255)
             if self._signed:
                 pixels.mul_(2).sub_(1)
@@ -88,9 +96,9 @@ class Tokenizer:
 
     @torch.inference_mode()
     def decode(self, ids: np.ndarray) -> np.ndarray:
-        """Pictures uint8 ``[n, size_px, size_px, 3]`` of tokens ``[n, tokens_per_image]`` (any integer type).
+        """Return the pictures, uint8 ``[n, size_px, size_px, 3]``, of tokens ``[n, tokens_per_image]`` of any int type.
 
-        Raises ValueError for an id that is no code.
+        Raises ValueError for an id that is not a code.
         """
         if ids.ndim != 2 or ids.shape[1] != self.tokens_per_image or not np.issubdtype(ids.dtype, np.integer):
             raise ValueError(f"tokens are {ids.dtype} {ids.shape}, not integers [n, {self.tokens_per_image}]")
@@ -100,7 +108,7 @@ class Tokenizer:
         model = self._model
         for start, count, batch in self._padded(ids.astype(np.int64)):
             indices = torch.from_numpy(batch).to(model.device).flatten()
-            # VQModel.decode looks codes up only where lookup_from_codebook is set; the flag is not part of the weights.
+            # VQModel.decode looks codes up only if lookup_from_codebook is set, which is not part of the weights.
             codes = model.quantize.get_codebook_entry(indices, (len(batch), *self.grid, model.quantize.vq_embed_dim))
             codes = codes.to(memory_format=torch.channels_last)
             pixels = model.decoder(model.post_quant_conv(codes), codes if model.config.norm_type == "spatial" else None)
@@ -111,7 +119,7 @@ class Tokenizer:
         return images
 
     def _padded(self, rows: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
-        """(start, rows that count, zero-padded rows) of every batch: another batch shape would change the bits."""
+        """Yield (first row, number of rows, zero-padded rows) of every batch; another batch shape would change bits."""
         for start in range(0, len(rows), self._batch):
             part = rows[start : start + self._batch]
             batch = np.zeros((self._batch, *rows.shape[1:]), dtype=rows.dtype)
@@ -122,9 +130,12 @@ class Tokenizer:
 def load_tokenizer(config: TokenizerConfig, engine: EngineConfig) -> Tokenizer:
     """Load the tokenizer: the nano one, a ``VQModel`` folder (or one with ``vqvae/`` inside, as amused's), or a hub id.
 
-    It computes in float32 whatever ``engine.dtype``: bfloat16 moves latents over the border between two codes, and the
-    tokenizer is a few per cent of a chain's arithmetic. Raises WeightsError for weights that are missing, incomplete or
-    unfit for uint16 LVM tokens, ConfigError for a size or device that cannot be used.
+    It computes in float32 whatever ``engine.dtype`` is: bfloat16 moves latents over the border between two codes, and
+    the tokenizer is only a few per cent of a chain's arithmetic.
+
+    Raises:
+        WeightsError: The weights are missing or incomplete, or do not fit LVM's vocabulary.
+        ConfigError: The size or device cannot be used.
     """
     if config.path != "nano" and Path(config.path).expanduser().is_file():
         raise _foreign(config.path)
@@ -139,7 +150,7 @@ def load_tokenizer(config: TokenizerConfig, engine: EngineConfig) -> Tokenizer:
     if codes > MAX_CODES:
         raise WeightsError(f"{folder}: has {codes} codes, LVM's vocabulary only {MAX_CODES}; give a smaller codebook")
     if (model.config.in_channels, model.config.out_channels) != (3, 3):
-        raise WeightsError(f"{folder}: reads or writes other than 3 channels; give a tokenizer of RGB pictures")
+        raise WeightsError(f"{folder}: does not read and write 3 channels; give a tokenizer of RGB pictures")
     device = choose_device(engine.device, "engine.device")
     model = model.to(device, memory_format=torch.channels_last)
     size_px, fingerprint = _size_px(model, config, folder), fingerprint_folder(folder, _FILES)
@@ -149,8 +160,13 @@ def load_tokenizer(config: TokenizerConfig, engine: EngineConfig) -> Tokenizer:
 def require_same_codebook(expected: str, found: str, what: str) -> None:
     """Refuse tokens of another codebook: an id then means another patch, and nothing else would show it.
 
-    ``expected``, ``found``: codebook fingerprints; ``what``: whose is the ``found`` one, as the user knows it. Raises
-    DatasetError naming both.
+    Args:
+        expected: Fingerprint of the codebook in use.
+        found: Fingerprint of another.
+        what: What has the ``found`` codebook, as the user knows it.
+
+    Raises:
+        DatasetError: They differ.
     """
     if expected != found:
         raise DatasetError(
@@ -160,7 +176,7 @@ def require_same_codebook(expected: str, found: str, what: str) -> None:
 
 
 def _is_foreign(folder: Path) -> bool:
-    """Whether the folder is one of muse's or taming's, as far as its names tell."""
+    """Return whether the folder is one of muse's or taming's, judging by its file names."""
     if any(folder.glob("diffusion_pytorch_model*")):
         return False
     if any(any(folder.glob(pattern)) for pattern in ("pytorch_model.*", "*.ckpt", "*/*.ckpt")):
@@ -172,13 +188,13 @@ def _is_foreign(folder: Path) -> bool:
 
 def _foreign(path: Path | str) -> WeightsError:
     return WeightsError(
-        f"{path}: is no folder of a diffusers VQModel; if it is a VQGAN of muse, taming or LlamaGen, download it and "
-        "give its folder or file to covray convert tokenizer"
+        f"{path}: is not a folder of a diffusers VQModel; if it is a VQGAN of muse, taming or LlamaGen, download it "
+        "and give its folder or file to covray convert tokenizer"
     )
 
 
 def _is_signed(folder: Path) -> bool:
-    """Whether ``covray.json`` says that pixels are in [-1, 1]; without one they are in [0, 1]."""
+    """Return whether ``covray.json`` says that pixels are in [-1, 1]; without one they are in [0, 1]."""
     file = folder / ABOUT_FILE
     if not file.is_file():
         return False
@@ -197,20 +213,13 @@ def _load_model(folder: Path) -> diffusers.VQModel:
         model, report = diffusers.VQModel.from_pretrained(
             folder, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:  # what diffusers raises for bad files
-        reason = one_line(error)
-        raise WeightsError(f"{folder}: is not a diffusers VQModel: {reason}") from error
-    # diffusers starts what it does not find at random values, with a warning only.
+    except _UNLOADABLE as error:
+        raise WeightsError(f"{folder}: is not a diffusers VQModel ({one_line(error)}); get it again") from error
+    # diffusers fills a missing tensor with random numbers and only warns.
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[kind]:
             raise WeightsError(
-                f"{folder}: weights and config.json disagree, {kind}: {sorted(map(str, report[kind]))[0]}"
+                f"{folder}: weights and config.json disagree, {kind}: {min(map(str, report[kind]))}; get it again"
             )
     if not all(torch.isfinite(weight).all() for weight in model.parameters()):
         raise WeightsError(f"{folder}: holds weights that are not finite; get the folder again")
@@ -224,7 +233,7 @@ def _size_px(model: diffusers.VQModel, config: TokenizerConfig, folder: Path) ->
         raise ConfigError(f"tokenizer.size_px: {size_px} is not a multiple of {downsampling}, the model's downsampling")
     if config.size_px is None and (size_px // downsampling) ** 2 < _MIN_TOKENS:
         raise ConfigError(
-            f"tokenizer.size_px: {folder} states no picture size worth using ({size_px}); set it (LVM works at 256)"
+            f"tokenizer.size_px: {folder} states a picture size of {size_px}, too small to use; set it (LVM has 256)"
         )
     return size_px
 

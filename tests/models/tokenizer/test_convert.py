@@ -447,8 +447,8 @@ def test_the_pixels_are_part_of_what_a_tokenizer_is(plain: Weights, tmp_path: Pa
         ({"num_channels": 1}, "num_channels is 1"),
         ({"hidden_channels": "many"}, "hidden_channels is 'many'"),
         ({"channel_mult": []}, r"channel_mult is \[\]"),
-        ({"channel_mult": [2, 2, 2]}, "first level widens 32 channels to 64"),
-        ({"hidden_channels": 16}, "is no network that VQModel can build"),
+        ({"channel_mult": [2, 2, 2]}, "first level turns 32 channels into 64"),
+        ({"hidden_channels": 16}, "is a network that VQModel cannot build"),
         ({"decoder_channel_mult": [1, 2, 4]}, r"decoder_channel_mult is \[1, 2, 4\]"),
         ({"extra_mid_res_blocks": 2}, "extra_mid_res_blocks is 2"),
         ({"resample_with_conv": False}, "resample_with_conv is False"),
@@ -516,23 +516,23 @@ def test_a_folder_that_is_not_one_checkpoint_is_refused(plain: Weights, tmp_path
     (source / "configs" / "lightning.yaml").write_text("trainer: {gpus: 1}")  # no second description
     assert "attn.0.norm.weight is missing" in refusal(source)  # plain has none: got as far as the weights
     shutil.copy(settings, source / "configs" / "again.yaml")
-    assert "holds several .yaml with a model.params.ddconfig" in refusal(source)
+    assert "holds 2 .yaml files with a model.params.ddconfig, not one" in refusal(source)
     (source / "configs" / "again.yaml").write_text("a: [")
     assert "again.yaml: cannot be read" in refusal(source)
     (source / "configs" / "again.yaml").unlink()
     settings.unlink()
-    assert "holds no .yaml" in refusal(source)
+    assert "holds 0 .yaml files" in refusal(source)
     shutil.copy(source / "checkpoints" / "last.ckpt", source / "other.ckpt")
-    assert "holds several .ckpt files" in refusal(source)
+    assert "holds 2 .ckpt files" in refusal(source)
     (tmp_path / "empty").mkdir()
-    assert "holds no .ckpt files and no config.json" in refusal(tmp_path / "empty")
+    assert "holds 0 .ckpt files and no config.json" in refusal(tmp_path / "empty")
     assert "no such file or folder" in refusal(tmp_path / "absent")
     (write_muse(tmp_path / "muse", plain) / "pytorch_model.bin").unlink()
     assert "pytorch_model.bin or pytorch_model.safetensors" in refusal(tmp_path / "muse")
     (tmp_path / "muse" / "config.json").write_text("{")
     assert "config.json: cannot be read" in refusal(tmp_path / "muse")
     (tmp_path / "muse" / "diffusion_pytorch_model.safetensors").touch()
-    assert "is a folder of diffusers already" in refusal(tmp_path / "muse")
+    assert "is already a folder of diffusers" in refusal(tmp_path / "muse")
     torch.save({"model": plain}, tmp_path / "other.pt")
     assert "is no VQ of LlamaGen" in refusal(tmp_path / "other.pt")
     torch.save({"weights": plain}, tmp_path / "other.pt")

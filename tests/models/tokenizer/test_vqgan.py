@@ -201,6 +201,6 @@ def test_the_size_is_the_users_or_the_models(copy: Path) -> None:
     with pytest.raises(ConfigError, match=r"tokenizer\.size_px: 18 is not a multiple of 4"):
         _load(copy)
     (copy / "config.json").write_text(json.dumps(config | {"sample_size": 8}))
-    with pytest.raises(ConfigError, match=r"tokenizer\.size_px: .*LVM works at 256"):
+    with pytest.raises(ConfigError, match=r"tokenizer\.size_px: .*LVM has 256"):
         _load(copy)
     assert _load(copy, size_px=16).tokens_per_image == 16
