@@ -1,4 +1,4 @@
-"""Archives: every member is looked at before the first is written, and nothing is written outside the folder."""
+"""Archives: every member is checked before the first is written, and nothing is written outside the folder."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ from covray.errors import one_line
 from covray.fetching.catalogue import Archive, FetchError, File, inner_path
 
 UNPACKED_RATIO = 20
-"""An archive may hold so many times its own bytes. What covray reads is pictures and JSON, which stay below 5."""
+"""An archive may unpack to at most this many times its own bytes. Pictures and JSON, all that covray reads, stay below
+5."""
 UNPACKED_LEAST = 64 * 2**20
-"""But always so many."""
+"""But always to this many bytes."""
 _CHUNK = 2**20
-# What the readers of zip and tar raise on hostile files.
+# What Python's readers of zip and tar raise on hostile files.
 _DAMAGED = (
     zipfile.BadZipFile,
     tarfile.TarError,
@@ -44,20 +45,25 @@ _DAMAGED = (
 
 
 class Unpacking:
-    """An archive on its way into a folder: every member is looked at before the first is written."""
+    """The unpacking of one archive into a folder, in which every member is checked before the first is written."""
 
     def __init__(self, folder: Path, archive: Archive, limit_bytes: int):
+        """Prepare to unpack the members that ``archive`` names into ``folder``, at most ``limit_bytes`` in all."""
         self.folder = folder
         self.archive = archive
         self.limit_bytes = limit_bytes
         self.total_bytes = 0
 
     def unpack(self, file: Path) -> dict[str, File]:
-        """The files written, by their paths below the folder. Raises FetchError for an archive that is damaged, leads
-        out of the folder, holds links or devices where files should be, is a bomb, or has nothing that is wanted."""
-        place = f"{self.archive.into}/" if self.archive.into else ""
+        """Unpack the archive ``file``, and return the files written, by their paths below the folder.
+
+        Raises:
+            FetchError: The archive is damaged, leads out of the folder, holds links or devices where files should be,
+                unpacks to too much, or has no member that is needed.
+        """
+        below = f"{self.archive.into}/" if self.archive.into else ""
         try:
-            files = self._unpack(file, place, (*self.archive.members, *self.archive.inner))
+            files = self._unpack(file, below, (*self.archive.members, *self.archive.inner))
             for path in self.archive.inner:
                 if files.pop(path, None) is None:
                     raise FetchError(f"{file}: has no {path} in it; give another archive")
@@ -69,20 +75,22 @@ class Unpacking:
             raise FetchError(f"{file}: has no {' or '.join(self.archive.members)} in it; remove it")
         return files
 
-    def _unpack(self, file: Path, place: str, patterns: Sequence[str]) -> dict[str, File]:
-        wanted: dict[str, _Member] = {}
-        with _opened(file, self.folder / place) as members:
-            for member in members:  # as they come: a bomb is not decompressed to its end
-                self._look(file, member)
-                path = place + PurePosixPath(member.name).as_posix()
+    def _unpack(self, file: Path, below: str, patterns: Sequence[str]) -> dict[str, File]:
+        """Unpack the members of ``file`` whose paths, put ``below`` a folder, match any of ``patterns``."""
+        chosen: dict[str, _Member] = {}
+        with _opened(file, self.folder / below) as members:
+            for member in members:  # one after another, so that a bomb is not decompressed to its end
+                self._check(file, member)
+                path = below + PurePosixPath(member.name).as_posix()
                 if not member.is_folder and any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns):
-                    wanted[path] = member
-            for member in wanted.values():
+                    chosen[path] = member
+            for member in chosen.values():
                 if member.read is None:
                     raise FetchError(f"{file}: {member.name} is a link, not a file; nothing was unpacked of it")
-            return {path: self._write(path, member) for path, member in wanted.items()}
+            return {path: self._write(path, member) for path, member in chosen.items()}
 
-    def _look(self, file: Path, member: _Member) -> None:
+    def _check(self, file: Path, member: _Member) -> None:
+        """Refuse a member that leads out of the folder, and one that makes the archive unpack to too much."""
         try:
             inner_path(member.name)
         except ValueError as error:
@@ -92,37 +100,38 @@ class Unpacking:
             raise FetchError(f"{file}: unpacks to more than {self.limit_bytes} bytes; nothing was unpacked of it")
 
     def _write(self, path: str, member: _Member) -> File:
+        """Write ``member`` to ``path`` below the folder, whole or not at all."""
         target = self.folder / path
         if not target.parent.resolve().is_relative_to(self.folder.resolve()):
             raise FetchError(f"{target}: leads out of {self.folder} by a link; remove the link, and try again")
         target.parent.mkdir(parents=True, exist_ok=True)
-        aside = target.with_name(f"{target.name}.part")
-        aside.unlink(missing_ok=True)  # a link would be written through
+        draft = target.with_name(f"{target.name}.part")
+        draft.unlink(missing_ok=True)  # if it is a link, writing would follow it
         sha256, size = hashlib.sha256(), 0
         assert member.read is not None
-        with member.read() as stream, aside.open("xb") as out:
+        with member.read() as stream, draft.open("xb") as out:
             while chunk := stream.read(_CHUNK):
                 out.write(chunk)
                 sha256.update(chunk)
                 size += len(chunk)
-        os.replace(aside, target)
+        os.replace(draft, target)
         return File(bytes=size, sha256=sha256.hexdigest())
 
 
 @dataclass(frozen=True)
 class _Member:
-    """What an archive says of a member."""
+    """A member, as its archive describes it."""
 
     name: str
     bytes: int
     is_folder: bool
     read: Callable[[], IO[Any]] | None
-    """Opens it, where it is a regular file. What is read is no longer than ``bytes``."""
+    """Opens it, if it is a regular file. What is read is at most ``bytes`` long."""
 
 
 @contextlib.contextmanager
 def _opened(file: Path, folder: Path) -> Iterator[Iterator[_Member]]:
-    """The members of a zip or tar. Raises FetchError for one that is a device, or a link out of ``folder``."""
+    """Yield the members of a zip or tar. Raises FetchError for one that is a device, or a link out of ``folder``."""
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as packed:
             yield _zip_members(file, packed)
@@ -146,7 +155,7 @@ def _tar_members(file: Path, tar: tarfile.TarFile, folder: Path) -> Iterator[_Me
             tarfile.data_filter(member, str(folder))
         except tarfile.FilterError as error:
             raise FetchError(f"{file}: {one_line(error)}; nothing was unpacked of it, do not use it") from error
-        # A link is not read, though it may lead to a member: it would bring bytes that were not counted.
+        # A link is not read even if it leads to a member: its bytes were not counted.
         read = partial(_extract, tar, member) if member.isreg() else None
         yield _Member(member.name, member.size, member.isdir(), read)
 

@@ -1,6 +1,6 @@
 """The manifest of artefacts, and the record of what was fetched into a folder.
 
-Both are read as what others wrote: unknown keys, and paths that lead out of their folder, are refused.
+Both are treated as untrusted: unknown keys, and paths that lead out of their folder, are refused.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_
 
 from covray.config import Section
 from covray.errors import ConfigError, CovrayError, one_line
-from covray.io import storage
+from covray.io.storage import Folder
 
 ARTEFACTS_FILE = Path(__file__).with_name("artefacts.yaml")
 RECORD_FILE = "covray-fetch.json"
 
 
 class FetchError(CovrayError):
-    """An artefact that cannot be had, or is not what it should be."""
+    """An artefact that cannot be downloaded, or is not what it should be."""
 
 
 def inner_path(path: str) -> str:
-    """``path`` if it lies below the folder it is relative to, on any system. Raises ValueError."""
-    parts = PureWindowsPath(path)  # knows both separators, and drives
+    """Return ``path`` if it lies below the folder it is relative to, on any system; raise ValueError if not."""
+    parts = PureWindowsPath(path)  # understands both separators, and drives
     if parts.anchor or ".." in parts.parts or not path.isprintable():
         raise ValueError(f"{path!r} leads out of its folder")
     return path
@@ -42,15 +42,15 @@ class Archive(Section):
     bytes: int | None = Field(default=None, ge=1)
     sha256: Sha256 | None = None
     into: InnerPath | None = None
-    """Folder that it is unpacked in, below the artefact's."""
+    """Folder below the artefact's that the archive is unpacked to."""
     members: tuple[str, ...]
-    """Patterns of what covray reads, by its path below the artefact's folder; nothing else is unpacked."""
+    """Patterns of the files that covray reads, by path below the artefact's folder; nothing else is unpacked."""
     inner: tuple[InnerPath, ...] = ()
-    """Archives in the archive, unpacked where they lie."""
+    """Archives inside the archive, unpacked in their own folder."""
 
     @property
     def name(self) -> str:
-        """Of the file that is downloaded."""
+        """Name of the file that is downloaded."""
         return self.url.rpartition("/")[2]
 
 
@@ -60,21 +60,21 @@ class Artefact(Section):
     kind: Literal["prior", "tokenizer", "backbone", "dataset"]
     id: str | None = None
     revision: str | None = None
-    """Commit or tag of ``id``; null: what its main branch is at the first download."""
+    """Commit or tag of ``id``; null is the main branch at the time of the first download."""
     files: tuple[str | tuple[str, ...], ...] = ()
-    """Patterns of what covray reads; of a list of them the first that there is."""
+    """Patterns of the files that covray reads; of a list of patterns, the first that any file matches."""
     sha256: dict[str, Sha256] = Field(default_factory=dict)
-    """Of files, where it is known; it holds for any mirror."""
+    """SHA-256 of files, where it is known; it is the same on any mirror."""
     archives: tuple[Archive, ...] = ()
     page: str | None = None
-    """Where a person gets it: there is no address that a program may use."""
+    """Page where a person downloads it, because there is no address for programs."""
     folder: str | None = None
-    """Below ``data`` or ``models``, where it is not the name: several datasets lie in one folder."""
+    """Folder below ``data`` or ``models``, if it is not the name: several datasets share one folder."""
     licence: str
     size: str
-    """For people: parameters of a model, bytes or pairs of a dataset."""
+    """Text for people: parameters of a model, bytes or pairs of a dataset."""
     next: str
-    """The command that reads it; ``{folder}`` stands for its folder."""
+    """The command that reads the artefact; ``{folder}`` stands for its folder."""
     note: str | None = None
 
     @model_validator(mode="after")
@@ -87,7 +87,7 @@ class Artefact(Section):
 
 
 class File(Section):
-    """What is known of a file."""
+    """Size and hash of a file, as far as they are known."""
 
     bytes: int | None = Field(ge=0)
     sha256: Sha256 | None
@@ -99,10 +99,11 @@ class Source(Section):
     origin: str
     """Hub id, or URL of an archive."""
     asked: str | None = None
+    """Revision that the user asked for; null is the main branch."""
     revision: str | None = None
-    """Commit of the hub, which ``asked`` (null: the main branch) was at the first download."""
+    """Commit of the hub that ``asked`` was at the first download."""
     sha256: Sha256 | None = None
-    """Of the archive."""
+    """SHA-256 of the archive."""
     files: dict[InnerPath, File]
 
 
@@ -111,7 +112,7 @@ _Record = TypeAdapter(dict[str, tuple[Source, ...]])
 
 
 def read_artefacts() -> dict[str, Artefact]:
-    """The manifest, by name. Raises ConfigError for one that is not valid."""
+    """Return the manifest, by name. Raises ConfigError for one that is not valid."""
     try:
         return _Artefacts.validate_python(yaml.safe_load(ARTEFACTS_FILE.read_text(encoding="utf-8")))
     except (yaml.YAMLError, ValidationError) as error:
@@ -119,12 +120,12 @@ def read_artefacts() -> dict[str, Artefact]:
 
 
 def default_folder(name: str, artefact: Artefact) -> Path:
-    """``models/NAME`` or ``data/NAME`` below the working folder."""
+    """Return ``models/NAME`` or ``data/NAME`` below the working folder."""
     return Path("data" if artefact.kind == "dataset" else "models", artefact.folder or name)
 
 
 def read_record(folder: Path) -> dict[str, tuple[Source, ...]]:
-    """What was fetched into ``folder``, by artefact. Raises FetchError for a record that cannot be read."""
+    """Return what was fetched into ``folder``, by artefact. Raises FetchError for a record that cannot be read."""
     file = folder / RECORD_FILE
     try:
         return _Record.validate_json(file.read_bytes())
@@ -132,10 +133,10 @@ def read_record(folder: Path) -> dict[str, tuple[Source, ...]]:
         return {}
     except (OSError, ValidationError) as error:
         raise FetchError(
-            f"{file}: is no record of covray fetch ({one_line(error)}); remove it, and fetch again"
+            f"{file}: is not a record of covray fetch ({one_line(error)}); delete it, and fetch again"
         ) from error
 
 
 def write_record(folder: Path, record: dict[str, tuple[Source, ...]]) -> None:
-    """Write what ``read_record`` reads."""
-    storage.write_json(str(folder / RECORD_FILE), _Record.dump_python(record, mode="json"))
+    """Write the file that ``read_record`` reads."""
+    Folder(str(folder)).write_json(RECORD_FILE, _Record.dump_python(record, mode="json"))

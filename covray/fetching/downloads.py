@@ -1,4 +1,4 @@
-"""Downloads by HTTP that continue where they were cut, and what the hub's client raises, as one line."""
+"""Downloads by HTTP that resume after an interruption, and the errors of the hub's client as one line."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from covray.errors import one_line
 from covray.fetching.catalogue import FetchError
 
 _TRIES = 4
-"""Attempts in a row that bring no byte, after which a download is given up."""
+"""Attempts in a row without a single byte, after which a download ends."""
 TIMEOUT_S = 30.0
 _CHUNK = 2**20
 
 
 class Unreachable(Exception):
-    """There is no network, or the other side does not answer."""
+    """There is no network, or the server does not answer."""
 
 
 @contextlib.contextmanager
 def hub_errors(hub_id: str, revision: str | None) -> Iterator[None]:
-    """What the hub's client raises, as one line; Unreachable where nobody answered."""
+    """Turn what the hub's client raises in the block into a FetchError, or Unreachable where no server answered."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -58,21 +58,22 @@ def hub_errors(hub_id: str, revision: str | None) -> Iterator[None]:
         raise FetchError(f"{hub_id}: the hub answers {error.response.status_code}; try again later") from error
     except (HTTPError, LocalEntryNotFoundError) as error:
         raise Unreachable(f"the hub cannot be reached ({one_line(error)})") from error
-    except RuntimeError as error:  # all that the client of Xet, where the hub stores large files, raises
+    except RuntimeError as error:  # the client of Xet, where the hub stores large files, raises nothing else
         raise FetchError(
-            f"{hub_id}: the download broke ({one_line(error)}); the same command continues, with HF_HUB_DISABLE_XET=1 "
-            "by plain HTTP"
+            f"{hub_id}: the download broke ({one_line(error)}); run the same command again to continue, with "
+            "HF_HUB_DISABLE_XET=1 by plain HTTP"
         ) from error
 
 
 def is_offline() -> bool:
+    """Return whether HF_HUB_OFFLINE forbids downloads."""
     from huggingface_hub import constants
 
     return constants.HF_HUB_OFFLINE
 
 
 def download(url: str, file: Path) -> None:
-    """Download ``url`` to ``file``, by way of ``.part``, which the next attempt continues."""
+    """Download ``url`` to ``file`` by way of ``.part``, which the next attempt continues. Raises FetchError."""
     part = file.with_name(f"{file.name}.part")
     try:
         if is_offline():
@@ -80,15 +81,16 @@ def download(url: str, file: Path) -> None:
         with _progress(file.name) as show:
             most, idle = 0, 0
             while not _pull(url, part, show):
-                have = part.stat().st_size if part.is_file() else 0
-                most, idle = max(most, have), (0 if have > most else idle + 1)
+                size = part.stat().st_size if part.is_file() else 0
+                idle = 0 if size > most else idle + 1
+                most = max(most, size)
                 if idle == _TRIES:
-                    raise Unreachable("the connection breaks again and again")
+                    raise Unreachable(f"the connection broke {_TRIES} times without a byte")
                 if idle:
                     time.sleep(2.0**idle)
     except Unreachable as error:
         raise FetchError(
-            f"missing: {file}; {error}: put {url} there, or go where there is a network; the same command continues"
+            f"missing: {file}; {error}: put {url} there, or run the same command again where there is a network"
         ) from error
     _tag(part).unlink(missing_ok=True)
     os.replace(part, file)
@@ -96,7 +98,7 @@ def download(url: str, file: Path) -> None:
 
 @contextlib.contextmanager
 def _progress(name: str) -> Iterator[Callable[[int, int | None], None]]:
-    """Shows a download on a terminal; gives what takes the bytes so far and, where known, of how many."""
+    """Show a download on a terminal. Yields a function of the bytes so far and the bytes in all, if known."""
     from rich.console import Console
     from rich.progress import DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
@@ -108,8 +110,11 @@ def _progress(name: str) -> Iterator[Callable[[int, int | None], None]]:
 
 
 def _pull(url: str, part: Path, show: Callable[[int, int | None], None]) -> bool:
-    """One request for what ``part`` has not yet; whether it is whole then. A part is continued only where the server
-    vouches that it is of the same file (If-Range); else it is begun anew."""
+    """Request what ``part`` lacks, and return whether it is complete then.
+
+    A part is continued only if the server confirms that it belongs to the same file (If-Range); otherwise the download
+    starts again.
+    """
     tag = _tag(part).read_text(encoding="utf-8") if _tag(part).is_file() else ""
     have = part.stat().st_size if tag and part.is_file() else 0
     request = urllib.request.Request(url, headers={"User-Agent": "covray", "Accept-Encoding": "identity"})
@@ -120,14 +125,14 @@ def _pull(url: str, part: Path, show: Callable[[int, int | None], None]) -> bool
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
             continued = answer.status == 206
             if continued and not answer.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-                raise FetchError(f"{url}: the server sends another part than asked for; remove {part}, and try again")
+                raise FetchError(f"{url}: the server sent another part than requested; delete {part}, and try again")
             have = have if continued else 0
             length = answer.headers.get("Content-Length")
             total = have + int(length) if length else None
             etag = answer.headers.get("ETag", "")
-            # A weak ETag (W/) does not vouch for bytes.
-            vouched = etag if etag.startswith('"') else answer.headers.get("Last-Modified", "")
-            _tag(part).write_text(vouched, encoding="utf-8")
+            # A weak ETag (W/) does not promise equal bytes.
+            version = etag if etag.startswith('"') else answer.headers.get("Last-Modified", "")
+            _tag(part).write_text(version, encoding="utf-8")
             with part.open("ab" if continued else "wb") as out:
                 while chunk := answer.read(_CHUNK):
                     out.write(chunk)
@@ -136,10 +141,10 @@ def _pull(url: str, part: Path, show: Callable[[int, int | None], None]) -> bool
             return total is None or have == total
     except urllib.error.HTTPError as error:
         if error.code == 416:
-            whole = error.headers.get("Content-Range") == f"bytes */{have}"  # the last attempt was stopped at its end
-            if not whole:
+            complete = error.headers.get("Content-Range") == f"bytes */{have}"  # the last attempt ended at its end
+            if not complete:
                 part.unlink()
-            return whole
+            return complete
         if error.code >= 500:
             return False
         raise FetchError(f"{url}: the server answers {error.code} ({error.reason}); get it by hand") from error
@@ -150,5 +155,5 @@ def _pull(url: str, part: Path, show: Callable[[int, int | None], None]) -> bool
 
 
 def _tag(part: Path) -> Path:
-    """File of what identifies the version that ``part`` is a part of."""
+    """Return the file with what identifies the version of the download that ``part`` belongs to."""
     return part.with_name(f"{part.name}.tag")
