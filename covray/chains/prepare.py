@@ -17,12 +17,10 @@ from covray.chains.dataset import ChainDataset, union_alphas
 from covray.config import BuildConfig
 from covray.errors import DatasetError, PairError
 from covray.io import storage
-from covray.io.images import decode, load_picture, square
-from covray.pairs.manifest import read_meta, row_dicts
+from covray.io.images import square
+from covray.pairs.loading import load_pair
+from covray.pairs.manifest import row_dicts
 from covray.tasks import TASKS
-
-ASPECT_TOLERANCE = 0.02
-"""A label may be of another size than its image, but of the same shape: its aspect within this share."""
 
 PREPARED_SCHEMA = pa.schema(
     [
@@ -80,19 +78,10 @@ def prepare_block(
 
 
 def _prepare_pair(row: dict[str, Any], config: BuildConfig, models: BuildModels, root: str | None) -> dict[str, bytes]:
-    if row["task"] not in TASKS:
-        raise PairError("unknown_task", f"{row['task']!r} is none of {', '.join(TASKS)}")
-    task = TASKS[row["task"]]
-    image = _decoded(row["image"], "image", root)
-    if not any((row["label"] or {}).values()):
-        _tell_why_there_is_none(row.get("meta"))
-    label = _decoded(row["label"], "label", root)
-    aspects = [picture.shape[1] / picture.shape[0] for picture in (image, label)]
-    if abs(aspects[0] / aspects[1] - 1) > ASPECT_TOLERANCE:
-        sizes = [f"{picture.shape[1]}x{picture.shape[0]}" for picture in (image, label)]
-        raise PairError("label_shape", f"label is {sizes[1]} px, image is {sizes[0]} px; their aspects differ")
+    pair = load_pair(row, root)
     prepared: dict[str, bytes] = {}
-    for name, picture, resample in (("source", image, "bicubic"), ("label", label, task.resample)):
+    label_resample = TASKS[row["task"]].resample
+    for name, picture, resample in (("source", pair.image, "bicubic"), ("label", pair.label, label_resample)):
         how = cast(Literal["bicubic", "nearest"], resample)
         prepared[name] = square(picture, models.prior_px, config.fit, how).tobytes()
         if models.tokenizer_px != models.prior_px:
@@ -100,25 +89,9 @@ def _prepare_pair(row: dict[str, Any], config: BuildConfig, models: BuildModels,
     return prepared
 
 
-def _tell_why_there_is_none(meta: str | None) -> None:
-    """Raise the PairError for which ``covray pairs`` could not draw a label, if the manifest has noted one."""
-    error = read_meta(meta).get("error")
-    if isinstance(error, str):
-        reason, _, detail = error.partition(": ")
-        raise PairError(reason, f"label: {detail}")
-
-
 def picture_digest(pixels: bytes) -> bytes:
     """What a picture's noise is found by again, beside its pair: a pair's id follows from names, and files change."""
     return hashlib.blake2b(pixels, digest_size=16).digest()
-
-
-def _decoded(picture: dict[str, Any] | None, name: str, root: str | None) -> np.ndarray:
-    try:
-        return decode(load_picture(picture or {}, root))
-    except PairError as error:
-        reason, _, detail = str(error).partition(": ")
-        raise PairError(reason, f"{name}: {detail}") from error
 
 
 @dataclass(frozen=True, eq=False)

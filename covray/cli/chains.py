@@ -63,18 +63,27 @@ def _print_audit(audit: dict[str, Any], out: str) -> None:
 
 
 def view(
-    dataset: Annotated[str, typer.Argument(help="Dataset folder, finished or not.")],
+    dataset: Annotated[str, typer.Argument(help="Dataset folder, finished or not; or a manifest of pairs.")],
     out: Annotated[
         str | None,
-        typer.Option("--out", help="Folder to write; by default DATASET/view.", callback=require_folder_name),
+        typer.Option(
+            "--out",
+            help="Folder to write; by default DATASET/view, of a manifest MANIFEST-view.",
+            callback=require_folder_name,
+        ),
     ] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Chains shown of every task.")] = 12,
+    limit: Annotated[int, typer.Option(min=1, help="Chains or pairs shown of every task.")] = 12,
     json_: Json = False,
 ) -> None:
-    """Contact sheets and a page: every frame of a chain, decoded from its tokens."""
-    from covray.report.dataset import view as write_view
+    """Contact sheets: every frame of a dataset's chains, with a page; or the pairs of a manifest, before a build."""
+    from covray.report.pairs_sheet import is_manifest, view_pairs
 
-    paths = write_view(dataset, out or f"{dataset.rstrip('/')}/view", limit_per_task=limit)
+    if is_manifest(dataset):
+        paths = view_pairs(dataset, out or f"{dataset.rstrip('/').removesuffix('.parquet')}-view", limit)
+    else:
+        from covray.report.dataset import view as write_view
+
+        paths = write_view(dataset, out or f"{dataset.rstrip('/')}/view", limit_per_task=limit)
     if json_:
         print(json.dumps({"written": paths}))
         return

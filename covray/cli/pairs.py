@@ -1,4 +1,4 @@
-"""``covray pairs``: make a manifest of pairs from photographs, scenes, lists and data sets."""
+"""``covray pairs``: make a manifest of pairs from photographs, scenes, lists and data sets, and check one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from covray.errors import ConfigError
 from covray.progress import own_display, stage
 
 if TYPE_CHECKING:
-    from covray.pairs.manifest import Pair
+    import pyarrow as pa
+
+    from covray.pairs.check import PairsReport
+    from covray.pairs.manifest import ManifestInfo, Pair
 
 _LOG = logging.getLogger("covray")
 
@@ -172,6 +175,60 @@ def lol(
     from covray.pairs.lol import lol_pairs
 
     _write_drawn(out, root, base, lol_pairs(root, split, count, seed), count, json_)
+
+
+def check(
+    manifest: Annotated[str, typer.Argument(help="Manifest, or a folder of manifests.")],
+    limit: Annotated[int, typer.Option(min=0, help="Pairs that cannot be used: named up to so many.")] = 20,
+    json_: Json = False,
+) -> None:
+    """Open every picture of a manifest: what is missing or broken, and what the labels hold."""
+    from covray.pairs.check import check_pairs
+
+    report = check_pairs(manifest, _on_ray)
+    if json_:
+        print(json.dumps(report.to_json()))
+    else:
+        _print_report(report, limit)
+
+
+def _on_ray(manifest: str, info: ManifestInfo) -> Iterator[pa.Table]:
+    from covray.distributed.check import checked_on_ray  # Ray takes seconds to import: only where it is needed
+
+    return checked_on_ray(manifest, info)
+
+
+def _print_report(report: PairsReport, limit: int) -> None:
+    table = Table("task", "pairs", "usable", "splits", "images", "labels", box=None, pad_edge=False)
+    for name, task in report.tasks.items():
+        splits = ", ".join(f"{escape(split)} {count}" for split, count in task.splits.items())
+        sizes = [_sizes(counts) for counts in (task.image_px, task.label_px)]
+        table.add_row(name, str(task.pairs), str(task.usable), splits, *sizes)
+    console.print(table)
+    for name, task in report.tasks.items():
+        shares = [f"{escape(meaning)} {share:.1%}" for meaning, share in task.shares().items() if share >= 0.0005]
+        ranges = [f"{quantity} {low:.4g} to {high:.4g}" for quantity, (low, high) in task.ranges.items()]
+        if shares or ranges:
+            console.print(f"{name}: {', '.join(shares + ranges)}", highlight=False, soft_wrap=True)
+    for note in report.notes():
+        console.print(f"look at {escape(note)}", highlight=False, soft_wrap=True)
+    for bad in report.bad[:limit]:
+        line = f"{bad.name}: {bad.task}: {bad.reason}: {bad.detail}"
+        console.print(escape(line), highlight=False, soft_wrap=True)
+    if len(report.bad) > limit:
+        console.print(f"and {len(report.bad) - limit} more; --json names all", soft_wrap=True)
+    reasons = ", ".join(f"{reason} {count}" for reason, count in report.reasons().most_common())
+    usable = report.pairs - len(report.bad)
+    because = f"; {reasons}" if reasons else ""
+    console.print(f"{usable} of {report.pairs} pairs can be used{because}", highlight=False, soft_wrap=True)
+
+
+def _sizes(counts: Counter[str]) -> str:
+    """The most frequent size, and how many others there are."""
+    if not counts:
+        return "-"
+    others = len(counts) - 1
+    return counts.most_common(1)[0][0] + (f" and {others} others" if others else "")
 
 
 def _write_drawn(out: str, root: str, base: str | None, pairs: Iterator[Pair], count: int | None, json_: bool) -> None:

@@ -1,0 +1,60 @@
+"""One pair of a manifest, decoded and checked: the same for the build, for ``covray pairs check`` and for sheets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from covray.errors import PairError
+from covray.io.images import decode, load_picture
+from covray.pairs.label_files import ASPECT_TOLERANCE
+from covray.pairs.manifest import read_meta
+from covray.tasks import TASKS
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedPair:
+    """Image and label of a pair, uint8 RGB [h, w, 3] each; their sizes may differ, their aspects hardly."""
+
+    image: NDArray[np.uint8]
+    label: NDArray[np.uint8]
+
+
+def load_pair(row: Mapping[str, Any], root: str | None) -> LoadedPair:
+    """Return the pictures of a manifest's ``row``.
+
+    Raises:
+        PairError: why the pair cannot be used. Its detail says whether the image or the label is the cause; a label
+            that ``covray pairs`` could not draw has the reason that the manifest has noted.
+    """
+    if row["task"] not in TASKS:
+        raise PairError("unknown_task", f"{row['task']!r} is none of {', '.join(TASKS)}")
+    image = _decoded(row["image"], "image", root)
+    if not any((row["label"] or {}).values()):
+        _raise_noted_error(row.get("meta"))
+    label = _decoded(row["label"], "label", root)
+    image_aspect, label_aspect = (picture.shape[1] / picture.shape[0] for picture in (image, label))
+    if abs(image_aspect / label_aspect - 1) > ASPECT_TOLERANCE:
+        image_px, label_px = (f"{picture.shape[1]}x{picture.shape[0]}" for picture in (image, label))
+        raise PairError("label_shape", f"label is {label_px} px, image is {image_px} px; their aspects differ")
+    return LoadedPair(image, label)
+
+
+def _raise_noted_error(meta: str | None) -> None:
+    """Raise the PairError for which ``covray pairs`` could not draw a label, if the manifest has noted one."""
+    error = read_meta(meta).get("error")
+    if isinstance(error, str):
+        reason, _, detail = error.partition(": ")
+        raise PairError(reason, f"label: {detail}")
+
+
+def _decoded(picture: Mapping[str, Any] | None, name: str, root: str | None) -> NDArray[np.uint8]:
+    try:
+        return decode(load_picture(picture or {}, root))
+    except PairError as error:
+        reason, _, detail = str(error).partition(": ")
+        raise PairError(reason, f"{name}: {detail}") from error
