@@ -27,7 +27,7 @@ def start_build(tmp_path: Path) -> Iterator[Callable[[Path], subprocess.Popen[st
     processes: list[subprocess.Popen[str]] = []
 
     def begin(manifest: Path) -> subprocess.Popen[str]:
-        command = [COVRAY, "build", "--pairs", str(manifest), "--out", str(tmp_path / "chains"), *LINEAR]
+        command = [COVRAY, "build", "--manifest", str(manifest), "--out", str(tmp_path / "chains"), *LINEAR]
         processes.append(subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True))
         return processes[-1]
 
@@ -61,7 +61,7 @@ def test_builds_that_start_and_die_together_write_every_row_once(
     before = committed(out)
     assert before < SCENES * 7, "every kill came before the end"
 
-    done = run("build", "--pairs", str(manifest), "--out", str(out), *LINEAR)
+    done = run("build", "--manifest", str(manifest), "--out", str(out), *LINEAR)
     assert "was at work here" not in done.stderr, "a killed build of this machine is followed at once"
     assert len(tokens_of(out)) == SCENES * 7
     assert not folders_left(out)
