@@ -1,4 +1,4 @@
-"""What the doctor finds is true, it says what to do about it, and it leaves nothing behind."""
+"""The doctor's findings are true, say what to do, and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OURS = Versions(python="3.11.7", ray="2.60.0", covray="0.1.0")
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No cluster, and a home of one's own: the token of whoever runs the tests is not our concern."""
+    """No cluster, and a home folder of the test's own, so that the token of whoever runs the tests is not read."""
     for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -39,7 +39,7 @@ def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def sound(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The checks that depend on this machine, or take long, find nothing to say."""
+    """The checks that depend on this machine, or take long, have no findings."""
     for module, name in (
         (machine, "gpus"), (machine, "compiler"), (of_ray, "disks"), (of_ray, "ports"), (models, "weights"),
     ):  # fmt: skip
@@ -63,7 +63,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def only(findings: list[Finding], name: str) -> Finding:
-    """The one finding of that name, which is whole: one line, and advice unless all is well."""
+    """Return the one finding of that name: one line, with advice unless all is well."""
     [finding] = [finding for finding in findings if finding.name == name]
     assert finding.found.isprintable()
     assert finding.found
@@ -81,7 +81,7 @@ def test_the_packages_that_run_the_tests_are_as_covray_requires_them() -> None:
 @pytest.mark.parametrize(
     ("found", "status"), [("2.10.1", "problem"), ("2.11.0", "ok"), ("2.13.0+cu128", "ok"), ("2.14.0", "problem")]
 )
-def test_a_package_out_of_bounds_is_a_problem_with_the_command_that_mends_it(
+def test_a_package_out_of_bounds_is_a_problem_with_the_command_that_fixes_it(
     monkeypatch: pytest.MonkeyPatch, found: str, status: str
 ) -> None:
     lines = ["torch<2.14,>=2.11", "nothing-such>=1; extra == 'test'"]
@@ -104,16 +104,17 @@ def test_a_package_that_is_absent_is_a_problem_with_its_extras(monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    ("amx", "avx512", "told"), [(True, True, "AMX"), (False, True, "AVX512-BF16"), (False, False, "float32 is faster")]
+    ("amx", "avx512", "expected"),
+    [(True, True, "AMX"), (False, True, "AVX512-BF16"), (False, False, "float32 is faster")],
 )
 def test_the_processor_says_what_trainings_compute_in(
-    monkeypatch: pytest.MonkeyPatch, amx: bool, avx512: bool, told: str
+    monkeypatch: pytest.MonkeyPatch, amx: bool, avx512: bool, expected: str
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
     [finding] = machine.check_processor()
     assert finding.status == "ok"
-    assert told in finding.found
+    assert expected in finding.found
 
 
 @pytest.mark.parametrize(
@@ -133,7 +134,7 @@ def test_a_gpu_runs_what_was_compiled_for_it(capability: tuple[int, int], built:
 
 
 @pytest.mark.parametrize(
-    ("capability", "free_gib", "status", "told"),
+    ("capability", "free_gib", "status", "expected"),
     [
         ((9, 0), 139, "ok", "139.0 of 140.0 GiB free"),
         ((9, 0), 20, "note", "others use it"),
@@ -142,7 +143,7 @@ def test_a_gpu_runs_what_was_compiled_for_it(capability: tuple[int, int], built:
     ],
 )
 def test_a_gpu_is_judged_by_its_build_arithmetic_and_memory(
-    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], free_gib: int, status: str, told: str
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], free_gib: int, status: str, expected: str
 ) -> None:
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     facts = {
@@ -160,7 +161,7 @@ def test_a_gpu_is_judged_by_its_build_arithmetic_and_memory(
     for number in range(2):
         finding = only(findings, f"GPU {number}")
         assert finding.status == status
-        assert told in finding.found
+        assert expected in finding.found
 
 
 @pytest.mark.parametrize(
@@ -206,7 +207,7 @@ def test_a_disk_is_judged_by_what_a_dataset_takes(
     assert only(of_storage.check_storage(str(tmp_path)), "disk").status == status
 
 
-def test_a_full_temporary_disk_and_a_small_shared_memory_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_temporary_disk_and_a_small_shared_memory_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1000 * GIB, 0, GIB // 16))
     findings = of_ray.check_disks()
     assert only(findings, "Ray's disk").status == "problem"
@@ -423,7 +424,7 @@ def report(**other: Any) -> NodeReport:
 
 
 @pytest.mark.parametrize(
-    ("other", "status", "told"),
+    ("other", "status", "expected"),
     [
         ({}, "ok", "4 CPUs, 1 GPUs, 8.0 GiB memory, disk 50.0 of 99.0 GiB free"),
         ({"python": "3.12.1"}, "problem", "python 3.11.7"),
@@ -434,11 +435,11 @@ def report(**other: Any) -> NodeReport:
         ({"time_s": 1101.0}, "problem", "clock +100.0 s"),
     ],
 )
-def test_a_node_is_judged_by_what_it_says(other: dict[str, object], status: str, told: str) -> None:
+def test_a_node_is_judged_by_what_it_says(other: dict[str, object], status: str, expected: str) -> None:
     resources = {"CPU": 4.0, "GPU": 1.0, "memory": 8.0 * GIB}
     finding = only([judge_node("node a", resources, report(**other), OURS)], "node a")
     assert finding.status == status
-    assert told in finding.found
+    assert expected in finding.found
 
 
 @pytest.mark.parametrize("listens", [True, False])
@@ -503,7 +504,10 @@ def test_problems_come_first_and_end_the_command_with_1(
     code, out = run("doctor")
     assert code == 1
     lines = out.splitlines()
-    assert [line.split()[0] for line in lines] == ["bad", "do", "odd", "do", "fine", "1"]
+    words = [line.split()[:2] for line in lines]
+    assert words[0::2][:2] == [["problem", "bad"], ["note", "odd"]]
+    assert words[1::2][:2] == [["do", "y"], ["do", "x"]]
+    assert words[4:] == [["ok", "fine"], ["1", "problems,"]]
     assert "[red] none" in lines[0]
     assert lines[1].strip() == "do y"
     assert run("doctor", "--json")[0] == 1

@@ -91,7 +91,7 @@ def test_shards_are_the_blocks_tasks_and_bytes_grow_with_pairs() -> None:
     assert make(pairs=40_000)["build"]["shard_bytes"] == pytest.approx(2 * sorted_by_task["shard_bytes"], rel=0.01)
 
 
-def test_what_decides_is_said() -> None:
+def test_notes_name_what_limits_a_step() -> None:
     assert make()["build"]["notes"] == []
     assert "the driver hands out 0.01" in make(driver_blocks_per_s=0.01)["build"]["notes"][0]
     assert "the audit of" in make(**{"assumed.audit_shard_s": 100})["build"]["notes"][0]

@@ -235,7 +235,7 @@ def test_failures_are_counted_and_the_first_are_shown(written: Writer) -> None:
     assert "33 answers without scores, the first 20" in texts
 
 
-def test_fewer_episodes_than_others_are_told(written: Writer) -> None:
+def test_fewer_episodes_than_others_are_noted(written: Writer) -> None:
     results = _results("low_light")
     results["scores"][0]["episodes"] = 31
     assert written(results).texts.count("n = 31") == 2  # in the overview and in the task's table

@@ -167,7 +167,7 @@ def test_names_are_safe_in_paths(make: Make) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"train.optimizer.learning_rat": 1}, "train: optimizer.learning_rat: no such key"),
         ({"train.optimizer.epochs": -1}, "train: optimizer.epochs: Input should be greater than 0"),
@@ -188,10 +188,10 @@ def test_names_are_safe_in_paths(make: Make) -> None:
         ),
     ],
 )
-def test_mistakes_are_one_line_that_names_the_key(make: Make, options: dict[str, Any], said: str) -> None:
+def test_mistakes_are_one_line_that_names_the_key(make: Make, options: dict[str, Any], message: str) -> None:
     with pytest.raises(CovrayError) as refused:
         grid_of(make(**options))
-    assert said in str(refused.value)
+    assert message in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
@@ -261,7 +261,7 @@ def planned(write_manifest: Callable[..., str], tmp_path: Path, vqgan_folder: Pa
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"train.sentences.split": "trian"}, "no pairs in split trian, only in test, train, val; set train.sentences"),
         ({"train.sentences.validation_split": "vla"}, "split vla, only in test, train, val; set train.sentences.valid"),
@@ -276,10 +276,12 @@ def planned(write_manifest: Callable[..., str], tmp_path: Path, vqgan_folder: Pa
         ),
     ],
 )
-def test_splits_are_checked_before_the_dataset_is_built(planned: Planned, options: dict[str, Any], said: str) -> None:
+def test_splits_are_checked_before_the_dataset_is_built(
+    planned: Planned, options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(CovrayError) as refused:
         grid_of(planned(**options))
-    assert said in str(refused.value)
+    assert message in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
