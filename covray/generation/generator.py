@@ -28,7 +28,7 @@ from covray.config import (
     TokenizerConfig,
     TrainConfig,
 )
-from covray.errors import ConfigError, DatasetError, WeightsError, one_line
+from covray.errors import ConfigError, DatasetError, PairError, WeightsError, one_line
 from covray.generation.models import LoadedModel, ModelSource
 from covray.generation.request import Answer, Example, Request, WrittenPicture
 from covray.generation.votes import PLAIN_TASK, draw_spread, join_answers
@@ -39,9 +39,10 @@ from covray.models.lvm.adapter import read_adapter, read_run
 from covray.models.lvm.backbone import backbone_facts
 from covray.models.lvm.decoding.base import Decoded, require_context
 from covray.models.tokenizer.vqgan import load_tokenizer, require_same_codebook
+from covray.pairs.classes import draw_mask
 from covray.pairs.manifest import MANIFEST_SCHEMA, Pair
 from covray.seeds import seed_of
-from covray.tasks import TASKS
+from covray.tasks import TASKS, segmentation
 from covray.tasks.base import Resample
 
 _PROMPTS = 8
@@ -237,8 +238,9 @@ class Generator:
         builder = self._builder = self._builder or self._load_builder()
         rows = []
         for example in examples:
-            pair = Pair(task, "", images.Picture(bytes=example.image), images.Picture(bytes=example.label))
-            ends = {"image": {"bytes": example.image}, "label": {"bytes": example.label}}
+            label = self._drawn_label(example, task)
+            pair = Pair(task, "", images.Picture(bytes=example.image), images.Picture(bytes=label))
+            ends = {"image": {"bytes": example.image}, "label": {"bytes": label}}
             rows.append({"pair_id": pair.pair_id, "task": task, "split": "", "meta": "{}"} | ends)
         table = pa.Table.from_pylist(rows, MANIFEST_SCHEMA)
         built, _ = builder.build(prepare_block(table, builder.config, builder.models(), None))
@@ -248,6 +250,16 @@ class Generator:
                 raise ConfigError(f"{example.name}: {row['error']}; give another pair")
             chains += [row["source"], *(frame["tokens"] for frame in row["frames"]), row["label"]]
         return np.array(chains, np.uint16).ravel()
+
+    def _drawn_label(self, example: Example, task: str) -> bytes:
+        """Return the label of ``example``; a mask of the user's own classes drawn as those that the run has seen."""
+        classes = self.resolved.classes
+        if task != segmentation.name or classes is None:
+            return example.label
+        try:
+            return draw_mask(example.label, classes)
+        except PairError as error:
+            raise ConfigError(f"{example.name}: {error}; give another pair") from error
 
     def _load_builder(self) -> BlockBuilder:
         """Load what makes the examples' chains, with the prior where they have frames by it."""

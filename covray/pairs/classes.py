@@ -7,7 +7,7 @@ colour that is none of the classes, is an error: the nearest class would be a wr
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -18,8 +18,11 @@ from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
 from covray.config import read_yaml
 from covray.errors import ConfigError, PairError, one_line
 from covray.io import storage
-from covray.pairs.label_files import LabelFile
-from covray.tasks.segmentation import palette
+from covray.io.codecs.raster import turned
+from covray.io.images import decode, encode_png
+from covray.pairs.label_files import LabelFile, read_label_file
+from covray.tasks import segmentation
+from covray.tasks.segmentation import class_table, palette
 
 VOID = 255
 """The palette index that void is drawn in: (224, 224, 192), as PASCAL VOC does."""
@@ -215,6 +218,45 @@ def painter_coding(classes: int, steps: int) -> MaskCoding:
     return MaskCoding(names, None, colours, meta)
 
 
+def coding_of(meta: Mapping[str, Any]) -> MaskCoding:
+    """Return the coding of the user's own masks that ``meta`` of a manifest's row describes."""
+    table = class_table(meta)
+    levels = {number: index for index, number in enumerate(table.numbers)}
+    colours: dict[tuple[int, int, int], int] | None = None
+    if meta.get("class_colours"):
+        colours = {tuple(colour): index for index, colour in enumerate(meta["class_colours"])}
+    if table.void is not None and table.void_number is not None:
+        levels[table.void_number] = table.void
+        if colours is not None and meta.get("void_colour"):
+            colours[tuple(meta["void_colour"])] = table.void
+    return MaskCoding(table.names, levels, colours, dict(meta))
+
+
+def draw_mask(data: bytes, meta: Mapping[str, Any]) -> bytes:
+    """Return a mask in the user's own coding as the picture that a build reads; one that is drawn already as it is.
+
+    Args:
+        data: The encoded mask.
+        meta: The classes, as in ``meta`` of a manifest's row.
+
+    Raises:
+        PairError: The mask shows what is none of the user's own classes. Without own numbers or colours such a mask is
+            taken as it is: it may be a picture that a model drew.
+    """
+    file = read_label_file(data)
+    try:
+        indices = read_mask(file, coding_of(meta))
+    except PairError:
+        try:
+            indices = read_mask(file, voc_coding(class_table(meta).names, declared=True))
+        except PairError:
+            if "class_numbers" in meta or "class_colours" in meta:
+                raise
+            return data
+    drawn = turned(segmentation.render(indices), file.orientation)
+    return data if np.array_equal(drawn, decode(data)) else encode_png(drawn)
+
+
 # --- the user's file -------------------------------------------------------------------------------------------------
 
 
@@ -307,11 +349,14 @@ class ClassesFile(_Part):
         meta: dict[str, Any] = {"classes": [item.name for item in self.classes]}
         if numbers != list(range(len(numbers))):
             meta["class_numbers"] = numbers
+        if colours is not None:
+            meta["class_colours"] = [list(colour) for colour in colours]
         if self.void is not None:
             if levels is not None and self.void.index is not None:
                 levels[self.void.index] = VOID
             if colours is not None and self.void.colour is not None:
                 colours[self.void.colour] = VOID
+                meta["void_colour"] = list(self.void.colour)
             meta["void"] = VOID
             meta["void_number"] = self._void_number(numbers)
         return MaskCoding(tuple(meta["classes"]), levels, colours, meta, self.tolerance)

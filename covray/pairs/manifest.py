@@ -285,7 +285,7 @@ def read_manifest(path: str | os.PathLike[str], columns: Sequence[str]) -> Itera
 
 
 def read_classes(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """Return the class table of a manifest's segmentation: the keys ``META_KEYS`` of its ``meta``.
+    """Return the class table of a manifest's segmentation: the keys ``meta_keys`` of its ``meta``.
 
     None where it has no segmentation. Rows that cannot be used do not count.
 

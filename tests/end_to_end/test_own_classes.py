@@ -62,15 +62,13 @@ def test_own_classes_come_back_with_their_numbers(tmp_path: Path) -> None:
         "train", "--scale", "nano", "--data", chains, "--out", adapter, "--length", "2", "--steps", "1",
         "--set", "sentences.validation_split=null", "--set", "sentences.pairs=[1]", "--tracking-uri", "none",
     )  # fmt: skip
-    run(
-        "generate", "--adapter", adapter, "--example", str(tmp_path / "0.png"), str(tmp_path / "rendered.png"),
-        "--query", str(tmp_path / "1.png"), "--task", "segmentation", "--out", str(tmp_path / "answers"), code=2,
-    )  # fmt: skip
-    Image.fromarray(decode(pq.read_table(pairs)["label"][0].as_py()["bytes"])).save(tmp_path / "rendered.png")
-    run(
-        "generate", "--adapter", adapter, "--example", str(tmp_path / "0.png"), str(tmp_path / "rendered.png"),
-        "--query", str(tmp_path / "1.png"), "--task", "segmentation", "--out", str(tmp_path / "answers"),
-    )  # fmt: skip
+    save(tmp_path / "no_mask.png", photo(9, 48, 72))
+    for mask, code in (("no_mask.png", 2), ("mask0.png", 0)):
+        done = run(
+            "generate", "--adapter", adapter, "--example", str(tmp_path / "0.png"), str(tmp_path / mask),
+            "--query", str(tmp_path / "1.png"), "--task", "segmentation", "--out", str(tmp_path / "answers"), code=code,
+        )  # fmt: skip
+        assert ("unknown_class" in done.stderr) == (code == 2)
     returned = np.asarray(Image.open(tmp_path / "answers/1/classes.png"))
     assert returned.shape == (48, 72)
     assert set(np.unique(returned).tolist()) <= {*NUMBERS, VOID_NUMBER}

@@ -14,7 +14,7 @@ from PIL import Image
 
 from covray.errors import ConfigError, ManifestError, PairError
 from covray.io.images import decode
-from covray.pairs.classes import VOID, ClassesFile, load_classes, painter_coding, read_mask, voc_coding
+from covray.pairs.classes import VOID, ClassesFile, draw_mask, load_classes, painter_coding, read_mask, voc_coding
 from covray.pairs.label_files import read_label_file
 from covray.pairs.manifest import read_classes
 from covray.tasks.segmentation import class_table, export, palette, read, render
@@ -112,6 +112,19 @@ def test_own_masks_go_through_the_manifest_and_back(
     returned = np.asarray(Image.open(io.BytesIO(export(label, meta)["classes.png"])))
     numbers = in_numbers() if values["classes"][0].get("index") is not None else TRUTH
     assert np.array_equal(returned, numbers)  # by position, and 255 for void, where the masks have no numbers
+
+
+@pytest.mark.parametrize("coding", CODINGS)
+def test_an_example_of_every_coding_is_drawn_as_the_dataset_is(coding: str) -> None:
+    """By ``meta`` alone, as ``covray generate`` knows the classes."""
+    image, values = CODINGS[coding]
+    meta = json.loads(json.dumps(ClassesFile.model_validate(values).coding().meta))
+    drawn = draw_mask(encoded(image), meta)
+    assert np.array_equal(decode(drawn), render(TRUTH))
+    assert draw_mask(drawn, meta) == drawn  # a label of the manifest is drawn already
+    with pytest.raises(PairError, match="unknown_class"):
+        draw_mask(encoded(photo(0)), meta)
+    assert draw_mask(encoded(photo(0)), {"classes": ["sky", "wall"]}) == encoded(photo(0))
 
 
 def test_a_plain_list_of_names_is_enough() -> None:
