@@ -104,7 +104,7 @@ def main() -> None:
     """Run the console script: a user's mistake is one line and exit code 2; Ctrl-C is 130, SIGTERM 143."""
     with informed(), quiet_libraries(), _ended_by_sigterm() as terminated:
         try:
-            app()
+            app(prog_name="covray")
         except CovrayError as error:
             if details_shown():
                 traceback.print_exception(error)
