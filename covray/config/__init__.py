@@ -6,7 +6,7 @@ keys are refused. The resolved configuration is written into every result.
 
 from covray.config.build import BuildConfig
 from covray.config.compiler import require_compiler
-from covray.config.evaluate import EvaluateConfig, FormConfig
+from covray.config.evaluate import EvaluateConfig, FormConfig, named_run
 from covray.config.fields import (
     ActorsConfig,
     BackboneConfig,
@@ -32,9 +32,8 @@ from covray.config.train import (
 
 __all__ = [
     "ActorsConfig", "AssumedConfig", "BackboneConfig", "BuildConfig", "CheckpointsConfig", "ComputeConfig",
-    "EngineConfig", "EvaluateConfig", "FormConfig", "GenerateConfig", "GeneratorConfig",
-    "GridConfig", "LoraConfig", "NodesConfig",
-    "OptimizerConfig", "PlanConfig", "PriorConfig", "SamplingConfig", "Section", "SentencesConfig", "SweepConfig",
-    "TokenizerConfig", "TrackingConfig", "TrainConfig", "WorkersConfig", "differences", "leaves", "load_config",
-    "read_yaml", "require_compiler",
+    "EngineConfig", "EvaluateConfig", "FormConfig", "GenerateConfig", "GeneratorConfig", "GridConfig", "LoraConfig",
+    "NodesConfig", "OptimizerConfig", "PlanConfig", "PriorConfig", "SamplingConfig", "Section", "SentencesConfig",
+    "SweepConfig", "TokenizerConfig", "TrackingConfig", "TrainConfig", "WorkersConfig", "differences", "leaves",
+    "load_config", "named_run", "read_yaml", "require_compiler",
 ]  # fmt: skip

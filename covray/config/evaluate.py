@@ -32,6 +32,17 @@ class FormConfig(Section):
     """Example pairs before the query."""
 
 
+def named_run(entry: str) -> tuple[str, str]:
+    """Return the name and the folder of an entry of ``adapters``: ``RUN`` or ``NAME=RUN``.
+
+    A "=" below a folder belongs to the path, such as in ``runs/lr=0.1``.
+    """
+    name, separator, run = entry.partition("=")
+    if separator and "/" not in name:
+        return name, run
+    return entry.rstrip("/").rpartition("/")[2], entry
+
+
 class EvaluateConfig(Section):
     """``covray evaluate``: score adapters, their backbone and baselines on the same queries."""
 

@@ -25,7 +25,7 @@ from ray.data import Dataset
 
 from covray.chains.compatibility import require_same_tokens
 from covray.chains.dataset import ChainDataset
-from covray.config import BuildConfig, EvaluateConfig, load_config
+from covray.config import BuildConfig, EvaluateConfig, load_config, named_run
 from covray.distributed.pool import (
     CHECKPOINT,
     RowsIn,
@@ -291,9 +291,7 @@ def _absolute(config: EvaluateConfig) -> EvaluateConfig:
     """Return ``config`` with paths that mean the same in a worker's folder, and with a name for every run."""
     adapters = []
     for entry in config.adapters:
-        name, separator, run = entry.partition("=")
-        if not separator or "/" in name:
-            name, run = entry.rstrip("/").rpartition("/")[2], entry
+        name, run = named_run(entry)
         adapters.append(f"{name}={absolute(run)}")
     update: dict[str, Any] = {"data": absolute(config.data), "out": absolute(config.out), "adapters": tuple(adapters)}
     if config.manifest is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import posixpath
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -11,7 +10,7 @@ from pydantic import ValidationError
 
 from covray.chains.compatibility import require_same_codes
 from covray.chains.dataset import ChainDataset
-from covray.config import BackboneConfig, EvaluateConfig, TrainConfig
+from covray.config import BackboneConfig, EvaluateConfig, TrainConfig, named_run
 from covray.errors import ConfigError, WeightsError
 from covray.io import storage
 from covray.models.lvm.adapter import WEIGHTS_FILE, read_adapter, read_run
@@ -89,9 +88,7 @@ def subjects_of(config: EvaluateConfig, dataset: ChainDataset) -> tuple[Subject,
 
 
 def _adapter(config: EvaluateConfig, dataset: ChainDataset, entry: str) -> Subject:
-    name, separator, run = entry.partition("=")
-    if not separator or "/" in name:
-        name, run = posixpath.basename(entry.rstrip("/")), entry
+    name, run = named_run(entry)
     about = read_run(run)
     try:
         trained = TrainConfig.model_validate(about["config"])

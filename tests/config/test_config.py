@@ -19,6 +19,7 @@ from covray.config import (
     SweepConfig,
     TrainConfig,
     load_config,
+    named_run,
 )
 from covray.errors import ConfigError
 
@@ -355,3 +356,18 @@ def test_the_papers_trainings_are_the_papers(scale: str, epochs: int) -> None:
     assert (config.backbone.scale, config.optimizer.epochs) == (scale, epochs)
     assert (config.lora.rank, config.lora.alpha, config.optimizer.batch_tokens) == (32, 64, 172_032)
     assert (config.sentences.lengths, config.sentences.method, config.sentences.loss) == ((4,), "diffusion", "all")
+
+
+@pytest.mark.parametrize(
+    ("entry", "name", "run"),
+    [
+        ("runs/first", "first", "runs/first"),
+        ("runs/first/", "first", "runs/first/"),
+        ("tuned=runs/first", "tuned", "runs/first"),
+        ("runs/lr=0.1", "lr=0.1", "runs/lr=0.1"),
+        ("tuned=runs/lr=0.1", "tuned", "runs/lr=0.1"),
+        ("s3://bucket/a=b", "a=b", "s3://bucket/a=b"),
+    ],
+)
+def test_an_adapter_has_the_name_that_it_is_given_or_its_folders(entry: str, name: str, run: str) -> None:
+    assert named_run(entry) == (name, run)
