@@ -54,7 +54,7 @@ def test_the_text_of_a_key_is_found_by_its_dotted_name() -> None:
 
 
 def test_every_link_of_the_pages_leads_somewhere() -> None:
-    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+    for page in (*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))):
         for target in (part.split(")")[0] for part in page.read_text().split("](")[1:]):
             target = target.partition("#")[0]
             assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
