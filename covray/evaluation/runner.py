@@ -33,10 +33,9 @@ from covray.evaluation.scores import score
 from covray.evaluation.subjects import SALIENCY, Subject
 from covray.generation.models import LoadedModel, ModelSource
 from covray.generation.votes import join_answers
-from covray.io import storage
 from covray.io.images import decode, load_picture, resize, square
 from covray.io.pixels import Picture
-from covray.models.lvm.adapter import read_adapter
+from covray.models.lvm.adapter import read_run_adapter
 from covray.models.lvm.backbone import backbone_facts
 from covray.models.lvm.decoding.base import Decoded
 from covray.models.tokenizer.vqgan import load_tokenizer
@@ -235,7 +234,7 @@ class Runner:
                 f"{name}: this node's backbone is {facts.fingerprint[:12]}, not {subject.fingerprint[:12]}; give every "
                 "node the same weights"
             )
-        adapter = None if subject.adapter is None else read_adapter(storage.join(subject.adapter, "adapter"))
+        adapter = None if subject.adapter is None else read_run_adapter(subject.adapter)
         source = ModelSource(facts, backbone, adapter, self.config.seed)
         return LoadedModel.load(source, self.config.engine, self.tokenizer, self.config.batch)
 

@@ -13,7 +13,7 @@ from covray.chains.dataset import ChainDataset
 from covray.config import BackboneConfig, EvaluateConfig, TrainConfig, named_run
 from covray.errors import ConfigError, WeightsError
 from covray.io import storage
-from covray.models.lvm.adapter import WEIGHTS_FILE, read_adapter, read_run
+from covray.models.lvm.adapter import WEIGHTS_FILE, read_run, read_run_adapter
 from covray.models.lvm.backbone import BackboneFacts, backbone_facts
 from covray.models.lvm.decoding.base import require_context
 from covray.models.tokenizer.vqgan import require_same_codebook
@@ -103,7 +103,7 @@ def _adapter(config: EvaluateConfig, dataset: ChainDataset, entry: str) -> Subje
             f"--adapter {run}: adapts backbone {fingerprints['backbone'][:12]}, {backbone.path or backbone.scale} is "
             f"{facts.fingerprint[:12]}; give --backbone the folder or revision it was trained on"
         )
-    read_adapter(storage.join(run, "adapter"))
+    read_run_adapter(run)
     sentences = trained.sentences
     length = 2 if sentences.method == "none" else max(sentences.lengths)
     pairs = max(sentences.pairs) if config.pairs is None else config.pairs

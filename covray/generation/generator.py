@@ -32,10 +32,10 @@ from covray.errors import ConfigError, DatasetError, PairError, WeightsError, on
 from covray.generation.models import LoadedModel, ModelSource
 from covray.generation.request import Answer, Example, Request, WrittenPicture
 from covray.generation.votes import PLAIN_TASK, draw_spread, join_answers
-from covray.io import images, storage
+from covray.io import images
 from covray.io.images import resize, square
 from covray.io.pixels import Picture
-from covray.models.lvm.adapter import read_adapter, read_run
+from covray.models.lvm.adapter import read_run, read_run_adapter
 from covray.models.lvm.backbone import backbone_facts
 from covray.models.lvm.decoding.base import Decoded, require_context
 from covray.models.tokenizer.vqgan import load_tokenizer, require_same_codebook
@@ -315,7 +315,7 @@ def resolve_generator(config: GeneratorConfig) -> ResolvedGenerator:
             f"{config.adapter}: adapts backbone {run.backbone[:12]}, {config.backbone.path or config.backbone.scale} "
             f"is {facts.fingerprint[:12]}; give --backbone the folder or revision it was trained on"
         )
-    adapter = None if config.adapter is None else read_adapter(storage.join(config.adapter, "adapter"))
+    adapter = None if config.adapter is None else read_run_adapter(config.adapter)
     trained_codebook = None if run is None else run.codebook
     return ResolvedGenerator(
         config=config,

@@ -97,7 +97,8 @@ def write_run(
         run = str(tmp_path / "run")
         options = {f"sentences.{key}": value for key, value in sentences.items()}
         backbone = {"backbone.scale": "custom", "backbone.path": str(llama_folder)}
-        config = load_config(TrainConfig, None, {"data": data, "out": run} | backbone | options)
+        lora = {"lora.rank": LORA.rank, "lora.alpha": LORA.alpha}
+        config = load_config(TrainConfig, None, {"data": data, "out": run} | backbone | lora | options)
         fingerprints = {
             "backbone": backbone_facts(config.backbone).fingerprint,
             "codebook": description["fingerprints"]["codebook"],

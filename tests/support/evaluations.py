@@ -80,7 +80,8 @@ def write_run(tmp_path: Path, llama_folder: Path) -> Callable[..., str]:
         run = str(tmp_path / "runs" / name)
         options = {f"sentences.{key}": value for key, value in sentences.items()}
         backbone = {"backbone.scale": "custom", "backbone.path": str(llama_folder)}
-        config = load_config(TrainConfig, None, {"data": data, "out": run} | backbone | options)
+        lora = {"lora.rank": LORA.rank, "lora.alpha": LORA.alpha}
+        config = load_config(TrainConfig, None, {"data": data, "out": run} | backbone | lora | options)
         fingerprints = {
             "backbone": backbone_facts(config.backbone).fingerprint,
             "codebook": ChainDataset(data).fingerprints["codebook"],

@@ -18,6 +18,7 @@ from transformers import LlamaConfig
 
 from covray.config import BackboneConfig, LoraConfig, differences
 from covray.errors import ConfigError, WeightsError, one_line
+from covray.io import storage
 from covray.io.storage import Folder
 from covray.io.tensor_files import new_folder, require_finite, require_new
 from covray.models.lvm.backbone import BackboneFacts, backbone_facts, stored_tensors, write_backbone
@@ -26,6 +27,10 @@ from covray.progress import stage
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+ADAPTER = "adapter"
+"""Folder of a finished run that holds its adapter."""
+_MOST_RANK = 1024
+"""Of ``LoraConfig.rank``."""
 _PREFIX = "base_model.model."
 _READ = ("peft_type", "r", "lora_alpha", "target_modules", "use_rslora", "init_lora_weights", "bias")
 """Options of PEFT's LoraConfig that ``read_adapter`` computes with, or checks."""
@@ -150,7 +155,11 @@ def _read_lora(values: dict[str, Any], file: str) -> Lora:
             "save_pretrained(..., path_initial_model_for_weight_conversion=...) of PEFT, or merge it with PEFT"
         )
     rank, alpha, targets = values.get("r"), values.get("lora_alpha"), values.get("target_modules")
-    if not (isinstance(rank, int) and rank > 0 and isinstance(alpha, int | float) and 0 < alpha < math.inf):
+    if (
+        not (isinstance(rank, int) and isinstance(alpha, int | float))
+        or not 0 < rank <= _MOST_RANK
+        or not 0 < alpha < math.inf
+    ):
         raise WeightsError(f"{file}: has rank {rank!r} and alpha {alpha!r}; give a plain LoRA adapter")
     # PEFT saves "all-linear" as the full names of all layers; the tensors show whether a layer is left out.
     names = {str(target).rpartition(".")[2] for target in targets} if isinstance(targets, list) else set()
@@ -159,6 +168,30 @@ def _read_lora(values: dict[str, Any], file: str) -> Lora:
     if values.get("use_rslora"):
         alpha *= math.sqrt(rank)
     return Lora(rank, float(alpha), tuple(name for name in TARGETS if name in names))
+
+
+def read_run_adapter(run: str) -> tuple[Lora, dict[str, Tensor]]:
+    """Return the adapter of the finished ``run``, as ``read_adapter`` does.
+
+    Fingerprints of evaluations and answers cover an adapter's weights, not its configuration, so the configuration must
+    be the one that the run trained with.
+
+    Raises:
+        ConfigError: The folder is not a finished run.
+        WeightsError: The adapter cannot be read, or has another rank, alpha or set of targets than the run.
+    """
+    config = read_run(run).get("config")
+    lora, tensors = read_adapter(storage.join(run, ADAPTER))
+    trained = config.get("lora") if isinstance(config, dict) else None
+    try:
+        changed = [] if trained is None else differences(_sizes(LoraConfig.model_validate(trained)), _sizes(lora))
+    except ValidationError as error:
+        raise ConfigError(f"{run}/_run.json: does not describe a run; give the --out of a covray train") from error
+    if changed:
+        raise WeightsError(
+            f"{run}/{ADAPTER}/{CONFIG_FILE}: is not what the run trained: {'; '.join(changed)}; restore the file"
+        )
+    return lora, tensors
 
 
 def read_start(config: LoraConfig, llama: LlamaConfig) -> dict[str, Tensor]:
@@ -226,8 +259,8 @@ def export_run(run: str, out: str, merge: bool) -> None:
     target = Path(out).expanduser()
     require_new(target)  # before a large backbone is read
     about = read_run(run)
-    adapter = Folder(run) / "adapter"
-    read_adapter(adapter.path)  # complete, or refused
+    adapter = Folder(run) / ADAPTER
+    read_run_adapter(run)  # complete, or refused
     if not merge:
         with new_folder(target) as folder:
             copy = Folder(str(folder))

@@ -28,6 +28,7 @@ from covray.models.lvm.adapter import (
     export_run,
     load_adapter_tensors,
     read_adapter,
+    read_run_adapter,
     save_adapter,
 )
 from covray.models.lvm.backbone import backbone_facts
@@ -347,13 +348,35 @@ def run(llama_folder: Path, tmp_path: Path) -> Path:
     config = BackboneConfig(scale="custom", path=str(backbone))
     about = {
         "version": 1,
-        "config": {"backbone": config.model_dump(mode="json")},
+        "config": {"backbone": config.model_dump(mode="json"), "lora": ADAPTERS[0].model_dump(mode="json")},
         "fingerprints": {"backbone": backbone_facts(config).fingerprint, "codebook": "ab" * 32, "data": "cd" * 32},
     }
     storage.write_json(str(folder / "_run.json"), about)
     save_adapter(load(backbone, ADAPTERS[0]), str(folder / "adapter"), str(backbone))
     storage.write_json(str(folder / "_result.json"), {"steps": 3})
     return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora_alpha": 99}, r"lora\.alpha.*12.*99"),
+        ({"use_rslora": True}, r"lora\.alpha.*12.*24"),
+        ({"r": 8}, r"lora\.rank.*4.*8"),
+    ],
+)
+def test_an_adapter_whose_configuration_changed_is_not_the_runs(
+    run: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    """Its weights alone are in the fingerprints of what is made with it."""
+    assert read_run_adapter(str(run))[0] == read_adapter(str(run / "adapter"))[0]
+    edit(run / "adapter" / "adapter_config.json", **changes)
+    with pytest.raises(WeightsError, match=f"is not what the run trained: {message}.*; restore the file") as raised:
+        read_run_adapter(str(run))
+    assert one_line(raised.value)
+    with pytest.raises(WeightsError, match="is not what the run trained"):
+        export_run(str(run), str(tmp_path / "out"), merge=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_is_exported_merged(run: Path, tmp_path: Path) -> None:
