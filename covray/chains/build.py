@@ -15,7 +15,8 @@ import numpy as np
 import pyarrow as pa
 
 from covray.chains.dataset import frame_order, shard_schema, union_alphas
-from covray.chains.prepare import BuildModels, needs_prior, picture_digest
+from covray.chains.kept_noise import picture_digest
+from covray.chains.prepare import BuildModels, needs_prior
 from covray.config import BuildConfig
 from covray.io.device import resolve_device
 from covray.io.images import square

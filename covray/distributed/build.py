@@ -20,7 +20,8 @@ from ray.data import Dataset
 
 from covray.chains.audit import audit_dataset
 from covray.chains.dataset import ChainDataset, shard_schema, union_alphas
-from covray.chains.prepare import BuildModels, KeptNoise, needs_prior
+from covray.chains.kept_noise import KeptNoise
+from covray.chains.prepare import BuildModels, needs_prior
 from covray.chains.records import Audit, DatasetRecord, PairSet
 from covray.config import BuildConfig
 from covray.distributed.pool import (
@@ -126,7 +127,7 @@ def _build(
         output.require_same(output.begun.identity, config.identity())
         output.require_same(output.begun.fingerprints, models.fingerprints)
         commit_again(output.folder, "pair_id", lambda: _written_ids(config.out))
-    noise = KeptNoise.of(config.noise_from, config, models) if config.noise_from else None
+    noise = KeptNoise.of(config.noise_from, config, models.fingerprints["prior"]) if config.noise_from else None
     started = time.monotonic()
     pool = pool_of(config.actors, config.engine, cores, gpus)
     usage, before = _run(config, info, models, noise, pool)

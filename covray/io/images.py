@@ -1,7 +1,7 @@
-"""Pictures: fetched from bytes or a URI, decoded, made square, written as PNG.
+"""Pictures: loaded from bytes or a URI, decoded, made square, written as PNG.
 
-What is read here was made by others. A picture that cannot be used raises PairError with a reason, whatever its bytes
-or its URI hold, and nothing outside the manifest's root is opened.
+Files and URIs are untrusted. A picture that cannot be used raises PairError with a reason, whatever its bytes or its
+URI hold, and nothing outside the manifest's root is opened. The formats are in ``covray.io.codecs``.
 """
 
 from __future__ import annotations
@@ -25,13 +25,8 @@ from PIL import Image
 from covray.errors import ConfigError, PairError, one_line
 from covray.io import storage
 from covray.io.codecs import plain, png, tiff
-from covray.io.codecs.opening import FORMATS, refusing
-from covray.io.codecs.raster import Raster, to_levels, to_rgb, turned
-
-__all__ = [
-    "FORMATS", "MAX_FILE_BYTES", "MAX_PIXELS", "Picture", "decode", "decode_levels", "encode_png", "load_picture",
-    "picture_identity", "picture_orientation", "resize", "square", "turned",
-]  # fmt: skip
+from covray.io.codecs.opening import refusing
+from covray.io.codecs.raster import Raster, to_rgb
 
 MAX_PIXELS = 64 * 2**20
 MAX_FILE_BYTES = 512 * 2**20
@@ -39,19 +34,21 @@ MAX_FILE_BYTES = 512 * 2**20
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture of a manifest: its encoded bytes, or a URI below the manifest's root. Neither: it is missing."""
+    """A picture of a manifest: its encoded bytes, or a URI below the manifest's root. With neither it is missing."""
 
     uri: str | None = None
     bytes: bytes | None = None
 
 
 def load_picture(picture: Mapping[str, Any] | Picture, root: str | None) -> bytes:
-    """The encoded bytes of a picture, given as ``Picture`` or as a manifest's struct of ``uri`` and ``bytes``.
+    """Return the encoded bytes of ``picture``, a ``Picture`` or a manifest's struct of ``uri`` and ``bytes``.
 
     Bytes win over the URI. A relative URI is taken below ``root``; an absolute one must lie below it. ``root`` is a
-    local folder, or a folder on any storage pyarrow knows; without one no URI is opened. Links are followed only
+    local folder, or a folder on any storage that pyarrow knows; without one no URI is opened. Links are followed only
     while they stay inside.
-    Raises PairError: ``missing``, ``outside_root``, ``unreadable``, ``empty``, ``too_large`` (the file, in bytes).
+
+    Raises:
+        PairError: ``missing``, ``outside_root``, ``unreadable``, ``empty``, ``too_large`` (the file, in bytes).
     """
     if isinstance(picture, Picture):
         uri, data = picture.uri, picture.bytes
@@ -92,27 +89,15 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
         return to_rgb(_read(data, max_pixels))
 
 
-def decode_levels(data: bytes, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8] | NDArray[np.uint16]:
-    """Return the one channel [h, w] of an encoded file as it is stored: grey levels, or indices of a palette.
+def read_raster(data: bytes, max_pixels: int = MAX_PIXELS) -> Raster:
+    """Return the samples of an encoded file as they are stored, and what they mean.
 
     For labels whose numbers mean something, such as classes or millimetres: a level of 4 bits is 0 to 15, one of 12
-    bits 0 to 4095, "white is zero" inverts nothing; levels are not looked up as colours, nor turned. Limits and errors
-    are those of ``decode``; a picture of several channels is ``unsupported``.
+    bits 0 to 4095; samples are not inverted, looked up as colours, composited or turned. Limits and errors are those
+    of ``decode``.
     """
     with refusing(data):
-        return to_levels(_read(data, max_pixels))
-
-
-def read_raster(data: bytes, max_pixels: int = MAX_PIXELS) -> Raster:
-    """Return the samples of an encoded file as they are stored. Limits and errors are those of ``decode``."""
-    with refusing(data):
         return _read(data, max_pixels)
-
-
-def picture_orientation(data: bytes) -> int:
-    """Return EXIF's orientation (1 to 8) by which ``decode`` turns the picture in ``data``; errors are ``decode``'s."""
-    with refusing(data):
-        return _read(data, MAX_PIXELS).orientation
 
 
 def _read(data: bytes, max_pixels: int) -> Raster:
@@ -131,10 +116,14 @@ def square(
     fit: Literal["stretch", "crop"] = "stretch",
     resample: Literal["bicubic", "nearest"] = "bicubic",
 ) -> NDArray[np.uint8]:
-    """``image`` [h, w, 3] as [size_px, size_px, 3]; a picture of that size comes back as it is.
+    """Return ``image`` as a square; a picture of that size comes back as it is.
 
-    ``stretch`` resizes the whole picture, as LVM does; ``crop`` takes the centre square first. ``nearest`` is for
-    labels whose in-between colours would mean something else; ``bicubic`` averages when it shrinks (Pillow).
+    Args:
+        image: uint8 [h, w, 3].
+        size_px: side of the square.
+        fit: ``stretch`` resizes the whole picture, as LVM does; ``crop`` takes the centre square first.
+        resample: ``nearest`` for labels whose in-between colours would mean something else; ``bicubic`` averages when
+            it shrinks (Pillow).
     """
     height_px, width_px = image.shape[:2]
     if fit == "crop" and height_px != width_px:
@@ -147,7 +136,7 @@ def square(
 def resize(
     image: NDArray[np.uint8], height_px: int, width_px: int, resample: Literal["bicubic", "nearest"] = "bicubic"
 ) -> NDArray[np.uint8]:
-    """``image`` [h, w, 3] as [height_px, width_px, 3] by Pillow; a picture of that size comes back as it is."""
+    """Return ``image`` [h, w, 3] as [height_px, width_px, 3], by Pillow; of that size it comes back as it is."""
     if image.shape[:2] == (height_px, width_px):
         return image
     method = Image.Resampling.BICUBIC if resample == "bicubic" else Image.Resampling.NEAREST
@@ -155,7 +144,7 @@ def resize(
 
 
 def encode_png(image: NDArray[np.uint8]) -> bytes:
-    """``image`` [h, w, 3] as PNG. The same pixels give the same bytes (for one build of Pillow and zlib).
+    """Return ``image`` [h, w, 3] as PNG. The same pixels give the same bytes, with one build of Pillow and zlib.
 
     Level 3 packs a photograph in a third of the time of the usual 6, and 8% larger.
     """
@@ -165,7 +154,7 @@ def encode_png(image: NDArray[np.uint8]) -> bytes:
 
 
 def picture_identity(picture: Picture) -> str:
-    """What a picture is known by: the SHA-256 of its bytes, else its URI, else ``missing``."""
+    """Return what tells ``picture`` from others: the SHA-256 of its bytes, else its URI, else ``missing``."""
     if picture.bytes is not None:
         return f"sha256:{hashlib.sha256(picture.bytes).hexdigest()}"
     return f"uri:{picture.uri}" if picture.uri else "missing"

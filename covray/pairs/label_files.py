@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from covray.errors import PairError
-from covray.io.codecs.raster import turned
-from covray.io.images import decode, picture_orientation, read_raster
+from covray.io.codecs.raster import to_rgb, turned
+from covray.io.images import read_raster
 
 Orientation = Literal["stored", "upright", "fixed"]
 """How a label lies to an image whose EXIF turns it: over the pixels as they are stored, or as they are displayed;
@@ -96,8 +96,9 @@ def read_levels(data: bytes) -> NDArray[np.uint8] | NDArray[np.uint16]:
 
 def read_layout(data: bytes) -> ImageLayout:
     """Return the layout of the encoded picture ``data``. Raises PairError as ``covray.io.images.decode`` does."""
-    height_px, width_px = decode(data).shape[:2]
-    return ImageLayout(height_px, width_px, picture_orientation(data))
+    raster = read_raster(data)
+    height_px, width_px = to_rgb(raster).shape[:2]
+    return ImageLayout(height_px, width_px, raster.orientation)
 
 
 def align(

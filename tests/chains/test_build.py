@@ -17,7 +17,8 @@ from PIL import Image
 from covray.chains import build as building
 from covray.chains.build import BlockBuilder, is_checked, mix_pixels
 from covray.chains.dataset import shard_schema, union_alphas
-from covray.chains.prepare import PREPARED_SCHEMA, BuildModels, KeptNoise, needs_prior, prepare_block
+from covray.chains.kept_noise import KeptNoise
+from covray.chains.prepare import PREPARED_SCHEMA, BuildModels, needs_prior, prepare_block
 from covray.chains.records import Audit, DatasetRecord
 from covray.config import BuildConfig, load_config
 from covray.errors import DatasetError
@@ -373,7 +374,7 @@ def kept(
 def test_kept_noise_gives_the_same_rows_without_inversions(
     builder: BlockBuilder, built: tuple[pa.Table, building.BlockStats], kept: str
 ) -> None:
-    noise = KeptNoise.of(kept, builder.config, builder.models())
+    noise = KeptNoise.of(kept, builder.config, builder.models().fingerprints["prior"])
     rows, work = _build(builder, ROWS, noise)
     assert rows.equals(built[0])
     denoisings = 2 * 5 + len(
@@ -391,13 +392,13 @@ def test_kept_noise_gives_the_same_rows_without_inversions(
 
 
 def test_a_pair_without_kept_noise_is_inverted(builder: BlockBuilder, kept: str) -> None:
-    noise = KeptNoise.of(kept, builder.config, builder.models())
+    noise = KeptNoise.of(kept, builder.config, builder.models().fingerprints["prior"])
     new = _row(99, _png(8), _png(9))
     assert _build(builder, [ROWS[0], new], noise)[0].slice(1).equals(_build(builder, [new])[0])
 
 
 def test_kept_noise_of_a_picture_that_changed_is_not_used(builder: BlockBuilder, kept: str) -> None:
-    noise = KeptNoise.of(kept, builder.config, builder.models())
+    noise = KeptNoise.of(kept, builder.config, builder.models().fingerprints["prior"])
     changed = ROWS[0] | {"label": _png(9)}
     rows, work = _build(builder, [changed], noise)
     fresh, all_work = _build(builder, [changed])
@@ -411,7 +412,7 @@ def test_kept_noise_of_another_inversion_is_refused(
     models = builder.models()
     other = BuildModels(**{**vars(models), "fingerprints": models.fingerprints | {"prior": "f" * 64}})
     with pytest.raises(DatasetError, match=r"noise_from: .* use the same prior"):
-        KeptNoise.of(kept, builder.config, other)
+        KeptNoise.of(kept, builder.config, other.fingerprints["prior"])
     config = builder.config
     changed = {
         "prior.steps": config.model_copy(update={"prior": config.prior.model_copy(update={"steps": 5})}),
@@ -421,10 +422,10 @@ def test_kept_noise_of_another_inversion_is_refused(
     }
     for key, other_config in changed.items():
         with pytest.raises(DatasetError, match=f"another {key}"):
-            KeptNoise.of(kept, other_config, models)
+            KeptNoise.of(kept, other_config, models.fingerprints["prior"])
     # What does not decide the noise may differ.
     longer = config.model_copy(update={"lengths": (8,), "keep_noise": False, "check_endpoints": 0.0, "out": "x"})
-    assert len(KeptNoise.of(kept, longer, models).pair_ids) == 6
+    assert len(KeptNoise.of(kept, longer, models.fingerprints["prior"]).pair_ids) == 6
 
 
 def test_a_dataset_without_noise_is_refused(builder: BlockBuilder, kept: str, tmp_path: Path) -> None:
@@ -433,9 +434,9 @@ def test_a_dataset_without_noise_is_refused(builder: BlockBuilder, kept: str, tm
     storage.write_json(f"{tmp_path}/_dataset.json", description)
     Audit(asked=0, written=0, rejected=0, per_task={}).write(str(tmp_path))
     with pytest.raises(DatasetError, match="without --keep-noise"):
-        KeptNoise.of(str(tmp_path), builder.config, builder.models())
+        KeptNoise.of(str(tmp_path), builder.config, builder.models().fingerprints["prior"])
     with pytest.raises(DatasetError, match=r"no _dataset\.json"):
-        KeptNoise.of(str(tmp_path / "absent"), builder.config, builder.models())
+        KeptNoise.of(str(tmp_path / "absent"), builder.config, builder.models().fingerprints["prior"])
 
 
 # --- figures -------------------------------------------------------------------------------------------------------

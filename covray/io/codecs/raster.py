@@ -61,22 +61,6 @@ def to_rgb(raster: Raster) -> NDArray[np.uint8]:
     return turned(rgb, raster.orientation)
 
 
-def to_levels(raster: Raster) -> NDArray[np.uint8] | NDArray[np.uint16]:
-    """Return the one channel [h, w] of ``raster`` as stored: not scaled, inverted, looked up or turned.
-
-    Raises:
-        PairError: ``unsupported`` for several channels, and for numbers outside 16 bits.
-    """
-    levels = raster.samples
-    if levels.ndim != 2:
-        raise PairError("unsupported", "pixels of several channels, where one channel of whole numbers is needed")
-    if levels.dtype in (np.uint8, np.uint16):
-        return levels
-    if levels.min() < 0 or levels.max() > 65535:
-        raise PairError("unsupported", "integers beyond 16 bits; save 8 or 16 bits")
-    return levels.astype(np.uint16)
-
-
 def turned(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
     """Return ``pixels`` [h, w] or [h, w, 3] as EXIF's ``orientation`` displays them; unknown numbers turn nothing."""
     turn = _TURN.get(orientation)

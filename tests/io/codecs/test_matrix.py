@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from covray.errors import PairError
-from covray.io.images import decode, decode_levels
+from covray.io.images import decode, read_raster
 from tests.support.picture_files import (
     Tiff,
     bmp_file,
@@ -98,7 +98,7 @@ def test_png(colour: int, depth: int, keyed: bool, interlaced: bool) -> None:
         data = png_file(samples, colour, depth, [*chunks, *exif], interlaced=interlaced)
         assert np.array_equal(decode(data), upright(expected, orientation))
         if CHANNELS[colour] == 1:
-            assert np.array_equal(decode_levels(data), samples[..., 0])
+            assert np.array_equal(read_raster(data).samples, samples[..., 0])
 
 
 def tiff_containers() -> Iterator[dict[str, object]]:
@@ -121,7 +121,7 @@ def test_tiff_grey(photometric: int, bits: int) -> None:
         for orientation in (None, *range(1, 9)):
             data = bytes(Tiff(samples, bits, photometric, orientation=orientation, **container))  # type: ignore[arg-type]
             assert np.array_equal(decode(data), upright(expected, orientation or 1)), container
-            assert np.array_equal(decode_levels(data), samples[..., 0]), container
+            assert np.array_equal(read_raster(data).samples, samples[..., 0]), container
 
 
 @pytest.mark.parametrize("planar", [False, True])
@@ -159,7 +159,7 @@ def test_tiff_palette(bits: int) -> None:
             continue
         data = bytes(Tiff(samples, bits, 3, colour_map=colour_map, **container))  # type: ignore[arg-type]
         assert np.array_equal(decode(data), colour_map[samples[..., 0]] >> 8), container
-        assert np.array_equal(decode_levels(data), samples[..., 0]), container
+        assert np.array_equal(read_raster(data).samples, samples[..., 0]), container
 
 
 @pytest.mark.parametrize("planar", [False, True])
@@ -249,7 +249,7 @@ def test_pnm(maximum: int) -> None:
             # Of colours Pillow's scaling is a floating point one, then rounded.
             assert np.abs(decode(data) - scaled(samples, maximum)).max() <= (channels == 3)
             if channels == 1:
-                assert np.array_equal(decode_levels(data), samples[..., 0])
+                assert np.array_equal(read_raster(data).samples, samples[..., 0])
 
 
 def test_pbm_ones_are_black() -> None:
@@ -257,7 +257,7 @@ def test_pbm_ones_are_black() -> None:
     text = b" ".join(b"%d" % value for value in samples.reshape(-1))
     for data in (b"P1 7 5\n" + text + b"\n", b"P4 7 5\n" + b"".join(packed_rows(samples, 1))):
         assert np.array_equal(decode(data), scaled(1 - samples, 1))
-        assert np.array_equal(decode_levels(data), samples[..., 0])
+        assert np.array_equal(read_raster(data).samples, samples[..., 0])
 
 
 @pytest.mark.parametrize(
