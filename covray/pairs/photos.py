@@ -6,6 +6,7 @@ import hashlib
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -35,29 +36,38 @@ def photo_pairs(
     seed: int = 0,
     count: int | None = None,
 ) -> Iterator[Pair]:
-    """A pair for every photograph below ``folder`` (on any storage) and every task, in the order of the paths.
+    """Yield a pair for every photograph below ``folder`` (on any storage) and every task, in the order of the paths.
 
-    With ``count`` only so many photographs are used, drawn by ``seed`` and their paths.
+    The pairs of a photograph follow each other, so that a build inverts it once. Pictures are PNG bytes; both ends have
+    the same size.
 
-    The pairs of a photograph follow each other, so that a build inverts it once. Pictures are PNG bytes, shrunk so
-    that the shorter side is at most ``size_px``, never enlarged; both ends have the same size.
     - colorization: image = the grey photograph, label = the photograph;
     - edges: image = the photograph, label = its edge map (``edge_map``);
     - low_light: image = the photograph taken in the dark (``covray.tasks.low_light``), label = the photograph. How
       dark and how noisy depends on ``seed`` and the photograph, and is kept in ``meta``.
 
-    A photograph, known by the SHA-256 of its file, belongs to one split whatever its name, order or neighbours;
-    ``splits`` gives each split's share (default ``SPLITS``). Hidden files and folders are left out, links to folders
-    not followed. A photograph that cannot be used gives its pairs too, with its path as the image's URI, no label, and
-    the reason as ``meta["error"]``: the build, given ``folder`` as the manifest's root, records it as rejected.
-    Raises ConfigError for unknown tasks and impossible values, ManifestError where the folder holds no photographs.
+    A photograph that cannot be used gives its pairs too, with its path as the image's URI, no label, and the reason as
+    ``meta["error"]``: the build, given ``folder`` as the manifest's root, records it as rejected.
+
+    Args:
+        folder: hidden files and folders are left out, links to folders not followed.
+        tasks: of ``PHOTO_TASKS``.
+        size_px: photographs are shrunk so that the shorter side is at most this, and never enlarged.
+        splits: each split's share, by default ``SPLITS``. A photograph, known by the SHA-256 of its file, belongs to
+            one split whatever its name, order or neighbours.
+        seed: of the sample and of the dark.
+        count: only so many photographs are used, sampled by ``seed`` and their paths.
+
+    Raises:
+        ConfigError: unknown tasks and impossible values.
+        ManifestError: the folder holds no photographs.
     """
     folder, tasks = os.fspath(folder), tuple(dict.fromkeys(tasks))
     shares = dict(SPLITS if splits is None else splits)
-    unknown = sorted(set(tasks) - set(PHOTO_TASKS))
+    unknown = ", ".join(sorted(set(tasks) - set(PHOTO_TASKS)))
     if unknown or not tasks:
-        named = f"cannot label {', '.join(unknown)}" if unknown else "none asked for"
-        raise ConfigError(f"tasks: {named}; photographs give {', '.join(PHOTO_TASKS)}")
+        problem = f"cannot label {unknown}" if unknown else "none asked for"
+        raise ConfigError(f"tasks: {problem}; photographs give {', '.join(PHOTO_TASKS)}")
     if size_px < 2:
         raise ConfigError(f"size_px: must be at least 2 (got {size_px})")
     if not all(0 <= share < math.inf for share in shares.values()) or not sum(shares.values()) > 0:
@@ -65,11 +75,12 @@ def photo_pairs(
     names = list_pictures(folder)
     if not names:
         raise ManifestError(f"{folder}: holds no photographs ({', '.join(ENDINGS)})")
-    return _labelled(folder, draw(names, count, seed), tasks, size_px, shares, seed)
+    recipe = _Recipe(tasks, size_px, shares, seed)
+    return _pairs_of_photos(folder, draw(names, count, seed), recipe)
 
 
 def edge_map(photo: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """The edges of a photograph [h, w, 3] as bool [h, w]: Canny's, widened.
+    """Return the edges of a photograph [h, w, 3] as bool [h, w]: Canny's, widened.
 
     Smoothing (sigma 4 px at a shorter side of 512) and line width (9 px there) grow with the picture, so that what
     is drawn is the same at every size, and a line is still a pixel wide when the picture is shrunk to 64 px.
@@ -80,37 +91,46 @@ def edge_map(photo: NDArray[np.uint8]) -> NDArray[np.bool_]:
     low, high = (8 * contrast / (sigma_px * math.sqrt(2 * math.pi)) for contrast in EDGE_CONTRAST)
     lines = canny(colorization.grey(photo)[..., 0] / 255.0, sigma_px, low, high)
     radius_px = round(short_px / 128)
-    return np.asarray(dilation(lines, disk(radius_px, decomposition="sequence")) if radius_px else lines, dtype=bool)
+    if radius_px:
+        lines = dilation(lines, disk(radius_px, decomposition="sequence"))
+    return np.asarray(lines, dtype=bool)
 
 
-def _labelled(
-    folder: str, names: list[str], tasks: tuple[str, ...], size_px: int, shares: dict[str, float], seed: int
-) -> Iterator[Pair]:
+@dataclass(frozen=True)
+class _Recipe:
+    """How photographs become pairs."""
+
+    tasks: tuple[str, ...]
+    size_px: int
+    shares: dict[str, float]
+    seed: int
+
+
+def _pairs_of_photos(folder: str, names: list[str], recipe: _Recipe) -> Iterator[Pair]:
     for name in names:
         meta: dict[str, Any] = {"source": "photos", "photo": name}
         identity = f"uri:{name}"
         try:
             data = load_picture(Picture(uri=name), folder)
             identity = hashlib.sha256(data).hexdigest()
-            photo = _shrunk(decode(data), size_px)
+            photo = _shrunk(decode(data), recipe.size_px)
         except PairError as error:
-            for task in tasks:
-                bad = meta | {"error": str(error)}
-                yield Pair(task, _split(identity, shares), Picture(uri=name), Picture(), bad)
+            split = _split(identity, recipe.shares)
+            for task in recipe.tasks:
+                yield Pair(task, split, Picture(uri=name), Picture(), meta | {"error": str(error)})
             continue
+        split = _split(identity, recipe.shares)
         stored = Picture(bytes=encode_png(photo))
-        for task in tasks:
-            image, label, more = stored, stored, {}
+        for task in recipe.tasks:
             if task == "colorization":
-                image = Picture(bytes=encode_png(colorization.grey(photo)))
+                yield Pair(task, split, Picture(bytes=encode_png(colorization.grey(photo))), stored, meta)
             elif task == "edges":
-                label = Picture(bytes=encode_png(edges.render(edge_map(photo))))
+                yield Pair(task, split, stored, Picture(bytes=encode_png(edges.render(edge_map(photo)))), meta)
             else:
-                generator = np.random.default_rng(hash_number(f"low_light {seed} {identity}"))
+                generator = np.random.default_rng(hash_number(f"low_light {recipe.seed} {identity}"))
                 exposure = low_light.Exposure.sample(generator)
-                image = Picture(bytes=encode_png(low_light.darken(photo, generator, exposure)))
-                more = {"seed": seed, **vars(exposure)}
-            yield Pair(task, _split(identity, shares), image, label, meta | more)
+                dark = Picture(bytes=encode_png(low_light.darken(photo, generator, exposure)))
+                yield Pair(task, split, dark, stored, meta | {"seed": recipe.seed, **vars(exposure)})
 
 
 def _shrunk(photo: NDArray[np.uint8], size_px: int) -> NDArray[np.uint8]:
@@ -120,11 +140,11 @@ def _shrunk(photo: NDArray[np.uint8], size_px: int) -> NDArray[np.uint8]:
 
 
 def _split(identity: str, shares: dict[str, float]) -> str:
-    """The split a photograph belongs to, by its own hash alone."""
+    """The split that a photograph belongs to, by its own hash alone."""
     place = hash_number(f"split {identity}") / 2**256 * sum(shares.values())
     used = {split: share for split, share in shares.items() if share > 0}
     for split, share in used.items():
         place -= share
         if place < 0:
             return split
-    return split  # the shares' rounding left nothing
+    return split  # rounding of the shares left nothing

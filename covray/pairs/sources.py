@@ -5,7 +5,10 @@ from __future__ import annotations
 import codecs
 import hashlib
 import heapq
+import logging
 import os
+import posixpath
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +22,8 @@ from covray.io import storage
 from covray.io.images import encode_png, load_picture
 from covray.pairs.label_files import Orientation, align, read_layout
 from covray.pairs.manifest import Pair, Picture
+
+_LOG = logging.getLogger("covray")
 
 ENDINGS = (
     *(".jpg", ".jpeg", ".jpe", ".jif", ".jfif", ".mpo", ".png", ".apng", ".webp", ".tif", ".tiff", ".bmp", ".dib"),
@@ -122,15 +127,22 @@ def rebased(pairs: Iterable[Pair], root: str | os.PathLike[str], base: str | os.
 def list_pictures(folder: str) -> list[str]:
     """Return the photographs below ``folder`` (on any storage), relative to it, sorted.
 
-    Hidden files and folders are left out, and links to folders are not followed. Raises ManifestError where the folder
-    cannot be read.
+    Hidden files and folders are left out, and links to folders are not followed; a line of the log counts the files of
+    other endings. Raises ManifestError where the folder cannot be read.
     """
     names = storage.list_files(folder) if "://" in folder else _local_files(folder)
     pictures = []
+    others = Counter[str]()
     for name in names:
-        hidden = any(part.startswith(".") for part in name.split("/"))
-        if name.lower().endswith(ENDINGS) and not hidden:
+        if any(part.startswith(".") for part in name.split("/")):
+            continue
+        if name.lower().endswith(ENDINGS):
             pictures.append(name)
+        else:
+            others[posixpath.splitext(name)[1].lower() or "no ending"] += 1
+    if others:
+        counts = ", ".join(f"{ending} {count}" for ending, count in sorted(others.items()))
+        _LOG.warning("%s: files that are no pictures by their names are passed over: %s", folder, counts)
     return sorted(pictures)
 
 

@@ -223,6 +223,25 @@ def test_the_smallest_photographs_have_edges_to_draw(shape: tuple[int, int]) -> 
     assert edge_map(np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)).shape == shape
 
 
+def test_every_ending_of_a_picture_is_read_or_gives_a_row(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    image = Image.fromarray(photo(7))
+    for name in ("x.jpe", "x.JFIF", "x.mpo", "x.jif"):
+        image.save(folder / name, "JPEG")
+    image.save(folder / "x.avif")
+    image.save(folder / "x.dib", "BMP")
+    for name, data in (("x.jxl", b"\xff\x0a"), ("x.hif", b"\0\0\0\x18ftypheic"), ("x.psd", b"8BPS")):
+        (folder / name).write_bytes(data + bytes(60))
+    (folder / "x.txt").write_text("no picture")
+    (folder / "y.svg").write_text("<svg/>")
+    with caplog.at_level("WARNING", "covray"):
+        errors = {pair.meta["photo"]: pair.meta.get("error") for pair in photo_pairs(folder, ["edges"])}
+    added = {name: error and error.partition(":")[0] for name, error in errors.items() if name.startswith("x.")}
+    read = dict.fromkeys(["x.jpe", "x.JFIF", "x.mpo", "x.jif", "x.avif", "x.dib"])
+    assert added == read | dict.fromkeys(["x.jxl", "x.hif", "x.psd"], "unsupported")
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert message.endswith("files that are no pictures by their names are passed over: .svg 1, .txt 1")
+
+
 def test_mistakes_are_told_before_any_work(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot label depth; photographs give colorization"):
         photo_pairs(folder, ["depth"])
