@@ -6,9 +6,9 @@ that ``covray --help`` does not wait for torch.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
-import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +28,8 @@ from covray.errors import CovrayError
 STEPS = "Step by step"
 MODELS = "Models and data"
 SCALE = "Before it starts, and at scale"
+
+_STOPPED = "stopped; run the same command again to continue"
 
 app = typer.Typer(
     name="covray",
@@ -102,7 +104,7 @@ def _root(
 
 def main() -> None:
     """Run the console script: a user's mistake is one line and exit code 2; Ctrl-C is 130, SIGTERM 143."""
-    with informed(), quiet_libraries(), _ended_by_sigterm() as terminated:
+    with informed(), quiet_libraries(), _ended_by_signals() as received:
         try:
             app(prog_name="covray")
         except CovrayError as error:
@@ -110,26 +112,44 @@ def main() -> None:
                 traceback.print_exception(error)
             _fail(str(error), 2)
         except (KeyboardInterrupt, SystemExit) as end:
-            stopped = isinstance(end, KeyboardInterrupt) or end.code == 130  # what typer makes of Ctrl-C
-            if stopped or terminated.is_set():
-                _fail("stopped; run the same command again to continue", 143 if terminated.is_set() else 130)
+            if received or isinstance(end, KeyboardInterrupt) or end.code == 130:  # what typer makes of Ctrl-C
+                number = received[0] if received else signal.SIGINT
+                _fail(_STOPPED, 128 + number)
             raise
 
 
 @contextmanager
-def _ended_by_sigterm() -> Iterator[threading.Event]:
-    """Make SIGTERM end the block as Ctrl-C does; the event is set when it came."""
-    terminated = threading.Event()
+def _ended_by_signals() -> Iterator[list[int]]:
+    """Make SIGTERM end the block as Ctrl-C does; the list has the numbers of the signals that came."""
+    received: list[int] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        terminated.set()
+        received.append(number)
+        if _is_importing(frame):
+            # Some libraries ignore any exception while they are imported. Nothing is lost: a command can be killed
+            # anywhere.
+            os.write(2, f"covray: {_STOPPED}\n".encode())
+            os._exit(128 + number)
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as a shell's background job ignores Ctrl-C
+            before[number] = signal.signal(number, interrupt)
     try:
-        yield terminated
+        yield received
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    """Return whether a module is being imported where a signal came."""
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _fail(message: str, code: int) -> NoReturn:

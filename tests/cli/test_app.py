@@ -370,7 +370,7 @@ def test_files_that_are_no_manifest_are_named(mistake: Callable[..., str], tmp_p
         (["nano", "train", "vae", "--out", "list.csv/o"], "list.csv/o: cannot be written"),
         (["nano", "measure", "--weights", "absent"], "absent: "),
         (["demo", "--out", "list.csv"], "list.csv: "),
-        (["export", "absent", "--merge", "--out", "o"], "absent: no _run.json"),
+        (["export", "absent", "--merge", "--out", "o"], "absent: has no _run.json"),
         (["export", ".", "--out", "list.csv"], "list.csv: already exists"),
     ],
 )
