@@ -1,4 +1,4 @@
-"""``covray submit``: a command that was checked here, as a job of a Ray cluster."""
+"""``covray submit``: run a command, which was checked here, as a job of a Ray cluster."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from covray.distributed.session import TOKEN_ADVICE
 from covray.errors import ConfigError
 
 ADDRESS = "http://127.0.0.1:8265"
-"""Where a head's dashboard answers on the head itself, and here by ``ray dashboard cluster/gpu.yaml``."""
+"""Where a dashboard answers on its head, and on this machine through ``ray dashboard cluster/gpu.yaml``."""
 STEPS = ("build", "train", "evaluate", "sweep")
 _FILE = "config.yaml"
 _POLL_S = 0.5
@@ -38,15 +38,31 @@ def submit(
     wait: bool,
     console: Console,
 ) -> int:
-    """Run ``covray step`` on the cluster; gives its exit code, 0 at once without ``wait``, 130 if it was stopped.
+    """Run ``covray step`` on the cluster.
 
-    ``config``: resolved; ``arguments`` are passed on as they are. The job gets this very package and the configuration,
-    and nothing else from here: no data, no caches. ``address``: of the dashboard; by default RAY_API_SERVER_ADDRESS, or
-    that of a head on this machine. Raises ConfigError when the cluster does not answer, or does not take the job.
+    The job gets this package and the configuration, and nothing else from here: no data, no caches.
+
+    Args:
+        step: The command.
+        config: Its resolved configuration; None where it takes none.
+        arguments: Passed on as they are.
+        address: Of the dashboard; by default RAY_API_SERVER_ADDRESS, or that of a head on this machine.
+        submission_id: The job's name; by default Ray makes one.
+        wait: Show the job's output, and end when it does.
+        console: Where to print.
+
+    Returns:
+        The exit code: the job's own; 0 at once without ``wait``; 130 if the job was stopped.
+
+    Raises:
+        ConfigError: The cluster does not answer, or does not take the job.
     """
     address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or ADDRESS
-    command = ["python", "-m", "covray", step, *(() if config is None else ("--config", _FILE)), *arguments]
-    # They tell of every package they send.
+    command = ["python", "-m", "covray", step]
+    if config is not None:
+        command += ["--config", _FILE]
+    command += arguments
+    # They log every package that they send.
     for name in ("ray", "ray.dashboard.modules.dashboard_sdk"):
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ["RAY_API_SERVER_ADDRESS"] = address  # the client prefers it, and RAY_ADDRESS, to what it is given
@@ -68,7 +84,7 @@ def submit(
         return 0
     try:
         asyncio.run(_show(client, job, console))
-        while not client.get_job_status(job).is_terminal():  # the logs end before it is known how the job did
+        while not client.get_job_status(job).is_terminal():  # the logs end before the job's status is final
             time.sleep(_POLL_S)
         details = client.get_job_info(job)
     except (RayError, ConnectionError, RuntimeError, OSError) as error:
@@ -79,18 +95,19 @@ def submit(
     if details.status == JobStatus.SUCCEEDED:
         return 0
     if details.status == JobStatus.STOPPED:
-        console.print("stopped; the same command continues", highlight=False)
+        console.print("stopped; run the same command again to continue", highlight=False)
         return 130
     return details.driver_exit_code or 1
 
 
 async def _show(client: JobSubmissionClient, job: str, console: Console) -> None:
+    """Print the output of a job until it ends."""
     async for text in client.tail_job_logs(job):
         console.print(text, end="", highlight=False, soft_wrap=True, markup=False)
 
 
 def _why(error: BaseException) -> str:
-    """What is wrong and what to do, in one line."""
+    """Return in one line what is wrong and what to do."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     if isinstance(error, AuthenticationError):
         return f"the cluster does not accept this token; {TOKEN_ADVICE}"
