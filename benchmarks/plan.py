@@ -70,7 +70,7 @@ def main() -> None:
         ("build, shards", planned["build"]["shards"], len(files)),
         ("build, bytes of shards", planned["build"]["shard_bytes"], shard_bytes),
         ("training, seconds", planned["train"]["hours"]["mean"] * 3600, train_s),
-        ("training, tokens", planned["train"]["tokens"], result["tokens"]),
+        ("training, tokens", planned["train"]["tokens"], result.tokens),
         ("training, bytes of checkpoints", planned["train"]["checkpoint_bytes"], checkpoint_bytes),
     ]
     lines = ["| | planned | measured | planned / measured |", "|---|---|---|---|"]
@@ -80,7 +80,7 @@ def main() -> None:
         "",
         f"{options.pairs} pairs of scenes, {options.prior_steps} DDIM steps, {audit['actors']} actors, busy "
         f"{audit['busy_share']:.1%} of their time; {options.train_steps} steps of "
-        f"{result['tokens'] // options.train_steps} tokens. Calibrated with builds of {sizes} pairs and "
+        f"{result.tokens // options.train_steps} tokens. Calibrated with builds of {sizes} pairs and "
         f"{options.calibration_steps} steps; their rates:",
         "",
         *(f"    {line}" for line in Path(path).read_text(encoding="utf-8").splitlines()),

@@ -36,14 +36,15 @@ from covray.config import TrainConfig
 from covray.models.lvm.adapter import save_adapter
 from covray.models.lvm.backbone import backbone_facts, load_backbone
 from covray.models.lvm.scales import SCALES, llama_config
-from covray.training.trainer import Place, train
+from covray.training.run import train
+from covray.training.worker import WorkerContext
 
 LORA_SEED = 0
 
 
 def run_covray(config: TrainConfig, scratch: Path) -> dict[str, Any]:
     """The loop behind ``covray train``, in this process."""
-    train(config, Place(device=torch.device(config.compute.device)))
+    train(config, WorkerContext(device=torch.device(config.compute.device)))
     records = [json.loads(line) for line in Path(config.out, "metrics.jsonl").read_text().splitlines()]
     steps = [record for record in records if "loss" in record]
     return {

@@ -18,13 +18,14 @@ from covray.evaluation.records import EvaluationRecord, EvaluationResults
 from covray.generation.records import GenerationRecord
 from covray.io.records import Record, RecordPart
 from covray.sweeps.records import SweepRecord, SweepResults, TrialRecord
+from covray.training.records import CheckpointRecord, RunRecord, TrainResult
 
 PAGE = Path(__file__).parents[1] / "docs" / "formats.md"
 RECORDS: dict[str, type[Record]] = {
     record.__name__: record
     for record in (
         DatasetRecord, Audit, Claim, GenerationRecord, EvaluationRecord, EvaluationResults, SweepRecord, TrialRecord,
-        SweepResults,
+        SweepResults, RunRecord, CheckpointRecord, TrainResult,
     )
 }  # fmt: skip
 """Every record of the page."""

@@ -60,13 +60,13 @@ def train(
     resolved = TRAIN.resolve(context)
     require_speed(tokens_per_s, plan)
     if plan:
-        from covray.training.memory import plan as plan_training
+        from covray.distributed.train_checks import plan_train
 
-        _print_plan(plan_training(resolved, tokens_per_s), json_)
+        _print_plan(plan_train(resolved, tokens_per_s), json_)
         return
     from covray.distributed.train import train as run_training
 
-    result = run_training(resolved)
+    result = run_training(resolved).to_json()
     if json_:
         print(json.dumps(result))
     else:

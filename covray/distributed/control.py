@@ -1,6 +1,6 @@
-"""What a training's driver and workers tell each other beside the run folder.
+"""The actor between the driver and the workers of a training: signals to the workers, messages and errors back.
 
-A module of its own: the actor's process imports it, and nothing here needs torch.
+A module of its own: the process of the actor imports it, and nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -10,39 +10,39 @@ import ray
 from covray.errors import CovrayError
 
 
-class _Board:
-    """What driver and workers tell each other beside the run folder."""
+class _Control:
+    """What passes between driver and workers beside the run folder."""
 
     def __init__(self) -> None:
         self._failure: CovrayError | None = None
-        self._stop = False
-        self._notices: list[str] = []
+        self._stop_requested = False
+        self._messages: list[str] = []
 
-    def fail(self, error: CovrayError) -> None:
-        """A mistake that a restart does not mend."""
+    def report_failure(self, error: CovrayError) -> None:
+        """Keep the first mistake that a restart of the workers cannot correct."""
         self._failure = self._failure or error
 
     def failure(self) -> CovrayError | None:
-        """The first such mistake."""
+        """Return the first such mistake."""
         return self._failure
 
-    def stop(self) -> None:
-        """Ask the workers to write a checkpoint and leave."""
-        self._stop = True
+    def request_stop(self) -> None:
+        """Ask the workers to write a checkpoint and end."""
+        self._stop_requested = True
 
-    def stopping(self) -> bool:
-        """Whether they were asked to."""
-        return self._stop
+    def stop_requested(self) -> bool:
+        """Return whether the workers were asked to end."""
+        return self._stop_requested
 
-    def notice(self, text: str) -> None:
-        """A line for the user."""
-        self._notices.append(text)
+    def log(self, message: str) -> None:
+        """Keep a line for the user."""
+        self._messages.append(message)
 
-    def notices(self) -> list[str]:
-        """The lines since the last call."""
-        taken, self._notices = self._notices, []
-        return taken
+    def take_messages(self) -> list[str]:
+        """Return the lines since the last call."""
+        messages, self._messages = self._messages, []
+        return messages
 
 
-Board = ray.remote(num_cpus=0)(_Board)
-"""The board as an actor, for all to reach."""
+ControlActor = ray.remote(num_cpus=0)(_Control)
+"""The control as an actor, which driver and workers reach."""

@@ -18,6 +18,7 @@ from covray.config import differences
 from covray.distributed.lock import PREFIX, FolderLock
 from covray.distributed.tracking import Tracked, Tracker
 from covray.errors import DatasetError
+from covray.io import storage
 from covray.io.records import Record
 from covray.io.storage import Folder
 
@@ -85,6 +86,20 @@ class Output(Generic[R]):
             self._lock.release()
             raise
         return self
+
+    def inspect(self) -> None:
+        """Read the folder as ``__enter__`` does, but lock and write nothing, for a plan of the command.
+
+        Raises:
+            DatasetError: The folder holds other files.
+            ConfigError: The folder cannot be written.
+            CovrayError: The description cannot be used.
+        """
+        self.finished = self._has_result()
+        self.begun = self._record.read_if_present(self.folder)
+        if self.begun is None:
+            storage.require_writable(self.folder.path)
+            self._require_fresh()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -53,7 +55,7 @@ def ray_session() -> Iterator[int]:
         try:
             with stage(f"connecting to the Ray cluster at {address}"):
                 _require_answer(address)
-                with _without_backend_greeting():
+                with _without_backend_greeting(), _keeping_sigterm_handler():
                     ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except AuthenticationError as error:
             raise ConfigError(f"RAY_ADDRESS={address}: {_refusal(error)}; {TOKEN_ADVICE}") from error
@@ -77,7 +79,7 @@ def _start_patiently(cores: int) -> None:
     """Start a Ray of our own, in three attempts: Ray gives its node 30 seconds, too few on a busy machine."""
     for attempts_left in (2, 1, 0):
         try:
-            with _without_backend_greeting():
+            with _without_backend_greeting(), _keeping_sigterm_handler():
                 _start(cores)
             return
         except AuthenticationError as error:
@@ -136,6 +138,17 @@ def _start(cores: int) -> None:
             "worker_maximum_startup_concurrency": max(4, cores),
         },
     )
+
+
+@contextmanager
+def _keeping_sigterm_handler() -> Iterator[None]:
+    """Keep the program's own handler of SIGTERM, which ``ray.init`` replaces by one that exits with code 15."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if callable(handler) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
 
 @contextmanager

@@ -140,12 +140,12 @@ class TrialDriver:
         gpus = trial.train.workers.count * (trial.train.workers.gpus or 0.0)
         TrialRecord(
             status="finished",
-            train_seconds=result["seconds"],
+            train_seconds=result.seconds,
             evaluate_seconds=results["seconds"],
-            steps=result["steps"],
-            tokens=result["tokens"],
+            steps=result.steps,
+            tokens=result.tokens,
             gpus=gpus,
-            gpu_hours=gpus * (result["seconds"] + results["seconds"]) / 3600,
+            gpu_hours=gpus * (result.seconds + results["seconds"]) / 3600,
             validation=tuple(validations),
             table=table,
             tracked=tracked,

@@ -1,10 +1,12 @@
 """What one worker of Ray Train does.
 
-A module of its own: Ray Train's controller imports it for the function's name, and what training needs takes seconds.
+A module of its own: Ray Train's controller imports it for the function's name, and what training needs takes seconds to
+import.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -15,34 +17,51 @@ from covray.config import TrainConfig
 from covray.errors import CovrayError
 
 
-def work(settings: dict[str, Any]) -> None:
-    """Train as ``settings["config"]`` says; what the user has to know goes to ``settings["board"]``."""
+@dataclass(frozen=True)
+class WorkerSettings:
+    """What the driver gives every worker."""
+
+    config: TrainConfig
+    """The resolved configuration."""
+    control: Any
+    """The handle of a ``ControlActor``."""
+
+
+def work(settings: dict[str, WorkerSettings]) -> None:
+    """Train as one worker.
+
+    Args:
+        settings: The settings under the key ``settings``, as Ray Train passes a dictionary.
+    """
     import torch
     from ray.train.torch import get_device
 
-    from covray.training import trainer as loop
-    from covray.training.trainer import Place, Wish
+    from covray.training.run import train
+    from covray.training.worker import Signal, WorkerContext
 
-    config: TrainConfig = settings["config"]
-    board = settings["board"]
-    if ray.get(board.failure.remote()) is not None:
-        return  # Ray Train restarts whatever fails; this would only fail again
+    config, control = settings["settings"].config, settings["settings"].control
+    if ray.get(control.failure.remote()) is not None:
+        return  # Ray Train restarts the workers after any error; this one would only come again
     context = ray.train.get_context()
+    rank = context.get_world_rank()
     torch.set_num_threads(config.compute.threads or 1)
     device = get_device() if config.compute.device == "cuda" else torch.device("cpu")
 
-    def ask() -> Wish:
-        stop = ray.get(board.stopping.remote()) if context.get_world_rank() == 0 else None
+    def poll_signal() -> Signal:
+        # Worker 0 asks for all of them, so that all stop after the same step.
+        stop = ray.get(control.stop_requested.remote()) if rank == 0 else None
         if ray.train.collective.broadcast_from_rank_zero(stop):
-            return Wish.STOP
-        return Wish.SAVE if ray.train.get_preemption_info() is not None else Wish.GO_ON
+            return Signal.STOP
+        if ray.train.get_preemption_info() is not None:
+            return Signal.SAVE
+        return Signal.CONTINUE
 
-    def notice(text: str) -> None:
-        board.notice.remote(text)
+    def log(message: str) -> None:
+        control.log.remote(message)
 
-    place = Place(context.get_world_rank(), context.get_world_size(), device, ask, notice)
+    worker = WorkerContext(rank, context.get_world_size(), device, poll_signal, log)
     try:
-        loop.train(config, place, ray.train.report)
+        train(config, worker, ray.train.report)
     except CovrayError as error:
-        ray.get(board.fail.remote(error))
+        ray.get(control.report_failure.remote(error))
         raise

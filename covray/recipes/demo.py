@@ -23,6 +23,7 @@ from covray.pairs.photos import photo_pairs
 from covray.pairs.scenes import scene_pairs
 from covray.recipes.nano.data import photograph_path
 from covray.report.dataset import view
+from covray.training.records import TrainResult
 
 PHOTOGRAPHS = (
     "skimage/chelsea.png", "skimage/astronaut.png", "skimage/coffee.png", "skimage/rocket.jpg",
@@ -144,7 +145,7 @@ class _Demo:
         self.report(f"[bold]{page}[/bold]")
         return page
 
-    def tune(self) -> dict[str, Any]:
+    def tune(self) -> TrainResult:
         """Train an adapter; returns the result of the training."""
         options = {f"optimizer.{key}": value for key, value in TRAINING.items() if key != "epochs"}
         self.announce(
@@ -161,8 +162,8 @@ class _Demo:
             )
         )
         self.report(
-            f"{result['steps']} steps, {result['tokens_per_s']:,.0f} tokens/s; perplexity of the answers on scenes it "
-            f"has not seen: {result['answer_perplexity_before']:.1f} before, {result['answer_perplexity']:.1f} after"
+            f"{result.steps} steps, {result.tokens_per_s:,.0f} tokens/s; perplexity of the answers on scenes it "
+            f"has not seen: {result.answer_perplexity_before:.1f} before, {result.answer_perplexity:.1f} after"
         )
         return result
 
@@ -194,7 +195,7 @@ def run_demo(out: Path, console: Console) -> DemoResult:
     demo.make_pairs()
     audit = demo.make_chains()
     page = demo.write_page()
-    training = demo.tune()
+    training = demo.tune().to_json()
     evaluation = demo.score()
     seconds = round(time.monotonic() - started, 1)
     evaluation_page = str(demo.scores / PAGE)

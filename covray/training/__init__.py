@@ -1,1 +1,1 @@
-"""One worker's training: loop, state, resume, what it will cost."""
+"""Training: the trainer, the objectives that it trains, the files of a run, and what a run takes."""

@@ -1,21 +1,15 @@
-"""The run folder: what a training keeps of itself, so that it can be killed anywhere and continued.
+"""The checkpoints of a run folder, so that a training can be killed anywhere and continued.
 
-    _run.json        written first: configuration, identity, fingerprints
-    metrics.jsonl    one record a step, and one a validation
     checkpoints/step-00000100/{adapter_config.json, adapter_model.safetensors, state.safetensors, state.json}
-    adapter/         PEFT, at the end: the best by validation loss, else the last
-    _result.json     written last
 
-A checkpoint counts once its ``state.json`` is there and names the bytes of its other files. Its state holds whole
-tensors by parameter, so it depends neither on the number of workers nor on the ZeRO stage.
+A checkpoint counts once it has its ``state.json``, which names the hashes of its other files. Its state holds whole
+tensors by parameter, so it depends neither on the number of workers nor on the ZeRO stage. docs/formats.md describes
+the rest of a run folder.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
-import json
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,164 +18,164 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from covray.config import TrainConfig, differences
-from covray.errors import ConfigError
-from covray.io import storage
+from covray.config import differences
+from covray.errors import ConfigError, DatasetError
+from covray.io.storage import Folder
+from covray.training.records import BestValidation, CheckpointRecord
 
 CHECKPOINTS = "checkpoints"
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-_REWRITE_EVERY_S = 5.0
+EXPORT = "adapter"
+"""The folder of the result, a copy of the files that the chosen checkpoint exports."""
+_STATE_FILE = "state.safetensors"
 
 
 @dataclass(frozen=True)
 class State:
-    """Where a run stands after ``step`` steps."""
+    """Where a training stands after ``step`` steps."""
 
     step: int
     cursor: int
-    """Sentences seen, counted through all epochs: the next step begins there."""
+    """Examples that the steps took, counted through all epochs: the next step begins there."""
     tensors: Mapping[str, Tensor]
-    """Of every LoRA parameter, by our name: ``NAME`` its float32 value, ``NAME.exp_avg`` and ``NAME.exp_avg_sq``
-    Adam's moments."""
-    best: dict[str, float] | None
-    """``step`` and ``validation_loss`` of the best validation so far."""
-    how: Mapping[str, Any]
-    """What changes the order in which floats are added, and so the last bits, but not the result: see ``summation``."""
-
-
-def summation(config: TrainConfig, world: int) -> dict[str, Any]:
-    """What may change between a run and its continuation, at the price of equality to the bit."""
-    compute = config.compute.model_dump(include={"device", "threads", "recompute", "compile", "deepspeed"})
-    return {"workers": world, "micro_batch_tokens": config.optimizer.micro_batch_tokens, **compute}
+    """For every trained parameter, by name: ``NAME`` its float32 value, ``NAME.exp_avg`` and ``NAME.exp_avg_sq`` the
+    moments of Adam."""
+    best: BestValidation | None
+    numerics: Mapping[str, Any]
+    """The settings that change the order in which floats are added, and so the last bits, but not the result."""
 
 
 def checkpoint_name(step: int) -> str:
-    """The folder of the checkpoint after ``step`` steps, below ``checkpoints``."""
+    """Return the name of the checkpoint after ``step`` steps, below ``checkpoints``."""
     return f"step-{step:08d}"
 
 
-def write_checkpoint(config: TrainConfig, state: State, adapter: Mapping[str, bytes]) -> None:
-    """Write a whole checkpoint with the files ``adapter`` of PEFT, then delete those that need not be kept."""
-    folder = storage.join(config.out, CHECKPOINTS, checkpoint_name(state.step))
-    files = {**adapter, "state.safetensors": save(dict(state.tensors))}
-    for name, data in files.items():
-        storage.write_bytes(storage.join(folder, name), data)
-    description = {
-        "version": 1,
-        "step": state.step,
-        "cursor": state.cursor,
-        "best": state.best,
-        "how": dict(state.how),
-        "identity": config.identity(),
-        "files": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
-    }
-    storage.write_json(storage.join(folder, "state.json"), description)
-    _delete_others(config, state)
+class Checkpoints:
+    """The checkpoints of one run folder."""
+
+    def __init__(self, out: str, identity: Mapping[str, Any], keep: int):
+        """Open the checkpoints; nothing is read yet.
+
+        Args:
+            out: The run folder, local or on any filesystem pyarrow knows.
+            identity: The part of the configuration that decides the losses.
+            keep: How many of the last checkpoints to keep, beside the best.
+        """
+        self._run = Folder(out)
+        self._folder = self._run / CHECKPOINTS
+        self._identity, self._keep = dict(identity), keep
+
+    def write(self, state: State, exported: Mapping[str, bytes]) -> None:
+        """Write a whole checkpoint, then delete the checkpoints that need not be kept.
+
+        Args:
+            state: The state of the training.
+            exported: The files of the result as they are after this step, by name.
+        """
+        folder = self._folder / checkpoint_name(state.step)
+        files = {**exported, _STATE_FILE: save(dict(state.tensors))}
+        hashes = {}
+        for name, data in files.items():
+            folder.write_bytes(name, data)
+            hashes[name] = _sha256(data)
+        record = CheckpointRecord(
+            step=state.step,
+            cursor=state.cursor,
+            best=state.best,
+            how=dict(state.numerics),
+            identity=self._identity,
+            files=hashes,
+        )
+        record.write(folder)
+        self._delete_others(state)
+
+    def read_last(self) -> tuple[State | None, list[str]]:
+        """Return the newest whole checkpoint, or None, and the names of newer ones that are corrupt.
+
+        Raises:
+            ConfigError: The checkpoint is of another configuration.
+            OSError: The storage failed.
+        """
+        corrupt = []
+        names = {name.split("/")[0] for name in self._folder.list_files()}
+        for name in sorted(names, reverse=True):
+            folder = self._folder / name
+            try:
+                record, tensors = _read(folder)
+            except (DatasetError, FileNotFoundError, SafetensorError, ValueError):
+                corrupt.append(name)
+                continue
+            require_same(folder.path, record.identity, self._identity)
+            return State(record.step, record.cursor, tensors, record.best, record.how), corrupt
+        return None, corrupt
+
+    def export(self, step: int) -> str:
+        """Copy the files that the checkpoint after ``step`` steps exports to the run's ``adapter``; return its path."""
+        checkpoint, result = self._folder / checkpoint_name(step), self._run / EXPORT
+        for name in CheckpointRecord.read(checkpoint).files:
+            if name != _STATE_FILE:
+                result.write_bytes(name, checkpoint.read_bytes(name))
+        return result.path
+
+    def _delete_others(self, state: State) -> None:
+        """Keep the last checkpoints up to ``state`` and the best; delete later and incomplete ones."""
+        files = self._folder.list_files()
+        suffix = f"/{CheckpointRecord.FILE}"
+        whole = {name.removesuffix(suffix) for name in files if name.endswith(suffix)}
+        newest = checkpoint_name(state.step)
+        kept = set(sorted(name for name in whole if name <= newest)[-self._keep :])
+        if state.best is not None:
+            kept.add(checkpoint_name(state.best.step))
+        present = {name.split("/")[0] for name in files}
+        for name in present - kept:
+            folder = self._folder / name
+            if name in whole:  # first: a kill in between must not leave half a checkpoint that counts
+                folder.delete_file(CheckpointRecord.FILE)
+            folder.delete()
 
 
-def read_last_checkpoint(config: TrainConfig) -> tuple[State | None, list[str]]:
-    """The newest whole checkpoint of the run, if there is one, and the names of torn ones that were passed over.
+def require_same(
+    path: str, recorded: Mapping[str, Any], current: Mapping[str, Any], *, open_matches: bool = False
+) -> None:
+    """Refuse to continue with another configuration. Raises ConfigError, which says what differs.
 
-    Raises ConfigError when it is of another configuration.
+    Args:
+        path: What is continued.
+        recorded: The identity of what is continued.
+        current: The identity of the configuration at hand.
+        open_matches: Whether values that the configuration at hand leaves open agree with anything.
     """
-    torn = []
-    names = {name.split("/")[0] for name in storage.list_files(storage.join(config.out, CHECKPOINTS))}
-    for name in sorted(names, reverse=True):
-        folder = storage.join(config.out, CHECKPOINTS, name)
-        try:
-            description = storage.read_json(storage.join(folder, "state.json"))
-            data = {file: storage.read_bytes(storage.join(folder, file)) for file in description["files"]}
-            if any(hashlib.sha256(data[file]).hexdigest() != due for file, due in description["files"].items()):
-                raise ValueError("a file is not the one that was written")
-            tensors = load(data["state.safetensors"])
-        except (FileNotFoundError, ValueError, KeyError, TypeError, SafetensorError):
-            torn.append(name)
-            continue
-        require_same(folder, description["identity"], config.identity())
-        return State(description["step"], description["cursor"], tensors, description["best"], description["how"]), torn
-    return None, torn
-
-
-def require_same(where: str, theirs: dict[str, Any], ours: dict[str, Any], *, open_matches: bool = False) -> None:
-    """Refuse to go on with another configuration; see ``covray.config.differences``. Raises ConfigError."""
-    differing = differences(theirs, ours, open_matches=open_matches)
+    differing = differences(dict(recorded), dict(current), open_matches=open_matches)
     if differing:
         raise ConfigError(
-            f"{where}: was begun with another configuration: {'; '.join(differing)}; give the same, or another --out"
+            f"{path}: was begun with another configuration: {'; '.join(differing)}; give the same, or another --out"
         )
 
 
-def write_adapter(config: TrainConfig, step: int) -> str:
-    """Copy the adapter of the checkpoint after ``step`` steps to the run's ``adapter``; gives that folder."""
-    folder = storage.join(config.out, "adapter")
-    for name in ADAPTER_FILES:
-        source = storage.join(config.out, CHECKPOINTS, checkpoint_name(step), name)
-        storage.write_bytes(storage.join(folder, name), storage.read_bytes(source))
-    return folder
+def _read(folder: Folder) -> tuple[CheckpointRecord, dict[str, Tensor]]:
+    """Return a whole checkpoint: its description and the tensors of its state.
 
-
-def read_records(path: str) -> list[dict[str, Any]]:
-    """The records of a ``metrics.jsonl``; a last line that was cut short is none."""
-    try:
-        lines = storage.read_bytes(path).decode().split("\n")[:-1]  # what follows the last newline is cut short
-    except FileNotFoundError:
-        return []
-    return [json.loads(line) for line in lines]
-
-
-class Curve:
-    """``metrics.jsonl``, cut back to ``step`` and then added to: every step is there once, however often the run died.
-
-    A local file grows by a line. Objects of a store cannot grow: they are written anew every few seconds.
+    Raises:
+        DatasetError: The description is absent or cannot be used.
+        FileNotFoundError: A file is missing.
+        SafetensorError: The state cannot be parsed.
+        ValueError: A file is not the one that was written.
+        OSError: The storage failed.
     """
-
-    def __init__(self, out: str, step: int | None):
-        self.path = storage.join(out, "metrics.jsonl")
-        self.records = [] if step is None else [r for r in read_records(self.path) if r["step"] <= step]
-        storage.write_bytes(self.path, b"".join(map(_line, self.records)))
-        self._file: io.BufferedWriter | None = None
-        if "://" not in out:
-            self._file = open(storage.resolve(self.path)[1], "ab")  # noqa: SIM115 (closed by close)
-        self._written = time.monotonic()
-
-    def add(self, record: dict[str, Any]) -> None:
-        """Write a record: it has a ``step`` that is not below those before it."""
-        self.records.append(record)
-        if self._file:
-            self._file.write(_line(record))
-            self._file.flush()
-        elif time.monotonic() - self._written > _REWRITE_EVERY_S:
-            self.flush()
-
-    def flush(self) -> None:
-        """Make sure that all records can be read."""
-        if not self._file:
-            storage.write_bytes(self.path, b"".join(map(_line, self.records)))
-            self._written = time.monotonic()
-
-    def close(self) -> None:
-        """Flush and let go of the file."""
-        self.flush()
-        if self._file:
-            self._file.close()
+    try:
+        record = CheckpointRecord.read(folder)
+    except DatasetError as error:
+        if isinstance(error.__cause__, OSError):  # storage that is away does not make a checkpoint corrupt
+            raise error.__cause__ from None
+        raise
+    contents = {}
+    for name, expected in record.files.items():
+        contents[name] = folder.read_bytes(name)
+        if _sha256(contents[name]) != expected:
+            raise ValueError(f"{name}: is not the file that was written")
+    if _STATE_FILE not in contents:
+        raise ValueError(f"{_STATE_FILE}: is missing")
+    return record, load(contents[_STATE_FILE])
 
 
-def _line(record: dict[str, Any]) -> bytes:
-    return (json.dumps(record) + "\n").encode()
-
-
-def _delete_others(config: TrainConfig, state: State) -> None:
-    """Keep the last ``keep`` checkpoints up to ``state`` and the best; later and torn ones belong to nobody."""
-    folder = storage.join(config.out, CHECKPOINTS)
-    files = storage.list_files(folder)
-    whole = sorted(name.split("/")[0] for name in files if name.endswith("/state.json"))
-    newest = checkpoint_name(state.step)
-    kept = {name for name in whole if name <= newest}
-    kept = set(sorted(kept)[-config.checkpoints.keep :])
-    if state.best is not None:
-        kept.add(checkpoint_name(int(state.best["step"])))
-    filesystem, inner = storage.resolve(folder)
-    for name in {name.split("/")[0] for name in files} - kept:
-        if f"{name}/state.json" in files:  # first what makes it whole, so that a kill leaves no half that counts
-            filesystem.delete_file(f"{inner}/{name}/state.json")
-        filesystem.delete_dir(f"{inner}/{name}")
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

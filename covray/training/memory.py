@@ -24,13 +24,13 @@ from transformers import LlamaConfig
 
 from covray.chains.dataset import ChainDataset
 from covray.chains.sentences import count_pairs, require_context
-from covray.config import LoraConfig, TrainConfig
+from covray.config import BackboneConfig, LoraConfig, TrainConfig
 from covray.errors import ConfigError
-from covray.models.lvm.backbone import backbone_facts
+from covray.models.lvm.backbone import BackboneFacts, backbone_facts
 from covray.models.lvm.scales import parameters
 
 STAGES = (0, 1, 2, 3)
-"""Of ZeRO; 0 is every worker with a whole copy, with or without DeepSpeed."""
+"""The stages of ZeRO; in stage 0 every worker has a whole copy, with or without DeepSpeed."""
 _CHUNK = 2048  # positions whose logits exist at a time, see covray.models.lvm.model
 
 
@@ -47,7 +47,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All terms."""
+        """The sum of all terms."""
         return self.weights + self.adapter + self.activations + self.working
 
 
@@ -56,9 +56,9 @@ class TrainPlan:
     """What a training would take."""
 
     parameters: int
-    """Of the backbone."""
+    """Parameters of the backbone."""
     trainable: int
-    """Of the adapter."""
+    """Parameters of the adapter."""
     pairs: int
     """Queries of an epoch."""
     tokens_per_sentence: float
@@ -70,29 +70,30 @@ class TrainPlan:
     tokens: int
     workers: int
     micro_batch_tokens: int
-    """Of the largest micro-batch of a worker."""
+    """Tokens of the largest micro-batch of a worker."""
     memory: tuple[Memory, ...]
-    """Of a worker, by stage, each without and with recompute."""
+    """Memory of a worker by stage, each without and with recompute."""
     hours: float | None
     gpu_hours: float | None
 
     @property
     def trainable_share(self) -> float:
-        """Adapter over backbone."""
+        """Parameters of the adapter over those of the backbone."""
         return self.trainable / self.parameters
 
 
 def plan(config: TrainConfig, tokens_per_s: float | None = None) -> TrainPlan:
-    """The plan of ``config`` for its dataset; reads no tokens and no weights.
+    """Return the plan of ``config`` for its dataset; no tokens and no weights are read.
 
-    ``tokens_per_s``: of one worker, for the hours. Raises CovrayError where the training would.
+    Args:
+        config: The configuration.
+        tokens_per_s: Speed of one worker, for the hours.
+
+    Raises:
+        CovrayError: The dataset does not allow the training.
     """
     dataset = ChainDataset(config.data)
-    backbone = config.backbone
-    # A plan needs the architecture, not the weights: without the folder at hand the scale says it.
-    local = backbone.path in (None, "nano") or os.path.isdir(os.path.expanduser(str(backbone.path)))
-    known = backbone.path if local or backbone.scale == "custom" else None
-    llama = backbone_facts(backbone.model_copy(update={"path": known, "init": "random"})).llama
+    llama = architecture(config.backbone).llama
     require_context(config.sentences, dataset.tokens_per_image, llama.max_position_embeddings)
     pairs = sum(count_pairs(dataset, config.sentences, config.sentences.split).values())
     if config.sentences.validation_split is not None:
@@ -100,46 +101,74 @@ def plan(config: TrainConfig, tokens_per_s: float | None = None) -> TrainPlan:
     return plan_training(config, llama, pairs, dataset.tokens_per_image, tokens_per_s)
 
 
+def architecture(backbone: BackboneConfig) -> BackboneFacts:
+    """Return what is known of a backbone without its weights; where its folder is not on disk, the scale says it.
+
+    Raises:
+        ConfigError: The folder is of another scale.
+        WeightsError: The folder is not one of an LVM.
+    """
+    path = backbone.path
+    is_here = path in (None, "nano") or os.path.isdir(os.path.expanduser(str(path)))
+    if not is_here and backbone.scale != "custom":
+        path = None
+    return backbone_facts(backbone.model_copy(update={"path": path, "init": "random"}))
+
+
 def plan_training(
     config: TrainConfig, llama: LlamaConfig, pairs: int, tokens_per_image: int, tokens_per_s: float | None = None
 ) -> TrainPlan:
-    """The plan of ``config`` for an architecture and a split of ``pairs``; see ``plan``."""
+    """Return the plan of ``config`` for an architecture and a dataset that need not exist.
+
+    Args:
+        config: The configuration.
+        llama: The architecture of the backbone.
+        pairs: Pairs of the training split.
+        tokens_per_image: Tokens of a picture.
+        tokens_per_s: Speed of one worker, for the hours.
+
+    Raises:
+        ConfigError: The speed is not positive.
+    """
     if tokens_per_s is not None and tokens_per_s <= 0:
         raise ConfigError(f"--tokens-per-s {tokens_per_s:g}: must be more than 0")
-    optimizer, workers = config.optimizer, config.workers.count
-    chosen = config.sentences
+    optimizer, workers, chosen = config.optimizer, config.workers.count, config.sentences
     lengths = (2,) if chosen.method == "none" else chosen.lengths
-    every = [length * (examples + 1) * tokens_per_image for length in lengths for examples in chosen.pairs]
-    mean = sum(every) / len(every)
-    per_step = max(1, int(optimizer.batch_tokens / mean))
+    sizes = [length * (examples + 1) * tokens_per_image for length in lengths for examples in chosen.pairs]
+    mean_tokens = sum(sizes) / len(sizes)
+    sentences_per_step = max(1, int(optimizer.batch_tokens / mean_tokens))
     if optimizer.steps is not None:
-        steps, sentences = optimizer.steps, optimizer.steps * per_step
+        steps, sentences = optimizer.steps, optimizer.steps * sentences_per_step
     else:
         sentences = max(1, round(optimizer.epochs * pairs))
-        steps = -(-sentences // per_step)
-    tokens = round(sentences * mean)
-    share = -(-per_step // workers) * max(every)
-    micro = max(max(every), min(optimizer.micro_batch_tokens, share))
+        steps = -(-sentences // sentences_per_step)
+    tokens = round(sentences * mean_tokens)
+    share = -(-sentences_per_step // workers) * max(sizes)  # tokens of a step on the busiest worker
+    micro_batch = max(max(sizes), min(optimizer.micro_batch_tokens, share))
+    figures = []
+    for stage in STAGES:
+        for recompute in (False, True):
+            figures.append(memory(config, llama, stage, micro_batch, recompute))
     hours = None if tokens_per_s is None else tokens / (tokens_per_s * workers) / 3600
     return TrainPlan(
         parameters=parameters(llama),
         trainable=adapter_parameters(llama, config.lora),
         pairs=pairs,
-        tokens_per_sentence=mean,
+        tokens_per_sentence=mean_tokens,
         epochs=sentences / pairs,
         steps=steps,
         sentences=sentences,
         tokens=tokens,
         workers=workers,
-        micro_batch_tokens=micro,
-        memory=tuple(memory(config, llama, stage, micro, recompute) for stage in STAGES for recompute in (False, True)),
+        micro_batch_tokens=micro_batch,
+        memory=tuple(figures),
         hours=hours,
         gpu_hours=None if hours is None else hours * workers,
     )
 
 
 def adapter_parameters(llama: LlamaConfig, lora: LoraConfig) -> int:
-    """Parameters of the adapter: rank x (inputs + outputs) of every target in every layer."""
+    """Return the parameters of the adapter: rank x (inputs + outputs) of every target in every layer."""
     h, f = llama.hidden_size, llama.intermediate_size
     ends = {"q_proj": 2 * h, "k_proj": 2 * h, "v_proj": 2 * h, "o_proj": 2 * h}
     ends |= {"gate_proj": h + f, "up_proj": h + f, "down_proj": h + f}
@@ -147,23 +176,27 @@ def adapter_parameters(llama: LlamaConfig, lora: LoraConfig) -> int:
 
 
 def memory(config: TrainConfig, llama: LlamaConfig, stage: int, tokens: int, recompute: bool) -> Memory:
-    """Bytes of one of ``config.workers.count`` workers at ZeRO ``stage``, for micro-batches of ``tokens``."""
+    """Return the memory of one worker, by the formula of this module.
+
+    Args:
+        config: The configuration.
+        llama: The architecture of the backbone.
+        stage: The ZeRO stage, 0 to 3.
+        tokens: Tokens of a micro-batch.
+        recompute: Whether activations are computed again in the backward pass.
+    """
     h, f, heads, layers = (
         llama.hidden_size, llama.intermediate_size, llama.num_attention_heads, llama.num_hidden_layers,
     )  # fmt: skip
     compute, lora, workers = config.compute, config.lora, config.workers.count
-    # What "auto" becomes on a GPU; a CPU has it in bfloat16 only where it has matrix units.
-    s = 4 if compute.dtype == "float32" or (compute.dtype == "auto" and compute.device == "cpu") else 2
+    # On a GPU "auto" becomes bfloat16; on a CPU only where it has matrix units.
+    is_float32 = compute.dtype == "float32" or (compute.dtype == "auto" and compute.device == "cpu")
+    s = 4 if is_float32 else 2
 
     weights = s * parameters(llama)
     if stage == 3:
         largest = max(llama.vocab_size * h, 2 * h * f, 3 * h * h)
         weights = weights // workers + s * largest
-    each = adapter_parameters(llama, lora)
-    kept = 16 * each
-    if stage > 0:
-        value, gradient, spread = 4 * each, 4 * each, 12 * each // workers
-        kept = (value // workers if stage == 3 else value) + (gradient // workers if stage > 1 else gradient) + spread
 
     targets = set(lora.targets)
     numbers = 6 * h + 3 * f + lora.rank * len(targets)
@@ -171,7 +204,25 @@ def memory(config: TrainConfig, llama: LlamaConfig, stage: int, tokens: int, rec
     numbers += f * ("down_proj" in targets)
     layer = s * numbers + 4 * (heads + 2)
     ends = s * (h + 2 * h // heads)
-    activations = tokens * (s * h * (layers + 1) + ends if recompute else layers * layer + ends)
-    loss = 2 * s * tokens * h + min(tokens, _CHUNK) * llama.vocab_size * (4 if s == 4 else 4 + s)
-    backward = tokens * (layer + s * (f + h)) if recompute else s * tokens * (f + 2 * h)
-    return Memory(stage, weights, kept, activations, max(loss, backward), recompute)
+    logit = 4 if is_float32 else 4 + s
+    loss = 2 * s * tokens * h + min(tokens, _CHUNK) * llama.vocab_size * logit
+    if recompute:
+        activations = tokens * (s * h * (layers + 1) + ends)
+        backward = tokens * (layer + s * (f + h))
+    else:
+        activations = tokens * (layers * layer + ends)
+        backward = s * tokens * (f + 2 * h)
+    adapter = _adapter_bytes(adapter_parameters(llama, lora), stage, workers)
+    return Memory(stage, weights, adapter, activations, max(loss, backward), recompute)
+
+
+def _adapter_bytes(count: int, stage: int, workers: int) -> int:
+    """Return the bytes of ``count`` adapter parameters on one worker: value, gradient, Adam's moments, in float32."""
+    value, gradient = 4 * count, 4 * count
+    if stage == 0:
+        return value + gradient + 8 * count
+    if stage > 1:
+        gradient //= workers
+    if stage == 3:
+        value //= workers
+    return value + gradient + 12 * count // workers  # the moments, and a second value

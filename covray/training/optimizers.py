@@ -4,86 +4,94 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Generic, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from covray.config import OptimizerConfig
-from covray.models.lvm.model import Batch, Lvm
+from covray.training.objectives.base import B, B_contra, Objective
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Adam's first and second moment, by torch's names."""
+"""The first and second moment of Adam, by torch's names."""
 
 
-class Update(Protocol):
-    """What the loop asks of an optimizer; all workers call its methods alike."""
+class Update(Protocol[B_contra]):
+    """What the trainer asks of an optimizer; all workers call its methods alike."""
 
-    def evaluate(self, batch: Batch | None) -> Tensor:
-        """Negative log likelihood in nats of every position with loss, float32 [P]; None computes nothing of use."""
+    def evaluate(self, batch: B_contra | None) -> Tensor:
+        """Return the loss of every position of ``batch`` in nats, float32 [P], without gradients; of None [0]."""
 
-    def accumulate(self, batch: Batch | None, tokens: int, last: bool) -> Tensor:
-        """Add the gradients of a micro-batch over the step's ``tokens`` with loss; gives its summed loss in nats.
+    def accumulate(self, batch: B_contra | None, loss_tokens: int, is_last: bool) -> Tensor:
+        """Add the gradients of a micro-batch.
 
-        ``last``: it is this worker's last of the step.
+        Args:
+            batch: The micro-batch, on the device; None adds nothing.
+            loss_tokens: Tokens of the step that carry loss, over all workers: the gradient is of their mean loss.
+            is_last: Whether this is the worker's last micro-batch of the step.
+
+        Returns:
+            The summed loss of the micro-batch in nats, a scalar.
         """
 
     def step(self, learning_rate: float) -> float:
-        """Sum the gradients over the workers, clip, update; gives their norm before clipping."""
+        """Sum the gradients over the workers, clip them and update; return their norm before clipping."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """Parameters and moments as ``State.tensors`` has them, copied to the CPU: training may go on beside them."""
+        """Return copies of parameters and moments on the CPU, by the names of ``State.tensors``."""
 
     def load(self, tensors: Mapping[str, Tensor], step: int) -> None:
-        """Go on from ``tensors`` after ``step`` steps."""
+        """Continue from ``tensors`` after ``step`` steps."""
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """Of step ``step``, counted from 1 to ``steps``: linear warm-up, then half a cosine down to ``final``."""
+    """Return the learning rate of a step: a linear warm-up, then half a cosine down to the share ``final``.
+
+    Args:
+        config: The optimizer's configuration.
+        step: The step, counted from 1.
+        steps: Steps of the whole training.
+    """
     warmup = math.ceil(config.warmup * steps)
     if step <= warmup:
         return config.learning_rate * step / warmup
-    done = (step - warmup) / max(1, steps - warmup)
-    return config.learning_rate * (config.final + (1 - config.final) * (1 + math.cos(math.pi * done)) / 2)
+    progress = (step - warmup) / max(1, steps - warmup)
+    return config.learning_rate * (config.final + (1 - config.final) * (1 + math.cos(math.pi * progress)) / 2)
 
 
 def adamw(parameters: list[torch.nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
-    """The optimizer, plain or inside DeepSpeed; the loop sets its learning rate before every step."""
+    """Return the optimizer, plain or inside DeepSpeed; the learning rate is set before every step."""
     return torch.optim.AdamW(parameters, lr=0.0, betas=config.betas, weight_decay=config.weight_decay, fused=True)
 
 
-def trainable(model: Lvm) -> dict[str, torch.nn.Parameter]:
-    """The adapter's parameters by name."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-class PlainUpdate:
+class PlainUpdate(Generic[B]):
     """Every worker holds the whole model; gradients lie in one flat buffer, which one all-reduce sums."""
 
-    def __init__(self, model: Lvm, config: OptimizerConfig):
-        self.model, self.clip = model, config.clip
-        self.parameters = trainable(model)
-        self.optimizer = adamw(list(self.parameters.values()), config)
-        sizes = [parameter.numel() for parameter in self.parameters.values()]
-        self.gradients = torch.zeros(sum(sizes), device=model.norm.weight.device)
-        for parameter, part in zip(self.parameters.values(), self.gradients.split(sizes), strict=True):
-            parameter.grad = part.view_as(parameter)  # autograd adds in place to a gradient that is there
+    def __init__(self, objective: Objective[B], config: OptimizerConfig):
+        """Make the optimizer of the trained parameters."""
+        self._objective, self._clip = objective, config.clip
+        self._parameters = objective.parameters()
+        parameters = list(self._parameters.values())
+        self._optimizer = adamw(parameters, config)
+        sizes = [parameter.numel() for parameter in parameters]
+        self.gradients = torch.zeros(sum(sizes), device=parameters[0].device)
+        for parameter, part in zip(parameters, self.gradients.split(sizes), strict=True):
+            parameter.grad = part.view_as(parameter)  # autograd adds in place to a gradient that is present
 
-    def evaluate(self, batch: Batch | None) -> Tensor:
+    def evaluate(self, batch: B | None) -> Tensor:
         """See ``Update``."""
         if batch is None:
             return self.gradients.new_zeros(0)
         with torch.no_grad():
-            each: Tensor = self.model(batch)[1]
-        return each
+            return self._objective.loss(self._objective.module, batch).each
 
-    def accumulate(self, batch: Batch | None, tokens: int, last: bool) -> Tensor:
+    def accumulate(self, batch: B | None, loss_tokens: int, is_last: bool) -> Tensor:
         """See ``Update``."""
         if batch is None:
             return self.gradients.new_zeros(())
-        total: Tensor = self.model(batch)[0]
-        (total / tokens).backward()
+        total = self._objective.loss(self._objective.module, batch).total
+        (total / loss_tokens).backward()
         return total.detach()
 
     def step(self, learning_rate: float) -> float:
@@ -91,27 +99,27 @@ class PlainUpdate:
         if dist.is_initialized():
             dist.all_reduce(self.gradients)
         norm = torch.linalg.vector_norm(self.gradients)
-        self.gradients.mul_(torch.clamp(self.clip / (norm + 1e-6), max=1.0))
-        self.optimizer.param_groups[0]["lr"] = learning_rate
-        self.optimizer.step()
+        self.gradients.mul_(torch.clamp(self._clip / (norm + 1e-6), max=1.0))
+        self._optimizer.param_groups[0]["lr"] = learning_rate
+        self._optimizer.step()
         self.gradients.zero_()
         return float(norm)
 
     def tensors(self) -> dict[str, Tensor]:
         """See ``Update``."""
-        found = {}
-        for name, parameter in self.parameters.items():
-            found[name] = parameter.detach()
+        copies = {}
+        for name, parameter in self._parameters.items():
+            copies[name] = parameter.detach().to("cpu", copy=True)
             for moment in MOMENTS:
-                found[f"{name}.{moment}"] = self.optimizer.state[parameter][moment]
-        return {name: tensor.to("cpu", copy=True) for name, tensor in found.items()}
+                copies[f"{name}.{moment}"] = self._optimizer.state[parameter][moment].to("cpu", copy=True)
+        return copies
 
     def load(self, tensors: Mapping[str, Tensor], step: int) -> None:
         """See ``Update``."""
         with torch.no_grad():
-            for name, parameter in self.parameters.items():
+            for name, parameter in self._parameters.items():
                 parameter.copy_(tensors[name])
-                self.optimizer.state[parameter] = {
-                    "step": torch.tensor(float(step), device=parameter.device),
-                    **{moment: tensors[f"{name}.{moment}"].to(parameter.device, copy=True) for moment in MOMENTS},
-                }
+                state = {"step": torch.tensor(float(step), device=parameter.device)}
+                for moment in MOMENTS:
+                    state[moment] = tensors[f"{name}.{moment}"].to(parameter.device, copy=True)
+                self._optimizer.state[parameter] = state

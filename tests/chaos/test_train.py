@@ -17,8 +17,8 @@ from ray.cluster_utils import Cluster
 
 from covray.config import TrainConfig
 from covray.io import storage
-from covray.training import trainer as loop
-from covray.training.checkpoints import read_records
+from covray.training.metrics_log import read_metrics
+from covray.training.run import train as train_in_process
 from tests.support.chaos import S3
 from tests.support.commands import RAY, actors_of, environment, finish_training, wait_for
 from tests.support.trainings import curve
@@ -29,7 +29,7 @@ VICTIMS = ["worker"] * 2 + ["driver", "ray"]
 
 def wait_for_step(config: TrainConfig, process: subprocess.Popen[str], step: int) -> None:
     deadline = time.monotonic() + 600
-    while max((record["step"] for record in read_records(f"{config.out}/metrics.jsonl")), default=0) < step:
+    while max((record["step"] for record in read_metrics(f"{config.out}/metrics.jsonl")), default=0) < step:
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline, f"no step {step} in ten minutes"
         time.sleep(0.02)
@@ -87,7 +87,7 @@ def test_a_training_keeps_checkpoints_and_artefacts_on_s3(
 ) -> None:
     long = {"optimizer__steps": 60, "validate_every_steps": 20, "checkpoints__every_steps": 10}
     whole, store = tiny_config("whole", **long), f"sqlite:///{tmp_path}/mlflow.db"
-    loop.train(whole)
+    train_in_process(whole)
     MlflowClient(store).create_experiment("far", artifact_location="s3://covray/artefacts")
     far = tiny_config(**long, tracking__uri=store, tracking__experiment="far")
     far = far.model_copy(update={"out": "s3://covray/runs/far"})
@@ -112,7 +112,7 @@ def test_a_notice_of_preemption_is_answered_by_a_checkpoint(
     """A node that is to go says so before: what was done until then is kept, and goes on where another node is."""
     long = {"optimizer__steps": 300, "validate_every_steps": 300, "checkpoints__every_steps": 1000}
     whole, moved = tiny_config("whole", **long), tiny_config("moved", workers__node_type="spot", **long)
-    loop.train(whole)
+    train_in_process(whole)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
     try:
         going = cluster.add_node(num_cpus=1, resources={"spot": 1})
@@ -143,7 +143,7 @@ def test_a_stopped_training_leaves_a_checkpoint_and_no_process(
     said = training.communicate(timeout=120)[1]
     assert training.returncode != 0
     assert "stopping after this step" in said
-    step = read_records(f"{config.out}/metrics.jsonl")[-1]["step"]
+    step = read_metrics(f"{config.out}/metrics.jsonl")[-1]["step"]
     assert Path(config.out, "checkpoints", f"step-{step:08d}", "state.json").exists()
     _, alive = psutil.wait_procs(children, timeout=60)
     assert not alive, f"left running: {alive}"

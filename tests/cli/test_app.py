@@ -185,7 +185,7 @@ def test_a_plan_of_a_training_is_one_object_and_starts_nothing(
 def test_a_plan_of_a_training_for_people_names_every_figure(
     run: Callable[..., Done], chains: str, tmp_path: Path
 ) -> None:
-    done = run("train", "--plan", "--data", chains, "--out", tmp_path / "run")
+    done = run("train", "--plan", "--init", "random", "--data", chains, "--out", tmp_path / "run")
     assert done.code == 0
     assert all(word in done.out for word in ("parameters", "trainable", "steps", "tokens", "ZeRO 3, recompute", "GiB"))
     assert "hours" not in done.out
@@ -208,16 +208,19 @@ def test_the_end_of_a_training_is_told(
     run: Callable[..., Done], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from covray.distributed import train as training
+    from covray.training.records import TrainResult
 
     asked = []
     result = {
-        "steps": 20, "loss": 3.25, "tokens_per_s": 12345.6, "validation_loss_before": 4.0, "validation_loss": 3.5,
-        "answer_perplexity_before": 80.0, "answer_perplexity": 40.0,
+        "adapter": "run/adapter", "adapter_step": 20, "steps": 20, "tokens": 4096, "sentences": 8, "epochs": 2.0,
+        "loss": 3.25, "seconds": 4.0, "tokens_per_s": 12345.6, "memory_bytes": 10**9,
+        "validation_loss_before": 4.0, "validation_loss": 3.5, "answer_perplexity_before": 80.0,
+        "answer_perplexity": 40.0,
     }  # fmt: skip
 
-    def trained(config: Any) -> dict[str, Any]:
+    def trained(config: Any) -> TrainResult:
         asked.append(config)
-        return result
+        return TrainResult.model_validate(result)
 
     monkeypatch.setattr(training, "train", trained)
     arguments = (
@@ -286,7 +289,7 @@ def test_a_build_that_cannot_be_says_why(
         (["--scale", "13b"], "backbone.scale: "),
         (["--scale", "300m"], "backbone.path: the 300m does not ship"),
         (["--backbone", "./absent"], "./absent: no such folder"),
-        (["--out", "taken"], "taken: holds files that are no run"),
+        (["--out", "taken"], "taken: holds files that covray train did not write"),
         (["--epochs", "0"], "optimizer.epochs: "),
         (["--deepspeed", "zero9"], "compute.deepspeed: zero9"),
         (["--tokens-per-s", "100"], "--tokens-per-s: is for --plan"),

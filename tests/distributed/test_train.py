@@ -1,4 +1,4 @@
-"""What the driver decides before a worker starts, and how it follows them."""
+"""What ``covray train`` refuses before a worker starts, and ``covray train --plan`` with it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
 from covray.config import TrainConfig
-from covray.distributed.train import Tail, train
+from covray.distributed.train import train
+from covray.distributed.train_checks import plan_train
 from covray.errors import ConfigError, CovrayError, DatasetError, WeightsError
 from covray.io import storage
 from covray.models.lvm.adapter import save_adapter
 from covray.models.lvm.backbone import backbone_facts, load_backbone
-from covray.training.checkpoints import Curve
+from covray.training.metrics_log import MetricsLog
+from tests.support.trainings import STEPS
 
 
 @pytest.fixture(autouse=True)
@@ -31,10 +33,12 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("covray.distributed.train.ray_session", started)
 
 
-def refused(config: TrainConfig, kind: type[CovrayError], says: str) -> None:
-    with pytest.raises(kind, match=says) as error:
-        train(config)
-    assert "\n" not in str(error.value)
+def refused(config: TrainConfig, kind: type[CovrayError], message: str) -> None:
+    """Assert that the training is refused in one line, and its plan too."""
+    for command in (plan_train, train):
+        with pytest.raises(kind, match=message) as error:
+            command(config)
+        assert "\n" not in str(error.value)
 
 
 def test_what_cannot_be_trained_is_refused_in_one_line(
@@ -102,7 +106,7 @@ def begun(config: TrainConfig, **changes: Any) -> None:
         "mlflow_run_id": None,
     }
     storage.write_json(f"{config.out}/_run.json", run | changes)
-    Curve(config.out, None).close()
+    MetricsLog(config.out, None).close()
 
 
 def test_a_run_of_another_configuration_is_refused_with_what_differs(
@@ -127,33 +131,38 @@ def test_a_folder_that_holds_something_else_is_refused(
 ) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("mine")
-    refused(tiny_config(), DatasetError, "no run of covray")
+    refused(tiny_config(), DatasetError, "holds files that covray train did not write")
     for out in (str(tmp_path / "run" / "thesis.txt"), "/proc/run"):
         refused(tiny_config(out=out), ConfigError, "cannot be written")
     remote = tiny_config(tracking__uri=None).model_copy(update={"out": f"file://{tmp_path}/remote"})
     refused(remote, ConfigError, "beside a remote run there can be no mlflow.db")
-    for found in ("{", "{}", '{"version": 2}', '{"version": 1}'):
-        (tmp_path / "run" / "_run.json").write_text(found)
-        refused(tiny_config(), DatasetError, "_run.json: (is no description of this version|cannot be read)")
+    for content, message in (
+        ("{", "cannot be read"),
+        ("{}", "is of version None"),
+        ('{"version": 2}', "is of version 2"),
+        ('{"version": 1}', "lacks config"),
+    ):
+        (tmp_path / "run" / "_run.json").write_text(content)
+        refused(tiny_config(), ConfigError, f"_run.json: {message}")
 
 
-def test_the_tail_gives_every_record_once_though_the_file_is_cut_back(tmp_path: Path) -> None:
-    tail = Tail(str(tmp_path / "metrics.jsonl"))
-    assert tail.new() == []
-    curve = Curve(str(tmp_path), None)
-    seen = []
-    for step in range(1, 8):
-        curve.add({"step": step, "loss": step / 10, "seconds": 0.123456789})
-        if step % 2:
-            seen += [record["step"] for record in tail.new()]
-    curve.close()
-    for cut in (5, 2):
-        with (tmp_path / "metrics.jsonl").open("ab") as file:
-            file.write(b'{"step": 8, "lo')
-        seen += [record["step"] for record in tail.new()]
-        curve = Curve(str(tmp_path), cut)
-        for step in range(cut + 1, 9 if cut == 2 else 7):
-            curve.add({"step": step, "loss": step / 10})  # shorter lines: the old place is inside one
-            seen += [record["step"] for record in tail.new()]
-        curve.close()
-    assert seen == list(range(1, 9))
+def test_a_plan_needs_no_weights_and_leaves_nothing_behind(
+    tiny_config: Callable[..., TrainConfig],
+    tmp_path: Path,
+) -> None:
+    assert plan_train(tiny_config()).steps == STEPS
+    options = {"backbone__scale": "300m", "backbone__path": "owner/not-downloaded", "backbone__init": "pretrained"}
+    planned = plan_train(tiny_config(**options))
+    assert planned.parameters > 250e6
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_of_a_begun_run_compares_what_it_can_without_the_weights(
+    tiny_config: Callable[..., TrainConfig],
+) -> None:
+    options = {"backbone__scale": "300m", "backbone__path": "owner/not-downloaded", "backbone__init": "pretrained"}
+    config = tiny_config(**options)
+    begun(config)
+    with pytest.raises(ConfigError, match="begun with another configuration: codebook was 'other', is ") as error:
+        plan_train(config)
+    assert "backbone was" not in str(error.value)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from covray.config import TrainConfig
-from covray.training import trainer as loop
+from covray.training.run import train as train_in_process
 from tests.support.commands import finish_training
 from tests.support.trainings import curve
 
@@ -32,7 +32,7 @@ def test_two_workers_with_zero_make_the_losses_of_one_without(
     tiny_config: Callable[..., TrainConfig],
 ) -> None:
     one_worker = tiny_config("plain", optimizer__steps=20, validate_every_steps=20)
-    loop.train(one_worker)
+    train_in_process(one_worker)
     plain = [record["loss"] for record in curve(one_worker) if "loss" in record]
     assert len(plain) == 20
     for stage in ("zero2", "zero3"):

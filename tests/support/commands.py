@@ -35,9 +35,11 @@ FAST = ("--lengths", "3", "--set", "prior.steps=5", "--set", "engine.batch=16")
 """Fewer steps than anyone would build with: the tests ask whether rows are lost, not how frames look."""
 _TRAIN = """
 import sys
+from covray.cli.waiting import informed
 from covray.config import TrainConfig, load_config
 from covray.distributed.train import train
-train(load_config(TrainConfig, sys.argv[1]))
+with informed():  # prints what the workers say
+    train(load_config(TrainConfig, sys.argv[1]))
 """
 
 

@@ -10,7 +10,7 @@ import pytest
 from transformers import LlamaConfig
 
 from covray.config import TrainConfig, load_config
-from covray.training.checkpoints import read_records
+from covray.training.metrics_log import read_metrics
 from tests.support.datasets import CODES
 
 STEPS = 6
@@ -58,6 +58,6 @@ def tiny_config(
 
 def curve(config: TrainConfig) -> list[dict[str, Any]]:
     """The records of a run without what depends on the machine: all that must be the same in two runs."""
-    records = read_records(f"{config.out}/metrics.jsonl")
+    records = read_metrics(f"{config.out}/metrics.jsonl")
     timed = ("seconds", "tokens_per_s", "memory_bytes")
     return [{key: value for key, value in record.items() if key not in timed} for record in records]

@@ -1,4 +1,4 @@
-"""The run folder: whole checkpoints only, and a curve without gaps or repetition."""
+"""The checkpoints of a run folder: only whole ones of the same configuration are read."""
 
 from __future__ import annotations
 
@@ -10,68 +10,72 @@ import torch
 
 from covray.config import TrainConfig
 from covray.errors import ConfigError
-from covray.training.checkpoints import Curve, State, read_last_checkpoint, read_records, write_checkpoint
+from covray.io.storage import Folder
+from covray.training.checkpoints import Checkpoints, State
+from covray.training.records import BestValidation
 
 
 def state(step: int, best: int | None = None) -> State:
     generator = torch.Generator().manual_seed(step)
     tensors = {name: torch.randn(3, 2, generator=generator) for name in ("a", "a.exp_avg", "a.exp_avg_sq")}
-    return State(step, 5 * step, tensors, {"step": best, "validation_loss": 1.5} if best else None, {"workers": 1})
+    validation = None if best is None else BestValidation(step=best, validation_loss=1.5)
+    return State(step, 5 * step, tensors, validation, {"workers": 1})
+
+
+def checkpoints_of(config: TrainConfig) -> Checkpoints:
+    return Checkpoints(config.out, config.identity(), config.checkpoints.keep)
 
 
 def test_a_checkpoint_comes_back_as_it_was(tiny_config: Callable[..., TrainConfig]) -> None:
-    config = tiny_config()
+    checkpoints = checkpoints_of(tiny_config())
     written = state(7, best=7)
-    write_checkpoint(config, written, {"adapter_config.json": b"{}"})
-    read, torn = read_last_checkpoint(config)
+    checkpoints.write(written, {"adapter_config.json": b"{}"})
+    read, corrupt = checkpoints.read_last()
     assert read is not None
-    assert not torn
-    assert (read.step, read.cursor, read.best, read.how) == (7, 35, written.best, written.how)
+    assert not corrupt
+    assert (read.step, read.cursor, read.best, read.numerics) == (7, 35, written.best, written.numerics)
     assert all(torch.equal(read.tensors[name], tensor) for name, tensor in written.tensors.items())
 
 
 def test_only_the_last_and_the_best_stay_and_later_ones_go(tiny_config: Callable[..., TrainConfig]) -> None:
     config = tiny_config(checkpoints__keep=2)
     for step in (2, 4, 6, 8):
-        write_checkpoint(config, state(step, best=2), {})
+        checkpoints_of(config).write(state(step, best=2), {})
     folder = Path(config.out, "checkpoints")
     assert sorted(entry.name[-1] for entry in folder.iterdir()) == ["2", "6", "8"]
-    (folder / "step-00000008" / "state.safetensors").write_bytes(b"torn")
-    assert read_last_checkpoint(config)[1] == ["step-00000008"]
-    write_checkpoint(config, state(7, best=2), {})  # what a run writes that went on from 6
+    (folder / "step-00000008" / "state.safetensors").write_bytes(b"corrupt")
+    assert checkpoints_of(config).read_last()[1] == ["step-00000008"]
+    checkpoints_of(config).write(state(7, best=2), {})  # as a run that continued from 6
     assert sorted(entry.name[-1] for entry in folder.iterdir()) == ["2", "6", "7"]
 
 
 def test_a_checkpoint_of_another_configuration_is_refused_with_what_differs(
     tiny_config: Callable[..., TrainConfig],
 ) -> None:
-    write_checkpoint(tiny_config(), state(1), {})
+    checkpoints_of(tiny_config()).write(state(1), {})
     with pytest.raises(ConfigError, match=r"lora.rank was 4, is 8.*; give the same, or another --out") as refused:
-        read_last_checkpoint(tiny_config(lora__rank=8))
+        checkpoints_of(tiny_config(lora__rank=8)).read_last()
     assert "\n" not in str(refused.value)
 
 
-def test_the_curve_is_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
-    curve = Curve(str(tmp_path), None)
-    for step in range(1, 6):
-        curve.add({"step": step, "loss": 0.1})
-    with (tmp_path / "metrics.jsonl").open("ab") as file:
-        file.write(b'{"step": 6, "lo')  # killed in the middle of a line
-    again = Curve(str(tmp_path), 3)
-    again.add({"step": 4, "loss": 0.2})
-    assert [(record["step"], record["loss"]) for record in read_records(again.path)] == [
-        (1, 0.1), (2, 0.1), (3, 0.1), (4, 0.2),
-    ]  # fmt: skip
-    again.close()
-    Curve(str(tmp_path), None).close()
-    assert read_records(again.path) == [], "without a checkpoint the run begins again"
+def test_storage_that_fails_does_not_make_a_checkpoint_corrupt(
+    tiny_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = checkpoints_of(tiny_config())
+    checkpoints.write(state(1), {})
+
+    def read_json(folder: Folder, name: str) -> None:
+        raise OSError("503 Slow Down")
+
+    monkeypatch.setattr(Folder, "read_json", read_json)
+    with pytest.raises(OSError, match="503"):
+        checkpoints.read_last()
 
 
-def test_a_curve_in_a_store_without_appending_is_there_after_a_flush(tmp_path: Path) -> None:
-    out = f"file://{tmp_path}"  # a URI: written as to an object store
-    curve = Curve(out, None)
-    for step in (1, 2, 3):
-        curve.add({"step": step, "loss": 0.1})
-    curve.flush()
-    assert [record["step"] for record in read_records(f"{out}/metrics.jsonl")] == [1, 2, 3]
-    assert [record["step"] for record in Curve(out, 2).records] == [1, 2]
+def test_the_result_is_a_copy_of_what_the_checkpoint_exports(tiny_config: Callable[..., TrainConfig]) -> None:
+    config = tiny_config(checkpoints__keep=2)
+    for step in (2, 4):
+        checkpoints_of(config).write(state(step), {"weights": b"%d" % step, "about.json": b"{}"})
+    folder = checkpoints_of(config).export(2)
+    assert folder == f"{config.out}/adapter"
+    assert {file.name: file.read_bytes() for file in Path(folder).iterdir()} == {"weights": b"2", "about.json": b"{}"}

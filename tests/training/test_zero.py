@@ -13,9 +13,11 @@ import torch.distributed as dist
 from covray.config import TrainConfig, load_config
 from covray.errors import ConfigError
 from covray.models.lvm.scales import llama_config
-from covray.training.checkpoints import read_last_checkpoint, read_records
-from covray.training.trainer import Place, Wish, train
-from covray.training.zero import STAGES, choose, read_settings
+from covray.training.checkpoints import Checkpoints, State
+from covray.training.metrics_log import read_metrics
+from covray.training.run import train
+from covray.training.worker import Signal, WorkerContext
+from covray.training.zero import STAGES, check_settings, choose, read_settings
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*is deprecated:FutureWarning", "ignore:.*is deprecated:DeprecationWarning"
@@ -36,7 +38,13 @@ def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def losses(config: TrainConfig) -> list[float]:
-    return [record["loss"] for record in read_records(f"{config.out}/metrics.jsonl") if "loss" in record]
+    return [record["loss"] for record in read_metrics(f"{config.out}/metrics.jsonl") if "loss" in record]
+
+
+def last_state(config: TrainConfig) -> State:
+    state, _ = Checkpoints(config.out, config.identity(), 1).read_last()
+    assert state is not None
+    return state
 
 
 @pytest.mark.parametrize(("stage", "recompute"), [("zero1", False), ("zero2", False), ("zero3", True)])
@@ -53,19 +61,17 @@ def test_a_stage_makes_the_plain_losses_and_continues_a_plain_run(
     train(whole)
     assert losses(whole) == pytest.approx(losses(plain), rel=1e-5)
     assert not hasattr(torch.ops.deepspeed, "inference_all_reduce_"), "a minute was spent on compiling it"
-    monkeypatch.setattr("covray.training.trainer._ASK_EVERY_S", -1.0)
-    assert train(mixed, Place(ask=lambda: Wish.STOP)) is None
-    notices: list[str] = []
-    train(tiny_config("mixed", compute__deepspeed=stage), Place(notice=notices.append))
+    monkeypatch.setattr("covray.training.trainer._POLL_SIGNAL_EVERY_S", -1.0)
+    assert train(mixed, WorkerContext(poll_signal=lambda: Signal.STOP)) is None
+    messages: list[str] = []
+    train(tiny_config("mixed", compute__deepspeed=stage), WorkerContext(log=messages.append))
     assert losses(mixed) == pytest.approx(losses(plain), rel=1e-5)
-    assert any(f"deepspeed was none, is {stage}" in notice for notice in notices)
+    assert any(f"deepspeed was none, is {stage}" in message for message in messages)
     for config in (whole, mixed):
-        state, due = read_last_checkpoint(config)[0], read_last_checkpoint(plain)[0]
-        assert state is not None
-        assert due is not None
-        assert state.tensors.keys() == due.tensors.keys()
+        state, expected = last_state(config), last_state(plain)
+        assert state.tensors.keys() == expected.tensors.keys()
         for name, tensor in state.tensors.items():
-            torch.testing.assert_close(tensor, due.tensors[name], rtol=1e-3, atol=1e-5, msg=name)
+            torch.testing.assert_close(tensor, expected.tensors[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_a_bfloat16_stage_learns_and_keeps_float32_state(
@@ -73,9 +79,7 @@ def test_a_bfloat16_stage_learns_and_keeps_float32_state(
 ) -> None:
     config = tiny_config(compute__deepspeed="zero2", compute__dtype="bfloat16")
     train(config)
-    state, _ = read_last_checkpoint(config)
-    assert state is not None
-    assert {tensor.dtype for tensor in state.tensors.values()} == {torch.float32}
+    assert {tensor.dtype for tensor in last_state(config).tensors.values()} == {torch.float32}
     plain = tiny_config("plain", compute__dtype="bfloat16")
     train(plain)
     assert losses(config) == pytest.approx(losses(plain), rel=1e-2)
@@ -89,20 +93,25 @@ def test_the_shipped_settings_are_those_of_the_configs_folder(stage: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "message"),
     [
         (None, "No such file"),
         ("{", "not valid JSON"),
         ("{}", "has no zero_optimization"),
         ('{"zero_optimization": {"stage": 2}, "bf16": {"enabled": true}}', "sets bf16"),
+        (
+            '{"zero_optimization": {"stage": 2, "reduce_buckets": 5}}',
+            "zero_optimization.reduce_buckets: DeepSpeed has no such key",
+        ),
+        ('{"zero_optimization": {"stage": 7}}', "zero_optimization.stage: Input should be 0, 1, 2, 3"),
     ],
 )
-def test_a_bad_file_of_settings_is_one_line(content: str | None, says: str, tmp_path: Path) -> None:
+def test_a_bad_file_of_settings_is_one_line(content: str | None, message: str, tmp_path: Path) -> None:
     file = tmp_path / "mine.json"
     if content is not None:
         file.write_text(content)
-    with pytest.raises(ConfigError, match=says) as refused:
-        read_settings(str(file))
+    with pytest.raises(ConfigError, match=message) as refused:
+        check_settings(str(file))
     assert "\n" not in str(refused.value)
     assert "mine.json" in str(refused.value)
 
@@ -111,7 +120,7 @@ GIB = 2**30
 
 
 @pytest.mark.parametrize(
-    ("scale", "workers", "gib", "recompute", "due"),
+    ("scale", "workers", "gib", "recompute", "expected"),
     [
         ("nano", 2, None, False, "none"),
         ("7b", 8, None, False, "none"),
@@ -123,8 +132,8 @@ GIB = 2**30
     ],
 )
 def test_the_stage_is_the_fastest_that_fits(
-    scale: str, workers: int, gib: int | None, recompute: bool, due: str
+    scale: str, workers: int, gib: int | None, recompute: bool, expected: str
 ) -> None:
     options = {"data": "chains", "out": "run", "workers.count": workers, "compute.recompute": recompute}
     config = load_config(TrainConfig, None, options)
-    assert choose(config, llama_config(scale), None if gib is None else gib * GIB) == due
+    assert choose(config, llama_config(scale), None if gib is None else gib * GIB) == expected

@@ -1,0 +1,211 @@
+"""What ``covray train`` checks before it starts anything expensive, and so what ``covray train --plan`` checks too.
+
+Nothing here needs Ray.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from covray.chains.compatibility import require_same_codes
+from covray.chains.dataset import ChainDataset
+from covray.chains.sentences import count_pairs, require_context
+from covray.config import BackboneConfig, TrainConfig
+from covray.distributed.resumable import Output
+from covray.distributed.tracking import store_of
+from covray.errors import ConfigError, CovrayError
+from covray.io import storage
+from covray.io.storage import Folder
+from covray.models.lvm.adapter import WEIGHTS_FILE, read_start
+from covray.models.lvm.backbone import BackboneFacts, backbone_facts
+from covray.training.memory import TrainPlan, architecture, plan
+from covray.training.metrics_log import METRICS_FILE
+from covray.training.records import RunRecord, TrainResult
+from covray.training.zero import check_settings
+
+
+@dataclass(frozen=True)
+class CheckedTraining:
+    """A training that has passed the checks."""
+
+    config: TrainConfig
+    """The configuration; what the begun run has recorded is filled in, ``auto`` may be left."""
+    facts: BackboneFacts
+    fingerprints: dict[str, str | None]
+    """SHA-256 (hex) of what is trained, and on what."""
+    classes: dict[str, Any] | None
+    """The user's own classes of segmentation in the dataset; None for the built-in palette."""
+
+    def record(self, config: TrainConfig, begun: RunRecord | None) -> RunRecord:
+        """Return the record of the run with the resolved ``config``, which continues ``begun``."""
+        record = RunRecord(
+            config=config.model_dump(mode="json"),
+            identity=config.identity(),
+            fingerprints=self.fingerprints,
+            mlflow_run_id=None if begun is None else begun.mlflow_run_id,
+        )
+        # Without classes of the user's own the key is absent, as in the files of earlier versions.
+        return record if self.classes is None else record.model_copy(update={"classes": self.classes})
+
+
+def open_run(out: str) -> Output[RunRecord]:
+    """Return the run folder ``out`` as the output of ``covray train``; nothing is read or written yet."""
+    return Output(out, RunRecord, "covray train", result=TrainResult.FILE)
+
+
+def plan_train(config: TrainConfig, tokens_per_s: float | None = None) -> TrainPlan:
+    """Return what a training would take, after all checks that it makes itself; nothing is started or written.
+
+    Args:
+        config: The configuration. The weights of the backbone need not be on this machine: then its scale stands for
+            its architecture.
+        tokens_per_s: Speed of one worker, for the hours.
+
+    Raises:
+        CovrayError: The training would be refused.
+    """
+    config = absolute_paths(config)
+    output = open_run(config.out)
+    output.inspect()
+    return plan(check(config, output, without_weights=True).config, tokens_per_s)
+
+
+def check(config: TrainConfig, output: Output[RunRecord], *, without_weights: bool = False) -> CheckedTraining:
+    """Check a training against its data, its backbone and the run that it continues.
+
+    Args:
+        config: The configuration, with absolute paths.
+        output: The run folder, opened.
+        without_weights: Whether weights that are not on this machine are left unchecked, not downloaded.
+
+    Raises:
+        CovrayError: The dataset, backbone, adapter, DeepSpeed file or MLflow store cannot be used, they do not fit
+            together, or the run was begun with others.
+    """
+    begun = binding_record(output)
+    if begun is not None:
+        output.require_same(begun.identity, config.identity(), open_matches=True)
+        config = _with_recorded_dtype(config, begun.config)
+    dataset = ChainDataset(config.data)
+    unchecked = without_weights and not _has_weights_here(config.backbone)
+    facts = architecture(config.backbone) if unchecked else backbone_facts(config.backbone)
+    _check_data(config, dataset, facts)
+    if config.compute.deepspeed not in ("auto", "none"):
+        check_settings(config.compute.deepspeed)
+    if config.lora.path is not None:
+        read_start(config.lora, facts.llama)
+    store_of(config)
+    fingerprints = _fingerprints(config, dataset, facts)
+    if begun is None:
+        _require_same_classes(config, dataset.record.classes)
+    else:
+        recorded = dict(begun.fingerprints)
+        if unchecked:
+            recorded["backbone"] = fingerprints["backbone"]
+        output.require_same(recorded, fingerprints)
+    return CheckedTraining(config, facts, fingerprints, dataset.record.classes)
+
+
+def binding_record(output: Output[RunRecord]) -> RunRecord | None:
+    """Return the record of the run that is continued; None where the run may still become another one.
+
+    Workers write the metrics first. A run without them has learned nothing that another configuration would spoil.
+    """
+    return output.begun if output.folder.exists(METRICS_FILE) else None
+
+
+def absolute_paths(config: TrainConfig) -> TrainConfig:
+    """Return ``config`` with paths that mean the same in a worker's folder. A backbone without a folder is a hub id."""
+    update: dict[str, Any] = {"data": _absolute(config.data), "out": _absolute(config.out)}
+    backbone, compute, lora = config.backbone, config.compute, config.lora
+    if lora.path is not None:
+        update["lora"] = lora.model_copy(update={"path": _absolute(lora.path)})
+    if backbone.path is not None and _is_folder(backbone.path):
+        update["backbone"] = backbone.model_copy(update={"path": _absolute(backbone.path)})
+    if compute.deepspeed.endswith(".json"):
+        update["compute"] = compute.model_copy(update={"deepspeed": _absolute(compute.deepspeed)})
+    return config.model_copy(update=update)
+
+
+def _check_data(config: TrainConfig, dataset: ChainDataset, facts: BackboneFacts) -> None:
+    """Check that the backbone can read the dataset, and that the sentences can be made and shared out."""
+    chosen = config.sentences
+    require_same_codes(facts, dataset)
+    tokens = require_context(chosen, dataset.tokens_per_image, facts.llama.max_position_embeddings)
+    count_pairs(dataset, chosen, chosen.split)
+    if chosen.validation_split is not None:
+        count_pairs(dataset, chosen, chosen.validation_split)
+    sentences = max(1, config.optimizer.batch_tokens // tokens)
+    if config.workers.count > sentences:
+        raise ConfigError(
+            f"workers.count: {config.workers.count} workers, but a step of {config.optimizer.batch_tokens} tokens has "
+            f"{sentences} sentences of {tokens}; lower --workers, or raise optimizer.batch_tokens"
+        )
+
+
+def _fingerprints(config: TrainConfig, dataset: ChainDataset, facts: BackboneFacts) -> dict[str, str | None]:
+    """Return the fingerprints of a run: of all that it is trained from."""
+    fingerprints: dict[str, str | None] = {
+        "backbone": facts.fingerprint,
+        "codebook": dataset.fingerprints["codebook"],
+        "data": _data_fingerprint(dataset),
+    }
+    if config.lora.path is not None:
+        fingerprints["adapter"] = hashlib.sha256(Folder(config.lora.path).read_bytes(WEIGHTS_FILE)).hexdigest()
+    return fingerprints
+
+
+def _data_fingerprint(dataset: ChainDataset) -> str:
+    """Return the SHA-256 (hex) of what decides the chains: configuration, models, pairs and how many were good."""
+    pairs = dataset.record.pairs
+    parts = [dataset.identity, dataset.fingerprints, pairs and pairs.to_json(), dataset.count()]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _require_same_classes(config: TrainConfig, classes: dict[str, Any] | None) -> None:
+    """Refuse to start from an adapter whose run was trained on other classes of segmentation, if it says so.
+
+    Raises:
+        ConfigError: One colour would stand for two classes.
+    """
+    if config.lora.path is None or classes is None:
+        return
+    run, _, name = config.lora.path.rstrip("/").rpartition("/")
+    try:
+        earlier = RunRecord.read_if_present(run) if name else None
+    except CovrayError:
+        return  # an adapter from elsewhere
+    if earlier is not None and earlier.classes not in (None, classes):
+        raise ConfigError(
+            f"--data {config.data}: its segmentation has other classes than the run of --set lora.path="
+            f"{config.lora.path}, so that one colour would stand for two things; train a new adapter, or build the "
+            "data with the same --classes"
+        )
+
+
+def _with_recorded_dtype(config: TrainConfig, recorded: Mapping[str, Any]) -> TrainConfig:
+    """Return ``config`` with the arithmetic of the run that is continued, where it is left open."""
+    if config.compute.dtype != "auto":
+        return config
+    compute = config.compute.model_copy(update={"dtype": recorded["compute"]["dtype"]})
+    return config.model_copy(update={"compute": compute})
+
+
+def _has_weights_here(backbone: BackboneConfig) -> bool:
+    """Return whether the backbone can be checked without a download."""
+    if backbone.path is None:
+        return backbone.scale == "nano" or backbone.init == "random"
+    return backbone.path == "nano" or _is_folder(backbone.path)
+
+
+def _is_folder(path: str) -> bool:
+    return os.path.isdir(os.path.expanduser(path))
+
+
+def _absolute(path: str) -> str:
+    return path if "://" in path else storage.resolve(path)[1]

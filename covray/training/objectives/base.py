@@ -1,0 +1,110 @@
+"""What the trainer asks of an objective.
+
+The trainer knows steps, checkpoints, metrics and signals; an objective knows data, model and loss. A further objective
+is a class with these members, and needs no change of the trainer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from covray.training.worker import WorkerContext
+
+
+class DeviceBatch(Protocol):
+    """What a worker computes at a time."""
+
+    def to(self, device: torch.device) -> Self:
+        """Return the batch with its tensors on ``device``."""
+
+
+B = TypeVar("B", bound=DeviceBatch)
+B_contra = TypeVar("B_contra", bound=DeviceBatch, contravariant=True)
+
+
+@dataclass(frozen=True)
+class StepBatches(Generic[B]):
+    """The work of one step."""
+
+    next_cursor: int
+    """Where the next step begins."""
+    batches: list[B | None]
+    """The micro-batches of this worker. None: the worker computes nothing while others still compute, because all
+    workers must take part in the same collectives."""
+    loss_tokens: int
+    """Tokens that carry loss, over all workers: the summed loss is divided by them."""
+    sentences: int
+    """Examples, over all workers."""
+    tokens: int
+    """Tokens, over all workers."""
+    epoch: float
+    """How often each example was seen at the end of the step."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The loss of a batch, in nats."""
+
+    total: Tensor
+    """The sum, a scalar with a gradient."""
+    each: Tensor
+    """The loss of every position that carries loss, float32 [P]."""
+
+
+class Objective(Protocol[B]):
+    """What is learned. All that it computes depends on the configuration and the cursor only."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The network, of which the parameters that require a gradient are trained."""
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole training."""
+
+    @property
+    def idle_batch(self) -> B:
+        """A batch on the device that costs next to nothing. A worker without a batch computes it where the update needs
+        every worker in every collective; its loss is not counted."""
+
+    @property
+    def flops_per_token(self) -> float:
+        """FLOPs of a forward and a backward pass, divided by the tokens."""
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return the trained parameters by the names that a checkpoint has for them."""
+
+    def batches(self, cursor: int, worker: WorkerContext) -> StepBatches[B]:
+        """Return the work of ``worker`` in the step that begins at ``cursor``, on the CPU. Called in a thread."""
+
+    def loss(self, forward: Callable[[B], Any], batch: B) -> Loss:
+        """Return the loss of ``batch``.
+
+        Args:
+            forward: What to call in place of ``module``: the module itself, or an engine around it.
+            batch: The batch, on the device.
+        """
+
+    def validate(self, evaluate: Callable[[B | None], Tensor], worker: WorkerContext) -> dict[str, float] | None:
+        """Return the metrics of the validation data over all workers, ``validation_loss`` among them.
+
+        Args:
+            evaluate: Returns ``Loss.each`` of a batch, without gradients; of None nothing, [0]. All workers must call
+                it equally often.
+            worker: This worker.
+
+        Returns:
+            The metrics, the same on all workers; None where there is no validation data.
+        """
+
+    def export(self, tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
+        """Return the files of the result by name. Called in a thread.
+
+        Args:
+            tensors: The values of ``parameters`` by name, float32, on the CPU; further tensors may lie between them.
+        """

@@ -1,0 +1,174 @@
+"""Next-token prediction over visual sentences: a LoRA adapter teaches the frozen backbone to write chains.
+
+The paper's objective: one cross-entropy over the tokens of examples, frames and answer (``sentences.loss`` says which).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig
+
+from covray.chains.dataset import ChainDataset
+from covray.chains.sentences import Chains, Sentences, loss_tokens, micro_batches, step_bounds
+from covray.config import TrainConfig, require_compiler
+from covray.models.lvm.adapter import adapter_files, load_adapter_tensors, read_start
+from covray.models.lvm.backbone import BackboneFacts, backbone_facts, load_backbone
+from covray.models.lvm.model import Batch, Lora, Lvm
+from covray.models.lvm.scales import parameters
+from covray.training.objectives.base import Loss, StepBatches
+from covray.training.worker import WorkerContext
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class VisualSentences:
+    """The objective of ``covray train``."""
+
+    def __init__(self, config: TrainConfig, device: torch.device):
+        """Read the chains and load the model.
+
+        Args:
+            config: The configuration, without an ``auto``.
+            device: The device of this worker.
+
+        Raises:
+            CovrayError: The dataset, the backbone or the adapter cannot be used, or nothing can be compiled here.
+        """
+        if config.compute.compile:
+            require_compiler("compute.compile", device.type)
+        self.config = config
+        self._facts = backbone_facts(config.backbone)
+        dataset, chosen = ChainDataset(config.data), config.sentences
+        self.training = _sentences(dataset, config, self._facts, chosen.split)
+        self.validation: Sentences | None = None
+        if chosen.validation_split is not None:
+            self.validation = _sentences(dataset, config, self._facts, chosen.validation_split)
+        self.steps = count_steps(self.training, config)
+        self.flops_per_token = _flops_per_token(self._facts.llama, self.training)
+        self.model = _load_model(config, self._facts, device)
+        no_ids = torch.zeros(2, dtype=torch.int64, device=device)
+        self.idle_batch = Batch(no_ids, (2,), no_ids[:1])  # one sentence of two tokens
+
+    @property
+    def module(self) -> nn.Module:
+        """The backbone with its adapter."""
+        return self.model
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters of the adapter by name."""
+        return {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+
+    def batches(self, cursor: int, worker: WorkerContext) -> StepBatches[Batch]:
+        """Return the share of ``worker`` in the step that begins at sentence ``cursor``."""
+        chosen, sentences = self.config.optimizer, self.training
+        end = step_bounds(sentences, cursor, chosen.batch_tokens)
+        if chosen.steps is None:
+            end = min(end, _end_of_epochs(sentences, self.config))
+        share = micro_batches(sentences, cursor, end, worker.rank, worker.world_size, chosen.micro_batch_tokens)
+        return StepBatches(
+            next_cursor=end,
+            batches=share,
+            loss_tokens=loss_tokens(sentences, cursor, end),
+            sentences=end - cursor,
+            tokens=sum(sentences.tokens(index) for index in range(cursor, end)),
+            epoch=end / len(sentences),
+        )
+
+    def loss(self, forward: Callable[[Batch], Any], batch: Batch) -> Loss:
+        """Return the cross-entropy of the tokens that carry loss."""
+        total, each = forward(batch)
+        return Loss(total, each)
+
+    def validate(self, evaluate: Callable[[Batch | None], Tensor], worker: WorkerContext) -> dict[str, float] | None:
+        """Return the loss of the first validation sentences, and the perplexity of their answers."""
+        sentences = self.validation
+        if sentences is None:
+            return None
+        count = min(self.config.validation_sentences, len(sentences))
+        micro_tokens = self.config.optimizer.micro_batch_tokens
+        sums = torch.zeros(3, device=worker.device, dtype=torch.float64)  # loss, loss of answers, tokens of answers
+        for batch in micro_batches(sentences, 0, count, worker.rank, worker.world_size, micro_tokens):
+            if batch is None:
+                evaluate(None)
+                continue
+            on_device = batch.to(worker.device)
+            each = evaluate(on_device).double()
+            answer = answer_positions(on_device, sentences.chains.tokens_per_image)
+            sums += torch.stack((each.sum(), each[answer].sum(), answer.sum().double()))
+        loss, answer_loss, answer_tokens = worker.sum(sums)
+        return {
+            "validation_loss": loss / loss_tokens(sentences, 0, count),
+            "answer_perplexity": math.exp(answer_loss / answer_tokens),
+        }
+
+    def export(self, tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
+        """Return the adapter in PEFT's format."""
+        chosen = self.config.lora
+        with torch.device("meta"):  # the names and shapes of the model, without its memory
+            model = Lvm(self._facts.llama, Lora(chosen.rank, chosen.alpha, chosen.targets))
+        model.load_state_dict(dict(tensors), strict=False, assign=True)
+        return adapter_files(model, self.config.backbone.path or "nano")
+
+
+def count_steps(sentences: Sentences, config: TrainConfig) -> int:
+    """Return the steps of a training: as configured, or as many as its epochs take."""
+    if config.optimizer.steps is not None:
+        return config.optimizer.steps
+    cursor, steps, end = 0, 0, _end_of_epochs(sentences, config)
+    while cursor < end:
+        cursor = step_bounds(sentences, cursor, config.optimizer.batch_tokens)
+        steps += 1
+    return steps
+
+
+def answer_positions(batch: Batch, tokens_per_image: int) -> Tensor:
+    """Return which of ``batch.positions`` predict a token of an answer, the last picture of a sentence: bool [P]."""
+    ends = torch.tensor(batch.lengths, device=batch.ids.device).cumsum(0)
+    end = ends[torch.searchsorted(ends, batch.positions, right=True)]
+    return batch.positions + 1 >= end - tokens_per_image
+
+
+def _sentences(dataset: ChainDataset, config: TrainConfig, facts: BackboneFacts, split: str) -> Sentences:
+    """Return the sentences of a split."""
+    chains = Chains.load(dataset, config.sentences, split)
+    return Sentences(chains, config.sentences, facts.llama.max_position_embeddings, config.seed)
+
+
+def _load_model(config: TrainConfig, facts: BackboneFacts, device: torch.device) -> Lvm:
+    """Return the backbone with a new adapter, or with the one that training starts from."""
+    model = load_backbone(
+        facts,
+        config.backbone,
+        config.lora,
+        dtype=_DTYPES[config.compute.dtype],
+        device=device,
+        seed=config.seed,
+        recompute=config.compute.recompute,
+    )
+    if config.lora.path is not None:
+        load_adapter_tensors(model, read_start(config.lora, facts.llama))
+    if config.compute.compile:
+        for layer in model.layers:
+            layer.compile()
+    return model
+
+
+def _flops_per_token(llama: LlamaConfig, sentences: Sentences) -> float:
+    """Return the FLOPs of a token: forward 2N, backward through frozen weights 2N more, and causal attention.
+
+    PaLM (Chowdhery et al. 2022), appendix B, halved, as half of the attention scores are masked.
+    """
+    used = parameters(llama) - llama.vocab_size * llama.hidden_size  # looking up an embedding costs nothing
+    mean_tokens = sum(sentences.tokens(index) for index in range(len(sentences))) / len(sentences)
+    attention = 2 * llama.num_hidden_layers * llama.hidden_size * mean_tokens  # scores and mixing
+    return 4.0 * used + 3.0 * attention
+
+
+def _end_of_epochs(sentences: Sentences, config: TrainConfig) -> int:
+    """Return the sentences of a training that is as long as its epochs; at least one."""
+    return max(1, round(config.optimizer.epochs * len(sentences)))
