@@ -46,7 +46,7 @@ def test_what_cannot_be_trained_is_refused_in_one_line(
     tmp_path: Path,
 ) -> None:
     refused(tiny_config(data=str(tmp_path / "absent")), DatasetError, "not a dataset")
-    refused(tiny_config(sentences__lengths=[4]), DatasetError, "--lengths 3,4")
+    refused(tiny_config(sentences__lengths=[4]), DatasetError, "--length 3,4")
     refused(tiny_config(sentences__pairs=[3]), ConfigError, r"3 pictures x \(3 \+ 1\) chains x 16 tokens = 192")
     refused(tiny_config(sentences__split="test"), DatasetError, "no good pairs in split test")
     refused(tiny_config(sentences__validation_split="test"), DatasetError, "no good pairs in split test")
