@@ -22,17 +22,11 @@ from covray.io.codecs.raster import Raster, cmyk_to_rgb, lab_to_rgb
 
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
-WIDTH, LENGTH, BITS, COMPRESSION, PHOTOMETRIC, FILL_ORDER = 256, 257, 258, 259, 262, 266
+NEW_SUBFILE_TYPE, WIDTH, LENGTH, BITS, COMPRESSION, PHOTOMETRIC = 254, 256, 257, 258, 259, 262
 STRIP_OFFSETS, ORIENTATION, SAMPLES_PER_PIXEL, ROWS_PER_STRIP, STRIP_COUNTS, PLANAR = 273, 274, 277, 278, 279, 284
-PREDICTOR, COLOUR_MAP, TILE_WIDTH, TILE_LENGTH, TILE_OFFSETS, TILE_COUNTS = 317, 320, 322, 323, 324, 325
-INK_SET, EXTRA_SAMPLES, SAMPLE_FORMAT, JPEG_TABLES, YCC_SUBSAMPLING, REFERENCE_BLACK_WHITE = (
-    332,
-    338,
-    339,
-    347,
-    530,
-    532,
-)
+COLOUR_MAP, TILE_WIDTH, TILE_LENGTH, TILE_OFFSETS, TILE_COUNTS = 320, 322, 323, 324, 325
+INK_SET, EXTRA_SAMPLES, SAMPLE_FORMAT, JPEG_TABLES = 332, 338, 339, 347
+YCC_SUBSAMPLING, REFERENCE_BLACK_WHITE = 530, 532
 
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, CMYK, YCC, LAB = 0, 1, 2, 3, 5, 6, 8
 _COLOUR_CHANNELS = {WHITE_IS_ZERO: 1, BLACK_IS_ZERO: 1, RGB: 3, PALETTE: 1, CMYK: 4, YCC: 3, LAB: 3}
@@ -322,11 +316,13 @@ def _overwrite(data: bytearray, directory: _Directory, tag: int, values: tuple[i
     entry, order = directory.entries[tag], directory.order
     size = struct.calcsize(order + entry.code)
     room = 8 if directory.big else 4
+    count_code = "Q" if directory.big else "I"
     if not values:
-        struct.pack_into(f"{order}H", data, entry.at, 65000)  # a private tag, which libtiff passes over
+        # As a second NewSubfileType of 0, which libtiff passes over without a word.
+        struct.pack_into(f"{order}HH{count_code}{count_code}", data, entry.at, NEW_SUBFILE_TYPE, 4, 1, 0)
         return
     at = entry.at + (12 if directory.big else 8)
-    struct.pack_into(f"{order}{'Q' if directory.big else 'I'}", data, entry.at + 4, len(values))
+    struct.pack_into(order + count_code, data, entry.at + 4, len(values))
     if len(values) * size <= room:
         data[at : at + room] = bytes(room)
         struct.pack_into(order + entry.code * len(values), data, at, *values)
