@@ -41,6 +41,8 @@ _ROWS_AT_ONCE = 16
 """In this process: so often the stage says how far it is."""
 NEAR_LEVELS = 16
 """A colour within so many levels of a class's, in every channel, is near it: half the least distance of two classes."""
+_NAMED = 8
+"""Absent classes that a note names."""
 UNUSUAL_SHARE = 0.01
 """Pixels that fit no meaning are noted in the report from this share on."""
 
@@ -126,11 +128,11 @@ def _segmentation_figures(pair: LoadedPair, meta: Mapping[str, Any]) -> LabelFig
     indices = segmentation.read(pair.label, meta)
     colours = segmentation.palette(256)[indices].astype(np.int16)
     near = np.abs(colours - pair.label).max(axis=2) <= NEAR_LEVELS
-    pixels = {}
+    pixels = dict.fromkeys(classes.names, 0) if "classes" in meta else {}
     counts = np.bincount(indices[near], minlength=256)
     for index in np.flatnonzero(counts):
-        name = classes.names[index] if index < len(classes.names) else "void"
-        pixels["void" if index == classes.void else name] = int(counts[index])
+        name = "void" if index == classes.void else classes.names[index]
+        pixels[name] = pixels.get(name, 0) + int(counts[index])
     unusual = {"near no class": int((~near).sum())}
     return LabelFigures(pixels | unusual, unusual)
 
@@ -303,6 +305,10 @@ class PairsReport:
             for kind, share in task.unusual_shares().items():
                 if share >= UNUSUAL_SHARE:
                     notes.append(f"{name}: {share:.1%} of the labels' pixels {UNUSUAL[kind]}")
+            absent = [meaning for meaning, pixels in task.pixels.items() if not pixels and meaning not in UNUSUAL]
+            if name == "segmentation" and absent:
+                listed = ", ".join(absent[:_NAMED]) + (", ..." if len(absent) > _NAMED else "")
+                notes.append(f"segmentation: {len(absent)} classes occur in no label: {listed}")
             if name == "colorization" and task.usable and shares.get("coloured", 0) == 0:
                 notes.append("colorization: no label has a colour: are image and label swapped?")
             if name == "depth" and shares.get("known depth", 1) < 0.5:

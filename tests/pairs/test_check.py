@@ -45,14 +45,16 @@ def test_classes_void_and_colours_of_no_class_are_counted(tmp_path: Path) -> Non
     label = segmentation.render(classes)
     label[7] += 7  # rounding of a lossy format
     label[8, :12] = (60, 60, 60)
-    meta = {"classes": ["ground", "cat", "dog"], "void": 5}
+    meta = {"classes": ["ground", "cat", "dog", "bird"], "void": 5}
     report = report_of(tmp_path / "p.parquet", drawn("segmentation", label, **meta))
     pixels = report.tasks["segmentation"].pixels
-    assert pixels == {"cat": 4 * 24, "dog": 2 * 24, "void": 24, "ground": 9 * 24 - 12, "near no class": 12}
+    counts = {"cat": 4 * 24, "dog": 2 * 24, "bird": 0, "void": 24, "ground": 9 * 24 - 12, "near no class": 12}
+    assert pixels == counts
     assert report.tasks["segmentation"].shares()["near no class"] == 12 / (16 * 24)
     assert report.notes() == [
         "segmentation: 3.1% of the labels' pixels have a colour near no class: are the classes declared, and the "
-        "files lossless?"
+        "files lossless?",
+        "segmentation: 1 classes occur in no label: bird",
     ]
 
 
