@@ -99,6 +99,7 @@ def check_gpus() -> list[Finding]:
 
 
 def _check_gpu(index: int, driver: str | None) -> Finding:
+    """Return the finding of a GPU that torch can use."""
     name = f"GPU {index}"
     free, total = torch.cuda.mem_get_info(index)
     capability = torch.cuda.get_device_capability(index)

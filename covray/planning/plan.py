@@ -175,6 +175,7 @@ def _architecture(train: TrainConfig) -> LlamaConfig:
 
 
 def _plan_build(config: PlanConfig, build: BuildConfig, basis: _BuildBasis) -> BuildPlan:
+    """Simulate the build, and say what limits it."""
     rates = basis.rates
     blocks = -(-config.pairs // build.most_rows_per_block)
     shards = blocks * min(config.tasks_per_block, build.most_rows_per_block)
@@ -227,6 +228,7 @@ def _plan_build(config: PlanConfig, build: BuildConfig, basis: _BuildBasis) -> B
 
 
 def _plan_training(config: PlanConfig, train: TrainConfig, basis: _TrainBasis, tokens_per_image: int) -> TrainingPlan:
+    """Simulate the training, and say what could stop it."""
     rates = basis.rates
     planned = plan_training(train, _architecture(train), config.train_pairs or config.pairs, tokens_per_image)
     # A validation reads its sentences once; the workers share them.

@@ -201,6 +201,7 @@ class _Build:
         )
 
     def _at(self, time: float, event: Callable[..., None], *subject: object) -> None:
+        """Have ``event`` happen to ``subject`` at a time."""
         heapq.heappush(self.events, (time, next(self.order), event, subject))
 
     def _launch(self) -> None:
@@ -219,6 +220,7 @@ class _Build:
                 self._at(self.now + life, self._interrupt, node)
 
     def _join(self, node: _Node) -> None:
+        """A node is up; the first one loads the models once, all others start their actors."""
         if node.gone:
             return
         self.booting -= 1
@@ -230,6 +232,7 @@ class _Build:
         self._launch()
 
     def _probe(self, node: _Node) -> None:
+        """The models have been loaded once: request all nodes."""
         if node.gone:
             return
         self.probed = True
@@ -238,6 +241,7 @@ class _Build:
         self._launch()
 
     def _ready(self, node: _Node) -> None:
+        """The actors of a node have loaded the models."""
         if not node.gone:
             for slot in range(self.fleet.actors):
                 self._take(node, slot)
@@ -261,6 +265,7 @@ class _Build:
         heapq.heappush(self.events, (begin + seconds, next(self.order), self._commit, (node, slot)))
 
     def _commit(self, node: _Node, slot: int) -> None:
+        """An actor has finished its block."""
         if node.gone:
             return
         block = node.blocks[slot]
@@ -270,10 +275,12 @@ class _Build:
         self._take(node, slot)
 
     def _leave(self, node: _Node, since: float) -> None:
+        """The idle timeout of a node has passed; it is released if it has been idle all the time."""
         if not node.gone and node.idle_since == since:
             self._remove(node)
 
     def _interrupt(self, node: _Node) -> None:
+        """A node is taken away, and its unfinished blocks are lost."""
         if node.gone:
             return
         self.interruptions += 1
@@ -290,6 +297,7 @@ class _Build:
         self._launch()
 
     def _remove(self, node: _Node) -> None:
+        """Take a node out, and count what it cost."""
         node.gone = True
         del self.nodes[node]
         self.booting -= not node.joined

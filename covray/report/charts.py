@@ -207,7 +207,6 @@ def _draw_ticks(axis: Axis) -> tuple[DrawnTick, ...]:
 
 def _draw_series(chart: LineChart, x_axis: Axis, y_axis: Axis) -> Iterator[DrawnSeries]:
     """Place every series; at named places the methods stand side by side."""
-    # At one place the methods stand side by side, in the order of the legend.
     methods = list(dict.fromkeys(series.method for series in chart.series))
     for series in chart.series:
         offset = 0.0
@@ -266,6 +265,7 @@ def _points(chart: LineChart) -> list[Point]:
 
 
 def _y_axis(chart: LineChart) -> Axis:
+    """Return the axis of y, which shows all points, and their intervals as far as these leave the points apart."""
     points = _points(chart)
     values = [point.y for point in points]
     if chart.include_zero:

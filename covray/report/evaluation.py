@@ -228,6 +228,7 @@ def _facts(results: EvaluationResults) -> list[tuple[str, str]]:
 
 
 def _task(results: EvaluationResults, task: str, strips: Sequence[Strip]) -> TaskView:
+    """Return the section of a task: its table, plot, differences and pictures."""
     about = results.tasks[task]
     counts = counted(about.episodes, "episode")
     if about.rejected:

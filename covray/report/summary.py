@@ -130,6 +130,7 @@ def _task_table(description: DatasetDescription) -> Table:
 
 
 def _facts(description: DatasetDescription) -> list[tuple[str, str]]:
+    """Return what is printed above the table, as (name, value)."""
     prior, tokenizer = description.config["prior"], description.config["tokenizer"]
     fingerprints, audit = description.fingerprints, description.audit
     facts = [

@@ -239,6 +239,7 @@ def _claim(claim: ClaimEntry, reach: float, lower_is_better: Sequence[str]) -> C
 
 
 def _claim_row(row: ClaimRow, lower_is_better: Sequence[str]) -> ClaimRowView:
+    """Write one comparison of a claim."""
     mean, low, high = numbers(row.mean, row.low, row.high)
     between = NONE
     if row.low is not None and row.high is not None:

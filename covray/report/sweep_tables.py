@@ -87,6 +87,7 @@ def task_tables(results: SweepResults) -> Iterator[TaskTable]:
 def _table(
     results: SweepResults, heads: Sequence[Head], columns: Sequence[Column], references: Sequence[Reference]
 ) -> SweepTable:
+    """Return a table with a row a cell and a column for each of ``columns``, whose heads are ``heads``."""
     cells = sort_rows(results.cells)
     scores_by_cell = list(map(_scores, cells))
     # References do not compete: the best cell of each column is marked.
