@@ -21,6 +21,7 @@ from ray.data import Dataset
 from covray.chains.audit import audit_dataset
 from covray.chains.dataset import ChainDataset, shard_schema, union_alphas
 from covray.chains.kept_noise import KeptNoise
+from covray.chains.model_checks import require_models
 from covray.chains.prepare import BuildModels, needs_prior
 from covray.chains.records import Audit, DatasetRecord, PairSet
 from covray.config import BuildConfig
@@ -67,9 +68,22 @@ class Plan:
 
 
 def plan_build(config: BuildConfig) -> Plan:
-    """Check the manifest and count the work. Raises ManifestError."""
+    """Check what ``build`` checks before it starts Ray, and count the work; nothing is started or written.
+
+    Raises:
+        CovrayError: A manifest, model folder, configuration or output folder cannot be used.
+    """
+    config = config.model_copy(update={"pairs": absolute(config.pairs)})
     info = check_manifest(config.pairs)
-    _classes(config, info)
+    output = Output(config.out, DatasetRecord, "covray build", result=Audit.FILE)
+    output.inspect()
+    if output.begun is None:
+        _classes(config, info)
+    else:
+        _require_same_build(config, output.begun, info, output)
+    require_models(config)
+    if config.noise_from is not None:
+        ChainDataset(config.noise_from)
     alphas = union_alphas(config.lengths, config.alphas)
     passes = 0.0  # of the UNet through all steps, for one pair
     if needs_prior(config):
@@ -101,8 +115,7 @@ def build(config: BuildConfig, patience_s: float = 0.0) -> Audit:
         info = check_manifest(config.pairs)
     with Output(config.out, DatasetRecord, "covray build", result=Audit.FILE, patience_s=patience_s) as output:
         if output.begun is not None:
-            _require_same_pairs(config, output.begun, info)
-            output.require_same(output.begun.identity, config.identity(), open_matches=True)
+            _require_same_build(config, output.begun, info, output)
             config = _as_recorded(config, output.begun)
         if output.finished:
             return Audit.read(output.folder)
@@ -292,13 +305,17 @@ def _pair_set(info: ManifestInfo) -> PairSet:
     return PairSet(rows=info.rows, sha256=hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest())
 
 
-def _require_same_pairs(config: BuildConfig, begun: DatasetRecord, info: ManifestInfo) -> None:
+def _require_same_build(
+    config: BuildConfig, begun: DatasetRecord, info: ManifestInfo, output: Output[DatasetRecord]
+) -> None:
+    """Refuse to continue a dataset of other pairs or another configuration. Raises DatasetError."""
     if begun.pairs != _pair_set(info):
         rows = "unknown" if begun.pairs is None else begun.pairs.rows
         raise DatasetError(
             f"{config.out}: was begun with another manifest ({rows} pairs, {config.pairs} has {info.rows}, or others); "
             "give that one, or another --out"
         )
+    output.require_same(begun.identity, config.identity(), open_matches=True)
 
 
 def _as_recorded(config: BuildConfig, begun: DatasetRecord) -> BuildConfig:

@@ -36,9 +36,15 @@ def resolve_folder(path: str, revision: str | None, nano_name: str, allow_patter
     local = Path(path).expanduser()
     if local.is_dir():
         return local
-    if local.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1:
+    if not is_hub_id(path):
         raise WeightsError(f"{path}: no such folder; give nano, an existing model folder, or a hub id (owner/name)")
     return _download(path, revision, allow_patterns)
+
+
+def is_hub_id(path: str) -> bool:
+    """Return whether ``path`` is ``owner/name`` on a hub, and no folder here."""
+    local = Path(path).expanduser()
+    return not (local.is_dir() or local.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1)
 
 
 def require_files(folder: Path, names: Iterable[str | tuple[str, ...]]) -> None:

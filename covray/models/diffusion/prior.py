@@ -161,8 +161,7 @@ def load_prior(config: PriorConfig, engine: EngineConfig, *, verify: bool = True
         WeightsError: The folder is missing or incomplete, or contradicts itself.
         ConfigError: The size, the number of steps, the device or the compilation is not possible.
     """
-    folder = resolve_folder(config.path, config.revision, "prior", (*NETWORK_PATTERNS, CONTEXT_FILE, *TEXT_PATTERNS))
-    require_prior_files(folder)
+    folder = find_prior(config)
     device, dtype = resolve_device(engine)
     if engine.compile:
         require_compiler("engine.compile", device.type)
@@ -320,6 +319,17 @@ def _time_prediction(prior: Prior, size: int, repetitions: int = 3) -> float:
         prior.predict(latents, timesteps)
     torch.cuda.synchronize()
     return (time.perf_counter() - start) / repetitions
+
+
+def find_prior(config: PriorConfig) -> Path:
+    """Return the local folder of a prior, which is complete; a hub id is downloaded.
+
+    Raises:
+        WeightsError: The folder is missing or incomplete.
+    """
+    folder = resolve_folder(config.path, config.revision, "prior", (*NETWORK_PATTERNS, CONTEXT_FILE, *TEXT_PATTERNS))
+    require_prior_files(folder)
+    return folder
 
 
 def require_prior_files(folder: Path) -> None:

@@ -127,6 +127,23 @@ class Tokenizer:
             yield start, len(part), batch
 
 
+def find_tokenizer(config: TokenizerConfig) -> Path:
+    """Return the local folder of a ``VQModel``, which is complete; a hub id is downloaded.
+
+    Raises:
+        WeightsError: The folder is missing or incomplete, or of another program.
+    """
+    if config.path != "nano" and Path(config.path).expanduser().is_file():
+        raise _foreign(config.path)
+    folder = resolve_folder(config.path, config.revision, "vqgan", _HUB_PATTERNS)
+    if not (folder / "config.json").is_file() and (folder / "vqvae").is_dir():
+        folder = folder / "vqvae"
+    if _is_foreign(folder):
+        raise _foreign(folder)
+    require_files(folder, ["config.json", (WEIGHTS_FILE, f"{WEIGHTS_FILE}.index.json")])
+    return folder
+
+
 def load_tokenizer(config: TokenizerConfig, engine: EngineConfig) -> Tokenizer:
     """Load the tokenizer: the nano one, a ``VQModel`` folder (or one with ``vqvae/`` inside, as amused's), or a hub id.
 
@@ -137,14 +154,7 @@ def load_tokenizer(config: TokenizerConfig, engine: EngineConfig) -> Tokenizer:
         WeightsError: The weights are missing or incomplete, or do not fit LVM's vocabulary.
         ConfigError: The size or device cannot be used.
     """
-    if config.path != "nano" and Path(config.path).expanduser().is_file():
-        raise _foreign(config.path)
-    folder = resolve_folder(config.path, config.revision, "vqgan", _HUB_PATTERNS)
-    if not (folder / "config.json").is_file() and (folder / "vqvae").is_dir():
-        folder = folder / "vqvae"
-    if _is_foreign(folder):
-        raise _foreign(folder)
-    require_files(folder, ["config.json", (WEIGHTS_FILE, f"{WEIGHTS_FILE}.index.json")])
+    folder = find_tokenizer(config)
     model = _load_model(folder)
     codes = model.config.num_vq_embeddings
     if codes > MAX_CODES:
