@@ -24,8 +24,8 @@ PAGE = Path(__file__).parents[1] / "docs" / "formats.md"
 RECORDS: dict[str, type[Record]] = {
     record.__name__: record
     for record in (
-        DatasetRecord, Audit, Claim, GenerationRecord, EvaluationRecord, EvaluationResults, SweepRecord, TrialRecord,
-        SweepResults, RunRecord, CheckpointRecord, TrainResult,
+        DatasetRecord, Audit, Claim, RunRecord, TrainResult, CheckpointRecord, GenerationRecord, EvaluationRecord,
+        EvaluationResults, SweepRecord, TrialRecord, SweepResults,
     )
 }  # fmt: skip
 """Every record of the page."""

@@ -250,27 +250,6 @@ def absolute(path: str) -> str:
     return path if "://" in path else storage.resolve(path)[1]
 
 
-def require_fresh(out: str, what: str) -> None:
-    """Refuse an output that cannot be written or holds something else, before work is put in."""
-    storage.require_writable(out)  # what is wrong with the models may still end the command: it leaves nothing behind
-    if storage.list_files(out):
-        raise DatasetError(f"{out}: holds files that are no {what} of covray; give another --out")
-
-
-def read_description(path: str, keys: Sequence[str] = ("config", "identity")) -> dict[str, Any] | None:
-    """What a build, an evaluation or a sweep wrote first, of itself, with ``keys``; None where none has begun. Raises
-    DatasetError."""
-    try:
-        description = storage.read_json(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError) as error:
-        raise DatasetError(f"{path}: cannot be read ({last_line(error)}); give another --out") from error
-    if not isinstance(description, dict) or description.get("version") != 1 or not set(keys) <= set(description):
-        raise DatasetError(f"{path}: is no description of this version; give another --out")
-    return description
-
-
 class one_line_errors:
     """Turns whatever Ray wraps a failure in into our own error, or into one line about the storage or the worker."""
 

@@ -45,7 +45,7 @@ POLL_S = 0.5
 _RAY_FOLDER = "_ray"
 
 
-def train(config: TrainConfig, watch: Callable[[Metrics], None] | None = None) -> TrainResult:
+def train(config: TrainConfig, watch: Callable[[Metrics], None] | None = None, patience_s: float = 0.0) -> TrainResult:
     """Train the adapter of the run ``config.out``.
 
     Called again on an unfinished run it continues the run; on a finished one it returns the result at once.
@@ -53,6 +53,7 @@ def train(config: TrainConfig, watch: Callable[[Metrics], None] | None = None) -
     Args:
         config: The configuration.
         watch: Called with every record of ``metrics.jsonl``; of a continued or finished run with the earlier ones too.
+        patience_s: Seconds to wait for another command that is at work in the folder.
 
     Returns:
         The figures of ``_result.json``.
@@ -62,7 +63,7 @@ def train(config: TrainConfig, watch: Callable[[Metrics], None] | None = None) -
         KeyboardInterrupt: After SIGINT or SIGTERM, once a checkpoint is written.
     """
     config = absolute_paths(config)
-    with open_run(config.out) as output:
+    with open_run(config.out, patience_s) as output:
         with stage("checking data and backbone"):
             checked = check(config, output)
         if output.finished:
@@ -71,7 +72,7 @@ def train(config: TrainConfig, watch: Callable[[Metrics], None] | None = None) -
                     watch(metrics)
             return TrainResult.read(output.folder)
         begun = binding_record(output)
-        with stage("starting Ray"), ray_session() as cores:
+        with ray_session() as cores:
             config = _resolve(checked.config, checked.facts, cores)
             if begun is not None:
                 output.require_same(begun.identity, config.identity())

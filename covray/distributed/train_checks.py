@@ -53,9 +53,12 @@ class CheckedTraining:
         return record if self.classes is None else record.model_copy(update={"classes": self.classes})
 
 
-def open_run(out: str) -> Output[RunRecord]:
-    """Return the run folder ``out`` as the output of ``covray train``; nothing is read or written yet."""
-    return Output(out, RunRecord, "covray train", result=TrainResult.FILE)
+def open_run(out: str, patience_s: float = 0.0) -> Output[RunRecord]:
+    """Return the run folder ``out`` as the output of ``covray train``; nothing is read or written yet.
+
+    ``patience_s``: seconds to wait for another command that is at work in the folder.
+    """
+    return Output(out, RunRecord, "covray train", result=TrainResult.FILE, patience_s=patience_s)
 
 
 def plan_train(config: TrainConfig, tokens_per_s: float | None = None) -> TrainPlan:

@@ -37,12 +37,12 @@ from covray.distributed.tracking import Tracker, store_of
 from covray.distributed.train import train
 from covray.errors import ConfigError
 from covray.evaluation.records import SubjectScore
-from covray.io import storage
 from covray.io.storage import Folder
 from covray.progress import own_display
 from covray.sweeps.grid import Grid, Trial
 from covray.sweeps.plan import plan_sweep
 from covray.sweeps.records import TRIALS, TrialRecord, TrialTable, Validation
+from covray.training.records import RunRecord
 
 _RAY = "_ray"
 _TRIAL_CPUS = 0.01  # a trial of Tune only waits for its driver, but Tune wants something to reserve
@@ -131,8 +131,8 @@ class TrialDriver:
                 validations.append(validation)
                 self._new.append(validation)
 
-        result = train(trial.train, watch)
-        # Patient: workers of a sweep that was killed may still be at it for a moment.
+        # Patient: what a killed sweep has started may work for a moment longer.
+        result = train(trial.train, watch, patience_s=STALE_S)
         results = evaluate(trial.evaluate, patience_s=STALE_S)
         table = TrialTable.model_validate({key: results[key] for key in TrialTable.model_fields})
         # Before the record, after which nobody comes back here: a kill in between must not cost MLflow the scores.
@@ -392,12 +392,11 @@ def _close_run(
     Returns:
         Whether the store has all of it, or is not asked to.
     """
-    path = storage.join(trial.train.out, "_run.json")
-    run_id = storage.read_json(path)["mlflow_run_id"] if storage.exists(path) else None
-    if run_id is None:
+    run = RunRecord.read_if_present(trial.train.out)
+    if run is None or run.mlflow_run_id is None:
         return True
     try:
-        tracker = Tracker(trial.train, run_id)
+        tracker = Tracker(trial.train, run.mlflow_run_id)
         tracker.start()
     except ConfigError as error:
         Console(stderr=True, emoji=False).print(

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from covray.errors import ConfigError
 from covray.io import storage
 from covray.sweeps.grid import Trial, grid_of
 from covray.sweeps.records import SweepRecord
+from covray.training.records import RunRecord
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -220,10 +222,11 @@ def test_a_trial_that_was_stopped_or_lost_is_written_down_with_what_it_was_compa
 
 def away(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> Trial:
     """``trial``, trained and evaluated, with a run in an MLflow that does not answer."""
-    storage.write_json(f"{trial.train.out}/_run.json", {"mlflow_run_id": "0" * 32})
+    RunRecord(config={}, identity={}, fingerprints={}, mlflow_run_id="0" * 32).write(trial.train.out)
     score = {"task": "depth", "subject": "tuned", "metric": "abs_rel", "mean": 0.25, "low": None, "high": None}
     score |= {"episodes": 4}
-    monkeypatch.setattr(running, "train", lambda config, watch: {"steps": 7, "seconds": 1.0, "tokens": 70})
+    result = SimpleNamespace(steps=7, seconds=1.0, tokens=70)
+    monkeypatch.setattr(running, "train", lambda config, watch, patience_s: result)
     monkeypatch.setattr(
         running,
         "evaluate",
@@ -304,7 +307,7 @@ def test_scores_of_a_trial_that_ended_while_mlflow_was_away_are_logged_later(
     trials = {trial.name: trial for trial in grid_of(config).trials}
     name, trial = next(iter(trials.items()))
     run_id = Tracker(trial.train, None).start()
-    storage.write_json(storage.join(trial.train.out, "_run.json"), {"mlflow_run_id": run_id})
+    RunRecord(config={}, identity={}, fingerprints={}, mlflow_run_id=run_id).write(trial.train.out)
     entry = {"task": "depth", "metric": "AbsRel", "subject": "tuned", "mean": 0.25, "low": None, "high": None}
     table = {"tasks": {}, "lower_is_better": [], "scores": [entry | {"episodes": 4}]}
     path = storage.join(config.out, "trials", f"{name}.json")
