@@ -77,10 +77,10 @@ def is_untyped_mapping(node: ast.AST) -> bool:
     return name in MAPPING_NAMES and ast.unparse(node.slice).strip("()") == "str, Any"
 
 
-def is_command(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    """Tell whether `function` is a command of the CLI, whose options are its parameters."""
-    annotations = [ast.unparse(argument.annotation) for argument in function.args.args if argument.annotation]
-    return any("typer.Option" in annotation or "typer.Argument" in annotation for annotation in annotations)
+def is_command(function: ast.FunctionDef | ast.AsyncFunctionDef, path: Path) -> bool:
+    """Tell whether `function` declares a command, whose options are its parameters."""
+    in_cli = path.parent.name == "cli" or path.name == "cli.py"
+    return in_cli and not function.name.startswith("_")
 
 
 def add_functions(counts: Counts, tree: ast.AST, path: Path) -> None:
@@ -94,7 +94,7 @@ def add_functions(counts: Counts, tree: ast.AST, path: Path) -> None:
             counts.long_functions.append(f"{where} ({lines} lines)")
         parameters = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
         parameter_names = [parameter.arg for parameter in parameters if parameter.arg not in ("self", "cls")]
-        if len(parameter_names) > MAX_PARAMETERS and not is_command(node):
+        if len(parameter_names) > MAX_PARAMETERS and not is_command(node, path):
             counts.wide_functions.append(f"{where} ({len(parameter_names)} parameters)")
 
 
