@@ -83,6 +83,12 @@ class OptimizerConfig(Section):
     """Tokens that a worker computes at a time; at least one sentence."""
 
 
+_NANO_OPTIMIZER: dict[str, Any] = {
+    "learning_rate": 1e-3, "epochs": 4.0, "batch_tokens": 8192, "micro_batch_tokens": 4096,
+}  # fmt: skip
+"""What ``covray train --scale nano`` sets where nothing else is given; configs/train/nano.yaml says why."""
+
+
 class ComputeConfig(Section):
     """How the arithmetic runs."""
 

@@ -1,7 +1,7 @@
-"""MLflow: one run a training or evaluation, and the same run after a restart.
+"""MLflow: one run for each training, evaluation or sweep, and the same run after a restart.
 
-The store is a file beside the run, or any server. Training never waits for it and never ends because of it: what could
-not be logged is kept and logged when the store is back.
+The store is a file beside the run, or any server. Training never waits for it and never ends because of it: values that
+cannot be logged are kept, and logged when the store is back.
 """
 
 from __future__ import annotations
@@ -21,16 +21,25 @@ from rich.console import Console
 from rich.markup import escape
 
 from covray.config import EvaluateConfig, SweepConfig, TrainConfig, leaves
+from covray.distributed.tracking_file import (
+    ARTEFACTS,
+    STORE_FILE,
+    beside,
+    file_of,
+    file_store,
+    folder_token,
+    move_artefacts,
+)
 from covray.errors import ConfigError
 from covray.io import storage
 
 FLUSH_S = 5.0
-"""Metrics are sent together, no more often than this."""
+"""Metrics are sent together, at most this often."""
 RETRY_S = 30.0
-"""Pause after a store that did not answer."""
+"""Pause after the store did not answer."""
 _ANSWER_S = 5
-_PATIENT_S = 30  # where nothing waits, as before a run's first step and after its last
-_UPLOAD_S = 120  # a server that passes a file on to an object store answers when it is through
+_PATIENT_S = 30  # before the first step of a run and after its last, when nothing else waits
+_UPLOAD_S = 120  # a server that forwards a file to an object store answers when the file is there
 _METRICS_AT_ONCE, _PARAMS_AT_ONCE = 1000, 100  # MLflow's limits for one request
 _PARAM_CHARACTERS = 500  # what the oldest servers in use take
 _ENVIRONMENT = {
@@ -38,22 +47,34 @@ _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": str(_ANSWER_S),
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_DISABLE_AGENT_HINT": "true",
-    "MLFLOW_DISABLE_TELEMETRY": "true",  # a training is nobody's business
+    "MLFLOW_DISABLE_TELEMETRY": "true",
     "GIT_PYTHON_REFRESH": "quiet",
 }
+
+_FOLDER_TAG = "covray.folder"
+"""The tag of a run that tells which folder it belongs to."""
 
 Tracked = TrainConfig | EvaluateConfig | SweepConfig
 
 
 class Tracker:
-    """The MLflow run of a training, or of what else ``command`` is.
+    """The MLflow run of a command.
 
-    ``run_id`` continues that run; None begins one. Metrics that the run has already, by name and step, are not logged
-    again, so that after a restart the whole curve may be handed over. With ``tracking.uri`` "none" every method does
-    nothing. Raises ConfigError when the run's folder is remote and no store is named.
+    Metrics that the run already has, by name and step, are not logged again, so that after a restart all metrics may be
+    handed over. With ``tracking.uri`` "none" every method does nothing.
     """
 
     def __init__(self, config: Tracked, run_id: str | None, command: str = "covray train"):
+        """Prepare the run; MLflow is not asked yet.
+
+        Args:
+            config: The configuration: where MLflow is, and what is logged as parameters.
+            run_id: The run to continue; None begins one.
+            command: The command, as a user knows it.
+
+        Raises:
+            ConfigError: The folder of the command is remote, and no store is named.
+        """
         self._config, self._run_id, self._command = config, run_id, command
         self._uri = store_of(config)
         self._client: Any = None
@@ -63,15 +84,21 @@ class Tracker:
         self._warned = False
 
     def start(self) -> str | None:
-        """Begin or continue the run; gives its id, None without tracking.
+        """Begin or continue the run; return its id, None without tracking.
 
-        A run that the store no longer has is begun anew. Raises ConfigError when the store does not answer.
+        A run that the store no longer has is begun anew. Of a run that is begun, other runs of the same folder that are
+        still running are ended: their processes were killed.
+
+        Raises:
+            ConfigError: The store does not answer.
         """
         if self._uri is None:
             return None
         with _environment(MLFLOW_HTTP_REQUEST_TIMEOUT=str(_PATIENT_S)):
             try:
                 self._client = _connect(self._uri)
+                if self._config.tracking.uri is None:
+                    move_artefacts(beside(self._config.out))
                 self._run_id = self._continue() or self._begin()
                 self._log_parameters()
             except _errors() as error:
@@ -82,12 +109,16 @@ class Tracker:
         return self._run_id
 
     def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
-        """Log ``metrics`` of ``step``; those that are None are unknown and left out.
+        """Log metrics; never raises because of the store.
 
-        Of training only every ``tracking.log_every_steps`` is kept, of validation every one. Never raises because of
-        the store.
+        Args:
+            step: The step that the metrics are of. Steps between the multiples of ``tracking.log_every_steps`` are left
+                out, unless they are of a validation.
+            metrics: Values by name; None is left out.
         """
-        if self._client is None or (step % self._config.tracking.log_every_steps and "validation_loss" not in metrics):
+        if self._client is None:
+            return
+        if step % self._config.tracking.log_every_steps and "validation_loss" not in metrics:
             return
         from mlflow.entities import Metric
 
@@ -100,7 +131,7 @@ class Tracker:
             self._send()
 
     def artefacts(self, folder: str, names: Iterable[str]) -> None:
-        """Copy the files ``names`` of ``folder``, local or remote, into the run, below the same names."""
+        """Copy the files ``names`` of ``folder``, local or remote, into the run, under the same names."""
         if self._client is None:
             return
         with tempfile.TemporaryDirectory() as local, _environment(MLFLOW_HTTP_REQUEST_TIMEOUT=str(_UPLOAD_S)):
@@ -114,7 +145,7 @@ class Tracker:
                 self._warn(f"files of {folder} could not be copied there ({_line(error)})")
 
     def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> bool:
-        """Log what is left, and close the run; gives whether the store has it all."""
+        """Log the values that are left, and close the run; return whether the store has them all."""
         if self._client is None:
             return True
         with _environment(MLFLOW_HTTP_REQUEST_TIMEOUT=str(_PATIENT_S)):
@@ -129,7 +160,7 @@ class Tracker:
         return not self._pending
 
     def _continue(self) -> str | None:
-        """The run that was to be continued, running again; None when the store does not have it."""
+        """Return the run that is continued, after setting it running; None when the store does not have it."""
         from mlflow.exceptions import MlflowException
 
         if self._run_id is None:
@@ -149,6 +180,26 @@ class Tracker:
         return self._run_id
 
     def _begin(self) -> str:
+        """Begin a run in the experiment of the configuration; return its id."""
+        experiment_id = self._experiment_id()
+        run_name = posixpath.basename(self._config.out.rstrip("/"))
+        tags = {"mlflow.source.name": self._command, _FOLDER_TAG: folder_token(self._config.out)}
+        of_folder = f"tags.`{_FOLDER_TAG}` = '{tags[_FOLDER_TAG]}'"
+        parent = self._config.tracking.parent_run_id
+        if parent is not None:
+            tags["mlflow.parentRunId"] = parent
+            # Whoever began it may have been killed before it wrote the id down.
+            query = f"{of_folder} AND tags.`mlflow.parentRunId` = '{parent}'"
+            for run in self._client.search_runs([experiment_id], query, max_results=1):
+                self._run_id = str(run.info.run_id)
+                return str(self._continue())
+        for run in self._client.search_runs([experiment_id], f"{of_folder} AND attributes.status = 'RUNNING'"):
+            # The folder is locked, so nobody works on this run any more.
+            self._client.set_terminated(run.info.run_id, "KILLED")
+        return str(self._client.create_run(experiment_id, run_name=run_name, tags=tags).info.run_id)
+
+    def _experiment_id(self) -> str:
+        """Return the id of the configuration's experiment, which is made if it is absent."""
         name = self._config.tracking.experiment
         experiment = self._client.get_experiment_by_name(name)
         if experiment is not None and experiment.lifecycle_stage != "active":
@@ -157,39 +208,26 @@ class Tracker:
                 "(mlflow experiments restore), or give another name"
             )
         if experiment is not None:
-            experiment_id = experiment.experiment_id
-        elif self._config.tracking.uri is None:  # artefacts lie beside the default store; elsewhere its server decides
-            beside = Path(storage.resolve(self._config.out)[1]).parent / "mlartifacts"
-            experiment_id = self._client.create_experiment(name, artifact_location=beside.as_uri())
-        else:
-            experiment_id = self._client.create_experiment(name)
-        run_name = posixpath.basename(self._config.out.rstrip("/"))
-        tags = {"mlflow.source.name": self._command}
-        parent = self._config.tracking.parent_run_id
-        if parent is not None:
-            tags["mlflow.parentRunId"] = parent
-            # A kill may have come between its beginning and its being written down.
-            wanted = f"tags.`mlflow.parentRunId` = '{parent}' AND attributes.run_name = '{run_name}'"
-            found = self._client.search_runs([experiment_id], wanted, max_results=1)
-            if found:
-                self._run_id = str(found[0].info.run_id)
-                return str(self._continue())
-        return str(self._client.create_run(experiment_id, run_name=run_name, tags=tags).info.run_id)
+            return str(experiment.experiment_id)
+        if self._config.tracking.uri is not None:  # the server decides where artefacts are
+            return str(self._client.create_experiment(name))
+        artefacts = beside(self._config.out) / ARTEFACTS
+        return str(self._client.create_experiment(name, artifact_location=artefacts.as_uri()))
 
     def _log_parameters(self) -> None:
-        """The resolved configuration; a run that was killed in between gets what it lacks."""
+        """Log the resolved configuration; a run that was killed in between gets what it lacks."""
         from mlflow.entities import Param
 
-        had = self._client.get_run(self._run_id).data.params
-        values = leaves(self._config.model_dump(mode="json", exclude={"tracking"}))
-        missing = [
-            Param(key, str(value)[:_PARAM_CHARACTERS]) for key, value in values if key not in had and value is not None
-        ]
+        logged = self._client.get_run(self._run_id).data.params
+        missing = []
+        for key, value in leaves(self._config.model_dump(mode="json", exclude={"tracking"})):
+            if key not in logged and value is not None:
+                missing.append(Param(key, str(value)[:_PARAM_CHARACTERS]))
         for start in range(0, len(missing), _PARAMS_AT_ONCE):
             self._client.log_batch(self._run_id, params=missing[start : start + _PARAMS_AT_ONCE])
 
     def _send(self) -> None:
-        """Send what is pending; what the store does not take stays pending."""
+        """Send the pending values; those that the store does not take stay pending."""
         with _environment():
             try:
                 while self._pending:
@@ -199,7 +237,7 @@ class Tracker:
                 self._next_try = time.monotonic() + RETRY_S
                 if not self._warned:
                     self._warn(
-                        f"does not answer ({_line(error)}); training goes on, and what it misses is logged later"
+                        f"does not answer ({_line(error)}); training goes on, and the missing values are logged later"
                     )
                 self._warned = True
             else:
@@ -212,9 +250,10 @@ class Tracker:
 
 
 def store_of(config: Tracked) -> str | None:
-    """The MLflow store of a run as MLflow names it; None for no tracking.
+    """Return the MLflow store of a run as MLflow names it; None for no tracking.
 
-    Raises ConfigError when the run's folder is remote, where no file can be a database, and no store is named.
+    Raises:
+        ConfigError: The run's folder is remote, where no file can be a database, and no store is named.
     """
     uri = config.tracking.uri
     if uri is not None:
@@ -223,25 +262,25 @@ def store_of(config: Tracked) -> str | None:
         raise ConfigError(
             f"{config.out}: beside a remote run there can be no mlflow.db; give --tracking-uri (none: no tracking)"
         )
-    return f"sqlite:///{Path(storage.resolve(config.out)[1]).parent / 'mlflow.db'}"
+    return file_store(beside(config.out) / STORE_FILE)
 
 
 def _connect(uri: str) -> Any:
-    """A client of the store, which is made if it is a file that does not exist."""
+    """Return a client of the store; a file that does not exist is made."""
     from mlflow import MlflowClient
 
     # Its own reports, and those of the migrations that make a new file's tables, are of no use to the user.
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    if uri.startswith("sqlite:///"):  # MLflow tries for minutes to open a file that it cannot
-        path = Path(uri.removeprefix("sqlite:///"))
+    path = file_of(uri)
+    if path is not None:  # MLflow tries for minutes to open a file that it cannot
         path.parent.mkdir(parents=True, exist_ok=True)
         path.open("ab").close()
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
 def _errors() -> tuple[type[Exception], ...]:
-    """What a store that is wrong or away raises; ImportError is a database without its driver."""
+    """Return the errors of a store that is wrong or away; ImportError is a database without its driver."""
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -250,7 +289,7 @@ def _errors() -> tuple[type[Exception], ...]:
 
 @contextmanager
 def _environment(**changes: str) -> Iterator[None]:
-    """MLflow is patient and talkative, and reads in the environment not to be; what the user set there holds."""
+    """Set MLflow's environment variables for short waits and few messages; variables that the user has set stay."""
     added = {key: value for key, value in (_ENVIRONMENT | changes).items() if key not in os.environ}
     os.environ.update(added)
     try:
@@ -261,11 +300,12 @@ def _environment(**changes: str) -> Iterator[None]:
 
 
 def _shown(text: str) -> str:
-    """``text`` without the password that a URI in it may carry."""
+    """Return ``text`` without the password that a URI in it may carry."""
     return re.sub(r"(://[^:/@\s]*:)[^@/\s]*@", r"\1***@", text)
 
 
 def _line(error: BaseException) -> str:
+    """Return the reason of an error on one line, without a password."""
     text = _shown(" ".join(str(error).split()) or type(error).__name__)
-    reason = text.rpartition("Caused by ")[2]  # requests wraps the one thing that matters
+    reason = text.rpartition("Caused by ")[2]  # requests puts the reason at the end
     return reason if len(reason) <= 200 else f"{reason[:200]}..."

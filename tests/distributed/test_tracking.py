@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -204,6 +205,87 @@ def test_a_deleted_experiment_is_named(folder: Path) -> None:
     client.delete_experiment(client.get_experiment_by_name("gone").experiment_id)
     with pytest.raises(ConfigError, match=r"tracking\.experiment=gone: was deleted"):
         Tracker(config, None).start()
+
+
+ODD_NAMES = ["what?now", "per%20cent", "100%", "ha#sh", "two words", "früh 早", "a+b&c=d;e", "it's"]
+
+
+@pytest.fixture(scope="module")
+def empty_store(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store without runs, to copy: making its tables takes seconds."""
+    place = tmp_path_factory.mktemp("store")
+    Tracker(config_of(place / "run", **{"tracking.experiment": "tables"}), None).start()
+    return place / "mlflow.db"
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_folder_of_any_name_holds_its_store_and_artefacts(tmp_path: Path, empty_store: Path, name: str) -> None:
+    place = tmp_path / name
+    (place / "run").mkdir(parents=True)
+    (place / "run" / "file").write_text("1")
+    shutil.copy(empty_store, place)
+    config = config_of(place / "run")
+    tracker = Tracker(config, None)
+    run_id = tracker.start()
+    assert run_id
+    tracker.log(1, {"loss": 2.5})
+    tracker.artefacts(str(place / "run"), ["file"])
+    assert tracker.finish("FINISHED")
+    assert Tracker(config, run_id).start() == run_id, "the same command finds its run again"
+    assert [entry.name for entry in tmp_path.iterdir()] == [name], "nothing lies beside it"
+    assert sorted(entry.name for entry in place.iterdir()) == ["mlartifacts", "mlflow.db", "run"]
+    assert (place / "mlartifacts" / run_id / "artifacts" / "file").read_text() == "1"
+
+
+def test_a_store_that_was_moved_with_its_runs_goes_on_at_its_new_place(tmp_path: Path, empty_store: Path) -> None:
+    from mlflow.tracking._tracking_service.utils import _artifact_repos_cache
+
+    old, new = tmp_path / "old", tmp_path / "new"
+    (old / "run").mkdir(parents=True)
+    (old / "run" / "file").write_text("1")
+    shutil.copy(empty_store, old)
+    first = Tracker(config_of(old / "run"), None)
+    run_id = first.start()
+    assert run_id
+    first.log(1, {"loss": 1.0})
+    first.artefacts(str(old / "run"), ["file"])
+    old.rename(new)
+    _artifact_repos_cache.clear()  # another process would not have it
+
+    (new / "run" / "later").write_text("2")
+    continued = Tracker(config_of(new / "run"), run_id)
+    assert continued.start() == run_id
+    continued.log(2, {"loss": 0.5})
+    continued.artefacts(str(new / "run"), ["later"])
+    assert continued.finish("FINISHED")
+    other = Tracker(config_of(new / "other"), None)
+    other_id = other.start()
+    other.artefacts(str(new / "run"), ["file"])
+    assert not old.exists()
+    assert curve(client_of(new), run_id, "loss") == [(1, 1.0), (2, 0.5)]
+    artefacts = new / "mlartifacts"
+    assert sorted(file.name for file in (artefacts / run_id / "artifacts").iterdir()) == ["file", "later"]
+    assert (artefacts / str(other_id) / "artifacts" / "file").exists()
+
+
+def test_a_run_whose_process_was_killed_early_is_ended_by_the_next_start(folder: Path) -> None:
+    config, neighbour = config_of(folder / "early"), config_of(folder / "neighbour")
+    lost = Tracker(config, None).start()  # killed before the id was written down
+    other = Tracker(neighbour, None).start()
+    begun = Tracker(config, None).start()
+    client = client_of(folder)
+    assert client.get_run(lost).info.status == "KILLED"
+    assert client.get_run(begun).info.status == "RUNNING"
+    assert client.get_run(other).info.status == "RUNNING", "another folder's run is not touched"
+
+
+def test_a_child_that_was_not_written_down_is_taken_up_again(folder: Path) -> None:
+    parent = Tracker(config_of(folder / "sweep"), None).start()
+    options = {"tracking.uri": f"sqlite:///{folder}/mlflow.db", "tracking.parent_run_id": parent}
+    config = config_of(folder / "sweep" / "it's a trial", **options)
+    child = Tracker(config, None).start()
+    assert Tracker(config, None).start() == child
+    assert Tracker(config_of(folder / "sweep" / "another", **options), None).start() != child
 
 
 # --- a server ------------------------------------------------------------------------------------------------------
