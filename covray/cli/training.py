@@ -57,7 +57,7 @@ def train(
     json_: Json = False,
 ) -> None:
     """Teach an adapter to think in chains. Run the same command again to resume after any interruption."""
-    resolved = TRAIN.resolve(context)
+    resolved = TRAIN.resolve(context).with_defaults_of_scale()
     require_speed(tokens_per_s, plan)
     if plan:
         from covray.distributed.train_checks import plan_train

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
@@ -62,7 +63,7 @@ class OptimizerConfig(Section):
     """AdamW on the adapter, with a cosine schedule after a warm-up."""
 
     learning_rate: float = Field(default=2e-4, gt=0)
-    """Highest learning rate."""
+    """Highest learning rate (``covray train --scale nano``: 0.001)."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Weight decay of AdamW."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
@@ -74,19 +75,20 @@ class OptimizerConfig(Section):
     clip: float = Field(default=1.0, gt=0)
     """Largest norm of the gradient."""
     epochs: float = Field(default=1.0, gt=0, le=1e6)
-    """How often each pair is the query."""
+    """How often each pair is the query (``covray train --scale nano``: 4)."""
     steps: int | None = Field(default=None, ge=1, le=10**9)
     """Steps of the training, in place of ``epochs``."""
     batch_tokens: int = Field(default=172_032, ge=1, le=10**12)
-    """Tokens of a step over all workers (the paper: 172K). The loss is their mean, however many workers there are."""
+    """Tokens of a step over all workers (the paper: 172K; ``covray train --scale nano``: 8192). The loss is their mean,
+    however many workers there are."""
     micro_batch_tokens: int = Field(default=8192, ge=1, le=10**12)
-    """Tokens that a worker computes at a time; at least one sentence."""
+    """Tokens that a worker computes at a time, at least one sentence (``covray train --scale nano``: 4096)."""
 
 
 _NANO_OPTIMIZER: dict[str, Any] = {
     "learning_rate": 1e-3, "epochs": 4.0, "batch_tokens": 8192, "micro_batch_tokens": 4096,
 }  # fmt: skip
-"""What ``covray train --scale nano`` sets where nothing else is given; configs/train/nano.yaml says why."""
+"""Defaults of ``covray train --scale nano``, for small data; configs/train/nano.yaml says why."""
 
 
 class ComputeConfig(Section):
@@ -153,6 +155,39 @@ class TrainConfig(Section):
     """Sentences of the validation split, at most."""
     seed: int = Field(default=0, ge=0)
     """Everything random follows from it."""
+
+    def with_defaults_of_scale(self) -> TrainConfig:
+        """Return the configuration with the optimizer of its scale, in the keys that were not set.
+
+        The keys still count as not set: see ``with_defaults_of_run``.
+        """
+        if self.backbone.scale != "nano":
+            return self
+        return self._with_unset({key: value for key, value in _NANO_OPTIMIZER.items() if self._is_unset(key)})
+
+    def with_defaults_of_run(self, recorded: Mapping[str, Any]) -> TrainConfig:
+        """Return the configuration with the defaults of the run that it continues, in the keys that were not set.
+
+        A run that was begun before its scale had an optimizer of its own has the defaults of ``OptimizerConfig``.
+
+        Args:
+            recorded: The configuration of the run, as JSON.
+        """
+        kept = {}
+        for key in _NANO_OPTIMIZER:
+            default = OptimizerConfig.model_fields[key].default
+            if self._is_unset(key) and recorded.get("optimizer", {}).get(key) == default:
+                kept[key] = default
+        return self._with_unset(kept)
+
+    def _is_unset(self, key: str) -> bool:
+        return key not in self.optimizer.model_fields_set
+
+    def _with_unset(self, values: dict[str, Any]) -> TrainConfig:
+        """Return the configuration with ``values`` in the optimizer, which count as not set."""
+        optimizer = self.optimizer.model_copy(update=values)
+        optimizer.model_fields_set.difference_update(values)
+        return self.model_copy(update={"optimizer": optimizer})
 
     def identity(self) -> dict[str, Any]:
         """What decides the losses; a resume must agree in all of it.

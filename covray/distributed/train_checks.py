@@ -92,6 +92,7 @@ def check(config: TrainConfig, output: Output[RunRecord], *, without_weights: bo
     """
     begun = binding_record(output)
     if begun is not None:
+        config = config.with_defaults_of_run(begun.config)
         output.require_same(begun.identity, config.identity(), open_matches=True)
         config = _with_recorded_dtype(config, begun.config)
     dataset = ChainDataset(config.data)

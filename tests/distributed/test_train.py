@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
-from covray.config import TrainConfig
+from covray.config import TrainConfig, load_config
 from covray.distributed.train import train
 from covray.distributed.train_checks import plan_train
 from covray.errors import ConfigError, CovrayError, DatasetError, WeightsError
@@ -166,3 +166,28 @@ def test_a_plan_of_a_begun_run_compares_what_it_can_without_the_weights(
     with pytest.raises(ConfigError, match="begun with another configuration: codebook was 'other', is ") as error:
         plan_train(config)
     assert "backbone was" not in str(error.value)
+
+
+def test_the_nano_scale_trains_as_its_configuration_file_says() -> None:
+    file = Path(__file__).parents[2] / "configs" / "train" / "nano.yaml"
+    places = {"data": "chains", "out": "run"}
+    expected = load_config(TrainConfig, file, places).optimizer
+    assert load_config(TrainConfig, None, places).with_defaults_of_scale().optimizer == expected
+    given = load_config(TrainConfig, None, places | {"optimizer.batch_tokens": 512}).with_defaults_of_scale().optimizer
+    assert (given.batch_tokens, given.learning_rate) == (512, expected.learning_rate)
+    large = load_config(TrainConfig, None, places | {"backbone.scale": "7b"})
+    assert large.with_defaults_of_scale() == large
+
+
+def test_a_run_begun_before_the_scale_had_defaults_continues_with_its_own(
+    tiny_config: Callable[..., TrainConfig],
+) -> None:
+    options = {"data": tiny_config().data, "out": tiny_config().out, "tracking.uri": "none"}
+    options |= {"backbone.init": "random", "sentences.lengths": [3]}
+    begun(load_config(TrainConfig, None, options))
+    # What is refused is the data that the test names: everything else agrees.
+    with pytest.raises(ConfigError, match=r"begun with another configuration: (backbone|codebook) was 'other'"):
+        plan_train(load_config(TrainConfig, None, options).with_defaults_of_scale())
+    other = options | {"optimizer.batch_tokens": 8192}
+    with pytest.raises(ConfigError, match=r"optimizer\.batch_tokens was 172032, is 8192"):
+        plan_train(load_config(TrainConfig, None, other).with_defaults_of_scale())
