@@ -172,7 +172,7 @@ def write_evaluation_page(results: EvaluationResults, strips: Sequence[Strip], o
         path=data,
         tiles=_tiles(results),
         lines=_facts(results),
-        fingerprints=[(readable(name), value) for name, value in results.fingerprints.items()],
+        fingerprints=list(results.fingerprints.items()),
         config=results.config,
         overview=_table(results, [(task, about.primary) for task, about in results.tasks.items()]),
         subjects=[(subject.name, subject.about) for subject in results.subjects],
