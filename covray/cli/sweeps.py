@@ -44,9 +44,9 @@ def sweep(
     else:
         resolved = SWEEP.resolve(context)
     if plan:
-        from covray.sweeps.plan import plan_sweep
+        from covray.distributed.sweep_checks import plan_checked_sweep
 
-        _print_sweep_plan(plan_sweep(resolved, tokens_per_s).to_json(), json_)
+        _print_sweep_plan(plan_checked_sweep(resolved, tokens_per_s).to_json(), json_)
         return
     from covray.distributed.sweep import sweep as run_sweep
 

@@ -17,6 +17,7 @@ from covray.distributed.evaluate import RESULTS, evaluate
 from covray.distributed.pool import absolute, one_line_errors
 from covray.distributed.resumable import Output
 from covray.distributed.session import ray_session
+from covray.distributed.sweep_checks import absolute_paths
 from covray.distributed.tracking import Tracker
 from covray.distributed.trials import Session, read_trial, run_trials
 from covray.errors import ConfigError
@@ -48,7 +49,7 @@ def sweep(config: SweepConfig) -> dict[str, Any]:
     Raises:
         CovrayError: A configuration, dataset, manifest, model or storage cannot be used; no trial has been started.
     """
-    config = _absolute(config)
+    config = absolute_paths(config)
     with Output(config.out, SweepRecord, "covray sweep") as output:
         if output.begun is not None:
             output.require_same(output.begun.identity, config.identity())
@@ -102,7 +103,7 @@ def resumed(out: str) -> SweepConfig:
 def report(out: str) -> dict[str, Any]:
     """Write table and page of the sweep ``out`` from the trials that are done so far; return its results."""
     record = _record(out)
-    config = _absolute(resumed(out))
+    config = absolute_paths(resumed(out))
     folder = Folder(config.out)
     grid = grid_of(config)
     evaluations = []  # of what all trials share; those that are done
@@ -179,13 +180,3 @@ def _track(tracker: Tracker, config: SweepConfig, results: Mapping[str, Any]) ->
             gains[f"claims/{claim['key']}"] = claim["overall"]["gain_percent"]
     tracker.log(0, gains)
     tracker.artefacts(config.out, (RESULTS, TABLE, PAGE))
-
-
-def _absolute(config: SweepConfig) -> SweepConfig:
-    """Return ``config`` with paths that mean the same in a worker's folder."""
-    update: dict[str, Any] = {"out": absolute(config.out)}
-    for key in ("data", "manifest"):
-        path = getattr(config, key)
-        if path is not None:
-            update[key] = absolute(path)
-    return config.model_copy(update=update)

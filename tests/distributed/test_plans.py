@@ -1,7 +1,8 @@
-"""``covray build --plan`` refuses what the build itself would refuse, in the same words, and writes nothing."""
+"""``--plan`` of a build and of a sweep refuses what the command itself would refuse, and writes nothing."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import pytest
 
 from covray.chains.records import DatasetRecord
-from covray.config import BuildConfig, load_config
+from covray.config import BuildConfig, SweepConfig, load_config
 from covray.distributed.build import plan_build
+from covray.distributed.sweep_checks import plan_checked_sweep
 from covray.errors import CovrayError
 from covray.io.model_folders import NANO_FOLDER
 from covray.pairs.manifest import ManifestWriter
@@ -75,3 +77,33 @@ def test_a_dataset_of_another_configuration_is_refused(manifest: Path, tmp_path:
         tokenizer_size_px=64, tokens_per_image=16,
     ).write(config.out)  # fmt: skip
     assert "was begun with another manifest" in refusal(manifest)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"build": {"prior": {"path": "./absent"}}}, "no such folder"),
+        ({"build": {"prior": {"steps": 51}}}, "does not divide"),
+        ({"out": "taken"}, "holds files that"),
+        ({"train": {"compute": {"deepspeed": "zero9"}}}, "zero9"),
+        ({"train": {"compute": {"deepspeed": "unknown.json"}}}, "no_such_key"),
+    ],
+    ids=["prior", "steps", "folder", "stage", "deepspeed-key"],
+)
+def test_a_sweep_is_refused_by_its_plan(
+    manifest: Path, monkeypatch: pytest.MonkeyPatch, keys: dict[str, Any], message: str
+) -> None:
+    monkeypatch.chdir(manifest.parent)
+    Path("taken").mkdir()
+    Path("taken/file").write_text("")
+    Path("unknown.json").write_text(json.dumps({"zero_optimization": {"stage": 2, "no_such_key": 1}}))
+    before = sorted(manifest.parent.rglob("*"))
+    values = {
+        "manifest": str(manifest), "out": "sweep", "grid": {"methods": ["diffusion"], "lengths": [3], "pairs": [0]},
+    }  # fmt: skip
+    train = {"sentences": {"validation_split": None}, **keys.get("train", {})}
+    evaluate = {"split": "train", "baselines": ["copy"], "untuned": False}
+    config = SweepConfig.model_validate(values | keys | {"train": train, "evaluate": evaluate})
+    with pytest.raises(CovrayError, match=message):
+        plan_checked_sweep(config)
+    assert sorted(manifest.parent.rglob("*")) == before
