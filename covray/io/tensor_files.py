@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -28,6 +28,8 @@ from covray.io.model_folders import INDEX_SUFFIX, indexed_files, require_files
 Shape = tuple[int, ...]
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Types of weights. Integers and 8-bit floats are codes of a quantised model, which need scales to mean anything."""
+STORED_FLOATS = ("F16", "BF16", "F32", "F64")
+"""``FLOATS`` by their names in safetensors."""
 _LEGACY_MAGIC = bytes.fromhex("8a0a6cfc9c46f9206aa85019")
 """In the first pickle of a PyTorch file that is no zip archive, as PyTorch wrote them before 1.6 (2020): its magic
 number, ``torch.serialization.MAGIC_NUMBER``."""
@@ -132,6 +134,28 @@ def require_finite(where: Path | str, name: str, tensor: Tensor) -> Tensor:
     if not tensor.isfinite().all():
         raise WeightsError(f"{where}: {name} holds values that are not finite; get the checkpoint again")
     return tensor
+
+
+def require_stored_floats(files: Sequence[Path]) -> None:
+    """Check the types of the tensors in safetensors ``files``; reads headers only.
+
+    Libraries load the codes of a quantised model as if they were weights. Positions, which some files store, are whole
+    numbers. Raises WeightsError naming the first tensor that is not floating-point (``STORED_FLOATS``).
+    """
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 (no mapping)
+                stored = opened.get_slice(name).get_dtype()
+                if stored not in STORED_FLOATS and not name.endswith("position_ids"):
+                    raise quantised_tensor(file, name, stored)
+
+
+def quantised_tensor(where: Path, name: str, stored: str) -> WeightsError:
+    """Return the error about a tensor of another type than weights have."""
+    return WeightsError(
+        f"{where}: {name} is stored as {stored}, not {', '.join(STORED_FLOATS)}; give the weights as they were before "
+        "quantisation"
+    )
 
 
 def require_new(out: Path) -> None:

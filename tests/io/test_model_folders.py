@@ -101,10 +101,13 @@ def test_the_shards_of_an_index_count_whatever_they_are_called(tmp_path: Path, n
     assert fingerprint_folder(tmp_path, PATTERNS) == before
 
 
-def test_an_index_that_lies_has_no_fingerprint(tmp_path: Path) -> None:
+def test_an_index_that_nothing_is_loaded_by_does_no_harm(tmp_path: Path) -> None:
+    """A whole file may stand beside the index of shards that were never downloaded."""
     write_index(tmp_path / "unet", "absent.safetensors")
-    with pytest.raises(WeightsError, match=r"unet/absent\.safetensors is missing"):
-        fingerprint_folder(tmp_path, PATTERNS)
+    assert fingerprint_folder(tmp_path, PATTERNS) == fingerprint_folder(tmp_path, ["unet/*.index.json"])
+
+
+def test_an_index_that_leads_out_of_its_folder_has_no_fingerprint(tmp_path: Path) -> None:
     write_index(tmp_path / "unet", "../outside.safetensors")
     (tmp_path / "outside.safetensors").touch()
     with pytest.raises(WeightsError, match=r"lists \.\./outside\.safetensors, which is not a file of its folder"):

@@ -30,7 +30,7 @@ from covray.config import BackboneConfig, LoraConfig
 from covray.errors import ConfigError, WeightsError, one_line
 from covray.io import storage
 from covray.io.model_folders import fingerprint_folder, require_files, resolve_folder
-from covray.io.tensor_files import duplicate_tensor, weight_files
+from covray.io.tensor_files import STORED_FLOATS, duplicate_tensor, quantised_tensor, weight_files
 from covray.models.lvm.model import Lora, Lvm
 from covray.models.lvm.scales import SPECIAL_IDS, llama_config
 from covray.models.tokenizer.vqgan import MAX_CODES
@@ -42,9 +42,6 @@ _INDEX = f"{_WEIGHTS}.index.json"
 _ABOUT_FILES = ("config.json", ABOUT_FILE)
 _WEIGHT_FILES = (_WEIGHTS, "model-*-of-*.safetensors", _INDEX)
 _SHARD_SIZE = "5GB"
-_STORED_TYPES = ("F16", "BF16", "F32", "F64")
-"""safetensors' names of the types that weights are stored in; integers and 8-bit floats are codes of a quantised model.
-"""
 
 
 @dataclass(frozen=True)
@@ -342,11 +339,8 @@ def _require_weight(folder: Path, name: str, stored: Any, expected: tuple[int, .
         raise _disagreement(folder, f"unexpected tensor {name}")
     if shape != expected:
         raise _disagreement(folder, f"{name} is {list(shape)}, not {list(expected)}")
-    if stored.get_dtype() not in _STORED_TYPES:
-        raise WeightsError(
-            f"{folder}: {name} is stored as {stored.get_dtype()}, not {', '.join(_STORED_TYPES)}; give the weights as "
-            "they were before quantisation"
-        )
+    if stored.get_dtype() not in STORED_FLOATS:
+        raise quantised_tensor(folder, name, stored.get_dtype())
 
 
 def _disagreement(folder: Path, detail: str) -> WeightsError:

@@ -20,6 +20,7 @@ from covray.config import EngineConfig, TokenizerConfig
 from covray.errors import ConfigError, DatasetError, WeightsError, one_line
 from covray.io.device import choose_device
 from covray.io.model_folders import fingerprint_folder, require_files, resolve_folder
+from covray.io.tensor_files import require_stored_floats, weight_files
 
 MAX_CODES = 8192
 """Codes in LVM's vocabulary; ids from there on are special."""
@@ -231,6 +232,7 @@ def _load_model(folder: Path) -> diffusers.VQModel:
             raise WeightsError(
                 f"{folder}: weights and config.json disagree, {kind}: {min(map(str, report[kind]))}; get it again"
             )
+    require_stored_floats(weight_files(folder, (f"{WEIGHTS_FILE}.index.json", WEIGHTS_FILE)))  # as diffusers chooses
     if not all(torch.isfinite(weight).all() for weight in model.parameters()):
         raise WeightsError(f"{folder}: holds weights that are not finite; get the folder again")
     return model.eval().requires_grad_(False)

@@ -377,6 +377,19 @@ def test_the_proposed_batch_is_the_smallest_that_is_nearly_best(priors: Callable
     assert smallest_good_batch({8: 50.0, 16: 98.0, 32: 100.0, 64: 99.0}) == 16
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("room", ["unet", "vae"])
+def test_codes_of_a_quantised_network_are_no_weights(prior_folder: Path, room: str, dtype: torch.dtype) -> None:
+    """diffusers loads them as numbers."""
+    file = prior_folder / room / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name, tensor in tensors.items() if tensor.ndim == 4)
+    save_file(tensors | {name: (tensors[name] * 100).to(dtype)}, file, {"format": "pt"})
+    with pytest.raises(WeightsError, match=rf"{name} is stored as .*; give the weights as they were before") as raised:
+        load(prior_folder)
+    assert "\n" not in str(raised.value)
+
+
 @pytest.mark.parametrize("room", ["unet", "vae"])
 def test_weights_that_the_configuration_does_not_mention_are_refused(prior_folder: Path, room: str) -> None:
     """A network of fewer layers than its weights would load, and compute something else."""

@@ -167,6 +167,7 @@ def test_weights_that_do_not_fit_their_configuration_are_refused(copy: Path) -> 
         (whole | {"surplus": torch.zeros(1)}, "unexpected_keys: surplus"),
         (whole | {key: torch.zeros(3, 3)}, "is not a diffusers VQModel"),
         (whole | {key: whole[key] * float("nan")}, "not finite"),
+        (whole | {key: (whole[key] * 100).to(torch.int8)}, f"{key} is stored as I8, .*before quantisation"),
     ]:
         save_file(weights, copy / WEIGHTS)
         with pytest.raises(WeightsError, match=what):
