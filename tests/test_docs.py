@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
+from covray.cli.app import app
 from covray.config import BuildConfig, EvaluateConfig, Section, SweepConfig
 from covray.config.reference import STEPS, key_text, reference_page
 
@@ -58,3 +63,31 @@ def test_every_link_of_the_pages_leads_somewhere() -> None:
         for target in (part.split(")")[0] for part in page.read_text().split("](")[1:]):
             target = target.partition("#")[0]
             assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+OTHER_PROGRAMS = {"--generate", "--head", "--shm-size", "--temp-dir"}
+"""Options of ray and docker that messages of covray name."""
+
+
+def options_of(command: Any) -> set[str]:
+    """Return the options that the help of a command and of its subcommands shows."""
+    options = {"--help"}
+    for parameter in command.params:
+        options |= {*parameter.opts, *parameter.secondary_opts}
+    for inner in getattr(command, "commands", {}).values():
+        options |= options_of(inner)
+    return options
+
+
+def test_every_option_that_a_message_names_exists() -> None:
+    shown = options_of(typer.main.get_command(app)) | OTHER_PROGRAMS
+    unknown = []
+    for file in sorted((ROOT / "covray").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.Constant) or not isinstance(node.value, str):
+                continue
+            lines = [line for line in node.value.splitlines() if "-->" not in line]  # a drawing of arrows
+            for option in re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z](?![\w-])", "\n".join(lines)):
+                if option not in shown:
+                    unknown.append(f"{file.relative_to(ROOT)}:{node.lineno}: {option}")
+    assert unknown == []

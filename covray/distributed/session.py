@@ -69,6 +69,9 @@ def ray_session() -> Iterator[int]:
         cores = os.cpu_count() or 1
         with stage("starting Ray"):
             _start_patiently(cores)
+    node = ray._private.worker._global_node
+    if node is not None:
+        logging.getLogger("covray").debug("Ray writes its logs to %s", node.get_logs_dir_path())
     try:
         yield cores
     finally:

@@ -19,6 +19,7 @@ from covray.io.images import decode, encode_png
 from covray.io.pixels import Picture
 from covray.io.storage import Folder
 from covray.models.lvm.adapter import WEIGHTS_FILE
+from covray.progress import stage
 
 
 def generate(config: GenerateConfig) -> GenerationRecord:
@@ -39,9 +40,11 @@ def generate(config: GenerateConfig) -> GenerationRecord:
     examples = tuple(_read_example(image, label) for image, label in config.examples)
     resolved = resolve_generator(config.generator())
     resolved.require_context(len(examples))
-    generator = Generator(resolved)
+    with stage("loading the models"):
+        generator = Generator(resolved)
     request = Request(queries, examples, config.task, config.classes, config.sampling, config.seed)
-    answers = generator.answer(request)
+    with stage(f"answering {len(queries)} queries with {len(examples)} examples"):
+        answers = generator.answer(request)
 
     folder = Folder(config.out)
     records = []
