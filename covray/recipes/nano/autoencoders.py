@@ -8,16 +8,24 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL, VQModel
 from sklearn.cluster import MiniBatchKMeans
-from torch import Tensor
+from torch import Tensor, nn
 
+from covray.recipes.nano.data import Pictures
 from covray.recipes.nano.loop import draw, psnr, train
 
 VAE_CHANNELS = (32, 64, 64)
-VQGAN_CHANNELS = (32, 64, 128, 128)
+VQGAN_CHANNELS = (32, 64, 128)
 CODES = 2048
 CODE_WIDTH = 8
+VQGAN_BATCH = 16
+UNQUANTISED_SHARE = 0.3
+READER_WIDTH = 128
+READER_LOSS = 0.3
+READ_KINDS = ("colour", "segmentation", "pose", "normals", "edges", "depth")
+"""What ``SceneReader`` predicts; a grey or dark input has the colour picture as its label."""
 
 
 def new_vae() -> AutoencoderKL:
@@ -75,7 +83,7 @@ def reconstruct_vae(model: Any, pictures: Tensor) -> Tensor:
 
 
 def new_vqgan() -> VQModel:
-    """An untrained nano VQGAN: 64 px to 8 x 8 tokens of a codebook."""
+    """Return an untrained nano VQGAN: 64 px to 16 x 16 tokens of a codebook."""
     levels = len(VQGAN_CHANNELS)
     return VQModel(
         block_out_channels=VQGAN_CHANNELS,
@@ -92,39 +100,92 @@ def new_vqgan() -> VQModel:
     )
 
 
-def train_vqgan(pictures: Tensor, held_out: Tensor, out: Path, steps: int, seed: int, device: torch.device) -> None:
-    """Train the VQGAN on uint8 ``pictures`` [n, 64, 64, 3] and save it as ``out``/vqgan.
+class SceneReader(nn.Module):
+    """Predict a scene's colour picture and its five labels from the latents of one of its inputs.
 
-    A plain VQ of this size collapses to a few codes. So: the first 40% of the steps without quantisation (latents
-    kept near the unit ball, with a little noise, so that they cluster); then the codebook by mini-batch k-means on
-    the latents; then with quantisation, straight through, codebook and encoder drawn to each other.
+    It is trained beside the VQGAN and thrown away. Reconstruction alone spends a cell's few bits on brightness; what the
+    answers are made of (which object, which way a surface faces, where it ends) moves few pixels and is lost in the
+    quantisation. A loss on the labels, read from the codes by a small network, keeps it in the codes.
+    """
+
+    def __init__(self, width: int, cell_px: int) -> None:
+        """Args:
+        width: Channels of the latents.
+        cell_px: Side of the picture's cell that one latent stands for, in pixels.
+        """
+        super().__init__()
+        hidden = READER_WIDTH
+        self.cell_px = cell_px
+        self.first = nn.Conv2d(width, hidden, 3, padding=1)
+        self.middle = nn.ModuleList(nn.Conv2d(hidden, hidden, 3, padding=1) for _ in range(3))
+        self.last = nn.Conv2d(hidden, len(READ_KINDS) * 3 * cell_px**2, 1)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Latents [n, width, h, w] -> pictures in [0, 1] [n, kinds, 3, h * cell_px, w * cell_px]."""
+        x = F.silu(self.first(latents))
+        for layer in self.middle:
+            x = x + F.silu(layer(x))
+        pictures = F.pixel_shuffle(self.last(x), self.cell_px)
+        return pictures.unflatten(1, (len(READ_KINDS), 3))
+
+
+class TokenizerTraining(nn.Module):
+    """The VQGAN and the reader that is trained beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vqgan = new_vqgan()
+        self.reader = SceneReader(CODE_WIDTH, 2 ** (len(VQGAN_CHANNELS) - 1))
+
+
+def train_vqgan(corpus: Pictures, validation: Tensor, out: Path, steps: int, seed: int, device: torch.device) -> None:
+    """Train the VQGAN and save it as ``out``/vqgan.
+
+    A plain VQ of this size collapses to a few codes. So the first third of the steps is without quantisation (latents
+    are kept near the unit ball, with a little noise, so that they cluster), then the codebook is set by mini-batch
+    k-means on the latents, and the remaining steps are with quantisation, straight through, codebook and encoder drawn
+    to each other (van den Oord et al. 2017). The loss of ``SceneReader`` is added wherever a picture is the input of a
+    task.
+
+    Args:
+        corpus: The training pictures.
+        validation: uint8 [n, 64, 64, 3], measured at every save.
+        out: Folder of the family; ``out``/vqgan.state.pt keeps the state of a training that was stopped.
+        steps: Optimizer steps of ``VQGAN_BATCH`` pictures.
+        seed: Seed of weights and batches.
+        device: Where to train.
     """
     torch.manual_seed(seed)
-    quantised_from = int(steps * 0.4)
+    quantised_from = int(steps * UNQUANTISED_SHARE)
 
-    def loss_of(model: Any, step: int, generator: torch.Generator) -> Tensor:
-        pixels = draw(pictures, 16, generator, device)
-        latents = model.encode(pixels).latents.float()
+    def loss_of(model: TokenizerTraining, step: int, generator: torch.Generator) -> Tensor:
+        pixels, labels = corpus.batch(VQGAN_BATCH, generator, device)
+        latents = model.vqgan.encode(pixels).latents.float()
         if step < quantised_from:
-            bound = (latents.abs() - 1).clamp_min(0).square().mean()
-            latents = latents + 0.05 * torch.randn(latents.shape, generator=generator).to(device)
-            decoded = decode_latents(model, latents)
-            return (decoded.float() - pixels).square().mean() + 0.01 * bound
-        quantised, _ = nearest(model, latents)
-        pull = (quantised - latents.detach()).square().mean() + 0.25 * (quantised.detach() - latents).square().mean()
-        through = latents + (quantised - latents).detach()
-        decoded = decode_latents(model, through)
-        return (decoded.float() - pixels).square().mean() + 0.05 * pull
+            pull = 0.2 * (latents.abs() - 1).clamp_min(0).square().mean()
+            through = latents + 0.05 * torch.randn(latents.shape, generator=generator).to(device)
+        else:
+            quantised, _ = nearest(model.vqgan, latents)
+            pull = (quantised - latents.detach()).square().mean() + 0.25 * (quantised.detach() - latents).square().mean()
+            through = latents + (quantised - latents).detach()
+        decoded = decode_latents(model.vqgan, through)
+        inputs = len(labels)  # the batch begins with the pictures that are inputs of a task
+        read = model.reader(through[:inputs])
+        return (
+            (decoded.float() - pixels).square().mean()
+            + 0.05 * pull
+            + READER_LOSS * (read.float() - labels).square().mean()
+        )
 
-    def on_step(model: Any, step: int) -> None:
+    def on_step(model: TokenizerTraining, step: int) -> None:
         if step == quantised_from:
-            model.quantize.embedding.weight.data.copy_(_codebook(model, pictures, seed, device))
+            model.vqgan.quantize.embedding.weight.data.copy_(_codebook(model.vqgan, corpus, seed, device))
 
     model = train(
-        new_vqgan(), loss_of, out, steps, seed, 1e-3, "vqgan", device, on_step=on_step,
-        measure=lambda average: describe_vqgan(average, held_out),
+        TokenizerTraining(), loss_of, out, steps, seed, 1e-3, "vqgan", device, on_step=on_step,
+        measure=lambda average: describe_vqgan(average.vqgan, validation),
     )  # fmt: skip
-    model.half().save_pretrained(out / "vqgan", safe_serialization=True)
+    model.vqgan.half().save_pretrained(out / "vqgan", safe_serialization=True)
 
 
 def decode_latents(model: Any, latents: Tensor) -> Tensor:
@@ -167,12 +228,12 @@ def batches(pictures: Tensor, device: torch.device, size: int = 64) -> Iterable[
         yield chunk.to(device).permute(0, 3, 1, 2).float() / 255
 
 
-def _codebook(model: Any, pictures: Tensor, seed: int, device: torch.device) -> Tensor:
+def _codebook(model: Any, corpus: Pictures, seed: int, device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     latents = []
     with torch.inference_mode():
         for _ in range(64):
-            encoded = model.encode(draw(pictures, 64, generator, device)).latents
+            encoded = model.encode(corpus.batch(64, generator, device)[0]).latents
             latents.append(encoded.permute(0, 2, 3, 1).reshape(-1, CODE_WIDTH).float().cpu())
     clusters = MiniBatchKMeans(CODES, random_state=seed, batch_size=8192, n_init=1, max_iter=30, reassignment_ratio=0.0)
     return torch.from_numpy(clusters.fit(torch.cat(latents).numpy()).cluster_centers_).float()

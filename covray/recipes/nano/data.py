@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from rich.progress import track
+from torch import Tensor
 
 from covray.io.images import square
 from covray.pairs.scenes import labelled, render_scene, scene_seed
@@ -62,6 +65,64 @@ def photo_pictures(crops: int, seed: int) -> Iterator[NDArray[np.uint8]]:
         crop = square(photograph[top : top + side, left : left + side], SIZE_PX, "stretch", "bicubic")
         crop = crop[:, ::-1] if rng.random() < 0.5 else crop
         yield np.stack([crop, colorization.grey(crop), low_light.darken(crop, rng)])
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The training pictures: eight of every scene, three of every crop of a photograph.
+
+    ``kinds`` may stand in files that are mapped into memory: only what a batch takes is read.
+    """
+
+    scenes: Sequence[NDArray[np.uint8]]
+    """Blocks of scenes, each [n, 8 kinds, 64, 64, 3]."""
+    crops: NDArray[np.uint8]
+    """[n, 3 kinds, 64, 64, 3]: colour, grey, dark."""
+
+    def batch(self, size: int, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return random pictures and the labels of those that are inputs of a scene's tasks.
+
+        Args:
+            size: Pictures in the batch: 3 in 8 are inputs of scenes (colour as often as grey and dark together), 4 in 8
+                labels of scenes, the rest crops of photographs of any kind.
+            generator: Source of all randomness.
+            device: Where the tensors are wanted.
+
+        Returns:
+            Pictures in [0, 1], float [size, 3, h, w], inputs of scenes first; and the pictures of ``LABELS_OF`` for
+            each of those inputs, float [inputs, 6, 3, h, w].
+        """
+        inputs, labels = 3 * size // 8, size // 2
+        pictures, read = [], []
+        for number in range(size):
+            if number < inputs:
+                scene = self._scene(generator)
+                kind = (0, 0, 1, 2)[_draw(4, generator)]
+                pictures.append(scene[kind])
+                read.append(scene[list(LABEL_KINDS)])
+            elif number < inputs + labels:
+                pictures.append(self._scene(generator)[3 + _draw(5, generator)])
+            else:
+                pictures.append(self.crops[_draw(len(self.crops), generator), _draw(3, generator)])
+        return _floats(np.stack(pictures), device), _floats(np.stack(read), device)
+
+    def _scene(self, generator: torch.Generator) -> NDArray[np.uint8]:
+        block = self.scenes[_draw(len(self.scenes), generator)]  # blocks are of one size
+        return block[_draw(len(block), generator)]
+
+
+LABEL_KINDS = (0, 3, 4, 5, 6, 7)
+"""Of ``KINDS``: colour and the five drawn labels."""
+
+
+def _draw(population: int, generator: torch.Generator) -> int:
+    return int(torch.randint(population, (), generator=generator))
+
+
+def _floats(pictures: NDArray[np.uint8], device: torch.device) -> Tensor:
+    """uint8 [..., h, w, 3] -> float [..., 3, h, w] in [0, 1]; batches of pictures are channels last."""
+    moved = torch.from_numpy(pictures).to(device).movedim(-1, -3).float().div_(255)
+    return moved
 
 
 def pictures(folder: Path, split: str, scenes: int, crops: int, seed: int) -> NDArray[np.uint8]:
