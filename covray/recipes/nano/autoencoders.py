@@ -13,17 +13,17 @@ from diffusers import AutoencoderKL, VQModel
 from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor, nn
 
-from covray.recipes.nano.data import Pictures
+from covray.recipes.nano.data import CROPS, Pictures
 from covray.recipes.nano.loop import draw, psnr, train
 
 VAE_CHANNELS = (32, 64, 64)
-VQGAN_CHANNELS = (32, 64, 128)
+VQGAN_CHANNELS = (24, 64, 96)
 CODES = 2048
 CODE_WIDTH = 8
 VQGAN_BATCH = 16
 UNQUANTISED_SHARE = 0.3
 READER_WIDTH = 128
-READER_LOSS = 0.3
+READER_LOSS = 0.2
 READ_KINDS = ("colour", "segmentation", "pose", "normals", "edges", "depth")
 """What ``SceneReader`` predicts; a grey or dark input has the colour picture as its label."""
 
@@ -138,7 +138,7 @@ class TokenizerTraining(nn.Module):
         self.reader = SceneReader(CODE_WIDTH, 2 ** (len(VQGAN_CHANNELS) - 1))
 
 
-def train_vqgan(corpus: Pictures, validation: Tensor, out: Path, steps: int, seed: int, device: torch.device) -> None:
+def train_vqgan(pictures: Tensor, validation: Tensor, out: Path, steps: int, seed: int, device: torch.device) -> None:
     """Train the VQGAN and save it as ``out``/vqgan.
 
     A plain VQ of this size collapses to a few codes. So the first third of the steps is without quantisation (latents
@@ -148,7 +148,7 @@ def train_vqgan(corpus: Pictures, validation: Tensor, out: Path, steps: int, see
     task.
 
     Args:
-        corpus: The training pictures.
+        pictures: The training pictures, uint8 [scenes * 8 + CROPS * 3, 64, 64, 3], of ``covray.recipes.nano.data``.
         validation: uint8 [n, 64, 64, 3], measured at every save.
         out: Folder of the family; ``out``/vqgan.state.pt keeps the state of a training that was stopped.
         steps: Optimizer steps of ``VQGAN_BATCH`` pictures.
@@ -157,6 +157,7 @@ def train_vqgan(corpus: Pictures, validation: Tensor, out: Path, steps: int, see
     """
     torch.manual_seed(seed)
     quantised_from = int(steps * UNQUANTISED_SHARE)
+    corpus = Pictures.of(pictures.numpy(), CROPS)
 
     def loss_of(model: TokenizerTraining, step: int, generator: torch.Generator) -> Tensor:
         pixels, labels = corpus.batch(VQGAN_BATCH, generator, device)

@@ -26,6 +26,8 @@ KINDS = ("colour", "grey", "dark", "segmentation", "pose", "normals", "edges", "
 CROPS = 3000
 """Crops of photographs to train on, three pictures each."""
 VIEWS = 4
+PART_SCENES = 500
+"""Scenes of a file while they are rendered: what a kill can cost, 20 s of one core."""
 PHOTOGRAPHS = (
     "skimage/astronaut.png", "skimage/coffee.png", "skimage/hubble_deep_field.jpg", "skimage/retina.jpg",
     "skimage/ihc.png", "skimage/camera.png", "skimage/coins.png", "skimage/moon.png", "skimage/clock_motion.png",
@@ -43,9 +45,9 @@ def photograph_path(name: str) -> Path:
     return Path(str(files(module))) / folder / file
 
 
-def scene_pictures(split: str, scenes: int, seed: int) -> Iterator[NDArray[np.uint8]]:
-    """Eight pictures of every scene, uint8 [8, 64, 64, 3]: colour, grey, dark, and the five drawn labels."""
-    for index in range(scenes):
+def scene_pictures(split: str, scenes: Iterable[int], seed: int) -> Iterator[NDArray[np.uint8]]:
+    """Yield eight pictures of each of the ``scenes``, uint8 [8, 64, 64, 3]: colour, grey, dark and five labels."""
+    for index in scenes:
         number = scene_seed(seed, split, index)
         view = render_scene(number, SIZE_PX)[0]
         generator = np.random.default_rng([number, 1])
@@ -69,50 +71,52 @@ def photo_pictures(crops: int, seed: int) -> Iterator[NDArray[np.uint8]]:
 
 @dataclass(frozen=True)
 class Pictures:
-    """The training pictures: eight of every scene, three of every crop of a photograph.
+    """The training pictures by scene and by crop; views of the array of ``pictures``."""
 
-    ``kinds`` may stand in files that are mapped into memory: only what a batch takes is read.
-    """
-
-    scenes: Sequence[NDArray[np.uint8]]
-    """Blocks of scenes, each [n, 8 kinds, 64, 64, 3]."""
+    scenes: NDArray[np.uint8]
+    """[scenes, 8 kinds, 64, 64, 3], in the order of ``KINDS``."""
     crops: NDArray[np.uint8]
-    """[n, 3 kinds, 64, 64, 3]: colour, grey, dark."""
+    """[crops, 3 kinds, 64, 64, 3]: colour, grey, dark."""
+
+    @classmethod
+    def of(cls, flat: NDArray[np.uint8], crops: int) -> Pictures:
+        """Return the views of ``flat``, uint8 [scenes * 8 + crops * 3, h, w, 3]."""
+        scenes, photographs = flat[: len(flat) - 3 * crops], flat[len(flat) - 3 * crops :]
+        size = flat.shape[1:]
+        return cls(scenes.reshape(-1, len(KINDS), *size), photographs.reshape(-1, 3, *size))
 
     def batch(self, size: int, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return random pictures and the labels of those that are inputs of a scene's tasks.
+        """Return random pictures, and the labels of those that are inputs of a scene's tasks.
 
         Args:
-            size: Pictures in the batch: 3 in 8 are inputs of scenes (colour as often as grey and dark together), 4 in 8
-                labels of scenes, the rest crops of photographs of any kind.
+            size: Pictures in the batch. Three in eight are inputs of scenes (colour as often as grey and dark together),
+                four in eight are labels of scenes, the rest are crops of photographs of any kind.
             generator: Source of all randomness.
             device: Where the tensors are wanted.
 
         Returns:
-            Pictures in [0, 1], float [size, 3, h, w], inputs of scenes first; and the pictures of ``LABELS_OF`` for
-            each of those inputs, float [inputs, 6, 3, h, w].
+            Pictures in [0, 1], float [size, 3, h, w], inputs of scenes first; and for each of these inputs the pictures
+            of ``LABEL_KINDS``, float [inputs, 6, 3, h, w].
         """
         inputs, labels = 3 * size // 8, size // 2
-        pictures, read = [], []
+        chosen, read = [], []
         for number in range(size):
             if number < inputs:
-                scene = self._scene(generator)
-                kind = (0, 0, 1, 2)[_draw(4, generator)]
-                pictures.append(scene[kind])
+                scene = self.scenes[_draw(len(self.scenes), generator)]
+                chosen.append(scene[INPUT_KINDS[_draw(len(INPUT_KINDS), generator)]])
                 read.append(scene[list(LABEL_KINDS)])
-            elif number < inputs + labels:
-                pictures.append(self._scene(generator)[3 + _draw(5, generator)])
+            elif number < inputs + labels or not len(self.crops):
+                scene = self.scenes[_draw(len(self.scenes), generator)]
+                chosen.append(scene[3 + _draw(len(KINDS) - 3, generator)])
             else:
-                pictures.append(self.crops[_draw(len(self.crops), generator), _draw(3, generator)])
-        return _floats(np.stack(pictures), device), _floats(np.stack(read), device)
-
-    def _scene(self, generator: torch.Generator) -> NDArray[np.uint8]:
-        block = self.scenes[_draw(len(self.scenes), generator)]  # blocks are of one size
-        return block[_draw(len(block), generator)]
+                chosen.append(self.crops[_draw(len(self.crops), generator), _draw(3, generator)])
+        return _floats(np.stack(chosen), device), _floats(np.stack(read), device)
 
 
+INPUT_KINDS = (0, 0, 1, 2)
+"""Of ``KINDS``, what a task's input is drawn from: colour twice, grey, dark."""
 LABEL_KINDS = (0, 3, 4, 5, 6, 7)
-"""Of ``KINDS``: colour and the five drawn labels."""
+"""Of ``KINDS``: the colour picture and the five drawn labels."""
 
 
 def _draw(population: int, generator: torch.Generator) -> int:
@@ -120,32 +124,71 @@ def _draw(population: int, generator: torch.Generator) -> int:
 
 
 def _floats(pictures: NDArray[np.uint8], device: torch.device) -> Tensor:
-    """uint8 [..., h, w, 3] -> float [..., 3, h, w] in [0, 1]; batches of pictures are channels last."""
-    moved = torch.from_numpy(pictures).to(device).movedim(-1, -3).float().div_(255)
-    return moved
+    """uint8 [..., h, w, 3] -> float [..., 3, h, w] in [0, 1], with the strides of channels last."""
+    return torch.from_numpy(pictures).to(device).movedim(-1, -3).float().div_(255)
 
 
 def pictures(folder: Path, split: str, scenes: int, crops: int, seed: int) -> NDArray[np.uint8]:
-    """All training (or held-out) pictures, uint8 [n, 64, 64, 3], made once and kept in ``folder``."""
-    blocks = itertools.chain(scene_pictures(split, scenes, seed), photo_pictures(crops, seed))
-    return _kept(folder / f"{split}-{scenes}-{crops}-{seed}.npy", blocks, scenes + crops)
+    """Return all pictures of a split, uint8 [scenes * 8 + crops * 3, 64, 64, 3], mapped from a file in ``folder``.
+
+    They are rendered once. A rendering that is stopped goes on after the last whole part.
+
+    Args:
+        folder: Where the file and its parts are kept.
+        split: Split of the scenes: train, val or test.
+        scenes: Rendered scenes, eight pictures each.
+        crops: Crops of photographs, three pictures each.
+        seed: Seed of scenes and crops.
+    """
+    path = folder / f"{split}-{scenes}-{crops}-{seed}.npy"
+    if not path.exists():
+        parts = []
+        for first in range(0, scenes, PART_SCENES):
+            last = min(first + PART_SCENES, scenes)
+            part = folder / f"{split}-{seed}-scenes-{first:06d}-{last:06d}.npy"
+            parts.append(_kept(part, scene_pictures(split, range(first, last), seed), last - first))
+        if crops:
+            parts.append(_kept(folder / f"crops-{crops}-{seed}.npy", photo_pictures(crops, seed), crops))
+        _join(path, parts)
+    return _mapped(path)
 
 
 def views(folder: Path, scenes: int, seed: int) -> NDArray[np.uint8]:
-    """Pictures of ``scenes`` training scenes from VIEWS places each, uint8 [scenes * VIEWS, 64, 64, 3]."""
+    """Return pictures of ``scenes`` training scenes from VIEWS places each, uint8 [scenes * VIEWS, 64, 64, 3]."""
     blocks = (
         np.stack([view.colour for view in render_scene(scene_seed(seed, "train", index), SIZE_PX, VIEWS)])
         for index in range(scenes)
     )
-    return _kept(folder / f"views-{scenes}-{seed}.npy", blocks, scenes)
+    return _mapped(_kept(folder / f"views-{scenes}-{seed}.npy", blocks, scenes))
 
 
-def _kept(path: Path, blocks: Iterable[NDArray[np.uint8]], total: int) -> NDArray[np.uint8]:
-    """The ``blocks`` one after another, from the file ``path``, which is made where it is not there."""
+def _kept(path: Path, blocks: Iterable[NDArray[np.uint8]], total: int) -> Path:
+    """Write the ``blocks`` one after another to the file ``path``, if it is not there yet, and return ``path``."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         made = list(track(blocks, f"rendering {path.stem}", total=total, disable=not sys.stderr.isatty()))
         aside = path.with_suffix(".part.npy")
         np.save(aside, np.concatenate(made))
         aside.rename(path)
-    return np.asarray(np.load(path, mmap_mode="c"))  # torch warns of arrays it could not write to
+    return path
+
+
+def _join(path: Path, parts: Sequence[Path]) -> None:
+    """Write the arrays of ``parts`` as one to ``path``, a part at a time in memory, and delete them."""
+    arrays = [np.load(part, mmap_mode="r") for part in parts]
+    rows = sum(len(array) for array in arrays)
+    aside = path.with_suffix(".part.npy")
+    joined = np.lib.format.open_memmap(aside, "w+", np.uint8, (rows, *arrays[0].shape[1:]))
+    first = 0
+    for array in arrays:
+        joined[first : first + len(array)] = array
+        first += len(array)
+    joined.flush()
+    aside.rename(path)
+    for part in parts:
+        part.unlink()
+
+
+def _mapped(path: Path) -> NDArray[np.uint8]:
+    # Copy on write: torch warns of arrays that it could not write to.
+    return np.asarray(np.load(path, mmap_mode="c"))

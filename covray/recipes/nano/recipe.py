@@ -61,7 +61,7 @@ def measure(folder: Path | None = None, scenes: int = HELD_OUT_SCENES, round_tri
     """
     root = folder or WEIGHTS
     require_files(root, ["prior/vae/config.json", "vqgan/config.json", "lvm/config.json"])
-    held_out = np.concatenate(list(scene_pictures("test", scenes, 0)))
+    held_out = np.concatenate(list(scene_pictures("test", range(scenes), 0)))
     batch = torch.from_numpy(held_out)
     vae = AutoencoderKL.from_pretrained(root / "prior" / "vae", use_safetensors=True).float()
     vqgan = VQModel.from_pretrained(root / "vqgan", use_safetensors=True).float()
@@ -72,7 +72,7 @@ def measure(folder: Path | None = None, scenes: int = HELD_OUT_SCENES, round_tri
     some = held_out[: round_trips * len(KINDS)]
     returned = ChainEngine(prior, engine, 32).interpolate(some, [], endpoints=range(len(some))).returned
     trips = np.array([psnr(picture, returned[index], most_db=99.0) for index, picture in enumerate(some)], np.float64)
-    training = np.concatenate(list(scene_pictures("train", scenes, 0)))
+    training = np.concatenate(list(scene_pictures("train", range(scenes), 0)))
     perplexities = measure_lvm(root, held_out, training)
     return {
         "pictures": len(held_out),

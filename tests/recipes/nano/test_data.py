@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from covray.pairs.scenes import render_scene, scene_seed
 from covray.recipes.nano import data
@@ -30,6 +31,45 @@ def test_pictures_are_made_once_and_are_those_of_the_seed(tmp_path: Path, monkey
         assert not (found[:, None] == first[None]).all(axis=(2, 3, 4))[:, :3].any()
 
 
+def test_a_rendering_in_parts_is_the_same_and_goes_on_after_the_last_whole_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = np.array(data.pictures(tmp_path / "whole", "train", 3, 1, 0))
+    monkeypatch.setattr(data, "PART_SCENES", 2)
+    render, rendered = data.render_scene, []
+
+    def counted(seed: int, *rest: int) -> list:
+        rendered.append(seed)
+        if len(rendered) == 3:
+            raise KeyboardInterrupt
+        return render(seed, *rest)
+
+    monkeypatch.setattr(data, "render_scene", counted)
+    with pytest.raises(KeyboardInterrupt):
+        data.pictures(tmp_path / "parts", "train", 3, 1, 0)
+    assert np.array_equal(data.pictures(tmp_path / "parts", "train", 3, 1, 0), whole)
+    assert len(rendered) == 4  # two whole, one that was killed and made again
+    assert [path.name for path in (tmp_path / "parts").iterdir()] == ["train-3-1-0.npy"]
+
+
+def test_a_batch_is_inputs_with_their_labels_then_labels_then_crops() -> None:
+    scenes = np.zeros((5, 8, 4, 4, 3), np.uint8) + np.arange(8, dtype=np.uint8)[None, :, None, None, None]
+    scenes += 10 * np.arange(5, dtype=np.uint8)[:, None, None, None, None]
+    crops = np.full((2, 3, 4, 4, 3), 200, np.uint8)
+    flat = np.concatenate((scenes.reshape(-1, 4, 4, 3), crops.reshape(-1, 4, 4, 3)))
+    corpus = data.Pictures.of(flat, 2)
+    pictures, labels = corpus.batch(16, torch.Generator().manual_seed(0), torch.device("cpu"))
+    values = (pictures[:, 0, 0, 0] * 255).round().int().tolist()
+    assert pictures.shape == (16, 3, 4, 4)
+    assert labels.shape == (6, 6, 3, 4, 4)
+    for value, read in zip(values[:6], labels, strict=True):
+        scene = value // 10 * 10
+        assert value - scene in data.INPUT_KINDS
+        assert (read[:, 0, 0, 0] * 255).round().int().tolist() == [scene + kind for kind in data.LABEL_KINDS]
+    assert all(value % 10 >= 3 for value in values[6:14])
+    assert values[14:] == [200, 200]
+
+
 def test_a_rendering_that_was_stopped_starts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: Path, *_: object) -> None:
         Path(path).write_bytes(b"part of it")
@@ -43,7 +83,7 @@ def test_a_rendering_that_was_stopped_starts_again(tmp_path: Path, monkeypatch: 
 
 
 def test_a_scene_is_its_colour_its_two_sources_and_five_labels() -> None:
-    (pictures,) = data.scene_pictures("train", 1, 0)
+    (pictures,) = data.scene_pictures("train", [0], 0)
     view = render_scene(scene_seed(0, "train", 0))[0]
     assert pictures.shape == (8, 64, 64, 3)
     assert np.array_equal(pictures[0], view.colour)

@@ -85,9 +85,10 @@ def test_guesses_without_a_network() -> None:
 def test_what_was_trained_is_a_backbone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = LlamaConfig(
         vocab_size=64 + SPECIAL_IDS, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=1024, rope_theta=1e4, bos_token_id=None, eos_token_id=None, pad_token_id=64,
+        max_position_embeddings=4096, rope_theta=1e4, bos_token_id=None, eos_token_id=None, pad_token_id=64,
     )  # fmt: skip
-    monkeypatch.setattr(autoencoders, "VQGAN_CHANNELS", (8, 8, 8, 8))
+    monkeypatch.setattr(autoencoders, "VQGAN_CHANNELS", (8, 8, 8))
+    monkeypatch.setattr(autoencoders, "CROPS", 1)
     monkeypatch.setattr(autoencoders, "CODES", 64)
     monkeypatch.setattr(lvm, "llama_config", lambda scale: small)
     monkeypatch.setattr(lvm, "CROPS", 1)
@@ -101,7 +102,7 @@ def test_what_was_trained_is_a_backbone(tmp_path: Path, monkeypatch: pytest.Monk
     config = BackboneConfig(scale="custom", path=str(tmp_path / "lvm"))
     facts = backbone_facts(config)
     assert facts.codes == 64
-    assert facts.tokens_per_image == 64
+    assert facts.tokens_per_image == 256
     model = load_backbone(facts, config, None, dtype=torch.float32, device=CPU, seed=0)
     ids = torch.randint(0, 64, (40,), generator=generator)
     theirs = LlamaForCausalLM.from_pretrained(tmp_path / "lvm", dtype=torch.float32)

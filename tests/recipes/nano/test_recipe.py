@@ -16,6 +16,7 @@ from covray.models.diffusion.prior import load_prior
 from covray.models.tokenizer.vqgan import load_tokenizer
 from covray.recipes.nano import autoencoders, loop, recipe
 from covray.recipes.nano import prior as nano_prior
+from covray.recipes.nano.data import Pictures
 
 CPU = torch.device("cpu")
 ENGINE = EngineConfig(device="cpu")
@@ -32,7 +33,8 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("family")
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(autoencoders, "VAE_CHANNELS", (8, 8, 8))
-        patched.setattr(autoencoders, "VQGAN_CHANNELS", (8, 8, 8, 8))
+        patched.setattr(autoencoders, "VQGAN_CHANNELS", (8, 8, 8))
+        patched.setattr(autoencoders, "CROPS", 0)
         patched.setattr(autoencoders, "CODES", 64)
         patched.setattr(nano_prior, "CHANNELS", (16, 16))
         pictures, held_out = _pictures(40), _pictures(4)
@@ -59,7 +61,7 @@ def test_latents_have_unit_variance(family: Path) -> None:
 
 def test_the_tokenizer_reads_the_vqgan_that_was_trained(family: Path) -> None:
     tokenizer = load_tokenizer(TokenizerConfig(path=str(family / "vqgan")), ENGINE)
-    assert (tokenizer.size_px, tokenizer.tokens_per_image, tokenizer.codes) == (64, 64, 64)
+    assert (tokenizer.size_px, tokenizer.tokens_per_image, tokenizer.codes) == (64, 256, 64)
     pictures = _pictures(3, 64).numpy()
     ids = tokenizer.encode(pictures)
     # The recipe measures with its own lookup: it must be the tokenizer's.
@@ -76,10 +78,11 @@ def test_the_tokenizer_reads_the_vqgan_that_was_trained(family: Path) -> None:
 
 def test_a_killed_vqgan_ends_where_it_would_have(family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed after the codebook was set: k-means is not done again, and every weight is the same to the bit."""
-    monkeypatch.setattr(autoencoders, "VQGAN_CHANNELS", (8, 8, 8, 8))
+    monkeypatch.setattr(autoencoders, "VQGAN_CHANNELS", (8, 8, 8))
+    monkeypatch.setattr(autoencoders, "CROPS", 0)
     monkeypatch.setattr(autoencoders, "CODES", 64)
     monkeypatch.setattr(loop, "SAVE_EVERY_S", -1)
-    draw, calls = autoencoders.draw, [0]
+    batch, calls = Pictures.batch, [0]
     codebook, clustered = autoencoders._codebook, [0]
 
     def counting(*arguments):  # type: ignore[no-untyped-def]
@@ -92,10 +95,10 @@ def test_a_killed_vqgan_ends_where_it_would_have(family: Path, tmp_path: Path, m
         calls[0] += 1
         if calls[0] == 1 + 64 + 1 + 1:  # a step, the 64 batches of k-means, a step, and the step that is killed
             raise KeyboardInterrupt
-        return draw(*arguments)
+        return batch(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(autoencoders, "draw", killing)
+        patched.setattr(Pictures, "batch", killing)
         with pytest.raises(KeyboardInterrupt):
             autoencoders.train_vqgan(_pictures(40), _pictures(4), tmp_path, 3, 0, CPU)
     autoencoders.train_vqgan(_pictures(40), _pictures(4), tmp_path, 3, 0, CPU)
@@ -111,7 +114,7 @@ def test_the_shipped_networks_have_their_shapes_and_fit_in_the_package() -> None
         vae, vqgan, unet = autoencoders.new_vae(), autoencoders.new_vqgan(), nano_prior.new_unet()
         pictures = torch.zeros(1, 3, 64, 64)
         assert vae.encode(pictures).latent_dist.mean.shape == (1, 4, 16, 16)
-        assert vqgan.encode(pictures).latents.shape == (1, autoencoders.CODE_WIDTH, 8, 8)
+        assert vqgan.encode(pictures).latents.shape == (1, autoencoders.CODE_WIDTH, 16, 16)
         context = torch.zeros(1, *nano_prior.CONTEXT)
         answer = unet(torch.zeros(1, 4, 16, 16), 0, encoder_hidden_states=context).sample
         assert answer.shape == (1, 4, 16, 16)
