@@ -167,7 +167,9 @@ def train_vqgan(pictures: Tensor, validation: Tensor, out: Path, steps: int, see
             through = latents + 0.05 * torch.randn(latents.shape, generator=generator).to(device)
         else:
             quantised, _ = nearest(model.vqgan, latents)
-            pull = (quantised - latents.detach()).square().mean() + 0.25 * (quantised.detach() - latents).square().mean()
+            pull = (quantised - latents.detach()).square().mean() + 0.25 * (
+                quantised.detach() - latents
+            ).square().mean()
             through = latents + (quantised - latents).detach()
         decoded = decode_latents(model.vqgan, through)
         inputs = len(labels)  # the batch begins with the pictures that are inputs of a task

@@ -11,8 +11,8 @@ pixels shows what there is to read; a candidate is judged by the share of it tha
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +20,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from covray.evaluation.scores import score
 from covray.models.tokenizer.vqgan import Tokenizer
+from covray.pairs.scenes import CLASSES
 from covray.recipes.nano.data import KINDS
 from covray.recipes.nano.lvm import TASK_PICTURES
 from covray.tasks import TASKS
@@ -30,6 +32,7 @@ BATCH = 64
 CELLS = 8
 """Positions along a side of the label's grid: the judge writes 8 x 8 tokens."""
 QUERY_KINDS = ("colour", "grey", "dark")
+META = {"classes": ["sky", *CLASSES]}
 REPORT_EVERY_STEPS = 50
 
 
@@ -107,9 +110,7 @@ class QueryReader(nn.Module):
         return self.head(self.norm(x[:, : CELLS**2]))
 
 
-def probe_data(
-    scenes: NDArray[np.uint8], judge_labels: NDArray[np.uint16], tokenizer: Tokenizer | None
-) -> ProbeData:
+def probe_data(scenes: NDArray[np.uint8], judge_labels: NDArray[np.uint16], tokenizer: Tokenizer | None) -> ProbeData:
     """Return the queries and labels of ``scenes`` for a probe.
 
     Args:
@@ -185,3 +186,71 @@ def _pixel_stem() -> nn.Sequential:
     for inputs, outputs in ((64, 64), (64, 128), (128, WIDTH)):
         layers += [nn.Conv2d(inputs, outputs, 4, 2, 1), nn.SiLU()]
     return nn.Sequential(*layers[:-1])
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """What a probe read from one kind of query."""
+
+    query: str
+    """``pixels``, or the candidate's folder."""
+    tokens_per_image: int | None
+    """None for pixels."""
+    scores: dict[str, dict[str, float]]
+    """Mean over the test scenes, by task and metric."""
+    perplexity: dict[str, float]
+    """Of the label's tokens, by task."""
+    ceiling: dict[str, dict[str, float]]
+    """Scores of the labels themselves after the candidate has written and read them; empty for pixels."""
+    seconds: float
+
+
+def run_probe(
+    train: NDArray[np.uint8],
+    test: NDArray[np.uint8],
+    judge: Tokenizer,
+    candidate: Tokenizer | None,
+    steps: int,
+    seed: int,
+) -> ProbeResult:
+    """Train a reader of queries and score what it reads.
+
+    Args:
+        train: Pictures of training scenes, uint8 [n, 8 kinds, 64, 64, 3].
+        test: Pictures of other scenes, uint8 [m, 8 kinds, 64, 64, 3].
+        judge: The tokenizer in which labels are predicted, the same for all candidates.
+        candidate: The tokenizer that is judged; None for a query of pixels.
+        steps: Optimizer steps of 64 pairs.
+        seed: Seed of the reader's weights and of its batches.
+    """
+    started = time.monotonic()
+    torch.manual_seed(seed)
+    grid = 1 if candidate is None else candidate.grid[0]
+    reader = QueryReader(None if candidate is None else candidate.codes, grid, judge.codes)
+    train_reader(reader, probe_data(train, label_tokens(train, judge), candidate), steps, seed)
+    answers, perplexity = read_answers(reader, probe_data(test, label_tokens(test, judge), candidate))
+    return ProbeResult(
+        query="pixels" if candidate is None else "tokens",
+        tokens_per_image=None if candidate is None else candidate.tokens_per_image,
+        scores=_scores(test, lambda _, index: judge.decode(answers[:, index])),
+        perplexity=perplexity,
+        ceiling={}
+        if candidate is None
+        else _scores(test, lambda labels, _: candidate.decode(candidate.encode(labels))),
+        seconds=round(time.monotonic() - started, 1),
+    )
+
+
+def _scores(
+    scenes: NDArray[np.uint8], answer: Callable[[NDArray[np.uint8], int], NDArray[np.uint8]]
+) -> dict[str, dict[str, float]]:
+    """Return the mean of every metric by task, of ``answer(labels [n, h, w, 3], index of the task)``."""
+    table = {}
+    for index, task in enumerate(TASKS):
+        labels = np.ascontiguousarray(scenes[:, KINDS.index(TASK_PICTURES[task][1])])
+        results = [score(task, one, label, META) for one, label in zip(answer(labels, index), labels, strict=True)]
+        table[task] = {}
+        for name in results[0].values:
+            values = [result.values[name] for result in results]
+            table[task][name] = float(np.mean([value for value in values if value is not None]))
+    return table
