@@ -103,9 +103,9 @@ def new_vqgan() -> VQModel:
 class SceneReader(nn.Module):
     """Predict a scene's colour picture and its five labels from the latents of one of its inputs.
 
-    It is trained beside the VQGAN and thrown away. Reconstruction alone spends a cell's few bits on brightness; what the
-    answers are made of (which object, which way a surface faces, where it ends) moves few pixels and is lost in the
-    quantisation. A loss on the labels, read from the codes by a small network, keeps it in the codes.
+    It is trained beside the VQGAN and then discarded. Reconstruction alone spends the few bits of a cell on brightness;
+    what the answers are made of (which object, which way a surface faces, where it ends) changes few pixels and is lost
+    in the quantisation. A loss on the labels, read from the codes by a small network, keeps it in the codes.
     """
 
     def __init__(self, width: int, cell_px: int) -> None:
@@ -167,9 +167,8 @@ def train_vqgan(pictures: Tensor, validation: Tensor, out: Path, steps: int, see
             through = latents + 0.05 * torch.randn(latents.shape, generator=generator).to(device)
         else:
             quantised, _ = nearest(model.vqgan, latents)
-            pull = (quantised - latents.detach()).square().mean() + 0.25 * (
-                quantised.detach() - latents
-            ).square().mean()
+            codebook_loss = (quantised - latents.detach()).square().mean()
+            pull = codebook_loss + 0.25 * (quantised.detach() - latents).square().mean()
             through = latents + (quantised - latents).detach()
         decoded = decode_latents(model.vqgan, through)
         inputs = len(labels)  # the batch begins with the pictures that are inputs of a task

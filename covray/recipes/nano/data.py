@@ -88,8 +88,8 @@ class Pictures:
         """Return random pictures, and the labels of those that are inputs of a scene's tasks.
 
         Args:
-            size: Pictures in the batch. Three in eight are inputs of scenes (colour as often as grey and dark together),
-                four in eight are labels of scenes, the rest are crops of photographs of any kind.
+            size: Pictures in the batch. Three in eight are inputs of scenes (colour as often as grey and dark
+                together), four in eight are labels of scenes, the rest are crops of photographs of any kind.
             generator: Source of all randomness.
             device: Where the tensors are wanted.
 

@@ -1,9 +1,9 @@
 """How much of a label can be read from a picture's tokens: a judge of tokenizers, before an LVM is trained on one.
 
-A bidirectional transformer of the nano LVM's size sees one query, as pixels or as the tokens of a candidate, and a task,
-and predicts all tokens of the label at once. The label's tokens are those of one judge for all candidates, so that rows
-differ only in how the query comes in. Its answers are decoded by the judge and scored as covray scores. A query as
-pixels shows what there is to read; a candidate is judged by the share of it that its tokens leave.
+A bidirectional transformer of the nano LVM's size sees one query, as pixels or as the tokens of a candidate, and a
+task, and predicts all tokens of the label at once. The label's tokens are those of one judge for all candidates, so that
+rows differ only in how the query comes in. The answers are decoded by the judge and scored as an evaluation scores. A
+query of pixels shows what there is to read; a candidate is judged by the share of it that its tokens leave.
 
 ``covray nano probe --tokenizer nano/vqgan``: 1,500 steps of 64 pairs, 25 minutes on two cores.
 """
@@ -229,14 +229,15 @@ def run_probe(
     reader = QueryReader(None if candidate is None else candidate.codes, grid, judge.codes)
     train_reader(reader, probe_data(train, label_tokens(train, judge), candidate), steps, seed)
     answers, perplexity = read_answers(reader, probe_data(test, label_tokens(test, judge), candidate))
+    ceiling = {}
+    if candidate is not None:
+        ceiling = _scores(test, lambda labels, _: candidate.decode(candidate.encode(labels)))
     return ProbeResult(
         query="pixels" if candidate is None else "tokens",
         tokens_per_image=None if candidate is None else candidate.tokens_per_image,
         scores=_scores(test, lambda _, index: judge.decode(answers[:, index])),
         perplexity=perplexity,
-        ceiling={}
-        if candidate is None
-        else _scores(test, lambda labels, _: candidate.decode(candidate.encode(labels))),
+        ceiling=ceiling,
         seconds=round(time.monotonic() - started, 1),
     )
 
