@@ -71,9 +71,10 @@ pairs_app.command(cls=Command)(pairs.lol)
 pairs_app.command(cls=Command)(pairs.check)
 app.add_typer(pairs_app, name="pairs", rich_help_panel=STEPS)
 
-nano_app = typer.Typer(help="The nano family: train it again, measure it.", no_args_is_help=True)
+nano_app = typer.Typer(help="The nano family: train it, measure it, judge its tokenizer.", no_args_is_help=True)
 nano_app.command("train", cls=Command)(models.nano_train)
 nano_app.command("measure", cls=Command)(models.nano_measure)
+nano_app.command("probe", cls=Command)(models.nano_probe)
 app.add_typer(nano_app, name="nano", rich_help_panel=MODELS)
 
 experiments_app = typer.Typer(help="Fixed experiments on the nano family.", no_args_is_help=True)

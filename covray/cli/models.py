@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -112,6 +113,33 @@ def nano_train(
     from covray.recipes.nano.recipe import train_model
 
     train_model(model, out, steps, scenes, threads, device, seed)
+
+
+def nano_probe(
+    query: Annotated[str, typer.Argument(help="pixels, or the tokenizer to judge: nano, a VQModel folder, a hub id.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the family; rendered scenes are kept below it.")],
+    judge: Annotated[str, typer.Option(help="Tokenizer of the labels, the same for all that is compared.")] = "nano",
+    scenes: Annotated[int, typer.Option(min=1, help="Rendered scenes to train on.")] = 8000,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of 64 pairs.")] = 1500,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
+    seed: Seed = 0,
+    json_: Json = False,
+) -> None:
+    """Judge a tokenizer: train a small network to read labels from its tokens, and score what it reads."""
+    with quiet_libraries():
+        from covray.recipes.nano.recipe import probe
+
+        result = probe(query, out, judge, scenes, steps, threads, seed)
+    if json_:
+        print(json.dumps(asdict(result)))
+        return
+    table = Table("", "read from the query", "label through the tokenizer", "perplexity", box=None, pad_edge=False)
+    for task, scores in result.scores.items():
+        for number, (metric, value) in enumerate(scores.items()):
+            ceiling = result.ceiling.get(task, {}).get(metric)
+            perplexity = f"{result.perplexity[task]:.1f}" if number == 0 else ""
+            table.add_row(f"{task} {metric}", f"{value:.3f}", "" if ceiling is None else f"{ceiling:.3f}", perplexity)
+    console.print(table)
 
 
 def nano_measure(

@@ -2,8 +2,8 @@
 
 A bidirectional transformer of the nano LVM's size sees one query, as pixels or as the tokens of a candidate, and a
 task, and predicts all tokens of the label at once. The label's tokens are those of one judge for all candidates, so
-that rows differ only in how the query comes in. The answers are decoded by the judge and scored as an evaluation scores. A
-query of pixels shows what there is to read; a candidate is judged by the share of it that its tokens leave.
+that rows differ only in how the query comes in. The answers are decoded by the judge and scored as an evaluation
+scores. A query of pixels shows what there is to read; a candidate is judged by the share of it that its tokens leave.
 
 ``covray nano probe --tokenizer nano/vqgan``: 1,500 steps of 64 pairs, 25 minutes on two cores.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,21 +10,25 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, VQModel
 
-from covray.config import EngineConfig, PriorConfig
+from covray.config import EngineConfig, PriorConfig, TokenizerConfig
 from covray.errors import ConfigError, one_line
+from covray.io import storage
 from covray.io.device import choose_device
 from covray.io.model_folders import NANO_FOLDER, require_files
 from covray.io.pixels import psnr
 from covray.models.diffusion.engine import ChainEngine
 from covray.models.diffusion.prior import load_prior
+from covray.models.tokenizer.vqgan import load_tokenizer
 from covray.recipes.nano.autoencoders import reconstruct_vae, reconstruct_vqgan, train_vae, train_vqgan
-from covray.recipes.nano.data import CROPS, KINDS, pictures, scene_pictures
+from covray.recipes.nano.data import CROPS, KINDS, Pictures, pictures, scene_pictures
 from covray.recipes.nano.lvm import measure_lvm, train_lvm
 from covray.recipes.nano.prior import train_prior
+from covray.recipes.nano.probe import ProbeResult, run_probe
 
 WEIGHTS = NANO_FOLDER
-STEPS = {"vae": 2300, "vqgan": 4000, "prior": 3000, "lvm": 5500}
+STEPS = {"vae": 2300, "vqgan": 3000, "prior": 3000, "lvm": 5500}
 HELD_OUT_SCENES = 250
+PROBE_TEST_SCENES = 200
 
 
 def train_model(model: str, out: Path, steps: int | None, scenes: int, threads: int, device: str, seed: int) -> None:
@@ -42,10 +47,7 @@ def train_model(model: str, out: Path, steps: int | None, scenes: int, threads: 
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"--device {device}: give auto, cpu or cuda")
     chosen = choose_device(device, "--device")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out {out}: cannot be written ({one_line(error)}); give another folder") from error
+    _require_folder(out)
     torch.set_num_threads(threads)
     training = torch.from_numpy(pictures(out / "data", "train", scenes, CROPS, seed))
     held_out = torch.from_numpy(pictures(out / "data", "val", HELD_OUT_SCENES, 0, seed).copy())
@@ -91,3 +93,41 @@ def _by_kind(values: np.ndarray) -> dict[str, float]:
     return {"all": round(float(values.mean()), 2)} | {
         kind: round(float(value), 2) for kind, value in zip(KINDS, table, strict=True)
     }
+
+
+def probe(query: str, out: Path, judge: str, scenes: int, steps: int, threads: int, seed: int) -> ProbeResult:
+    """Judge the tokenizer ``query`` by what a small network reads from its tokens; see ``covray.recipes.nano.probe``.
+
+    The result is also written to ``out``/probe-<query>.json.
+
+    Args:
+        query: ``pixels``, or a tokenizer as ``tokenizer.path`` takes it.
+        out: Folder of the family; scenes are rendered once and kept in ``out``/data.
+        judge: The tokenizer in which labels are predicted.
+        scenes: Scenes of the split ``train`` to learn from; 200 of ``test`` are scored.
+        steps: Optimizer steps of 64 pairs.
+        threads: CPU threads.
+        seed: Seed of scenes, weights and batches.
+
+    Raises:
+        ConfigError: ``out`` cannot be written.
+        WeightsError: A tokenizer cannot be loaded.
+    """
+    engine = EngineConfig(threads=threads)
+    candidate = None if query == "pixels" else load_tokenizer(TokenizerConfig(path=query), engine)
+    judging = load_tokenizer(TokenizerConfig(path=judge), engine)
+    _require_folder(out)
+    torch.set_num_threads(threads)
+    train = Pictures.of(pictures(out / "data", "train", scenes, 0, seed), 0).scenes
+    test = Pictures.of(pictures(out / "data", "test", PROBE_TEST_SCENES, 0, seed), 0).scenes
+    result = run_probe(train, test, judging, candidate, steps, seed)
+    storage.write_json(str(out / f"probe-{Path(query).name}.json"), asdict(result))
+    return result
+
+
+def _require_folder(out: Path) -> None:
+    """Make the folder ``out``. Raises ConfigError."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: cannot be written ({one_line(error)}); give another folder") from error
