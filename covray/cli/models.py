@@ -126,10 +126,9 @@ def nano_probe(
     json_: Json = False,
 ) -> None:
     """Judge a tokenizer: train a small network to read labels from its tokens, and score what it reads."""
-    with quiet_libraries():
-        from covray.recipes.nano.recipe import probe
+    from covray.recipes.nano.recipe import probe
 
-        result = probe(query, out, judge, scenes, steps, threads, seed)
+    result = probe(query, out, judge, scenes, steps, threads, seed)
     if json_:
         print(json.dumps(asdict(result)))
         return

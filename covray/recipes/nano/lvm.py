@@ -1,7 +1,8 @@
 """Recipe of the nano LVM: a LLaMA pre-trained on plain visual sentences, as LVM was, without any chains.
 
-Sentences fill the context of 16 pictures: pairs of one task, views of a few scenes, or single pictures. What a chain of
-vision is, the model learns from LoRA later; what a picture, a pair and a task are, it learns here.
+Sentences are pairs of one task, views of a few scenes, or single pictures. Most are short: attention over the whole
+context of 16 pictures costs more than it teaches, and a pair after one or two examples is what the model is asked for.
+LoRA teaches chains later; the pre-training teaches pictures, pairs and tasks.
 """
 
 from __future__ import annotations
@@ -33,8 +34,11 @@ TASK_PICTURES = {
 DRAWN = (*TASK_PICTURES, "pose", "pose", "depth")
 """What a sentence of pairs draws its task from: where a person stands, and how far all is, is learned slowest."""
 PICTURES = 16
-"""Pictures of a sentence: the context."""
-BATCH = 6
+"""Pictures that fit in the context."""
+PAIRS_OF_A_STEP = (2, 2, 3, 3, 4, 8)
+"""Pairs of a sentence, drawn for each step; the sentences of a step are equally long."""
+BATCH_TOKENS = 6144
+"""Tokens of a step, about; one sentence where it is longer."""
 PAIRS_SHARE, VIEWS_SHARE = 0.9, 0.05
 IMAGES_LOSS = 0.25
 """Share of the tokens of images that carry loss; all of a label's do. Most of an image nobody can foretell, and the
@@ -54,27 +58,40 @@ class Corpus:
     views: Tensor
     """[scenes, 4 views, tokens]."""
 
-    def sentence(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """One sentence of 16 pictures, and where it carries loss; int64, bool [16 * tokens]; all from ``generator``."""
+    def sentence(self, pairs: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Draw a sentence.
+
+        Args:
+            pairs: Length of the sentence, in pairs of pictures.
+            generator: Source of all randomness.
+
+        Returns:
+            Token ids, int64 [2 * pairs * tokens], and where they carry loss, bool of the same shape.
+        """
         kind = float(torch.rand((), generator=generator))
+        length = 2 * pairs
         if kind < PAIRS_SHARE:
-            pictures = self.pairs(DRAWN[self._draw(len(DRAWN), 1, generator)[0]], generator)
+            pictures = self.pairs(DRAWN[self._draw(len(DRAWN), 1, generator)[0]], pairs, generator)
         elif kind < PAIRS_SHARE + VIEWS_SHARE:
-            pictures = self.views[self._draw(len(self.views), PICTURES // VIEWS, generator)].flatten(0, 1)
+            scenes = self._draw(len(self.views), -(-length // VIEWS), generator)
+            pictures = self.views[scenes].flatten(0, 1)[:length]
         else:
-            pictures = self.scenes.flatten(0, 1)[self._draw(self.scenes[..., 0].numel(), PICTURES, generator)]
+            pictures = self.scenes.flatten(0, 1)[self._draw(self.scenes[..., 0].numel(), length, generator)]
         counts = torch.rand(pictures.shape, generator=generator) < IMAGES_LOSS
         if kind < PAIRS_SHARE:
             counts[1::2] = True
         return pictures.reshape(-1).long(), counts.flatten()
 
-    def pairs(self, task: str, generator: torch.Generator) -> Tensor:
-        """Eight pairs of ``task``, [16, tokens]; of photographs now and then, where these have the task's pictures."""
+    def pairs(self, task: str, count: int, generator: torch.Generator) -> Tensor:
+        """Draw ``count`` pairs of ``task``, [2 * count, tokens].
+
+        Two in five draws are of photographs where these have the task's pictures.
+        """
         image, label = (KINDS.index(kind) for kind in TASK_PICTURES[task])
         of_photographs = len(self.photographs) > 0 and max(image, label) < 3
         photographs = of_photographs and float(torch.rand((), generator=generator)) < 0.4
         source = self.photographs if photographs else self.scenes
-        chosen = source[self._draw(len(source), PICTURES // 2, generator)]
+        chosen = source[self._draw(len(source), count, generator)]
         return torch.stack((chosen[:, image], chosen[:, label]), 1).flatten(0, 1)
 
     @staticmethod
@@ -96,7 +113,9 @@ def train_lvm(pictures: Tensor, held_out: Tensor, out: Path, steps: int, seed: i
     measured = scenes_alone(seen)
 
     def loss_of(model: Any, step: int, generator: torch.Generator) -> Tensor:
-        sentences, counts = zip(*(corpus.sentence(generator) for _ in range(BATCH)), strict=True)
+        pairs = PAIRS_OF_A_STEP[int(torch.randint(len(PAIRS_OF_A_STEP), (), generator=generator))]
+        number = max(1, BATCH_TOKENS // (2 * pairs * size))
+        sentences, counts = zip(*(corpus.sentence(pairs, generator) for _ in range(number)), strict=True)
         batch = _batch(sentences, torch.stack(counts)).to(device)
         total, each = model(batch)
         return total / len(each)
@@ -105,15 +124,20 @@ def train_lvm(pictures: Tensor, held_out: Tensor, out: Path, steps: int, seed: i
         perplexities = answer_perplexity(model, measured, 4, device)
         return "held-out answer perplexity " + ", ".join(f"{task} {value:.1f}" for task, value in perplexities.items())
 
-    model = new_lvm(seed)
+    model = new_lvm(seed, PICTURES * size)
     model = train(model, loss_of, out, steps, seed, ADAMW_RATE, "lvm", device, measure=measure, optimizers=_optimizers)
     save_lvm(model, out / "lvm", tokenizer.codebook_fingerprint, size)
 
 
-def new_lvm(seed: int) -> Lvm:
-    """An untrained nano LVM: normal weights of deviation 0.02, those that write to the stream smaller (GPT-2)."""
+def new_lvm(seed: int, context: int) -> Lvm:
+    """Return an untrained nano LVM with a context of ``context`` tokens.
+
+    Weights are normal with a deviation of 0.02; those that write to the residual stream are smaller (GPT-2).
+    """
     generator = torch.Generator().manual_seed(seed)
-    model = Lvm(llama_config("nano"))
+    config = llama_config("nano")
+    config.max_position_embeddings = context
+    model = Lvm(config)
     depth = (2 * model.config.num_hidden_layers) ** -0.5
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -141,7 +165,7 @@ def answer_perplexity(model: Lvm, corpus: Corpus, sentences: int, device: torch.
     found = {}
     for task in TASK_PICTURES:
         generator = torch.Generator().manual_seed(0)
-        pictures = [corpus.pairs(task, generator).reshape(-1).long() for _ in range(sentences)]
+        pictures = [corpus.pairs(task, PICTURES // 2, generator).reshape(-1).long() for _ in range(sentences)]
         answer = torch.zeros(sentences, len(pictures[0]), dtype=torch.bool)
         answer[:, -corpus.scenes.shape[-1] :] = True
         batch = _batch(pictures, answer)

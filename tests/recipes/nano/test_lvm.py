@@ -42,8 +42,8 @@ def test_a_sentence_is_pairs_of_one_task_or_views_or_single_pictures(corpus: lvm
     kinds_of_sentences = {"pairs": 0, "views": 0, "single": 0}
     for seed in range(300):
         generator = torch.Generator().manual_seed(seed)
-        sentence, counts = corpus.sentence(generator)
-        again, counts_again = corpus.sentence(torch.Generator().manual_seed(seed))
+        sentence, counts = corpus.sentence(8, generator)
+        again, counts_again = corpus.sentence(8, torch.Generator().manual_seed(seed))
         assert torch.equal(sentence, again)
         assert torch.equal(counts, counts_again)
         pictures = _pictures(sentence)
@@ -82,6 +82,13 @@ def test_guesses_without_a_network() -> None:
     assert found["copy"]["edges"] == pytest.approx(found["unigram"]["edges"], rel=0.01)
 
 
+@pytest.mark.parametrize("pairs", sorted(set(lvm.PAIRS_OF_A_STEP)))
+def test_a_sentence_is_as_long_as_asked_whatever_it_is_of(corpus: lvm.Corpus, pairs: int) -> None:
+    for seed in range(60):
+        sentence, counts = corpus.sentence(pairs, torch.Generator().manual_seed(seed))
+        assert sentence.shape == counts.shape == (2 * pairs * TOKENS,)
+
+
 def test_what_was_trained_is_a_backbone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = LlamaConfig(
         vocab_size=64 + SPECIAL_IDS, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
@@ -93,7 +100,7 @@ def test_what_was_trained_is_a_backbone(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(lvm, "llama_config", lambda scale: small)
     monkeypatch.setattr(lvm, "CROPS", 1)
     monkeypatch.setattr(lvm, "VIEW_SCENES", 2)
-    monkeypatch.setattr(lvm, "BATCH", 1)
+    monkeypatch.setattr(lvm, "BATCH_TOKENS", 1)
     generator = torch.Generator().manual_seed(0)
     pictures = torch.randint(0, 256, (8 * 4 + 3, 64, 64, 3), generator=generator, dtype=torch.uint8)
     autoencoders.train_vqgan(pictures, pictures[:8], tmp_path, 2, 0, CPU)
@@ -112,7 +119,7 @@ def test_what_was_trained_is_a_backbone(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_an_untrained_lvm_knows_nothing() -> None:
     corpus = lvm.scenes_alone(torch.randint(0, 2048, (2 * len(KINDS), 64)).to(torch.uint16))
-    found = lvm.answer_perplexity(lvm.new_lvm(0), corpus, 1, CPU)
+    found = lvm.answer_perplexity(lvm.new_lvm(0, 1024), corpus, 1, CPU)
     assert set(found) == set(lvm.TASK_PICTURES)
-    vocabulary = lvm.new_lvm(0).config.vocab_size
+    vocabulary = lvm.new_lvm(0, 1024).config.vocab_size
     assert all(abs(math.log(value / vocabulary)) < 0.3 for value in found.values())
