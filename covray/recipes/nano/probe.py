@@ -246,7 +246,7 @@ def _scores(
     scenes: NDArray[np.uint8], answer: Callable[[NDArray[np.uint8], int], NDArray[np.uint8]]
 ) -> dict[str, dict[str, float]]:
     """Return the mean of every metric by task, of ``answer(labels [n, h, w, 3], index of the task)``."""
-    table = {}
+    table: dict[str, dict[str, float]] = {}
     for index, task in enumerate(TASKS):
         labels = np.ascontiguousarray(scenes[:, KINDS.index(TASK_PICTURES[task][1])])
         results = [score(task, one, label, META) for one, label in zip(answer(labels, index), labels, strict=True)]
