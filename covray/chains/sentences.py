@@ -1,9 +1,9 @@
-"""Visual sentences: example chains and a query chain of one task, end to end, and how a step shares them out.
+"""Visual sentences: example chains and a query chain of one task, end to end, and how workers share a step's.
 
-A sentence is ``[pair_1 chain] ... [pair_n chain] [query chain]``, a chain is image, frames in ascending alpha, label,
-and nothing stands between them (the paper's <I0, R, I1>). Which pairs meet is a pure function of (seed, epoch, index):
-not of workers, shards or the order of rows. Sentences are counted through all epochs, so that one number, the cursor,
-says how far a run is.
+A sentence is ``[pair_1 chain] ... [pair_n chain] [query chain]``. A chain is image, frames in ascending alpha, label,
+without separators (the paper's <I0, R, I1>). Which pairs meet is a pure function of (seed, epoch, index), and does not
+depend on workers, shards or the order of rows. Sentences are counted through all epochs, so that one number, the
+cursor, says how far a training is.
 """
 
 from __future__ import annotations
@@ -31,7 +31,16 @@ _LOSS: dict[str, tuple[slice | int, slice | int]] = {
 
 
 def require_context(config: SentencesConfig, tokens_per_image: int, context_tokens: int) -> int:
-    """Tokens of the longest sentence of ``config``; ConfigError, with the arithmetic, when they exceed the context."""
+    """Return the tokens of the longest sentence.
+
+    Args:
+        config: Which sentences are made.
+        tokens_per_image: Tokens of a picture.
+        context_tokens: The context of the backbone.
+
+    Raises:
+        ConfigError: The sentence exceeds the context.
+    """
     pictures, pairs = max(_lengths(config)), max(config.pairs)
     tokens = pictures * (pairs + 1) * tokens_per_image
     if tokens > context_tokens:
@@ -44,14 +53,16 @@ def require_context(config: SentencesConfig, tokens_per_image: int, context_toke
 
 
 def count_pairs(dataset: ChainDataset, config: SentencesConfig, split: str) -> dict[str, int]:
-    """Pairs of each task in ``split``, by task; reads no tokens, so it is cheap enough to ask before workers start.
+    """Return the pairs of each task in ``split``, by task; no tokens are read, so that it is a cheap check.
 
-    Raises DatasetError: the frames that a length needs were not built, the split is empty, or a task has too few pairs
-    for a sentence.
+    Raises:
+        DatasetError: The frames that a length needs were not built, the split is empty, or a task has too few pairs for
+            a sentence.
     """
     _pictures(dataset, config)
-    found = pc.value_counts(dataset.table(["task"], config.tasks, split)["task"].combine_chunks()).to_pylist()
-    counts = {entry["values"]: entry["counts"] for entry in sorted(found, key=lambda entry: entry["values"])}
+    tasks = dataset.table(["task"], config.tasks, split)["task"].combine_chunks()
+    entries = sorted(pc.value_counts(tasks).to_pylist(), key=lambda entry: entry["values"])
+    counts = {entry["values"]: entry["counts"] for entry in entries}
     _require_pairs(dataset, config, split, counts)
     return counts
 
@@ -66,53 +77,84 @@ class Chains:
     """int64 [rows]."""
     tasks: tuple[str, ...]
     starts: np.ndarray
-    """Rows of ``tasks[k]`` are ``starts[k]`` to ``starts[k + 1]``, int64 [tasks + 1]."""
+    """The rows of ``tasks[k]`` are ``starts[k]`` to ``starts[k + 1]``, int64 [tasks + 1]."""
     pictures: dict[int, np.ndarray]
-    """The pictures of a chain of each length, as places in the second axis of ``tokens``."""
+    """The pictures of a chain of each length, as indices into the second axis of ``tokens``."""
 
     @classmethod
     def load(cls, dataset: ChainDataset, config: SentencesConfig, split: str) -> Chains:
-        """Read what ``config`` needs of ``split``: only its tasks, its method and its lengths' alphas.
+        """Read what ``config`` needs of ``split``: only its tasks, its method and the alphas of its lengths.
 
-        Memory is the tokens kept and, while reading, all columns of one task. Raises DatasetError as ``count_pairs``.
+        Memory is that of the tokens kept and, while reading, of all columns of one task.
+
+        Raises:
+            DatasetError: As ``count_pairs``, or a shard has another number of tokens than the dataset.
         """
         stored = _pictures(dataset, config)
         kept = np.unique(np.concatenate(list(stored.values())))
-        label = len(frame_order(dataset.methods, dataset.alphas)) + 1
-        inner = kept[1:-1] - 1  # as places in a row's list of frames
-        # Room for every split: counting first would open each file twice, and memory is taken where it is written.
+        reader = _TaskReader(dataset, split, inner=kept[1:-1] - 1)
+        # For the rows of all splits: counting first would open each file twice, and memory is taken when it is written.
         tokens = np.empty((dataset.count(), len(kept), dataset.tokens_per_image), np.uint16)
         pair_ids = np.empty(len(tokens), np.int64)
         counts: dict[str, int] = {}
-        columns = ["pair_id", "source", "label", *(["frames"] if len(inner) else [])]
         first = 0
         for task in sorted(config.tasks or {task_of(shard) for shard in dataset.shards}):
-            table = dataset.table(columns, [task], split)
-            if not len(table):
-                continue
-            counts[task] = len(table)
-            ids = table["pair_id"].to_numpy()
-            order = np.argsort(ids)
-            pair_ids[first : first + len(table)] = ids[order]
-            place = np.empty(len(table), np.int64)
-            place[order] = np.arange(first, first + len(table))
-            first += len(table)
-            for batch in table.to_batches():
-                here, place = np.split(place, [len(batch)])
-                tokens[here, 0] = _flat(dataset, batch.column("source"), (len(batch),))
-                tokens[here, -1] = _flat(dataset, batch.column("label"), (len(batch),))
-                if len(inner):
-                    frames = batch.column("frames").flatten().field("tokens")
-                    tokens[here, 1:-1] = _flat(dataset, frames, (len(batch), label - 1))[:, inner]
+            rows = reader.read(task, tokens[first:], pair_ids[first:])
+            if rows:
+                counts[task] = rows
+                first += rows
         _require_pairs(dataset, config, split, counts)
         starts = np.cumsum([0, *counts.values()])
-        pictures = {length: np.searchsorted(kept, places) for length, places in stored.items()}
+        pictures = {length: np.searchsorted(kept, indices) for length, indices in stored.items()}
         return cls(tokens[:first], pair_ids[:first], tuple(counts), starts, pictures)
 
     @property
     def tokens_per_image(self) -> int:
         """Tokens of one picture."""
         return int(self.tokens.shape[2])
+
+
+class _TaskReader:
+    """Reads the rows of one split, task by task."""
+
+    def __init__(self, dataset: ChainDataset, split: str, inner: np.ndarray):
+        """Prepare to read the frames with the indices ``inner``, int64 [frames], of a row's list of frames."""
+        self._dataset, self._split, self._inner = dataset, split, inner
+        self._frames = len(frame_order(dataset.methods, dataset.alphas))
+        self._columns = ["pair_id", "source", "label"]
+        if len(inner):
+            self._columns.append("frames")
+
+    def read(self, task: str, tokens: np.ndarray, pair_ids: np.ndarray) -> int:
+        """Write the rows of ``task``, sorted by pair id, to the beginning of two arrays; return how many there are.
+
+        Args:
+            task: The task.
+            tokens: uint16 [rows or more, pictures, tokens per picture].
+            pair_ids: int64 [rows or more].
+
+        Raises:
+            DatasetError: A shard has another number of tokens than the dataset.
+        """
+        dataset = self._dataset
+        table = dataset.table(self._columns, [task], self._split)
+        if not len(table):
+            return 0
+        ids = table["pair_id"].to_numpy()
+        order = np.argsort(ids)
+        pair_ids[: len(table)] = ids[order]
+        target = np.empty(len(table), np.int64)  # the sorted position of every row
+        target[order] = np.arange(len(table))
+        start = 0
+        for batch in table.to_batches():
+            rows = target[start : start + len(batch)]
+            start += len(batch)
+            tokens[rows, 0] = _flat(dataset, batch.column("source"), (len(batch),))
+            tokens[rows, -1] = _flat(dataset, batch.column("label"), (len(batch),))
+            if len(self._inner):
+                frames = batch.column("frames").flatten().field("tokens")
+                tokens[rows, 1:-1] = _flat(dataset, frames, (len(batch), self._frames))[:, self._inner]
+        return len(table)
 
 
 @dataclass(frozen=True)
@@ -128,44 +170,54 @@ class Sentence:
 class Sentences:
     """The endless stream of visual sentences over ``chains``; every pair is the query once in ``len()`` of them.
 
-    ``context_tokens`` is the backbone's. An ``index`` counts sentences from the start of the first epoch. Raises
-    ConfigError when the longest sentence exceeds the context.
+    An ``index`` counts sentences from the start of the first epoch.
     """
 
     def __init__(self, chains: Chains, config: SentencesConfig, context_tokens: int, seed: int):
+        """Set up the stream.
+
+        Args:
+            chains: The chains of one split.
+            config: Which sentences are made of them.
+            context_tokens: The context of the backbone.
+            seed: All that is left to chance follows from it.
+
+        Raises:
+            ConfigError: The longest sentence exceeds the context.
+        """
         require_context(config, chains.tokens_per_image, context_tokens)
         self.chains, self.config, self.seed = chains, config, seed
-        # Two: a step may lie across the end of an epoch.
-        self._epoch = lru_cache(maxsize=2)(self._draw)
+        # Two epochs: a step may lie across the end of one.
+        self._epoch = lru_cache(maxsize=2)(self._sample)
         self._loss_at = cache(self._find_loss)  # of every shape of sentence
 
     def __len__(self) -> int:
-        """Queries of an epoch."""
+        """Return the queries of an epoch."""
         return len(self.chains.tokens)
 
     def shape(self, index: int) -> tuple[int, int]:
-        """Pictures of a chain and example pairs of the sentence."""
-        epoch, place = divmod(index, len(self))
-        drawn = self._epoch(epoch)
-        return int(drawn.lengths[place]), int(drawn.pairs[place])
+        """Return the pictures of a chain and the example pairs of the sentence."""
+        number, position = divmod(index, len(self))
+        epoch = self._epoch(number)
+        return int(epoch.lengths[position]), int(epoch.pairs[position])
 
     def tokens(self, index: int) -> int:
-        """Tokens of the sentence."""
+        """Return the tokens of the sentence."""
         length, pairs = self.shape(index)
         return length * (pairs + 1) * self.chains.tokens_per_image
 
     def loss_at(self, index: int) -> np.ndarray:
-        """The positions of the sentence whose tokens carry loss, ascending, int64 [loss tokens]."""
+        """Return the positions of the sentence whose tokens carry loss, ascending, int64 [loss tokens]."""
         return self._loss_at(*self.shape(index))
 
     def rows(self, index: int) -> np.ndarray:
-        """Rows of ``chains`` in the order of the sentence, int64 [pairs + 1]; the query is the last."""
-        epoch, place = divmod(index, len(self))
-        drawn = self._epoch(epoch)
-        return drawn.rows[place, drawn.pairs[place] :: -1]
+        """Return the rows of ``chains`` in the order of the sentence, int64 [pairs + 1]; the query is the last."""
+        number, position = divmod(index, len(self))
+        epoch = self._epoch(number)
+        return epoch.rows[position, epoch.pairs[position] :: -1]
 
     def sentence(self, index: int) -> Sentence:
-        """Sentence ``index``."""
+        """Return the sentence."""
         length, _ = self.shape(index)
         ids = self.chains.tokens[self.rows(index)[:, None], self.chains.pictures[length]]  # [pairs + 1, length, tokens]
         return Sentence(ids.reshape(-1), self.loss_at(index))
@@ -176,50 +228,62 @@ class Sentences:
         carries[0, 0, 0] = False  # nothing stands before the first token to predict it from
         return np.flatnonzero(carries)
 
-    def _draw(self, epoch: int) -> _Epoch:
-        """All that is left to chance in an epoch.
+    def _sample(self, epoch: int) -> _Epoch:
+        """Return all that is left to chance in an epoch.
 
-        Only uniform doubles are drawn, and always as many: so configurations that differ in lengths, method or loss
-        show the same pairs in the same order, and one with fewer examples lacks the first of them.
+        Only uniform doubles are drawn, and always equally many. So configurations that differ in lengths, method or
+        loss show the same pairs in the same order, and one with fewer examples lacks the first of them.
         """
         generator = np.random.default_rng([self.seed, epoch])
         queries = np.argsort(generator.random(len(self)), kind="stable")
-        lengths, pairs = (
-            np.array(choices)[_below(generator, np.full(len(self), len(choices)))]
-            for choices in (_lengths(self.config), self.config.pairs)
-        )
+        lengths = self._choose(_lengths(self.config), generator)
+        pairs = self._choose(self.config.pairs, generator)
         starts = self.chains.starts
         task = np.searchsorted(starts, queries, side="right") - 1
         first, size = starts[task], np.diff(starts)[task]
         rows = queries[:, None]
         for taken in range(1, max(self.config.pairs) + 1):
-            # The k-th of the pairs that are not in the sentence yet: count on past those that are, in ascending order.
+            # The k-th of the pairs that are not in the sentence yet: count past those that are, in ascending order.
             example = first + _below(generator, size - taken)
             for present in np.sort(rows, axis=1).T:
                 example += example >= present
             rows = np.column_stack((rows, example))
         return _Epoch(rows, lengths, pairs)
 
+    def _choose(self, choices: tuple[int, ...], generator: np.random.Generator) -> np.ndarray:
+        """Return one of ``choices`` for each query of an epoch, int64 [queries]."""
+        return np.array(choices)[_below(generator, np.full(len(self), len(choices)))]
+
 
 def step_bounds(sentences: Sentences, first: int, batch_tokens: int) -> int:
-    """The step that begins at cursor ``first`` has the sentences up to the returned one.
+    """Return the end of the step that begins at cursor ``first``, which is where the next step begins.
 
-    As many as fit in ``batch_tokens``, at least one; the next step begins where it ends.
+    A step has as many sentences as fit in ``batch_tokens``, and at least one.
     """
-    last, room = first + 1, batch_tokens - sentences.tokens(first)
-    while (room := room - sentences.tokens(last)) >= 0:
-        last += 1
-    return last
+    end = first + 1
+    tokens_left = batch_tokens - sentences.tokens(first)
+    while sentences.tokens(end) <= tokens_left:
+        tokens_left -= sentences.tokens(end)
+        end += 1
+    return end
 
 
 def micro_batches(
     sentences: Sentences, first: int, last: int, rank: int, world: int, micro_tokens: int
 ) -> list[Batch | None]:
-    """What worker ``rank`` of ``world`` computes of the step ``[first, last)``: every ``world``-th sentence.
+    """Return the micro-batches of one worker in a step: every ``world``-th sentence.
 
-    Longest first and equal lengths adjacent, which is what attention runs fastest on, packed up to ``micro_tokens``, at
-    least one sentence a batch. Every worker gets as many batches as the busiest, the missing ones None: the collectives
-    of ZeRO-3 must pair up.
+    The longest sentences come first and equal lengths are adjacent, which is what attention runs fastest on. Every
+    worker gets as many batches as the busiest one, the missing ones None, because the collectives of ZeRO-3 must pair
+    up.
+
+    Args:
+        sentences: The stream.
+        first: The first sentence of the step.
+        last: The end of the step, which it does not contain.
+        rank: The worker.
+        world: Workers of the step.
+        micro_tokens: Tokens of a batch, at most; but a batch has at least one sentence.
     """
     shares = [_packed(sentences, range(first + start, last, world), micro_tokens) for start in range(world)]
     batches: list[Batch | None] = [_batch(sentences, share) for share in shares[rank]]
@@ -227,7 +291,7 @@ def micro_batches(
 
 
 def loss_tokens(sentences: Sentences, first: int, last: int) -> int:
-    """Tokens that carry loss in the sentences ``[first, last)``, over all workers."""
+    """Return the tokens that carry loss in the sentences ``[first, last)``, over all workers."""
     return sum(len(sentences.loss_at(index)) for index in range(first, last))
 
 
@@ -243,22 +307,26 @@ def _lengths(config: SentencesConfig) -> tuple[int, ...]:
 
 
 def _below(generator: np.random.Generator, bounds: np.ndarray) -> np.ndarray:
-    """A number from 0 to below each of ``bounds``, int64."""
+    """Return a random number from 0 to below each of ``bounds``, int64 [bounds]."""
     return (generator.random(len(bounds)) * bounds).astype(np.int64)
 
 
 def _pictures(dataset: ChainDataset, config: SentencesConfig) -> dict[int, np.ndarray]:
-    """Which pictures of a stored row (source, frames, label) make a chain of each length.
+    """Return which pictures of a stored row (source, frames, label) make a chain of each length.
 
-    Asks the dataset for the chain of a row whose pictures are their own numbers; it refuses what was not built.
+    It asks the dataset for the chain of a row whose pictures are their own numbers; the dataset refuses frames that
+    were not built.
     """
     order = frame_order(dataset.methods, dataset.alphas)
-    frames = [{"method": method, "alpha": alpha, "tokens": [at]} for at, (method, alpha) in enumerate(order, 1)]
+    frames = []
+    for number, (method, alpha) in enumerate(order, 1):
+        frames.append({"method": method, "alpha": alpha, "tokens": [number]})
     row = {"source": [0], "frames": frames, "label": [len(order) + 1]}
     return {length: dataset.chain(row, length, config.method)[:, 0] for length in _lengths(config)}
 
 
 def _require_pairs(dataset: ChainDataset, config: SentencesConfig, split: str, counts: dict[str, int]) -> None:
+    """Refuse a split without pairs, and tasks with too few for a sentence. Raises DatasetError."""
     if not counts:
         splits = sorted(set(dataset.table(["split"], config.tasks)["split"].drop_null().to_pylist()))
         raise DatasetError(
@@ -276,35 +344,44 @@ def _require_pairs(dataset: ChainDataset, config: SentencesConfig, split: str, c
 
 
 def _flat(dataset: ChainDataset, column: pa.Array, pictures: tuple[int, ...]) -> np.ndarray:
-    """The tokens of ``column``, which has a list a picture, as uint16 [*pictures, tokens per picture]."""
+    """Return the tokens of ``column``, which has a list for each picture, as uint16 [*pictures, tokens per picture].
+
+    Raises:
+        DatasetError: It has another number of tokens.
+    """
     tokens = column.flatten().to_numpy()
     shape = (*pictures, dataset.tokens_per_image)
     if len(tokens) != np.prod(shape):
         raise DatasetError(
-            f"{dataset.path}: a shard has {len(tokens)} tokens where {' x '.join(map(str, shape))} are due; "
+            f"{dataset.path}: a shard has {len(tokens)} tokens, {' x '.join(map(str, shape))} are expected; "
             "build the dataset again"
         )
     return tokens.reshape(shape)
 
 
 def _packed(sentences: Sentences, share: range, micro_tokens: int) -> list[list[int]]:
-    """The sentences of ``share``, longest first, cut into batches."""
+    """Return the sentences of ``share``, longest first, cut into batches."""
     packs: list[list[int]] = []
-    room = 0
+    tokens_left = 0
     for index in sorted(share, key=sentences.tokens, reverse=True):  # a stable sort: equal lengths stay in order
         tokens = sentences.tokens(index)
-        if not packs or tokens > room:
+        if not packs or tokens > tokens_left:
             packs.append([])
-            room = micro_tokens
+            tokens_left = micro_tokens
         packs[-1].append(index)
-        room -= tokens
+        tokens_left -= tokens
     return packs
 
 
 def _batch(sentences: Sentences, indices: list[int]) -> Batch:
-    parts = [sentences.sentence(index) for index in indices]
-    lengths = tuple(len(part.ids) for part in parts)
-    ends = np.cumsum(lengths)
-    positions = [end - len(part.ids) + part.loss_at - 1 for end, part in zip(ends, parts, strict=True)]
-    ids = np.concatenate([part.ids for part in parts]).astype(np.int64)
-    return Batch(torch.from_numpy(ids), lengths, torch.from_numpy(np.concatenate(positions)))
+    """Return sentences as one batch, end to end."""
+    ids, lengths, positions = [], [], []
+    start = 0
+    for index in indices:
+        sentence = sentences.sentence(index)
+        ids.append(sentence.ids)
+        lengths.append(len(sentence.ids))
+        positions.append(start + sentence.loss_at - 1)  # a token is predicted at the position before it
+        start += len(sentence.ids)
+    all_ids = torch.from_numpy(np.concatenate(ids).astype(np.int64))
+    return Batch(all_ids, tuple(lengths), torch.from_numpy(np.concatenate(positions)))

@@ -224,17 +224,17 @@ def test_workers_share_every_sentence_of_a_step_once(
     for rank, share in enumerate(shares):
         batches = [batch for batch in share if batch is not None]
         assert share[: len(batches)] == batches
-        found = []
+        shared = []
         for batch in batches:
             assert sum(batch.lengths) == len(batch.ids)
             assert len(batch.ids) <= micro_tokens or len(batch.lengths) == 1
-            found += [tuple(part.tolist()) for part in batch.ids.split(list(batch.lengths))]
+            shared += [tuple(part.tolist()) for part in batch.ids.split(list(batch.lengths))]
             ends = np.cumsum(batch.lengths) - 1
             assert not set(ends) & set(batch.positions.tolist())
             carried += len(batch.positions)
-        assert all(len(one) >= len(next_one) for one, next_one in pairwise(found))
+        assert all(len(sentence) >= len(following) for sentence, following in pairwise(shared))
         own = [tuple(sentences.sentence(index).ids.tolist()) for index in range(first + rank, last, world)]
-        assert sorted(found) == sorted(own)
+        assert sorted(shared) == sorted(own)
     assert carried == loss_tokens(sentences, first, last)
 
 
@@ -359,7 +359,7 @@ def test_a_shard_of_other_pictures_is_one_line(write_dataset: Writer, name: str)
     rows = table.to_pylist()
     rows[0][name] = rows[0][name][:-1]
     pq.write_table(table.from_pylist(rows, table.schema), shard)
-    with pytest.raises(DatasetError, match="are due; build the dataset again"):
+    with pytest.raises(DatasetError, match="are expected; build the dataset again"):
         Chains.load(ChainDataset(out), config_of(), "train")
 
 
