@@ -13,10 +13,12 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
 from covray.config import TrainConfig, load_config
+from covray.distributed.lock import FolderLock
 from covray.distributed.train import train
 from covray.distributed.train_checks import plan_train
 from covray.errors import ConfigError, CovrayError, DatasetError, WeightsError
 from covray.io import storage
+from covray.io.storage import Folder
 from covray.models.lvm.adapter import save_adapter
 from covray.models.lvm.backbone import backbone_facts, load_backbone
 from covray.training.metrics_log import MetricsLog
@@ -191,3 +193,12 @@ def test_a_run_begun_before_the_scale_had_defaults_continues_with_its_own(
     other = options | {"optimizer.batch_tokens": 8192}
     with pytest.raises(ConfigError, match=r"optimizer\.batch_tokens was 172032, is 8192"):
         plan_train(load_config(TrainConfig, None, other).with_defaults_of_scale())
+
+
+def test_a_second_training_in_a_folder_at_work_is_refused(tiny_config: Callable[..., TrainConfig]) -> None:
+    config = tiny_config()
+    with (
+        FolderLock(Folder(config.out), "covray train"),
+        pytest.raises(DatasetError, match=r"covray train \(process \d+ on .*\) is at work in this folder"),
+    ):
+        train(config)

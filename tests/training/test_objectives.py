@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +78,8 @@ class LineConfig:
     """A configuration of its own: the trainer asks for these members only."""
 
     out: str
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=0.3, warmup=0.0)
-    checkpoints: CheckpointsConfig = CheckpointsConfig(every_steps=5)
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=0.3, warmup=0.0))
+    checkpoints: CheckpointsConfig = field(default_factory=lambda: CheckpointsConfig(every_steps=5))
     validate_every_steps: int = 4
 
     def identity(self) -> dict[str, Any]:
