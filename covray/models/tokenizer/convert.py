@@ -133,6 +133,51 @@ class _Checkpoint:
     """Whether pixels are in [-1, 1]."""
 
 
+@dataclass(frozen=True)
+class _Network:
+    """The sizes of a network, in the terms that all three layouts share."""
+
+    first: int
+    """Channels after the first convolution."""
+    channels: Sequence[int]
+    """Channels of every level, from the picture down."""
+    attention: Sequence[bool]
+    """Whether each level attends, in the same order."""
+    mid_attention: bool
+    """Whether the middle block attends."""
+    blocks: int
+    """Residual blocks of a level."""
+    latents: int
+    """Channels of the latents."""
+    codebook: tuple[int, int]
+    """Number of codes, and their dimensions."""
+    size_px: int
+    """Side of the pictures that the network was trained on."""
+
+    def arguments(self, where: Path) -> dict[str, Any]:
+        """Return the arguments of ``VQModel``. Raises WeightsError, naming ``where``, for sizes that it cannot have."""
+        if self.first != self.channels[0]:
+            raise WeightsError(
+                f"{where}: its first level turns {self.first} channels into {self.channels[0]}, which a VQModel "
+                "cannot; give another"
+            )
+        down = {True: "AttnDownEncoderBlock2D", False: "DownEncoderBlock2D"}
+        up = {True: "AttnUpDecoderBlock2D", False: "UpDecoderBlock2D"}
+        return {
+            "block_out_channels": list(self.channels),
+            "down_block_types": [down[attends] for attends in self.attention],
+            "up_block_types": [up[attends] for attends in reversed(self.attention)],
+            "mid_block_add_attention": self.mid_attention,
+            "layers_per_block": self.blocks,
+            "latent_channels": self.latents,
+            "num_vq_embeddings": self.codebook[0],
+            "vq_embed_dim": self.codebook[1],
+            "norm_num_groups": _GROUPS,
+            "sample_size": self.size_px,
+            "lookup_from_codebook": True,
+        }
+
+
 def convert_tokenizer(source: str, out: str) -> dict[str, Any]:
     """Write the VQGAN ``source`` as a ``VQModel`` folder ``out``, and return what was converted, to show.
 
@@ -229,8 +274,7 @@ def _read_muse(folder: Path) -> _Checkpoint:
     if config.num_res_blocks == 1 and any(attention):
         # muse's levels skip their attention if they have only one block.
         raise WeightsError(f"{file}: attn_resolutions with one residual block is not supported; give another")
-    network = _network(
-        file,
+    sizes = _Network(
         first=config.hidden_channels,
         channels=[config.hidden_channels * factor for factor in config.channel_mult],
         attention=attention,
@@ -240,6 +284,7 @@ def _read_muse(folder: Path) -> _Checkpoint:
         codebook=(config.num_embeddings, config.quantized_embed_dim),
         size_px=config.resolution,
     )
+    network = sizes.arguments(file)
     return _Checkpoint("muse", files[0], network, read_tensors(files[0]), partial(_muse_name, levels), False)
 
 
@@ -260,8 +305,7 @@ def _read_taming(root: Path, file: Path) -> _Checkpoint:
     config = _validated(_Taming, model["params"], path)
     net = config.ddconfig
     levels = len(net.ch_mult)
-    network = _network(
-        path,
+    sizes = _Network(
         first=net.ch,
         channels=[net.ch * factor for factor in net.ch_mult],
         attention=_attention(net.attn_resolutions, net.resolution, levels),
@@ -271,6 +315,7 @@ def _read_taming(root: Path, file: Path) -> _Checkpoint:
         codebook=(config.n_embed, config.embed_dim),
         size_px=net.resolution,
     )
+    network = sizes.arguments(path)
     stored = read_tensors(file, keys=("state_dict",), inert=_LIGHTNING)
     tensors = {name: tensor for name, tensor in stored.items() if not name.startswith("loss.")}  # the discriminator
     return _Checkpoint("taming", file, network, tensors, partial(_muse_name, levels), True)
@@ -286,8 +331,7 @@ def _read_llamagen(file: Path) -> _Checkpoint:
         raise WeightsError(f"{file}: has no encoder.conv_blocks, so is no VQ of LlamaGen; give another checkpoint")
     blocks = sum(bool(re.fullmatch(r"encoder\.conv_blocks\.0\.res\.\d+\.conv1\.weight", name)) for name in tensors)
     codes, dimensions = _shape(tensors, file, "quantize.embedding.weight", 2)
-    network = _network(
-        file,
+    sizes = _Network(
         first=_shape(tensors, file, "encoder.conv_in.weight", 4)[0],
         channels=channels,
         attention=[False] * (len(channels) - 1) + [True],
@@ -297,6 +341,7 @@ def _read_llamagen(file: Path) -> _Checkpoint:
         codebook=(codes, dimensions),
         size_px=_LLAMAGEN_PX,
     )
+    network = sizes.arguments(file)
     return _Checkpoint("llamagen", file, network, tensors, partial(_llamagen_name, len(channels)), True)
 
 
@@ -324,54 +369,6 @@ def _validated(model: type[M], values: dict[str, Any], file: Path) -> M:
         raise WeightsError(
             f"{file}: {key} {value}, which a VQModel cannot be ({first['msg']}); give another"
         ) from error
-
-
-def _network(
-    where: Path,
-    first: int,
-    channels: Sequence[int],
-    attention: Sequence[bool],
-    mid_attention: bool,
-    blocks: int,
-    latents: int,
-    codebook: tuple[int, int],
-    size_px: int,
-) -> dict[str, Any]:
-    """Return the arguments of ``VQModel``.
-
-    Args:
-        where: The file that describes the network, for messages.
-        first: Channels after the first convolution.
-        channels: Channels of every level, from the picture down.
-        attention: Whether each level attends, in the same order.
-        mid_attention: Whether the middle block attends.
-        blocks: Residual blocks of a level.
-        latents: Channels of the latents.
-        codebook: Number of codes, and their dimensions.
-        size_px: Side of the pictures that the network was trained on.
-
-    Raises:
-        WeightsError: The first level changes the number of channels.
-    """
-    if first != channels[0]:
-        raise WeightsError(
-            f"{where}: its first level turns {first} channels into {channels[0]}, which a VQModel cannot; give another"
-        )
-    return {
-        "block_out_channels": list(channels),
-        "down_block_types": ["AttnDownEncoderBlock2D" if attends else "DownEncoderBlock2D" for attends in attention],
-        "up_block_types": [
-            "AttnUpDecoderBlock2D" if attends else "UpDecoderBlock2D" for attends in reversed(attention)
-        ],
-        "mid_block_add_attention": mid_attention,
-        "layers_per_block": blocks,
-        "latent_channels": latents,
-        "num_vq_embeddings": codebook[0],
-        "vq_embed_dim": codebook[1],
-        "norm_num_groups": _GROUPS,
-        "sample_size": size_px,
-        "lookup_from_codebook": True,
-    }
 
 
 def _attention(resolutions: Sequence[int], size_px: int, levels: int) -> list[bool]:
