@@ -81,9 +81,9 @@ class Difference(RecordPart):
     mean: float | None
     low: float | None
     high: float | None
+    episodes: int
     p_value: float | None
     """Of a two-sided sign-flip test."""
-    episodes: int
 
 
 class FailedEpisode(RecordPart):

@@ -116,4 +116,8 @@ def listed(values: Iterable[object], empty: str = NONE) -> str:
 def _write(number: float | None, pattern: str) -> str:
     if number is None:
         return NONE
-    return format(number, pattern).replace("-", _MINUS)
+    text = format(number, pattern)
+    # What is rounded to zero has no sign.
+    if not text.strip("-0.,"):
+        text = text.lstrip("-")
+    return text.replace("-", _MINUS)

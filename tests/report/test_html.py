@@ -78,6 +78,11 @@ def test_ticks_are_round_enclose_the_values_and_read_apart(low: float, high: flo
     assert np.allclose([float(label) for label in labels], ticks, rtol=1e-9, atol=0)
 
 
+def test_what_is_rounded_to_zero_has_no_sign() -> None:
+    assert numbers(0.115, -0.0002, 0.231) == ["0.115", "0.000", "0.231"]
+    assert numbers(-0.115, -0.231) == ["−0.115", "−0.231"]
+
+
 @pytest.mark.parametrize("value", [0.5, 0.9996, 18.974, 99.96, 123.4, 0.00123, -0.0361, 4.2e-7, 8.1e12, 1.0])
 def test_numbers_keep_three_digits(value: float) -> None:
     (text,) = numbers(value)
