@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from typer.core import TyperCommand
 
 from covray.cli.waiting import show_details
+from covray.errors import ConfigError
 from covray.progress import stage
 
 
@@ -18,9 +19,15 @@ class Command(TyperCommand):
     """Option as it was once spelled -> the option's name now. Old spellings work, and no help shows them."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse ``args`` after taking ``--debug`` out and replacing old spellings."""
+        """Parse ``args`` after taking ``--debug`` out and replacing old spellings.
+
+        Raises:
+            ConfigError: An argument is not text, such as a file name in another encoding: storage knows UTF-8 only.
+        """
         arguments = []
         for position, argument in enumerate(args):
+            if not _is_text(argument):
+                raise ConfigError(f"{argument}: is not a name in UTF-8; rename the file")
             if argument == "--":
                 arguments += args[position:]
                 break
@@ -35,6 +42,11 @@ class Command(TyperCommand):
         """Run the command; until it says more, its name is what it is doing."""
         with stage(ctx.command_path):
             return super().invoke(ctx)
+
+
+def _is_text(argument: str) -> bool:
+    """Return whether ``argument`` is Unicode: Python hands over other bytes of a name as lone surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in argument)
 
 
 def once_spelled(**old_spellings: str) -> type[Command]:

@@ -355,7 +355,7 @@ def test_files_that_are_no_manifest_are_named(mistake: Callable[..., str], tmp_p
     [
         (["pairs", "photos", "absent", "--out", "p.parquet"], "absent"),
         (["pairs", "photos", ".", "--out", "p.parquet", "--tasks", "weather"], "weather"),
-        (["pairs", "photos", ".", "--out", "p.parquet"], ""),  # a folder without photographs
+        (["pairs", "photos", "empty", "--out", "p.parquet"], "holds no photographs"),
         (["pairs", "scenes", "--count", "1", "--out", "p.parquet", "--tasks", "weather"], "--task weather: no such"),
         (["pairs", "scenes", "--count", "1", "--out", "."], "is a folder"),
         (["pairs", "scenes", "--count", "1", "--out", "gopher://x/y"], "gopher://x/y"),
@@ -382,8 +382,9 @@ def test_every_command_answers_a_mistake_in_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "list.csv").write_text("image,label\na.png,b.png\n")
+    (tmp_path / "empty").mkdir()
     assert said in mistake(*arguments)
-    assert [path.name for path in tmp_path.iterdir()] == ["list.csv"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["empty", "list.csv"]
 
 
 @pytest.mark.parametrize(
