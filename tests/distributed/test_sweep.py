@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -321,3 +322,75 @@ def test_scores_of_a_trial_that_ended_while_mlflow_was_away_are_logged_later(
     assert storage.read_json(path)["tracked"]
     run = MlflowClient(store_of(trial.train)).get_run(run_id)
     assert (run.info.status, run.data.metrics) == ("FINISHED", {"depth/AbsRel": 0.25})
+
+
+class FakeTuner:
+    """Runs trials one after another in this process, as Tune would: reports validations, and tells the callback."""
+
+    def __init__(self, trials: dict[str, Trial], names: list[str], progress: Any, out: str):
+        self._trials, self._names, self._progress, self._out = trials, names, progress, out
+
+    def fit(self) -> None:
+        for name in self._names:
+            ended: Any = Ended(name)
+            self._progress.on_trial_start(0, [], ended)
+            driver = running.TrialDriver()
+            driver.run(self._trials[name], self._out)
+            for validation in driver.take():
+                self._progress.on_trial_result(0, [], ended, validation)
+            self._progress.on_trial_complete(0, [], ended)
+
+
+def test_a_killed_sweep_continues_with_the_trials_that_are_not_done(
+    config: SweepConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trainings and evaluations are quick fakes, and so are Ray and Tune; all the rest is the command's own."""
+    score = {"task": "depth", "metric": "abs_rel", "mean": 0.25, "low": 0.2, "high": 0.3, "episodes": 4}
+    tasks = {"depth": {"episodes": 4, "primary": "abs_rel", "metrics": ["abs_rel"]}}
+    trained: list[str] = []
+    kill_after = 1
+
+    def fake_train(config: Any, watch: Any, patience_s: float) -> Any:
+        assert patience_s > 0
+        if len(trained) == kill_after:
+            raise KeyboardInterrupt
+        trained.append(config.out)
+        RunRecord(config={}, identity={}, fingerprints={}, mlflow_run_id=None).write(config.out)
+        watch({"step": 0, "validation_loss": 1.0, "answer_perplexity": 9.0})
+        watch({"step": 1, "loss": 1.0, "tokens": 70})
+        return SimpleNamespace(steps=1, seconds=1.0, tokens=70)
+
+    def fake_evaluate(config: Any, patience_s: float = 0.0) -> dict[str, Any]:
+        return {"scores": [score | {"subject": "tuned"}], "seconds": 1.0, "tasks": tasks, "lower_is_better": []}
+
+    @contextmanager
+    def two_cores() -> Iterator[int]:
+        yield 2
+
+    def tuner(config: SweepConfig, trials: Any, names: Any, progress: Any, concurrency: int) -> FakeTuner:
+        assert concurrency == 2
+        return FakeTuner(trials, list(names), progress, config.out)
+
+    monkeypatch.setattr(sweeps, "ray_session", two_cores)
+    monkeypatch.setattr(running.ray, "cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr(running, "_tuner", tuner)
+    monkeypatch.setattr(running, "train", fake_train)
+    monkeypatch.setattr(running, "evaluate", fake_evaluate)
+    monkeypatch.setattr(sweeps, "evaluate", fake_evaluate)
+    config = config.model_copy(update={"tracking": TrackingConfig(uri="none")})
+    names = [trial.name for trial in grid_of(config).trials]
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep(config)
+    assert [trial["status"] for trial in report(config.out)["trials"]] == ["finished", "waiting", "waiting"]
+    seconds = SweepRecord.read(config.out).seconds
+    kill_after = 99
+    results = sweep(config)
+    assert len(trained) == len(set(trained)) == len(names) == 3, "no trial is trained twice"
+    assert [trial["status"] for trial in results["trials"]] == ["finished"] * 3
+    assert results["trials"][0]["validation"] == [{"tokens": 0, "answer_perplexity": 9.0}]
+    assert results["seconds"] > seconds > 0
+    assert sweep(config)["trials"] == results["trials"], "and a finished sweep trains nothing"
+    assert len(trained) == 3
+    folder = sorted(path.name for path in Path(config.out).iterdir() if path.name.startswith("_"))
+    assert folder == ["_sweep.json"], "neither a lock nor Ray's folder is left"
