@@ -2,8 +2,9 @@
 
     rendered scenes -> two builds, the second larger -> where their time went -> a training on the chains of the second
 
-A build's wall time is its start (Ray, checks, loading the models once), the load of an actor, its rows, and the audit.
-What a step records of itself, and when, tells a training's start, steps, and pauses for validations and checkpoints.
+A build's wall time is made of its start (Ray, checks, loading the models once), the load of an actor, its rows, and the
+audit. A training's start, steps, and pauses for validations and checkpoints follow from the metrics of its steps, and
+from the times at which they came.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import datetime
 import itertools
 import platform
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +50,16 @@ _SCENE_PX = 512  # of the pictures, where the prior is not the nano's 64
 def calibrate(config: PlanConfig, out: str, pairs: list[int] | None = None, train_steps: int = 24) -> Calibration:
     """Measure what ``config.build`` and, if it is among the steps, ``config.train`` cost on the hardware at hand.
 
-    ``out``: file for the calibration, which is also returned; builds and run go beside it into ``out``.work, absent
-    before and after, on a cluster on storage that all nodes share. ``pairs``: of the two builds, by default 4 and 12
-    blocks. Raises CovrayError as builds and trainings do: for a configuration or an ``out`` that cannot be used before
-    the first build.
+    Args:
+        config: The plan's configuration.
+        out: The file for the calibration. Builds and run go beside it into ``out``.work, which is absent before and
+            after; on a cluster it must be on storage that all nodes share.
+        pairs: Pairs of the two builds; by default 4 and 12 blocks.
+        train_steps: Steps of the training.
+
+    Raises:
+        CovrayError: As builds and trainings raise it; a configuration or an ``out`` that cannot be used is refused
+            before the first build.
     """
     chosen, folder = build_config(config), f"{out}.work"
     small, large = _sizes(pairs, chosen)
@@ -75,7 +83,7 @@ def calibrate(config: PlanConfig, out: str, pairs: list[int] | None = None, trai
 
 
 def build_rates(config: BuildConfig, builds: list[dict[str, Any]]) -> BuildRates:
-    """Rates from what ``_measure_build`` found of each build; those of a row are the last's, the largest."""
+    """Return the rates that follow from what ``_measure_build`` returned; those of a row are the last build's."""
     last = builds[-1]
     return BuildRates(
         identity=identity_of("build", config.identity()),
@@ -100,10 +108,17 @@ def train_rates(
     validation_sentences: int,
     checkpoint: dict[str, float],
 ) -> TrainRates:
-    """Rates from the ``records`` of a training, each with the time (s) it came at, and its ``wall_s``.
+    """Return the rates that follow from a training.
 
-    The first step is warm-up. What lies between the records beyond the steps' own seconds are pauses: a validation of
-    ``validation_sentences`` and a checkpoint, of which ``checkpoint`` says ``seconds`` and ``bytes``.
+    The first step is warm-up. The time between records beyond the steps' own seconds is spent in pauses, each with a
+    validation and a checkpoint.
+
+    Args:
+        config: The training.
+        records: Its metrics, each with the time (s) at which it came.
+        wall_s: Seconds of the whole command.
+        validation_sentences: Sentences of one validation.
+        checkpoint: ``seconds`` and ``bytes`` of one checkpoint.
     """
     steps = [(at, record) for at, record in records if "loss" in record]
     warm = [record for _, record in steps[1:]]
@@ -137,7 +152,7 @@ def _sizes(pairs: list[int] | None, config: BuildConfig) -> tuple[int, int]:
 
 
 def _measure_build(config: BuildConfig, folder: str, pairs: int) -> dict[str, Any]:
-    """One build of ``pairs`` pairs of scenes, timed from outside, with what it says of itself."""
+    """Build ``pairs`` pairs of scenes below ``folder``; return its audit, and what was measured from outside."""
     manifest, out = storage.join(folder, "pairs.parquet"), storage.join(folder, "chains")
     size = 64 if config.prior.path == "nano" else _SCENE_PX
     scenes = scene_pairs(-(-pairs // len(TASKS)), size_px=size, splits=_SPLITS)
@@ -170,7 +185,14 @@ def _measure_build(config: BuildConfig, folder: str, pairs: int) -> dict[str, An
 
 
 def _training(config: PlanConfig, build: BuildConfig, folder: str, steps: int) -> TrainConfig:
-    """The training of ``steps`` steps on the chains of the larger build, checked as far as they need not be there."""
+    """Return the training on the chains of the larger build, checked as far as possible without them.
+
+    Args:
+        config: The plan's configuration.
+        build: The build that makes the chains.
+        folder: The folder of builds and run.
+        steps: Steps of the training.
+    """
     planned = train_config(config)
     every = max(2, steps // _PAUSES)
     training = planned.model_copy(
@@ -201,7 +223,7 @@ def _training(config: PlanConfig, build: BuildConfig, folder: str, steps: int) -
 
 
 def _require_out(out: str, folder: str) -> None:
-    """Refuse an ``out`` that could not be written at the end."""
+    """Refuse an ``out`` that could not be written at the end. Raises ConfigError."""
     try:
         filesystem, inner = storage.resolve(out)
         if filesystem.get_file_info(inner).type == fs.FileType.Directory:
@@ -214,7 +236,7 @@ def _require_out(out: str, folder: str) -> None:
 
 
 def _measure_training(config: TrainConfig) -> TrainRates:
-    """One training, as it is configured."""
+    """Run a training as it is configured; return its rates."""
     steps = config.optimizer.steps
     assert steps is not None
     records: list[tuple[float, dict[str, Any]]] = []
@@ -229,7 +251,7 @@ def _measure_training(config: TrainConfig) -> TrainRates:
 
 
 def _measure_checkpoint(run: str, step: int) -> dict[str, float]:
-    """Bytes of the checkpoint after ``step`` steps, and the seconds it takes to write them once more."""
+    """Return the bytes of the checkpoint after ``step`` steps, and the seconds that writing them once more takes."""
     folder = storage.join(run, CHECKPOINTS, checkpoint_name(step))
     files = {name: storage.read_bytes(storage.join(folder, name)) for name in storage.list_files(folder)}
     started = time.monotonic()
@@ -244,13 +266,13 @@ def _file_bytes(path: str) -> tuple[int, int]:
     return parquet_bytes(size, pq.read_metadata(inner, filesystem=filesystem))
 
 
-def _mean(values: Any) -> float:
-    found = list(values)
-    return float(sum(found) / len(found))
+def _mean(values: Iterable[float]) -> float:
+    numbers = list(values)
+    return float(sum(numbers) / len(numbers))
 
 
 def _hardware() -> str:
-    """Processor, cores and GPU of this machine."""
+    """Return processor, cores and GPU of this machine."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     gpus = f", {torch.cuda.device_count()} x {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
