@@ -302,8 +302,7 @@ def _machine() -> str:
 
 
 def _runs(process: int, started: int | None) -> bool:
-    """Return whether the process runs, and began at ``started``; a process that was killed but not yet reaped is no
-    more."""
+    """Return whether the process runs, and began at ``started``; one that was killed but not reaped does not run."""
     if not Path("/proc/self/stat").exists():
         try:
             os.kill(process, 0)

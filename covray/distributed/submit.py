@@ -80,8 +80,11 @@ def submit(
     except (RayError, ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise ConfigError(f"{address}: {_why(error)}") from error
     console.print(f"job {job}: ray job logs {job}, ray job stop {job}", highlight=False, soft_wrap=True)
-    if not wait:
-        return 0
+    return _follow(client, job, address, console) if wait else 0
+
+
+def _follow(client: JobSubmissionClient, job: str, address: str, console: Console) -> int:
+    """Show the output of a job until it ends; return its exit code, 130 if it was stopped. Raises ConfigError."""
     try:
         asyncio.run(_show(client, job, console))
         while not client.get_job_status(job).is_terminal():  # the logs end before the job's status is final
