@@ -50,15 +50,18 @@ def build(
 
 
 def _print_audit(audit: dict[str, Any], out: str) -> None:
+    """Print what a build wrote and rejected of each task, and how fast it was."""
     table = Table("task", "written", "rejected", "reasons", box=None, pad_edge=False)
     for task, counts in audit["per_task"].items():
         reasons = ", ".join(f"{reason} {number}" for reason, number in counts["reasons"].items())
         table.add_row(task, str(counts["written"]), str(counts["rejected"]), escape(reasons))
     console.print(table)
-    on = f"{audit['actors']} actor{'s' if audit['actors'] != 1 else ''}"
-    speed = f"{audit['chains_per_s']:.2f} chains/s on {on}" if audit.get("chains_per_s") else ""
-    busy = f", busy {audit['busy_share']:.0%} of their time" if audit.get("busy_share") else ""
-    console.print(f"{audit['written']} chains in {escape(out)}  {speed}{busy}", highlight=False, soft_wrap=True)
+    facts = [f"{audit['written']} chains in {escape(out)}"]
+    if audit.get("chains_per_s"):
+        facts.append(f"{audit['chains_per_s']:.2f} chains/s by {audit['actors']} actors")
+    if audit.get("busy_share"):
+        facts.append(f"busy {audit['busy_share']:.0%} of their time")
+    console.print(", ".join(facts), highlight=False, soft_wrap=True)
     console.print(f"next: covray view {escape(out)}", soft_wrap=True)
 
 

@@ -24,7 +24,7 @@ def fetch(
     hub_id: Annotated[str | None, typer.Option("--id", help="Another repository of the hub, such as a mirror.")] = None,
     json_: Json = False,
 ) -> None:
-    """Download weights or a dataset by name, checked by SHA-256. The same command continues, verifies and mends."""
+    """Download weights or a dataset by name, checked by SHA-256. Run it again to resume, verify and repair."""
     from covray.fetching.fetch import fetch as fetch_artefact
     from covray.fetching.fetch import list_artefacts
 
@@ -41,7 +41,7 @@ def fetch(
             f"{result['files']:,}, {result['bytes']:,} bytes, of which {len(result['fetched']):,} fetched now"
         )
     if result["damaged"]:
-        shown["mended"] = result["damaged"]
+        shown["repaired"] = result["damaged"]
     if "self_test" in result:
         difference = result["self_test"]["difference"]
         compared = "nothing is recorded for it" if difference is None else f"as recorded (differs by {difference:.2g})"
@@ -73,8 +73,12 @@ def convert_a_tokenizer(
 def convert_a_backbone(
     source: Annotated[str, typer.Argument(help="Folder of DeLVM or a LLaMA, or file of EasyLM.")],
     out: OutFolder,
-    heads: Annotated[int | None, typer.Option(min=1, help="Of EasyLM's, if its size is no published one.")] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="Whose codes it knows: chains of others are refused.")] = None,
+    heads: Annotated[
+        int | None, typer.Option(min=1, help="Attention heads of an EasyLM file whose size is not a published one.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Tokenizer whose codes the backbone knows; chains of others are refused.")
+    ] = None,
     json_: Json = False,
 ) -> None:
     """A backbone of DeLVM, EasyLM or transformers becomes a LlamaForCausalLM folder of safetensors, for --backbone."""
@@ -86,7 +90,10 @@ def convert_a_backbone(
 def convert_a_prior(
     source: Annotated[str, typer.Argument(help="Stable Diffusion 1 or 2 in one .safetensors file.")],
     out: OutFolder,
-    like: Annotated[str | None, typer.Option(help="Diffusers folder with its configs, if it is another.")] = None,
+    like: Annotated[
+        str | None,
+        typer.Option(help="Diffusers folder with the model's configs, if it is not a plain Stable Diffusion."),
+    ] = None,
     json_: Json = False,
 ) -> None:
     """A single-file Stable Diffusion becomes a diffusers folder with the empty prompt in it, for --prior."""
@@ -103,7 +110,7 @@ def nano_train(
             "--out", help="Folder of the family; the same command resumes there.", callback=require_folder_name
         ),
     ],
-    steps: Annotated[int | None, typer.Option(min=1, help="By default the recipe's.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps; by default the recipe's.")] = None,
     scenes: Annotated[int, typer.Option(min=1, help="Rendered scenes to train on, eight pictures each.")] = 8000,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -143,11 +150,11 @@ def nano_probe(
 
 def nano_measure(
     folder: Annotated[
-        Path | None, typer.Option("--weights", help="Folder of the family; by default the shipped.")
+        Path | None, typer.Option("--weights", help="Folder of the family; by default the shipped one.")
     ] = None,
     json_: Json = False,
 ) -> None:
-    """Measure the family on held-out scenes: the figures of its model card."""
+    """Measure the family on validation scenes: the figures of its model card."""
     from covray.recipes.nano.recipe import measure
 
     print_values(measure(folder), json_)

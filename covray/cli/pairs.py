@@ -258,7 +258,7 @@ def _checked(pairs: Iterator[Pair], count: int | None, examples: int = 0) -> Ite
                 shown[reason].append(pair.meta["error"])
         yield pair
     if count is not None and present < count:
-        _LOG.warning("%d pairs asked for, %d there are: all were taken", count, present)
+        _LOG.warning("%d pairs asked for, only %d present: all were taken", count, present)
     if reasons:
         counts = ", ".join(f"{reason} {number}" for reason, number in reasons.most_common())
         _LOG.warning("cannot be used, and will be rejected: %s", counts)

@@ -74,6 +74,7 @@ def train(
 
 
 def _print_plan(planned: TrainPlan, json_: bool) -> None:
+    """Print the figures of a plan, and the memory of a worker by ZeRO stage."""
     values = {key: value for key, value in asdict(planned).items() if value is not None}
     memory = values.pop("memory")
     if json_:
@@ -85,13 +86,16 @@ def _print_plan(planned: TrainPlan, json_: bool) -> None:
     print_values(shown, False)
     table = Table("GiB a worker", "weights", "adapter", "activations", "working", "total", box=None, pad_edge=False)
     for part in planned.memory:
-        name = f"ZeRO {part.stage}{', recompute' if part.recompute else ''}"
+        name = f"ZeRO {part.stage}"
+        if part.recompute:
+            name += ", recompute"
         figures = (part.weights, part.adapter, part.activations, part.working, part.total)
         table.add_row(name, *(f"{figure / 2**30:.2f}" for figure in figures))
     console.print(table)
 
 
 def print_training(result: dict[str, Any], out: str) -> None:
+    """Print what a training reached, and warn if no step was better than its start."""
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_row("steps", f"{result['steps']:,}")
     table.add_row("loss", f"{result['loss']:.4f}")

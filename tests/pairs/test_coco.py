@@ -541,7 +541,7 @@ def test_the_command_writes_a_manifest_of_uris_and_labels(
     three(root)
     answer, told = command("coco", root, "--split", "val", "--count", 10_000, "--seed", 1, "--out", out)
     assert (answer["per_task"], answer["splits"]) == ({"segmentation": 3}, {"val": 3})
-    assert told == "covray: 10000 pairs asked for, 3 there are: all were taken\n"
+    assert told == "covray: 10000 pairs asked for, only 3 present: all were taken\n"
     assert check_manifest(out).root == str(root)
     people(root, [person(9, {"nose": (9, 9, 2)})], [image(9)])
     answer, told = command("coco", root, "--task", "pose", "--split", "val", "--out", out)

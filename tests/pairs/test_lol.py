@@ -76,7 +76,7 @@ def test_the_command_says_when_there_are_fewer(
     answer, told = command("lol", root, "--out", out, "--count", 10)
     assert (answer["per_task"], answer["splits"]) == ({"low_light": 3}, {"train": 3})
     assert told.splitlines() == [
-        "covray: 10 pairs asked for, 3 there are: all were taken",
+        "covray: 10 pairs asked for, only 3 present: all were taken",
         "covray: cannot be used, and will be rejected: missing 1",
     ]
     assert check_manifest(out).root == str(root)
