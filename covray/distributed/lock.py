@@ -149,7 +149,9 @@ class FolderLock:
         self._heart.start()
 
     def release(self) -> None:
-        """Give the folder up; a folder that is still empty and was absent before is deleted again."""
+        """Give the folder up, if it was claimed; delete it if it was absent before and is still empty."""
+        if self._token not in _own_tokens:
+            return
         self._stop.set()
         if self._heart is not None:
             self._heart.join()

@@ -72,6 +72,12 @@ def test_a_lock_leaves_nothing_behind(tmp_path: Path) -> None:
     assert os.listdir(out) == ["result"]
 
 
+def test_a_lock_that_was_never_acquired_touches_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = FolderLock(Folder(str(tmp_path)), "covray build")
+    monkeypatch.setattr(Folder, "delete_file", lambda *_: pytest.fail("a read-only folder is only read"))
+    lock.release()
+
+
 def test_a_claim_says_who_works_there(tmp_path: Path) -> None:
     with FolderLock(Folder(str(tmp_path)), "covray sweep"):
         claim = Claim.read(str(tmp_path), claims(tmp_path)[0])
