@@ -193,7 +193,10 @@ class FolderLock:
             machine=_machine(),
             started=_start_of(os.getpid()),
         )
-        claim.write(self._folder, self._name)
+        try:
+            claim.write(self._folder, self._name)
+        except FileNotFoundError:  # another command has just deleted the folder that it had made
+            claim.write(self._folder, self._name)
 
     def _withdraw(self) -> None:
         with contextlib.suppress(FileNotFoundError):
