@@ -29,7 +29,17 @@ from pyarrow import fs
 from covray.errors import ManifestError
 from covray.io import storage
 from covray.io.images import Picture, picture_identity
-from covray.pairs.values import absolute, parsed_json, plain, reading, storable, unknown_task, writing
+from covray.pairs.values import (
+    absolute,
+    fits_type,
+    parsed_json,
+    plain,
+    plain_type,
+    reading,
+    storable,
+    unknown_task,
+    writing,
+)
 from covray.tasks import TASKS, segmentation
 
 __all__ = [
@@ -399,29 +409,8 @@ def _check_schema(name: str, schema: pa.Schema) -> None:
                 " (turn your own list into one with covray pairs manifest)"
             )
         kind = schema.field(expected.name).type
-        if not _fits(_small(kind), expected.type):
+        if not fits_type(plain_type(kind), expected.type):
             raise ManifestError(f"{name}: column {expected.name} is {kind}, not {expected.type}")
-
-
-def _small(kind: pa.DataType) -> pa.DataType:
-    """Return ``kind`` with the variants that other writers choose as the plain ones."""
-    if pa.types.is_dictionary(kind):
-        return _small(kind.value_type)
-    if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
-        return pa.string()
-    if pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind):
-        return pa.binary()
-    if pa.types.is_struct(kind):
-        return pa.struct(sorted(((part.name, _small(part.type)) for part in kind), reverse=True))
-    return kind
-
-
-def _fits(kind: pa.DataType, expected: pa.DataType) -> bool:
-    """Whether a column can be read as ``expected``: pandas writes fields without a value as of type null."""
-    if pa.types.is_struct(kind) and pa.types.is_struct(expected):
-        fields = [part.name for part in kind] == [part.name for part in expected]
-        return fields and all(_fits(part.type, other.type) for part, other in zip(kind, expected, strict=True))
-    return bool(kind == expected or pa.types.is_null(kind))
 
 
 def _root_of(name: str, metadata: bytes) -> str | None:

@@ -47,6 +47,27 @@ def plain(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | str) else str(value)
 
 
+def plain_type(kind: pa.DataType) -> pa.DataType:
+    """Return ``kind`` with the variants that other writers choose as the plain ones."""
+    if pa.types.is_dictionary(kind):
+        return plain_type(kind.value_type)
+    if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+        return pa.string()
+    if pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind):
+        return pa.binary()
+    if pa.types.is_struct(kind):
+        return pa.struct(sorted(((part.name, plain_type(part.type)) for part in kind), reverse=True))
+    return kind
+
+
+def fits_type(kind: pa.DataType, expected: pa.DataType) -> bool:
+    """Whether a column can be read as ``expected``: pandas writes fields without a value as of type null."""
+    if pa.types.is_struct(kind) and pa.types.is_struct(expected):
+        fields = [part.name for part in kind] == [part.name for part in expected]
+        return fields and all(fits_type(part.type, other.type) for part, other in zip(kind, expected, strict=True))
+    return bool(kind == expected or pa.types.is_null(kind))
+
+
 def parsed_json(where: str, text: str | bytes) -> Any:
     """Return the value that ``text`` is in JSON; ManifestError names ``where`` it is."""
     try:
