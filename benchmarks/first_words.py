@@ -61,14 +61,14 @@ def commands(folder: Path) -> Iterator[tuple[str, str]]:
     """Yield the name and the words of each command, in an order in which each finds what it needs."""
     photographs = folder / "photographs"
     query = photographs / "0.png"
-    yield "pairs scenes", "pairs scenes --count 40 --splits train=8,val=1,test=1 --out pairs.parquet"
+    yield "pairs scenes", "pairs scenes --count 20 --splits train=8,val=1,test=1 --out pairs.parquet"
     yield "pairs photos", f"pairs photos {photographs} --out photos.parquet"
     yield "build --plan", "build --plan --manifest pairs.parquet --out chains"
-    yield "build", "build --manifest pairs.parquet --out chains --set prior.steps=20 --set check_endpoints=0"
+    yield "build", "build --manifest pairs.parquet --out chains --method linear"
     yield "view", "view chains"
     yield "inspect", "inspect chains"
-    yield "train --plan", "train --plan --data chains --out run"
-    yield "train", "train --data chains --out run --steps 4 --set optimizer.batch_tokens=4096"
+    yield "train --plan", "train --plan --data chains --out run --method linear"
+    yield "train", "train --data chains --out run --method linear --steps 4 --set optimizer.batch_tokens=4096"
     yield "export", "export run --merge --out merged"
     yield (
         "generate",
