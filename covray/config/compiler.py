@@ -11,8 +11,17 @@ from covray.errors import ConfigError
 
 
 def require_compiler(field: str, device: str) -> None:
-    """Whether ``torch.compile``, which ``field`` asks for, finds what it needs on this machine: on a CPU it writes C++,
-    on a GPU Triton writes C, and both use Python's headers. Raises ConfigError."""
+    """Check that this machine has what ``torch.compile`` needs.
+
+    On a CPU it writes C++, on a GPU Triton writes C, and both use Python's headers.
+
+    Args:
+        field: The key of the configuration that asks for it.
+        device: ``cpu`` or ``cuda``.
+
+    Raises:
+        ConfigError: There is no compiler, or there are no headers.
+    """
     name, default = ("CXX", ("g++",)) if device == "cpu" else ("CC", ("gcc", "clang"))
     compilers = (os.environ[name],) if os.environ.get(name) else default
     header = Path(sysconfig.get_path("include"), "Python.h")

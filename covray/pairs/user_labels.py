@@ -66,8 +66,8 @@ class LabelRules:
 def checked_pairs(pairs: Iterable[Pair], root: str, rules: LabelRules) -> Iterator[Pair]:
     """Yield ``pairs`` in their order, each opened and checked.
 
-    A name that is missing as it is written is looked for without blanks around it, with ``/`` for ``\\``, and in the
-    other Unicode forms. A pair with a file that cannot be opened keeps its pictures and gets the reason as
+    A name that is missing as it is written is looked for without blanks around it, with slashes for backslashes, and in
+    the other Unicode forms. A pair with a file that cannot be opened keeps its pictures and gets the reason as
     ``meta["error"]``: the build will find the file if it is there by then.
 
     Args:

@@ -109,9 +109,11 @@ class SceneReader(nn.Module):
     """
 
     def __init__(self, width: int, cell_px: int) -> None:
-        """Args:
-        width: Channels of the latents.
-        cell_px: Side of the picture's cell that one latent stands for, in pixels.
+        """Make an untrained reader.
+
+        Args:
+            width: Channels of the latents.
+            cell_px: Side of the cell of the picture that one latent stands for, in pixels.
         """
         super().__init__()
         hidden = READER_WIDTH

@@ -150,8 +150,15 @@ def new_lvm(seed: int, context: int) -> Lvm:
 
 
 def measure_lvm(root: Path, held_out: NDArray[np.uint8], training: NDArray[np.uint8]) -> dict[str, dict[str, float]]:
-    """Perplexity of answers by task, on the pictures ``held_out`` of ``scene_pictures``: of the LVM in ``root``/lvm
-    after seven examples, and of ``baselines`` fitted on ``training``. Raises WeightsError.
+    """Return the perplexity of answers by task: of the LVM after seven examples, and of guesses without a model.
+
+    Args:
+        root: Folder of the family.
+        held_out: Pictures of ``scene_pictures`` to answer, uint8 [n, 64, 64, 3].
+        training: Pictures that ``baselines`` are fitted on, of the same shape.
+
+    Raises:
+        WeightsError: A model of the family is missing or incomplete.
     """
     tokenizer = load_tokenizer(TokenizerConfig(path=str(root / "vqgan")), EngineConfig())
     seen, unseen = (scenes_alone(torch.from_numpy(tokenizer.encode(part))) for part in (training, held_out))

@@ -69,8 +69,11 @@ class Objective(Protocol[B]):
 
     @property
     def idle_batch(self) -> B:
-        """A batch on the device that costs next to nothing. A worker without a batch computes it where the update needs
-        every worker in every collective; its loss is not counted."""
+        """Return a batch on the device that costs next to nothing.
+
+        A worker without a batch computes it where the update needs every worker in every collective; its loss is not
+        counted.
+        """
 
     @property
     def flops_per_token(self) -> float:
