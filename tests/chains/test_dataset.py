@@ -121,7 +121,7 @@ def test_what_a_dataset_lacks_is_named_with_the_remedy(write_dataset: Writer) ->
     out, _ = write_dataset({"depth": 2}, methods=("linear",), rejects={1: "missing: gone"})
     dataset = ChainDataset(out)
     good, bad = sorted(dataset.rows(errors=True), key=lambda row: row["error"] is not None)
-    with pytest.raises(DatasetError, match=r"needs alpha 0\.25, 0\.5, 0\.75.* has 0\.3333, 0\.6667; .*--lengths 4,5"):
+    with pytest.raises(DatasetError, match=r"needs alpha 0\.25, 0\.5, 0\.75.* has 0\.3333, 0\.6667; .*--length 4,5"):
         dataset.chain(good, 5, "linear")
     with pytest.raises(
         DatasetError, match="no frames by diffusion, only by linear; build with --method linear,diffusion"

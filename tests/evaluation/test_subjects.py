@@ -170,7 +170,7 @@ def test_frames_that_were_not_built_are_asked_for(
     refused: Callable[..., None], write_dataset: Write, write_run: Write
 ) -> None:
     data, _ = write_dataset({"depth": 4}, methods=("diffusion",))
-    refused(DatasetError, "--lengths 4,6", data, adapters=(write_run(data, lengths=(6,)),))
+    refused(DatasetError, "--length 4,6", data, adapters=(write_run(data, lengths=(6,)),))
     refused(DatasetError, "--methods diffusion,linear", data, adapters=(write_run(data, method="linear"),))
 
 
