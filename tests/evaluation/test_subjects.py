@@ -171,7 +171,7 @@ def test_frames_that_were_not_built_are_asked_for(
 ) -> None:
     data, _ = write_dataset({"depth": 4}, methods=("diffusion",))
     refused(DatasetError, "--length 4,6", data, adapters=(write_run(data, lengths=(6,)),))
-    refused(DatasetError, "--methods diffusion,linear", data, adapters=(write_run(data, method="linear"),))
+    refused(DatasetError, "--method diffusion,linear", data, adapters=(write_run(data, method="linear"),))
 
 
 def test_a_sentence_beyond_the_context_is_refused_with_the_arithmetic(
