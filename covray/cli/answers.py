@@ -113,6 +113,6 @@ def evaluate(
 
     results = run_evaluation(resolved)
     if json_:
-        print(json.dumps(results))
+        print(json.dumps(results.to_json()))
     else:
         print_evaluation(results, resolved.out)

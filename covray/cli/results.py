@@ -3,37 +3,40 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from covray.cli.output import console, escape
 
+if TYPE_CHECKING:
+    from covray.evaluation.records import EvaluationResults
 
-def print_evaluation(results: dict[str, Any], out: str) -> None:
-    """The primary metric of every task, a row a subject; all else is on the page."""
+
+def print_evaluation(results: EvaluationResults, out: str) -> None:
+    """Print the primary metric of every task, a row a subject; all else is on the page."""
     from covray.evaluation.metrics import short_metric, short_task
 
-    tasks = results["tasks"]
-    means = {(entry["subject"], entry["task"], entry["metric"]): entry["mean"] for entry in results["scores"]}
-    lower = set(results["lower_is_better"])
+    means = {(score.subject, score.task, score.metric): score.mean for score in results.scores}
     table = Table("", box=None, pad_edge=False)
-    samples = [subject.get("samples", 1) for subject in results["subjects"]]
-    if max(samples, default=1) > 1:
+    has_samples = any(subject.samples > 1 for subject in results.subjects)
+    if has_samples:
         table.add_column("samples", justify="right")
-    for task, about in tasks.items():
-        arrow = "↓" if about["primary"] in lower else "↑"
-        title = f"{short_task(task)}\n{short_metric(about['primary'])} {arrow}"
+    for task, about in results.tasks.items():
+        arrow = "↓" if about.primary in results.lower_is_better else "↑"
+        title = f"{short_task(task)}\n{short_metric(about.primary)} {arrow}"
         table.add_column(title, justify="right", no_wrap=True)
-    for subject, count in zip(results["subjects"], samples, strict=True):
-        cells = [] if max(samples) == 1 else [str(count) if subject["method"] is not None else "–"]
-        for task, about in tasks.items():
-            mean = means.get((subject["name"], task, about["primary"]))
+    for subject in results.subjects:
+        cells = []
+        if has_samples:
+            cells.append("–" if subject.method is None else str(subject.samples))
+        for task, about in results.tasks.items():
+            mean = means.get((subject.name, task, about.primary))
             cells.append("–" if mean is None else f"{mean:.3g}")
-        table.add_row(escape(subject["name"]), *cells, style="bold" if subject["kind"] == "adapter" else None)
+        table.add_row(escape(subject.name), *cells, style="bold" if subject.kind == "adapter" else None)
     console.print(table)
-    if results["failed"]:
-        console.print(f"[yellow]{len(results['failed'])} episodes failed[/yellow]: they are named on the page")
+    if results.failed:
+        console.print(f"[yellow]{len(results.failed)} episodes failed[/yellow]: they are named on the page")
     console.print(f"{escape(out.rstrip('/'))}/index.html", highlight=False, soft_wrap=True)
 
 

@@ -65,11 +65,11 @@ def report(
     from covray.io import storage
 
     if storage.exists(storage.join(folder, EvaluationRecord.FILE)):
-        results = evaluations.report(folder)
+        evaluation = evaluations.report(folder)
         if json_:
-            print(json.dumps(results))
+            print(json.dumps(evaluation.to_json()))
         else:
-            print_evaluation(results, folder)
+            print_evaluation(evaluation, folder)
         return
     results = sweeps.report(folder)
     print_sweep(results, folder, json_)

@@ -47,7 +47,7 @@ from covray.distributed.tracking import Tracker
 from covray.errors import ConfigError, DatasetError, PairError
 from covray.evaluation.lpips import find_alexnet, load_lpips
 from covray.evaluation.pair_files import choose_pairs, require_pairs, write_pairs
-from covray.evaluation.records import EvaluationRecord, EvaluationResults
+from covray.evaluation.records import EvaluationRecord, EvaluationResults, EvaluationTable, SubjectScore
 from covray.evaluation.results import choose_episodes, tabulate, to_csv
 from covray.evaluation.runner import EPISODE_SCHEMA, RESULT_SCHEMA, Runner
 from covray.evaluation.subjects import Subject, adapter_weights, subjects_of
@@ -58,11 +58,11 @@ from covray.progress import stage
 from covray.report.evaluation import Strip, write_evaluation_page
 from covray.seeds import seed_of
 
-RESULTS, TABLE, PAGE = "results.json", "table.csv", "index.html"
+RESULTS, TABLE, PAGE = EvaluationResults.FILE, "table.csv", "index.html"
 _EPISODES, _QUERIES, _EXAMPLES, _ROWS = "_episodes.parquet", "_queries.parquet", "_examples.parquet", "rows"
 
 
-def evaluate(config: EvaluateConfig, patience_s: float = 0.0) -> dict[str, Any]:
+def evaluate(config: EvaluateConfig, patience_s: float = 0.0) -> EvaluationResults:
     """Evaluate everyone that ``config`` names.
 
     Called again on an unfinished evaluation it continues it; on a finished one it returns the results at once.
@@ -97,14 +97,14 @@ def evaluate(config: EvaluateConfig, patience_s: float = 0.0) -> dict[str, Any]:
     return results
 
 
-def report(out: str) -> dict[str, Any]:
+def report(out: str) -> EvaluationResults:
     """Write table and page of the finished evaluation ``out`` again; return its results. Raises ConfigError."""
     folder = Folder(absolute(out))
     record = EvaluationRecord.read_if_present(folder)
     if record is None or not folder.exists(RESULTS):
         raise ConfigError(f"{out}: holds no finished evaluation; run its covray evaluate again to continue it")
     config = load_config(EvaluateConfig, None, record.config).model_copy(update={"out": folder.path})
-    results = dict(folder.read_json(RESULTS))
+    results = EvaluationResults.read(folder)
     _write_results(config, [Subject(**subject) for subject in record.subjects], results)
     return results
 
@@ -125,7 +125,7 @@ class _Work:
     """``EPISODE_SCHEMA``."""
 
 
-def _evaluate(work: _Work, output: Output[EvaluationRecord], pool: dict[str, Any]) -> dict[str, Any]:
+def _evaluate(work: _Work, output: Output[EvaluationRecord], pool: dict[str, Any]) -> EvaluationResults:
     """Evaluate in a Ray session on ``pool``, the arguments of ``map_batches``; return the results."""
     config, folder = work.config, output.folder
     assert config.manifest is not None
@@ -143,7 +143,14 @@ def _evaluate(work: _Work, output: Output[EvaluationRecord], pool: dict[str, Any
                     write_pairs(folder.join(name), config.manifest, work.root, pairs)
             if not folder.exists(_EPISODES):
                 folder.write_bytes(_EPISODES, _parquet_bytes(work.episodes))
-        results = _run(work, folder, pool) | {"config": record.config, "fingerprints": work.fingerprints}
+        started = time.monotonic()
+        table = _run(work, folder, pool)
+        results = EvaluationResults(
+            **dict(table),
+            seconds=round(time.monotonic() - started, 1),
+            config=record.config,
+            fingerprints=work.fingerprints,
+        )
         with stage("writing the table and the page"):
             _write_results(config, work.subjects, results)
         _track(tracker, config, results)
@@ -151,9 +158,9 @@ def _evaluate(work: _Work, output: Output[EvaluationRecord], pool: dict[str, Any
     return results
 
 
-def _finished(config: EvaluateConfig, folder: Folder, record: EvaluationRecord) -> dict[str, Any]:
+def _finished(config: EvaluateConfig, folder: Folder, record: EvaluationRecord) -> EvaluationResults:
     """Return the results of a finished evaluation, and log them where it was killed before MLflow had all of them."""
-    results = dict(folder.read_json(RESULTS))
+    results = EvaluationResults.read(folder)
     if folder.exists(CHECKPOINT):
         tracker = Tracker(config, record.mlflow_run_id, "covray evaluate")
         tracker.start()
@@ -183,9 +190,8 @@ class EpisodeActor:
         return rows
 
 
-def _run(work: _Work, folder: Folder, pool: dict[str, Any]) -> dict[str, Any]:
+def _run(work: _Work, folder: Folder, pool: dict[str, Any]) -> EvaluationTable:
     """Answer and score every episode that the checkpoint does not have; return the table of all."""
-    started = time.monotonic()
     config = work.config
     progress = start_progress_actor()
 
@@ -214,7 +220,7 @@ def _run(work: _Work, folder: Folder, pool: dict[str, Any]) -> dict[str, Any]:
         raise DatasetError(
             f"{config.out}: has {len(rows)} rows, not one for each of {len(work.episodes)} episodes; give another --out"
         )
-    return tabulate(rows, work.subjects, config.seed) | {"seconds": round(time.monotonic() - started, 1)}
+    return tabulate(rows, work.subjects, config.seed)
 
 
 def read_rows(out: str, pair_ids: Collection[int] | None = None) -> list[dict[str, Any]]:
@@ -235,16 +241,16 @@ def read_rows(out: str, pair_ids: Collection[int] | None = None) -> list[dict[st
     return rows
 
 
-def _write_results(config: EvaluateConfig, subjects: Sequence[Subject], results: dict[str, Any]) -> None:
+def _write_results(config: EvaluateConfig, subjects: Sequence[Subject], results: EvaluationResults) -> None:
     """Write table and page, then ``results.json``, which says that all is there."""
     folder = Folder(config.out)
     strips = _strips(config, subjects, results)
-    write_evaluation_page(EvaluationResults.model_validate(results), strips, folder.join(PAGE))
+    write_evaluation_page(results, strips, folder.join(PAGE))
     folder.write_bytes(TABLE, to_csv(results).encode())
-    folder.write_json(RESULTS, results)
+    results.write(folder)
 
 
-def _strips(config: EvaluateConfig, subjects: Sequence[Subject], results: dict[str, Any]) -> list[Strip]:
+def _strips(config: EvaluateConfig, subjects: Sequence[Subject], results: EvaluationResults) -> list[Strip]:
     """Decode what each subject answered in the best, the median and the worst episode of each task."""
     chosen = choose_episodes(read_rows(config.out), results)
     pair_ids: set[int] = set()
@@ -258,7 +264,7 @@ def _strips(config: EvaluateConfig, subjects: Sequence[Subject], results: dict[s
     runner = _runner(config.model_copy(update={"engine": engine}), subjects)
     strips = []
     for task, ranks in chosen.items():
-        primary = results["tasks"][task]["primary"]
+        primary = results.tasks[task].primary
         for rank, pair_id in ranks.items():
             for subject in subjects:
                 if (task, pair_id, subject.name) not in rows:
@@ -278,9 +284,9 @@ def _runner(config: EvaluateConfig, subjects: Sequence[Subject]) -> Runner:
     return Runner(config, subjects, folder.join(_QUERIES), folder.join(_EXAMPLES))
 
 
-def _track(tracker: Tracker, config: EvaluateConfig, results: dict[str, Any]) -> None:
+def _track(tracker: Tracker, config: EvaluateConfig, results: EvaluationResults) -> None:
     """Log figures and files to MLflow; figures that it has already stay as they are."""
-    tracker.log(0, {_metric(entry): entry["mean"] for entry in results["scores"]})
+    tracker.log(0, {_metric(score): score.mean for score in results.scores})
     tracker.artefacts(config.out, (RESULTS, TABLE, PAGE))
 
 
@@ -404,7 +410,7 @@ def _fingerprints(dataset: ChainDataset, subjects: Sequence[Subject]) -> dict[st
     return fingerprints
 
 
-def _metric(entry: dict[str, Any]) -> str:
+def _metric(score: SubjectScore) -> str:
     """Return the name of a score in MLflow, which takes only some characters."""
-    name = f"{entry['task']}/{entry['metric']}/{entry['subject']}"
+    name = f"{score.task}/{score.metric}/{score.subject}"
     return re.sub(r"[^\w\-. :/]", "_", name)

@@ -134,18 +134,18 @@ class TrialDriver:
         # Patient: what a killed sweep has started may work for a moment longer.
         result = train(trial.train, watch, patience_s=STALE_S)
         results = evaluate(trial.evaluate, patience_s=STALE_S)
-        table = TrialTable.model_validate({key: results[key] for key in TrialTable.model_fields})
+        table = TrialTable(tasks=results.tasks, lower_is_better=results.lower_is_better, scores=results.scores)
         # Before the record, after which nobody comes back here: a kill in between must not cost MLflow the scores.
         tracked = _close_run(trial, "FINISHED", _means(table.scores))
         gpus = trial.train.workers.count * (trial.train.workers.gpus or 0.0)
         TrialRecord(
             status="finished",
             train_seconds=result.seconds,
-            evaluate_seconds=results["seconds"],
+            evaluate_seconds=results.seconds,
             steps=result.steps,
             tokens=result.tokens,
             gpus=gpus,
-            gpu_hours=gpus * (result.seconds + results["seconds"]) / 3600,
+            gpu_hours=gpus * (result.seconds + results.seconds) / 3600,
             validation=tuple(validations),
             table=table,
             tracked=tracked,

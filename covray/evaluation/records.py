@@ -39,6 +39,14 @@ class SubjectEntry(RecordPart):
     method: str | None = None
     length: int | None = None
     pairs: int | None = None
+    adapter: str | None = None
+    """The run folder."""
+    backbone: dict[str, Any] | None = None
+    """The configuration of the backbone; null for answers without a model."""
+    fingerprint: str = ""
+    """SHA-256 (hex) of the backbone's weights."""
+    baseline: str | None = None
+    """Which answer without a model."""
     samples: int = 1
     """How many candidates a model writes for an answer; absent where it is one."""
 
@@ -95,12 +103,8 @@ class FailedEpisode(RecordPart):
     error: str
 
 
-class EvaluationResults(Record):
-    """The table of an evaluation."""
-
-    FILE: ClassVar[str] = "results.json"
-    FIX: ClassVar[str] = "evaluate again into another folder"
-    ERROR: ClassVar[type[CovrayError]] = ConfigError
+class EvaluationTable(RecordPart):
+    """What the rows of an evaluation say."""
 
     subjects: tuple[SubjectEntry, ...]
     tasks: dict[str, TaskSummary]
@@ -108,7 +112,17 @@ class EvaluationResults(Record):
     """The metrics of which less is better."""
     scores: tuple[SubjectScore, ...]
     differences: tuple[Difference, ...]
+    """Of every adapter from the subjects before it."""
     failed: tuple[FailedEpisode, ...]
+
+
+class EvaluationResults(EvaluationTable, Record):
+    """The table of an evaluation, and how it was made; written last."""
+
+    FILE: ClassVar[str] = "results.json"
+    FIX: ClassVar[str] = "evaluate again into another folder"
+    ERROR: ClassVar[type[CovrayError]] = ConfigError
+
     seconds: float
     config: dict[str, Any]
     fingerprints: dict[str, str]

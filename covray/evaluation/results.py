@@ -1,168 +1,230 @@
-"""From episodes to the table: means with intervals, differences between subjects, as JSON and CSV."""
+"""From episodes to the table: means with intervals, differences between subjects, as a record and as CSV."""
 
 from __future__ import annotations
 
 import csv
 import io
 import math
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
 from covray.evaluation.metrics import MODEL_METRICS, OWN, REFERENCE, lower_is_better
+from covray.evaluation.records import (
+    Difference,
+    EvaluationTable,
+    FailedEpisode,
+    SubjectEntry,
+    SubjectScore,
+    TaskSummary,
+)
 from covray.evaluation.scores import aggregate
 from covray.evaluation.statistics import mean_interval, paired_difference
 from covray.evaluation.subjects import Subject
 from covray.tasks import TASKS
 from covray.tasks.base import Score
 
-VERSION = 1
+Row = Mapping[str, Any]
+"""A row of ``RESULT_SCHEMA``."""
 Rank = Literal["best", "median", "worst"]
 _LOGARITHMS = (OWN, REFERENCE)
 _MODELS = ("untuned", "focus", "adapter")
 
 
-def tabulate(rows: Iterable[Mapping[str, Any]], subjects: Sequence[Subject], seed: int) -> dict[str, Any]:
-    """What ``results.json`` says of the rows (``RESULT_SCHEMA``) of an evaluation.
+@dataclass(frozen=True)
+class _SubjectRows:
+    """The rows of one subject and one task, and their values as columns over all pairs of the task."""
 
-    ``subjects``, ``tasks`` (episodes, metrics, those absent and why), ``scores`` (mean and 95% interval by task,
-    subject and metric), ``differences`` of every adapter from the others (paired, primary metric), ``failed`` episodes.
-    Does not depend on the order of ``rows``.
+    name: str
+    rows: dict[int, Row]
+    """By pair, sorted."""
+    columns: dict[str, list[float | None]]
+    """By metric, one value a pair of the task; None where it is undefined or the episode failed."""
+
+
+def tabulate(rows: Iterable[Row], subjects: Sequence[Subject], seed: int) -> EvaluationTable:
+    """Make the table of an evaluation.
+
+    Args:
+        rows: One an episode, in any order, on which the table does not depend.
+        subjects: Everyone that was evaluated, in the order of the table.
+        seed: Of the bootstrap and of the sign-flip test.
     """
-    by_task: dict[str, dict[str, dict[int, Mapping[str, Any]]]] = defaultdict(lambda: defaultdict(dict))
+    by_task: dict[str, dict[str, dict[int, Row]]] = {}
     for row in rows:
-        by_task[row["task"]][row["subject"]][row["pair_id"]] = row
-    tasks: dict[str, Any] = {}
-    scores: list[dict[str, Any]] = []
-    differences: list[dict[str, Any]] = []
-    failed: list[dict[str, Any]] = []
+        by_task.setdefault(row["task"], {}).setdefault(row["subject"], {})[row["pair_id"]] = row
+    tasks: dict[str, TaskSummary] = {}
+    scores: list[SubjectScore] = []
+    differences: list[Difference] = []
+    failed: list[FailedEpisode] = []
     for task in sorted(by_task, key=list(TASKS).index):
-        found = by_task[task]
-        pairs = sorted({pair_id for episodes in found.values() for pair_id in episodes})
-        broken = {pair_id for episodes in found.values() for pair_id, row in episodes.items() if row["error"]}
-        of_task = TASKS[task].metrics
-        metrics = [metric.name for metric in (*of_task, *MODEL_METRICS)]
-        columns = {name: _columns(found[name], pairs) for name in (s.name for s in subjects) if name in found}
-        present = {metric.name for metric in of_task if metric.of_set is not None}.union(*columns.values())
-        tasks[task] = {
-            "episodes": len(pairs),
-            "primary": of_task[0].name,
-            "metrics": [metric for metric in metrics if metric in present],
-            "absent": {
-                metric.name: metric.absent for metric in of_task if metric.absent and metric.name not in present
-            },
-            "rejected": len(broken),
-        }
-        for name, values in columns.items():
-            scores += _scores(task, name, found[name], pairs, values, metrics, seed)
-        differences += _differences(task, subjects, columns, seed)
-        for name, episodes in found.items():
-            failed += [
-                {"task": task, "subject": name, "pair_id": pair_id, "error": row["error"]}
-                for pair_id, row in sorted(episodes.items())
-                if row["error"]
-            ]
-    return {
-        "version": VERSION,
-        "subjects": [subject.as_json() for subject in subjects],
-        "tasks": tasks,
-        "lower_is_better": lower_is_better(),
-        "scores": scores,
-        "differences": differences,
-        "failed": failed,
-    }
-
-
-def to_csv(results: Mapping[str, Any]) -> str:
-    """``scores`` of ``tabulate`` as CSV, a line a score."""
-    lines = io.StringIO()
-    writer = csv.DictWriter(
-        lines, ["task", "subject", "metric", "mean", "low", "high", "episodes"], lineterminator="\n"
+        table = _gather(by_task[task], subjects)
+        tasks[task] = _summary(task, by_task[task], table)
+        for subject in table:
+            scores += _scores(task, subject, seed)
+        differences += _differences(task, subjects, table, seed)
+        for name, episodes in by_task[task].items():
+            failed += _failed(task, name, episodes)
+    return EvaluationTable(
+        subjects=tuple(SubjectEntry.model_validate(subject.as_json()) for subject in subjects),
+        tasks=tasks,
+        lower_is_better=tuple(lower_is_better()),
+        scores=tuple(scores),
+        differences=tuple(differences),
+        failed=tuple(failed),
     )
+
+
+def to_csv(table: EvaluationTable) -> str:
+    """Return the scores as CSV, a line a score."""
+    lines = io.StringIO()
+    columns = ["task", "subject", "metric", "mean", "low", "high", "episodes"]
+    writer = csv.DictWriter(lines, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(results["scores"])
+    for score in table.scores:
+        writer.writerow({column: getattr(score, column) for column in columns})
     return lines.getvalue()
 
 
-def choose_episodes(rows: Sequence[Mapping[str, Any]], results: Mapping[str, Any]) -> dict[str, dict[Rank, int]]:
-    """The pair of the best, the median and the worst episode of every task, to be looked at.
+def choose_episodes(rows: Sequence[Row], table: EvaluationTable) -> dict[str, dict[Rank, int]]:
+    """Choose the pair of the best, the median and the worst episode of every task, to be looked at.
 
-    By the primary metric of the first adapter, where there is none of the first subject that is a model, or at all.
+    They are ranked by the primary metric of the first adapter; where there is none, of the first subject that is a
+    model, else of the first subject.
     """
-    kinds = {subject["name"]: subject["kind"] for subject in results["subjects"]}
+    names = [subject.name for subject in table.subjects]
+    kinds = {subject.name: subject.kind for subject in table.subjects}
     chosen: dict[str, dict[Rank, int]] = {}
-    for task, about in results["tasks"].items():
-        valued = defaultdict(list)
+    for task, about in table.tasks.items():
+        valued: dict[str, list[tuple[float, int]]] = {}
         for row in rows:
-            value = None if row["task"] != task or row["error"] else _value(row, about["primary"])
+            value = None if row["task"] != task or row["error"] else _value(row, about.primary)
             if value is not None:
-                valued[row["subject"]].append((value, row["pair_id"]))
+                valued.setdefault(row["subject"], []).append((value, row["pair_id"]))
         order = sorted(
-            valued, key=lambda name: (kinds[name] != "adapter", kinds[name] not in _MODELS, list(kinds).index(name))
+            valued, key=lambda name: (kinds[name] != "adapter", kinds[name] not in _MODELS, names.index(name))
         )
         if order:
-            lower = about["primary"] in results["lower_is_better"]
-            ranked = sorted(valued[order[0]], reverse=not lower)
-            places: dict[Rank, int] = {"best": 0, "median": (len(ranked) - 1) // 2, "worst": len(ranked) - 1}
-            chosen[task] = {rank: ranked[place][1] for rank, place in places.items()}
+            ranked = sorted(valued[order[0]], reverse=about.primary not in table.lower_is_better)
+            chosen[task] = {
+                "best": ranked[0][1],
+                "median": ranked[(len(ranked) - 1) // 2][1],
+                "worst": ranked[-1][1],
+            }
     return chosen
 
 
-def _columns(episodes: Mapping[int, Mapping[str, Any]], pairs: Sequence[int]) -> dict[str, list[float | None]]:
-    """The values of one subject by metric, one for each of ``pairs``; None where undefined or failed."""
+def _gather(by_subject: Mapping[str, dict[int, Row]], subjects: Sequence[Subject]) -> list[_SubjectRows]:
+    """Return the rows of one task by subject, in the order of the table."""
+    pair_ids = sorted(set().union(*by_subject.values()))
+    table = []
+    for subject in subjects:
+        if subject.name in by_subject:
+            rows = dict(sorted(by_subject[subject.name].items()))
+            table.append(_SubjectRows(subject.name, rows, _columns(rows, pair_ids)))
+    return table
+
+
+def _columns(rows: Mapping[int, Row], pair_ids: Sequence[int]) -> dict[str, list[float | None]]:
+    """Return the values of one subject by metric, one for each of ``pair_ids``."""
     columns: dict[str, list[float | None]] = {}
-    for place, pair_id in enumerate(pairs):
-        for entry in episodes.get(pair_id, {}).get("values") or ():
-            columns.setdefault(entry["metric"], [None] * len(pairs))[place] = entry["value"]
+    for index, pair_id in enumerate(pair_ids):
+        for entry in rows.get(pair_id, {}).get("values") or ():
+            columns.setdefault(entry["metric"], [None] * len(pair_ids))[index] = entry["value"]
     return columns
 
 
-def _scores(
-    task: str,
-    subject: str,
-    episodes: Mapping[int, Mapping[str, Any]],
-    pairs: Sequence[int],
-    columns: Mapping[str, list[float | None]],
-    metrics: Sequence[str],
-    seed: int,
-) -> list[dict[str, Any]]:
-    counted = [Score({}, np.array(row["counts"])) for _, row in sorted(episodes.items()) if row["counts"] is not None]
+def _summary(task: str, by_subject: Mapping[str, dict[int, Row]], table: Sequence[_SubjectRows]) -> TaskSummary:
+    """Return what was measured of one task.
+
+    Args:
+        task: Its name.
+        by_subject: All its rows.
+        table: The same rows, of the subjects of the table.
+    """
+    metrics = TASKS[task].metrics
+    present = {metric.name for metric in metrics if metric.of_set is not None}
+    for subject in table:
+        present.update(subject.columns)
+    pair_ids: set[int] = set()
+    rejected: set[int] = set()
+    for rows in by_subject.values():
+        pair_ids.update(rows)
+        rejected.update(pair_id for pair_id, row in rows.items() if row["error"])
+    return TaskSummary(
+        episodes=len(pair_ids),
+        primary=metrics[0].name,
+        metrics=tuple(metric.name for metric in (*metrics, *MODEL_METRICS) if metric.name in present),
+        absent={metric.name: metric.absent for metric in metrics if metric.absent and metric.name not in present},
+        rejected=len(rejected),
+    )
+
+
+def _scores(task: str, subject: _SubjectRows, seed: int) -> list[SubjectScore]:
+    """Return the means of one subject in the order of the metrics; without those that no episode has."""
+    counted = [Score({}, np.array(row["counts"])) for row in subject.rows.values() if row["counts"] is not None]
     of_set = aggregate(task, counted)
-    found: list[dict[str, Any]] = []
-    for metric in metrics:
-        key = {"task": task, "subject": subject, "metric": metric}
-        if metric in of_set:
-            found.append(key | {"mean": of_set[metric], "low": None, "high": None, "episodes": len(counted)})
-        elif metric in columns:
-            mean = mean_interval(columns[metric], seed)
-            figures = {"mean": None, "low": None, "high": None, "episodes": 0} if mean is None else vars(mean)
-            if metric in _LOGARITHMS:
-                figures = {name: _exp(value) if name != "episodes" else value for name, value in figures.items()}
-            found.append(key | figures)
-    return found
+    scores = []
+    for metric in (*TASKS[task].metrics, *MODEL_METRICS):
+        name = metric.name
+        if name in of_set:
+            figures: dict[str, Any] = {"mean": of_set[name], "low": None, "high": None, "episodes": len(counted)}
+        elif name in subject.columns:
+            figures = _interval(subject.columns[name], seed, exponent=name in _LOGARITHMS)
+        else:
+            continue
+        scores.append(SubjectScore(task=task, subject=subject.name, metric=name, **figures))
+    return scores
 
 
-def _differences(
-    task: str, subjects: Sequence[Subject], columns: Mapping[str, Mapping[str, list[float | None]]], seed: int
-) -> list[dict[str, Any]]:
-    """Every adapter against all who stand before it, but not against the ceiling."""
+def _interval(values: Sequence[float | None], seed: int, *, exponent: bool) -> dict[str, Any]:
+    """Return mean, interval and episodes of ``values``; with ``exponent`` the geometric mean of what they log."""
+    mean = mean_interval(values, seed)
+    if mean is None:
+        return {"mean": None, "low": None, "high": None, "episodes": 0}
+    bounds = (mean.mean, mean.low, mean.high)
+    if exponent:
+        bounds = (math.exp(mean.mean), _exp(mean.low), _exp(mean.high))
+    return {"mean": bounds[0], "low": bounds[1], "high": bounds[2], "episodes": mean.episodes}
+
+
+def _differences(task: str, subjects: Sequence[Subject], table: Sequence[_SubjectRows], seed: int) -> list[Difference]:
+    """Compare every adapter with all subjects that stand before it, but for the ceiling, by the primary metric.
+
+    Args:
+        task: Its name.
+        subjects: In the order of the table.
+        table: The rows of the task.
+        seed: Of bootstrap and test.
+    """
     metric = TASKS[task].metrics[0].name
-    names = [
-        subject.name for subject in subjects if subject.kind != "ceiling" and metric in columns.get(subject.name, {})
-    ]
-    found = []
-    for first in (subject.name for subject in subjects if subject.kind == "adapter" and subject.name in names):
-        for second in names[: names.index(first)]:
-            difference = paired_difference(columns[first][metric], columns[second][metric], seed)
+    kinds = {subject.name: subject.kind for subject in subjects}
+    compared = [row for row in table if kinds[row.name] != "ceiling" and metric in row.columns]
+    differences = []
+    for index, first in enumerate(compared):
+        if kinds[first.name] != "adapter":
+            continue
+        for second in compared[:index]:
+            difference = paired_difference(first.columns[metric], second.columns[metric], seed)
             if difference is not None:
-                key = {"task": task, "metric": metric, "first": first, "second": second}
-                found.append(key | vars(difference))
-    return found
+                differences.append(
+                    Difference(task=task, metric=metric, first=first.name, second=second.name, **vars(difference))
+                )
+    return differences
 
 
-def _value(row: Mapping[str, Any], metric: str) -> float | None:
+def _failed(task: str, subject: str, episodes: Mapping[int, Row]) -> list[FailedEpisode]:
+    """Return the episodes of one subject that have no scores, by pair."""
+    failed = []
+    for pair_id, row in sorted(episodes.items()):
+        if row["error"]:
+            failed.append(FailedEpisode(task=task, subject=subject, pair_id=pair_id, error=row["error"]))
+    return failed
+
+
+def _value(row: Row, metric: str) -> float | None:
     return next((entry["value"] for entry in row["values"] or () if entry["metric"] == metric), None)
 
 

@@ -17,6 +17,7 @@ from covray.distributed.build import build
 from covray.distributed.evaluate import PAGE, evaluate
 from covray.distributed.train import train
 from covray.errors import ConfigError, one_line
+from covray.evaluation.records import EvaluationResults
 from covray.io.records import RecordPart
 from covray.pairs.manifest import ManifestWriter, Pair
 from covray.pairs.photos import photo_pairs
@@ -167,7 +168,7 @@ class _Demo:
         )
         return result
 
-    def score(self) -> dict[str, Any]:
+    def score(self) -> EvaluationResults:
         """Evaluate the adapter; returns the table."""
         self.announce(
             "Its answers on scenes it has not seen, beside the untuned backbone and answers without a model",
@@ -209,7 +210,7 @@ def run_demo(out: Path, console: Console) -> DemoResult:
         seconds=seconds,
         audit=audit,
         training=training,
-        scores=evaluation["scores"],
+        scores=[score.to_json() for score in evaluation.scores],
     )
 
 

@@ -20,7 +20,7 @@ from covray.config import EvaluateConfig
 from covray.distributed.evaluate import _episodes, _metric, evaluate, read_rows
 from covray.errors import ConfigError
 from covray.evaluation.pair_files import choose_pairs
-from covray.evaluation.records import EvaluationRecord
+from covray.evaluation.records import EvaluationRecord, SubjectScore
 from covray.evaluation.runner import RESULT_SCHEMA
 from covray.evaluation.subjects import Subject
 
@@ -194,7 +194,8 @@ def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
 
 
 def test_a_subject_of_any_name_has_one_that_mlflow_takes() -> None:
-    entry = {"task": "depth", "metric": "abs_rel", "subject": "untuned diffusion L=4 (50%), ü"}
-    name = _metric(entry)
+    subject = "untuned diffusion L=4 (50%), ü"
+    score = SubjectScore(task="depth", metric="abs_rel", subject=subject, mean=1.0, low=None, high=None, episodes=1)
+    name = _metric(score)
     assert re.fullmatch(r"[\w\-. :/]+", name)
     assert name.startswith("depth/abs_rel/untuned diffusion L_4")

@@ -22,6 +22,7 @@ from covray.distributed import trials as running
 from covray.distributed.sweep import report, resumed, sweep
 from covray.distributed.tracking import Tracker, store_of
 from covray.errors import ConfigError
+from covray.evaluation.records import EvaluationResults, SubjectScore
 from covray.io import storage
 from covray.sweeps.grid import Trial, grid_of
 from covray.sweeps.records import SweepRecord
@@ -224,15 +225,14 @@ def test_a_trial_that_was_stopped_or_lost_is_written_down_with_what_it_was_compa
 def away(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> Trial:
     """``trial``, trained and evaluated, with a run in an MLflow that does not answer."""
     RunRecord(config={}, identity={}, fingerprints={}, mlflow_run_id="0" * 32).write(trial.train.out)
-    score = {"task": "depth", "subject": "tuned", "metric": "abs_rel", "mean": 0.25, "low": None, "high": None}
-    score |= {"episodes": 4}
+    score = SubjectScore(task="depth", subject="tuned", metric="abs_rel", mean=0.25, low=None, high=None, episodes=4)
+    results = EvaluationResults(
+        subjects=(), tasks={}, lower_is_better=(), scores=(score,), differences=(), failed=(), seconds=1.0, config={},
+        fingerprints={},
+    )  # fmt: skip
     result = SimpleNamespace(steps=7, seconds=1.0, tokens=70)
     monkeypatch.setattr(running, "train", lambda config, watch, patience_s: result)
-    monkeypatch.setattr(
-        running,
-        "evaluate",
-        lambda config, patience_s: {"scores": [score], "seconds": 1.0, "tasks": {}, "lower_is_better": []},
-    )
+    monkeypatch.setattr(running, "evaluate", lambda config, patience_s: results)
     tracking = trial.train.tracking.model_copy(update={"uri": "http://127.0.0.1:9", "log_every_steps": 4})
     return replace(trial, train=trial.train.model_copy(update={"tracking": tracking}))
 

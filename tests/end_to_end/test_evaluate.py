@@ -120,12 +120,12 @@ def test_a_killed_evaluation_gives_the_table_of_an_undisturbed_one(
 
     monkeypatch.setattr("covray.distributed.evaluate.ray_session", no_ray)
     config = EvaluateConfig(out=str(killed), adapters=tuple(adapters), batch=4, **options)
-    assert evaluate(config) == results, "a finished evaluation returns at once"
+    assert evaluate(config).to_json() == results, "a finished evaluation returns at once"
     # As one killed after the results, before MLflow had heard of them: it is told, and no more than once.
     run_id = json.loads((killed / "_evaluation.json").read_text())["mlflow_run_id"]
     MlflowClient(store).update_run(run_id, status="RUNNING")
     (killed / "_checkpoint").mkdir()
-    assert evaluate(config) == results
+    assert evaluate(config).to_json() == results
     assert not (killed / "_checkpoint").exists()
     require_tracked()
 

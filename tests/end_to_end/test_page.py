@@ -65,15 +65,16 @@ def test_the_page_of_an_evaluation_shows_its_table_and_pictures_without_a_networ
         for pair_id in range(1, 9)
     ]  # fmt: skip
     config = {"data": "chains", "split": "test", "example_split": "train", "selection": "random", "seed": 0}
-    results = tabulate(rows, subjects, 0) | {
-        "config": config | {"sampling": {"temperature": 0}}, "fingerprints": {"codebook": "ab"}, "seconds": 1.0,
-    }  # fmt: skip
+    results = EvaluationResults(
+        **dict(tabulate(rows, subjects, 0)), seconds=1.0, config=config | {"sampling": {"temperature": 0}},
+        fingerprints={"codebook": "ab"},
+    )  # fmt: skip
     picture = np.full((16, 16, 3), 90, np.uint8)
     strips = [
         Strip("depth", subject.name, "best", 1, 0.1, picture, [picture], picture, picture) for subject in subjects
     ]
     page = str(tmp_path / "index.html")
-    write_evaluation_page(EvaluationResults.model_validate(results), strips, page)
+    write_evaluation_page(results, strips, page)
     dom = browse(page, tmp_path / "profile", "--dump-dom")
     assert re.search(r'<html[^>]*class="js"', dom), "the script ran"
     assert "&lt;b&gt;tuned" in dom, "a hostile name stays text"

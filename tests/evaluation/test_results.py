@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from covray.evaluation.records import EvaluationTable
 from covray.evaluation.results import choose_episodes, tabulate, to_csv
 from covray.evaluation.scores import aggregate
 from covray.evaluation.statistics import mean_interval, paired_difference
@@ -39,8 +40,8 @@ def row(subject: str, pair_id: int, task: str = "depth", error: str | None = Non
     }  # fmt: skip
 
 
-def scores_of(results: dict[str, Any]) -> dict[tuple[str, str, str], dict[str, Any]]:
-    return {(entry["task"], entry["subject"], entry["metric"]): entry for entry in results["scores"]}
+def scores_of(results: EvaluationTable) -> dict[tuple[str, str, str], dict[str, Any]]:
+    return {(entry["task"], entry["subject"], entry["metric"]): entry for entry in results.to_json()["scores"]}
 
 
 def test_a_table_by_hand() -> None:
@@ -67,7 +68,7 @@ def test_a_table_by_hand() -> None:
     assert table["depth", "first", "delta1"]["low"] is None, "one episode has no spread"
     assert table["depth", "first", "perplexity_own"]["low"] == pytest.approx(2)
     assert table["depth", "first", "perplexity_own"]["high"] == pytest.approx(8)
-    assert results["tasks"] == {
+    assert results.to_json()["tasks"] == {
         "depth": {
             "episodes": 2,
             "primary": "abs_rel",
@@ -76,9 +77,11 @@ def test_a_table_by_hand() -> None:
             "rejected": 1,
         }
     }
-    assert results["failed"] == [{"task": "depth", "subject": "vqgan", "pair_id": 2, "error": "truncated: label: x"}]
-    assert {"abs_rel", "perplexity_own", "perplexity_reference"} <= set(results["lower_is_better"])
-    assert json.loads(json.dumps(results)) == results
+    assert results.to_json()["failed"] == [
+        {"task": "depth", "subject": "vqgan", "pair_id": 2, "error": "truncated: label: x"}
+    ]
+    assert {"abs_rel", "perplexity_own", "perplexity_reference"} <= set(results.to_json()["lower_is_better"])
+    assert EvaluationTable.model_validate_json(json.dumps(results.to_json()), strict=True) == results
 
 
 def random_rows(*tasks: str, episodes: int = 9) -> list[Row]:
@@ -101,12 +104,12 @@ def random_rows(*tasks: str, episodes: int = 9) -> list[Row]:
 def test_the_order_of_rows_does_not_matter() -> None:
     rows = random_rows("colorization", "edges")
     expected = tabulate(rows, SUBJECTS, seed=3)
-    assert list(expected["tasks"]) == ["colorization", "edges"]
+    assert list(expected.tasks) == ["colorization", "edges"]
     for seed in range(3):
         random.Random(seed).shuffle(rows)
         found = tabulate(rows, SUBJECTS, seed=3)
         assert found == expected
-        assert json.dumps(found) == json.dumps(expected), "to the byte"
+        assert json.dumps(found.to_json()) == json.dumps(expected.to_json()), "to the byte"
         assert choose_episodes(rows, found) == choose_episodes(rows, expected)
 
 
@@ -123,11 +126,11 @@ def test_intervals_and_differences_are_those_of_statistics() -> None:
         assert mean is not None
         found = table["colorization", name, "mse"]
         assert (found["mean"], found["low"], found["high"]) == (mean.mean, mean.low, mean.high)
-    pairs = [(entry["first"], entry["second"]) for entry in results["differences"]]
+    pairs = [(entry["first"], entry["second"]) for entry in results.to_json()["differences"]]
     assert pairs == [
         ("first", "copy"), ("first", "untuned"), ("second", "copy"), ("second", "untuned"), ("second", "first"),
     ], "adapters from all before them, never from the ceiling"  # fmt: skip
-    for entry in results["differences"]:
+    for entry in results.to_json()["differences"]:
         difference = paired_difference(values[entry["first"]], values[entry["second"]], 5)
         assert difference is not None
         assert {key: entry[key] for key in vars(difference)} == vars(difference)
@@ -136,7 +139,7 @@ def test_intervals_and_differences_are_those_of_statistics() -> None:
 def test_a_difference_is_first_less_second_over_episodes_that_both_have() -> None:
     rows = [row("copy", pair_id, abs_rel=0.5) for pair_id in range(3)]
     rows += [row("first", 0, abs_rel=0.25), row("first", 1, abs_rel=0.375), row("first", 2, error="damaged: x")]
-    (difference,) = tabulate(rows, SUBJECTS, seed=0)["differences"]
+    (difference,) = tabulate(rows, SUBJECTS, seed=0).to_json()["differences"]
     assert (difference["metric"], difference["mean"], difference["episodes"]) == ("abs_rel", -0.1875, 2)
     assert difference["high"] < 0
 
@@ -159,16 +162,16 @@ def test_metrics_of_a_set_are_taken_from_its_sums() -> None:
     mine = [Score({}, np.array(one["counts"])) for one in edges if one["subject"] == "copy"]
     for metric, mean in aggregate("edges", mine).items():
         assert scores_of(results)["edges", "copy", metric]["mean"] == mean
-    assert {"ods_f", "ois_f"} <= set(results["tasks"]["edges"]["metrics"])
+    assert {"ods_f", "ois_f"} <= set(results.to_json()["tasks"]["edges"]["metrics"])
 
 
 def test_a_metric_that_is_never_defined_has_no_mean() -> None:
     rows = [row(subject, pair_id, abs_rel=None) for subject in ("copy", "first") for pair_id in (1, 2)]
     results = tabulate(rows, SUBJECTS, seed=0)
-    assert [(entry["mean"], entry["low"], entry["high"], entry["episodes"]) for entry in results["scores"]] == [
-        (None, None, None, 0)
-    ] * 2
-    assert results["differences"] == []
+    assert [
+        (entry["mean"], entry["low"], entry["high"], entry["episodes"]) for entry in results.to_json()["scores"]
+    ] == [(None, None, None, 0)] * 2
+    assert results.to_json()["differences"] == []
     assert choose_episodes(rows, results) == {}
     assert "\ndepth,first,abs_rel,,,,0\n" in to_csv(results)
 
@@ -176,16 +179,16 @@ def test_a_metric_that_is_never_defined_has_no_mean() -> None:
 def test_a_task_of_which_every_episode_failed_is_still_named() -> None:
     rows = [row(subject, 1, task, error="damaged: x") for subject in ("copy", "first") for task in ("edges", "depth")]
     results = tabulate(rows, SUBJECTS, seed=0)
-    assert list(results["tasks"]) == ["edges", "depth"]
-    assert all(about["episodes"] == about["rejected"] == 1 for about in results["tasks"].values())
-    assert len(results["failed"]) == 4
-    assert all(entry["mean"] is None for entry in results["scores"])
+    assert list(results.to_json()["tasks"]) == ["edges", "depth"]
+    assert all(about["episodes"] == about["rejected"] == 1 for about in results.to_json()["tasks"].values())
+    assert len(results.to_json()["failed"]) == 4
+    assert all(entry["mean"] is None for entry in results.to_json()["scores"])
 
 
 def test_metrics_whose_network_is_not_there_are_named() -> None:
     results = tabulate([row("first", 1, "colorization", mse=0.1, psnr=10.0)], SUBJECTS, seed=0)
-    assert list(results["tasks"]["colorization"]["absent"]) == ["lpips"]
-    assert "lpips" not in results["tasks"]["colorization"]["metrics"]
+    assert list(results.to_json()["tasks"]["colorization"]["absent"]) == ["lpips"]
+    assert "lpips" not in results.to_json()["tasks"]["colorization"]["metrics"]
 
 
 @pytest.mark.parametrize(
@@ -217,8 +220,8 @@ def test_csv_says_what_the_table_says() -> None:
     rows = [*random_rows("colorization", "edges"), row(hostile.name, 1, "edges", f=0.1)]
     results = tabulate(rows, (*SUBJECTS, hostile), seed=0)
     read = list(csv.DictReader(io.StringIO(to_csv(results), newline="")))
-    assert len(read) == len(results["scores"])
-    for line, entry in zip(read, results["scores"], strict=True):
+    assert len(read) == len(results.to_json()["scores"])
+    for line, entry in zip(read, results.to_json()["scores"], strict=True):
         for key, value in entry.items():
             if isinstance(value, float):
                 assert float(line[key]) == value
