@@ -57,7 +57,7 @@ def test_an_eighth_task_goes_all_the_way(tmp_path: Path, python_path: str) -> No
     covray("build", "--pairs", pairs, "--out", chains, "--lengths", "3", "--methods", "linear")
     covray(
         "train", "--scale", "nano", "--data", chains, "--out", trained, "--length", "3", "--method", "linear",
-        "--steps", "2", "--tracking-uri", "none",
+        "--steps", "2", "--tracking-uri", "none", "--set", "optimizer.batch_tokens=768",
     )  # fmt: skip
     table = covray(
         "evaluate", "--data", chains, "--adapter", trained, "--out", scores, "--baselines", "mean,ceiling",
