@@ -360,8 +360,10 @@ def test_a_killed_sweep_continues_with_the_trials_that_are_not_done(
         watch({"step": 1, "loss": 1.0, "tokens": 70})
         return SimpleNamespace(steps=1, seconds=1.0, tokens=70)
 
-    def fake_evaluate(config: Any, patience_s: float = 0.0) -> dict[str, Any]:
-        return {"scores": [score | {"subject": "tuned"}], "seconds": 1.0, "tasks": tasks, "lower_is_better": []}
+    def fake_evaluate(config: Any, patience_s: float = 0.0) -> EvaluationResults:
+        values = {"scores": [score | {"subject": "tuned"}], "seconds": 1.0, "tasks": tasks, "lower_is_better": []}
+        empty = {"subjects": [], "differences": [], "failed": [], "config": {}, "fingerprints": {}}
+        return EvaluationResults.model_validate(values | empty)
 
     @contextmanager
     def two_cores() -> Iterator[int]:
