@@ -101,7 +101,9 @@ def _require_same_inversion(dataset: ChainDataset, config: BuildConfig, prior_fi
             f"noise_from: {path} was inverted with prior {dataset.fingerprints['prior'][:12]}, "
             f"this build has {prior_fingerprint[:12]}; use the same prior"
         )
-    differing = ["fit"] if theirs["fit"] != ours["fit"] else []
+    differing = []
+    if theirs["fit"] != ours["fit"]:
+        differing.append("fit")
     differing += [f"prior.{key}" for key in ("size_px", "steps") if theirs["prior"][key] != ours["prior"][key]]
     differing += [f"engine.{key}" for key in ours["engine"] if theirs["engine"].get(key) != ours["engine"][key]]
     if differing:

@@ -24,7 +24,7 @@ from PIL import Image
 
 from covray.errors import ConfigError, PairError, one_line
 from covray.io import storage
-from covray.io.codecs import plain, png, tiff
+from covray.io.codecs import plain, png, tiff, tiff_directory
 from covray.io.codecs.opening import refusing
 from covray.io.codecs.raster import Raster, to_rgb
 
@@ -105,7 +105,7 @@ def _read(data: bytes, max_pixels: int) -> Raster:
         raise PairError("empty", "zero bytes")
     if data.startswith(png.SIGNATURE[:4]):
         return png.read_png(data, max_pixels)
-    if data.startswith(tiff.MAGIC):
+    if data.startswith(tiff_directory.MAGIC):
         return tiff.read_tiff(data, max_pixels)
     return plain.read_plain(data, max_pixels)
 

@@ -146,7 +146,9 @@ def _depth_figures(pair: LoadedPair, meta: Mapping[str, Any]) -> LabelFigures:
         f"{depth.MAX_M:g} m and more": int((metres >= depth.MAX_M).sum()),
     }
     unusual = {"coloured": int(_colourful(pair.label).sum())}
-    ranges = {"metres": (float(metres[known].min()), float(metres[known].max()))} if known.any() else {}
+    ranges = {}
+    if known.any():
+        ranges["metres"] = (float(metres[known].min()), float(metres[known].max()))
     return LabelFigures(pixels, unusual, ranges)
 
 

@@ -124,7 +124,9 @@ def draw_pairs(shown: Sequence[ShownPair], title: str, subtitle: str) -> bytes:
 def _draw_text(draw: ImageDraw.ImageDraw, shown: ShownPair, top: int) -> None:
     draw.text((_MARGIN_PX, top), _printable(shown.name)[-_LINE_CHARACTERS:], _INK, load_font(12, bold=True))
     draw.text((_MARGIN_PX, top + _LINE_PX), _printable(shown.split), FAINT, load_font(12))
-    colour, characters = (_INK, _LINE_CHARACTERS) if shown.pair is not None else (_BAD, _WIDE_LINE_CHARACTERS)
+    colour, characters = _INK, _LINE_CHARACTERS
+    if shown.pair is None:
+        colour, characters = _BAD, _WIDE_LINE_CHARACTERS
     lines = []
     for text in shown.lines:
         lines += textwrap.wrap(_printable(text), characters)

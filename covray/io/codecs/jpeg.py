@@ -61,7 +61,8 @@ def require_whole(data: bytes, tables: bytes = b"") -> None:
             parts[number] = _without_padding(parts[number])
         warning = _warning(b"".join(parts), colours)
     if warning is not None:
-        raise PairError("truncated" if "premature end" in warning.lower() else "damaged", warning)
+        early = "premature end" in warning.lower()
+        raise PairError("truncated" if early else "damaged", warning)
     if len(scans) == 1:
         (number,) = scans
         parts[number] = _without_padding(parts[number]).removesuffix(b"\0")[:-1]

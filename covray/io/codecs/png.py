@@ -11,7 +11,7 @@ import re
 import struct
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,16 +59,16 @@ def read_png(data: bytes, max_pixels: int) -> Raster:
     png = _parsed(data, max_pixels)
     samples = _samples(png)
     maximum = 2**png.depth - 1
-    alpha: NDArray | None = None
-    palette: NDArray[np.uint8] | None = None
-    if png.colour in (GREY_ALPHA, RGB_ALPHA):
-        samples, alpha = samples[..., :-1], samples[..., -1]
-        samples = samples[..., 0] if png.colour == GREY_ALPHA else samples
+    raster = Raster(samples, maximum)
+    if png.colour == GREY_ALPHA:
+        raster = Raster(samples[..., 0], maximum, samples[..., 1])
+    elif png.colour == RGB_ALPHA:
+        raster = Raster(samples[..., :3], maximum, samples[..., 3])
     elif png.colour == INDEXED:
-        palette = _palette(png)
+        raster = Raster(samples, maximum, palette=_palette(png))
     elif png.transparency is not None:
-        alpha = _keyed_alpha(png, samples, maximum)
-    return Raster(samples, maximum, alpha, palette=palette, orientation=_orientation(png))
+        raster = Raster(samples, maximum, _keyed_alpha(png, samples, maximum))
+    return replace(raster, orientation=_orientation(png))
 
 
 def _parsed(data: bytes, max_pixels: int) -> _Png:

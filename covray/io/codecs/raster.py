@@ -112,33 +112,35 @@ def _looked_up(indices: NDArray, palette: NDArray[np.uint8]) -> NDArray[np.uint8
 
 def _scaled(raster: Raster, maximum: int) -> NDArray[np.uint8]:
     samples = raster.samples
-    alpha = None if raster.premultiplied else raster.alpha
     if raster.white_is_zero:
         samples = maximum - samples
-    if maximum == 255 and alpha is None:
-        grey_or_rgb = samples.astype(np.uint8, copy=False)
-    elif maximum == 255 and samples.ndim == 3 and alpha is not None:
-        return _composited(samples.astype(np.uint8, copy=False), alpha.astype(np.uint8, copy=False))
+    if samples.ndim == 2:
+        samples = samples[..., None]
+    if raster.alpha is None or raster.premultiplied:
+        levels = samples if maximum == 255 else _scaled_levels(samples, maximum)
+    elif maximum == 255 and samples.shape[2] == 3:
+        levels = _composited(samples, raster.alpha)
     else:
-        grey_or_rgb = np.empty(samples.shape, np.uint8)
-        for top in range(0, len(samples), BAND_ROWS):
-            rows = slice(top, top + BAND_ROWS)
-            grey_or_rgb[rows] = _scaled_band(samples[rows], None if alpha is None else alpha[rows], maximum)
-    return grey_or_rgb if grey_or_rgb.ndim == 3 else np.repeat(grey_or_rgb[..., None], 3, axis=2)
+        levels = _scaled_levels(samples, maximum, raster.alpha)
+    levels = levels.astype(np.uint8, copy=False)
+    return levels if levels.shape[2] == 3 else np.repeat(levels, 3, axis=2)
 
 
-def _scaled_band(samples: NDArray, alpha: NDArray | None, maximum: int) -> NDArray[np.int64]:
-    """round(255 * samples / maximum * alpha / maximum), exactly, half up."""
-    numerator, denominator = 255 * samples.astype(np.int64), maximum
-    if alpha is not None:
-        numerator *= alpha[..., None] if samples.ndim == 3 else alpha
-        denominator *= maximum
-    scaled: NDArray[np.int64] = (2 * numerator + denominator) // (2 * denominator)
-    return scaled
+def _scaled_levels(samples: NDArray, maximum: int, alpha: NDArray | None = None) -> NDArray[np.uint8]:
+    """round(255 * samples / maximum * alpha / maximum), exactly, half up, of [h, w, channels] and [h, w]."""
+    levels = np.empty(samples.shape, np.uint8)
+    for top in range(0, len(samples), BAND_ROWS):
+        rows = slice(top, top + BAND_ROWS)
+        numerator, denominator = 255 * samples[rows].astype(np.int64), maximum
+        if alpha is not None:
+            numerator *= alpha[rows][..., None]
+            denominator *= maximum
+        levels[rows] = (2 * numerator + denominator) // (2 * denominator)
+    return levels
 
 
-def _composited(rgb: NDArray[np.uint8], alpha: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """The same as ``_scaled_band`` for 8 bits, in Pillow's faster code."""
-    cut_out = Image.fromarray(np.dstack([rgb, alpha]))
+def _composited(rgb: NDArray, alpha: NDArray) -> NDArray[np.uint8]:
+    """The same as ``_scaled_levels`` for 8 bits, in Pillow's faster code."""
+    cut_out = Image.fromarray(np.dstack([rgb, alpha]).astype(np.uint8, copy=False))
     ground = Image.new("RGBA", cut_out.size, (0, 0, 0, 255))
     return np.array(Image.alpha_composite(ground, cut_out).convert("RGB"))

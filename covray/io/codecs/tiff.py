@@ -7,7 +7,6 @@ bits as 8, and reads on where a strip is shorter than its rows.
 
 from __future__ import annotations
 
-import struct
 import sys
 from dataclasses import dataclass, replace
 
@@ -19,14 +18,7 @@ from covray.errors import PairError
 from covray.io.codecs import jpeg
 from covray.io.codecs.opening import check_size, several_frames
 from covray.io.codecs.raster import Raster, cmyk_to_rgb, lab_to_rgb
-
-MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-
-NEW_SUBFILE_TYPE, WIDTH, LENGTH, BITS, COMPRESSION, PHOTOMETRIC = 254, 256, 257, 258, 259, 262
-STRIP_OFFSETS, ORIENTATION, SAMPLES_PER_PIXEL, ROWS_PER_STRIP, STRIP_COUNTS, PLANAR = 273, 274, 277, 278, 279, 284
-COLOUR_MAP, TILE_WIDTH, TILE_LENGTH, TILE_OFFSETS, TILE_COUNTS = 320, 322, 323, 324, 325
-INK_SET, EXTRA_SAMPLES, SAMPLE_FORMAT, JPEG_TABLES = 332, 338, 339, 347
-YCC_SUBSAMPLING, REFERENCE_BLACK_WHITE = 530, 532
+from covray.io.codecs.tiff_directory import Directory, Tag, read_directory
 
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, CMYK, YCC, LAB = 0, 1, 2, 3, 5, 6, 8
 _COLOUR_CHANNELS = {WHITE_IS_ZERO: 1, BLACK_IS_ZERO: 1, RGB: 3, PALETTE: 1, CMYK: 4, YCC: 3, LAB: 3}
@@ -36,43 +28,6 @@ _NOT_READ = {
 }  # fmt: skip
 _RAW, _OLD_JPEG, _JPEG = 1, 6, 7
 _UNSPECIFIED, _ASSOCIATED, _UNASSOCIATED = 0, 1, 2
-_TYPES = {1: "B", 3: "H", 4: "I", 5: "II", 7: "B", 16: "Q"}
-"""Struct codes of the field types of the tags above: byte, short, long, rational, undefined, long of BigTIFF."""
-_MAX_VALUES = 2**22
-"""Values of one tag. The largest that is read lists strips, which are thousands."""
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """A field of the directory: where it stands, and where its values do."""
-
-    at: int
-    code: str
-    count: int
-    values_at: int
-
-
-@dataclass(frozen=True)
-class _Directory:
-    """The first directory of a file."""
-
-    data: bytes
-    at: int
-    order: str
-    """``<`` or ``>``, as in struct."""
-    big: bool
-    entries: dict[int, _Entry]
-
-    def values(self, tag: int, default: tuple[int, ...] = ()) -> tuple[int, ...]:
-        """The numbers of ``tag``, ``default`` where the file has none."""
-        entry = self.entries.get(tag)
-        if entry is None:
-            return default
-        return struct.unpack_from(self.order + entry.code * entry.count, self.data, entry.values_at)
-
-    def value(self, tag: int, default: int) -> int:
-        """The first number of ``tag``."""
-        return (self.values(tag) or (default,))[0]
 
 
 @dataclass(frozen=True)
@@ -98,81 +53,51 @@ def read_tiff(data: bytes, max_pixels: int) -> Raster:
         PairError: for damaged, truncated, multi-page and too large or small pictures, and ``unsupported`` for layouts
             that have no agreed meaning. Errors of libtiff pass through for the caller to name.
     """
-    directory, following = _directory(data)
-    width_px, height_px = directory.value(WIDTH, 0), directory.value(LENGTH, 0)
+    directory = read_directory(data)
+    width_px, height_px = directory.value(Tag.WIDTH, 0), directory.value(Tag.LENGTH, 0)
     check_size(width_px, height_px, max_pixels)
-    if following:
+    if directory.has_successor:
         raise several_frames("TIFF")
     layout = _layout(directory, width_px, height_px)
     _require_strips(directory, layout)
     raster = _raster(directory, layout)
-    return replace(raster, orientation=directory.value(ORIENTATION, 1))
+    return replace(raster, orientation=directory.value(Tag.ORIENTATION, 1))
 
 
-def _directory(data: bytes) -> tuple[_Directory, int]:
-    """The first directory, and where the next one lies (0 for nowhere)."""
-    order = "<" if data.startswith(b"II") else ">"
-    big = data[2:4] in (b"+\0", b"\0+")
-    entry_bytes, count_code, offset_code = (20, "Q", "Q") if big else (12, "H", "I")
-    (at,) = struct.unpack_from(order + offset_code, data, 8 if big else 4)
-    if at + 8 > len(data):
-        raise PairError("truncated", "ends before its directory")
-    (count,) = struct.unpack_from(order + count_code, data, at)
-    first = at + struct.calcsize(order + count_code)
-    end = first + count * entry_bytes
-    if end > len(data):
-        raise PairError("truncated", "ends within its directory")
-    entries: dict[int, _Entry] = {}
-    for entry_at in range(first, end, entry_bytes):
-        tag, kind, number = struct.unpack_from(f"{order}HH{offset_code}", data, entry_at)
-        code = _TYPES.get(kind)
-        if code is None or not 0 < number <= _MAX_VALUES:
-            continue
-        length = number * struct.calcsize(order + code)
-        values_at = entry_at + (12 if big else 8)
-        if length > (8 if big else 4):
-            (values_at,) = struct.unpack_from(order + offset_code, data, values_at)
-        if values_at + length > len(data):
-            raise PairError("truncated", f"ends before the values of tag {tag}")
-        entries.setdefault(tag, _Entry(entry_at, code, number, values_at))
-    following = struct.unpack_from(order + offset_code, data, end)[0] if end + (8 if big else 4) <= len(data) else 0
-    return _Directory(data, at, order, big, entries), following
-
-
-def _layout(directory: _Directory, width_px: int, height_px: int) -> _Layout:
+def _layout(directory: Directory, width_px: int, height_px: int) -> _Layout:
     """Raise PairError ``unsupported`` for what is not read, by name."""
-    photometric = directory.value(PHOTOMETRIC, -1)
+    photometric = directory.value(Tag.PHOTOMETRIC, -1)
     if photometric not in _COLOUR_CHANNELS:
         name = _NOT_READ.get(photometric, f"photometric interpretation {photometric}")
         raise PairError("unsupported", f"TIFF of {name}; save grey or RGB")
-    channels = directory.value(SAMPLES_PER_PIXEL, 1)
-    bits = directory.values(BITS, (1,))
-    formats = set(directory.values(SAMPLE_FORMAT, (1,)))
+    channels = directory.value(Tag.SAMPLES_PER_PIXEL, 1)
+    bits = directory.values(Tag.BITS, (1,))
+    formats = set(directory.values(Tag.SAMPLE_FORMAT, (1,)))
     if formats != {1}:
         name = {2: "signed integers", 3: "floating point"}.get(max(formats), "samples of no stated kind")
         raise PairError("unsupported", f"TIFF of {name} has no agreed range; save 8 or 16 bits")
     if len(set(bits)) > 1:
         raise PairError("unsupported", f"TIFF of {', '.join(map(str, bits))} bits; save 8 or 16 bits")
-    compression = directory.value(COMPRESSION, _RAW)
+    compression = directory.value(Tag.COMPRESSION, _RAW)
     if compression == _OLD_JPEG:
         raise PairError("unsupported", "TIFF with JPEG data of the old style (compression 6); save it anew")
-    if photometric == CMYK and directory.value(INK_SET, 1) != 1:
+    if photometric == CMYK and directory.value(Tag.INK_SET, 1) != 1:
         raise PairError("unsupported", "TIFF of other inks than CMYK; save RGB")
     extra_count = channels - _COLOUR_CHANNELS[photometric]
     if extra_count < 0:
         raise PairError("damaged", f"{channels} samples a pixel for photometric interpretation {photometric}")
-    extra = directory.values(EXTRA_SAMPLES)
+    extra = directory.values(Tag.EXTRA_SAMPLES)
     if len(extra) != extra_count or any(kind > _UNASSOCIATED for kind in extra):
         extra = (-1,) * extra_count
-    planar = directory.value(PLANAR, 1) == 2 and channels > 1
+    planar = directory.value(Tag.PLANAR, 1) == 2 and channels > 1
     return _Layout(width_px, height_px, photometric, bits[0], channels, extra, planar, compression)
 
 
-def _require_strips(directory: _Directory, layout: _Layout) -> None:
+def _require_strips(directory: Directory, layout: _Layout) -> None:
     """Raise PairError where a strip or tile lacks bytes, or holds a JPEG that is not whole."""
-    tiled = TILE_OFFSETS in directory.entries
-    offsets = directory.values(TILE_OFFSETS if tiled else STRIP_OFFSETS)
-    counts = directory.values(TILE_COUNTS if tiled else STRIP_COUNTS)
+    tiled = Tag.TILE_OFFSETS in directory.entries
+    offsets = directory.values(Tag.TILE_OFFSETS if tiled else Tag.STRIP_OFFSETS)
+    counts = directory.values(Tag.TILE_COUNTS if tiled else Tag.STRIP_COUNTS)
     if not offsets or len(counts) != len(offsets):
         raise PairError("damaged", f"{len(offsets)} strips or tiles and {len(counts)} byte counts")
     for number, (offset, count) in enumerate(zip(offsets, counts, strict=True)):
@@ -182,22 +107,22 @@ def _require_strips(directory: _Directory, layout: _Layout) -> None:
         if sum(counts) > len(directory.data):
             raise PairError("damaged", "strips overlap")
         for offset, count in zip(offsets, counts, strict=True):
-            jpeg.require_whole(directory.data[offset : offset + count], bytes(directory.values(JPEG_TABLES)))
+            jpeg.require_whole(directory.data[offset : offset + count], bytes(directory.values(Tag.JPEG_TABLES)))
 
 
-def _plain_bytes(directory: _Directory, layout: _Layout, number: int, tiled: bool) -> int:
+def _plain_bytes(directory: Directory, layout: _Layout, number: int, tiled: bool) -> int:
     """The bytes that strip ``number`` must have; 0 where that depends on a compression, or on YCbCr's subsampling."""
     if layout.compression != _RAW or layout.photometric == YCC:
         return 0
     bits = layout.bits * (1 if layout.planar else layout.channels)
     if tiled:
-        return -(-directory.value(TILE_WIDTH, 0) * bits // 8) * directory.value(TILE_LENGTH, 0)
-    rows = max(1, directory.value(ROWS_PER_STRIP, layout.height_px))
+        return -(-directory.value(Tag.TILE_WIDTH, 0) * bits // 8) * directory.value(Tag.TILE_LENGTH, 0)
+    rows = max(1, directory.value(Tag.ROWS_PER_STRIP, layout.height_px))
     above = number % -(-layout.height_px // rows) * rows
     return -(-layout.width_px * bits // 8) * min(rows, layout.height_px - above)
 
 
-def _raster(directory: _Directory, layout: _Layout) -> Raster:
+def _raster(directory: Directory, layout: _Layout) -> Raster:
     photometric, maximum = layout.photometric, 2**layout.bits - 1
     if photometric == YCC:
         return Raster(_ycc_samples(directory, layout), 255)
@@ -240,11 +165,11 @@ def _alpha(layout: _Layout, extra: list[NDArray], maximum: int) -> tuple[NDArray
     return alpha, premultiplied
 
 
-def _palette(directory: _Directory, layout: _Layout, alpha: NDArray | None) -> NDArray[np.uint8]:
+def _palette(directory: Directory, layout: _Layout, alpha: NDArray | None) -> NDArray[np.uint8]:
     """Colours by index; a map of 16-bit numbers counts by its high bytes, as it is written."""
     if alpha is not None:
         raise PairError("unsupported", "TIFF of a palette with alpha; save RGBA")
-    colours = np.array(directory.values(COLOUR_MAP), np.int64)
+    colours = np.array(directory.values(Tag.COLOUR_MAP), np.int64)
     if layout.bits > 8 or len(colours) != 3 * 2**layout.bits:
         raise PairError("damaged", f"a colour map of {len(colours)} numbers for {layout.bits} bits")
     if 0 < colours.max() < 256:
@@ -259,7 +184,7 @@ def _cmyk_as_rgb(inks: NDArray, maximum: int) -> NDArray:
     return cmyk_to_rgb(inks, maximum)
 
 
-def _channels(directory: _Directory, layout: _Layout) -> list[NDArray]:
+def _channels(directory: Directory, layout: _Layout) -> list[NDArray]:
     """The stored samples as a list of channels [h, w]."""
     if layout.planar or layout.channels == 1:
         return [_plane(directory, layout, number) for number in range(layout.channels)]
@@ -283,7 +208,7 @@ def _channels(directory: _Directory, layout: _Layout) -> list[NDArray]:
     return channels + channels[-1:] * (layout.channels - len(channels))
 
 
-def _plane(directory: _Directory, layout: _Layout, number: int) -> NDArray:
+def _plane(directory: Directory, layout: _Layout, number: int) -> NDArray:
     """One channel [h, w], stored by itself."""
     modes = {
         1: ("P", "P;1"), 2: ("P", "P;2"), 4: ("P", "P;4"), 8: ("L", "L"), 12: ("I;16", "I;12"), 16: ("I;16", "I;16N"),
@@ -294,66 +219,48 @@ def _plane(directory: _Directory, layout: _Layout, number: int) -> NDArray:
     return _unpacked(_of_plane(directory, layout, number), layout, *modes[layout.bits])
 
 
-def _of_plane(directory: _Directory, layout: _Layout, number: int) -> _Directory:
+def _of_plane(directory: Directory, layout: _Layout, number: int) -> Directory:
     """The file with a directory that knows the strips of one plane only, as a grey picture."""
     if not layout.planar:
         return directory
-    data = bytearray(directory.data)
-    for tag in (STRIP_OFFSETS, STRIP_COUNTS, TILE_OFFSETS, TILE_COUNTS):
+    replaced: dict[int, tuple[int, ...]] = {
+        Tag.PHOTOMETRIC: (BLACK_IS_ZERO,),
+        Tag.SAMPLES_PER_PIXEL: (1,),
+        Tag.PLANAR: (1,),
+        Tag.BITS: (layout.bits,),
+        Tag.EXTRA_SAMPLES: (),
+        Tag.SAMPLE_FORMAT: (1,),
+    }
+    for tag in (Tag.STRIP_OFFSETS, Tag.STRIP_COUNTS, Tag.TILE_OFFSETS, Tag.TILE_COUNTS):
         if tag in directory.entries:
             values = directory.values(tag)
             of_plane = len(values) // layout.channels
-            _overwrite(data, directory, tag, values[number * of_plane : (number + 1) * of_plane])
-    single = {PHOTOMETRIC: 1, SAMPLES_PER_PIXEL: 1, PLANAR: 1, BITS: layout.bits, EXTRA_SAMPLES: None, SAMPLE_FORMAT: 1}
-    for tag, value in single.items():
-        if tag in directory.entries:
-            _overwrite(data, directory, tag, () if value is None else (value,))
-    return replace(directory, data=bytes(data))
+            replaced[tag] = values[number * of_plane : (number + 1) * of_plane]
+    return directory.rewritten(replaced)
 
 
-def _overwrite(data: bytearray, directory: _Directory, tag: int, values: tuple[int, ...]) -> None:
-    """Put ``values`` in the place of those of ``tag``, which has at least as many; none hide the tag."""
-    entry, order = directory.entries[tag], directory.order
-    size = struct.calcsize(order + entry.code)
-    room = 8 if directory.big else 4
-    count_code = "Q" if directory.big else "I"
-    if not values:
-        # As a second NewSubfileType of 0, which libtiff passes over without a word.
-        struct.pack_into(f"{order}HH{count_code}{count_code}", data, entry.at, NEW_SUBFILE_TYPE, 4, 1, 0)
-        return
-    at = entry.at + (12 if directory.big else 8)
-    struct.pack_into(order + count_code, data, entry.at + 4, len(values))
-    if len(values) * size <= room:
-        data[at : at + room] = bytes(room)
-        struct.pack_into(order + entry.code * len(values), data, at, *values)
-    else:
-        struct.pack_into(order + entry.code * len(values), data, entry.values_at, *values)
-
-
-def _ycc_samples(directory: _Directory, layout: _Layout) -> NDArray[np.uint8]:
+def _ycc_samples(directory: Directory, layout: _Layout) -> NDArray[np.uint8]:
     """Y Cb Cr as RGB: by Pillow where it lies plainly, else by libtiff, which knows subsampling and levels."""
     if layout.bits != 8 or layout.channels != 3:
         raise PairError("unsupported", f"TIFF of YCbCr in {layout.channels} samples of {layout.bits} bits; save RGB")
-    whole = directory.values(YCC_SUBSAMPLING, (2, 2)) == (1, 1)
+    whole = directory.values(Tag.YCC_SUBSAMPLING, (2, 2)) == (1, 1)
     if layout.compression == _RAW and whole and not layout.planar and _full_range(directory):
         # libtiff would convert it, one level off Pillow here and there; called RGB, it is left as it is.
-        data = bytearray(directory.data)
-        _overwrite(data, directory, PHOTOMETRIC, (RGB,))
-        stored = _unpacked(replace(directory, data=bytes(data)), layout, "RGB", "RGB")
+        stored = _unpacked(directory.rewritten({Tag.PHOTOMETRIC: (RGB,)}), layout, "RGB", "RGB")
         return np.array(Image.fromarray(stored, "YCbCr").convert("RGB"))
     of_jpeg = layout.compression == _JPEG and not layout.planar
     return _unpacked(directory, layout, "RGB", "RGB" if of_jpeg else "RGBX")
 
 
-def _full_range(directory: _Directory) -> bool:
+def _full_range(directory: Directory) -> bool:
     """Whether black is 0 and white 255, and no colour lies at 128."""
-    stated = directory.values(REFERENCE_BLACK_WHITE, (0, 1, 255, 1, 128, 1, 255, 1, 128, 1, 255, 1))
+    stated = directory.values(Tag.REFERENCE_BLACK_WHITE, (0, 1, 255, 1, 128, 1, 255, 1, 128, 1, 255, 1))
     levels = (0, 255, 128, 255, 128, 255)
     numbers = zip(stated[::2], stated[1::2], levels, strict=False)
     return len(stated) == 12 and all(above == level * below for above, below, level in numbers)
 
 
-def _unpacked(directory: _Directory, layout: _Layout, mode: str, raw_mode: str) -> NDArray:
+def _unpacked(directory: Directory, layout: _Layout, mode: str, raw_mode: str) -> NDArray:
     size = (layout.width_px, layout.height_px)
     image = Image.frombytes(mode, size, directory.data, "libtiff", raw_mode, False, directory.at)
     return np.array(image)
