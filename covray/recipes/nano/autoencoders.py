@@ -14,7 +14,7 @@ from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor, nn
 
 from covray.recipes.nano.data import CROPS, Pictures
-from covray.recipes.nano.loop import draw, psnr, train
+from covray.recipes.nano.loop import Run, draw, psnr, train
 
 VAE_CHANNELS = (32, 64, 64)
 VQGAN_CHANNELS = (24, 64, 96)
@@ -62,7 +62,7 @@ def train_vae(pictures: Tensor, held_out: Tensor, out: Path, steps: int, seed: i
         return error + 1e-4 * divergence
 
     model = train(
-        new_vae(), loss_of, out, steps, seed, 1e-3, "vae", device,
+        new_vae(), loss_of, Run("vae", out, steps, seed, device, 1e-3),
         measure=lambda average: f"held-out PSNR {float(reconstruct_vae(average, held_out).mean()):.2f} dB",
     )  # fmt: skip
     with torch.no_grad():
@@ -186,7 +186,7 @@ def train_vqgan(pictures: Tensor, validation: Tensor, out: Path, steps: int, see
             model.vqgan.quantize.embedding.weight.data.copy_(_codebook(model.vqgan, corpus, seed, device))
 
     model = train(
-        TokenizerTraining(), loss_of, out, steps, seed, 1e-3, "vqgan", device, on_step=on_step,
+        TokenizerTraining(), loss_of, Run("vqgan", out, steps, seed, device, 1e-3), on_step=on_step,
         measure=lambda average: describe_vqgan(average.vqgan, validation),
     )  # fmt: skip
     model.vqgan.half().save_pretrained(out / "vqgan", safe_serialization=True)

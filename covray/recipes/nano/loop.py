@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,105 +19,162 @@ EMA_DECAY = 0.99
 """The learning rate falls to next to nothing by itself: the average only smooths the last hundred steps."""
 
 
+@dataclass(frozen=True)
+class Run:
+    """Which model is trained, where, and for how long."""
+
+    name: str
+    """Name of the model in progress lines and in the file that keeps the state."""
+    out: Path
+    """Folder of the family; ``out``/<name>.state.pt keeps the state of a training that was stopped."""
+    steps: int
+    seed: int
+    device: torch.device
+    learning_rate: float
+    """Highest learning rate of the one AdamW that is used where ``train`` gets no ``optimizers``."""
+
+
+class _State:
+    """What a training is made of between two steps: the model, its average and its optimizers."""
+
+    def __init__(self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], path: Path) -> None:
+        self.model = model
+        self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY), use_buffers=True)
+        self.optimizers = optimizers
+        self.path = path
+
+    def load(self, device: torch.device) -> int:
+        """Load the last save and return the step to go on with; 0 where there is none."""
+        if not self.path.exists():
+            return 0
+        saved = torch.load(self.path, map_location=device, weights_only=True)
+        self.model.load_state_dict(saved["model"])
+        self.average.load_state_dict(saved["average"])
+        for optimizer, values in zip(self.optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(values)
+        return int(saved["step"])
+
+    def save(self, step: int) -> None:
+        """Save the state after ``step`` steps; a kill meanwhile leaves the save before."""
+        aside = self.path.with_suffix(".part")
+        torch.save(
+            {
+                "model": self.model.state_dict(),
+                "average": self.average.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+                "step": step,
+            },
+            aside,
+        )
+        os.replace(aside, self.path)
+
+
+class _Progress:
+    """Prints the mean loss, the rate and the time left every REPORT_EVERY_S."""
+
+    def __init__(self, run: Run, first: int) -> None:
+        self.run, self.first = run, first
+        self.started = self.reported = time.monotonic()
+        self.losses: list[float] = []
+
+    def step(self, done: int, loss: float) -> None:
+        """Take note of the loss of the step after which ``done`` steps are done."""
+        self.losses.append(loss)
+        now = time.monotonic()
+        if now - self.reported <= REPORT_EVERY_S and done < self.run.steps:
+            return
+        rate = (done - self.first) / (now - self.started)
+        mean = sum(self.losses) / len(self.losses)
+        minutes_left = (self.run.steps - done) / rate / 60
+        print(
+            f"{self.run.name}: step {done}/{self.run.steps}  loss {mean:.5f}  {rate:.2f} steps/s"
+            f"  {minutes_left:.0f} min left",
+            flush=True,
+        )
+        self.reported = now
+        self.losses = []
+
+
 def train(
     model: Any,
     loss_of: Callable[[Any, int, torch.Generator], Tensor],
-    out: Path,
-    steps: int,
-    seed: int,
-    learning_rate: float,
-    name: str,
-    device: torch.device,
+    run: Run,
+    *,
     measure: Callable[[Any], str] | None = None,
     on_step: Callable[[Any, int], None] | None = None,
     optimizers: Callable[[Any], Sequence[torch.optim.Optimizer]] | None = None,
 ) -> Any:
-    """Train ``model`` for ``steps`` and return its moving average (EMA), in float32.
+    """Train a model and return its moving average (EMA), in float32.
 
-    ``loss_of(model, step, generator)`` draws all its randomness from the generator, which is seeded by (seed, step):
-    a run that was killed and started again equals one that was not. ``measure`` is printed at every save.
-    ``on_step(model, step)`` may change the model before a step (the codebook's k-means).
-    ``optimizers(model)`` share out the parameters, each at its highest learning rate; by default one AdamW.
+    A training that was killed and started again equals one that was not, to the bit.
+
+    Args:
+        model: The model; it is moved to the run's device.
+        loss_of: Computes the loss of (model, step, generator). It takes all its randomness from the generator, which is
+            seeded by the run's seed and the step.
+        run: What is trained, where, and for how long.
+        measure: Describes the average in one line, which is printed at every save.
+        on_step: May change (model, step) before a step, such as the codebook by k-means.
+        optimizers: Shares the parameters out among optimizers, each at its highest learning rate; by default one AdamW.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    state_path = out / f"{name}.state.pt"
-    model.to(device=device, memory_format=torch.channels_last)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY), use_buffers=True)
-    chosen = [adamw(model.parameters(), learning_rate)] if optimizers is None else list(optimizers(model))
+    run.out.mkdir(parents=True, exist_ok=True)
+    model.to(device=run.device, memory_format=torch.channels_last)
+    chosen = [adamw(model.parameters(), run.learning_rate)] if optimizers is None else list(optimizers(model))
     highest = [[group["lr"] for group in optimizer.param_groups] for optimizer in chosen]
-    first = 0
-    if state_path.exists():
-        state = torch.load(state_path, map_location=device, weights_only=True)
-        model.load_state_dict(state["model"])
-        average.load_state_dict(state["average"])
-        for optimizer, kept in zip(chosen, state["optimizers"], strict=True):
-            optimizer.load_state_dict(kept)
-        first = int(state["step"])
-        print(f"{name}: continues at step {first} of {steps}", flush=True)
-    started = reported = saved = time.monotonic()
-    running, seen = 0.0, 0
-    for step in range(first, steps):
-        for optimizer, rates in zip(chosen, highest, strict=True):
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * schedule(step, steps)
+    state = _State(model, chosen, run.out / f"{run.name}.state.pt")
+    first = state.load(run.device)
+    if first:
+        print(f"{run.name}: continues at step {first} of {run.steps}", flush=True)
+    progress = _Progress(run, first)
+    saved = time.monotonic()
+    for step in range(first, run.steps):
+        _set_rates(chosen, highest, schedule(step, run.steps))
         if on_step is not None:
             on_step(model, step)
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        with torch.autocast(device.type, torch.bfloat16):
+        generator = torch.Generator().manual_seed(run.seed * 1_000_003 + step)
+        with torch.autocast(run.device.type, torch.bfloat16):
             loss = loss_of(model, step, generator)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in chosen:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        average.update_parameters(model)
-        running, seen = running + float(loss.detach()), seen + 1
-        now = time.monotonic()
-        if now - reported > REPORT_EVERY_S or step + 1 == steps:
-            rate = (step + 1 - first) / (now - started)
-            print(
-                f"{name}: step {step + 1}/{steps}  loss {running / seen:.5f}  {rate:.2f} steps/s"
-                f"  {(steps - step - 1) / rate / 60:.0f} min left",
-                flush=True,
-            )
-            reported, running, seen = now, 0.0, 0
-        if now - saved > SAVE_EVERY_S or step + 1 == steps:
-            aside = state_path.with_suffix(".part")
-            torch.save(
-                {
-                    "model": model.state_dict(),
-                    "average": average.state_dict(),
-                    "optimizers": [optimizer.state_dict() for optimizer in chosen],
-                    "step": step + 1,
-                },
-                aside,
-            )
-            os.replace(aside, state_path)
-            saved = now
+        state.average.update_parameters(model)
+        progress.step(step + 1, float(loss.detach()))
+        if time.monotonic() - saved > SAVE_EVERY_S or step + 1 == run.steps:
+            state.save(step + 1)
+            saved = time.monotonic()
             if measure is not None:
-                print(f"{name}: step {step + 1}  {measure(average.module)}", flush=True)
-    return average.module
+                print(f"{run.name}: step {step + 1}  {measure(state.average.module)}", flush=True)
+    return state.average.module
+
+
+def _set_rates(optimizers: Sequence[torch.optim.Optimizer], highest: Sequence[Sequence[float]], share: float) -> None:
+    """Set every learning rate to ``share`` of its highest."""
+    for optimizer, rates in zip(optimizers, highest, strict=True):
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * share
 
 
 def adamw(parameters: Any, learning_rate: float) -> torch.optim.Optimizer:
-    """AdamW as all nano models have it."""
+    """Return the AdamW that all nano models have."""
     return torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
 
 
 def schedule(step: int, steps: int) -> float:
-    """Share of the learning rate at ``step``: 200 steps of warm-up, then a cosine down to 2%."""
+    """Return the share of the learning rate at ``step``: 200 steps of warm-up, then a cosine down to 2%."""
     warm = min(1.0, (step + 1) / 200)
     progress = torch.tensor(step / max(steps, 1) * torch.pi)
     return warm * (0.02 + 0.98 * 0.5 * (1 + float(torch.cos(progress))))
 
 
 def draw(pictures: Tensor, batch: int, generator: torch.Generator, device: torch.device) -> Tensor:
-    """A random batch of uint8 ``pictures`` [n, h, w, 3] as float [batch, 3, h, w] in [0, 1], channels last."""
+    """Return a random batch of uint8 ``pictures`` [n, h, w, 3] as float [batch, 3, h, w] in [0, 1], channels last."""
     index = torch.randint(len(pictures), (batch,), generator=generator)
     return pictures[index].to(device).permute(0, 3, 1, 2).float().div_(255)
 
 
 def psnr(first: Tensor, second: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of every picture in [0, 1], [n, 3, h, w] -> [n]; at most 99."""
+    """Return the peak signal-to-noise ratio in dB of every picture in [0, 1], [n, 3, h, w] -> [n]; at most 99."""
     error = (first - second).square().flatten(1).mean(1)
     return (-10 * torch.log10(error.clamp_min(1e-10))).clamp_max(99)

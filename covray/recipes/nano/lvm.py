@@ -23,7 +23,7 @@ from covray.models.lvm.model import Batch, Lvm
 from covray.models.lvm.scales import SPECIAL_IDS, llama_config
 from covray.models.tokenizer.vqgan import Tokenizer, load_tokenizer
 from covray.recipes.nano.data import CROPS, KINDS, VIEWS, views
-from covray.recipes.nano.loop import adamw, train
+from covray.recipes.nano.loop import Run, adamw, train
 
 TASK_PICTURES = {
     "segmentation": ("colour", "segmentation"), "pose": ("colour", "pose"), "colorization": ("grey", "colour"),
@@ -125,7 +125,9 @@ def train_lvm(pictures: Tensor, held_out: Tensor, out: Path, steps: int, seed: i
         return "held-out answer perplexity " + ", ".join(f"{task} {value:.1f}" for task, value in perplexities.items())
 
     model = new_lvm(seed, PICTURES * size)
-    model = train(model, loss_of, out, steps, seed, ADAMW_RATE, "lvm", device, measure=measure, optimizers=_optimizers)
+    model = train(
+        model, loss_of, Run("lvm", out, steps, seed, device, ADAMW_RATE), measure=measure, optimizers=_optimizers
+    )
     save_lvm(model, out / "lvm", tokenizer.codebook_fingerprint, size)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from covray.recipes.nano.autoencoders import batches
-from covray.recipes.nano.loop import train
+from covray.recipes.nano.loop import Run, train
 
 CHANNELS = (64, 128)
 CONTEXT = (4, 64)
@@ -84,7 +84,7 @@ def train_prior(pictures: Tensor, held_out: Tensor, out: Path, steps: int, seed:
             answer = model(noisy, timesteps, encoder_hidden_states=context.expand(len(noisy), -1, -1)).sample
         return f"held-out noise error {float(F.mse_loss(answer, noise)):.5f}"
 
-    model = train(new_unet(), loss_of, out, steps, seed, 6e-4, "prior", device, measure=measure)
+    model = train(new_unet(), loss_of, Run("prior", out, steps, seed, device, 6e-4), measure=measure)
     folder = out / "prior"
     model.half().save_pretrained(folder / "unet", safe_serialization=True)
     vae.register_to_config(_name_or_path="")  # the folder it was read from is nobody's concern

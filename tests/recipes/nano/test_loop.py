@@ -31,7 +31,7 @@ def _loss(model: nn.Module, step: int, generator: torch.Generator) -> Tensor:
 
 
 def _train(out: Path, loss_of=_loss, seed: int = 0, **options) -> nn.Module:  # type: ignore[no-untyped-def]
-    return loop.train(_model(), loss_of, out, STEPS, seed, 1e-2, "tiny", CPU, **options)
+    return loop.train(_model(), loss_of, loop.Run("tiny", out, STEPS, seed, CPU, 1e-2), **options)
 
 
 def _same(first: nn.Module, second: nn.Module) -> bool:
@@ -125,7 +125,7 @@ def test_it_learns(tmp_path: Path) -> None:
         losses.append(float(loss.detach()))
         return loss
 
-    loop.train(_model(), watching, tmp_path, 150, 0, 1e-2, "tiny", CPU)
+    loop.train(_model(), watching, loop.Run("tiny", tmp_path, 150, 0, CPU, 1e-2))
     assert losses[-1] < 0.5 * losses[0]
 
 
