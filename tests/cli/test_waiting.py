@@ -71,7 +71,8 @@ def _start(*arguments: object) -> subprocess.Popen[str]:
 
 @pytest.mark.parametrize(
     ("number", "code", "at"),
-    [(signal.SIGTERM, 143, "covray pairs scenes"), (signal.SIGINT, 130, "covray"), (signal.SIGTERM, 143, "pairs made")],
+    # Its first line, whatever that is: how far the command has come in a second depends on the machine.
+    [(signal.SIGTERM, 143, "pairs"), (signal.SIGINT, 130, "pairs"), (signal.SIGTERM, 143, "pairs made")],
     ids=["sigterm-at-its-start", "ctrl-c", "sigterm-at-work"],
 )
 def test_a_command_says_what_it_does_and_when_stopped_that_it_is(
