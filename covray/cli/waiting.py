@@ -1,4 +1,4 @@
-"""How a command keeps whoever waits informed: what it is doing, and what else covray has to say."""
+"""Progress lines and notes of a command on stderr."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def informed() -> Iterator[None]:
 def _progress_lines() -> Iterator[None]:
     """Print what the innermost stage says: after a second for the first time, then every ten seconds.
 
-    Nothing is printed where stderr is no file, as in a notebook or under a test.
+    Nothing is printed when stderr is not a file, as in a notebook or under a test.
     """
     try:
         # A second descriptor: while Ray starts, file descriptor 2 leads nowhere for some seconds.

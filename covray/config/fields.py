@@ -129,7 +129,7 @@ class SamplingConfig(Section):
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     """Sample only from the likeliest tokens that together reach this probability."""
     best_of: int = Field(default=1, ge=1, le=1024)
-    """Candidates per query, of which the likeliest is given."""
+    """Candidates per query; the likeliest is the answer."""
     choose_by: Literal["answer", "chain"] = "answer"
     """What a candidate is ranked by: the likelihood of its answer given its own frames, or of frames and answer
     together."""

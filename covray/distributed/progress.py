@@ -234,7 +234,7 @@ class PoolProgress:
         """Return the actors at work, and what else there is to say."""
         if not counts.actors:
             return ["starting actors"]
-        facts = [f"{counts.actors} actor{'s' if counts.actors != 1 else ''}"]
+        facts = ["1 actor" if counts.actors == 1 else f"{counts.actors} actors"]
         rate = self._rate()
         if rate:
             facts.append(f"{rate:.2f} {self._unit}/s")

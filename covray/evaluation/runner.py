@@ -262,7 +262,10 @@ class Runner:
             return {}
         query, *references = self.tokenizer.decode(result.chain[:-1])
         figures = [frame_figures(query, each[:-1], each[-1], np.stack(references)) for each in written]
-        return {name: _mean([each[name] for each in figures]) for name in figures[0]}
+        means = {}
+        for name in figures[0]:
+            means[name] = _mean([each[name] for each in figures])
+        return means
 
     def _answer(
         self, subject: Subject, result: EpisodeResult, label: Picture, meta: Mapping[str, Any]

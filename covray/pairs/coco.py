@@ -361,7 +361,8 @@ class _Images:
     def uri(self, image_id: int) -> str:
         """Return where the image lies; one that the file does not name is expected where COCO 2017 puts that id."""
         image = self.by_id.get(image_id)
-        return f"{self._folder}/{image.file_name if image else f'{image_id:012d}.jpg'}"
+        name = image.file_name if image else f"{image_id:012d}.jpg"
+        return f"{self._folder}/{name}"
 
     def checked(self, image_id: int, render: Callable[[], NDArray[np.uint8]]) -> Callable[[], NDArray[np.uint8]]:
         """Return ``render``, or what raises PairError if it is not clear which label the image has."""

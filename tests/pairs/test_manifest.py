@@ -2,7 +2,7 @@
 
 import json
 import resource
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import fs
 
-from covray.errors import ManifestError
 from covray.io import storage
 from covray.pairs import manifest
 from covray.pairs.manifest import (
@@ -27,30 +26,11 @@ from covray.pairs.manifest import (
     read_manifest,
     row_dicts,
 )
+from tests.support.manifests import refused, write
 
 
 def pair(number: int = 0, task: str = "depth", split: str = "train", **meta: Any) -> Pair:
     return Pair(task, split, Picture(bytes=b"image %d" % number), Picture(uri=f"label{number}.png"), meta)
-
-
-def write(path: Path | str, pairs: Iterable[Pair], root: str | None = None) -> ManifestWriter:
-    with ManifestWriter(path, root) as writer:
-        for each in pairs:
-            writer.add(each)
-    return writer
-
-
-def refused(action: Any, *arguments: Any, **options: Any) -> str:
-    def whole() -> None:
-        result = action(*arguments, **options)
-        if isinstance(result, Iterator):
-            list(result)
-
-    with pytest.raises(ManifestError) as caught:
-        whole()
-    text = str(caught.value)
-    assert "\n" not in text
-    return text
 
 
 def test_pair_id_is_the_documented_hash() -> None:

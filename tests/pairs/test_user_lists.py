@@ -2,7 +2,6 @@
 
 import json
 import unicodedata
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,29 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from covray.errors import ManifestError
-from covray.pairs.manifest import ManifestWriter, Pair, Picture, check_manifest
+from covray.pairs.manifest import Pair, Picture, check_manifest
 from covray.pairs.user_lists import PAINTER_TASKS, list_root, read_user_list
-
-
-def write(path: Path | str, pairs: Iterable[Pair], root: str | None = None) -> ManifestWriter:
-    with ManifestWriter(path, root) as writer:
-        for each in pairs:
-            writer.add(each)
-    return writer
-
-
-def refused(action: Any, *arguments: Any, **options: Any) -> str:
-    def whole() -> None:
-        result = action(*arguments, **options)
-        if isinstance(result, Iterator):
-            list(result)
-
-    with pytest.raises(ManifestError) as caught:
-        whole()
-    text = str(caught.value)
-    assert "\n" not in text
-    return text
+from tests.support.manifests import refused, write
 
 
 def put(path: Path, text: str | bytes | list[Any]) -> Path:

@@ -154,11 +154,13 @@ def pictures(folder: Path, split: str, scenes: int, crops: int, seed: int) -> ND
 
 def views(folder: Path, scenes: int, seed: int) -> NDArray[np.uint8]:
     """Return pictures of ``scenes`` training scenes from VIEWS places each, uint8 [scenes * VIEWS, 64, 64, 3]."""
-    blocks = (
-        np.stack([view.colour for view in render_scene(scene_seed(seed, "train", index), SIZE_PX, VIEWS)])
-        for index in range(scenes)
-    )
+    blocks = (_views_of(scene_seed(seed, "train", index)) for index in range(scenes))
     return _mapped(_kept(folder / f"views-{scenes}-{seed}.npy", blocks, scenes))
+
+
+def _views_of(scene: int) -> NDArray[np.uint8]:
+    """Return the colour pictures of the scene of a seed, uint8 [VIEWS, 64, 64, 3]."""
+    return np.stack([view.colour for view in render_scene(scene, SIZE_PX, VIEWS)])
 
 
 def _kept(path: Path, blocks: Iterable[NDArray[np.uint8]], total: int) -> Path:

@@ -120,7 +120,7 @@ def train(
     run.out.mkdir(parents=True, exist_ok=True)
     model.to(device=run.device, memory_format=torch.channels_last)
     chosen = [adamw(model.parameters(), run.learning_rate)] if optimizers is None else list(optimizers(model))
-    highest = [[group["lr"] for group in optimizer.param_groups] for optimizer in chosen]
+    highest = highest_rates(chosen)
     state = _State(model, chosen, run.out / f"{run.name}.state.pt")
     first = state.load(run.device)
     if first:
@@ -128,7 +128,7 @@ def train(
     progress = _Progress(run, first)
     saved = time.monotonic()
     for step in range(first, run.steps):
-        _set_rates(chosen, highest, schedule(step, run.steps))
+        set_rates(chosen, highest, schedule(step, run.steps))
         if on_step is not None:
             on_step(model, step)
         generator = torch.Generator().manual_seed(run.seed * 1_000_003 + step)
@@ -149,11 +149,30 @@ def train(
     return state.average.module
 
 
-def _set_rates(optimizers: Sequence[torch.optim.Optimizer], highest: Sequence[Sequence[float]], share: float) -> None:
+def highest_rates(optimizers: Sequence[torch.optim.Optimizer]) -> list[list[float]]:
+    """Return the learning rates that the groups of each optimizer begin with."""
+    rates = []
+    for optimizer in optimizers:
+        rates.append([group["lr"] for group in optimizer.param_groups])
+    return rates
+
+
+def set_rates(optimizers: Sequence[torch.optim.Optimizer], highest: Sequence[Sequence[float]], share: float) -> None:
     """Set every learning rate to ``share`` of its highest."""
     for optimizer, rates in zip(optimizers, highest, strict=True):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * share
+
+
+def muon_and_adamw(
+    model: nn.Module, layers: nn.Module, muon_rate: float, adamw_rate: float
+) -> list[torch.optim.Optimizer]:
+    """Return Muon for the matrices of ``layers`` (Jordan et al. 2024) and AdamW for all else of ``model``."""
+    matrices = [parameter for parameter in layers.parameters() if parameter.ndim == 2]
+    by_muon = {id(matrix) for matrix in matrices}
+    rest = [parameter for parameter in model.parameters() if id(parameter) not in by_muon]
+    muon = torch.optim.Muon(matrices, lr=muon_rate, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    return [muon, adamw(rest, adamw_rate)]
 
 
 def adamw(parameters: Any, learning_rate: float) -> torch.optim.Optimizer:

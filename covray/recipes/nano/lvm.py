@@ -23,7 +23,7 @@ from covray.models.lvm.model import Batch, Lvm
 from covray.models.lvm.scales import SPECIAL_IDS, llama_config
 from covray.models.tokenizer.vqgan import Tokenizer, load_tokenizer
 from covray.recipes.nano.data import CROPS, KINDS, VIEWS, views
-from covray.recipes.nano.loop import Run, adamw, train
+from covray.recipes.nano.loop import Run, muon_and_adamw, train
 
 TASK_PICTURES = {
     "segmentation": ("colour", "segmentation"), "pose": ("colour", "pose"), "colorization": ("grey", "colour"),
@@ -235,10 +235,7 @@ def _batch(sentences: Sequence[Tensor], counts: Tensor) -> Batch:
 
 
 def _optimizers(model: Lvm) -> list[torch.optim.Optimizer]:
-    matrices = [parameter for parameter in model.layers.parameters() if parameter.ndim == 2]
-    rest = [parameter for parameter in model.parameters() if not any(parameter is matrix for matrix in matrices)]
-    muon = torch.optim.Muon(matrices, lr=MUON_RATE, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
-    return [muon, adamw(rest, ADAMW_RATE)]
+    return muon_and_adamw(model, model.layers, MUON_RATE, ADAMW_RATE)
 
 
 def _corpus(pictures: Tensor, tokenizer: Tokenizer, out: Path, seed: int) -> Corpus:

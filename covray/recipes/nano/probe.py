@@ -24,7 +24,8 @@ from covray.evaluation.scores import score
 from covray.models.tokenizer.vqgan import Tokenizer
 from covray.pairs.scenes import CLASSES
 from covray.recipes.nano.data import KINDS
-from covray.recipes.nano.lvm import TASK_PICTURES
+from covray.recipes.nano.loop import highest_rates, muon_and_adamw, set_rates
+from covray.recipes.nano.lvm import ADAMW_RATE, MUON_RATE, TASK_PICTURES
 from covray.tasks import TASKS
 
 WIDTH, LAYERS, HEADS, INNER = 256, 6, 4, 704
@@ -135,16 +136,14 @@ def label_tokens(scenes: NDArray[np.uint8], judge: Tokenizer) -> NDArray[np.uint
 
 def train_reader(reader: QueryReader, data: ProbeData, steps: int, seed: int) -> None:
     """Train ``reader`` in place on random pairs of ``data``: Muon for the matrices, AdamW for the rest."""
-    matrices = [parameter for parameter in reader.blocks.parameters() if parameter.ndim == 2]
-    rest = [parameter for parameter in reader.parameters() if all(parameter is not matrix for matrix in matrices)]
-    muon = torch.optim.Muon(matrices, lr=4e-3, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
-    adamw = torch.optim.AdamW(rest, lr=3e-3, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
+    optimizers = muon_and_adamw(reader, reader.blocks, MUON_RATE, ADAMW_RATE)
+    highest = highest_rates(optimizers)
     generator = torch.Generator().manual_seed(seed)
     inputs = input_kinds()
     started, losses = time.monotonic(), []
     for step in range(steps):
         rate = min(1, (step + 1) / 100) * (0.02 + 0.49 * (1 + np.cos(np.pi * step / steps)))
-        muon.param_groups[0]["lr"], adamw.param_groups[0]["lr"] = 4e-3 * rate, 3e-3 * rate
+        set_rates(optimizers, highest, rate)
         rows = torch.randint(len(data.queries), (BATCH,), generator=generator)
         tasks = torch.randint(len(TASKS), (BATCH,), generator=generator)
         with torch.autocast("cpu", torch.bfloat16):
@@ -152,7 +151,7 @@ def train_reader(reader: QueryReader, data: ProbeData, steps: int, seed: int) ->
         loss = F.cross_entropy(logits.float().flatten(0, 1), data.labels[rows, tasks].flatten())
         loss.backward()
         nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
-        for optimizer in (muon, adamw):
+        for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         losses.append(loss.item())
