@@ -23,6 +23,7 @@ from covray.evaluation.pair_files import choose_pairs
 from covray.evaluation.records import EvaluationRecord, SubjectScore
 from covray.evaluation.runner import RESULT_SCHEMA
 from covray.evaluation.subjects import Subject
+from tests.support.commands import error_line
 
 Write = Callable[..., Any]
 
@@ -51,10 +52,8 @@ def mistake(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
         out, err = capsys.readouterr()
         assert end.value.code == 2, err
         assert out == ""
-        assert err.startswith("covray: ")
-        assert err.count("\n") == 1
         assert sorted(tmp_path.rglob("*")) == before
-        return err.strip()
+        return error_line(err)
 
     return mistake
 

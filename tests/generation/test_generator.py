@@ -43,6 +43,7 @@ from covray.models.lvm.decoding.sequential import SequentialDecoder
 from covray.pairs.manifest import MANIFEST_SCHEMA
 from covray.tasks import TASKS, pose, segmentation
 from tests.support.backbones import load, write_llama
+from tests.support.commands import error_line
 from tests.support.datasets import CODES, TOKENS
 from tests.support.priors import write_prior
 
@@ -362,9 +363,7 @@ def mistake(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         out, err = capsys.readouterr()
         assert end.value.code == 2
         assert out == ""
-        assert err.startswith("covray: ")
-        assert err.count("\n") == 1
-        return err.strip()
+        return error_line(err)
 
     return mistake
 

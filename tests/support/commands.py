@@ -62,6 +62,15 @@ def run(*arguments: str, code: int = 0, **changes: str) -> subprocess.CompletedP
     return done
 
 
+def error_line(stderr: str) -> str:
+    """The one line that answers a mistake, without ``covray:``; on a slow machine lines of progress stand before it."""
+    assert "Traceback" not in stderr, stderr
+    lines = [line for line in stderr.splitlines() if line.startswith("covray: ")]
+    assert len(lines) == 1, stderr
+    assert stderr.splitlines()[-1] == lines[0], "nothing follows the error"
+    return lines[0].removeprefix("covray: ")
+
+
 def tokens_of(dataset: Path | str) -> dict[int, Any]:
     """Everything that a pair's identity promises, by pair."""
     rows = ChainDataset(str(dataset)).rows(errors=True)
