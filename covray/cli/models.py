@@ -110,8 +110,10 @@ def nano_train(
             "--out", help="Folder of the family; the same command resumes there.", callback=require_folder_name
         ),
     ],
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps; by default the recipe's.")] = None,
-    scenes: Annotated[int, typer.Option(min=1, help="Rendered scenes to train on, eight pictures each.")] = 8000,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps (of every stage of the lvm); by default the recipe's.")
+    ] = None,
+    scenes: Annotated[int, typer.Option(min=1, help="Rendered scenes to train on, eight pictures each.")] = 30_000,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     seed: Seed = 0,

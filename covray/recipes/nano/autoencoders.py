@@ -21,6 +21,8 @@ VQGAN_CHANNELS = (24, 64, 96)
 CODES = 2048
 CODE_WIDTH = 8
 VQGAN_BATCH = 16
+CODEBOOK_BATCHES = 64
+"""Batches of 64 pictures whose latents the codebook's k-means sees: 512 latents a code."""
 UNQUANTISED_SHARE = 0.3
 READER_WIDTH = 128
 READER_LOSS = 0.2
@@ -236,7 +238,7 @@ def _codebook(model: Any, corpus: Pictures, seed: int, device: torch.device) -> 
     generator = torch.Generator().manual_seed(seed)
     latents = []
     with torch.inference_mode():
-        for _ in range(64):
+        for _ in range(CODEBOOK_BATCHES):
             encoded = model.encode(corpus.batch(64, generator, device)[0]).latents
             latents.append(encoded.permute(0, 2, 3, 1).reshape(-1, CODE_WIDTH).float().cpu())
     clusters = MiniBatchKMeans(CODES, random_state=seed, batch_size=8192, n_init=1, max_iter=30, reassignment_ratio=0.0)

@@ -26,7 +26,8 @@ from covray.recipes.nano.prior import train_prior
 from covray.recipes.nano.probe import ProbeResult, run_probe
 
 WEIGHTS = NANO_FOLDER
-STEPS = {"vae": 2300, "vqgan": 3000, "prior": 3000, "lvm": 5500}
+STEPS = {"vae": 2300, "vqgan": 3000, "prior": 3000}
+"""Optimizer steps of a training; the LVM is trained in stages (``covray.recipes.nano.lvm.STAGES``)."""
 HELD_OUT_SCENES = 250
 PROBE_TEST_SCENES = 200
 
@@ -36,9 +37,9 @@ def train_model(model: str, out: Path, steps: int | None, scenes: int, threads: 
 
     Raises ConfigError for a model, a device or a folder that is not there.
     """
-    trainers = {"vae": train_vae, "vqgan": train_vqgan, "prior": train_prior, "lvm": train_lvm}
-    if model not in trainers:
-        raise ConfigError(f"{model}: no such nano model; give one of {', '.join(trainers)}")
+    trainers = {"vae": train_vae, "vqgan": train_vqgan, "prior": train_prior}
+    if model not in (*trainers, "lvm"):
+        raise ConfigError(f"{model}: no such nano model; give one of {', '.join(trainers)}, lvm")
     before = {"prior": "vae", "lvm": "vqgan"}.get(model)
     if before and not (out / before).is_dir():
         raise ConfigError(
@@ -51,7 +52,10 @@ def train_model(model: str, out: Path, steps: int | None, scenes: int, threads: 
     torch.set_num_threads(threads)
     training = torch.from_numpy(pictures(out / "data", "train", scenes, CROPS, seed))
     held_out = torch.from_numpy(pictures(out / "data", "val", HELD_OUT_SCENES, 0, seed).copy())
-    trainers[model](training, held_out[:512], out, steps or STEPS[model], seed, chosen)
+    if model == "lvm":
+        train_lvm(training, held_out[:512], out, steps, seed, chosen)
+    else:
+        trainers[model](training, held_out[:512], out, steps or STEPS[model], seed, chosen)
 
 
 def measure(folder: Path | None = None, scenes: int = HELD_OUT_SCENES, round_trips: int = 8) -> dict[str, Any]:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from covray.config import BackboneConfig
 from covray.models.lvm.backbone import backbone_facts, load_backbone
+from covray.models.lvm.model import Batch
 from covray.models.lvm.scales import SPECIAL_IDS
 from covray.recipes.nano import autoencoders, lvm
 from covray.recipes.nano.data import KINDS
 
 CPU = torch.device("cpu")
 TOKENS = 4
+CODEBOOK = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)
 
 
 @pytest.fixture
@@ -89,29 +93,104 @@ def test_a_sentence_is_as_long_as_asked_whatever_it_is_of(corpus: lvm.Corpus, pa
         assert sentence.shape == counts.shape == (2 * pairs * TOKENS,)
 
 
-def test_what_was_trained_is_a_backbone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = LlamaConfig(
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> LlamaConfig:
+    """The architecture of the LVM in this test: 64 codes, one layer of 16."""
+    config = LlamaConfig(
         vocab_size=64 + SPECIAL_IDS, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
         max_position_embeddings=4096, rope_theta=1e4, bos_token_id=None, eos_token_id=None, pad_token_id=64,
     )  # fmt: skip
+    monkeypatch.setattr(lvm, "llama_config", lambda scale: config)
+    return config
+
+
+def _sentences(lengths: tuple[int, ...], seed: int) -> Batch:
+    """Random sentences, with loss on about half of their tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 64, (sum(lengths),), generator=generator)
+    counts = torch.rand(sum(lengths), generator=generator) < 0.5
+    counts[torch.tensor((0, *lengths[:-1])).cumsum(0)] = False
+    return Batch(ids, lengths, counts.nonzero()[:, 0] - 1)
+
+
+def test_patches_of_one_token_are_tokens(small: LlamaConfig) -> None:
+    model, batch = lvm.new_lvm(0, 64, CODEBOOK), _sentences((32, 16), 0)
+    with torch.inference_mode():
+        expected, each = model(batch)
+        total, each_of_patch = lvm.patch_loss(model, batch, 1)
+    assert torch.equal(total, expected)
+    assert torch.equal(each, each_of_patch)
+
+
+def test_a_patch_is_foretold_from_those_before_it_alone(small: LlamaConfig) -> None:
+    model = lvm.new_lvm(0, 64, CODEBOOK)
+    model.embed.weight.data.normal_()  # as untrained embeddings, all states are nearly alike
+    batch = _sentences((32, 16), 1)
+    with torch.inference_mode():
+        _, before = lvm.patch_loss(model, batch, 4)
+        # Tokens of the first patch of a sentence have nothing to be predicted from.
+        patches = (batch.positions + 1) // 4
+        predicted = batch.positions[(patches != 0) & (patches != 8)] + 1
+        assert len(before) == len(predicted)
+        changed = batch.ids.clone()
+        changed[20:24] = (changed[20:24] + 1) % 64
+        _, after = lvm.patch_loss(model, Batch(changed, batch.lengths, batch.positions), 4)
+    same = before == after
+    assert same[predicted < 20].all(), "what stands before the change"
+    assert same[predicted >= 32].all(), "another sentence"
+    assert not same[(predicted >= 24) & (predicted < 32)].any(), "what follows it in its sentence"
+
+
+def test_a_stage_goes_on_from_the_weights_of_the_one_before(
+    tmp_path: Path, small: LlamaConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _prepare_family(tmp_path, monkeypatch)
+    pictures = _random_pictures()
+    lvm.train_lvm(pictures, pictures[:8], tmp_path, 2, 0, CPU)
+    folders = [tmp_path / name for name in ("lvm-1", "lvm-2", "lvm")]
+    first, second, last = ((folder / "model.safetensors").read_bytes() for folder in folders)
+    assert first != second
+    assert second == last
+    for folder in folders[1:]:
+        shutil.rmtree(folder)
+    (tmp_path / "lvm-1.state.pt").unlink()  # what is kept of a stage is its weights
+    (tmp_path / "lvm-2.state.pt").unlink()
+    lvm.train_lvm(pictures, pictures[:8], tmp_path, 2, 0, CPU)
+    again = [(folder / "model.safetensors").read_bytes() for folder in folders]
+    assert again == [first, second, last]
+
+
+def _random_pictures() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (8 * 4 + 3, 64, 64, 3), generator=generator, dtype=torch.uint8)
+
+
+def _prepare_family(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train a tiny VQGAN into ``out``, and make the stages of the LVM small."""
     monkeypatch.setattr(autoencoders, "VQGAN_CHANNELS", (8, 8, 8))
     monkeypatch.setattr(autoencoders, "CROPS", 1)
     monkeypatch.setattr(autoencoders, "CODES", 64)
-    monkeypatch.setattr(lvm, "llama_config", lambda scale: small)
+    monkeypatch.setattr(autoencoders, "CODEBOOK_BATCHES", 1)
     monkeypatch.setattr(lvm, "CROPS", 1)
     monkeypatch.setattr(lvm, "VIEW_SCENES", 2)
     monkeypatch.setattr(lvm, "BATCH_TOKENS", 1)
-    generator = torch.Generator().manual_seed(0)
-    pictures = torch.randint(0, 256, (8 * 4 + 3, 64, 64, 3), generator=generator, dtype=torch.uint8)
-    autoencoders.train_vqgan(pictures, pictures[:8], tmp_path, 2, 0, CPU)
-    (tmp_path / "data").mkdir()
+    monkeypatch.setattr(lvm, "PICTURES", 4)
+    monkeypatch.setattr(lvm, "STAGES", (lvm.Stage(2, 4, 1.0), lvm.Stage(2, 1, 0.5)))
+    pictures = _random_pictures()
+    autoencoders.train_vqgan(pictures, pictures[:8], out, 2, 0, CPU)
+    (out / "data").mkdir()
+
+
+def test_what_was_trained_is_a_backbone(tmp_path: Path, small: LlamaConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    _prepare_family(tmp_path, monkeypatch)
+    pictures = _random_pictures()
     lvm.train_lvm(pictures, pictures[:8], tmp_path, 2, 0, CPU)
     config = BackboneConfig(scale="custom", path=str(tmp_path / "lvm"))
     facts = backbone_facts(config)
     assert facts.codes == 64
     assert facts.tokens_per_image == 256
     model = load_backbone(facts, config, None, dtype=torch.float32, device=CPU, seed=0)
-    ids = torch.randint(0, 64, (40,), generator=generator)
+    ids = torch.randint(0, 64, (40,))
     theirs = LlamaForCausalLM.from_pretrained(tmp_path / "lvm", dtype=torch.float32)
     with torch.inference_mode():
         assert torch.allclose(model.logits(ids, (40,)), theirs(ids[None]).logits[0], atol=1e-5)
@@ -119,7 +198,18 @@ def test_what_was_trained_is_a_backbone(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_an_untrained_lvm_knows_nothing() -> None:
     corpus = lvm.scenes_alone(torch.randint(0, 2048, (2 * len(KINDS), 64)).to(torch.uint16))
-    found = lvm.answer_perplexity(lvm.new_lvm(0, 1024), corpus, 1, CPU)
+    model = lvm.new_lvm(0, 1024, np.random.default_rng(0).normal(size=(2048, 8)).astype(np.float32))
+    found = lvm.answer_perplexity(model, corpus, 1, CPU)
     assert set(found) == set(lvm.TASK_PICTURES)
-    vocabulary = lvm.new_lvm(0, 1024).config.vocab_size
+    vocabulary = model.config.vocab_size
     assert all(abs(math.log(value / vocabulary)) < 0.3 for value in found.values())
+
+
+def test_codes_that_look_alike_begin_with_like_embeddings() -> None:
+    codebook = np.random.default_rng(1).normal(size=(300, 8)).astype(np.float32)
+    codebook[1] = codebook[0] + 0.01
+    features = lvm._code_features(torch.from_numpy(codebook), 256, torch.Generator().manual_seed(0))
+    likeness = torch.nn.functional.cosine_similarity(features[:1], features[1:])
+    assert likeness[0] > 0.99
+    assert likeness[1:].abs().max() < 0.8
+    assert float(features.std()) == pytest.approx(1)

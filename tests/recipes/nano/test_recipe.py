@@ -36,6 +36,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patched.setattr(autoencoders, "VQGAN_CHANNELS", (8, 8, 8))
         patched.setattr(autoencoders, "CROPS", 0)
         patched.setattr(autoencoders, "CODES", 64)
+        patched.setattr(autoencoders, "CODEBOOK_BATCHES", 2)
         patched.setattr(nano_prior, "CHANNELS", (16, 16))
         pictures, held_out = _pictures(40), _pictures(4)
         autoencoders.train_vae(pictures, held_out, out, 3, 0, CPU)
@@ -81,6 +82,7 @@ def test_a_killed_vqgan_ends_where_it_would_have(family: Path, tmp_path: Path, m
     monkeypatch.setattr(autoencoders, "VQGAN_CHANNELS", (8, 8, 8))
     monkeypatch.setattr(autoencoders, "CROPS", 0)
     monkeypatch.setattr(autoencoders, "CODES", 64)
+    monkeypatch.setattr(autoencoders, "CODEBOOK_BATCHES", 2)
     monkeypatch.setattr(loop, "SAVE_EVERY_S", -1)
     batch, calls = Pictures.batch, [0]
     codebook, clustered = autoencoders._codebook, [0]
@@ -93,7 +95,7 @@ def test_a_killed_vqgan_ends_where_it_would_have(family: Path, tmp_path: Path, m
 
     def killing(*arguments):  # type: ignore[no-untyped-def]
         calls[0] += 1
-        if calls[0] == 1 + 64 + 1 + 1:  # a step, the 64 batches of k-means, a step, and the step that is killed
+        if calls[0] == 1 + 2 + 1 + 1:  # a step, the two batches of k-means, a step, and the step that is killed
             raise KeyboardInterrupt
         return batch(*arguments)
 
