@@ -18,7 +18,8 @@ from covray.progress import current
 
 FIRST_AFTER_S = 1.0
 """A command that ends before this shows no progress."""
-EVERY_S = 10.0
+EVERY_S = 8.0
+"""Ten seconds are promised: a library that is being loaded holds this thread up, on a busy machine for seconds."""
 _POLL_S = 0.25
 
 _LOGGER = logging.getLogger("covray")
@@ -63,7 +64,7 @@ def informed() -> Iterator[None]:
 
 @contextmanager
 def _progress_lines() -> Iterator[None]:
-    """Print what the innermost stage says: after a second for the first time, then every ten seconds.
+    """Print what the innermost stage says: after a second for the first time, then at least every ten seconds.
 
     Nothing is printed when stderr is not a file, as in a notebook or under a test.
     """

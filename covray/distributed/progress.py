@@ -20,8 +20,8 @@ from covray.progress import own_display
 
 POLL_S = 0.5
 """A bar is drawn again this often."""
-LINE_EVERY_S = 10.0
-"""Where there is no terminal, a line says this often how far a command is."""
+LINE_EVERY_S = 8.0
+"""Where there is no terminal, a line says this often how far a command is; ten seconds are promised."""
 _COUNTING_SHARE = 0.05  # of the time at most is spent on counting what is written: on S3 that takes requests
 
 
@@ -206,7 +206,7 @@ class PoolProgress:
                     return
 
     def _watch_lines(self) -> None:
-        line_due = time.monotonic() + LINE_EVERY_S
+        line_due = time.monotonic()  # at once: the last line of another display may be some seconds old
         while not self._stop.wait(POLL_S):
             counts = self._look()
             if time.monotonic() < line_due:

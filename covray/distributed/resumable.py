@@ -21,6 +21,7 @@ from covray.errors import DatasetError
 from covray.io import storage
 from covray.io.records import Record
 from covray.io.storage import Folder
+from covray.progress import stage
 
 R = TypeVar("R", bound=Record)
 
@@ -143,8 +144,9 @@ class Output(Generic[R]):
         """
         # Written twice: what has begun must be continued even when MLflow does not answer now.
         record.write(self.folder)
-        tracker = Tracker(config, record.mlflow_run_id, self._command)
-        record = record.model_copy(update={"mlflow_run_id": tracker.start()})
+        with stage("opening the run in MLflow"):
+            tracker = Tracker(config, record.mlflow_run_id, self._command)
+            record = record.model_copy(update={"mlflow_run_id": tracker.start()})
         record.write(self.folder)
         status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
         try:

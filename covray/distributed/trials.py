@@ -292,7 +292,7 @@ class _Progress(tune.Callback):
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         self._progress = Progress(*columns, TimeElapsedColumn(), console=self._console, disable=not sys.stderr.isatty())
         self._task = self._progress.add_task("starting trials", total=len(trials), completed=before)
-        self._started, self._line_due = time.monotonic(), time.monotonic() + LINE_EVERY_S
+        self._started = self._line_due = time.monotonic()  # the first line comes at once
 
     def __getstate__(self) -> dict[str, Any]:
         """Return nothing: Tune writes itself down, and with it this, but nobody reads it."""

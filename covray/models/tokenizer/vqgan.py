@@ -21,6 +21,7 @@ from covray.errors import ConfigError, DatasetError, WeightsError, one_line
 from covray.io.device import choose_device
 from covray.io.model_folders import fingerprint_folder, require_files, resolve_folder
 from covray.io.tensor_files import require_stored_floats, weight_files
+from covray.models.tokenizer.pixel_range import require_unsigned
 
 MAX_CODES = 8192
 """Codes in LVM's vocabulary; ids from there on are special."""
@@ -152,7 +153,8 @@ def load_tokenizer(config: TokenizerConfig, engine: EngineConfig) -> Tokenizer:
     the tokenizer is only a few per cent of a chain's arithmetic.
 
     Raises:
-        WeightsError: The weights are missing or incomplete, or do not fit LVM's vocabulary.
+        WeightsError: The weights are missing or incomplete, do not fit LVM's vocabulary, or read pixels in [-1, 1] and
+            do not say so.
         ConfigError: The size or device cannot be used.
     """
     folder = find_tokenizer(config)
@@ -165,6 +167,8 @@ def load_tokenizer(config: TokenizerConfig, engine: EngineConfig) -> Tokenizer:
     device = choose_device(engine.device, "engine.device")
     model = model.to(device, memory_format=torch.channels_last)
     size_px, fingerprint = _size_px(model, config, folder), fingerprint_folder(folder, _FILES)
+    if not (folder / ABOUT_FILE).is_file():
+        require_unsigned(model, _downsampling(model), folder)
     return Tokenizer(model, size_px, engine.image_batch, fingerprint, _is_signed(folder))
 
 
