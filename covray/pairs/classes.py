@@ -160,9 +160,11 @@ def _require_recognised(file: LabelFile, indices: NDArray[np.uint8]) -> None:
     """Refuse what an undeclared mask may mean beside PASCAL VOC's classes.
 
     Raises:
-        PairError: ``ambiguous``: black and white, which is void or a class; a palette of other colours, whose numbers
-            may be those of the program that chose the colours.
+        PairError: ``ambiguous``: black and white, which is void or a class, in one bit also VOC's first one; a palette
+            of other colours, whose numbers may be those of the program that chose the colours.
     """
+    if file.one_bit and indices.any():
+        raise PairError("ambiguous", "one bit a pixel: white is a class of yours? Declare the classes with --classes")
     if file.palette is not None:
         used = np.unique(file.samples)
         greys = bool((file.palette[used] == used[:, None]).all())

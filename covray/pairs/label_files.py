@@ -36,6 +36,8 @@ class LabelFile:
     """EXIF's 1 to 8; 1 where the file names none."""
     lossy: bool
     """Whether the format (JPEG, AVIF, most WebP) changes values when it packs them."""
+    one_bit: bool = False
+    """Whether the file has one bit a pixel: black and white, or 0 and 1."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,8 @@ def read_label_file(data: bytes) -> LabelFile:
             raise PairError("unsupported", "integers beyond 16 bits; save 8 or 16 bits")
         samples = samples.astype(np.uint16)
     palette = None if raster.palette is None else raster.palette[:, :3]
-    return LabelFile(samples, palette, raster.orientation, _is_lossy(data))
+    one_bit = palette is None and raster.maximum == 1
+    return LabelFile(samples, palette, raster.orientation, _is_lossy(data), one_bit)
 
 
 def _is_lossy(data: bytes) -> bool:

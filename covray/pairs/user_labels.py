@@ -171,7 +171,7 @@ def _draw_depth(pair: Pair, file: LabelFile, rules: LabelRules) -> NDArray[np.ui
         return draw_depth(file.samples)
     levels = _grey_levels(file)
     if rules.metres_per_level is not None:
-        return depth.render(levels * rules.metres_per_level)
+        return _draw_metres(levels, rules.metres_per_level)
     if levels.dtype != np.uint8:
         raise PairError(
             "undeclared", "16 bits of depth without a unit; give --metres-per-level, such as 0.001 for millimetres"
@@ -179,6 +179,19 @@ def _draw_depth(pair: Pair, file: LabelFile, rules: LabelRules) -> NDArray[np.ui
     if file.palette is None and file.samples.ndim == 3:  # as it is: of a JPEG the channels may differ by a little
         return file.samples.astype(np.uint8)
     return np.repeat(levels.astype(np.uint8)[..., None], 3, axis=2)
+
+
+def _draw_metres(levels: NDArray[np.uint8] | NDArray[np.uint16], metres_per_level: float) -> NDArray[np.uint8]:
+    """Draw depth of a declared unit; without one pixel in the range that can be drawn the unit is a wrong one."""
+    metres = levels * metres_per_level
+    known = (metres >= depth.MIN_M) & (metres < depth.MAX_M)
+    if not known.any():
+        raise PairError(
+            "no_depth",
+            f"levels {levels.min()} to {levels.max()} of {metres_per_level:g} m, none of them {depth.MIN_M:g} to "
+            f"{depth.MAX_M:g} m deep; correct --metres-per-level",
+        )
+    return depth.render(metres)
 
 
 def _grey_levels(file: LabelFile) -> NDArray[np.uint8] | NDArray[np.uint16]:

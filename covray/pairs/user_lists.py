@@ -238,13 +238,13 @@ def _jsonl_rows(file: str) -> Iterator[tuple[str, Any]]:
     for number, text in _lines(file):
         if text.strip():
             where = f"line {number}"
-            yield where, parsed_json(f"{file}, {where}", text)
+            yield where, parsed_json(f"{file}, {where}", text, unique_keys=True)
 
 
 def _json_rows(file: str) -> Iterator[tuple[str, Any]]:
     with reading(file):
         data = storage.read_bytes(file)
-    items = parsed_json(file, data)
+    items = parsed_json(file, data, unique_keys=True)
     if not isinstance(items, list):
         raise ManifestError(f"{file}: holds {type(items).__name__}, not a list of pairs")
     for number, item in enumerate(items, 1):

@@ -68,12 +68,24 @@ def fits_type(kind: pa.DataType, expected: pa.DataType) -> bool:
     return bool(kind == expected or pa.types.is_null(kind))
 
 
-def parsed_json(where: str, text: str | bytes) -> Any:
-    """Return the value that ``text`` is in JSON; ManifestError names ``where`` it is."""
+def parsed_json(where: str, text: str | bytes, *, unique_keys: bool = False) -> Any:
+    """Return the value that ``text`` is in JSON; ManifestError names ``where`` it is.
+
+    With ``unique_keys`` an object that has a key twice is an error: without, its last value counts.
+    """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_unique if unique_keys else None)
     except (ValueError, RecursionError) as error:
         raise ManifestError(f"{where}: not valid JSON: {one_line(error)}") from error
+
+
+def _unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(items)
+    if len(values) < len(items):
+        names = [name for name, _ in items]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice[:80]!r} has two values")
+    return values
 
 
 @contextlib.contextmanager

@@ -208,6 +208,7 @@ def test_what_is_not_pascal_voc_is_refused() -> None:
         (np.full((8, 8), 21, np.uint8), "unknown_class: number 21"),
         (np.full((8, 8), 254, np.uint8), "unknown_class: number 254"),  # void a level off
         (photo(0), "unknown_class"),
+        (Image.fromarray(binary).convert("1"), "ambiguous: one bit a pixel"),
         (binary, "ambiguous: numbers 0 and 255: void or a class"),
         (np.repeat(binary[..., None], 3, axis=2), "ambiguous: numbers 0 and 255"),
         (quantised, "ambiguous: a palette of other colours than PASCAL VOC's"),

@@ -96,6 +96,15 @@ def test_depth_of_sixteen_bits_needs_its_unit(root: Path) -> None:
         assert depth.read(label_of(result, root))[0, 0] == 0
 
 
+@pytest.mark.parametrize(("scale", "levels"), [(1.0, "0 to 9000 of 1 m"), (1e-8, "0 to 9000 of 1e-08 m")])
+def test_a_unit_by_which_nothing_has_a_depth_is_refused(root: Path, scale: float, levels: str) -> None:
+    save(root / "b.png", MILLIMETRES)
+    (result,) = checked(root, pair("depth"), metres_per_level=scale)
+    assert error(result) == (
+        f"no_depth: b.png: levels {levels}, none of them 0.001 to 10 m deep; correct --metres-per-level"
+    )
+
+
 def test_depth_in_colours_is_refused(root: Path) -> None:
     save(root / "b.png", photo(1))
     (result,) = checked(root, pair("depth"))

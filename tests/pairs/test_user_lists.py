@@ -113,6 +113,8 @@ def test_the_root_is_the_lists_folder_and_identity_moves_with_it(tmp_path: Path)
         ("a.jsonl", '{"image": "a", "label": {"x": 1}}\n', "line 1: label is dict"),
         ("a.jsonl", '{"image": "a", "label": "b", "task": ["x"]}\n', "line 1: unknown task"),
         ("a.jsonl", '{"image": "a", "label": "b", "split": 3}\n', "line 1: split is 3"),
+        ("a.jsonl", '{"image": "a", "label": "b", "label": "c"}\n', "line 1: not valid JSON: 'label' has two values"),
+        ("a.json", '[{"image": "a", "label": "b", "image": "c"}]', "not valid JSON: 'image' has two values"),
         ("a.jsonl", "[" * 100_000 + "\n", "line 1: not valid JSON"),
         ("a.json", '[{"image": "a", "label": "b"}, 3]', "item 2: is no object"),
         ("a.json", '{"image": "a", "label": "b"}', "holds dict, not a list"),

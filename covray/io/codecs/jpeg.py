@@ -15,20 +15,30 @@ from covray.errors import PairError, one_line
 
 MAX_SCANS = 500
 """A picture of thousands of scans costs hours and shows nothing: progressive files have about ten."""
-_SOI, _EOI, _SOS, _DHT, _DAC, _DQT, _DRI = 0xD8, 0xD9, 0xDA, 0xC4, 0xCC, 0xDB, 0xDD
+_SOI, _EOI, _SOS, _DHT, _DAC, _DQT, _DRI, _APP14 = 0xD8, 0xD9, 0xDA, 0xC4, 0xCC, 0xDB, 0xDD, 0xEE
 _TABLES = (_DHT, _DAC, _DQT, _DRI)
 _FRAMES = tuple(marker for marker in range(0xC0, 0xD0) if marker not in (_DHT, 0xC8, _DAC))
 _MARKER_IN_SCAN = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 
 
 def require_known(data: bytes) -> None:
-    """Raise PairError ``unsupported`` where the header of a JPEG names a depth or a number of channels not read."""
-    for marker, segment in _segments(data):
-        if marker in _FRAMES and len(segment) > 9:
-            bits, components = segment[4], segment[9]
-            if bits != 8 or components not in (1, 3, 4):
-                raise PairError("unsupported", f"JPEG of {bits} bits and {components} channels; save 8 bits and RGB")
-            return
+    """Raise PairError ``unsupported`` where the header of a JPEG names a depth or a number of channels not read.
+
+    Four channels are CMYK, inverted where Adobe's marker says so; some programs invert without it, and some do not.
+    """
+    channels, by_adobe = 0, False
+    for marker, segment in _segments(data, also=(_APP14,)):
+        if marker == _SOS:
+            break
+        by_adobe |= marker == _APP14 and segment[4:9] == b"Adobe"
+        if marker in _FRAMES and len(segment) > 9 and not channels:
+            bits, channels = segment[4], segment[9]
+            if bits != 8 or channels not in (1, 3, 4):
+                raise PairError("unsupported", f"JPEG of {bits} bits and {channels} channels; save 8 bits and RGB")
+    if channels == 4 and not by_adobe:
+        raise PairError(
+            "unsupported", "JPEG of 4 channels without Adobe's marker, so that ink has two readings; save it as RGB"
+        )
 
 
 def require_whole(data: bytes, tables: bytes = b"") -> None:
@@ -87,8 +97,11 @@ def _warning(jpeg: bytes, colours: str) -> str | None:
     return None
 
 
-def _segments(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield marker and bytes (with the marker) of each segment that pixels depend on; a scan goes with its data."""
+def _segments(data: bytes, also: tuple[int, ...] = ()) -> Iterator[tuple[int, bytes]]:
+    """Yield marker and bytes (with the marker) of each segment that pixels depend on; a scan goes with its data.
+
+    Those of the markers ``also`` are yielded with them.
+    """
     at = 2
     while at + 4 <= len(data):
         if data[at] != 0xFF:
@@ -104,6 +117,6 @@ def _segments(data: bytes) -> Iterator[tuple[int, bytes]]:
         if marker == _SOS:
             following = _MARKER_IN_SCAN.search(data, end)
             end = following.start() if following else len(data)
-        if marker == _SOS or marker in _TABLES or marker in _FRAMES:
+        if marker == _SOS or marker in _TABLES or marker in _FRAMES or marker in also:
             yield marker, data[at:end]
         at = end

@@ -50,6 +50,12 @@ _NOT_READ = {
 }
 """Picture formats that are known by their first bytes and not decoded, so that the reason can name them."""
 
+_NO_PICTURE = {
+    "a pointer of Git LFS; fetch the file itself with git lfs pull": re.compile(rb"version https://git-lfs"),
+    "a web page (HTML); download the picture again": re.compile(rb"\s*<(!doctype\s+html|html)", re.IGNORECASE),
+}
+"""What a failed download leaves under a picture's name."""
+
 
 @contextlib.contextmanager
 def refusing(data: bytes) -> Iterator[None]:
@@ -124,6 +130,9 @@ def _unidentified(data: bytes) -> PairError:
     for name, magic in _NOT_READ.items():
         if magic.match(data):
             return PairError("unsupported", f"{name} is not read; save the picture as PNG or JPEG")
+    for name, magic in _NO_PICTURE.items():
+        if magic.match(data):
+            return PairError("not_an_image", name)
     if data.startswith(_MAGIC):
         return broken(data, ValueError("the header cannot be read"))
     return PairError("not_an_image", f"none of {', '.join(FORMATS)}")

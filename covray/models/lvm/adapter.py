@@ -147,7 +147,10 @@ def _read_lora(values: dict[str, Any], file: str) -> Lora:
     if values.get("bias", "none") != "none":
         unsupported.append("bias")
     if unsupported:
-        raise WeightsError(f"{file}: uses {unsupported[0]}, which covray does not compute; give a plain LoRA adapter")
+        raise WeightsError(
+            f"{file}: uses {unsupported[0]}, which covray does not compute; merge it into the backbone with PEFT "
+            "(merge_and_unload), or give a plain LoRA adapter"
+        )
     init = values.get("init_lora_weights", True)
     if init not in _PLAIN_INITS:
         raise WeightsError(

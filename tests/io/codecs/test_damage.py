@@ -191,6 +191,18 @@ def test_depths_and_channels_of_jpeg_that_are_not_read_are_named() -> None:
     assert refusal(bytes(data)) == "unsupported: JPEG of 12 bits and 3 channels; save 8 bits and RGB"
 
 
+def test_cmyk_of_jpeg_is_read_where_adobes_marker_says_how() -> None:
+    colour = np.full((16, 16, 3), (200, 30, 40), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(colour).convert("CMYK").save(buffer, "JPEG", quality=95)
+    data = buffer.getvalue()
+    assert np.abs(decode(data).astype(int) - colour).max() <= 2
+    start = data.index(b"\xff\xee")
+    end = start + 2 + int.from_bytes(data[start + 2 : start + 4], "big")
+    assert data[start + 4 : start + 9] == b"Adobe"
+    assert refusal(data[:start] + data[end:]).startswith("unsupported: JPEG of 4 channels without Adobe's marker")
+
+
 def test_a_jpeg_of_endless_scans_is_refused() -> None:
     data = jpeg_file(progressive=True)
     last = data.rindex(b"\xff\xda")
@@ -224,6 +236,13 @@ def test_known_formats_that_are_not_read_are_named() -> None:
         (b"P7\nWIDTH 2\n", "PAM (P7)"), (b"\0\0\x01\0\x01\0" + bytes(60), "an icon (ICO)"),
     ]:  # fmt: skip
         assert refusal(data) == f"unsupported: {name} is not read; save the picture as PNG or JPEG"
+
+
+def test_what_a_failed_download_left_is_named() -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 12\n"
+    assert refusal(pointer) == "not_an_image: a pointer of Git LFS; fetch the file itself with git lfs pull"
+    for page in (b"<!DOCTYPE html><p>404", b"\n<HTML><body>"):
+        assert refusal(page) == "not_an_image: a web page (HTML); download the picture again"
 
 
 def test_avif_and_webp_with_alpha_lie_on_black() -> None:
