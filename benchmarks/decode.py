@@ -28,7 +28,7 @@ from transformers import LlamaForCausalLM
 
 from covray.config import BackboneConfig
 from covray.models.lvm.backbone import BackboneFacts, backbone_facts, load_backbone, write_backbone
-from covray.models.lvm.decoding.sequential import SequentialDecoder
+from covray.models.lvm.decoding.decoder import LvmDecoder
 from covray.models.lvm.model import Lvm
 from covray.models.lvm.scales import SCALES
 
@@ -40,7 +40,7 @@ Contender = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 def contenders(model: Lvm, facts: BackboneFacts, folder: Path, batch: int, tokens: int) -> dict[str, Contender]:
     """By name, functions of prompt [P] and queries [B, Q] that give the tokens written, [B, steps]."""
-    decoder = SequentialDecoder(model, facts.codes, tokens, batch)
+    decoder = LvmDecoder(model, facts.codes, tokens, batch)
     device, dtype = model.embed.weight.device, model.embed.weight.dtype
     peer: Any = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").to(device)
     special = list(range(facts.codes, facts.llama.vocab_size))

@@ -13,7 +13,7 @@ from covray.io.device import resolve_device
 from covray.models.lvm.adapter import load_adapter_tensors
 from covray.models.lvm.backbone import BackboneFacts, load_backbone
 from covray.models.lvm.decoding.base import Decoder
-from covray.models.lvm.decoding.sequential import SequentialDecoder
+from covray.models.lvm.decoding.decoder import LvmDecoder
 from covray.models.lvm.model import Batch, Lora, Lvm
 from covray.models.tokenizer.vqgan import Tokenizer
 
@@ -58,7 +58,7 @@ class LoadedModel:
         model = load_backbone(source.facts, source.backbone, lora, dtype=dtype, device=device, seed=source.seed)
         if source.adapter is not None:
             load_adapter_tensors(model, source.adapter[1])
-        return cls(model, SequentialDecoder(model, tokenizer.codes, tokenizer.tokens_per_image, batch))
+        return cls(model, LvmDecoder(model, tokenizer.codes, tokenizer.tokens_per_image, batch))
 
     @torch.inference_mode()
     def answer_nats(self, before: np.ndarray, answer: np.ndarray) -> float:

@@ -28,7 +28,7 @@ from covray.evaluation.scores import score
 from covray.evaluation.subjects import subjects_of
 from covray.io import storage
 from covray.io.images import resize, square
-from covray.models.lvm.decoding.sequential import SequentialDecoder
+from covray.models.lvm.decoding.decoder import LvmDecoder
 from covray.seeds import seed_of
 from covray.tasks import TASKS
 from tests.support.backbones import load
@@ -153,7 +153,7 @@ def test_answers_are_the_decoder_s_after_the_same_prompt(
     runner, episodes = runner_of(config_of(data, adapters=(run,)))
     found = runner.run(episodes).to_pylist()
     chains = chains_of(runner, "linear", 4)
-    plain, tuned = (SequentialDecoder(load(llama_folder, lora), CODES, TOKENS, batch=3) for lora in (None, LORA))
+    plain, tuned = (LvmDecoder(load(llama_folder, lora), CODES, TOKENS, batch=3) for lora in (None, LORA))
     differ = False
     for first, second in zip(of(found, "untuned"), of(found, "tuned"), strict=True):
         for row, decoder in ((first, plain), (second, tuned)):
@@ -178,7 +178,7 @@ def test_a_vote_is_scored_as_the_joined_answer_of_all_candidates(
     runner, episodes = runner_of(config)
     alone, _ = runner_of(config_of(data, sampling={"temperature": 1.0}, **options))
     chains = chains_of(runner, "linear", 4)
-    decoder = SequentialDecoder(load(llama_folder), CODES, TOKENS, batch=3)
+    decoder = LvmDecoder(load(llama_folder), CODES, TOKENS, batch=3)
     first = {row["pair_id"]: row for row in alone.run(episodes).to_pylist() if row["images"] is not None}
     voted = [row for row in runner.run(episodes).to_pylist() if row["images"] is not None]
     assert voted
@@ -205,7 +205,7 @@ def test_a_vote_is_scored_as_the_joined_answer_of_all_candidates(
 
 def test_chain_of_focus_prompts_with_image_saliency_map_and_label(evaluation: Evaluation, llama_folder: Path) -> None:
     runner, rows = evaluation({"depth": 12}, pairs=2)
-    decoder = SequentialDecoder(load(llama_folder), CODES, TOKENS, batch=3)
+    decoder = LvmDecoder(load(llama_folder), CODES, TOKENS, batch=3)
     plain = chains_of(runner, "none", 2)
 
     def chain(pair_id: int) -> np.ndarray:

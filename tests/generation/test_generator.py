@@ -39,7 +39,7 @@ from covray.io.images import square
 from covray.models.diffusion.prior import load_prior
 from covray.models.lvm.adapter import save_adapter
 from covray.models.lvm.backbone import backbone_facts
-from covray.models.lvm.decoding.sequential import SequentialDecoder
+from covray.models.lvm.decoding.decoder import LvmDecoder
 from covray.pairs.manifest import MANIFEST_SCHEMA
 from covray.tasks import TASKS, pose, segmentation
 from tests.support.backbones import load, write_llama
@@ -159,7 +159,7 @@ def test_the_model_reads_the_chains_that_a_build_makes_and_its_answer_is_written
         assert len(frames) == (0 if method == "none" else 2)
         prompt += [row["source"], *frames, row["label"]]
     query = builder.tokenizer.encode(square(read_png(queries[0]), 16)[None])
-    decoder = SequentialDecoder(load(llama_folder, LORA), CODES, TOKENS, batch=4)
+    decoder = LvmDecoder(load(llama_folder, LORA), CODES, TOKENS, batch=4)
     written = decoder.decode(np.array(prompt).ravel(), query, 1 if method == "none" else 3)
 
     assert result["prompt_tokens"] == len(prompt) * TOKENS

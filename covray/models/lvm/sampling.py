@@ -1,6 +1,17 @@
-"""The choice of the next token from the model's logits: the likeliest, or one sampled by numbers of the row's own."""
+"""The choice of the next token from the model's logits: the likeliest, or one sampled by numbers of the place's own.
+
+Sampling adds Gumbel noise to the logits and takes the largest sum (Gumbel 1954; Maddison et al., arXiv:1411.0030):
+
+    token = argmax_v(logit_v / temperature + G_v),  G_v = -log(-log(u_v)),  u_v uniform in (0, 1)
+
+has the distribution softmax(logits / temperature). The noise belongs to (seed, candidate, place), so that every decoder
+draws the same token at a place from the same logits, in whatever order it computes them. Two slightly different
+distributions mostly give the same token, which is what parallel decoding lives on.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -8,56 +19,101 @@ from torch import Tensor
 from covray.config import SamplingConfig
 from covray.seeds import seed_of
 
+PLACES = 16
+"""Places whose noise is drawn at a time. The noise follows from this number: it cannot change."""
 
-def noise(seed: int, candidate: int, count: int) -> Tensor:
-    """Return the random numbers of one row, float64 [count] in [0, 1).
 
-    They are made on the CPU, so that every device has the same, and depend on ``seed`` and ``candidate`` alone: the
-    first candidates of a query are the same however many there are.
+class RowNoise:
+    """The Gumbel noise of one candidate of one query, over places and codes.
+
+    It is made on the CPU, so that every device has the same, and depends on seed, candidate and place alone: the first
+    candidates of a query are the same however many there are.
     """
-    generator = torch.Generator().manual_seed(seed_of(seed, candidate))
-    return torch.rand(count, dtype=torch.float64, generator=generator)
+
+    def __init__(self, seed: int, candidate: int, codes: int):
+        """Draw nothing yet.
+
+        Args:
+            seed: Of the query.
+            candidate: Number of the candidate.
+            codes: Image codes of the vocabulary.
+        """
+        self._seed = seed_of(seed, candidate)
+        self._codes = codes
+        self._drawn: dict[int, Tensor] = {}
+
+    def read(self, first: int, count: int) -> Tensor:
+        """Return the noise of the places ``first`` to ``first + count``, float32 [count, codes].
+
+        What lies before ``first`` is dropped from memory; it would be drawn again.
+        """
+        numbers = range(first // PLACES, (first + count - 1) // PLACES + 1)
+        drawn = {}
+        for number in numbers:
+            known = self._drawn.get(number)
+            drawn[number] = self._draw(number) if known is None else known
+        self._drawn = drawn
+        whole = torch.cat(list(drawn.values()))
+        start = first - numbers[0] * PLACES
+        return whole[start : start + count]
+
+    def _draw(self, number: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed_of(self._seed, number))
+        uniform = torch.rand(PLACES, self._codes, generator=generator)
+        # u is a multiple of 2^-24; 0, of which the logarithm is infinite, becomes half of that.
+        return uniform.clamp_(min=2.0**-25).log_().neg_().log_().neg_()
 
 
-def choose_tokens(logits: Tensor, sampling: SamplingConfig, uniform: Tensor | None) -> Tensor:
-    """Choose a token a row.
+class BatchNoise:
+    """The noise of the rows of a batch, each at a place of its own."""
+
+    def __init__(self, rows: Sequence[RowNoise], batch: int, device: torch.device):
+        """Collect ``rows``; behind them the batch is padded to ``batch`` rows without noise."""
+        self._rows, self._batch, self._device = rows, batch, device
+
+    def read(self, first: Sequence[int], count: int) -> Tensor:
+        """Return the noise of ``count`` places from ``first[row]`` on, float32 [batch, count, codes]."""
+        known = torch.stack([row.read(start, count) for row, start in zip(self._rows, first, strict=False)])
+        padded = known.new_zeros(self._batch, *known.shape[1:])
+        padded[: len(known)] = known
+        return padded.to(self._device)
+
+
+def choose_tokens(logits: Tensor, sampling: SamplingConfig, noise: Tensor | None) -> Tensor:
+    """Choose a token at every place.
+
+    Args:
+        logits: Float32 [..., codes].
+        sampling: Temperature, ``top_k`` and ``top_p``.
+        noise: Gumbel noise of the places, float32 [..., codes]; None: greedy.
+
+    Returns:
+        int64 [...].
+    """
+    if noise is None:
+        return logits.argmax(-1)
+    return (allowed(logits, sampling) + noise).argmax(-1)
+
+
+def allowed(logits: Tensor, sampling: SamplingConfig) -> Tensor:
+    """Return the logits over the temperature, and -inf for the codes that ``top_k`` and ``top_p`` leave out.
 
     First the temperature is applied, then ``top_k``, then ``top_p`` of what that leaves, as transformers does.
 
     Args:
-        logits: Float32 [batch, codes].
-        sampling: Temperature, ``top_k`` and ``top_p``.
-        uniform: Float64 [batch, 1] in [0, 1), where the inverse of the distribution function is taken; None: greedy.
+        logits: Float32 [..., codes].
+        sampling: Temperature, which is not 0, ``top_k`` and ``top_p``.
 
     Returns:
-        int64 [batch, 1].
+        Float32 [..., codes].
     """
-    if uniform is None:
-        return logits.argmax(1, keepdim=True)
-    scaled = logits.double() / sampling.temperature
+    scaled = logits / sampling.temperature
     if sampling.top_k is None and sampling.top_p == 1:
-        return invert_distribution(scaled.softmax(1), uniform)
-    count = min(sampling.top_k or logits.shape[1], logits.shape[1])
+        return scaled
+    count = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
     likeliest, ids = scaled.topk(count)  # descending
-    p = likeliest.softmax(1)
-    before = p.cumsum(1) - p
-    p = torch.where(before < sampling.top_p, p, 0)  # the first always stays
-    return ids.gather(1, invert_distribution(p, uniform))
-
-
-def invert_distribution(weights: Tensor, uniform: Tensor) -> Tensor:
-    """Return the first index at which the running sum of ``weights`` exceeds the share ``uniform`` of the whole.
-
-    Weights of zero are never chosen: where the sum does not rise it exceeds nothing that it did not exceed before.
-
-    Args:
-        weights: [batch, n], none negative.
-        uniform: [batch, 1] in [0, 1).
-
-    Returns:
-        int64 [batch, 1].
-    """
-    running = weights.cumsum(1)
-    # Below the whole even after rounding, or the search would end behind the last.
-    wanted = torch.minimum(uniform * running[:, -1:], running[:, -1:] * (1 - 2.0**-50))
-    return torch.searchsorted(running, wanted, right=True)
+    p = likeliest.double().softmax(-1)
+    before = p.cumsum(-1) - p
+    kept = before < sampling.top_p
+    kept[..., 0] = True  # the likeliest always stays
+    return torch.full_like(scaled, -torch.inf).scatter_(-1, ids, likeliest.masked_fill(~kept, -torch.inf))

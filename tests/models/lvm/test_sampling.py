@@ -1,17 +1,67 @@
-"""Sampling: the inverse of the distribution function, and random numbers that are a row's own."""
+"""Sampling: noise that belongs to a place, and the tokens that it chooses."""
 
+from __future__ import annotations
+
+import pytest
 import torch
+from scipy import stats
 
-from covray.models.lvm.sampling import invert_distribution, noise
+from covray.config import SamplingConfig
+from covray.models.lvm.sampling import PLACES, BatchNoise, RowNoise, choose_tokens
 
-
-def test_a_token_of_probability_zero_is_never_met() -> None:
-    weights = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]], dtype=torch.float64)
-    uniform = torch.tensor([[0.0], [0.25 - 2**-53], [0.25], [1 - 2**-53]], dtype=torch.float64)
-    assert invert_distribution(weights.expand(4, -1).contiguous(), uniform)[:, 0].tolist() == [1, 1, 3, 3]
+CODES = 12
 
 
-def test_random_numbers_depend_on_seed_and_candidate_alone() -> None:
-    assert torch.equal(noise(3, 1, 5), noise(3, 1, 9)[:5])
-    assert not torch.equal(noise(3, 1, 5), noise(3, 2, 5))
-    assert not torch.equal(noise(3, 1, 5), noise(4, 1, 5))
+def test_noise_belongs_to_seed_candidate_and_place() -> None:
+    whole = RowNoise(5, 1, CODES).read(0, 5 * PLACES)
+    apart = RowNoise(5, 1, CODES)
+    for first, count in ((0, 1), (3, PLACES), (PLACES - 1, 3 * PLACES), (2, 2)):
+        assert torch.equal(apart.read(first, count), whole[first : first + count])
+    assert not torch.equal(RowNoise(5, 0, CODES).read(0, 4), whole[:4])
+    assert not torch.equal(RowNoise(6, 1, CODES).read(0, 4), whole[:4])
+    assert len(whole.unique()) > 0.99 * whole.numel(), "no place repeats another"
+
+
+def test_rows_of_a_batch_have_their_own_noise_at_their_own_places() -> None:
+    batch = BatchNoise([RowNoise(0, 0, CODES), RowNoise(1, 0, CODES)], 3, torch.device("cpu")).read([4, 40], 7)
+    assert torch.equal(batch[0], RowNoise(0, 0, CODES).read(4, 7))
+    assert torch.equal(batch[1], RowNoise(1, 0, CODES).read(40, 7))
+    assert not batch[2].any()
+
+
+def test_noise_is_gumbels() -> None:
+    noise = RowNoise(0, 0, 500).read(0, 2 * PLACES)
+    assert stats.kstest(noise.flatten().numpy(), "gumbel_r").pvalue > 1e-3
+
+
+@pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(1.0, None, 1.0), (0.7, 5, 1.0), (2.0, 8, 0.8)])
+def test_chosen_tokens_follow_the_distribution(temperature: float, top_k: int | None, top_p: float) -> None:
+    logits = torch.randn(CODES, generator=torch.Generator().manual_seed(0))
+    sampling = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)
+    draws = 400 * PLACES
+    chosen = choose_tokens(logits.expand(draws, -1), sampling, RowNoise(3, 0, CODES).read(0, draws))
+    likeliest, ids = (logits.double() / temperature).sort(descending=True)
+    p = likeliest[: top_k or CODES].softmax(0)
+    p = torch.where(p.cumsum(0) - p < top_p, p, 0)
+    expected = torch.zeros(CODES, dtype=torch.float64).scatter_(0, ids[: len(p)], p / p.sum()) * draws
+    counts = torch.bincount(chosen, minlength=CODES)
+    assert not counts[expected == 0].any()
+    possible = expected > 0
+    assert stats.chisquare(counts[possible].numpy(), expected[possible].numpy()).pvalue > 1e-3
+
+
+def test_the_one_allowed_token_is_chosen_whatever_the_noise() -> None:
+    logits = torch.randn(64, CODES, generator=torch.Generator().manual_seed(1))
+    noise = torch.full_like(logits, -50.0)
+    for sampling in (SamplingConfig(temperature=3.0, top_k=1), SamplingConfig(temperature=3.0, top_p=1e-9)):
+        assert torch.equal(choose_tokens(logits, sampling, noise), logits.argmax(1))
+
+
+def test_nearly_equal_distributions_mostly_choose_the_same_token() -> None:
+    """What parallel decoding lives on; independent draws would agree in about a tenth of the places."""
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.randn(4000, CODES, generator=generator)
+    other = logits + 0.1 * torch.randn(4000, CODES, generator=generator)
+    noise = RowNoise(0, 0, CODES).read(0, 4000)
+    sampling = SamplingConfig(temperature=1.0)
+    assert (choose_tokens(logits, sampling, noise) == choose_tokens(other, sampling, noise)).float().mean() > 0.9

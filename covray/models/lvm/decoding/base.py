@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from covray.config import SamplingConfig
 from covray.errors import ConfigError
+from covray.models.lvm.cache import LayerCache
+from covray.models.lvm.sampling import BatchNoise
 
 GREEDY = SamplingConfig()
 
@@ -63,6 +65,60 @@ class Decoded:
         """Of all pictures of the likeliest candidates, [B]."""
         total: NDArray[np.float64] = self.image_log_likelihood.sum(1)
         return total
+
+
+@dataclass(frozen=True, eq=False)
+class FinishedImage:
+    """One picture of one row of a batch."""
+
+    row: int
+    image: int
+    ids: NDArray[np.uint16]
+    """[tokens per image]."""
+    token_log_p: NDArray[np.float32]
+    """As in ``DecodedImage``."""
+
+
+@dataclass(frozen=True, eq=False)
+class PendingRows:
+    """A batch of rows that are read and wait to be written: what a strategy works on."""
+
+    caches: list[LayerCache]
+    """Of all layers, with prompt and queries read."""
+    hidden: torch.Tensor
+    """States after the last token of each query, [batch, width]."""
+    rows: int
+    """Rows that count; those behind them are padding."""
+    before: int
+    """Tokens of prompt and query: the position of the first place to write."""
+    steps: int
+    """Places to write."""
+    tokens_per_image: int
+    sampling: SamplingConfig
+    noise: BatchNoise | None
+    """Of the rows; None: greedy."""
+
+    @property
+    def own(self) -> int:
+        """Tokens of a row's own part that are read, those of its query."""
+        return self.before - self.caches[0].shared_keys.shape[1]
+
+    def finish(
+        self, image: int, rows: Iterable[int], ids: torch.Tensor, log_p: torch.Tensor
+    ) -> Iterator[FinishedImage]:
+        """Yield picture ``image`` of ``rows``.
+
+        Args:
+            image: Its number.
+            rows: Which rows have finished it.
+            ids: int64 [batch, steps].
+            log_p: Of the tokens, float32 [batch, steps].
+        """
+        places = slice(image * self.tokens_per_image, (image + 1) * self.tokens_per_image)
+        image_ids = ids[:, places].cpu().numpy().astype(np.uint16)
+        image_log_p = log_p[:, places].cpu().numpy().copy()
+        for row in rows:
+            yield FinishedImage(row, image, image_ids[row], image_log_p[row])
 
 
 class Decoder(Protocol):

@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM
 from covray.config import LoraConfig, SamplingConfig
 from covray.errors import ConfigError
 from covray.models.lvm.adapter import save_adapter
-from covray.models.lvm.decoding.sequential import SequentialDecoder
+from covray.models.lvm.decoding.decoder import LvmDecoder
 from covray.models.lvm.model import Lvm
 from tests.support.backbones import CODES, load, write_llama
 
@@ -38,8 +38,8 @@ def model(llama_folder: Path) -> Lvm:
 
 
 @pytest.fixture(scope="module")
-def decoder(model: Lvm) -> SequentialDecoder:
-    return SequentialDecoder(model, CODES, TOKENS, batch=4)
+def decoder(model: Lvm) -> LvmDecoder:
+    return LvmDecoder(model, CODES, TOKENS, batch=4)
 
 
 def sentences(prompt: np.ndarray, queries: np.ndarray, *written: np.ndarray) -> Tensor:
@@ -77,28 +77,28 @@ def test_greedy_is_transformers_generate(tmp_path: Path, lora: LoraConfig | None
         input_ids=whole, attention_mask=torch.ones_like(whole), do_sample=False, eos_token_id=None, pad_token_id=CODES,
         max_new_tokens=STEPS, suppress_tokens=list(range(CODES, CODES + 100)),
     )[:, whole.shape[1] :]  # fmt: skip
-    written = SequentialDecoder(model, CODES, TOKENS, batch=4).decode(PROMPT, QUERIES, IMAGES)
+    written = LvmDecoder(model, CODES, TOKENS, batch=4).decode(PROMPT, QUERIES, IMAGES)
     assert written.ids.dtype == np.uint16
     assert written.ids.shape == (5, IMAGES, TOKENS)
     assert np.array_equal(written.ids.reshape(5, -1), expected.numpy())
     assert len(np.unique(written.ids)) > 10  # the comparison is of something
 
 
-def test_an_adapter_changes_what_is_written(llama_folder: Path, decoder: SequentialDecoder) -> None:
-    plain = SequentialDecoder(load(llama_folder), CODES, TOKENS, batch=4).decode(PROMPT, QUERIES, IMAGES)
+def test_an_adapter_changes_what_is_written(llama_folder: Path, decoder: LvmDecoder) -> None:
+    plain = LvmDecoder(load(llama_folder), CODES, TOKENS, batch=4).decode(PROMPT, QUERIES, IMAGES)
     assert not np.array_equal(plain.ids, decoder.decode(PROMPT, QUERIES, IMAGES).ids)
 
 
 def test_decoding_leaves_the_model_as_it_was(model: Lvm) -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    SequentialDecoder(model, CODES, TOKENS, batch=2).decode(PROMPT, QUERIES, 1)
+    LvmDecoder(model, CODES, TOKENS, batch=2).decode(PROMPT, QUERIES, 1)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_bfloat16_keeps_the_adapter_beside_the_weights(llama_folder: Path) -> None:
     """Every token is the likeliest of a forward pass with the adapter apart, or within bfloat16's rounding of it."""
     model = load(llama_folder, LORA, dtype=torch.bfloat16)
-    written = SequentialDecoder(model, CODES, TOKENS, batch=4).decode(PROMPT, QUERIES, IMAGES)
+    written = LvmDecoder(model, CODES, TOKENS, batch=4).decode(PROMPT, QUERIES, IMAGES)
     whole = sentences(PROMPT, QUERIES, written.ids)
     with torch.inference_mode():
         logits = model.logits(whole.flatten(), (whole.shape[1],) * 5).view(*whole.shape, -1).float()
@@ -111,7 +111,7 @@ def test_bfloat16_keeps_the_adapter_beside_the_weights(llama_folder: Path) -> No
 
 
 @pytest.mark.parametrize("sampling", [SamplingConfig(), SamplingConfig(temperature=1.0, top_k=30, top_p=0.9)])
-def test_a_query_is_answered_alike_alone_and_among_others(decoder: SequentialDecoder, sampling: SamplingConfig) -> None:
+def test_a_query_is_answered_alike_alone_and_among_others(decoder: LvmDecoder, sampling: SamplingConfig) -> None:
     seeds = [7, 8, 9, 10, 11]
     together = decoder.decode(PROMPT, QUERIES, IMAGES, sampling, seeds)
     for order in ([3], [4, 1], [2, 0, 4, 3, 1]):
@@ -121,7 +121,7 @@ def test_a_query_is_answered_alike_alone_and_among_others(decoder: SequentialDec
 
 
 @pytest.mark.parametrize("sampling", [SamplingConfig(), SamplingConfig(temperature=1.0)])
-def test_a_shared_prompt_is_the_prompt_in_every_row(decoder: SequentialDecoder, sampling: SamplingConfig) -> None:
+def test_a_shared_prompt_is_the_prompt_in_every_row(decoder: LvmDecoder, sampling: SamplingConfig) -> None:
     shared = decoder.decode(PROMPT, QUERIES, IMAGES, sampling, range(5))
     repeated = sentences(PROMPT, QUERIES).numpy()
     apart = decoder.decode(np.empty(0, np.uint16), repeated, IMAGES, sampling, range(5))
@@ -129,7 +129,7 @@ def test_a_shared_prompt_is_the_prompt_in_every_row(decoder: SequentialDecoder, 
     np.testing.assert_allclose(shared.log_likelihood, apart.log_likelihood, rtol=1e-4)
 
 
-def test_what_was_written_before_leaves_no_trace(decoder: SequentialDecoder) -> None:
+def test_what_was_written_before_leaves_no_trace(decoder: LvmDecoder) -> None:
     first = decoder.decode(PROMPT, QUERIES, IMAGES)
     decoder.decode(ids(40, seed=5), ids(3, TOKENS, seed=6), IMAGES)  # the same shapes: the same memory
     decoder.decode(ids(9, seed=5), ids(3, 2, seed=6), 1)
@@ -138,12 +138,12 @@ def test_what_was_written_before_leaves_no_trace(decoder: SequentialDecoder) -> 
     assert np.array_equal(first.image_log_likelihood, again.image_log_likelihood)
 
 
-def test_no_queries_and_no_images_are_nothing(decoder: SequentialDecoder) -> None:
+def test_no_queries_and_no_images_are_nothing(decoder: LvmDecoder) -> None:
     assert decoder.decode(PROMPT, QUERIES[:0], IMAGES).ids.shape == (0, IMAGES, TOKENS)
     assert decoder.decode(PROMPT, QUERIES, 0).log_likelihood.tolist() == [0.0] * 5
 
 
-def test_a_sentence_beyond_the_context_is_refused_with_the_arithmetic(decoder: SequentialDecoder) -> None:
+def test_a_sentence_beyond_the_context_is_refused_with_the_arithmetic(decoder: LvmDecoder) -> None:
     room = 256 - len(PROMPT) - TOKENS
     decoder.decode(PROMPT, QUERIES[:1], room // TOKENS)
     with pytest.raises(ConfigError, match=r"33 pictures x 8 tokens = 264 tokens exceed the context of 256 \(32"):
@@ -154,15 +154,13 @@ def test_a_sentence_beyond_the_context_is_refused_with_the_arithmetic(decoder: S
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_sampled_tokens_follow_the_models_distribution(
-    decoder: SequentialDecoder, model: Lvm, temperature: float
-) -> None:
+def test_sampled_tokens_follow_the_models_distribution(decoder: LvmDecoder, model: Lvm, temperature: float) -> None:
     draws = 4000
     with torch.inference_mode():
         whole = sentences(PROMPT, QUERIES[:1])
         logits = model.logits(whole[0], (whole.shape[1],))[-1, :CODES]
     expected = (logits.double() / temperature).softmax(-1).numpy() * draws
-    wide = SequentialDecoder(model, CODES, 1, batch=100)
+    wide = LvmDecoder(model, CODES, 1, batch=100)
     sampling = SamplingConfig(temperature=temperature)
     found = wide.decode(PROMPT, np.repeat(QUERIES[:1], draws, 0), 1, sampling, range(draws)).ids
     counts = np.bincount(found.ravel(), minlength=CODES)
@@ -173,7 +171,7 @@ def test_sampled_tokens_follow_the_models_distribution(
     assert stats.chisquare(observed, due).pvalue > 1e-3
 
 
-def test_later_tokens_follow_it_too(decoder: SequentialDecoder, model: Lvm) -> None:
+def test_later_tokens_follow_it_too(decoder: LvmDecoder, model: Lvm) -> None:
     """Given its past, the share of the distribution below a sampled token is uniform: one test for all positions."""
     rows = 60
     queries = ids(rows, TOKENS, seed=3)
@@ -190,9 +188,7 @@ def test_later_tokens_follow_it_too(decoder: SequentialDecoder, model: Lvm) -> N
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(3, 1.0), (None, 0.5), (5, 0.6), (CODES + 1, 1e-9)])
-def test_only_the_allowed_tokens_are_written(
-    decoder: SequentialDecoder, model: Lvm, top_k: int | None, top_p: float
-) -> None:
+def test_only_the_allowed_tokens_are_written(decoder: LvmDecoder, model: Lvm, top_k: int | None, top_p: float) -> None:
     temperature, rows = 2.0, 40
     queries = ids(rows, TOKENS, seed=4)
     sampling = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)
@@ -216,11 +212,11 @@ def test_special_ids_are_never_written(tmp_path: Path) -> None:
     model = load(folder)
     model.head.weight.data[CODES:] *= 50  # the likeliest of all, where they count
     for sampling in (SamplingConfig(), SamplingConfig(temperature=5.0)):
-        written = SequentialDecoder(model, CODES, TOKENS, batch=4).decode(PROMPT, QUERIES, IMAGES, sampling)
+        written = LvmDecoder(model, CODES, TOKENS, batch=4).decode(PROMPT, QUERIES, IMAGES, sampling)
         assert written.ids.max() < CODES
 
 
-def test_a_seed_decides_all_and_another_seed_decides_otherwise(decoder: SequentialDecoder) -> None:
+def test_a_seed_decides_all_and_another_seed_decides_otherwise(decoder: LvmDecoder) -> None:
     sampling = SamplingConfig(temperature=1.0)
     same = [decoder.decode(PROMPT, QUERIES[[0, 0]], IMAGES, sampling, seeds).ids for seeds in ([1, 1], [1, 2])]
     assert np.array_equal(same[0][0], same[0][1])
@@ -232,7 +228,7 @@ def test_a_seed_decides_all_and_another_seed_decides_otherwise(decoder: Sequenti
 
 
 @pytest.mark.parametrize("sampling", [SamplingConfig(), SamplingConfig(temperature=0.7, top_k=9)])
-def test_likelihood_is_that_of_a_forward_pass(decoder: SequentialDecoder, model: Lvm, sampling: SamplingConfig) -> None:
+def test_likelihood_is_that_of_a_forward_pass(decoder: LvmDecoder, model: Lvm, sampling: SamplingConfig) -> None:
     written = decoder.decode(PROMPT, QUERIES, IMAGES, sampling, range(5))
     expected = log_p(model, PROMPT, QUERIES, written.ids).double().view(5, IMAGES, TOKENS).sum(-1).numpy()
     np.testing.assert_allclose(written.image_log_likelihood, expected, rtol=1e-4)
@@ -240,7 +236,7 @@ def test_likelihood_is_that_of_a_forward_pass(decoder: SequentialDecoder, model:
 
 
 @pytest.mark.parametrize("choose_by", ["answer", "chain"])
-def test_the_likeliest_of_the_candidates_is_given(decoder: SequentialDecoder, model: Lvm, choose_by: str) -> None:
+def test_the_likeliest_of_the_candidates_is_given(decoder: LvmDecoder, model: Lvm, choose_by: str) -> None:
     options = {"temperature": 1.0, "top_k": 20, "choose_by": choose_by}
     best = decoder.decode(PROMPT, QUERIES, IMAGES, SamplingConfig.model_validate(options | {"best_of": 6}), range(5))
     fewer = decoder.decode(PROMPT, QUERIES, IMAGES, SamplingConfig.model_validate(options | {"best_of": 2}), range(5))
@@ -266,7 +262,7 @@ def test_greedy_candidates_are_refused() -> None:
 # --- streams ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_stream_yields_each_picture_as_it_is_finished(decoder: SequentialDecoder) -> None:
+def test_a_stream_yields_each_picture_as_it_is_finished(decoder: LvmDecoder) -> None:
     sampling = SamplingConfig(temperature=1.0)
     whole = decoder.decode(PROMPT, QUERIES, IMAGES, sampling, range(5))
     order = []
@@ -278,7 +274,7 @@ def test_a_stream_yields_each_picture_as_it_is_finished(decoder: SequentialDecod
     assert order == [*first, (4, 0), (4, 1), (4, 2)], "a batch of 4 rows, picture by picture, then the fifth"
 
 
-def test_a_stream_that_is_interrupted_or_interleaved_changes_nothing(decoder: SequentialDecoder) -> None:
+def test_a_stream_that_is_interrupted_or_interleaved_changes_nothing(decoder: LvmDecoder) -> None:
     expected = decoder.decode(PROMPT, QUERIES, IMAGES).ids
     stream = decoder.stream(PROMPT, QUERIES, IMAGES)
     first = next(stream)

@@ -1,0 +1,109 @@
+"""The decoder of the LVM: whole pictures after a prompt that a batch of queries shares.
+
+The prompt is read once and its keys and values are kept once; every row of the batch attends to them and to a part of
+its own, in one softmax over both. So a step multiplies the prompt's keys by the queries of all rows at a time, instead
+of reading a copy for each. How the tokens of a batch are then written is a strategy of its own; ``sampling.decoder``
+names it.
+
+Results do not depend on the batch: prompt and queries are read one by one, and passes have one padded shape, so that a
+query's tokens are the same to the bit (on one thread of a CPU) alone and among others. A row's random numbers are its
+own, too.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from covray.config import SamplingConfig
+from covray.models.lvm.decoding.base import GREEDY, Decoded, DecodedImage, PendingRows, collect, require_context
+from covray.models.lvm.decoding.reader import KeysValues, Reader
+from covray.models.lvm.decoding.sequential import write_sequentially
+from covray.models.lvm.model import Lvm
+from covray.models.lvm.sampling import BatchNoise, RowNoise
+
+
+class LvmDecoder:
+    """Writes pictures with ``model``, ``batch`` rows at a time; see ``base.Decoder``. Fewer rows are padded."""
+
+    def __init__(self, model: Lvm, codes: int, tokens_per_image: int, batch: int = 16):
+        """Take the model; nothing of it is changed.
+
+        Args:
+            model: The backbone, with or without an adapter.
+            codes: Image codes of the vocabulary; ids from there on are never written.
+            tokens_per_image: Tokens of a picture.
+            batch: Rows of a pass.
+        """
+        self.codes, self.tokens_per_image, self.batch = codes, tokens_per_image, batch
+        self._reader = Reader(model, codes, batch)
+        self.context_tokens = self._reader.context_tokens
+
+    def decode(
+        self,
+        prompt: np.ndarray,
+        queries: np.ndarray,
+        images: int,
+        sampling: SamplingConfig = GREEDY,
+        seeds: Sequence[int] | None = None,
+    ) -> Decoded:
+        """Write ``images`` pictures after each of ``queries``; see ``base.Decoder.decode``."""
+        shape = (len(queries), sampling.candidates, images, self.tokens_per_image)
+        return collect(self.stream(prompt, queries, images, sampling, seeds), shape, sampling)
+
+    @torch.inference_mode()
+    def stream(
+        self,
+        prompt: np.ndarray,
+        queries: np.ndarray,
+        images: int,
+        sampling: SamplingConfig = GREEDY,
+        seeds: Sequence[int] | None = None,
+    ) -> Iterator[DecodedImage]:
+        """Yield each picture as soon as it is finished; see ``base.Decoder.stream``."""
+        steps = images * self.tokens_per_image
+        before = len(prompt) + queries.shape[1]
+        require_context(before + steps, self.tokens_per_image, self.context_tokens)
+        seeds = [0] * len(queries) if seeds is None else seeds
+        rows = [(query, candidate) for query in range(len(queries)) for candidate in range(sampling.candidates)]
+        if not rows or not steps:
+            return
+        reader = self._reader
+        buffer = reader.take_buffer(queries.shape[1] + steps - 1)
+        caches = reader.read_prompt(prompt, buffer)
+
+        @functools.lru_cache(maxsize=1)  # candidates of a query are neighbours: they share its reading
+        def read(query: int) -> tuple[Tensor, list[KeysValues]]:
+            return reader.read_alone(queries[query], len(prompt), caches if len(prompt) else None)
+
+        for start in range(0, len(rows), self.batch):
+            some = rows[start : start + self.batch]
+            last = []
+            for row, (query, _) in enumerate(some):
+                hidden, kept = read(query)
+                last.append(hidden)
+                for cache, (keys, values) in zip(caches, kept, strict=True):
+                    cache.keys[:, row, : keys.shape[1]] = keys
+                    cache.values[:, row, : values.shape[1]] = values
+            noise = None
+            if sampling.temperature > 0:
+                of_rows = [RowNoise(seeds[query], candidate, self.codes) for query, candidate in some]
+                noise = BatchNoise(of_rows, self.batch, reader.device)
+            pending = PendingRows(
+                caches=caches,
+                hidden=reader.padded(torch.stack(last)),
+                rows=len(some),
+                before=before,
+                steps=steps,
+                tokens_per_image=self.tokens_per_image,
+                sampling=sampling,
+                noise=noise,
+            )
+            for each in write_sequentially(reader, pending):
+                query, candidate = some[each.row]
+                yield DecodedImage(query, candidate, each.image, each.ids, each.token_log_p)
+        reader.give_back(buffer)
