@@ -119,6 +119,10 @@ class ActorsConfig(Section):
         return self
 
 
+_YOUNGER_SAMPLING = {"vote": 1, "decoder": None, "window": "auto"}
+"""Fields of sampling that the first version did not have, and their defaults."""
+
+
 class SamplingConfig(Section):
     """How the model's next token is chosen."""
 
@@ -136,6 +140,12 @@ class SamplingConfig(Section):
     vote: int = Field(default=1, ge=1, le=1024)
     """Candidates per query whose answers are joined into one: the most frequent class, the median of keypoints and
     metres, the mean of directions, edges and pictures. 1, no vote, is the way of LVM and of the paper."""
+    decoder: Literal["sequential", "jacobi"] | None = None
+    """How tokens are computed: one a pass (``sequential``), or several a pass, which are exactly the same tokens in
+    float32 (``jacobi``). Null: ``sequential``."""
+    window: Literal["auto"] | Annotated[int, Field(ge=2, le=1024)] = "auto"
+    """Tokens that ``jacobi`` reads a pass. ``auto`` times a few passes and takes the fastest; where that is the
+    sequential decoder, it is used."""
 
     @model_validator(mode="after")
     def _candidates_differ(self) -> SamplingConfig:
@@ -146,11 +156,12 @@ class SamplingConfig(Section):
         return self
 
     @model_serializer(mode="wrap")
-    def _leave_out_no_vote(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Write ``vote`` only where there is one, so that identities made before votes existed stay the same."""
+    def _leave_out_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Write younger fields only where they are set, so that identities made before they existed stay the same."""
         values: dict[str, Any] = handler(self)
-        if values.get("vote") == 1:
-            del values["vote"]
+        for key, default in _YOUNGER_SAMPLING.items():
+            if values.get(key) == default:
+                values.pop(key, None)
         return values
 
     @property

@@ -20,7 +20,16 @@ import torch
 from torch import Tensor
 
 from covray.config import SamplingConfig
-from covray.models.lvm.decoding.base import GREEDY, Decoded, DecodedImage, PendingRows, collect, require_context
+from covray.models.lvm.decoding.base import (
+    GREEDY,
+    Decoded,
+    DecodedImage,
+    FinishedImage,
+    PendingRows,
+    collect,
+    require_context,
+)
+from covray.models.lvm.decoding.jacobi import WIDTHS, fastest_window, write_jacobi
 from covray.models.lvm.decoding.reader import KeysValues, Reader
 from covray.models.lvm.decoding.sequential import write_sequentially
 from covray.models.lvm.model import Lvm
@@ -42,6 +51,12 @@ class LvmDecoder:
         self.codes, self.tokens_per_image, self.batch = codes, tokens_per_image, batch
         self._reader = Reader(model, codes, batch)
         self.context_tokens = self._reader.context_tokens
+        self._windows: dict[tuple[int, int, bool], int] = {}
+
+    @property
+    def passes(self) -> int:
+        """Passes over the model so far, without those that read prompts and queries."""
+        return self._reader.passes
 
     def decode(
         self,
@@ -73,7 +88,10 @@ class LvmDecoder:
         if not rows or not steps:
             return
         reader = self._reader
-        buffer = reader.take_buffer(queries.shape[1] + steps - 1)
+        ahead = 0  # slots for drafts behind the last token
+        if sampling.decoder == "jacobi":
+            ahead = max(WIDTHS) if sampling.window == "auto" else sampling.window
+        buffer = reader.take_buffer(queries.shape[1] + steps - 1 + ahead)
         caches = reader.read_prompt(prompt, buffer)
 
         @functools.lru_cache(maxsize=1)  # candidates of a query are neighbours: they share its reading
@@ -103,7 +121,27 @@ class LvmDecoder:
                 sampling=sampling,
                 noise=noise,
             )
-            for each in write_sequentially(reader, pending):
+            for each in self._write(pending):
                 query, candidate = some[each.row]
                 yield DecodedImage(query, candidate, each.image, each.ids, each.token_log_p)
         reader.give_back(buffer)
+
+    def _write(self, pending: PendingRows) -> Iterator[FinishedImage]:
+        """Write a batch by the strategy that its sampling names."""
+        if pending.sampling.decoder != "jacobi":
+            yield from write_sequentially(self._reader, pending)
+            return
+        window = self._window(pending)
+        if window == 1:
+            yield from write_sequentially(self._reader, pending)
+        else:
+            yield from write_jacobi(self._reader, pending, window)
+
+    def _window(self, pending: PendingRows) -> int:
+        """Return the window of a Jacobi decoding; ``auto`` is decided once for every length of prompt and answer."""
+        if pending.sampling.window != "auto":
+            return pending.sampling.window
+        shape = pending.before, pending.steps, pending.noise is None
+        if shape not in self._windows:
+            self._windows[shape] = fastest_window(self._reader, pending)
+        return self._windows[shape]

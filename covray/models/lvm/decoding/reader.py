@@ -41,6 +41,8 @@ class Reader:
         self._head = self._model.head.weight[:codes].detach().to(weight.dtype)
         self._rotation = rotary(model.config, (self.context_tokens,), self.device, self._dtype)
         self._buffer: Tensor | None = None
+        self.passes = 0
+        """Calls of ``read_token`` and ``read_window``."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits of the image codes after ``hidden`` [..., width], float32 [..., codes]."""
@@ -121,6 +123,7 @@ class Reader:
         Returns:
             Hidden states [batch, width].
         """
+        self.passes += 1
         x = F.embedding(ids, self._model.embed.weight)
         rotation = self._rotation[0][position : position + 1], self._rotation[1][position : position + 1]
         for layer, cache in zip(self._layers, caches, strict=True):
@@ -151,6 +154,7 @@ class Reader:
         # Drafts of a window may lie behind the context's end; they are never accepted.
         positions = (prompt + window.slots).clamp(max=self.context_tokens - 1).flatten()
         rotation = self._rotation[0][positions], self._rotation[1][positions]
+        self.passes += 1
         x = F.embedding(ids.flatten(), self._model.embed.weight)
         for layer, cache in zip(self._layers, caches, strict=True):
             query, key, value = layer.project(x, rotation)  # [batch * W, heads, head width]
