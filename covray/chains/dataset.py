@@ -6,6 +6,7 @@ last). A row is a pair; its frames serve every method and every length that was 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -232,11 +233,13 @@ class ChainDataset:
             to_read.append("split")
         narrow = pa.schema([schema.field(name) for name in to_read])
         chosen = None if tasks is None else set(tasks)
+        stored: Counter[str] = Counter()
         for name in self.shards:
             task = task_of(name)
             if chosen is not None and task not in chosen:
                 continue
             for batch in self._file_batches(name, task, narrow):
+                stored[task] += len(batch)
                 kept = batch
                 if not errors:
                     kept = kept.filter(pc.is_null(kept.column("error")))
@@ -244,6 +247,19 @@ class ChainDataset:
                     kept = kept.filter(pc.fill_null(pc.equal(kept.column("split"), split), False))
                 if len(kept):
                     yield kept.select(wanted)
+        self._require_audited(stored, chosen)
+
+    def _require_audited(self, stored: Mapping[str, int], tasks: set[str] | None) -> None:
+        """Refuse a finished dataset whose shards hold other numbers of rows, by task, than its build wrote."""
+        if self.audit is None:
+            return
+        for task, counts in self.audit.per_task.items():
+            built = counts.written + counts.rejected
+            if (tasks is None or task in tasks) and stored.get(task, 0) != built:
+                raise DatasetError(
+                    f"{self.path}: holds {stored.get(task, 0)} rows of {task}, its build wrote {built}; restore the "
+                    "shards (one was lost, or copied), or delete _audit.json and run the same covray build again"
+                )
 
     def _file_batches(self, name: str, task: str, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
         """Yield the rows of one shard with the columns of ``schema``."""

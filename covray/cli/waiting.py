@@ -16,8 +16,8 @@ from rich.console import Console
 from covray.cli.output import escape
 from covray.progress import current
 
-FIRST_AFTER_S = 1.0
-"""A command that ends before this shows no progress."""
+FIRST_AFTER_S = 0.7
+"""A command that ends before this shows no progress. Two seconds are promised, of which Python and typer take one."""
 EVERY_S = 8.0
 """Ten seconds are promised: a library that is being loaded holds this thread up, on a busy machine for seconds."""
 _POLL_S = 0.25
@@ -64,7 +64,7 @@ def informed() -> Iterator[None]:
 
 @contextmanager
 def _progress_lines() -> Iterator[None]:
-    """Print what the innermost stage says: after a second for the first time, then at least every ten seconds.
+    """Print what the innermost stage says: within two seconds for the first time, then at least every ten seconds.
 
     Nothing is printed when stderr is not a file, as in a notebook or under a test.
     """

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from covray.chains.dataset import ChainDataset, alphas_of, frame_order, shard_schema, union_alphas
@@ -139,6 +141,27 @@ def test_an_unfinished_dataset_is_only_for_looking(write_dataset: Writer) -> Non
     dataset = ChainDataset(out, unfinished=True)
     assert {row["pair_id"] for row in dataset.rows()} == {row["pair_id"] for row in written}
     assert dataset.unreadable == ["shards/task=depth/torn.parquet"]
+
+
+def test_a_finished_dataset_that_lost_or_doubled_a_shard_is_refused(write_dataset: Writer) -> None:
+    out, _ = write_dataset({"depth": 3, "edges": 2})
+    shard = next(Path(out).glob("shards/task=depth/*.parquet"))
+    copy, rows_of_shard = shard.with_name("copy.parquet"), pq.read_metadata(shard).num_rows
+
+    def require_refused(rows: int) -> None:
+        dataset = ChainDataset(out)
+        message = f"holds {rows} rows of depth, its build wrote 3; restore the shards"
+        with pytest.raises(DatasetError, match=message):
+            list(dataset.rows(["pair_id"]))
+        with pytest.raises(DatasetError, match=message):
+            dataset.table(["task"], ["depth"])
+        assert len(dataset.table(["pair_id"], ["edges"])) == 2, "the other task is whole"
+
+    shutil.copy(shard, copy)
+    require_refused(3 + rows_of_shard)
+    copy.unlink()
+    shard.unlink()
+    require_refused(3 - rows_of_shard)
 
 
 def test_a_finished_dataset_with_a_damaged_shard_is_refused(write_dataset: Writer) -> None:
