@@ -300,14 +300,20 @@ def read_classes(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     None where it has no segmentation. Rows that cannot be used do not count.
 
     Raises:
-        ManifestError: Two rows have different classes, so that one colour would stand for two things.
+        ManifestError: Two rows have different classes, so that one colour would stand for two things; or a row's
+            ``meta`` is damaged, so that its classes are not known.
     """
     tables: dict[str, str] = {}
-    for batch in read_manifest(path, ["task", "split", "label", "meta"]):
+    for batch in read_manifest(path, ["pair_id", "task", "split", "label", "meta"]):
         for row in row_dicts(pa.Table.from_batches([batch])):
             if row["task"] != segmentation.name or not any((row["label"] or {}).values()):
                 continue
             meta = read_meta(row["meta"])
+            if not meta and (row["meta"] or "").strip() not in ("", "{}", "null"):
+                raise ManifestError(
+                    f"{os.fspath(path)}: meta of pair {row['pair_id']} is no JSON object, so that its classes are not "
+                    "known; write the manifest again with covray pairs"
+                )
             table = {key: meta[key] for key in segmentation.meta_keys if key in meta}
             tables.setdefault(json.dumps(table, sort_keys=True), _described(meta))
             if len(tables) > 1:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
@@ -292,3 +293,19 @@ def test_two_sets_of_classes_in_one_manifest_are_refused(
     (tmp_path / "pairs/1.parquet").unlink()
     assert read_classes(tmp_path / "pairs") == {"classes": list(NAMES)}
     assert np.array_equal(read(render(TRUTH % 6), read_classes(tmp_path / "pairs")), TRUTH % 6)
+
+
+@pytest.mark.parametrize("meta", ['{"classes": ["soil", ', "[1]", "classes"])
+def test_damaged_meta_of_a_mask_is_no_default(
+    tmp_path: Path, command: Callable[..., tuple[Any, str]], meta: str
+) -> None:
+    """PASCAL VOC's classes stand for a mask that names none, and would stand for one whose names are lost."""
+    save(tmp_path / "a.png", photo(0, 30, 40))
+    save(tmp_path / "mask.png", TRUTH % 6)
+    (tmp_path / "list.csv").write_text("image,label\na.png,mask.png\n")
+    manifest = tmp_path / "pairs.parquet"
+    command("manifest", tmp_path / "list.csv", "--task", "segmentation", "--out", manifest)
+    table = pq.read_table(manifest)
+    pq.write_table(table.set_column(table.schema.get_field_index("meta"), "meta", pa.array([meta])), manifest)
+    with pytest.raises(ManifestError, match=r"pairs\.parquet: meta of pair -?\d+ is no JSON object"):
+        read_classes(manifest)
