@@ -152,6 +152,11 @@ def _read_lora(values: dict[str, Any], file: str) -> Lora:
             "(merge_and_unload), or give a plain LoRA adapter"
         )
     init = values.get("init_lora_weights", True)
+    if init == "loftq":
+        raise WeightsError(
+            f"{file}: its init_lora_weights is loftq, which quantises the backbone, too; merge it into the backbone "
+            "with PEFT (merge_and_unload)"
+        )
     if init not in _PLAIN_INITS:
         raise WeightsError(
             f"{file}: its init_lora_weights is {init}, which changes the backbone, too; convert it to plain LoRA by "

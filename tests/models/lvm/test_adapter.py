@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -7,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -42,6 +43,11 @@ ADAPTERS = [
     LoraConfig(rank=1, alpha=1, targets=("q_proj", "v_proj")),
     LoraConfig(rank=7, alpha=3, targets=("v_proj", "down_proj", "o_proj", "up_proj")),
 ]
+
+
+COMPUTED_INITS = (False, True, "gaussian", "orthogonal", "eva", "mica")
+REFUSED_INITS = ("pissa", "pissa_niter_4", "olora", "lora_ga", "corda", "loftq")
+"""Those that change the backbone, too."""
 
 
 def one_line(error: CovrayError) -> bool:
@@ -167,7 +173,8 @@ def write_with_peft(backbone: Path, folder: Path, **options: Any) -> PeftModel:
         {"target_modules": "all-linear"},
         {"target_modules": ["self_attn.q_proj", "down_proj"]},
         {"lora_dropout": 0.5, "fan_in_fan_out": True},
-        *({"init_lora_weights": init} for init in (False, "gaussian", "orthogonal", "eva", "mica")),
+        {"ensure_weight_tying": True},
+        *({"init_lora_weights": init} for init in COMPUTED_INITS),
     ],
     ids=str,
 )
@@ -191,7 +198,7 @@ def test_what_peft_makes_of_its_options_is_computed(
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "lora_ga", "corda", "loftq"])
+@pytest.mark.parametrize("init", REFUSED_INITS)
 def test_an_adapter_that_changes_the_backbone_too_is_refused(llama_folder: Path, tmp_path: Path, init: str) -> None:
     """PEFT takes what such an adapter starts from off the backbone, whenever it loads it."""
     if init in ("pissa", "olora"):
@@ -204,21 +211,27 @@ def test_an_adapter_that_changes_the_backbone_too_is_refused(llama_folder: Path,
         save_adapter(load(llama_folder, ADAPTERS[0]), str(tmp_path / "adapter"), "name")
         edit(tmp_path / "adapter" / "adapter_config.json", init_lora_weights=init)
     facts = backbone_facts(BackboneConfig(scale="custom", path=str(llama_folder)))
-    with pytest.raises(WeightsError, match=f"init_lora_weights is {init}, .*path_initial_model_for_weight") as raised:
+    advice = "merge it into the backbone" if init == "loftq" else "path_initial_model_for_weight"
+    with pytest.raises(WeightsError, match=f"init_lora_weights is {init}, .*{advice}") as raised:
         export_merged(facts, str(tmp_path / "adapter"), tmp_path / "merged")
     assert one_line(raised.value)
     assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True, "lora_alpha": 5}], ids=["plain", "rslora"])
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
 @torch.inference_mode()
-def test_a_pissa_adapter_that_peft_converted_is_computed(llama_folder: Path, tmp_path: Path) -> None:
+def test_an_adapter_that_peft_converted_is_computed(
+    llama_folder: Path, tmp_path: Path, init: str, options: dict[str, Any]
+) -> None:
     """As the message advises: plain LoRA of twice the rank."""
-    options = {"init_lora_weights": "pissa", "target_modules": list(TARGETS), "r": 6, "task_type": "CAUSAL_LM"}
+    options = {"init_lora_weights": init, "target_modules": list(TARGETS), "r": 6, "task_type": "CAUSAL_LM"} | options
     with torch.inference_mode(False):
+        torch.manual_seed(0)
         model = get_peft_model(LlamaForCausalLM.from_pretrained(llama_folder), PeftLora(**options)).eval()
         model.peft_config["default"].init_lora_weights = True
         model.save_pretrained(tmp_path / "initial")
-        model.peft_config["default"].init_lora_weights = "pissa"
+        model.peft_config["default"].init_lora_weights = init
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             parameter.add_(torch.full_like(parameter, 0.02))
@@ -228,6 +241,54 @@ def test_a_pissa_adapter_that_peft_converted_is_computed(llama_folder: Path, tmp
     assert read_adapter(str(tmp_path / "plain"))[0].rank == 12
     found = peft_logits(LlamaForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32))
     torch.testing.assert_close(found, peft_logits(model), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_dora": True},
+        {"bias": "all"},
+        {"bias": "lora_only"},
+        {"lora_bias": True},
+        {"rank_pattern": {"q_proj": 3}},
+        {"alpha_pattern": {"q_proj": 3}},
+        {"modules_to_save": ["lm_head"]},
+        {"trainable_token_indices": [1]},
+        {"exclude_modules": ["o_proj"]},
+        {"layers_to_transform": [1]},
+        {"layers_to_transform": 0},
+        {"layer_replication": [[0, 2], [1, 2]]},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": r".*\.(q|v)_proj"},
+    ],
+    ids=str,
+)
+def test_what_peft_writes_and_covray_does_not_compute_is_refused(
+    llama_folder: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    write_with_peft(llama_folder, tmp_path / "adapter", **options)
+    facts = backbone_facts(BackboneConfig(scale="custom", path=str(llama_folder)))
+    with pytest.raises(WeightsError) as raised:
+        export_merged(facts, str(tmp_path / "adapter"), tmp_path / "merged")
+    assert one_line(raised.value)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_every_option_of_the_installed_peft_is_known_or_refused(llama_folder: Path, tmp_path: Path) -> None:
+    """An option or a start that a later PEFT adds fails here, or is refused by itself."""
+    save_adapter(load(llama_folder, ADAPTERS[0]), str(tmp_path), "name")
+    file = tmp_path / "adapter_config.json"
+    plain = file.read_text()
+    known = {*adapter_module._READ, *adapter_module._WITHOUT_EFFECT}
+    for field in dataclasses.fields(PeftLora):
+        if field.name not in known:
+            edit(file, **{field.name: {"x": 1}})
+            with pytest.raises(WeightsError, match=f"uses {field.name}, .*merge it into the backbone with PEFT"):
+                read_adapter(str(tmp_path))
+            file.write_text(plain)
+    _, starts = get_args(get_type_hints(PeftLora)["init_lora_weights"])
+    named = {start.replace("[number of iters]", "4") for start in get_args(starts)}
+    assert named <= {*COMPUTED_INITS, *REFUSED_INITS}
 
 
 @pytest.mark.parametrize(("value", "message"), [(float("nan"), "not finite"), (3, "of type torch.int8")])
