@@ -199,7 +199,7 @@ def test_what_was_trained_is_a_backbone(tmp_path: Path, small: LlamaConfig, monk
 def test_an_untrained_lvm_knows_nothing() -> None:
     corpus = lvm.scenes_alone(torch.randint(0, 2048, (2 * len(KINDS), 64)).to(torch.uint16))
     model = lvm.new_lvm(0, 1024, np.random.default_rng(0).normal(size=(2048, 8)).astype(np.float32))
-    found = lvm.answer_perplexity(model, corpus, 1, CPU)
+    found = lvm.answer_perplexity(model, corpus, 8, 1, CPU)
     assert set(found) == set(lvm.TASK_PICTURES)
     vocabulary = model.config.vocab_size
     assert all(abs(math.log(value / vocabulary)) < 0.3 for value in found.values())
