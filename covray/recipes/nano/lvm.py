@@ -52,7 +52,7 @@ IMAGES_LOSS = 0.25
 """Share of the tokens of images that carry loss; all of a label's do. Most of an image nobody can foretell, and the
 little the model has to give is better spent on what follows from what it sees."""
 HEADS = 2
-"""Heads of 128, as wide as LLaMA's. On a CPU attention's cost goes by the number of heads, for that of its softmax does:
+"""Heads of 128, as wide as those of LLaMA. What attention costs a CPU goes by the number of heads, as its softmax does:
 with two a step is 1.3 times as fast as with four of 64."""
 MUON_RATE, ADAMW_RATE = 4e-3, 3e-3
 VIEW_SCENES = 1500
