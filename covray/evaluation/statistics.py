@@ -1,6 +1,6 @@
-"""What the scores of a set of episodes allow to say: intervals of means, and differences between two methods.
+"""Confidence intervals of mean scores, and tests of the difference between two methods.
 
-The episode is the unit. None (or NaN) is an episode for which the metric is undefined; it is left out.
+The unit is the episode. None (or NaN) is an episode for which the metric is undefined; it is left out.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from numpy.typing import NDArray
 
 RESAMPLES = 10_000
 LEVEL = 0.95
-_AT_ONCE = 4_000_000  # numbers drawn at a time: 32 MB
+_NUMBERS_AT_ONCE = 4_000_000
+"""Random numbers drawn at a time: 32 MB."""
 
 Values = Sequence[float | None] | NDArray[np.floating]
 
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean with its interval; the bounds are None for a single episode, which says nothing of the spread."""
+    """A mean with its interval; a single episode says nothing of the spread, and its bounds are None."""
 
     mean: float
     low: float | None
@@ -30,69 +31,92 @@ class Mean:
 
 @dataclass(frozen=True)
 class Difference(Mean):
-    """The mean of the differences, first method minus second, episode by episode."""
+    """The mean over episodes of the first method's score less the second's."""
 
     p_value: float
-    """Two-sided: how often chance alone would make the mean difference as large."""
+    """Two-sided: the probability of a mean difference at least as large if the methods are alike."""
 
 
 def mean_interval(values: Values, seed: int = 0, resamples: int = RESAMPLES) -> Mean | None:
-    """The mean of ``values`` [episodes] with its 95% percentile bootstrap interval (Efron & Tibshirani 1993, ch. 13).
+    """Return the mean of scores and its 95% percentile bootstrap interval (Efron & Tibshirani 1993, ch. 13).
 
-    None when no episode has a value. The same seed gives the same interval.
+    Args:
+        values: A score an episode.
+        seed: Seed of the resampling; the same seed gives the same interval.
+        resamples: Bootstrap samples.
+
+    Returns:
+        The mean, or None if no episode has a value.
     """
     numbers = _numbers(values)
     return _mean(numbers[~np.isnan(numbers)], seed, resamples)
 
 
 def paired_difference(first: Values, second: Values, seed: int = 0, resamples: int = RESAMPLES) -> Difference | None:
-    """How much ``first`` exceeds ``second`` over the episodes that have a value by both; same episodes, same order.
+    """Return the mean difference of two methods over the same episodes, its interval and its p value.
 
-    The interval is the bootstrap's of the differences. The p value is of the sign-flip test (Fisher 1935): were the
-    methods alike, every difference might as well have the other sign; counted with the observed one among the draws
-    (Phipson & Smyth 2010), so it is never 0. None when no episode has both values. Raises ValueError for lists of
-    different lengths.
+    The interval is the bootstrap's of the differences. The p value is that of the sign-flip test (Fisher 1935): if the
+    methods are alike, every difference might as well have the other sign.
+
+    Args:
+        first: A score an episode by the first method.
+        second: A score an episode by the second method, in the same order.
+        seed: Seed of the resampling and of the signs.
+        resamples: Bootstrap samples, and draws of signs.
+
+    Returns:
+        The difference, first less second; None if no episode has a value by both.
+
+    Raises:
+        ValueError: The lists differ in length.
     """
-    ours, theirs = _numbers(first), _numbers(second)
-    if ours.shape != theirs.shape:
-        raise ValueError(f"{len(ours)} and {len(theirs)} episodes do not pair")
-    differences = ours - theirs
+    of_first, of_second = _numbers(first), _numbers(second)
+    if of_first.shape != of_second.shape:
+        raise ValueError(f"{len(of_first)} and {len(of_second)} episodes do not pair")
+    differences = of_first - of_second
     differences = differences[~np.isnan(differences)]
     observed = _mean(differences, seed, resamples)
     if observed is None:
         return None
-    generator = np.random.default_rng([seed, 1])
-    # Sums in another order differ in their last bits: what is equal must not count as smaller.
-    bound = abs(differences.sum()) - 1e-12 * np.abs(differences).sum()
-    as_large = sum(
-        int((np.abs((2.0 * generator.integers(2, size=(count, len(differences))) - 1) @ differences) >= bound).sum())
-        for count in _portions(resamples, len(differences))
-    )
+    as_large = _as_large_by_chance(differences, seed, resamples)
+    # The observed signs count as one of the draws (Phipson & Smyth 2010), so that the p value is never 0.
     return Difference(**vars(observed), p_value=(as_large + 1) / (resamples + 1))
 
 
+def _as_large_by_chance(differences: NDArray[np.float64], seed: int, draws: int) -> int:
+    """Return in how many draws of random signs the sum of ``differences`` is at least as large as it is."""
+    generator = np.random.default_rng([seed, 1])
+    # Sums in another order differ in their last bits: what is equal must not count as smaller.
+    bound = abs(differences.sum()) - 1e-12 * np.abs(differences).sum()
+    count = 0
+    for portion in _portions(draws, len(differences)):
+        signs = 2.0 * generator.integers(2, size=(portion, len(differences))) - 1
+        count += int((np.abs(signs @ differences) >= bound).sum())
+    return count
+
+
 def _numbers(values: Values) -> NDArray[np.float64]:
-    return np.array(values, dtype=np.float64)  # None becomes NaN
+    """Return ``values`` as float64 [episodes]; None becomes NaN."""
+    return np.array(values, dtype=np.float64)
 
 
 def _mean(numbers: NDArray[np.float64], seed: int, resamples: int) -> Mean | None:
+    """Return the mean of ``numbers``, none of which is NaN, with its bootstrap interval."""
     if not numbers.size:
         return None
     if numbers.size == 1:
         return Mean(float(numbers[0]), None, None, 1)
     generator = np.random.default_rng([seed, 0])
-    means = np.concatenate(
-        [
-            numbers[generator.integers(numbers.size, size=(count, numbers.size))].mean(axis=1)
-            for count in _portions(resamples, numbers.size)
-        ]
-    )
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    means = []
+    for portion in _portions(resamples, numbers.size):
+        drawn = generator.integers(numbers.size, size=(portion, numbers.size))
+        means.append(numbers[drawn].mean(axis=1))
+    low, high = np.quantile(np.concatenate(means), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Mean(float(numbers.mean()), float(low), float(high), numbers.size)
 
 
 def _portions(resamples: int, episodes: int) -> Iterator[int]:
-    """``resamples`` in portions that fit in memory."""
-    at_once = max(1, _AT_ONCE // episodes)
+    """Yield ``resamples`` in portions whose random numbers fit in memory."""
+    at_once = max(1, _NUMBERS_AT_ONCE // episodes)
     for done in range(0, resamples, at_once):
         yield min(at_once, resamples - done)

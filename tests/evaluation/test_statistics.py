@@ -58,7 +58,7 @@ def test_one_episode_has_a_mean_and_no_interval() -> None:
 
 
 def test_portions_of_memory_do_not_cut_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("covray.evaluation.statistics._AT_ONCE", 70)  # 3 resamples of 20 at a time
+    monkeypatch.setattr("covray.evaluation.statistics._NUMBERS_AT_ONCE", 70)  # 3 resamples of 20 at a time
     values = np.random.default_rng(3).random(20)
     whole = paired_difference(values, values + np.linspace(-1, 2, 20), resamples=2000)
     assert whole is not None
