@@ -44,11 +44,11 @@ from covray.distributed.progress import BlockReport, start_progress_actor
 from covray.distributed.resumable import Output
 from covray.distributed.session import ray_session
 from covray.distributed.tracking import Tracker
-from covray.errors import ConfigError, DatasetError, PairError
+from covray.errors import ConfigError, DatasetError
 from covray.evaluation.lpips import find_alexnet, load_lpips
 from covray.evaluation.pair_files import choose_pairs, require_pairs, write_pairs
 from covray.evaluation.records import EvaluationRecord, EvaluationResults, EvaluationTable, SubjectScore
-from covray.evaluation.results import choose_episodes, tabulate, to_csv
+from covray.evaluation.results import Rank, choose_episodes, tabulate, to_csv
 from covray.evaluation.runner import EPISODE_SCHEMA, RESULT_SCHEMA, Runner
 from covray.evaluation.subjects import Subject, adapter_weights, subjects_of
 from covray.io import storage
@@ -262,20 +262,20 @@ def _strips(config: EvaluateConfig, subjects: Sequence[Subject], results: Evalua
             rows[row["task"], row["pair_id"], row["subject"]] = row
     engine = config.engine.model_copy(update={"device": "cpu"})  # the driver's machine may have no GPU
     runner = _runner(config.model_copy(update={"engine": engine}), subjects)
-    strips = []
+    shown: list[tuple[str, Rank, dict[str, Any]]] = []  # task, rank and row
     for task, ranks in chosen.items():
-        primary = results.tasks[task].primary
         for rank, pair_id in ranks.items():
             for subject in subjects:
-                if (task, pair_id, subject.name) not in rows:
-                    continue
-                row = rows[task, pair_id, subject.name]
-                try:
-                    query, frames, answer, label = runner.pictures_of(row)
-                except PairError:  # a model read tokens, and the query's picture is gone since
-                    continue
-                value = next(entry["value"] for entry in row["values"] if entry["metric"] == primary)
-                strips.append(Strip(task, subject.name, rank, pair_id, value, query, list(frames), answer, label))
+                if (task, pair_id, subject.name) in rows:
+                    shown.append((task, rank, rows[task, pair_id, subject.name]))
+    strips = []
+    for (task, rank, row), pictures in zip(shown, runner.pictures_of([row for *_, row in shown]), strict=True):
+        if pictures is None:  # a model read tokens, and the query's picture is gone since
+            continue
+        primary = results.tasks[task].primary
+        value = next(entry["value"] for entry in row["values"] if entry["metric"] == primary)
+        query, frames, answer, label = pictures
+        strips.append(Strip(task, row["subject"], rank, row["pair_id"], value, query, list(frames), answer, label))
     return strips
 
 

@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -95,6 +95,35 @@ class AnswerPictures:
     written: NDArray[np.uint8]
     """What a model wrote, [candidates, images, s, s, 3], the answer last; empty for subjects without a model."""
 
+    @property
+    def frames(self) -> int:
+        """How many frames a model wrote before the answer."""
+        return max(0, self.written.shape[1] - 1)
+
+
+_NOTHING_WRITTEN = np.empty((0, 0, 0, 0, 3), np.uint8)
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """An episode, and what its answer is measured by."""
+
+    result: EpisodeResult
+    """With the tokens that a model wrote."""
+    label: Picture
+    meta: Mapping[str, Any]
+    """Of the pair's manifest row."""
+
+
+class Strip(NamedTuple):
+    """The pictures of an episode, for people to look at."""
+
+    query: Picture
+    frames: NDArray[np.uint8]
+    """Those that a model wrote, [frames, s, s, 3]."""
+    answer: Picture
+    label: Picture
+
 
 @dataclass(frozen=True, eq=False)
 class Labels:
@@ -147,21 +176,30 @@ class Runner:
             subject = self.subjects[name]
             if subject.method is not None:
                 self._write(subject, group)
-            for result in group:
-                self._score(subject, result)
+            self._score(group)
         return pa.Table.from_pylist([vars(result) for result in results], RESULT_SCHEMA)
 
-    def pictures_of(self, row: Mapping[str, Any]) -> tuple[Picture, NDArray[np.uint8], Picture, Picture]:
-        """Return query, frames, answer and label of a row of ``run``, for people to look at; of a vote, one's frames.
-
-        Raises PairError where a picture cannot be read.
-        """
-        result = EpisodeResult(**{name: row[name] for name in (*EPISODE_SCHEMA.names, "images")})
-        pair = self._queries.read([result.pair_id])[0]
-        query, label = self._picture(pair, "image"), self._picture(pair, "label")
-        pictures = self._answer(self.subjects[result.subject], result, label, read_meta(pair["meta"]))
-        frames = pictures.written[0, :-1] if len(pictures.written) else pictures.written.reshape(0, 0, 0, 3)
-        return query, frames, pictures.answer, label
+    def pictures_of(self, rows: Sequence[Mapping[str, Any]]) -> list[Strip | None]:
+        """Return the pictures of rows of ``run``, for people to look at; None where a picture cannot be read."""
+        results = []
+        for row in rows:
+            results.append(EpisodeResult(**{name: row[name] for name in (*EPISODE_SCHEMA.names, "images")}))
+        strips: list[Strip | None] = []
+        answers = self._answers(results)
+        for result in results:
+            try:
+                query = self._picture(self._queries.read([result.pair_id])[0], "image")
+            except PairError as error:
+                result.error = str(error)
+            if result.error is not None:
+                strips.append(None)
+                continue
+            asked, pictures = answers[result.episode]
+            frames = np.empty((0, 0, 0, 3), np.uint8)
+            if len(pictures.written):
+                frames = pictures.written[0, :-1]  # of a vote, the likeliest candidate's
+            strips.append(Strip(query, frames, pictures.answer, asked.label))
+        return strips
 
     # --- what models write ---
 
@@ -240,60 +278,100 @@ class Runner:
 
     # --- pictures and scores ---
 
-    def _score(self, subject: Subject, result: EpisodeResult) -> None:
-        """Fill in ``values`` and ``counts``, or ``error``."""
-        try:
-            pair = self._queries.read([result.pair_id])[0]
-            label = self._picture(pair, "label")
-            meta = read_meta(pair["meta"])
-            pictures = self._answer(subject, result, label, meta)
-        except PairError as error:
-            result.error = str(error)
-            return
-        is_large = min(label.shape[:2]) >= LEAST_PX
-        scored = score(result.task, pictures.answer, label, meta, self._lpips if is_large else None)
-        values = dict(scored.values) | result.nats | self._frame_values(result, pictures.written)
-        result.values = [{"metric": metric, "value": value} for metric, value in values.items()]
-        result.counts = None if scored.counts is None else scored.counts.tolist()
+    def _score(self, results: Sequence[EpisodeResult]) -> None:
+        """Fill in ``values`` and ``counts`` of the results, or ``error``."""
+        answers = self._answers(results)
+        chains = {}
+        for episode, (asked, pictures) in answers.items():
+            if asked.result.chain is not None and pictures.frames:
+                chains[episode] = asked.result.chain[:-1]
+        references = dict(zip(chains, self._decode_each(list(chains.values())), strict=True))
+        for episode, (asked, pictures) in answers.items():
+            result = asked.result
+            is_large = min(asked.label.shape[:2]) >= LEAST_PX
+            scored = score(result.task, pictures.answer, asked.label, asked.meta, self._lpips if is_large else None)
+            values = dict(scored.values) | result.nats
+            if episode in references:
+                values |= _frame_values(references[episode], pictures.written)
+            result.values = [{"metric": metric, "value": value} for metric, value in values.items()]
+            result.counts = None if scored.counts is None else scored.counts.tolist()
 
-    def _frame_values(self, result: EpisodeResult, written: NDArray[np.uint8]) -> dict[str, float | None]:
-        """Return the figures of the frames, of a vote the mean over its candidates; empty without frames."""
-        if result.chain is None or not len(written) or written.shape[1] < 2:
-            return {}
-        query, *references = self.tokenizer.decode(result.chain[:-1])
-        figures = [frame_figures(query, each[:-1], each[-1], np.stack(references)) for each in written]
-        means = {}
-        for name in figures[0]:
-            means[name] = _mean([each[name] for each in figures])
-        return means
+    def _answers(self, results: Sequence[EpisodeResult]) -> dict[int, tuple[Asked, AnswerPictures]]:
+        """Return what is asked and answered in every episode, by its number; where that fails, set ``error``.
 
-    def _answer(
-        self, subject: Subject, result: EpisodeResult, label: Picture, meta: Mapping[str, Any]
-    ) -> AnswerPictures:
-        """Return a subject's answer to an episode.
-
-        Args:
-            subject: A model, or an answer without one.
-            result: With the tokens that a model wrote.
-            label: The label, [h, w, 3].
-            meta: Of the pair's manifest row.
+        The tokenizer computes whole batches of a fixed size, however few pictures it is given. So all pictures are
+        decoded together, before they are looked at one by one.
         """
-        task, written = TASKS[result.task], np.empty((0, 0, 0, 0, 3), np.uint8)
-        height_px, width_px = label.shape[:2]
-        if result.images is not None:
-            pictures = self.tokenizer.decode(np.asarray(result.images))
-            assert subject.length is not None
-            written = pictures.reshape(-1, subject.length - 1, *pictures.shape[1:])
-            answer = join_answers(result.task, list(written[:, -1]), meta)
-        elif subject.baseline == "copy":
-            image = self._picture(self._queries.read([result.pair_id])[0], "image")
-            return AnswerPictures(resize(image, height_px, width_px), written)
-        elif subject.baseline == "ceiling":
-            small = square(label, self.tokenizer.size_px, self.fit, task.resample)
-            answer = self.tokenizer.decode(self.tokenizer.encode(small[None]))[0]
-        else:
-            answer = self._answer_from_labels(subject, result, meta)
-        return AnswerPictures(resize(answer, height_px, width_px, task.resample), written)
+        asked = []
+        for result in results:
+            try:
+                pair = self._queries.read([result.pair_id])[0]
+                asked.append(Asked(result, self._picture(pair, "label"), read_meta(pair["meta"])))
+            except PairError as error:
+                result.error = str(error)
+        written = self._written(asked)
+        ceilings = self._ceilings(asked)
+        answers = {}
+        for each in asked:
+            episode = each.result.episode
+            try:
+                if episode in written:
+                    answer = join_answers(each.result.task, list(written[episode][:, -1]), each.meta)
+                elif episode in ceilings:
+                    answer = ceilings[episode]
+                else:
+                    answer = self._answer_without_model(each)
+            except PairError as error:
+                each.result.error = str(error)
+                continue
+            height_px, width_px = each.label.shape[:2]
+            resample = TASKS[each.result.task].resample
+            if self.subjects[each.result.subject].baseline == "copy":
+                resample = "bicubic"  # the answer is an image, not a label
+            resized = resize(answer, height_px, width_px, resample)
+            answers[episode] = each, AnswerPictures(resized, written.get(episode, _NOTHING_WRITTEN))
+        return answers
+
+    def _written(self, asked: Sequence[Asked]) -> dict[int, NDArray[np.uint8]]:
+        """Return what models wrote, [candidates, images, s, s, 3], by episode; other subjects are left out."""
+        tokens = {}
+        for each in asked:
+            if each.result.images is not None:
+                tokens[each.result.episode] = np.asarray(each.result.images, np.uint16)
+        pictures = dict(zip(tokens, self._decode_each(list(tokens.values())), strict=True))
+        for each in asked:
+            length = self.subjects[each.result.subject].length
+            if each.result.episode in pictures and length is not None:
+                flat = pictures[each.result.episode]
+                pictures[each.result.episode] = flat.reshape(-1, length - 1, *flat.shape[1:])
+        return pictures
+
+    def _ceilings(self, asked: Sequence[Asked]) -> dict[int, Picture]:
+        """Return labels after the tokenizer, [s, s, 3], by episode of the subject whose answer they are."""
+        labels = {}
+        for each in asked:
+            if self.subjects[each.result.subject].baseline == "ceiling":
+                resample = TASKS[each.result.task].resample
+                labels[each.result.episode] = square(each.label, self.tokenizer.size_px, self.fit, resample)
+        if not labels:
+            return {}
+        through = self.tokenizer.decode(self.tokenizer.encode(np.stack(list(labels.values()))))
+        return dict(zip(labels, through, strict=True))
+
+    def _decode_each(self, tokens: Sequence[Tokens]) -> list[NDArray[np.uint8]]:
+        """Return the pictures [n, s, s, 3] of each of ``tokens`` [n, tokens], decoded all in one go."""
+        if not tokens:
+            return []
+        ends = np.cumsum([len(each) for each in tokens])
+        return np.split(self.tokenizer.decode(np.concatenate(tokens)), ends[:-1])
+
+    def _answer_without_model(self, asked: Asked) -> Picture:
+        """Return the query itself, the mean label or the nearest label."""
+        result = asked.result
+        subject = self.subjects[result.subject]
+        if subject.baseline == "copy":
+            return self._picture(self._queries.read([result.pair_id])[0], "image")
+        return self._answer_from_labels(subject, result, asked.meta)
 
     def _answer_from_labels(self, subject: Subject, result: EpisodeResult, meta: Mapping[str, Any]) -> Picture:
         """Return the mean label or the nearest label; a pair is no example of its own."""
@@ -363,6 +441,23 @@ def _nats(model: LoadedModel, result: EpisodeResult, candidates: Tokens) -> dict
     for candidate in candidates:
         by_own.append(model.answer_nats(np.concatenate([result.prompt, candidate[:-1].reshape(-1)]), label))
     return {OWN: sum(by_own) / len(by_own), REFERENCE: by_reference}
+
+
+def _frame_values(reference: NDArray[np.uint8], written: NDArray[np.uint8]) -> dict[str, float | None]:
+    """Return the figures of the frames, of a vote the mean over its candidates.
+
+    Args:
+        reference: The query and the frames of the dataset's own chain, [1 + frames, s, s, 3].
+        written: What a model wrote, [candidates, frames + 1, s, s, 3].
+    """
+    query, references = reference[0], reference[1:]
+    figures = []
+    for candidate in written:
+        figures.append(frame_figures(query, candidate[:-1], candidate[-1], references))
+    means = {}
+    for name in figures[0]:
+        means[name] = _mean([each[name] for each in figures])
+    return means
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

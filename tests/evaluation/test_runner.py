@@ -195,7 +195,7 @@ def test_a_vote_is_scored_as_the_joined_answer_of_all_candidates(
         assert row["log_likelihood"] == pytest.approx(decoded.candidate_log_likelihood[0, :, -1].mean(), rel=1e-5)
         answers = runner.tokenizer.decode(decoded.candidate_ids[0, :, -1])
         joined = resize(TASKS["depth"].mean(answers, robust=True), 20, 24, "nearest")
-        _, frames, answer, label = runner.pictures_of(row)
+        _, frames, answer, label = runner.pictures_of([row])[0]
         assert len(frames) == 2
         assert np.array_equal(answer, joined)
         expected = score("depth", joined, label).values
@@ -226,7 +226,7 @@ def test_chain_of_focus_prompts_with_image_saliency_map_and_label(evaluation: Ev
 def test_the_copy_answers_with_the_query(evaluation: Evaluation) -> None:
     runner, rows = evaluation()
     for row in of(rows, "copy of the query"):
-        query, frames, answer, label = runner.pictures_of(row)
+        query, frames, answer, label = runner.pictures_of([row])[0]
         assert not len(frames)
         assert np.array_equal(answer, query)
         assert values(row) == score(row["task"], query, label).values
@@ -236,7 +236,7 @@ def test_the_copy_answers_with_the_query(evaluation: Evaluation) -> None:
 def test_the_ceiling_is_the_label_written_as_tokens_and_read_back(evaluation: Evaluation) -> None:
     runner, rows = evaluation()
     for row in of(rows, "VQGAN ceiling"):
-        _, _, answer, label = runner.pictures_of(row)
+        _, _, answer, label = runner.pictures_of([row])[0]
         resample = "nearest" if row["task"] == "depth" else "bicubic"
         tokens = runner.tokenizer.encode(square(label, 16, "stretch", resample)[None])
         assert np.array_equal(answer, resize(runner.tokenizer.decode(tokens)[0], 20, 24, resample))
@@ -271,7 +271,7 @@ def test_the_nearest_label_of_a_query_that_is_among_the_examples_is_its_own(
     write_manifest(rows, images={query: same, twin: same}, labels={twin: png(label)})
     runner, episodes = runner_of(config_of(data, baselines=("mean", "nearest"), untuned=False))
     (row,) = [row for row in of(runner.run(episodes).to_pylist(), "nearest label") if row["pair_id"] == query]
-    _, _, answer, truth = runner.pictures_of(row)
+    _, _, answer, truth = runner.pictures_of([row])[0]
     assert np.array_equal(answer, resize(label, 20, 24, "nearest"))
     assert values(row) == score("depth", answer, truth).values
 
@@ -286,7 +286,7 @@ def test_a_query_is_not_an_example_of_its_own_baselines(
     config = config_of(data, baselines=("mean", "nearest"), untuned=False, example_split=SPLIT)
     runner, episodes = runner_of(config)
     for row in runner.run(episodes).to_pylist():
-        answer = runner.pictures_of(row)[2]
+        answer = runner.pictures_of([row])[0][2]
         own = flat[row["pair_id"]][0, 0, 0]
         others = [flat[pair_id][0, 0, 0] for pair_id in mine if pair_id != row["pair_id"]]
         expected = [np.mean(others)] if row["subject"] == "mean label" else others
@@ -309,7 +309,7 @@ def test_answers_are_scored_at_the_label_s_own_size(
     runner, episodes = runner_of(config_of(data))
     numbers = {row["pair_id"]: number for number, row in enumerate(rows)}
     for row in runner.run(episodes).to_pylist():
-        query, _, answer, label = runner.pictures_of(row)
+        query, _, answer, label = runner.pictures_of([row])[0]
         assert query.shape == answer.shape == label.shape == (*side, 3)
         image, truth = (smooth(2 * numbers[row["pair_id"]] + which, 20, 24) for which in (0, 1))
         if fit == "crop":
