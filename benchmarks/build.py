@@ -31,9 +31,9 @@ from safetensors.torch import load_file, save_file
 
 from covray.config import EngineConfig, PriorConfig
 from covray.io.model_folders import resolve_folder
-from covray.models.diffusion.ddim import slerp
 from covray.models.diffusion.engine import ChainEngine, Request
 from covray.models.diffusion.prior import load_prior, propose_batch
+from covray.models.diffusion.slerp import slerp
 
 ALPHAS = (1 / 3, 2 / 3)  # L = 4, the paper's main setting: two frames
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from covray.chains.dataset import ChainDataset
 from covray.config import BuildConfig
+from covray.config.build import with_solver
 from covray.errors import DatasetError
 from covray.io import storage
 
@@ -93,7 +94,7 @@ class KeptNoise:
 
 
 def _require_same_inversion(dataset: ChainDataset, config: BuildConfig, prior_fingerprint: str) -> None:
-    path, theirs, ours = dataset.path, dataset.identity, config.identity()
+    path, theirs, ours = dataset.path, with_solver(dataset.identity), with_solver(config.identity())
     if not theirs.get("keep_noise"):
         raise DatasetError(f"noise_from: {path} was built without --keep-noise; build it again with it")
     if dataset.fingerprints["prior"] != prior_fingerprint:
@@ -104,7 +105,10 @@ def _require_same_inversion(dataset: ChainDataset, config: BuildConfig, prior_fi
     differing = []
     if theirs["fit"] != ours["fit"]:
         differing.append("fit")
-    differing += [f"prior.{key}" for key in ("size_px", "steps") if theirs["prior"][key] != ours["prior"][key]]
+    # Noise of one solver, denoised by another, loses 11 dB.
+    for key in ("size_px", "solver", "steps", "evaluations"):
+        if theirs["prior"][key] != ours["prior"][key]:
+            differing.append(f"prior.{key}")
     differing += [f"engine.{key}" for key in ours["engine"] if theirs["engine"].get(key) != ours["engine"][key]]
     if differing:
         raise DatasetError(f"noise_from: {path} was inverted with another {', '.join(differing)}; use the same")

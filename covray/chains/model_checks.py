@@ -5,8 +5,7 @@ from __future__ import annotations
 from covray.chains.prepare import needs_prior
 from covray.config import BuildConfig
 from covray.io.model_folders import is_hub_id
-from covray.models.diffusion.ddim import make_schedule
-from covray.models.diffusion.prior import find_prior, read_config
+from covray.models.diffusion.prior import find_prior, read_schedule
 from covray.models.tokenizer.vqgan import find_tokenizer
 
 
@@ -20,7 +19,6 @@ def require_models(config: BuildConfig) -> None:
         ConfigError: The prior cannot take this number of steps.
     """
     if needs_prior(config) and not is_hub_id(config.prior.path):
-        folder = find_prior(config.prior)
-        make_schedule(read_config(folder / "scheduler" / "scheduler_config.json"), config.prior.steps)
+        read_schedule(find_prior(config.prior), config.prior)
     if not is_hub_id(config.tokenizer.path):
         find_tokenizer(config.tokenizer)

@@ -34,7 +34,9 @@ def print_values(values: Mapping[str, Any], json_: bool) -> None:
 
 
 def figure(value: Any) -> str:
-    """Return a number for people, or of several the mean with their range."""
+    """Return a number for people, or of several the mean with their range; a text is returned as it is."""
+    if isinstance(value, str):
+        return value
     if isinstance(value, dict):
         mean, low, high = (figure(value[key]) for key in ("mean", "low", "high"))
         return mean if low == high else f"{mean}  ({low} to {high})"

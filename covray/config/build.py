@@ -61,3 +61,21 @@ class BuildConfig(Section):
     def identity(self) -> dict[str, Any]:
         """What decides the tokens of a pair; a resume must agree in all of it."""
         return self.model_dump(mode="json", exclude={"out", "pairs", "actors", "rows_per_block", "noise_from"})
+
+
+def with_solver(identity: dict[str, Any]) -> dict[str, Any]:
+    """Return the identity of a build with the solver stated, as ``PriorConfig`` leaves out DDIM with all evaluations.
+
+    Where identities are compared, a key that is left out must not read as one that is left open.
+    """
+    return identity | {"prior": {"solver": "ddim", "evaluations": "all"} | identity["prior"]}
+
+
+def solver_text(prior: dict[str, Any]) -> str:
+    """Return how a prior inverts and denoises, of the section ``prior`` of a build's configuration."""
+    if prior.get("solver", "ddim") == "dpm":
+        return f"{prior['steps']} DPM-Solver++ steps"
+    text = f"{prior['steps']} DDIM steps"
+    if prior.get("evaluations") is not None:
+        text += f", {prior['evaluations']} of them evaluated"
+    return text

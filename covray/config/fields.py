@@ -36,6 +36,11 @@ Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 """A projection of a LLaMA layer."""
 
 
+DPM_STEPS = 12
+"""Default of ``prior.steps`` with ``prior.solver: dpm``: the fewest that make a whole build three times as fast and
+return pictures better than DDIM of 50 steps (docs/datasets.md)."""
+
+
 class PriorConfig(Section):
     """The pretrained diffusion model that interpolates."""
 
@@ -45,8 +50,46 @@ class PriorConfig(Section):
     """Commit, tag or branch of a hub id; pin a commit for anything that is to be repeated."""
     size_px: int | None = Field(default=None, ge=16, le=2048, multiple_of=8)
     """Side of the square pictures it works on, in pixels; by default the size the UNet was trained at."""
+    solver: Literal["ddim", "dpm"] = "ddim"
+    """How an inversion and a denoising go: ``ddim`` is the paper's; ``dpm``, multistep DPM-Solver++, is more accurate
+    with a quarter of the evaluations, and makes other frames."""
     steps: int = Field(default=50, ge=2, le=1000)
-    """DDIM steps of an inversion, and of a denoising (the paper: 50). Must divide the model's training steps."""
+    """DDIM steps of an inversion, and of a denoising (the paper: 50). Must divide the model's training steps. With
+    ``dpm``, 12 by default, and any number from 8 to 20 is sensible."""
+    evaluations: int | None = Field(default=None, ge=2, le=1000)
+    """With ``ddim``, the steps at which the UNet is evaluated; at the others its answer is extrapolated. By default
+    all; 16 of 50 give nearly the paper's frames in a third of the time."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_of_solver(cls, values: Any) -> Any:
+        """Give ``dpm`` its own default of steps."""
+        if isinstance(values, dict) and values.get("solver") == "dpm":
+            return {"steps": DPM_STEPS} | values
+        return values
+
+    @model_validator(mode="after")
+    def _evaluations_fit(self) -> PriorConfig:
+        if self.evaluations is not None and self.solver != "ddim":
+            raise ValueError(f"evaluations: {self.solver} evaluates the UNet once a step; set steps instead")
+        if self.evaluations is not None and self.evaluations > self.steps:
+            raise ValueError(f"evaluations: {self.evaluations} is more than steps, {self.steps}; set fewer")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _leave_out_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out DDIM with an evaluation a step, so that identities made before other ways existed stay the same."""
+        values: dict[str, Any] = handler(self)
+        if values.get("solver") == "ddim":
+            del values["solver"]
+        if values.get("evaluations") in (None, values.get("steps")):
+            values.pop("evaluations", None)
+        return values
+
+    @property
+    def evaluations_each_way(self) -> int:
+        """UNet evaluations of one inversion, or of one denoising."""
+        return self.evaluations or self.steps
 
 
 class TokenizerConfig(Section):

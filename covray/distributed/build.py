@@ -25,6 +25,7 @@ from covray.chains.model_checks import require_models
 from covray.chains.prepare import BuildModels, needs_prior
 from covray.chains.records import Audit, DatasetRecord, PairSet
 from covray.config import BuildConfig
+from covray.config.build import solver_text, with_solver
 from covray.distributed.pool import (
     TASK_CPUS,
     RowsIn,
@@ -65,6 +66,8 @@ class Plan:
     unet_evaluations: int
     """An upper bound: a picture that several pairs of a block share is inverted once."""
     out: str
+    solver: str
+    """How the prior inverts and denoises."""
 
 
 def plan_build(config: BuildConfig) -> Plan:
@@ -85,13 +88,14 @@ def plan_build(config: BuildConfig) -> Plan:
     if config.noise_from is not None:
         ChainDataset(config.noise_from)
     alphas = union_alphas(config.lengths, config.alphas)
-    passes = 0.0  # of the UNet through all steps, for one pair
+    passes = 0.0  # inversions and denoisings of one pair
     if needs_prior(config):
         passes += 2 + 2 * config.check_endpoints
     if "diffusion" in config.methods:
         passes += len(alphas)
-    evaluations = round(info.rows * passes * config.prior.steps)
-    return Plan(info.rows, info.per_task, config.methods, alphas, evaluations, config.out)
+    solver = solver_text(config.prior.model_dump()) if needs_prior(config) else "none needed"
+    evaluations = round(info.rows * passes * config.prior.evaluations_each_way)
+    return Plan(info.rows, info.per_task, config.methods, alphas, evaluations, config.out, solver)
 
 
 def build(config: BuildConfig, patience_s: float = 0.0) -> Audit:
@@ -315,7 +319,7 @@ def _require_same_build(
             f"{config.out}: was begun with another manifest ({rows} pairs, {config.pairs} has {info.rows}, or others); "
             "give that one, or another --out"
         )
-    output.require_same(begun.identity, config.identity(), open_matches=True)
+    output.require_same(with_solver(begun.identity), with_solver(config.identity()), open_matches=True)
 
 
 def _as_recorded(config: BuildConfig, begun: DatasetRecord) -> BuildConfig:

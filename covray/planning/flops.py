@@ -49,7 +49,7 @@ _PRIOR_GFLOPS = {512: _PriorGflops(804.3, 1117.0, 2515.0), 256: _PriorGflops(181
 
 
 def evaluations_per_pair(build: BuildConfig, pairs_per_source: float = 1.0) -> float:
-    """Return the passes of the UNet for a pair: steps x (inversions + frames + ends that are checked).
+    """Return the passes of the UNet for a pair: evaluations each way x (inversions + frames + ends that are checked).
 
     Args:
         build: The build.
@@ -59,7 +59,8 @@ def evaluations_per_pair(build: BuildConfig, pairs_per_source: float = 1.0) -> f
     if not needs_prior(build):
         return 0.0
     frames = len(union_alphas(build.lengths, build.alphas)) if "diffusion" in build.methods else 0
-    return build.prior.steps * (inversions_per_pair(build, pairs_per_source) + frames + 2 * build.check_endpoints)
+    denoisings = frames + 2 * build.check_endpoints
+    return build.prior.evaluations_each_way * (inversions_per_pair(build, pairs_per_source) + denoisings)
 
 
 def inversions_per_pair(build: BuildConfig, pairs_per_source: float) -> float:
@@ -96,7 +97,7 @@ def build_flops(build: BuildConfig, pairs_per_source: float = 1.0) -> float:
             )
         gflops = _PRIOR_GFLOPS[size]
         inverted = inversions_per_pair(build, pairs_per_source)
-        denoised = evaluations / build.prior.steps - inverted
+        denoised = evaluations / build.prior.evaluations_each_way - inverted
         flops += evaluations * gflops.unet + inverted * gflops.encoder + denoised * gflops.decoder
     return flops * _GIGA
 

@@ -11,6 +11,7 @@ import numpy as np
 from transformers import LlamaConfig
 
 from covray.config import BuildConfig, NodesConfig, PlanConfig, Section, TrainConfig, leaves, load_config
+from covray.config.build import solver_text
 from covray.errors import ConfigError
 from covray.models.lvm.backbone import backbone_facts
 from covray.planning.flops import (
@@ -217,6 +218,7 @@ def _plan_build(config: PlanConfig, build: BuildConfig, basis: _BuildBasis) -> B
         pairs=config.pairs,
         blocks=blocks,
         unet_evaluations=round(config.pairs * rates.evaluations),
+        solver=solver_text(build.prior.model_dump()) if rates.evaluations else "none needed",
         seconds_per_pair=rates.row_s,
         seconds_per_block=block_s,
         **_spreads(outcomes, config.build_on, config.head_price),

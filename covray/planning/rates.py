@@ -195,9 +195,11 @@ def scale_build(rates: BuildRates, cost: RowCost) -> tuple[BuildRates, float]:
 def identity_of(step: Step, identity: dict[str, Any]) -> dict[str, Any]:
     """Return the part of the ``identity`` of a configuration that rates depend on, beyond what they are scaled by."""
     kept = {key: identity[key] for key in _IDENTITY_KEYS[step]}
-    # Rows are scaled by their UNet evaluations, so the number of steps may differ.
+    # Rows are scaled by their UNet evaluations, so the solver and the number of its steps may differ.
     if step == "build":
-        kept["prior"] = {key: value for key, value in kept["prior"].items() if key != "steps"}
+        kept["prior"] = dict(kept["prior"])
+        for key in ("solver", "steps", "evaluations"):
+            kept["prior"].pop(key, None)
     return kept
 
 

@@ -21,6 +21,8 @@ class BuildPlan(RecordPart):
     pairs: int
     blocks: int
     unet_evaluations: int
+    solver: str
+    """How the prior inverts and denoises."""
     seconds_per_pair: float
     """Of one actor."""
     seconds_per_block: float

@@ -12,6 +12,7 @@ import numpy as np
 from covray.chains.compatibility import require_same_tokens
 from covray.chains.dataset import ChainDataset
 from covray.config import EngineConfig, TokenizerConfig
+from covray.config.build import solver_text
 from covray.errors import ConfigError, one_line
 from covray.io import storage
 from covray.models.tokenizer.vqgan import load_tokenizer
@@ -176,7 +177,7 @@ def _facts(dataset: ChainDataset) -> list[tuple[str, str]]:
         ("Chain lengths", listed(config["lengths"])),
         ("Methods", listed(dataset.methods)),
         ("Alphas", listed((f"{alpha:.3g}" for alpha in dataset.alphas), empty="none")),
-        ("Prior", f"{config['prior']['path']}, {config['prior']['steps']} DDIM steps"),
+        ("Prior", f"{config['prior']['path']}, {solver_text(config['prior'])}"),
         ("Tokenizer", config["tokenizer"]["path"]),
     ]
     if dataset.unreadable:

@@ -416,6 +416,8 @@ def test_kept_noise_of_another_inversion_is_refused(
     config = builder.config
     changed = {
         "prior.steps": config.model_copy(update={"prior": config.prior.model_copy(update={"steps": 5})}),
+        "prior.solver": config.model_copy(update={"prior": config.prior.model_copy(update={"solver": "dpm"})}),
+        "prior.evaluations": config.model_copy(update={"prior": config.prior.model_copy(update={"evaluations": 3})}),
         "engine.batch": config.model_copy(update={"engine": config.engine.model_copy(update={"batch": 6})}),
         "engine.dtype": config.model_copy(update={"engine": config.engine.model_copy(update={"dtype": "bfloat16"})}),
         "fit": config.model_copy(update={"fit": "crop"}),

@@ -15,6 +15,7 @@ from covray.config import (
     EvaluateConfig,
     GenerateConfig,
     PlanConfig,
+    PriorConfig,
     Section,
     SweepConfig,
     TrainConfig,
@@ -371,3 +372,19 @@ def test_the_papers_trainings_are_the_papers(scale: str, epochs: int) -> None:
 )
 def test_an_adapter_has_the_name_that_it_is_given_or_its_folders(entry: str, name: str, run: str) -> None:
     assert named_run(entry) == (name, run)
+
+
+def test_every_solver_has_its_own_default_of_steps() -> None:
+    def prior(*sets: str) -> PriorConfig:
+        return _load(*sets).prior
+
+    assert (prior().solver, prior().steps, prior().evaluations_each_way) == ("ddim", 50, 50)
+    assert prior("prior.evaluations=16").evaluations_each_way == 16
+    dpm = prior("prior.solver=dpm")
+    assert (dpm.steps, dpm.evaluations_each_way) == (12, 12)
+    assert prior("prior.solver=dpm", "prior.steps=16").steps == 16
+    assert PriorConfig.model_validate(dpm.model_dump()) == dpm
+    with pytest.raises(ConfigError, match="prior: evaluations: dpm evaluates the UNet once a step"):
+        prior("prior.solver=dpm", "prior.evaluations=8")
+    with pytest.raises(ConfigError, match="prior: evaluations: 60 is more than steps, 50"):
+        prior("prior.evaluations=60")

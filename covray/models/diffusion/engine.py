@@ -1,7 +1,7 @@
 """The engine computes the frames between pictures, and uses every slot of every UNet batch.
 
-An inversion and a denoising take the same number of steps, so the engine works in waves: up to ``batch`` jobs of either
-kind go through all steps together, in one batch of one fixed shape. Frames start from finished noise; inversions
+An inversion and a denoising evaluate the network equally often, so the engine works in waves: up to ``batch`` jobs of
+either kind go through all steps together, in one batch of one fixed shape. Frames start from finished noise; inversions
 therefore go first, and frames fill the slots that they leave.
 
 Identity: a picture's noise and a request's frames are the same to the bit whatever else is in the batch, because every
@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from covray.config import EngineConfig
-from covray.models.diffusion.ddim import slerp
 from covray.models.diffusion.prior import Prior
+from covray.models.diffusion.slerp import slerp
 
 T = TypeVar("T")
 
@@ -52,7 +52,7 @@ class Interpolation:
     finite_requests: np.ndarray
     """bool [n]: whether both noises and all frames of a request are finite; if not, its frames must not be used."""
     evaluations: int
-    """UNet evaluations of single samples that were asked for: jobs times steps."""
+    """UNet evaluations of single samples that were asked for: jobs times evaluations of each."""
     padded: int
     """UNet evaluations spent on padding."""
     seconds: dict[str, float]
@@ -158,15 +158,15 @@ class ChainEngine:
             known.update(zip(starting, finished, strict=False))
             results.update(zip(ready, finished[len(starting) :], strict=True))
             waves += 1
-        jobs, steps = len(latents) + len(denoisings), self.prior.schedule.steps
+        jobs, evaluations = len(latents) + len(denoisings), self.prior.schedule.evaluations
         stacked = np.empty((len(known), *self.prior.latent_shape), np.float32)
         for picture, z in known.items():
             stacked[picture] = z
         return Diffusion(
             noise=stacked,
             latents=results,
-            evaluations=jobs * steps,
-            padded=(waves * self.batch - jobs) * steps,
+            evaluations=jobs * evaluations,
+            padded=(waves * self.batch - jobs) * evaluations,
         )
 
     def _run_wave(self, rows: np.ndarray, inversions: int) -> np.ndarray:
@@ -174,10 +174,10 @@ class ChainEngine:
         schedule, device = self.prior.schedule, self.prior.device
         latents = self._padded(rows, self.batch)
         inverse = (torch.arange(self.batch, device=device) < inversions).long()
-        for step in range(schedule.steps):
-            index = torch.where(inverse == 1, step, schedule.steps - 1 - step)
-            output = self.prior.predict(latents, schedule.timesteps[index])
-            latents = schedule.step(latents, output, index, inverse)
+        previous = torch.zeros_like(latents)
+        for number in range(schedule.evaluations):
+            output = self.prior.predict(latents, schedule.timesteps[inverse, number])
+            latents, previous = schedule.step(latents, output, previous, number, inverse)
         return latents[: len(rows)].cpu().numpy()
 
     def _encode(self, images: np.ndarray, chosen: Sequence[int]) -> dict[int, np.ndarray]:

@@ -22,7 +22,7 @@ from covray.errors import ConfigError, WeightsError, one_line
 from covray.io.device import resolve_device
 from covray.io.model_folders import fingerprint_folder, require_files, resolve_folder
 from covray.io.tensor_files import require_stored_floats, weight_files
-from covray.models.diffusion.ddim import Schedule, make_schedule
+from covray.models.diffusion.schedule import Schedule, make_schedule
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 CPU_BATCH = 32
@@ -167,7 +167,7 @@ def load_prior(config: PriorConfig, engine: EngineConfig, *, verify: bool = True
     device, dtype = resolve_device(engine)
     if engine.compile:
         require_compiler("engine.compile", device.type)
-    schedule = make_schedule(read_config(folder / "scheduler" / "scheduler_config.json"), config.steps)
+    schedule = read_schedule(folder, config)
     unet = _load_model(UNet2DConditionModel, folder / "unet", device, dtype)
     vae = _load_model(AutoencoderKL, folder / "vae", device, dtype)
     context = _load_context(folder).to(device, dtype)
@@ -346,6 +346,12 @@ def require_prior_files(folder: Path) -> None:
         weights = f"{subfolder}/{stem}.safetensors"
         required += [f"{subfolder}/config.json", (weights, f"{weights}.index.json")]
     require_files(folder, required)
+
+
+def read_schedule(folder: Path, config: PriorConfig) -> Schedule:
+    """Return the schedule of a prior folder with the solver of ``config``. Raises WeightsError, ConfigError."""
+    scheduler = read_config(folder / "scheduler" / "scheduler_config.json")
+    return make_schedule(scheduler, config.steps, config.solver, config.evaluations)
 
 
 def read_config(file: Path) -> dict[str, Any]:

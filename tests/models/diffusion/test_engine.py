@@ -9,9 +9,10 @@ import torch
 from diffusers import DDIMInverseScheduler, DDIMScheduler
 
 from covray.config import EngineConfig
-from covray.models.diffusion.ddim import slerp
 from covray.models.diffusion.engine import ChainEngine, Interpolation, Request, distinct_denoisings
 from covray.models.diffusion.prior import Prior
+from covray.models.diffusion.schedule import make_schedule
+from covray.models.diffusion.slerp import slerp
 
 Priors = Callable[[str], Prior]
 SCHEDULER = {
@@ -32,17 +33,26 @@ def pictures(count: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
 
 
+SOLVERS = {"ddim": (5, "ddim", None), "dpm": (8, "dpm", None), "ddim, 3 evaluations": (5, "ddim", 3)}
+
+
 @pytest.fixture
 def engine(priors: Priors) -> ChainEngine:
     return make_engine(priors("epsilon"))
+
+
+@pytest.fixture(params=SOLVERS)
+def solver_engine(priors: Priors, request: pytest.FixtureRequest) -> ChainEngine:
+    prior = priors("epsilon")
+    return make_engine(replace(prior, schedule=make_schedule(SCHEDULER, *SOLVERS[request.param])))
 
 
 def reference_latents(prior: Prior, image: np.ndarray, label: np.ndarray, alphas: tuple[float, ...]) -> np.ndarray:
     """Frames of one pair with diffusers' own schedulers, a picture at a time, float32 [K, c, h, w]."""
     config = SCHEDULER | {"prediction_type": prior.prediction_type}
     inverse, forward = DDIMInverseScheduler.from_config(config), DDIMScheduler.from_config(config)
-    inverse.set_timesteps(prior.schedule.steps)
-    forward.set_timesteps(prior.schedule.steps)
+    inverse.set_timesteps(prior.schedule.evaluations)
+    forward.set_timesteps(prior.schedule.evaluations)
     noise, frames = [], []
     with torch.inference_mode():
         for picture in (image, label):
@@ -100,26 +110,26 @@ REQUESTS = [
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_order_changes_no_bit(engine: ChainEngine, seed: int) -> None:
+def test_order_changes_no_bit(solver_engine: ChainEngine, seed: int) -> None:
     generator, images = np.random.default_rng(seed), pictures(6)
-    plain = engine.interpolate(images, REQUESTS, endpoints=[1, 5])
+    plain = solver_engine.interpolate(images, REQUESTS, endpoints=[1, 5])
     moved = generator.permutation(6)  # picture moved[j] now stands at j
     place = {int(i): j for j, i in enumerate(moved)}
     order = generator.permutation(len(REQUESTS))
     requests = [replace(REQUESTS[k], source=place[REQUESTS[k].source], label=place[REQUESTS[k].label]) for k in order]
-    other = engine.interpolate(images[moved], requests, endpoints=[place[5], place[1]])
+    other = solver_engine.interpolate(images[moved], requests, endpoints=[place[5], place[1]])
     same(plain, other, {int(k): at for at, k in enumerate(order)}, place)
     for i in (1, 5):
         assert np.array_equal(plain.returned[i], other.returned[place[i]])
 
 
-def test_company_changes_no_bit(engine: ChainEngine) -> None:
+def test_company_changes_no_bit(solver_engine: ChainEngine) -> None:
     """Each request alone, in batches that are mostly padding, equals all of them together."""
     images = pictures(6)
-    together = engine.interpolate(images, REQUESTS)
+    together = solver_engine.interpolate(images, REQUESTS)
     for at, request in enumerate(REQUESTS):
         ends = [request.source, request.label]
-        alone = engine.interpolate(images[ends], [Request(0, 1, request.alphas)], endpoints=[0])
+        alone = solver_engine.interpolate(images[ends], [Request(0, 1, request.alphas)], endpoints=[0])
         same(together, alone, {at: 0}, {ends[0]: 0, ends[1]: 1})
 
 
@@ -131,16 +141,29 @@ def test_every_batch_size_keeps_the_identity(priors: Priors, batch: int) -> None
     same(together, alone, {1: 0}, {2: 1, 3: 0})
 
 
-def test_a_broken_neighbour_changes_no_bit_and_is_reported(engine: ChainEngine) -> None:
+def test_a_broken_neighbour_changes_no_bit_and_is_reported(solver_engine: ChainEngine) -> None:
     images, requests = pictures(4), [Request(0, 1, (0.5,)), Request(2, 3, (0.5,)), Request(3, 1, ())]
-    plain = engine.interpolate(images, requests)
-    broken = np.full(engine.prior.latent_shape, np.nan, np.float32)
-    result = engine.interpolate(images, requests, noise={3: broken}, endpoints=[3])
+    plain = solver_engine.interpolate(images, requests)
+    broken = np.full(solver_engine.prior.latent_shape, np.nan, np.float32)
+    result = solver_engine.interpolate(images, requests, noise={3: broken}, endpoints=[3])
     same(plain, result, {0: 0}, {0: 0, 1: 1, 2: 2})
     assert plain.finite_requests.tolist() == [True, True, True]
     assert result.finite_requests.tolist() == [True, False, False]
     assert result.finite_images.tolist() == [True, True, True, False]
     assert result.returned[3].shape == (32, 32, 3)
+
+
+def test_values_that_are_not_finite_stay_in_their_wave(priors: Priors) -> None:
+    """The history of a solver starts anew in every wave: 0 times a leftover NaN would be NaN."""
+    schedule = make_schedule(SCHEDULER, 8, "dpm")
+    engine = make_engine(replace(priors("epsilon"), schedule=schedule), batch=2)
+    images, broken = pictures(3), np.full(engine.prior.latent_shape, np.nan, np.float32)
+    noise = engine.interpolate(images, []).noise
+    given = {0: noise[0], 1: noise[1], 2: broken}
+    plain = engine.interpolate(images, [Request(0, 1, (0.5, 0.75))], noise=given)
+    after = engine.interpolate(images, [Request(2, 0, (0.25, 0.5)), Request(0, 1, (0.5, 0.75))], noise=given)
+    assert after.finite_requests.tolist() == [False, True]
+    same(plain, after, {0: 1}, {})
 
 
 def test_given_noise_is_used_and_costs_no_inversion(engine: ChainEngine) -> None:
