@@ -1,10 +1,10 @@
-"""Who is evaluated: adapters, their untuned backbone, and answers that need no training, side by side."""
+"""The subjects of an evaluation: adapters, their untuned backbones, and answers that need no training."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import ValidationError
 
@@ -39,7 +39,8 @@ class Subject:
     kind: Kind
     about: str
     method: str | None = None
-    """How its chains' frames were made: ``none``, ``linear``, ``diffusion``, ``saliency``; None: it reads no chains."""
+    """How the frames of its chains are made: ``none``, ``linear``, ``diffusion`` or ``saliency``; None: it reads no
+    chains."""
     length: int | None = None
     """Pictures of a chain, both ends counted."""
     pairs: int | None = None
@@ -51,7 +52,7 @@ class Subject:
     fingerprint: str = ""
     """SHA-256 (hex) of the backbone's weights."""
     baseline: str | None = None
-    """Which answer without a model, of ``EvaluateConfig.baselines``."""
+    """One of ``EvaluateConfig.baselines``, for an answer without a model."""
     samples: int = 1
     """How many candidates a model writes for an answer."""
 
@@ -64,30 +65,48 @@ class Subject:
 
 
 def subjects_of(config: EvaluateConfig, dataset: ChainDataset) -> tuple[Subject, ...]:
-    """Everyone that ``config`` asks for, in the order of the table; checks all that can be wrong with them.
+    """Return the subjects that ``config`` asks for, in the order of the table, after all checks.
 
-    Raises CovrayError: a run that is none or unfinished, a backbone that is not the run's, chains of another tokenizer
-    or without the frames a run needs, sentences that exceed the context, a name given twice.
+    Raises:
+        CovrayError: A run is none or unfinished, a backbone is not the run's, chains are of another tokenizer or lack
+            the frames that a run needs, a sentence exceeds the context, or a name is given twice.
     """
     adapters = [_adapter(config, dataset, entry) for entry in config.adapters]
+    untuned: list[Subject] = []
+    focus: list[Subject] = []
     # Baselines alone ask for no backbone: there may be none that knows the dataset's codes.
-    untuned = list(_untuned(config, dataset, adapters)) if config.untuned or "focus" in config.baselines else []
-    focus = _focus(config, dataset, [*adapters, *untuned]) if "focus" in config.baselines else []
+    if config.untuned or "focus" in config.baselines:
+        untuned = list(_untuned(config, dataset, adapters))
+    if "focus" in config.baselines:
+        focus.append(_focus(config, dataset, [*adapters, *untuned]))
     simple = {key: Subject(*_BASELINES[key], baseline=key) for key in config.baselines if key in _BASELINES}
     ceiling = [simple.pop("ceiling")] if "ceiling" in simple else []
-    found = (*simple.values(), *(untuned if config.untuned else ()), *focus, *adapters, *ceiling)
-    if not found:
+    if not config.untuned:  # they were needed for Chain-of-Focus alone
+        untuned = []
+    subjects = []
+    for subject in (*simple.values(), *untuned, *focus, *adapters, *ceiling):
+        if subject.method is not None:
+            subject = replace(subject, samples=config.sampling.candidates)
+        subjects.append(subject)
+    if not subjects:
         raise ConfigError("nothing to evaluate: give --adapter RUN, or leave untuned and baselines as they are")
-    samples = config.sampling.candidates
-    found = tuple(subject if subject.method is None else replace(subject, samples=samples) for subject in found)
-    names = [subject.name for subject in found]
-    for name in names:
-        if names.count(name) > 1:
-            raise ConfigError(f"--adapter: two are called {name}; give the run another name, as --adapter NAME=RUN")
-    return found
+    _require_distinct_names(subjects)
+    return tuple(subjects)
+
+
+def _require_distinct_names(subjects: Sequence[Subject]) -> None:
+    """Refuse two subjects of one name. Raises ConfigError."""
+    names = set()
+    for subject in subjects:
+        if subject.name in names:
+            raise ConfigError(
+                f"--adapter: two are called {subject.name}; give the run another name, as --adapter NAME=RUN"
+            )
+        names.add(subject.name)
 
 
 def _adapter(config: EvaluateConfig, dataset: ChainDataset, entry: str) -> Subject:
+    """Return the subject of ``entry``, ``RUN`` or ``NAME=RUN``. Raises CovrayError."""
     name, run = named_run(entry)
     about = read_run(run)
     try:
@@ -105,72 +124,125 @@ def _adapter(config: EvaluateConfig, dataset: ChainDataset, entry: str) -> Subje
         )
     read_run_adapter(run)
     sentences = trained.sentences
-    length = 2 if sentences.method == "none" else max(sentences.lengths)
-    pairs = max(sentences.pairs) if config.pairs is None else config.pairs
-    shown = sentences.method if length > 2 else "none"
+    # An adapter is asked for the longest chains and the most examples that it was trained on.
+    form = _form(sentences.method, max(sentences.lengths))
     subject = Subject(
-        name, "adapter", f"adapter of {run}", shown, length, pairs, run, backbone.model_dump(mode="json"),
-        facts.fingerprint,
-    )  # fmt: skip
+        name=name,
+        kind="adapter",
+        about=f"adapter of {run}",
+        method=form.method,
+        length=form.length,
+        pairs=max(sentences.pairs) if config.pairs is None else config.pairs,
+        adapter=run,
+        backbone=backbone.model_dump(mode="json"),
+        fingerprint=facts.fingerprint,
+    )
     _require(subject, facts, dataset)
     return subject
 
 
+class _Form(NamedTuple):
+    """The form of a chain."""
+
+    method: str
+    length: int
+
+
+def _form(method: str, length: int) -> _Form:
+    """Return the form of chains of ``length`` pictures; one of two pictures has no frames, whatever made them."""
+    if method == "none" or length == 2:
+        return _Form("none", 2)
+    return _Form(method, length)
+
+
 def _untuned(config: EvaluateConfig, dataset: ChainDataset, adapters: list[Subject]) -> Iterator[Subject]:
-    """The backbones without their adapters, each for every form of chain; without adapters one, of plain pairs."""
+    """Yield the backbones without their adapters, each once for every form of chain that is asked of an adapter.
+
+    Without adapters it is one backbone, which is asked for plain pairs.
+    """
     backbone = (config.backbone or BackboneConfig()).model_dump(mode="json")
     if config.backbone is None and adapters:
         backbone = adapters[0].backbone or backbone
-    forms = [(one.backbone, str(one.method), one.length or 2, one.pairs or 0) for one in adapters]
-    forms += [(backbone, form.method, form.length, form.pairs) for form in config.forms]
-    forms = forms or [(backbone, "none", 2, 1 if config.pairs is None else config.pairs)]
-    distinct: dict[tuple[str, str, int, int], tuple[Any, BackboneFacts]] = {}
-    for entry, method, length, pairs in forms:
+    asked = [(each.backbone, _form(str(each.method), each.length or 2), each.pairs or 0) for each in adapters]
+    asked += [(backbone, _form(form.method, form.length), form.pairs) for form in config.forms]
+    if not asked:
+        asked.append((backbone, _form("none", 2), 1 if config.pairs is None else config.pairs))
+    distinct: dict[tuple[str, _Form, int], tuple[Any, BackboneFacts]] = {}
+    for entry, form, pairs in asked:
         facts = backbone_facts(BackboneConfig.model_validate(entry))
-        form = ("none", 2) if method == "none" or length == 2 else (method, length)
-        key = (facts.fingerprint, *form, pairs)
-        distinct.setdefault(key, (entry, facts))
-    # A name says what tells it from the others, and no more.
-    parts = [(key[1], f"L={key[2]}", f"{key[3]} pairs", key[0][:6]) for key in distinct]
-    told = next((count for count in range(5) if len({part[:count] for part in parts}) == len(parts)), 4)
-    for part, (key, (entry, facts)) in zip(parts, distinct.items(), strict=True):
-        fingerprint, method, length, pairs = key
-        name = " ".join(["untuned", *part[:told]])
-        about = f"the backbone without an adapter, after examples with frames by {method}"
-        subject = Subject(name, "untuned", about, method, length, pairs, None, entry, fingerprint)
+        distinct.setdefault((facts.fingerprint, form, pairs), (entry, facts))
+    names = _shortest_names(list(distinct))
+    for name, (key, (entry, facts)) in zip(names, distinct.items(), strict=True):
+        fingerprint, form, pairs = key
+        subject = Subject(
+            name=name,
+            kind="untuned",
+            about=f"the backbone without an adapter, after examples with frames by {form.method}",
+            method=form.method,
+            length=form.length,
+            pairs=pairs,
+            backbone=entry,
+            fingerprint=fingerprint,
+        )
         _require(subject, facts, dataset)
         yield subject
 
 
-def _focus(config: EvaluateConfig, dataset: ChainDataset, others: list[Subject]) -> list[Subject]:
-    """Chain-of-Focus on the first backbone: it prompts a model as it is."""
+def _shortest_names(keys: Sequence[tuple[str, _Form, int]]) -> list[str]:
+    """Return a name for each untuned backbone of a fingerprint, a form and a number of pairs.
+
+    A name says no more than what tells it from the others: nothing, the method, the length, and so on.
+    """
+    parts = [(form.method, f"L={form.length}", f"{pairs} pairs", fingerprint[:6]) for fingerprint, form, pairs in keys]
+    most = len(parts[0])
+    for count in range(most + 1):
+        names = [" ".join(("untuned", *part[:count])) for part in parts]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def _focus(config: EvaluateConfig, dataset: ChainDataset, others: list[Subject]) -> Subject:
+    """Return Chain-of-Focus on the first backbone of ``others``: it prompts a model as it is."""
     first = others[0]
     facts = backbone_facts(BackboneConfig.model_validate(first.backbone))
-    about = (
-        "Chain-of-Focus (Zheng et al., ICLR 2025): the untuned backbone after examples chosen by similarity and rich "
-        "labels, with a saliency map between image and label"
+    # Its chains have three pictures, and may be longer than those of the others: as many pairs as the context takes.
+    length = 3
+    fitting = facts.llama.max_position_embeddings // dataset.tokens_per_image // length - 1
+    most = max(each.pairs or 0 for each in others)
+    focus = Subject(
+        name="Chain-of-Focus",
+        kind="focus",
+        about=(
+            "Chain-of-Focus (Zheng et al., ICLR 2025): the untuned backbone after examples chosen by similarity and "
+            "rich labels, with a saliency map between image and label"
+        ),
+        method=SALIENCY,
+        length=length,
+        pairs=max(0, min(most, fitting)),
+        backbone=first.backbone,
+        fingerprint=first.fingerprint,
     )
-    room = facts.llama.max_position_embeddings // dataset.tokens_per_image // 3 - 1
-    pairs = max(0, min(max(one.pairs or 0 for one in others), room))  # a chain of its three pictures may be longer
-    focus = Subject("Chain-of-Focus", "focus", about, SALIENCY, 3, pairs, None, first.backbone, first.fingerprint)
     _require(focus, facts, dataset)
-    return [focus]
+    return focus
 
 
 def _require(subject: Subject, facts: BackboneFacts, dataset: ChainDataset) -> None:
-    """All that can be wrong with a model and chains together."""
+    """Refuse a model that cannot read the chains of ``dataset``. Raises CovrayError."""
     require_same_codes(facts, dataset)
     length, size = subject.length or 2, dataset.tokens_per_image
     pictures = ((subject.pairs or 0) + 1) * length
     require_context(pictures * size, size, facts.llama.max_position_embeddings)
-    if subject.method in ("linear", "diffusion"):  # the dataset refuses what was not built
-        frames = [
-            {"method": method, "alpha": alpha, "tokens": [0]} for method in dataset.methods for alpha in dataset.alphas
-        ]
+    if subject.method in ("linear", "diffusion"):
+        # The chain of a made-up row with all that was built: the dataset refuses frames that were not.
+        frames = []
+        for method in dataset.methods:
+            for alpha in dataset.alphas:
+                frames.append({"method": method, "alpha": alpha, "tokens": [0]})
         dataset.chain({"source": [0], "frames": frames, "label": [0]}, length, subject.method)
 
 
 def adapter_weights(subject: Subject) -> str:
-    """Path of the adapter's weights."""
+    """Return the path of the adapter's weights."""
     assert subject.adapter is not None
     return storage.join(subject.adapter, "adapter", WEIGHTS_FILE)
