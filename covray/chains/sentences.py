@@ -8,6 +8,7 @@ cursor, says how far a training is.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
@@ -269,7 +270,13 @@ def step_bounds(sentences: Sentences, first: int, batch_tokens: int) -> int:
 
 
 def micro_batches(
-    sentences: Sentences, first: int, last: int, rank: int, world: int, micro_tokens: int
+    sentences: Sentences,
+    first: int,
+    last: int,
+    rank: int,
+    world: int,
+    micro_tokens: int,
+    finish: Callable[[Batch, Sequence[int]], Batch] | None = None,
 ) -> list[Batch | None]:
     """Return the micro-batches of one worker in a step: every ``world``-th sentence.
 
@@ -284,9 +291,13 @@ def micro_batches(
         rank: The worker.
         world: Workers of the step.
         micro_tokens: Tokens of a batch, at most; but a batch has at least one sentence.
+        finish: Returns what is made of a batch and the indices of its sentences; by default the batch.
     """
     shares = [_packed(sentences, range(first + start, last, world), micro_tokens) for start in range(world)]
-    batches: list[Batch | None] = [_batch(sentences, share) for share in shares[rank]]
+    batches: list[Batch | None] = []
+    for share in shares[rank]:
+        batch = _batch(sentences, share)
+        batches.append(batch if finish is None else finish(batch, share))
     return batches + [None] * (max(len(share) for share in shares) - len(batches))
 
 

@@ -162,7 +162,9 @@ class ActorsConfig(Section):
         return self
 
 
-_YOUNGER_SAMPLING = {"vote": 1, "decoder": None, "window": "auto"}
+_YOUNGER_SAMPLING = {
+    "vote": 1, "decoder": None, "window": "auto", "block": None, "passes": None, "unmask": "even", "threshold": None,
+}  # fmt: skip
 """Fields of sampling that the first version did not have, and their defaults."""
 
 
@@ -183,12 +185,23 @@ class SamplingConfig(Section):
     vote: int = Field(default=1, ge=1, le=1024)
     """Candidates per query whose answers are joined into one: the most frequent class, the median of keypoints and
     metres, the mean of directions, edges and pictures. 1, no vote, is the way of LVM and of the paper."""
-    decoder: Literal["sequential", "jacobi"] | None = None
-    """How tokens are computed: one a pass (``sequential``), or several a pass, which are exactly the same tokens in
-    float32 (``jacobi``). Null: ``sequential``."""
+    decoder: Literal["sequential", "jacobi", "block_diffusion"] | None = None
+    """How tokens are computed: one a pass (``sequential``), several a pass, exactly the same tokens in float32
+    (``jacobi``), or whole blocks in a few passes, which are other tokens (``block_diffusion``). Null: blocks for a run
+    that was trained with ``objective: block_diffusion``, else ``sequential``."""
     window: Literal["auto"] | Annotated[int, Field(ge=2, le=1024)] = "auto"
     """Tokens that ``jacobi`` reads a pass. ``auto`` times a few passes and takes the fastest; where that is the
     sequential decoder, it is used."""
+    block: int | None = Field(default=None, ge=1, le=8192)
+    """Tokens of a block of ``block_diffusion``, a divisor of a picture's. Null: as the run was trained."""
+    passes: int | None = Field(default=None, ge=1, le=8192)
+    """Passes in which ``block_diffusion`` writes a block: fewer are faster and worse. Null: one for each token."""
+    unmask: Literal["even", "cosine", "confidence", "entropy"] = "even"
+    """What a pass of ``block_diffusion`` writes: equally many tokens (``even``), few at first (``cosine``), at least as
+    many as ``even`` and all above a probability (``confidence``), or as many as a bound on entropy allows
+    (``entropy``; ``passes`` is not used)."""
+    threshold: float | None = Field(default=None, ge=0, le=1000)
+    """Probability of ``confidence`` (null: 0.85), or nats of ``entropy`` (null: 1)."""
 
     @model_validator(mode="after")
     def _candidates_differ(self) -> SamplingConfig:

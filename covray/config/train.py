@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from covray.config.fields import BackboneConfig, ChainMethod, ExamplePairs, Length, Target, TaskName, TrackingConfig
 from covray.config.section import Section
@@ -134,6 +134,28 @@ class CheckpointsConfig(Section):
     """Newest checkpoints that are kept, beside the best by validation loss."""
 
 
+class BlockDiffusionConfig(Section):
+    """What ``objective: block_diffusion`` learns: to fill blocks of masked tokens, several tokens a pass."""
+
+    block: int = Field(default=8, ge=1, le=8192)
+    """Tokens of a block, a divisor of a picture's."""
+    low: float = Field(default=0.001, ge=0, lt=1)
+    """Least share of masked tokens of a block."""
+    high: float = Field(default=1.0, gt=0, le=1)
+    """Largest share of masked tokens of a block."""
+    weight: Literal["masked", "level"] = "masked"
+    """Estimate of the loss: so many tokens as the share says are masked, and weighed by their number (``masked``), or
+    each token is masked with that probability, and weighed by its inverse (``level``, as DiffusionVL)."""
+    autoregressive: float = Field(default=1.0, ge=0)
+    """Weight of the next-token loss of the same tokens, which keeps likelihoods and the cache as they were."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> BlockDiffusionConfig:
+        if self.low >= self.high:
+            raise ValueError("low: must be below high")
+        return self
+
+
 class TrainConfig(Section):
     """``covray train``: turn shards of tokens into a PEFT adapter."""
 
@@ -143,6 +165,9 @@ class TrainConfig(Section):
     """Run folder to write."""
     backbone: BackboneConfig = BackboneConfig()
     lora: LoraConfig = LoraConfig()
+    objective: Literal["autoregressive", "block_diffusion"] = "autoregressive"
+    """What is learned: the next token, or blocks of masked tokens, which converts an autoregressive model."""
+    block_diffusion: BlockDiffusionConfig = BlockDiffusionConfig()
     sentences: SentencesConfig = SentencesConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     compute: ComputeConfig = ComputeConfig()
@@ -200,4 +225,6 @@ class TrainConfig(Section):
             "optimizer": {"micro_batch_tokens"},
             "lora": {"path"},  # of what lies there, the run keeps the fingerprint
         }
+        if self.objective == "autoregressive":  # runs begun before there was a choice have no such keys
+            left_out |= dict.fromkeys(("objective", "block_diffusion"), True)
         return self.model_dump(mode="json", exclude=left_out)

@@ -25,6 +25,7 @@ from covray.models.lvm.adapter import WEIGHTS_FILE, read_start
 from covray.models.lvm.backbone import BackboneFacts, backbone_facts
 from covray.training.memory import TrainPlan, architecture, plan
 from covray.training.metrics_log import METRICS_FILE
+from covray.training.objectives.block_diffusion import require_blocks
 from covray.training.records import RunRecord, TrainResult
 from covray.training.zero import check_settings
 
@@ -140,6 +141,8 @@ def _check_data(config: TrainConfig, dataset: ChainDataset, facts: BackboneFacts
     """Check that the backbone can read the dataset, and that the sentences can be made and shared out."""
     chosen = config.sentences
     require_same_codes(facts, dataset)
+    if config.objective == "block_diffusion":
+        require_blocks(config, facts, dataset.tokens_per_image)
     tokens = require_context(chosen, dataset.tokens_per_image, facts.llama.max_position_embeddings)
     count_pairs(dataset, chosen, chosen.split)
     if chosen.validation_split is not None:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from covray.config import BackboneConfig, EngineConfig, LoraConfig
+from covray.config import BackboneConfig, EngineConfig
 from covray.io.device import resolve_device
 from covray.models.lvm.adapter import load_adapter_tensors
 from covray.models.lvm.backbone import BackboneFacts, load_backbone
@@ -54,7 +54,7 @@ class LoadedModel:
             ConfigError: The device is not there.
         """
         device, dtype = resolve_device(engine)
-        lora = None if source.adapter is None else LoraConfig.model_validate(vars(source.adapter[0]))
+        lora = None if source.adapter is None else source.adapter[0]
         model = load_backbone(source.facts, source.backbone, lora, dtype=dtype, device=device, seed=source.seed)
         if source.adapter is not None:
             load_adapter_tensors(model, source.adapter[1])

@@ -8,6 +8,7 @@ from typing import Any
 from covray.config import TrainConfig
 from covray.models.lvm.model import Batch
 from covray.training.metrics_log import Metrics
+from covray.training.objectives.block_diffusion import BlockDiffusion
 from covray.training.objectives.visual_sentences import VisualSentences
 from covray.training.optimizers import PlainUpdate, Update
 from covray.training.records import TrainResult
@@ -35,7 +36,8 @@ def train(
         CovrayError: The dataset, backbone or checkpoint cannot be used, or the loss is not finite.
     """
     worker = worker or WorkerContext()
-    objective = VisualSentences(config, worker.device)
+    chosen = BlockDiffusion if config.objective == "block_diffusion" else VisualSentences
+    objective = chosen(config, worker.device)
     update: Update[Batch]
     if config.compute.deepspeed == "none":
         update = PlainUpdate(objective, config.optimizer)

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from covray.config import BackboneConfig, LoraConfig
 from covray.models.lvm.backbone import backbone_facts, load_backbone
-from covray.models.lvm.model import Batch, Lvm
+from covray.models.lvm.model import Batch, Lora, Lvm
 
 CODES = 64
 CPU = torch.device("cpu")
@@ -47,7 +47,7 @@ def write_llama(folder: Path, *, dtype: torch.dtype = torch.float32, shard_size:
 
 def load(
     folder: Path | str,
-    lora: LoraConfig | None = None,
+    lora: LoraConfig | Lora | None = None,
     *,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,

@@ -22,17 +22,30 @@ from covray.io import storage
 from covray.io.storage import Folder
 from covray.io.tensor_files import new_folder, require_finite, require_new
 from covray.models.lvm.backbone import BackboneFacts, backbone_facts, stored_tensors, write_backbone
-from covray.models.lvm.model import TARGETS, Lora, Lvm
+from covray.models.lvm.model import TARGETS, Diffusion, Lora, Lvm
 from covray.progress import stage
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 ADAPTER = "adapter"
 """Folder of a finished run that holds its adapter."""
+DIFFUSION_FILE = "block_diffusion.json"
+"""Beside an adapter of block diffusion: what decoding needs to know, and PEFT has no place for."""
+MASK_ROW = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+"""PEFT's name of the rows of the embedding that an adapter replaces, [1, width]; despite the name no difference."""
 _MOST_RANK = 1024
 """Of ``LoraConfig.rank``."""
 _PREFIX = "base_model.model."
-_READ = ("peft_type", "r", "lora_alpha", "target_modules", "use_rslora", "init_lora_weights", "bias")
+_READ = (
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "use_rslora",
+    "init_lora_weights",
+    "bias",
+    "trainable_token_indices",
+)
 """Options of PEFT's LoraConfig that ``read_adapter`` computes with, or checks."""
 _WITHOUT_EFFECT = (
     "auto_mapping",
@@ -67,9 +80,17 @@ def adapter_tensors(model: Lvm) -> dict[str, Tensor]:
     [outputs, rank].
     """
     copies = {}
-    for name, tensor in model.lora_tensors().items():
-        copies[f"{_PREFIX}{name}.weight"] = tensor.to("cpu", torch.float32, copy=True).contiguous()
+    for name, tensor in _views(model).items():
+        copies[name] = tensor.to("cpu", torch.float32, copy=True).contiguous()
     return copies
+
+
+def _views(model: Lvm) -> dict[str, Tensor]:
+    """Return views of the adapter's tensors by their names in PEFT's files, the mask's row of the embedding too."""
+    views = {f"{_PREFIX}{name}.weight": view for name, view in model.lora_tensors().items()}
+    if model.mask_row is not None:
+        views[MASK_ROW] = model.mask_row.detach()[None]
+    return views
 
 
 def load_adapter_tensors(model: Lvm, tensors: Mapping[str, Tensor]) -> None:
@@ -77,7 +98,7 @@ def load_adapter_tensors(model: Lvm, tensors: Mapping[str, Tensor]) -> None:
 
     Raises WeightsError when they are of another backbone, rank or set of targets.
     """
-    views = {f"{_PREFIX}{name}.weight": view for name, view in model.lora_tensors().items()}
+    views = _views(model)
     shapes = {name: tuple(view.shape) for name, view in views.items()}
     _require_shapes(tensors, shapes, "adapter")
     for name, view in views.items():
@@ -86,6 +107,8 @@ def load_adapter_tensors(model: Lvm, tensors: Mapping[str, Tensor]) -> None:
 
 def adapter_files(model: Lvm, base_model_name: str) -> dict[str, bytes]:
     """Return the files of the adapter by name: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    One of block diffusion also has ``block_diffusion.json``, which PEFT does not read.
 
     ``base_model_name`` is the folder or hub id of the backbone, by which ``peft`` finds it.
     """
@@ -101,10 +124,14 @@ def adapter_files(model: Lvm, base_model_name: str) -> dict[str, bytes]:
         "target_modules": list(model.lora.targets),
         "inference_mode": True,
     }
-    return {
-        CONFIG_FILE: (json.dumps(config, indent=2) + "\n").encode(),
-        WEIGHTS_FILE: save(adapter_tensors(model), {"format": "pt"}),
-    }
+    files = {WEIGHTS_FILE: save(adapter_tensors(model), {"format": "pt"})}
+    diffusion = model.lora.diffusion
+    if diffusion is not None:
+        config["trainable_token_indices"] = {"embed_tokens": [diffusion.mask_id]}
+        about = {"version": 1, "objective": "block_diffusion", "block": diffusion.block}
+        files[DIFFUSION_FILE] = (json.dumps(about, indent=2) + "\n").encode()
+    files[CONFIG_FILE] = (json.dumps(config, indent=2) + "\n").encode()
+    return files
 
 
 def save_adapter(model: Lvm, folder: str, base_model_name: str) -> None:
@@ -133,9 +160,38 @@ def read_adapter(folder: str) -> tuple[Lora, dict[str, Tensor]]:
     except (OSError, ValueError, SafetensorError) as error:
         raise WeightsError(f"{folder}: cannot be read ({one_line(error)}); get it again") from error
     lora = _read_lora(values if isinstance(values, dict) else {}, source.join(CONFIG_FILE))
+    if isinstance(values, dict) and values.get("trainable_token_indices"):
+        lora = replace(lora, diffusion=_read_diffusion(source, values["trainable_token_indices"]))
     for name, tensor in tensors.items():
         require_finite(source.join(WEIGHTS_FILE), name, tensor)
     return lora, tensors
+
+
+def _read_diffusion(folder: Folder, indices: Any) -> Diffusion:
+    """Return what an adapter of block diffusion says of itself.
+
+    Args:
+        folder: The adapter.
+        indices: ``trainable_token_indices`` of its configuration.
+
+    Raises:
+        WeightsError: The adapter trains other tokens than one mask, or does not say how long its blocks are.
+    """
+    file = folder.join(DIFFUSION_FILE)
+    tokens = indices.get("embed_tokens") if isinstance(indices, dict) and len(indices) == 1 else None
+    if not isinstance(tokens, list) or len(tokens) != 1 or not isinstance(tokens[0], int):
+        raise WeightsError(
+            f"{folder.join(CONFIG_FILE)}: uses trainable_token_indices for other tokens than one mask, which covray "
+            "does not compute; give a plain LoRA adapter"
+        )
+    try:
+        about = folder.read_json(DIFFUSION_FILE)
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{file}: cannot be read ({one_line(error)}); get the adapter again") from error
+    block = about.get("block") if isinstance(about, dict) and about.get("version") == 1 else None
+    if not isinstance(block, int) or block < 1:
+        raise WeightsError(f"{file}: does not say how many tokens a block has; get the adapter again")
+    return Diffusion(tokens[0], block)
 
 
 def _read_lora(values: dict[str, Any], file: str) -> Lora:
@@ -199,6 +255,12 @@ def read_run_adapter(run: str) -> tuple[Lora, dict[str, Tensor]]:
         raise WeightsError(
             f"{run}/{ADAPTER}/{CONFIG_FILE}: is not what the run trained: {'; '.join(changed)}; restore the file"
         )
+    trained_block = config.get("block_diffusion", {}).get("block") if isinstance(config, dict) else None
+    if lora.diffusion is not None and lora.diffusion.block != trained_block:
+        raise WeightsError(
+            f"{run}/{ADAPTER}/{DIFFUSION_FILE}: is not what the run trained: block is {lora.diffusion.block}, was "
+            f"{trained_block}; restore the file"
+        )
     return lora, tensors
 
 
@@ -245,6 +307,9 @@ def export_merged(facts: BackboneFacts, adapter: str, out: Path, dtype: torch.dt
 
     def merged(name: str) -> Tensor:
         weight = stored(name)
+        if name == "model.embed_tokens.weight" and lora.diffusion is not None:
+            weight = weight.clone()
+            weight[lora.diffusion.mask_id] = tensors[MASK_ROW][0].to(weight.dtype)
         projection = _PREFIX + name.removesuffix(".weight")
         if f"{projection}.lora_A.weight" not in tensors:
             return weight
@@ -312,8 +377,8 @@ def read_run(run: str) -> dict[str, Any]:
 def _require_backbone(tensors: Mapping[str, Tensor], lora: Lora, llama: LlamaConfig, where: str) -> None:
     """Check that ``tensors`` fit the backbone ``llama`` with the adapter ``lora``. Raises WeightsError."""
     with torch.device("meta"):
-        views = Lvm(llama, lora).lora_tensors().items()
-    _require_shapes(tensors, {f"{_PREFIX}{name}.weight": tuple(view.shape) for name, view in views}, where)
+        views = _views(Lvm(llama, lora))
+    _require_shapes(tensors, {name: tuple(view.shape) for name, view in views.items()}, where)
 
 
 def _require_shapes(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], where: str) -> None:

@@ -121,7 +121,7 @@ def weightless_facts(llama: LlamaConfig, where: Path | str) -> BackboneFacts:
 def load_backbone(
     facts: BackboneFacts,
     config: BackboneConfig,
-    lora: LoraConfig | None,
+    lora: LoraConfig | Lora | None,
     *,
     dtype: torch.dtype,
     device: torch.device,
@@ -131,9 +131,10 @@ def load_backbone(
     """Return the backbone on ``device``: frozen weights and, with ``lora``, a fresh adapter in float32 to train.
 
     Memory on the way is the model and one tensor. The adapter starts as PEFT's does: A uniform in +-1/sqrt(inputs) (He
-    et al. 2015 with a = sqrt(5)), B zero, so that it changes nothing yet. Every tensor has a generator of its own,
-    seeded by ``seed`` and its name: A is the same on any device and with any set of targets; random weights (normal,
-    of the configuration's ``initializer_range``, 0.02) are the same on one kind of device.
+    et al. 2015 with a = sqrt(5)), B zero, so that it changes nothing yet; a mask's row is the mean of the codes'. Every
+    tensor has a generator of its own, seeded by ``seed`` and its name: A is the same on any device and with any set of
+    targets; random weights (normal, of the configuration's ``initializer_range``, 0.02) are the same on one kind of
+    device.
 
     Args:
         facts: The backbone, as ``backbone_facts`` returns it.
@@ -147,11 +148,13 @@ def load_backbone(
     Raises:
         WeightsError: A file cannot be read, or weights are not finite.
     """
+    if isinstance(lora, LoraConfig):
+        lora = Lora(lora.rank, lora.alpha, lora.targets)
     with torch.device("meta"):
-        model = Lvm(facts.llama, Lora(lora.rank, lora.alpha, lora.targets) if lora else None, recompute)
+        model = Lvm(facts.llama, lora, recompute)
     model.to(dtype)
     for name, parameter in model.named_parameters():
-        adapts = ".lora_" in name
+        adapts = ".lora_" in name or name == "mask_row"
         if adapts:
             parameter.data = parameter.data.float()
         parameter.requires_grad_(adapts)
@@ -167,6 +170,8 @@ def load_backbone(
             tensor.copy_(torch.empty(tensor.shape).uniform_(-bound, bound, generator=_generator(seed, name, "cpu")))
         else:
             tensor.zero_()
+    if model.mask_row is not None:  # a mask is like every code a little
+        model.mask_row.data.copy_(model.embed.weight[: facts.codes].detach().float().mean(0))
     return model
 
 

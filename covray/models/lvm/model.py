@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig
 
+from covray.models.lvm.noisy import NoisyAttention, NoisyBlocks
+
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The projections of a layer that LoRA can adapt, by their names in transformers."""
 _CHUNK = 2048
@@ -50,6 +52,8 @@ class Batch:
     """Tokens of each sentence, in order; they sum to T."""
     positions: Tensor
     """Positions in ``ids`` whose successor is predicted, int64 [P]; never the last of a sentence."""
+    noisy: NoisyBlocks | None = None
+    """Noisy tokens beside the clean ones, for block diffusion."""
 
     @property
     def targets(self) -> Tensor:
@@ -58,7 +62,18 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Return the same batch on ``device``."""
-        return Batch(self.ids.to(device), self.lengths, self.positions.to(device))
+        noisy = None if self.noisy is None else self.noisy.to(device)
+        return Batch(self.ids.to(device), self.lengths, self.positions.to(device), noisy)
+
+
+@dataclass(frozen=True)
+class Diffusion:
+    """What block diffusion adds to an adapter."""
+
+    mask_id: int
+    """The special id that stands for a masked token; the adapter holds its row of the embedding."""
+    block: int
+    """Tokens of a block, as trained."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +83,8 @@ class Lora:
     rank: int
     alpha: float
     targets: tuple[str, ...] = TARGETS
+    diffusion: Diffusion | None = None
+    """Of an adapter that was trained by block diffusion."""
 
 
 class Projection(nn.Module):
@@ -145,9 +162,26 @@ class Layer(nn.Module):
         self.gate_up = Projection(width, dict.fromkeys(("gate_proj", "up_proj"), inner), config.mlp_bias, lora)
         self.down = Projection(inner, {"down_proj": width}, config.mlp_bias, lora)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], lengths: tuple[int, ...]) -> Tensor:
-        """Compute the layer's output [T, width] from ``x`` [T, width], which holds sentences of ``lengths``."""
-        return self.finish(x, attend(*self.project(x, rotation), lengths))
+    def forward(
+        self,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        lengths: tuple[int, ...],
+        beside: NoisyAttention | None = None,
+    ) -> Tensor:
+        """Compute the layer's output from ``x`` [T, width], or [T + M, width] with noisy tokens; the shape stays.
+
+        Args:
+            x: The layer's input.
+            rotation: Of all tokens; see ``rotary``.
+            lengths: Clean tokens of each sentence; they sum to T.
+            beside: The attention of noisy tokens behind the clean ones, if there are any.
+        """
+        parts = self.project(x, rotation)
+        if beside is None:
+            return self.finish(x, attend(*parts, lengths))
+        query, key, value = (part[: sum(lengths)] for part in parts)
+        return self.finish(x, torch.cat((attend(query, key, value, lengths), beside.attend(*parts))))
 
     def project(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries and keys, both rotated, and values of ``x`` [T, width], each [T, heads, d]."""
@@ -169,12 +203,13 @@ class Head(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
 
-    def forward(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, hidden: Tensor, targets: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the negative log likelihood in nats of ``targets`` [P] after ``hidden`` [P, width], in float32.
 
-        Two values: the sum, which can be differentiated, and each position's [P], which cannot.
+        Two values: the sum, which can be differentiated, and each position's [P], which cannot. With ``weights`` [P]
+        the sum is weighed; each position's value is not.
         """
-        total, each = _ChunkedLoss.apply(hidden, self.weight, targets)
+        total, each = _ChunkedLoss.apply(hidden, self.weight, targets, weights)
         return total, each
 
 
@@ -195,26 +230,60 @@ class Lvm(nn.Module):
         super().__init__()
         self.config, self.lora, self.recompute = config, lora, recompute
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.mask_row: nn.Parameter | None = None
+        if lora is not None and lora.diffusion is not None:
+            self.mask_row = nn.Parameter(torch.empty(config.hidden_size))
         self.layers = nn.ModuleList(Layer(config, lora) for _ in range(config.num_hidden_layers))
         self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps)
         self.head = Head(config)
 
-    def hidden(self, ids: Tensor, lengths: tuple[int, ...]) -> Tensor:
-        """Return the hidden states after the last norm, [T, width], of sentences laid flat (see ``Batch``)."""
-        x = self.embed(ids)
+    def embed_ids(self, ids: Tensor) -> Tensor:
+        """Return the embeddings of ``ids`` [...], with the adapter's row for the mask, [..., width]."""
+        x: Tensor = self.embed(ids)
+        if self.mask_row is None or self.lora is None or self.lora.diffusion is None:
+            return x
+        return torch.where((ids == self.lora.diffusion.mask_id)[..., None], self.mask_row.to(x.dtype), x)
+
+    def hidden(self, ids: Tensor, lengths: tuple[int, ...], noisy: NoisyBlocks | None = None) -> Tensor:
+        """Return the hidden states after the last norm of sentences laid flat (see ``Batch``).
+
+        Args:
+            ids: The clean tokens, int64 [T].
+            lengths: Of the sentences.
+            noisy: M noisy tokens beside them.
+
+        Returns:
+            [T, width], or [T + M, width], the clean tokens first.
+        """
+        x = self.embed_ids(ids if noisy is None else torch.cat((ids, noisy.ids)))
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         rotation = rotary(self.config, lengths, x.device, x.dtype)
+        beside = None
+        if noisy is not None:
+            cosine, sine = rotation
+            rotation = torch.cat((cosine, cosine[noisy.places])), torch.cat((sine, sine[noisy.places]))
+            beside = NoisyAttention.of(noisy, lengths)
         for layer in self.layers:
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rotation, lengths, use_reentrant=False)
+                x = checkpoint(layer, x, rotation, lengths, beside, use_reentrant=False)
             else:
-                x = layer(x, rotation, lengths)
+                x = layer(x, rotation, lengths, beside)
         return self.norm(x)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the negative log likelihood in nats at the batch's positions: the sum, and each position's [P]."""
-        return self.head(self.hidden(batch.ids, batch.lengths)[batch.positions], batch.targets)
+        """Return the negative log likelihood in nats at the batch's positions: the sum, and each position's [P].
+
+        With noisy tokens the sum is weighed as they say, and the K masked ones follow the positions: [P + K].
+        """
+        hidden = self.hidden(batch.ids, batch.lengths, batch.noisy)
+        if batch.noisy is None:
+            return self.head(hidden[batch.positions], batch.targets)
+        noisy = batch.noisy
+        rows = torch.cat((batch.positions, len(batch.ids) + noisy.masked))
+        targets = torch.cat((batch.targets, batch.ids[noisy.places[noisy.masked]]))
+        clean_weights = noisy.weights.new_full(batch.positions.shape, noisy.clean_weight)
+        return self.head(hidden[rows], targets, torch.cat((clean_weights, noisy.weights)))
 
     def logits(self, ids: Tensor, lengths: tuple[int, ...]) -> Tensor:
         """Return the logits after every token, [T, vocabulary]; to look at and compare, not to train with."""
@@ -413,7 +482,9 @@ class _ChunkedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         to_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         to_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         matrix = weight.to(hidden.dtype)
@@ -427,6 +498,8 @@ class _ChunkedLoss(torch.autograd.Function):
             if to_hidden is not None or to_weight is not None:
                 error = logits.sub_(normaliser).exp_()  # the softmax, in the memory of the logits
                 error.scatter_add_(-1, target, torch.full_like(target, -1, dtype=error.dtype))
+                if weights is not None:
+                    error.mul_(weights[rows, None])
                 low = error.to(hidden.dtype)
                 if to_hidden is not None:
                     to_hidden[rows] = low @ matrix
@@ -434,11 +507,12 @@ class _ChunkedLoss(torch.autograd.Function):
                     to_weight += low.t() @ chunk
         ctx.save_for_backward(to_hidden, to_weight)
         ctx.mark_non_differentiable(losses)
-        return losses.sum(), losses
+        total = losses.sum() if weights is None else (losses * weights).sum()
+        return total, losses
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         to_hidden, to_weight = ctx.saved_tensors
         scaled_hidden = None if to_hidden is None else to_hidden * upstream[0].to(to_hidden.dtype)
         scaled_weight = None if to_weight is None else to_weight * upstream[0].to(to_weight.dtype)
-        return scaled_hidden, scaled_weight, None
+        return scaled_hidden, scaled_weight, None, None

@@ -16,9 +16,9 @@ from transformers import LlamaConfig
 from covray.chains.dataset import ChainDataset
 from covray.chains.sentences import Chains, Sentences, loss_tokens, micro_batches, step_bounds
 from covray.config import TrainConfig, require_compiler
-from covray.models.lvm.adapter import adapter_files, load_adapter_tensors, read_start
+from covray.models.lvm.adapter import MASK_ROW, adapter_files, load_adapter_tensors, read_start
 from covray.models.lvm.backbone import BackboneFacts, backbone_facts, load_backbone
-from covray.models.lvm.model import Batch, Lora, Lvm
+from covray.models.lvm.model import Batch, Diffusion, Lora, Lvm
 from covray.models.lvm.scales import parameters
 from covray.training.objectives.base import Loss, StepBatches
 from covray.training.worker import WorkerContext
@@ -50,9 +50,14 @@ class VisualSentences:
             self.validation = _sentences(dataset, config, self._facts, chosen.validation_split)
         self.steps = count_steps(self.training, config)
         self.flops_per_token = _flops_per_token(self._facts.llama, self.training)
-        self.model = _load_model(config, self._facts, device)
+        chosen_lora = Lora(config.lora.rank, config.lora.alpha, config.lora.targets, self._diffusion())
+        self.model = _load_model(config, self._facts, chosen_lora, device)
         no_ids = torch.zeros(2, dtype=torch.int64, device=device)
         self.idle_batch = Batch(no_ids, (2,), no_ids[:1])  # one sentence of two tokens
+
+    def _diffusion(self) -> Diffusion | None:
+        """Return what the adapter knows of masks; None where it knows nothing."""
+        return None
 
     @property
     def module(self) -> nn.Module:
@@ -108,9 +113,8 @@ class VisualSentences:
 
     def export(self, tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
         """Return the adapter in PEFT's format."""
-        chosen = self.config.lora
         with torch.device("meta"):  # the names and shapes of the model, without its memory
-            model = Lvm(self._facts.llama, Lora(chosen.rank, chosen.alpha, chosen.targets))
+            model = Lvm(self._facts.llama, self.model.lora)
         model.load_state_dict(dict(tensors), strict=False, assign=True)
         return adapter_files(model, self.config.backbone.path or "nano")
 
@@ -139,19 +143,29 @@ def _sentences(dataset: ChainDataset, config: TrainConfig, facts: BackboneFacts,
     return Sentences(chains, config.sentences, facts.llama.max_position_embeddings, config.seed)
 
 
-def _load_model(config: TrainConfig, facts: BackboneFacts, device: torch.device) -> Lvm:
-    """Return the backbone with a new adapter, or with the one that training starts from."""
+def _load_model(config: TrainConfig, facts: BackboneFacts, lora: Lora, device: torch.device) -> Lvm:
+    """Return the backbone with a new adapter, or with the one that training starts from.
+
+    Args:
+        config: The configuration.
+        facts: Of the backbone.
+        lora: The adapter.
+        device: Where the model is put.
+    """
     model = load_backbone(
         facts,
         config.backbone,
-        config.lora,
+        lora,
         dtype=_DTYPES[config.compute.dtype],
         device=device,
         seed=config.seed,
         recompute=config.compute.recompute,
     )
     if config.lora.path is not None:
-        load_adapter_tensors(model, read_start(config.lora, facts.llama))
+        start = read_start(config.lora, facts.llama)
+        if model.mask_row is not None and MASK_ROW not in start:  # an autoregressive adapter is converted
+            start[MASK_ROW] = model.mask_row.detach()[None].cpu().clone()
+        load_adapter_tensors(model, start)
     if config.compute.compile:
         for layer in model.layers:
             layer.compile()

@@ -29,6 +29,7 @@ from covray.models.lvm.decoding.base import (
     collect,
     require_context,
 )
+from covray.models.lvm.decoding.block_diffusion import require_block_diffusion, write_blocks
 from covray.models.lvm.decoding.jacobi import WIDTHS, fastest_window, write_jacobi
 from covray.models.lvm.decoding.reader import KeysValues, Reader
 from covray.models.lvm.decoding.sequential import write_sequentially
@@ -50,6 +51,7 @@ class LvmDecoder:
         """
         self.codes, self.tokens_per_image, self.batch = codes, tokens_per_image, batch
         self._reader = Reader(model, codes, batch)
+        self._diffusion = None if model.lora is None else model.lora.diffusion
         self.context_tokens = self._reader.context_tokens
         self._windows: dict[tuple[int, int, bool], int] = {}
 
@@ -80,6 +82,7 @@ class LvmDecoder:
         seeds: Sequence[int] | None = None,
     ) -> Iterator[DecodedImage]:
         """Yield each picture as soon as it is finished; see ``base.Decoder.stream``."""
+        strategy = self._strategy(sampling)
         steps = images * self.tokens_per_image
         before = len(prompt) + queries.shape[1]
         require_context(before + steps, self.tokens_per_image, self.context_tokens)
@@ -88,9 +91,11 @@ class LvmDecoder:
         if not rows or not steps:
             return
         reader = self._reader
-        ahead = 0  # slots for drafts behind the last token
-        if sampling.decoder == "jacobi":
+        ahead = 0  # slots behind the last token that is read one by one
+        if strategy == "jacobi":
             ahead = max(WIDTHS) if sampling.window == "auto" else sampling.window
+        elif strategy == "block_diffusion":
+            ahead = 1
         buffer = reader.take_buffer(queries.shape[1] + steps - 1 + ahead)
         caches = reader.read_prompt(prompt, buffer)
 
@@ -126,16 +131,26 @@ class LvmDecoder:
                 yield DecodedImage(query, candidate, each.image, each.ids, each.token_log_p)
         reader.give_back(buffer)
 
+    def _strategy(self, sampling: SamplingConfig) -> str:
+        """Return the name of the strategy that ``sampling`` asks for, or that the model was trained for."""
+        if sampling.decoder is not None:
+            strategy = sampling.decoder
+        else:
+            strategy = "sequential" if self._diffusion is None else "block_diffusion"
+        if strategy == "block_diffusion":
+            require_block_diffusion(self._diffusion, sampling, self.tokens_per_image)
+        return strategy
+
     def _write(self, pending: PendingRows) -> Iterator[FinishedImage]:
         """Write a batch by the strategy that its sampling names."""
-        if pending.sampling.decoder != "jacobi":
-            yield from write_sequentially(self._reader, pending)
-            return
-        window = self._window(pending)
+        strategy = self._strategy(pending.sampling)
+        if strategy == "block_diffusion":
+            diffusion = require_block_diffusion(self._diffusion, pending.sampling, self.tokens_per_image)
+            return write_blocks(self._reader, pending, diffusion)
+        window = self._window(pending) if strategy == "jacobi" else 1
         if window == 1:
-            yield from write_sequentially(self._reader, pending)
-        else:
-            yield from write_jacobi(self._reader, pending, window)
+            return write_sequentially(self._reader, pending)
+        return write_jacobi(self._reader, pending, window)
 
     def _window(self, pending: PendingRows) -> int:
         """Return the window of a Jacobi decoding; ``auto`` is decided once for every length of prompt and answer."""

@@ -90,7 +90,7 @@ class Reader:
         if not count:
             nothing = self._head.new_empty(self._layers[0].heads, 0, self._head.shape[1] // self._layers[0].heads)
             return self._head.new_empty(0), [(nothing, nothing)] * len(self._layers)
-        x = F.embedding(torch.from_numpy(ids.astype(np.int64)).to(self.device), self._model.embed.weight)
+        x = self._model.embed_ids(torch.from_numpy(ids.astype(np.int64)).to(self.device))
         rotation = self._rotation[0][position : position + count], self._rotation[1][position : position + count]
         mask = torch.ones((count, position + count), dtype=torch.bool, device=self.device).tril(position)
         kept = []
@@ -124,7 +124,7 @@ class Reader:
             Hidden states [batch, width].
         """
         self.passes += 1
-        x = F.embedding(ids, self._model.embed.weight)
+        x = self._model.embed_ids(ids)
         rotation = self._rotation[0][position : position + 1], self._rotation[1][position : position + 1]
         for layer, cache in zip(self._layers, caches, strict=True):
             query, key, value = layer.project(x, rotation)  # [batch, heads, head width]
@@ -155,7 +155,7 @@ class Reader:
         positions = (prompt + window.slots).clamp(max=self.context_tokens - 1).flatten()
         rotation = self._rotation[0][positions], self._rotation[1][positions]
         self.passes += 1
-        x = F.embedding(ids.flatten(), self._model.embed.weight)
+        x = self._model.embed_ids(ids.flatten())
         for layer, cache in zip(self._layers, caches, strict=True):
             query, key, value = layer.project(x, rotation)  # [batch * W, heads, head width]
             x = layer.finish(x, cache.attend_window(query, key, value, window))
@@ -185,4 +185,6 @@ def _merged(model: Lvm) -> Lvm:
             projection = name.removesuffix(".lora_A")
             high = updates[f"{projection}.lora_B"]
             weights[f"{projection}.weight"].addmm_(high, low, alpha=model.lora.alpha / model.lora.rank)
+    if model.mask_row is not None and model.lora.diffusion is not None:
+        plain.embed.weight[model.lora.diffusion.mask_id] = model.mask_row
     return plain.requires_grad_(False)
