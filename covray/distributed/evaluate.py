@@ -45,11 +45,12 @@ from covray.distributed.resumable import Output
 from covray.distributed.session import ray_session
 from covray.distributed.tracking import Tracker
 from covray.errors import ConfigError, DatasetError
+from covray.evaluation.answers import EPISODE_SCHEMA, RESULT_SCHEMA
 from covray.evaluation.lpips import find_alexnet, load_lpips
 from covray.evaluation.pair_files import choose_pairs, require_pairs, write_pairs
 from covray.evaluation.records import EvaluationRecord, EvaluationResults, EvaluationTable, SubjectScore
 from covray.evaluation.results import Rank, choose_episodes, tabulate, to_csv
-from covray.evaluation.runner import EPISODE_SCHEMA, RESULT_SCHEMA, Runner
+from covray.evaluation.runner import Runner
 from covray.evaluation.subjects import Subject, adapter_weights, subjects_of
 from covray.io import storage
 from covray.io.storage import Folder

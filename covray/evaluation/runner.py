@@ -10,9 +10,8 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +22,17 @@ from covray.chains.dataset import ChainDataset
 from covray.chains.sentences import Chains
 from covray.config import BackboneConfig, EvaluateConfig, SentencesConfig
 from covray.errors import DatasetError, PairError
+from covray.evaluation.answers import (
+    EPISODE_SCHEMA,
+    NOTHING_WRITTEN,
+    RESULT_SCHEMA,
+    AnswerPictures,
+    Asked,
+    EpisodeResult,
+    Labels,
+    Strip,
+    Tokens,
+)
 from covray.evaluation.baselines import nearest_label, saliency
 from covray.evaluation.episodes import Episodes
 from covray.evaluation.frames import frame_figures
@@ -42,98 +52,6 @@ from covray.models.tokenizer.vqgan import load_tokenizer
 from covray.pairs.manifest import read_meta
 from covray.seeds import seed_of
 from covray.tasks import TASKS
-
-EPISODE_SCHEMA = pa.schema(
-    [("episode", pa.int64()), ("subject", pa.string()), ("task", pa.string()), ("pair_id", pa.int64())]
-)
-"""What there is to do."""
-RESULT_SCHEMA = pa.schema(
-    [
-        *EPISODE_SCHEMA,
-        ("examples", pa.list_(pa.int64())),  # pair ids, in the order of the sentence
-        ("values", pa.list_(pa.struct([("metric", pa.string()), ("value", pa.float64())]))),  # null: undefined
-        ("counts", pa.list_(pa.list_(pa.int64()))),  # what metrics of a whole set are made of; see ``scores``
-        # Tokens written: the frames, then the answer; of a vote every candidate's, the likeliest candidate first.
-        ("images", pa.list_(pa.list_(pa.uint16()))),
-        ("log_likelihood", pa.float64()),  # of the answer written, in nats; of a vote the candidates' mean
-        ("error", pa.string()),
-    ]
-)
-"""What was done, one row an episode."""
-
-Tokens = NDArray[np.uint16]
-
-
-@dataclass
-class EpisodeResult:
-    """One row of ``RESULT_SCHEMA`` in the making, and what its scores are computed from."""
-
-    episode: int
-    subject: str
-    task: str
-    pair_id: int
-    examples: list[int] | None = None
-    values: list[dict[str, Any]] | None = None
-    counts: list[list[int]] | None = None
-    images: list[list[int]] | None = None
-    log_likelihood: float | None = None
-    error: str | None = None
-    chain: Tokens | None = None
-    """The pair's own chain, [length, tokens]; no column."""
-    prompt: Tokens | None = None
-    """The examples' chains and the query's picture, flat; no column."""
-    nats: dict[str, float] = field(default_factory=dict)
-    """The perplexities' logarithms by metric; no column."""
-
-
-@dataclass(frozen=True, eq=False)
-class AnswerPictures:
-    """An answer, and the pictures it was made of."""
-
-    answer: Picture
-    """At the label's size."""
-    written: NDArray[np.uint8]
-    """What a model wrote, [candidates, images, s, s, 3], the answer last; empty for subjects without a model."""
-
-    @property
-    def frames(self) -> int:
-        """How many frames a model wrote before the answer."""
-        return max(0, self.written.shape[1] - 1)
-
-
-_NOTHING_WRITTEN = np.empty((0, 0, 0, 0, 3), np.uint8)
-
-
-@dataclass(frozen=True, eq=False)
-class Asked:
-    """An episode, and what its answer is measured by."""
-
-    result: EpisodeResult
-    """With the tokens that a model wrote."""
-    label: Picture
-    meta: Mapping[str, Any]
-    """Of the pair's manifest row."""
-
-
-class Strip(NamedTuple):
-    """The pictures of an episode, for people to look at."""
-
-    query: Picture
-    frames: NDArray[np.uint8]
-    """Those that a model wrote, [frames, s, s, 3]."""
-    answer: Picture
-    label: Picture
-
-
-@dataclass(frozen=True, eq=False)
-class Labels:
-    """The examples of a task at the tokenizer's size, without those that cannot be read."""
-
-    pair_ids: NDArray[np.int64]
-    images: NDArray[np.uint8]
-    """[n, s, s, 3]."""
-    labels: NDArray[np.uint8]
-    """[n, s, s, 3]."""
 
 
 class Runner:
@@ -329,7 +247,7 @@ class Runner:
             if self.subjects[each.result.subject].baseline == "copy":
                 resample = "bicubic"  # the answer is an image, not a label
             resized = resize(answer, height_px, width_px, resample)
-            answers[episode] = each, AnswerPictures(resized, written.get(episode, _NOTHING_WRITTEN))
+            answers[episode] = each, AnswerPictures(resized, written.get(episode, NOTHING_WRITTEN))
         return answers
 
     def _written(self, asked: Sequence[Asked]) -> dict[int, NDArray[np.uint8]]:

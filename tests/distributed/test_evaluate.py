@@ -19,9 +19,9 @@ from covray.cli import app as cli
 from covray.config import EvaluateConfig
 from covray.distributed.evaluate import _episodes, _metric, evaluate, read_rows
 from covray.errors import ConfigError
+from covray.evaluation.answers import RESULT_SCHEMA
 from covray.evaluation.pair_files import choose_pairs
 from covray.evaluation.records import EvaluationRecord, SubjectScore
-from covray.evaluation.runner import RESULT_SCHEMA
 from covray.evaluation.subjects import Subject
 from tests.support.commands import error_line
 

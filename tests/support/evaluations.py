@@ -16,8 +16,9 @@ from PIL import Image
 
 from covray.chains.dataset import ChainDataset
 from covray.config import EvaluateConfig, LoraConfig, TrainConfig, load_config
+from covray.evaluation.answers import EPISODE_SCHEMA
 from covray.evaluation.pair_files import choose_pairs, require_pairs, write_pairs
-from covray.evaluation.runner import EPISODE_SCHEMA, Runner
+from covray.evaluation.runner import Runner
 from covray.evaluation.subjects import subjects_of
 from covray.io import storage
 from covray.models.lvm.adapter import save_adapter

@@ -1,0 +1,105 @@
+"""What goes into a worker of an evaluation and what comes out: schemas, and the types that travel between its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from covray.io.pixels import Picture
+
+EPISODE_SCHEMA = pa.schema(
+    [("episode", pa.int64()), ("subject", pa.string()), ("task", pa.string()), ("pair_id", pa.int64())]
+)
+"""What there is to do."""
+RESULT_SCHEMA = pa.schema(
+    [
+        *EPISODE_SCHEMA,
+        ("examples", pa.list_(pa.int64())),  # pair ids, in the order of the sentence
+        ("values", pa.list_(pa.struct([("metric", pa.string()), ("value", pa.float64())]))),  # null: undefined
+        ("counts", pa.list_(pa.list_(pa.int64()))),  # what metrics of a whole set are made of; see ``scores``
+        # Tokens written: the frames, then the answer; of a vote every candidate's, the likeliest candidate first.
+        ("images", pa.list_(pa.list_(pa.uint16()))),
+        ("log_likelihood", pa.float64()),  # of the answer written, in nats; of a vote the candidates' mean
+        ("error", pa.string()),
+    ]
+)
+"""What was done, one row an episode."""
+
+Tokens = NDArray[np.uint16]
+
+
+@dataclass
+class EpisodeResult:
+    """One row of ``RESULT_SCHEMA`` in the making, and what its scores are computed from."""
+
+    episode: int
+    subject: str
+    task: str
+    pair_id: int
+    examples: list[int] | None = None
+    values: list[dict[str, Any]] | None = None
+    counts: list[list[int]] | None = None
+    images: list[list[int]] | None = None
+    log_likelihood: float | None = None
+    error: str | None = None
+    chain: Tokens | None = None
+    """The pair's own chain, [length, tokens]; no column."""
+    prompt: Tokens | None = None
+    """The examples' chains and the query's picture, flat; no column."""
+    nats: dict[str, float] = field(default_factory=dict)
+    """The perplexities' logarithms by metric; no column."""
+
+
+@dataclass(frozen=True, eq=False)
+class AnswerPictures:
+    """An answer, and the pictures it was made of."""
+
+    answer: Picture
+    """At the label's size."""
+    written: NDArray[np.uint8]
+    """What a model wrote, [candidates, images, s, s, 3], the answer last; empty for subjects without a model."""
+
+    @property
+    def frames(self) -> int:
+        """How many frames a model wrote before the answer."""
+        return max(0, self.written.shape[1] - 1)
+
+
+NOTHING_WRITTEN = np.empty((0, 0, 0, 0, 3), np.uint8)
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """An episode, and what its answer is measured by."""
+
+    result: EpisodeResult
+    """With the tokens that a model wrote."""
+    label: Picture
+    meta: Mapping[str, Any]
+    """Of the pair's manifest row."""
+
+
+class Strip(NamedTuple):
+    """The pictures of an episode, for people to look at."""
+
+    query: Picture
+    frames: NDArray[np.uint8]
+    """Those that a model wrote, [frames, s, s, 3]."""
+    answer: Picture
+    label: Picture
+
+
+@dataclass(frozen=True, eq=False)
+class Labels:
+    """The examples of a task at the tokenizer's size, without those that cannot be read."""
+
+    pair_ids: NDArray[np.int64]
+    images: NDArray[np.uint8]
+    """[n, s, s, 3]."""
+    labels: NDArray[np.uint8]
+    """[n, s, s, 3]."""
