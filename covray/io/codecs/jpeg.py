@@ -35,6 +35,8 @@ def require_known(data: bytes) -> None:
             bits, channels = segment[4], segment[9]
             if bits != 8 or channels not in (1, 3, 4):
                 raise PairError("unsupported", f"JPEG of {bits} bits and {channels} channels; save 8 bits and RGB")
+            if channels != 4:
+                return  # before the scans, which take longer to pass over
     if channels == 4 and not by_adobe:
         raise PairError(
             "unsupported", "JPEG of 4 channels without Adobe's marker, so that ink has two readings; save it as RGB"
