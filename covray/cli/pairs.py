@@ -76,6 +76,27 @@ def scenes(
     _write_manifest(out, None, scene_pairs(count, chosen, size, seed, shares(splits)), json_, count * len(chosen))
 
 
+def portraits(
+    out: OutManifest,
+    count: Annotated[int, typer.Option(min=1, help="Pictures.")] = 1000,
+    size: Annotated[int, typer.Option(min=16, max=2048, help="Side of the pictures in pixels.")] = 64,
+    splits: Splits = None,
+    seed: Seed = 0,
+    json_: Json = False,
+) -> None:
+    """Rendered solids with captions, attributes, and questions of one-word answers.
+
+    A picture shows one solid or two, in one of ten colours, textures, backgrounds, styles and arrangements.
+
+    Of each theme 15 of the 100 combinations with an object are held out. Every picture of the split test shows one of
+    them, and no picture of another split does.
+    """
+    from covray.pairs.scenes.portraits import portrait_pairs
+
+    pairs = portrait_pairs(count, size, seed, shares(splits))
+    _write_manifest(out, None, pairs, json_, count, captions=True)
+
+
 def manifest(
     file: Annotated[str, typer.Argument(help="Your own list: Parquet, CSV, TSV, JSONL, or Painter's JSON.")],
     out: OutManifest,
@@ -267,18 +288,25 @@ def _checked(pairs: Iterator[Pair], count: int | None, examples: int = 0) -> Ite
             _LOG.warning("%s", error)
 
 
-def _write_manifest(out: str, root: str | None, pairs: Iterator[Pair], json_: bool, total: int | None = None) -> None:
+def _write_manifest(
+    out: str,
+    root: str | None,
+    pairs: Iterator[Pair],
+    json_: bool,
+    total: int | None = None,
+    captions: bool = False,
+) -> None:
     """Write the manifest ``out`` of ``pairs``, relative to ``root``, and print what it holds.
 
-    ``total`` is the expected number of pairs, None where it is not known.
+    ``total`` is the expected number of pairs, None where it is not known. ``captions`` writes the columns of words.
     """
     from covray.pairs.manifest import ManifestWriter, check_manifest
 
-    with ManifestWriter(out, root) as writer:
+    with ManifestWriter(out, root, captions) as writer:
         for pair in _shown(pairs, total):
             writer.add(pair)
     with stage(f"checking {out}"):
-        info = check_manifest(out)
+        info = check_manifest(out, captions)
     result = {
         "out": out,
         "pairs": info.rows,

@@ -40,6 +40,7 @@ from covray.pairs.values import (
     unknown_task,
     writing,
 )
+from covray.pairs.words import CAPTION_TASK, NO_WORDS, WORD_FIELDS, Words
 from covray.tasks import TASKS, segmentation
 
 __all__ = [
@@ -88,15 +89,21 @@ class Pair:
     label: Picture
     meta: dict[str, Any] = field(default_factory=dict)
     """What else is known; written as JSON. Of segmentation the class table (``covray.tasks.segmentation``)."""
+    words: Words | None = None
+    """Caption, attributes and questions; the only label of a row of the task ``caption``."""
 
     @functools.cached_property
     def pair_id(self) -> int:
         """Signed int64: the first 8 bytes (big endian) of a SHA-256 over task, image and label identity.
 
-        Each part is preceded by its length, so that no two triples spell the same string.
+        Each part is preceded by its length, so that no two triples spell the same string. A row of the task
+        ``caption`` has its caption in the place of the label, so that an image may have several.
         """
         digest = hashlib.sha256()
-        for part in (self.task, picture_identity(self.image), picture_identity(self.label)):
+        label = picture_identity(self.label)
+        if self.task == CAPTION_TASK and self.words is not None:
+            label = self.words.caption
+        for part in (self.task, picture_identity(self.image), label):
             encoded = part.encode("utf-8", "surrogatepass")
             digest.update(len(encoded).to_bytes(8, "big") + encoded)
         return int.from_bytes(digest.digest()[:8], "big", signed=True)
@@ -105,19 +112,24 @@ class Pair:
 class ManifestWriter:
     """Writes a manifest row by row; the file appears whole when the ``with`` block ends well, else not at all."""
 
-    def __init__(self, path: str | os.PathLike[str], root: str | os.PathLike[str] | None = None):
+    def __init__(
+        self, path: str | os.PathLike[str], root: str | os.PathLike[str] | None = None, captions: bool = False
+    ):
         """Prepare to write; nothing is opened before the ``with`` block.
 
         Args:
             path: The Parquet file to write, on any storage; its name ends in ``.parquet``.
             root: Folder that relative URIs are below (a local one is made absolute); None where every picture is given
                 by its bytes.
+            captions: Write the optional columns of words, and accept rows of the task ``caption``.
 
         Raises:
             ManifestError: In the ``with`` block, where ``path`` has another ending or cannot be written.
         """
         self.path = os.fspath(path)
         self.root = None if root is None else absolute(os.fspath(root))
+        self._captions = captions
+        self._schema = pa.schema([*MANIFEST_SCHEMA, *WORD_FIELDS]) if captions else MANIFEST_SCHEMA
         self.rows = 0
         """Pairs written."""
         self.duplicates = 0
@@ -145,13 +157,13 @@ class ManifestWriter:
             metadata = {METADATA_KEY: json.dumps({"version": VERSION, "root": self.root})}
             # No dictionary for the pictures: each is different, and a dictionary would hold them all.
             self._writer = pq.ParquetWriter(
-                self._aside, MANIFEST_SCHEMA.with_metadata(metadata), use_dictionary=["task", "split"]
+                self._aside, self._schema.with_metadata(metadata), use_dictionary=["task", "split"]
             )
         return self
 
     def add(self, pair: Pair) -> bool:
         """Write ``pair``; return False, and count it, where its ``pair_id`` had been added before."""
-        if pair.task not in TASKS:
+        if pair.task not in _tasks(self._captions):
             raise ManifestError(f"{self.path}: {unknown_task(pair.task)}")
         if pair.pair_id in self._seen:
             self.duplicates += 1
@@ -165,6 +177,8 @@ class ManifestWriter:
             "label": {"uri": storable(pair.label.uri), "bytes": pair.label.bytes},
             "meta": json.dumps(plain(pair.meta), sort_keys=True),
         }
+        if self._captions:
+            row |= NO_WORDS if pair.words is None else pair.words.columns()
         self._buffer.append(row)
         self._buffer_bytes += len(pair.image.bytes or b"") + len(pair.label.bytes or b"") + len(row["meta"])
         self.rows += 1
@@ -198,7 +212,7 @@ class ManifestWriter:
         if not self._buffer:
             return
         with writing(self.path):
-            self._writer.write_table(pa.Table.from_pylist(self._buffer, MANIFEST_SCHEMA))
+            self._writer.write_table(pa.Table.from_pylist(self._buffer, self._schema))
         self._buffer = []
         self._buffer_bytes = 0
 
@@ -226,13 +240,24 @@ class ManifestInfo:
     """In the order of the rows, files by name."""
     files: tuple[str, ...]
     """The Parquet files, as paths of their storage, by name."""
+    has_captions: bool = False
+    """Whether every file has the optional columns of words."""
 
 
-def check_manifest(path: str | os.PathLike[str]) -> ManifestInfo:
+def _tasks(captions: bool) -> set[str]:
+    """Return the tasks that rows may have; ``caption`` is one only for those who read words."""
+    return {*TASKS, CAPTION_TASK} if captions else set(TASKS)
+
+
+def check_manifest(path: str | os.PathLike[str], captions: bool = False) -> ManifestInfo:
     """Check a manifest, a Parquet file or a folder of them, before work is put into it.
 
     Reads ids, tasks and splits only; the pictures are checked by the build, each as its own row. A manifest that
     another program wrote has no root; its URIs are then below the folder that holds it.
+
+    Args:
+        path: The manifest, or a folder of manifests.
+        captions: Accept rows of the task ``caption``, which have words for a label and cannot be built.
 
     Raises:
         ManifestError: In one line that names the file: it is missing, not Parquet, empty, lacks a column or has one of
@@ -245,10 +270,12 @@ def check_manifest(path: str | os.PathLike[str]) -> ManifestInfo:
     ids: list[NDArray[np.int64]] = []
     roots: dict[str | None, str] = {}
     without_root: list[tuple[str, str]] = []
+    has_captions = True
     for file in files:
         name = file if len(files) > 1 else path
         with reading(name), pq.ParquetFile(file, filesystem=filesystem) as parquet:
             _check_schema(name, parquet.schema_arrow)
+            has_captions &= _has_captions(name, parquet.schema_arrow)
             metadata = parquet.schema_arrow.metadata or {}
             if METADATA_KEY in metadata:
                 roots.setdefault(_root_of(name, metadata[METADATA_KEY]), name)
@@ -262,7 +289,9 @@ def check_manifest(path: str | os.PathLike[str]) -> ManifestInfo:
                 for column, counts in (("task", per_task), ("split", splits)):
                     for entry in batch.column(column).value_counts().to_pylist():
                         counts[entry["values"]] += entry["counts"]
-    unknown = sorted(set(per_task) - set(TASKS))
+    unknown = sorted(set(per_task) - _tasks(captions))
+    if unknown == [CAPTION_TASK]:
+        raise ManifestError(f"{path}: has rows of captions, which have no label picture to build; leave them out")
     if unknown:
         raise ManifestError(f"{path}: {unknown_task(*unknown)}")
     pair_ids = np.concatenate(ids) if ids else np.empty(0, np.int64)
@@ -279,15 +308,15 @@ def check_manifest(path: str | os.PathLike[str]) -> ManifestInfo:
             f"{path}: its files have different roots: {shown}; write them with one --root, a folder above all pictures"
         )
     (root,) = roots
-    return ManifestInfo(
-        len(pair_ids), dict(sorted(per_task.items())), dict(sorted(splits.items())), root, pair_ids, tuple(files)
-    )
+    tasks, named_splits = dict(sorted(per_task.items())), dict(sorted(splits.items()))
+    return ManifestInfo(len(pair_ids), tasks, named_splits, root, pair_ids, tuple(files), has_captions)
 
 
 def read_manifest(path: str | os.PathLike[str], columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """Yield the rows of a checked manifest, ``columns`` of ``MANIFEST_SCHEMA`` in its types; files by name."""
+    """Yield the rows of a checked manifest, ``columns`` of ``MANIFEST_SCHEMA`` or words in its types; files by name."""
     files, filesystem = _manifest_files(os.fspath(path))
-    schema = pa.schema([MANIFEST_SCHEMA.field(name) for name in columns])
+    known = pa.schema([*MANIFEST_SCHEMA, *WORD_FIELDS])
+    schema = pa.schema([known.field(name) for name in columns])
     for file in files:
         with reading(file), pq.ParquetFile(file, filesystem=filesystem) as parquet:
             for batch in parquet.iter_batches(256, columns=list(columns)):
@@ -417,6 +446,17 @@ def _check_schema(name: str, schema: pa.Schema) -> None:
         kind = schema.field(expected.name).type
         if not fits_type(plain_type(kind), expected.type):
             raise ManifestError(f"{name}: column {expected.name} is {kind}, not {expected.type}")
+
+
+def _has_captions(name: str, schema: pa.Schema) -> bool:
+    """Return whether a file has the columns of words; they come together, and a wrong type is refused."""
+    if not {column.name for column in WORD_FIELDS} <= set(schema.names):
+        return False
+    for expected in WORD_FIELDS:
+        kind = schema.field(expected.name).type
+        if not pa.types.is_list(expected.type) and not fits_type(plain_type(kind), expected.type):
+            raise ManifestError(f"{name}: column {expected.name} is {kind}, not {expected.type}")
+    return True
 
 
 def _root_of(name: str, metadata: bytes) -> str | None:

@@ -47,7 +47,7 @@ def render_scene(seed: int, size_px: int = 64, views: int = 1) -> list[View]:
             bodies.append(body)
     sun = unit(np.array([rng.uniform(-1, 1), rng.uniform(-1.2, -0.1), rng.uniform(0.6, 1.6)]))
     light = (rng.uniform(0.55, 1.0), rng.uniform(0.2, 0.4), rng.uniform((0.9, 0.85, 0.75), (1.0, 1.0, 1.0)))
-    stage = _Stage(bodies, sun, *light)
+    stage = Stage(bodies, sun, *light)
     azimuth = rng.uniform(-0.9, 0.9)
     seen = []
     for _ in range(views):
@@ -105,7 +105,7 @@ class Camera:
         return np.stack([x, y, inside], axis=1).astype(np.float32)
 
 
-class _Stage:
+class Stage:
     """All bodies in one Embree scene, with the light."""
 
     def __init__(self, bodies: list[Body], sun: Array, strength: float, ambient: float, tint: Array):
@@ -173,7 +173,7 @@ class _Stage:
         albedo = np.zeros_like(points)
         for index in np.unique(body[hit]):
             mask = hit & (body == index)
-            albedo[mask] = _paint(self.bodies[index].texture, points[mask])
+            albedo[mask] = self.paint(self.bodies[index].texture, points[mask])
         start = (points + normal * 2e-3).astype(np.float32)
         toward = np.broadcast_to(self.sun, points.shape).astype(np.float32)
         lit = self.embree.run(start, np.ascontiguousarray(toward), query="OCCLUDED") != 0
@@ -181,8 +181,15 @@ class _Stage:
         gloss = np.clip(unit(self.sun - rays) * normal, -1, 1).sum(axis=1).clip(0, 1) ** 40 * lit * 0.25
         sky = self.ambient * (0.7 + 0.3 * normal[:, 2])
         shaded = albedo * (self.strength * facing[:, None] * self.tint + sky[:, None]) + gloss[:, None]
-        sky_colour = np.array([0.35, 0.55, 0.85]) + np.clip(0.5 - rays[:, 2:], 0, 1) * np.array([0.45, 0.35, 0.1])
-        return np.where(hit[:, None], shaded, sky_colour)
+        return np.where(hit[:, None], shaded, self.sky(rays))
+
+    def paint(self, texture: Texture, points: Array) -> Array:
+        """Return the colours of ``texture`` at world ``points`` [n, 3]: linear RGB [n, 3]."""
+        return _paint(texture, points)
+
+    def sky(self, rays: Array) -> Array:
+        """Return what ``rays`` [n, 3] see that meet no body: linear RGB [n, 3]."""
+        return np.array([0.35, 0.55, 0.85]) + np.clip(0.5 - rays[:, 2:], 0, 1) * np.array([0.45, 0.35, 0.1])
 
 
 def _paint(texture: Texture, points: Array) -> Array:
