@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 from PIL import Image
 
 from tests.support import toy_task
-from tests.support.commands import run
+from tests.support.commands import ray_for_commands, run
 
 pytestmark = [pytest.mark.ray, pytest.mark.end_to_end]
 ROOT = Path(__file__).parents[2]
@@ -43,15 +45,22 @@ def write_list(folder: Path) -> Path:
     return folder / "list.csv"
 
 
-def test_an_eighth_task_goes_all_the_way(tmp_path: Path, python_path: str) -> None:
+@pytest.fixture
+def covray(
+    tmp_path_factory: pytest.TempPathFactory, python_path: str
+) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
+    """Runs commands on a Ray whose workers, too, have the task on their PYTHONPATH."""
+    with ray_for_commands(tmp_path_factory.mktemp("ray"), PYTHONPATH=python_path) as run_on:
+        yield run_on
+
+
+def test_an_eighth_task_goes_all_the_way(
+    tmp_path: Path, covray: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
     listed = write_list(tmp_path / "pictures")
     pairs, chains, trained, scores, answers = (
         str(tmp_path / name) for name in ("pairs.parquet", "chains", "run", "eval", "answers")
     )
-
-    def covray(*arguments: str, code: int = 0) -> str:
-        done = run(*arguments, code=code, PYTHONPATH=python_path)
-        return done.stdout if code == 0 else done.stderr
 
     covray("pairs", "manifest", str(listed), "--task", "brightness", "--out", pairs)
     covray("build", "--pairs", pairs, "--out", chains, "--lengths", "3", "--methods", "linear")
@@ -62,7 +71,7 @@ def test_an_eighth_task_goes_all_the_way(tmp_path: Path, python_path: str) -> No
     table = covray(
         "evaluate", "--data", chains, "--adapter", trained, "--out", scores, "--baselines", "mean,ceiling",
         "--tracking-uri", "none", "--temperature", "1", "--vote", "2", "--set", "untuned=false",
-    )  # fmt: skip
+    ).stdout  # fmt: skip
     assert "bright" in table
     assert "level" in table
     assert "samples" in table

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,6 @@ from PIL import Image
 from covray.io.images import decode
 from covray.pairs.classes import VOID
 from covray.tasks.segmentation import read
-from tests.support.commands import run
 from tests.support.photographs import photo, save
 
 pytestmark = [pytest.mark.ray, pytest.mark.end_to_end]
@@ -22,7 +23,9 @@ NUMBERS, VOID_NUMBER = (0, 3, 4, 7, 100, 200), 33
 COLOURS, VOID_COLOUR = ((10, 10, 10), (255, 0, 0), (0, 255, 0), (70, 70, 70), (0, 0, 255), (250, 250, 0)), (255, 0, 255)
 
 
-def test_own_classes_come_back_with_their_numbers(tmp_path: Path) -> None:
+def test_own_classes_come_back_with_their_numbers(
+    tmp_path: Path, run_on_ray: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
     (tmp_path / "classes.yaml").write_text(
         json.dumps(
             {
@@ -51,20 +54,20 @@ def test_own_classes_come_back_with_their_numbers(tmp_path: Path) -> None:
         lines.append(f"{number}.png,mask{number}.png")
     (tmp_path / "list.csv").write_text("\n".join(lines) + "\n")
     pairs, chains, adapter = (str(tmp_path / name) for name in ("pairs.parquet", "chains", "run"))
-    run(
+    run_on_ray(
         "pairs", "manifest", str(tmp_path / "list.csv"), "--task", "segmentation", "--out", pairs,
         "--classes", str(tmp_path / "classes.yaml"),
     )  # fmt: skip
     for row in pq.read_table(pairs).to_pylist():
         assert np.array_equal(read(decode(row["label"]["bytes"]), json.loads(row["meta"])), truths[row["image"]["uri"]])
-    run("build", "--pairs", pairs, "--out", chains, "--lengths", "2", "--methods", "linear")
-    run(
+    run_on_ray("build", "--pairs", pairs, "--out", chains, "--lengths", "2", "--methods", "linear")
+    run_on_ray(
         "train", "--scale", "nano", "--data", chains, "--out", adapter, "--length", "2", "--steps", "1",
         "--set", "sentences.validation_split=null", "--set", "sentences.pairs=[1]", "--tracking-uri", "none",
     )  # fmt: skip
     save(tmp_path / "no_mask.png", photo(9, 48, 72))
     for mask, code in (("no_mask.png", 2), ("mask0.png", 0)):
-        done = run(
+        done = run_on_ray(
             "generate", "--adapter", adapter, "--example", str(tmp_path / "0.png"), str(tmp_path / mask),
             "--query", str(tmp_path / "1.png"), "--task", "segmentation", "--out", str(tmp_path / "answers"), code=code,
         )  # fmt: skip

@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM
 
 from covray.chains.dataset import ChainDataset
 from covray.config import EvaluateConfig, SamplingConfig
-from covray.errors import CovrayError
+from covray.errors import CovrayError, PairError
 from covray.evaluation.baselines import saliency
 from covray.evaluation.metrics import OWN, REFERENCE
 from covray.evaluation.pair_files import choose_pairs
@@ -98,6 +98,34 @@ def test_a_row_is_the_same_alone_among_others_and_in_any_order(
     again = [row for block in blocks for row in other.run(block).to_pylist()]
     assert [row["episode"] for row in again] == shuffled["episode"].to_pylist(), "in the order asked for"
     assert all(row == together[row["episode"]] for row in again)
+
+
+def test_the_pictures_of_a_row_are_the_same_alone_and_among_others(evaluation: Evaluation) -> None:
+    runner, rows = evaluation()
+    together = runner.pictures_of(rows)
+    assert {row["subject"] for row in rows} >= {"VQGAN ceiling", "mean label", "untuned"}
+    for row, shown in zip(rows, together, strict=True):
+        (alone,) = runner.pictures_of([row])
+        assert shown is not None
+        assert alone is not None
+        for name in ("query", "frames", "answer", "label"):
+            np.testing.assert_array_equal(getattr(shown, name), getattr(alone, name))
+        if row["images"] is not None:
+            np.testing.assert_array_equal(shown.frames, runner.tokenizer.decode(np.array(row["images"]))[:-1])
+
+
+def test_a_row_whose_pictures_are_gone_shows_none(evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, rows = evaluation({"depth": 12})
+    read = Runner._picture
+
+    def read_but_one(self: Runner, pair: Row, name: str) -> np.ndarray:
+        if pair["pair_id"] == rows[0]["pair_id"]:
+            raise PairError("missing", name)
+        return read(self, pair, name)
+
+    monkeypatch.setattr(Runner, "_picture", read_but_one)
+    for row, shown in zip(rows, runner.pictures_of(rows), strict=True):
+        assert (shown is None) == (row["pair_id"] == rows[0]["pair_id"])
 
 
 @pytest.mark.parametrize("selection", ["random", "similar", "focus"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import signal
@@ -194,25 +195,27 @@ def free_port() -> int:
 class Head:
     """A Ray head as a user starts one: own ports, own folder, token authentication. It can be killed and started again.
 
-    ``options`` of ``ray start``; ``changes`` of its environment.
+    ``options`` of ``ray start``; ``changes`` of its environment; without a ``dashboard`` it starts sooner.
     """
 
-    def __init__(self, folder: Path, *options: str, **changes: str):
+    def __init__(self, folder: Path, *options: str, dashboard: bool = True, **changes: str):
         token = folder / "token"
         token.write_text("covray-test-token-0123456789abcdef")
         token.chmod(0o600)
         self.environment = environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token), **changes)
-        self.port, dashboard = free_port(), free_port()
-        self.dashboard = f"http://127.0.0.1:{dashboard}"
+        self.port, dashboard_port = free_port(), free_port()
+        self.dashboard = f"http://127.0.0.1:{dashboard_port}"
+        self._has_dashboard = dashboard
         self._options = [
             "--node-ip-address=127.0.0.1", f"--port={self.port}", "--dashboard-host=127.0.0.1",
-            f"--dashboard-port={dashboard}", "--disable-usage-stats", *options,
+            f"--dashboard-port={dashboard_port}", f"--include-dashboard={str(dashboard).lower()}",
+            "--disable-usage-stats", *options,
         ]  # fmt: skip
         self._process: subprocess.Popen[bytes] | None = None
         self._folders: list[str] = []
 
     def start(self) -> None:
-        """Start, and wait until the dashboard answers."""
+        """Start, and wait until the head answers."""
         self._folders.append(tempfile.mkdtemp(prefix="cv", dir="/tmp"))  # Ray's sockets need a short path
         command = [RAY, "start", "--head", "--block", *self._options, f"--temp-dir={self._folders[-1]}"]
         command += ["--dashboard-agent-listen-port", str(free_port())]
@@ -253,6 +256,8 @@ class Head:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _answers(self) -> bool:
+        if not self._has_dashboard:  # the node's socket comes after that of the cluster
+            return Path(self._folders[-1], "session_latest", "sockets", "raylet").exists()
         try:
             urllib.request.urlopen(f"{self.dashboard}/api/version", timeout=5)
         except urllib.error.HTTPError:
@@ -260,3 +265,27 @@ class Head:
         except OSError:
             return False
         return True
+
+
+@contextlib.contextmanager
+def ray_for_commands(folder: Path, **changes: str) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
+    """Start a Ray for several commands; gives ``run`` on it. Each command is spared the start of its own.
+
+    Args:
+        folder: An empty folder.
+        changes: Of the environment of the head, its workers and the commands.
+    """
+    head = Head(folder, "--num-cpus=2", "--num-gpus=0", "--object-store-memory=200000000", dashboard=False, **changes)
+    try:
+        head.start()
+        access = {name: head.environment[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")}
+        yield functools.partial(run, RAY_ADDRESS=f"127.0.0.1:{head.port}", **access, **changes)
+    finally:
+        head.stop()
+
+
+@pytest.fixture(scope="session")
+def run_on_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
+    """``run`` on one Ray for all tests that need no Ray of their own."""
+    with ray_for_commands(tmp_path_factory.mktemp("ray")) as run_on:
+        yield run_on
