@@ -1,13 +1,18 @@
-"""Tokens a second of decoding: covray's decoder against ``transformers.generate``, with a dynamic and a static cache.
+"""Tokens a second of decoding: covray's decoders against each other and ``transformers.generate``.
 
-    python benchmarks/decode.py
-    python benchmarks/decode.py --backbone nano --result benchmarks/results/decode.md
+    python benchmarks/decode.py --backbone nano --pictures scenes --result benchmarks/results/decode.md
     python benchmarks/decode.py --scale 7b --dtype bfloat16 --tokens-per-image 256 --repetitions 2       # a GPU
 
 All decode greedily, with all threads, on the same weights: three example chains of four pictures that the batch shares,
 a query picture a row, three pictures to write. Reading the prompt counts. The contenders take turns, after a warm-up of
-each; their tokens must agree but where the two likeliest tokens are closer than float arithmetic tells apart.
-The backbone is random unless ``--backbone`` names one. Run it on a quiet machine.
+each. Tokens of all but block diffusion must agree with the sequential decoder's but where the two likeliest tokens are
+closer than float arithmetic tells apart.
+
+How many tokens Jacobi decoding makes final in a pass depends on the pictures: ``--pictures scenes`` takes rendered
+scenes and their depth, as tokens of the nano tokenizer; by default codes are random. Block diffusion runs with an
+adapter that has learned nothing, as its speed does not depend on what it writes. The backbone is random unless
+``--backbone`` names one. Ratios hold on a machine that also does other work, as the contenders take turns; tokens a
+second do not.
 """
 
 from __future__ import annotations
@@ -26,42 +31,87 @@ import torch
 from results_file import write_result
 from transformers import LlamaForCausalLM
 
-from covray.config import BackboneConfig
+from covray.config import BackboneConfig, EngineConfig, SamplingConfig, TokenizerConfig
 from covray.models.lvm.backbone import BackboneFacts, backbone_facts, load_backbone, write_backbone
 from covray.models.lvm.decoding.decoder import LvmDecoder
-from covray.models.lvm.model import Lvm
+from covray.models.lvm.model import TARGETS, Diffusion, Lora, Lvm
 from covray.models.lvm.scales import SCALES
+from covray.models.tokenizer.vqgan import load_tokenizer
+from covray.pairs.scenes.pairs import labelled, scene_seed
+from covray.pairs.scenes.render import render_scene
 
 LENGTH, EXAMPLES = 4, 3
 IMAGES = LENGTH - 1
+BASE = "sequential"
 
 Contender = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
-def contenders(model: Lvm, facts: BackboneFacts, folder: Path, batch: int, tokens: int) -> dict[str, Contender]:
-    """By name, functions of prompt [P] and queries [B, Q] that give the tokens written, [B, steps]."""
-    decoder = LvmDecoder(model, facts.codes, tokens, batch)
-    device, dtype = model.embed.weight.device, model.embed.weight.dtype
-    peer: Any = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").to(device)
-    special = list(range(facts.codes, facts.llama.vocab_size))
+class Contenders:
+    """Everyone who decodes, by name; each returns the tokens written, [B, steps]."""
 
-    def covray(prompt: np.ndarray, queries: np.ndarray) -> np.ndarray:
-        return decoder.decode(prompt, queries, IMAGES).ids.reshape(len(queries), -1)
+    def __init__(self, model: Lvm, masked: Lvm, facts: BackboneFacts, folder: Path, batch: int, tokens: int):
+        """Load the decoders.
 
-    def generate(cache: str) -> Contender:
+        Args:
+            model: The backbone.
+            masked: The same with an adapter of block diffusion.
+            facts: Of the backbone.
+            folder: Its files, for transformers.
+            batch: Rows.
+            tokens: Of a picture.
+        """
+        self._facts, self._tokens = facts, tokens
+        self._decoder = LvmDecoder(model, facts.codes, tokens, batch)
+        self._blocks = LvmDecoder(masked, facts.codes, tokens, batch)
+        self._device = model.embed.weight.device
+        peer: Any = LlamaForCausalLM.from_pretrained(folder, dtype=model.embed.weight.dtype, attn_implementation="sdpa")
+        self._peer = peer.to(self._device)
+
+    @property
+    def passes(self) -> int:
+        """Passes of covray's decoders so far."""
+        return self._decoder.passes + self._blocks.passes
+
+    def by_name(self) -> dict[str, Contender]:
+        """Return all contenders."""
+        few, many = self._tokens // 8, self._tokens // 4
+        return {
+            BASE: self._ours(SamplingConfig(decoder="sequential")),
+            "jacobi, window 8": self._ours(SamplingConfig(decoder="jacobi", window=8)),
+            "jacobi, window 16": self._ours(SamplingConfig(decoder="jacobi", window=16)),
+            "jacobi, window auto": self._ours(SamplingConfig(decoder="jacobi")),
+            "blocks of 8, 8 passes": self._ours(SamplingConfig(block=8)),
+            "blocks of 8, 4 passes": self._ours(SamplingConfig(block=8, passes=4)),
+            f"a picture a block, {many} passes": self._ours(SamplingConfig(block=self._tokens, passes=many)),
+            f"a picture a block, {few} passes": self._ours(SamplingConfig(block=self._tokens, passes=few)),
+            "a picture a block, 4 passes": self._ours(SamplingConfig(block=self._tokens, passes=4)),
+            "generate, dynamic": self._generate("dynamic"),
+            "generate, static": self._generate("static"),
+        }
+
+    def _ours(self, sampling: SamplingConfig) -> Contender:
+        decoder = self._blocks if sampling.decoder is None else self._decoder
+
+        def run(prompt: np.ndarray, queries: np.ndarray) -> np.ndarray:
+            return decoder.decode(prompt, queries, IMAGES, sampling).ids.reshape(len(queries), -1)
+
+        return run
+
+    def _generate(self, cache: str) -> Contender:
+        special = list(range(self._facts.codes, self._facts.llama.vocab_size))
+
         def run(prompt: np.ndarray, queries: np.ndarray) -> np.ndarray:
             whole = np.concatenate([np.repeat(prompt[None], len(queries), 0), queries], 1).astype(np.int64)
-            ids = torch.from_numpy(whole).to(device)
-            written: np.ndarray = peer.generate(
+            ids = torch.from_numpy(whole).to(self._device)
+            written: np.ndarray = self._peer.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, eos_token_id=None,
-                pad_token_id=facts.llama.pad_token_id, suppress_tokens=special, max_new_tokens=IMAGES * tokens,
-                cache_implementation=cache,
+                pad_token_id=self._facts.llama.pad_token_id, suppress_tokens=special,
+                max_new_tokens=IMAGES * self._tokens, cache_implementation=cache,
             )[:, ids.shape[1] :].cpu().numpy()  # fmt: skip
             return written
 
         return run
-
-    return {"covray": covray, "generate, dynamic": generate("dynamic"), "generate, static": generate("static")}
 
 
 def differences(model: Lvm, prompt: np.ndarray, queries: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> list[str]:
@@ -78,30 +128,68 @@ def differences(model: Lvm, prompt: np.ndarray, queries: np.ndarray, ours: np.nd
     return found
 
 
-def measure(options: argparse.Namespace, batch: int, model: Lvm, facts: BackboneFacts, folder: Path) -> list[str]:
-    """The table's lines of one batch size, and what differed."""
-    generator = np.random.default_rng(0)
+def sentences(options: argparse.Namespace, codes: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return a prompt of three chains of four pictures, uint16 [P], and the queries, uint16 [batch, T]."""
     tokens = options.tokens_per_image
-    prompt = generator.integers(0, facts.codes, EXAMPLES * LENGTH * tokens, dtype=np.uint16)
-    queries = generator.integers(0, facts.codes, (batch, tokens), dtype=np.uint16)
-    runs = contenders(model, facts, folder, batch, tokens)
-    written = {name: run(prompt, queries) for name, run in runs.items()}  # the warm-up
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    if options.pictures == "random":
+        generator = np.random.default_rng(0)
+        prompt = generator.integers(0, codes, EXAMPLES * LENGTH * tokens, dtype=np.uint16)
+        return prompt, generator.integers(0, codes, (batch, tokens), dtype=np.uint16)
+    tokenizer = load_tokenizer(TokenizerConfig(), EngineConfig(threads=torch.get_num_threads()))
+    size = tokenizer.size_px
+    chains, queries = [], []
+    for index in range(EXAMPLES + batch):
+        view = render_scene(scene_seed(0, "test", index), size)[0]
+        image, label = labelled(view, "depth", np.random.default_rng(index))
+        if index >= EXAMPLES:
+            queries.append(image)
+            continue
+        for step in range(LENGTH):  # a linear chain
+            share = step / (LENGTH - 1)
+            chains.append(np.rint((1 - share) * image + share * label).astype(np.uint8))
+    return tokenizer.encode(np.stack(chains)).ravel(), tokenizer.encode(np.stack(queries))
+
+
+def measure(
+    options: argparse.Namespace, batch: int, models: tuple[Lvm, Lvm], facts: BackboneFacts, folder: Path
+) -> list[str]:
+    """Return the table's lines of one batch size, and what differed.
+
+    Args:
+        options: Of the command line.
+        batch: Rows.
+        models: The backbone, and the same with an adapter of block diffusion.
+        facts: Of the backbone.
+        folder: Its files.
+    """
+    prompt, queries = sentences(options, facts.codes, batch)
+    contenders = Contenders(*models, facts, folder, batch, options.tokens_per_image)
+    written, passes = {}, {}
+    for name, run in contenders.by_name().items():  # the warm-up, in which auto also decides
+        before = contenders.passes
+        written[name] = run(prompt, queries)
+        passes[name] = contenders.passes - before
+    seconds: dict[str, list[float]] = {name: [] for name in written}
     for _ in range(options.repetitions):
-        for name, run in runs.items():
+        for name, run in contenders.by_name().items():
+            before = contenders.passes
             started = time.perf_counter()
             run(prompt, queries)
             seconds[name].append(time.perf_counter() - started)
-    made = batch * IMAGES * tokens
-    ours = made / statistics.median(seconds["covray"])
+            passes[name] = contenders.passes - before
+    steps = IMAGES * options.tokens_per_image
+    base = statistics.median(seconds[BASE])
     lines, notes = [], []
     for name, taken in seconds.items():
-        speed = made / statistics.median(taken)
-        spread = f"{made / max(taken):,.0f} to {made / min(taken):,.0f}"
-        equal = float((written[name] == written["covray"]).mean())
-        lines.append(f"| {batch} | {name} | {speed:,.0f} ({spread}) | {ours / speed:.2f} | {equal:.2%} |")
-        for text in differences(model, prompt, queries, written["covray"], written[name]):
-            notes.append(f"Batch {batch}, covray against {name}: {text}.")
+        speed = batch * steps / statistics.median(taken)
+        a_pass = f"{steps / passes[name]:.2f}" if passes[name] else "1"
+        equal = float((written[name] == written[BASE]).mean())
+        ratio = base / statistics.median(taken)
+        lines.append(f"| {batch} | {name} | {a_pass} | {speed:,.0f} | {ratio:.2f} | {equal:.2%} |")
+        if "block" in name:
+            continue
+        for text in differences(models[0], prompt, queries, written[BASE], written[name]):
+            notes.append(f"Batch {batch}, {BASE} against {name}: {text}.")
     return [*lines, *notes]
 
 
@@ -110,7 +198,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--scale", default="nano", choices=SCALES)
     parser.add_argument("--backbone", help="nano or a LlamaForCausalLM folder; by default random weights of the scale")
-    parser.add_argument("--tokens-per-image", type=int, default=64)
+    parser.add_argument("--pictures", default="random", choices=("random", "scenes"))
+    parser.add_argument("--tokens-per-image", type=int, help="by default the backbone's, or 64")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
@@ -123,28 +212,34 @@ def main() -> None:
     init = "pretrained" if options.backbone else "random"
     config = BackboneConfig.model_validate({"scale": scale, "path": options.backbone, "init": init})
     facts = backbone_facts(config)
+    if options.tokens_per_image is None:
+        options.tokens_per_image = facts.tokens_per_image or 64
     dtype = getattr(torch, options.dtype)
     model = load_backbone(facts, config, None, dtype=dtype, device=device, seed=0)
+    lora = Lora(1, 1.0, TARGETS, Diffusion(facts.codes + 1, 8))
+    masked = load_backbone(facts, config, lora, dtype=dtype, device=device, seed=0)
     with tempfile.TemporaryDirectory() as scratch:
         folder = facts.folder or Path(scratch)
         if facts.folder is None:
             write_backbone(folder, facts, model.backbone_tensors().__getitem__, dtype)
-        found = [line for batch in options.batches for line in measure(options, batch, model, facts, folder)]
+        found = []
+        for batch in options.batches:
+            found += measure(options, batch, (model, masked), facts, folder)
     prompt = EXAMPLES * LENGTH * options.tokens_per_image
     lines = [
-        "| batch | | tokens/s, median (range) | covray is x times | tokens as covray's |",
-        "|---|---|---|---|---|",
+        "| batch | | tokens a pass | tokens/s, median | times sequential | tokens as sequential |",
+        "|---|---|---|---|---|---|",
         *(line for line in found if line.startswith("|")),
         "",
-        f"{options.backbone or options.scale}, {options.dtype}, a shared prompt of {prompt} tokens, a query of "
-        f"{options.tokens_per_image}, {IMAGES * options.tokens_per_image} written a row, {options.threads} threads, "
-        f"{options.repetitions} repetitions in turn.",
+        f"{options.backbone or options.scale}, {options.dtype}, {options.pictures} pictures, a shared prompt of "
+        f"{prompt} tokens, a query of {options.tokens_per_image}, {IMAGES * options.tokens_per_image} written a row, "
+        f"{options.threads} threads, {options.repetitions} repetitions in turn.",
         *(f"\n{line}" for line in found if not line.startswith("|")),
     ]
     print("\n".join(lines))
     if options.result:
         packages = ("torch", "transformers", "numpy")
-        write_result(options.result, "Decoding against transformers.generate", packages, lines)
+        write_result(options.result, "Decoding, covray's decoders and transformers.generate", packages, lines)
 
 
 if __name__ == "__main__":
