@@ -40,6 +40,7 @@ from covray.models.diffusion.prior import load_prior
 from covray.models.lvm.adapter import save_adapter
 from covray.models.lvm.backbone import backbone_facts
 from covray.models.lvm.decoding.decoder import LvmDecoder
+from covray.models.lvm.model import Diffusion, Lora
 from covray.pairs.manifest import MANIFEST_SCHEMA
 from covray.tasks import TASKS, pose, segmentation
 from tests.support.backbones import load, write_llama
@@ -294,6 +295,25 @@ def test_a_stream_yields_the_pictures_of_the_answers_one_by_one(
         assert [each.number for each in written] == [0, 1, 2]
         assert [each.is_answer for each in written] == [False, False, True]
         assert np.array_equal([each.picture for each in written], [*answer.frames, answer.small])
+
+
+def test_a_run_of_blocks_is_answered_by_blocks(
+    write_run: Callable[..., str], pictures: Any, llama_folder: Path
+) -> None:
+    run = write_run(method="linear")
+    plain = storage.read_json(f"{run}/_run.json")
+    blocks = {"objective": "block_diffusion", "block_diffusion": {"block": TOKENS // 2}}
+    storage.write_json(f"{run}/_run.json", plain | {"config": plain["config"] | blocks})
+    lora = Lora(LORA.rank, LORA.alpha, LORA.targets, Diffusion(CODES + 1, TOKENS // 2))
+    save_adapter(load(llama_folder, lora), f"{run}/adapter", str(llama_folder))
+    generator = Generator.load(GeneratorConfig.model_validate({"adapter": run, "engine": ENGINE, "batch": 4}))
+    queries = tuple(read_png(path) for path in pictures(2))
+    decoder = generator.model.decoder
+    assert isinstance(decoder, LvmDecoder)
+    generator.answer(Request(queries, sampling=SamplingConfig(passes=1)))
+    assert decoder.passes == 3 * 2 * 2, "three pictures of two blocks, each written and kept"
+    generator.answer(Request(queries, sampling=SamplingConfig(decoder="sequential")))
+    assert decoder.passes == 12 + 3 * TOKENS - 1
 
 
 # --- votes ---------------------------------------------------------------------------------------------------------
