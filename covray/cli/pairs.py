@@ -65,15 +65,17 @@ def scenes(
     seed: Seed = 0,
     json_: Json = False,
 ) -> None:
-    """Rendered scenes with exact labels for all seven tasks."""
+    """Rendered scenes with exact labels for all seven tasks; --task caption gives their captions and questions."""
     from covray.pairs.scenes import scene_pairs
+    from covray.pairs.words import CAPTION_TASK
     from covray.tasks import TASKS
 
     chosen = split_commas(task) or list(TASKS)
-    unknown = [name for name in chosen if name not in TASKS]
+    unknown = [name for name in chosen if name not in TASKS and name != CAPTION_TASK]
     if unknown:
         raise ConfigError(f"--task {unknown[0]}: no such task; the tasks are {', '.join(TASKS)}")
-    _write_manifest(out, None, scene_pairs(count, chosen, size, seed, shares(splits)), json_, count * len(chosen))
+    pairs = scene_pairs(count, chosen, size, seed, shares(splits))
+    _write_manifest(out, None, pairs, json_, count * len(chosen), CAPTION_TASK in chosen)
 
 
 def portraits(

@@ -11,6 +11,8 @@ from covray.io.images import encode_png
 from covray.pairs.manifest import Pair, Picture
 from covray.pairs.scenes.geometry import CLASSES
 from covray.pairs.scenes.render import View, render_scene
+from covray.pairs.scenes.scene_words import scene_words
+from covray.pairs.words import CAPTION_TASK
 from covray.seeds import hash_number
 from covray.tasks import TASKS, colorization, depth, edges, low_light, normals, pose, segmentation
 
@@ -49,7 +51,7 @@ def scene_pairs(
 
     Args:
         count: scenes.
-        tasks: names of tasks.
+        tasks: names of tasks; ``caption`` gives a row with the scene's words and no label picture.
         size_px: side of the pictures.
         seed: of the whole set.
         splits: each split's share, ``SPLITS`` by default; a scene belongs to one split alone.
@@ -64,6 +66,11 @@ def scene_pairs(
             view = render_scene(number, size_px)[0]
             generator = np.random.default_rng([number, 1])
             for task in tasks:
+                if task == CAPTION_TASK:
+                    meta = {"source": "scenes", "scene": index, "seed": seed}
+                    words = scene_words(view, np.random.default_rng([number, 2]))
+                    yield Pair(task, split, Picture(bytes=encode_png(view.colour)), Picture(), meta, words)
+                    continue
                 image, label = labelled(view, task, generator)
                 meta = {"source": "scenes", "scene": index, "seed": seed}
                 if task == "segmentation":
