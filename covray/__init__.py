@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from covray.distributed.train import train
     from covray.generation.files import generate
     from covray.generation.generator import Generator
-    from covray.pairs.manifest import check_manifest
+    from covray.pairs.manifest_reading import check_manifest
 
 __version__ = "0.1.0"
 
@@ -47,7 +47,7 @@ _MODULES = {
     "SweepConfig": "covray.config",
     "TrainConfig": "covray.config",
     "build": "covray.distributed.build",
-    "check_manifest": "covray.pairs.manifest",
+    "check_manifest": "covray.pairs.manifest_reading",
     "evaluate": "covray.distributed.evaluate",
     "generate": "covray.generation.files",
     "load_config": "covray.config",

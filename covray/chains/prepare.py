@@ -16,7 +16,7 @@ from covray.config import BuildConfig
 from covray.errors import PairError
 from covray.io.images import square
 from covray.pairs.loading import load_pair
-from covray.pairs.manifest import row_dicts
+from covray.pairs.manifest_reading import row_dicts
 from covray.tasks import TASKS
 from covray.tasks.base import Resample
 

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from covray.pairs.check import PairsReport
-    from covray.pairs.manifest import ManifestInfo, Pair
+    from covray.pairs.manifest import Pair
+    from covray.pairs.manifest_reading import ManifestInfo
 
 _LOG = logging.getLogger("covray")
 
@@ -302,7 +303,8 @@ def _write_manifest(
 
     ``total`` is the expected number of pairs, None where it is not known. ``captions`` writes the columns of words.
     """
-    from covray.pairs.manifest import ManifestWriter, check_manifest
+    from covray.pairs.manifest import ManifestWriter
+    from covray.pairs.manifest_reading import check_manifest
 
     with ManifestWriter(out, root, captions) as writer:
         for pair in _shown(pairs, total):

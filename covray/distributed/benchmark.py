@@ -31,7 +31,8 @@ from covray.errors import ConfigError, one_line
 from covray.io import storage
 from covray.models.lvm.backbone import backbone_facts
 from covray.models.tokenizer.vqgan import load_tokenizer
-from covray.pairs.manifest import ManifestWriter, check_manifest
+from covray.pairs.manifest import ManifestWriter
+from covray.pairs.manifest_reading import check_manifest
 from covray.pairs.scenes import scene_pairs
 from covray.planning.flops import parquet_bytes, pictures_per_pair
 from covray.planning.plan import build_config, train_config

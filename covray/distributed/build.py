@@ -47,7 +47,7 @@ from covray.distributed.resumable import Output
 from covray.distributed.session import ray_session
 from covray.errors import DatasetError
 from covray.io import storage
-from covray.pairs.manifest import ManifestInfo, check_manifest, read_classes
+from covray.pairs.manifest_reading import ManifestInfo, check_manifest, read_classes
 from covray.progress import stage
 from covray.tasks import segmentation
 

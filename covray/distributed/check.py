@@ -15,7 +15,7 @@ from covray.distributed.pool import TASK_CPUS, one_line_errors
 from covray.distributed.session import ray_session
 from covray.io import storage
 from covray.pairs.check import COLUMNS, check_block
-from covray.pairs.manifest import ManifestInfo
+from covray.pairs.manifest_reading import ManifestInfo
 
 PAIRS_PER_BLOCK = 256
 

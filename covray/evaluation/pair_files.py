@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from covray.chains.dataset import ChainDataset
 from covray.errors import DatasetError
 from covray.io import storage
-from covray.pairs.manifest import check_manifest, read_manifest, row_dicts
+from covray.pairs.manifest_reading import check_manifest, read_manifest, row_dicts
 from covray.seeds import seed_of
 
 PAIR_SCHEMA = pa.schema(

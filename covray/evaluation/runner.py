@@ -49,7 +49,7 @@ from covray.models.lvm.adapter import read_run_adapter
 from covray.models.lvm.backbone import backbone_facts
 from covray.models.lvm.decoding.base import Decoded
 from covray.models.tokenizer.vqgan import load_tokenizer
-from covray.pairs.manifest import read_meta
+from covray.pairs.manifest_reading import read_meta
 from covray.seeds import seed_of
 from covray.tasks import TASKS
 

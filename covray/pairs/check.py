@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from covray.errors import PairError
 from covray.pairs.loading import LoadedPair, load_pair
-from covray.pairs.manifest import ManifestInfo, check_manifest, read_manifest, read_meta, row_dicts
+from covray.pairs.manifest_reading import ManifestInfo, check_manifest, read_manifest, read_meta, row_dicts
 from covray.progress import stage
 from covray.tasks import TASKS, depth, pose, segmentation
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from covray.errors import PairError
 from covray.io.images import decode, load_picture
 from covray.pairs.label_files import ASPECT_TOLERANCE
-from covray.pairs.manifest import read_meta
+from covray.pairs.manifest_reading import read_meta
 from covray.tasks import TASKS
 
 

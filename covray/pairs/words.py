@@ -85,7 +85,7 @@ def read_captioned(path: str | os.PathLike[str]) -> Iterator[tuple[dict[str, Any
     Raises:
         ManifestError: The manifest has no column ``caption``, or cannot be read.
     """
-    from covray.pairs.manifest import check_manifest, read_manifest, row_dicts
+    from covray.pairs.manifest_reading import check_manifest, read_manifest, row_dicts
 
     info = check_manifest(path, captions=True)
     if not info.has_captions:

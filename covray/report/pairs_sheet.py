@@ -20,7 +20,7 @@ from covray.io.drawing import FAINT, GAP_PX, PAPER, TILE_PX, load_font
 from covray.io.images import resize
 from covray.pairs.check import COLUMNS, figures_of, name_of_pair
 from covray.pairs.loading import LoadedPair, load_pair
-from covray.pairs.manifest import ManifestInfo, check_manifest, read_manifest, read_meta, row_dicts
+from covray.pairs.manifest_reading import ManifestInfo, check_manifest, read_manifest, read_meta, row_dicts
 from covray.progress import stage
 from covray.tasks import TASKS
 

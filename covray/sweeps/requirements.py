@@ -11,7 +11,7 @@ from covray.chains.dataset import ChainDataset
 from covray.config import BuildConfig, EvaluateConfig, SweepConfig
 from covray.errors import DatasetError
 from covray.io import storage
-from covray.pairs.manifest import check_manifest, read_manifest
+from covray.pairs.manifest_reading import check_manifest, read_manifest
 
 PairCounts = dict[str, dict[str, int]]
 """Pairs by split and task."""

@@ -18,7 +18,8 @@ from PIL import Image
 from covray import __version__
 from covray.cli import app as cli
 from covray.cli import training
-from covray.pairs.manifest import MANIFEST_SCHEMA, check_manifest
+from covray.pairs.manifest import MANIFEST_SCHEMA
+from covray.pairs.manifest_reading import check_manifest
 from covray.tasks import TASKS
 from tests.support.commands import error_line
 

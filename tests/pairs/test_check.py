@@ -17,7 +17,8 @@ from covray.cli import app as cli
 from covray.io.images import Picture, encode_png
 from covray.pairs import check
 from covray.pairs.check import PairsReport, check_pairs, checked_here
-from covray.pairs.manifest import ManifestInfo, ManifestWriter, Pair, check_manifest
+from covray.pairs.manifest import ManifestWriter, Pair
+from covray.pairs.manifest_reading import ManifestInfo, check_manifest
 from covray.tasks import depth, edges, normals, segmentation
 from tests.support.photographs import photo, save
 

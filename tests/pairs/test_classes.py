@@ -17,7 +17,7 @@ from covray.errors import ConfigError, ManifestError, PairError
 from covray.io.images import decode
 from covray.pairs.classes import VOID, ClassesFile, draw_mask, load_classes, painter_coding, read_mask, voc_coding
 from covray.pairs.label_files import read_label_file
-from covray.pairs.manifest import read_classes
+from covray.pairs.manifest_reading import read_classes
 from covray.tasks.segmentation import class_table, export, palette, read, render
 from tests.support.photographs import photo, save
 

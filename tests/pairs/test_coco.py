@@ -13,7 +13,8 @@ from PIL import Image
 from covray.errors import ConfigError, ManifestError
 from covray.io.images import Picture
 from covray.pairs.coco import KEYPOINTS, STUFF_CLASSES, coco_pairs
-from covray.pairs.manifest import ManifestWriter, Pair, check_manifest
+from covray.pairs.manifest import ManifestWriter, Pair
+from covray.pairs.manifest_reading import check_manifest
 from covray.tasks import pose, segmentation
 from tests.support.photographs import bomb, label_of, photo, reasons, save
 

@@ -11,7 +11,7 @@ import pytest
 from covray.errors import ConfigError, ManifestError
 from covray.io.images import Picture, decode, load_picture
 from covray.pairs.lol import lol_pairs
-from covray.pairs.manifest import check_manifest
+from covray.pairs.manifest_reading import check_manifest
 from tests.support.photographs import bomb, label_of, photo, reasons, save
 
 

@@ -16,16 +16,8 @@ from pyarrow import fs
 
 from covray.io import storage
 from covray.pairs import manifest
-from covray.pairs.manifest import (
-    MANIFEST_SCHEMA,
-    ManifestWriter,
-    Pair,
-    Picture,
-    check_manifest,
-    read_classes,
-    read_manifest,
-    row_dicts,
-)
+from covray.pairs.manifest import MANIFEST_SCHEMA, ManifestWriter, Pair, Picture
+from covray.pairs.manifest_reading import check_manifest, read_classes, read_manifest, row_dicts
 from tests.support.manifests import refused, write
 
 

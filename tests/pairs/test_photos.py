@@ -12,7 +12,8 @@ from PIL import Image
 
 from covray.errors import ConfigError, ManifestError, PairError
 from covray.io.images import Picture, decode, load_picture, square
-from covray.pairs.manifest import ManifestWriter, Pair, check_manifest
+from covray.pairs.manifest import ManifestWriter, Pair
+from covray.pairs.manifest_reading import check_manifest
 from covray.pairs.photos import PHOTO_TASKS, edge_map, photo_pairs
 from covray.tasks.colorization import grey
 

@@ -15,7 +15,8 @@ from PIL import Image
 from covray.errors import ManifestError
 from covray.io.images import Picture, decode, load_picture
 from covray.pairs.classes import VOID
-from covray.pairs.manifest import Pair, check_manifest
+from covray.pairs.manifest import Pair
+from covray.pairs.manifest_reading import check_manifest
 from covray.pairs.user_labels import LabelRules, checked_pairs
 from covray.pairs.user_lists import read_user_list
 from covray.tasks import depth, normals, segmentation

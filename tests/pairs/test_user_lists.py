@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from covray.pairs.manifest import Pair, Picture, check_manifest
+from covray.pairs.manifest import Pair, Picture
+from covray.pairs.manifest_reading import check_manifest
 from covray.pairs.user_lists import PAINTER_TASKS, list_root, read_user_list
 from tests.support.manifests import refused, write
 

@@ -11,7 +11,8 @@ import pytest
 
 from covray.errors import ManifestError
 from covray.io.images import encode_png
-from covray.pairs.manifest import MANIFEST_SCHEMA, ManifestWriter, Pair, Picture, check_manifest
+from covray.pairs.manifest import MANIFEST_SCHEMA, ManifestWriter, Pair, Picture
+from covray.pairs.manifest_reading import check_manifest
 from covray.pairs.words import CAPTION_TASK, Question, Words, read_captioned
 
 PICTURE = Picture(bytes=encode_png(np.zeros((4, 4, 3), np.uint8)))
