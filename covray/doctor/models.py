@@ -27,6 +27,7 @@ def check_weights(prior: str, tokenizer: str, backbone: str) -> list[Finding]:
     """
     # Imported here: model libraries take seconds, and what is broken about them must not hide the other checks.
     from covray.io.model_folders import resolve_folder
+    from covray.models.diffusion import empty_prompt
     from covray.models.diffusion import prior as priors
     from covray.models.lvm.backbone import backbone_facts
     from covray.models.tokenizer.vqgan import load_tokenizer
@@ -35,7 +36,7 @@ def check_weights(prior: str, tokenizer: str, backbone: str) -> list[Finding]:
 
     def fingerprint_prior() -> str:
         config = PriorConfig(path=prior)
-        patterns = (*priors.NETWORK_PATTERNS, priors.CONTEXT_FILE, *priors.TEXT_PATTERNS)
+        patterns = (*priors.NETWORK_PATTERNS, empty_prompt.CONTEXT_FILE, *priors.TEXT_PATTERNS)
         folder = resolve_folder(config.path, config.revision, "prior", patterns)
         priors.require_prior_files(folder)  # load_prior's own check, without gigabytes of tensors
         return priors.fingerprint_prior(folder)

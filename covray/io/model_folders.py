@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 
 from covray.errors import WeightsError, one_line
@@ -56,6 +56,18 @@ def require_files(folder: Path, names: Iterable[str | tuple[str, ...]]) -> None:
         choices = (name,) if isinstance(name, str) else name
         if not any((folder / choice).is_file() for choice in choices):
             raise WeightsError(f"{folder}: {' or '.join(choices)} is missing; complete the folder, or give another")
+
+
+def require_whole(folder: Path, report: Mapping[str, Collection[str]]) -> None:
+    """Refuse a folder of which diffusers or transformers report missing tensors. Raises WeightsError.
+
+    They fill a missing tensor with random numbers and only warn.
+    """
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise WeightsError(
+            f"{folder}: {len(missing)} tensors are missing, {missing[0]} among them; fetch the folder again"
+        )
 
 
 def indexed_files(index: Path) -> list[Path]:

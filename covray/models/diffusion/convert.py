@@ -30,15 +30,8 @@ from covray.errors import ConfigError, WeightsError, one_line
 from covray.io import storage
 from covray.io.model_folders import require_files
 from covray.io.tensor_files import new_folder, read_tensors, require_finite, require_new, require_tensors
-from covray.models.diffusion.prior import (
-    CONTEXT_FILE,
-    TOKENIZER_FILES,
-    empty_prompt_ids,
-    load_prior,
-    probe_prediction,
-    read_config,
-    verify_scale,
-)
+from covray.models.diffusion.empty_prompt import CONTEXT_FILE, TOKENIZER_FILES, empty_prompt_ids
+from covray.models.diffusion.prior import load_prior, probe_prediction, read_config, verify_scale
 
 Tensors = dict[str, Tensor]
 _UNET = "model.diffusion_model."

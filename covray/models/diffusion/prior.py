@@ -12,22 +12,19 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from diffusers.models.attention_processor import Attention
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch.nn import functional as F
 
 from covray.config import EngineConfig, PriorConfig, require_compiler
 from covray.errors import ConfigError, WeightsError, one_line
 from covray.io.device import resolve_device
-from covray.io.model_folders import fingerprint_folder, require_files, resolve_folder
+from covray.io.model_folders import fingerprint_folder, require_files, require_whole, resolve_folder
 from covray.io.tensor_files import require_stored_floats, weight_files
+from covray.models.diffusion.empty_prompt import CONTEXT_FILE, TOKENIZER_FILES, cache_context, load_context
 from covray.models.diffusion.schedule import Schedule, make_schedule
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 CPU_BATCH = 32
 GPU_BATCHES = (8, 16, 32, 64, 128, 256)
-CONTEXT_FILE = "empty_prompt.safetensors"
 PROBE_LATENTS = 16
 """Side of the latents of the probe pictures: 128 px for Stable Diffusion."""
 _CONDITIONS = (
@@ -58,8 +55,6 @@ NETWORK_PATTERNS = (
     *_model_patterns("vae", "diffusion_pytorch_model"),
     "scheduler/scheduler_config.json",
 )
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
-"""A tokenizer's folder has one of these."""
 TEXT_PATTERNS = (*_model_patterns("text_encoder", "model"), "tokenizer/*.json", "tokenizer/merges.txt")
 
 
@@ -112,41 +107,6 @@ class Prior:
         return self.vae.config.shift_factor or 0.0
 
 
-class ConstantContextProcessor:
-    """Cross-attention to a context that never changes: its keys and values are computed once.
-
-    They are the same for every sample, so the queries of all samples form one long sequence, and nothing is expanded
-    over the batch. This saves 1 to 2% of a step with 4 context tokens on a CPU; Stable Diffusion has 77.
-
-    Measured and left out, because they save less than 3%: fused query, key and value projections of the self-attention
-    (nothing), and tables of the time embeddings (2.8% at most).
-    """
-
-    def __init__(self, attention: Attention, context: torch.Tensor):
-        """Compute the keys and values of ``attention`` for ``context`` [1, n, d]."""
-        heads = attention.heads
-        with torch.inference_mode():
-            key, value = attention.to_k(context), attention.to_v(context)  # [1, n, heads * d]
-        self.key = key.unflatten(-1, (heads, -1)).transpose(1, 2).contiguous()  # [1, heads, n, d]
-        self.value = value.unflatten(-1, (heads, -1)).transpose(1, 2).contiguous()
-
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Return the attention of ``hidden_states`` [B, l, c] to the constant context, [B, l, c].
-
-        The other arguments are those that diffusers passes to every processor; they are not used.
-        """
-        query = attn.to_q(hidden_states).flatten(0, 1).unflatten(-1, (attn.heads, -1))  # [B * l, heads, d]
-        mixed = F.scaled_dot_product_attention(query.transpose(0, 1)[None], self.key, self.value)
-        mixed = mixed[0].transpose(0, 1).flatten(1).unflatten(0, hidden_states.shape[:2])
-        return attn.to_out[0](mixed)
-
-
 def load_prior(config: PriorConfig, engine: EngineConfig, *, verify: bool = True) -> Prior:
     """Load a prior folder onto the engine's device.
 
@@ -170,7 +130,7 @@ def load_prior(config: PriorConfig, engine: EngineConfig, *, verify: bool = True
     schedule = read_schedule(folder, config)
     unet = _load_model(UNet2DConditionModel, folder / "unet", device, dtype)
     vae = _load_model(AutoencoderKL, folder / "vae", device, dtype)
-    context = _load_context(folder).to(device, dtype)
+    context = load_context(folder).to(device, dtype)
     _require_agreement(folder, unet, vae, context)
 
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
@@ -207,16 +167,6 @@ def fingerprint_prior(folder: Path) -> str:
     """Return a SHA-256 (hex) over the files of a prior folder that decide its numbers; no tensor is loaded."""
     prompt_patterns = (CONTEXT_FILE,) if (folder / CONTEXT_FILE).is_file() else TEXT_PATTERNS
     return fingerprint_folder(folder, (*NETWORK_PATTERNS, *prompt_patterns))
-
-
-def cache_context(unet: UNet2DConditionModel, context: torch.Tensor) -> None:
-    """Give every cross-attention of ``unet`` the keys and values of ``context`` [1, n, d], once and for all."""
-    processors = unet.attn_processors
-    for name in processors:
-        if name.endswith("attn2.processor"):
-            attention = unet.get_submodule(name.removesuffix(".processor"))
-            processors[name] = ConstantContextProcessor(attention, context)
-    unet.set_attn_processor(processors)
 
 
 def verify_prior(prior: Prior, where: str | Path = "prior") -> None:
@@ -372,20 +322,11 @@ def _load_model(model_class: Any, folder: Path, device: torch.device, dtype: tor
         )
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
         raise WeightsError(f"{folder}: cannot be loaded as {model_class.__name__}: {one_line(error)}") from error
-    _require_whole(folder, report)
+    require_whole(folder, report)
     _require_used(folder, report)
     require_stored_floats(weight_files(folder, (f"{_WEIGHTS}.index.json", _WEIGHTS)))  # as diffusers chooses
     # channels_last: 4% less time a step on a CPU at batch 32, and the layout of a GPU's tensor cores.
     return model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
-
-
-def _require_whole(folder: Path, report: Mapping[str, Collection[str]]) -> None:
-    # diffusers and transformers fill a missing tensor with random numbers and only warn.
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise WeightsError(
-            f"{folder}: {len(missing)} tensors are missing, {missing[0]} among them; fetch the folder again"
-        )
 
 
 def _require_used(folder: Path, report: Mapping[str, Collection[str]]) -> None:
@@ -396,70 +337,6 @@ def _require_used(folder: Path, report: Mapping[str, Collection[str]]) -> None:
             f"{folder}: {len(unexpected)} tensors are not part of what config.json describes, {unexpected[0]} among "
             "them; use the config.json that belongs to these weights"
         )
-
-
-def _load_context(folder: Path) -> torch.Tensor:
-    file = folder / CONTEXT_FILE
-    if not file.is_file():
-        return _encode_empty_prompt(folder)
-    try:
-        context = load_file(file).get("context")
-    except SafetensorError as error:
-        raise WeightsError(f"{file}: is not a readable safetensors file ({one_line(error)}); get it again") from error
-    if context is None or context.ndim != 3 or len(context) != 1:
-        raise WeightsError(f"{file}: has no tensor named context of shape [1, n, d]; get the folder again")
-    return context.float()
-
-
-@torch.inference_mode()
-def _encode_empty_prompt(folder: Path) -> torch.Tensor:
-    """Return the last hidden state of CLIP for the empty prompt, float32 [1, n, d], padded as the tokenizer does."""
-    # Imported here: a folder with the embedding in it, like nano's, needs no text encoder.
-    from transformers import CLIPTextModel
-
-    try:
-        encoder, report = CLIPTextModel.from_pretrained(
-            folder / "text_encoder",
-            use_safetensors=True,
-            dtype=torch.float32,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
-        raise WeightsError(f"{folder}: the text encoder cannot be loaded: {one_line(error)}") from error
-    _require_whole(folder / "text_encoder", report)
-    text_weights = ("model.safetensors", "model.safetensors.index.json")  # as transformers chooses
-    require_stored_floats(weight_files(folder / "text_encoder", text_weights))
-    ids = empty_prompt_ids(folder / "tokenizer", encoder.config.max_position_embeddings, encoder.config.vocab_size)
-    context: torch.Tensor = encoder.eval()(ids).last_hidden_state
-    return context
-
-
-def empty_prompt_ids(tokenizer: Path, positions: int, words: int) -> torch.Tensor:
-    """Return the ids of the empty prompt, int64 [1, n], as the CLIP tokenizer in a folder pads them.
-
-    Args:
-        tokenizer: Folder of the tokenizer.
-        positions: Positions that the text encoder has; n is at most that.
-        words: Size of the text encoder's vocabulary.
-
-    Raises:
-        WeightsError: The tokenizer cannot be loaded, or has more words than the text encoder.
-    """
-    from transformers import CLIPTokenizer
-
-    try:
-        loaded = CLIPTokenizer.from_pretrained(tokenizer, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, TypeError) as error:
-        raise WeightsError(f"{tokenizer}: the tokenizer cannot be loaded: {one_line(error)}") from error
-    length = min(loaded.model_max_length, positions)
-    ids = loaded("", padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
-    if int(ids.max()) >= words:
-        raise WeightsError(
-            f"{tokenizer}: pads with id {int(ids.max())}, the text encoder has {words} words; use the tokenizer that "
-            "belongs to it"
-        )
-    return ids
 
 
 def _require_agreement(folder: Path, unet: Any, vae: Any, context: torch.Tensor) -> None:
