@@ -252,17 +252,16 @@ class Runner:
 
     def _written(self, asked: Sequence[Asked]) -> dict[int, NDArray[np.uint8]]:
         """Return what models wrote, [candidates, images, s, s, 3], by episode; other subjects are left out."""
-        tokens = {}
-        for each in asked:
-            if each.result.images is not None:
-                tokens[each.result.episode] = np.asarray(each.result.images, np.uint16)
-        pictures = dict(zip(tokens, self._decode_each(list(tokens.values())), strict=True))
-        for each in asked:
+        tokens, images = {}, {}
+        for each in asked:  # an episode may be there twice: the best of a task may be its median, too
             length = self.subjects[each.result.subject].length
-            if each.result.episode in pictures and length is not None:
-                flat = pictures[each.result.episode]
-                pictures[each.result.episode] = flat.reshape(-1, length - 1, *flat.shape[1:])
-        return pictures
+            if each.result.images is not None and length is not None:
+                tokens[each.result.episode] = np.asarray(each.result.images, np.uint16)
+                images[each.result.episode] = length - 1
+        written = {}
+        for episode, pictures in zip(tokens, self._decode_each(list(tokens.values())), strict=True):
+            written[episode] = pictures.reshape(-1, images[episode], *pictures.shape[1:])
+        return written
 
     def _ceilings(self, asked: Sequence[Asked]) -> dict[int, Picture]:
         """Return labels after the tokenizer, [s, s, 3], by episode of the subject whose answer they are."""

@@ -47,7 +47,7 @@ def test_a_folder_says_its_shapes(prior_folder: Path) -> None:
     assert prior.size_px == 32
     assert prior.latent_shape == (4, 8, 8)
     assert prior.prediction_type == "epsilon"
-    assert prior.schedule.timesteps.tolist() == [1, 201, 401, 601, 801]
+    assert prior.schedule.timesteps.tolist() == [[801, 601, 401, 201, 1], [1, 201, 401, 601, 801]]
     assert load(prior_folder, size_px=64).latent_shape == (4, 16, 16)
 
 
