@@ -127,13 +127,17 @@ def _ended_by_signals() -> Iterator[list[int]]:
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        if _is_importing(frame):
-            # Some libraries ignore any exception while they are imported. Nothing is lost: a command can be killed
-            # anywhere.
-            os.write(2, f"covray: {_STOPPED}\n".encode())
-            os._exit(128 + number)
+        if _is_importing(frame):  # some libraries ignore any exception while they are imported
+            _end_at_once(number)
         raise KeyboardInterrupt
 
+    def ignored(unraisable: sys.UnraisableHookArgs) -> None:
+        # Python ignores an exception in a finaliser or a callback of C, and the command would go on.
+        if received and isinstance(unraisable.exc_value, KeyboardInterrupt):
+            _end_at_once(received[-1])
+        hook(unraisable)
+
+    hook, sys.unraisablehook = sys.unraisablehook, ignored
     before = {}
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) != signal.SIG_IGN:  # as a shell's background job ignores Ctrl-C
@@ -143,6 +147,13 @@ def _ended_by_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        sys.unraisablehook = hook
+
+
+def _end_at_once(number: int) -> NoReturn:
+    """End the process where an interrupt would be swallowed. Nothing is lost: a command can be killed anywhere."""
+    os.write(2, f"covray: {_STOPPED}\n".encode())
+    os._exit(128 + number)
 
 
 def _is_importing(frame: FrameType | None) -> bool:

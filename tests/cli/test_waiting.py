@@ -95,6 +95,23 @@ def test_a_command_says_what_it_does_and_when_stopped_that_it_is(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_stop_that_python_would_ignore_ends_the_command() -> None:
+    """An exception in a finaliser is printed and forgotten, that of a signal too."""
+    script = (
+        "import signal\n"
+        "from covray.cli.app import _ended_by_signals\n"
+        "class Finalised:\n"
+        "    def __del__(self):\n"
+        "        signal.raise_signal(signal.SIGTERM)\n"
+        "with _ended_by_signals():\n"
+        "    Finalised()\n"
+        "    print('went on')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (143, "")
+    assert done.stderr == "covray: stopped; run the same command again to continue\n"
+
+
 @pytest.mark.parametrize("arguments", [["inspect", "absent", "--debug"], ["--debug", "inspect", "absent"]])
 def test_debug_shows_the_cause_above_the_line(tmp_path: Path, arguments: list[str]) -> None:
     process = _start(*arguments)
