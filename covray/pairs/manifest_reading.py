@@ -91,6 +91,13 @@ def check_manifest(path: str | os.PathLike[str], captions: bool = False) -> Mani
     _check_unique(path, pair_ids)
     for name, file in without_root:
         roots.setdefault(_folder_as_root(path, name, file, filesystem), name)
+    root = _common_root(path, roots)
+    tasks, named_splits = dict(sorted(per_task.items())), dict(sorted(splits.items()))
+    return ManifestInfo(len(pair_ids), tasks, named_splits, root, pair_ids, tuple(files), has_captions)
+
+
+def _common_root(path: str, roots: dict[str | None, str]) -> str | None:
+    """Return the one root of a manifest's files; ``roots`` has the name of a file with each. Raises ManifestError."""
     if len(roots) > 1:  # a file that needs no root, its pictures being bytes, goes with any
         roots.pop(None, None)
     if len(roots) > 1:
@@ -99,8 +106,7 @@ def check_manifest(path: str | os.PathLike[str], captions: bool = False) -> Mani
             f"{path}: its files have different roots: {shown}; write them with one --root, a folder above all pictures"
         )
     (root,) = roots
-    tasks, named_splits = dict(sorted(per_task.items())), dict(sorted(splits.items()))
-    return ManifestInfo(len(pair_ids), tasks, named_splits, root, pair_ids, tuple(files), has_captions)
+    return root
 
 
 def read_manifest(path: str | os.PathLike[str], columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
