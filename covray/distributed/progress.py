@@ -21,7 +21,7 @@ from covray.progress import own_display
 POLL_S = 0.5
 """A bar is drawn again this often."""
 LINE_EVERY_S = 8.0
-"""Where there is no terminal, a line says this often how far a command is; ten seconds are promised."""
+"""Seconds between two lines of progress where there is no terminal; at most ten are promised."""
 _COUNTING_SHARE = 0.05  # of the time at most is spent on counting what is written: on S3 that takes requests
 
 

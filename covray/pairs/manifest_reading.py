@@ -167,7 +167,10 @@ def row_dicts(table: pa.Table) -> list[dict[str, Any]]:
     except UnicodeDecodeError:
         kinds = {field.name: field.type for field in table.schema}
         raw = table.cast(pa.schema([(name, _undecoded(kind)) for name, kind in kinds.items()])).to_pylist()
-        return [{name: _replaced(value, kinds[name]) for name, value in row.items()} for row in raw]
+        rows = []
+        for row in raw:
+            rows.append({name: _replaced(value, kinds[name]) for name, value in row.items()})
+        return rows
 
 
 def _undecoded(kind: pa.DataType) -> pa.DataType:

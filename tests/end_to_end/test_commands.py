@@ -96,8 +96,8 @@ def test_from_photographs_to_the_page(
     (shard,) = (out / "shards" / "task=depth").glob("*.parquet")
     shard.unlink()
     (out / "_audit.json").unlink()
-    mended = run_on_ray("build", "--pairs", str(pairs), "--out", str(out), *FAST, "--keep-noise", "--json")
-    assert json.loads(mended.stdout.splitlines()[-1])["rows_of_earlier_runs"] == 12
+    fixed = run_on_ray("build", "--pairs", str(pairs), "--out", str(out), *FAST, "--keep-noise", "--json")
+    assert json.loads(fixed.stdout.splitlines()[-1])["rows_of_earlier_runs"] == 12
     assert tokens_of(out) == whole, "what was lost is made again, and nothing else"
     refused = run_on_ray("build", "--pairs", str(pairs), "--out", str(out), "--lengths", "5", "--keep-noise", code=2)
     assert "lengths was [3], is [5]" in " ".join(refused.stderr.split())

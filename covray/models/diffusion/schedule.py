@@ -44,7 +44,7 @@ class Schedule:
     multistep: bool
     """Whether a step uses the data that the step before predicted."""
     timesteps: torch.Tensor
-    """int64 [2, n]: what the network is told."""
+    """The timesteps that the network gets, int64 [2, n]."""
     latent_scale: torch.Tensor
     """a of ``solvers``, float32 [2, n]; so are the others."""
     output_scale: torch.Tensor

@@ -71,7 +71,7 @@ def ddim_tables(prediction_type: str, levels: Levels, timesteps: torch.Tensor, e
     Args:
         prediction_type: ``epsilon`` or ``v_prediction``.
         levels: The levels between the steps, in the order of the steps: n + 1.
-        timesteps: What the network is told at each step, int64 [n].
+        timesteps: The timestep that the network gets at each step, int64 [n].
         evaluated: The steps at which it is evaluated, ascending, 0 the first.
     """
     latent_scale, output_scale = _evaluated_step(prediction_type, levels)

@@ -117,8 +117,8 @@ def _questions(things: list[Seen], doing: str | None, rng: np.random.Generator) 
         asked.append(Question("lifted arms", "How many arms does the person lift?", _ONE_WORD[doing]))
     numbers = ("none", "one", "two", "three", "four", "five")
     asked.append(Question("count", "How many kinds of solids are there?", numbers[len(solids)]))
-    absent = [kind for kind in SOLIDS if kind not in {thing.kind for thing in solids}]
     present = [thing.kind for thing in solids]
+    absent = [kind for kind in SOLIDS if kind not in present]
     # More than half, for scenes without any solid can only be asked for what is absent.
     true = bool(present) and (not absent or rng.random() < 0.62)
     kinds = present if true else absent
