@@ -96,7 +96,8 @@ class TokenizerConfig(Section):
     """The VQGAN that writes frames as tokens."""
 
     path: str = "nano"
-    """``nano`` (ships with the package), a ``diffusers.VQModel`` folder, or a hub id."""
+    """``nano`` or ``nano-2`` (ship with the package; 64 and 256 tokens a picture), a ``diffusers.VQModel`` folder, or a
+    hub id."""
     revision: str | None = None
     """Commit, tag or branch of a hub id; pin a commit for anything that is to be repeated."""
     size_px: int | None = Field(default=None, ge=16, le=2048, multiple_of=8)
@@ -109,8 +110,8 @@ class BackboneConfig(Section):
     scale: Scale = "nano"
     """Size of the LVM family; ``custom`` takes the sizes of the folder at ``path``."""
     path: str | None = None
-    """``nano`` (ships with the package), a ``LlamaForCausalLM`` folder, or a hub id; by default nano, if the scale is
-    nano."""
+    """``nano`` or ``nano-2`` (ship with the package, each for the tokenizer of its name), a ``LlamaForCausalLM`` folder, or
+    a hub id; by default nano, if the scale is nano."""
     revision: str | None = None
     """Commit, tag or branch of a hub id; pin a commit for anything that is to be repeated."""
     init: Literal["pretrained", "random"] = "pretrained"

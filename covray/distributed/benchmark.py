@@ -29,6 +29,7 @@ from covray.distributed.build import build
 from covray.distributed.train import train
 from covray.errors import ConfigError, one_line
 from covray.io import storage
+from covray.io.model_folders import NANO_NAMES
 from covray.models.lvm.backbone import backbone_facts
 from covray.models.tokenizer.vqgan import load_tokenizer
 from covray.pairs.manifest import ManifestWriter
@@ -155,7 +156,7 @@ def _sizes(pairs: list[int] | None, config: BuildConfig) -> tuple[int, int]:
 def _measure_build(config: BuildConfig, folder: str, pairs: int) -> dict[str, Any]:
     """Build ``pairs`` pairs of scenes below ``folder``; return its audit, and what was measured from outside."""
     manifest, out = storage.join(folder, "pairs.parquet"), storage.join(folder, "chains")
-    size = 64 if config.prior.path == "nano" else _SCENE_PX
+    size = 64 if config.prior.path in NANO_NAMES else _SCENE_PX
     scenes = scene_pairs(-(-pairs // len(TASKS)), size_px=size, splits=_SPLITS)
     with ManifestWriter(manifest) as writer:
         for pair in itertools.islice(scenes, pairs):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ from covray.distributed.resumable import Output
 from covray.distributed.tracking import store_of
 from covray.errors import ConfigError, CovrayError
 from covray.io import storage
+from covray.io.model_folders import NANO_NAMES, is_here
 from covray.io.storage import Folder
 from covray.models.lvm.adapter import WEIGHTS_FILE, read_start
 from covray.models.lvm.backbone import BackboneFacts, backbone_facts
@@ -130,7 +130,7 @@ def absolute_paths(config: TrainConfig) -> TrainConfig:
     backbone, compute, lora = config.backbone, config.compute, config.lora
     if lora.path is not None:
         update["lora"] = lora.model_copy(update={"path": _absolute(lora.path)})
-    if backbone.path is not None and _is_folder(backbone.path):
+    if backbone.path is not None and backbone.path not in NANO_NAMES and is_here(backbone.path):
         update["backbone"] = backbone.model_copy(update={"path": _absolute(backbone.path)})
     if compute.deepspeed.endswith(".json"):
         update["compute"] = compute.model_copy(update={"deepspeed": _absolute(compute.deepspeed)})
@@ -207,11 +207,7 @@ def _has_weights_here(backbone: BackboneConfig) -> bool:
     """Return whether the backbone can be checked without a download."""
     if backbone.path is None:
         return backbone.scale == "nano" or backbone.init == "random"
-    return backbone.path == "nano" or _is_folder(backbone.path)
-
-
-def _is_folder(path: str) -> bool:
-    return os.path.isdir(os.path.expanduser(path))
+    return is_here(backbone.path)
 
 
 def _absolute(path: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -11,7 +10,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from covray.config import BackboneConfig, EngineConfig, PriorConfig, TokenizerConfig
 from covray.doctor.findings import EXPECTED_ERRORS, Finding, error_finding
-from covray.io.model_folders import NANO_FOLDER
+from covray.io.model_folders import NANO_FOLDER, NANO_NAMES, is_here
 
 _SHOWN_DIGITS = 12
 """Of a fingerprint."""
@@ -47,7 +46,7 @@ def check_weights(prior: str, tokenizer: str, backbone: str) -> list[Finding]:
         return loaded.fingerprint
 
     def fingerprint_backbone() -> str:
-        options = {} if backbone == "nano" else {"scale": "custom", "path": backbone}
+        options = {"path": backbone} if backbone in NANO_NAMES else {"scale": "custom", "path": backbone}
         facts = backbone_facts(BackboneConfig.model_validate(options))
         codebooks["backbone"] = facts.codebook
         return facts.fingerprint
@@ -73,12 +72,12 @@ def _check_model(name: str, path: str, fingerprint: Callable[[], str]) -> Findin
         digits = fingerprint()[:_SHOWN_DIGITS]
     except EXPECTED_ERRORS as error:
         incomplete = isinstance(error.__cause__, LocalEntryNotFoundError) or " is missing" in str(error)
-        if incomplete and path != "nano" and not os.path.isdir(os.path.expanduser(path)):
+        if incomplete and not is_here(path):
             message = f"{path}: is not, or not completely, in the hub's cache {hub.HF_HUB_CACHE}"
             advice = f"the first command that uses it downloads it; to do so before: hf download {path}"
             return Finding(name, "note", message, advice)
         return error_finding(name, error)
-    where = f"nano in {NANO_FOLDER}" if path == "nano" else path
+    where = f"{path} in {NANO_FOLDER.parent}" if path in NANO_NAMES else path
     return Finding(name, "ok", f"{where}: {digits}")
 
 

@@ -11,7 +11,11 @@ from pathlib import Path, PurePath
 from covray.errors import WeightsError, one_line
 
 NANO_FOLDER = Path(__file__).parents[1] / "assets" / "nano"
-"""The models that ship with the package: one folder a model."""
+"""The first edition of the models that ship with the package: one folder a model."""
+NANO_2_FOLDER = NANO_FOLDER.with_name("nano-2")
+"""The second edition, of a tokenizer and an LVM; its prior is the first's."""
+NANO_NAMES = ("nano", "nano-1", "nano-2")
+"""Paths that name models of the package; ``nano`` is the first edition."""
 INDEX_SUFFIX = ".index.json"
 """Of the file that lists the files that sharded weights are in."""
 
@@ -20,16 +24,17 @@ def resolve_folder(path: str, revision: str | None, nano_name: str, allow_patter
     """Return the local folder of a model; a hub's repository is downloaded, or taken from the hub's cache.
 
     Args:
-        path: ``nano``, an existing folder, or a hub id (``owner/name``).
+        path: One of ``NANO_NAMES``, an existing folder, or a hub id (``owner/name``).
         revision: Commit, tag or branch of the hub id; None is its main branch.
-        nano_name: Folder of the shipped model that ``nano`` stands for.
+        nano_name: Folder of the shipped model that such a name stands for.
         allow_patterns: Files of the hub id that are downloaded, and with them the files that their indexes list.
 
     Raises:
         WeightsError: There is no such folder, or the hub does not provide it.
     """
-    if path == "nano":
-        folder = NANO_FOLDER / nano_name
+    if path in NANO_NAMES:
+        second = path == "nano-2" and nano_name != "prior"
+        folder = (NANO_2_FOLDER if second else NANO_FOLDER) / nano_name
         if not folder.is_dir():
             raise WeightsError(f"{folder}: the nano {nano_name} is not installed; reinstall covray, or give a folder")
         return folder
@@ -37,8 +42,15 @@ def resolve_folder(path: str, revision: str | None, nano_name: str, allow_patter
     if local.is_dir():
         return local
     if not is_hub_id(path):
-        raise WeightsError(f"{path}: no such folder; give nano, an existing model folder, or a hub id (owner/name)")
+        raise WeightsError(
+            f"{path}: no such folder; give nano, an existing model folder, or a hub id (owner/name)"
+        )
     return _download(path, revision, allow_patterns)
+
+
+def is_here(path: str) -> bool:
+    """Return whether the models of ``path`` ship with the package or are a folder of this machine."""
+    return path in NANO_NAMES or Path(path).expanduser().is_dir()
 
 
 def is_hub_id(path: str) -> bool:

@@ -20,6 +20,7 @@ from covray.chains.dataset import QUALITY, frame_order, shard_schema, union_alph
 from covray.chains.prepare import needs_prior
 from covray.config import AssumedConfig, BuildConfig, TrainConfig
 from covray.errors import ConfigError
+from covray.io.model_folders import NANO_NAMES
 from covray.models.lvm.scales import parameters
 from covray.planning.rates import BuildRates, TrainRates
 from covray.training.memory import adapter_parameters
@@ -89,7 +90,7 @@ def build_flops(build: BuildConfig, pairs_per_source: float = 1.0) -> float:
     evaluations = evaluations_per_pair(build, pairs_per_source)
     if evaluations:
         size = build.prior.size_px or _PRIOR_PX
-        if build.prior.path == "nano" or size not in _PRIOR_GFLOPS:
+        if build.prior.path in NANO_NAMES or size not in _PRIOR_GFLOPS:
             sizes = " and ".join(map(str, _PRIOR_GFLOPS))
             raise ConfigError(
                 f"build.prior: FLOPs are known for Stable Diffusion 2.1 at {sizes} px, not for {build.prior.path} at "

@@ -13,6 +13,7 @@ from transformers import LlamaConfig
 from covray.config import BuildConfig, NodesConfig, PlanConfig, Section, TrainConfig, leaves, load_config
 from covray.config.build import solver_text
 from covray.errors import ConfigError
+from covray.io.model_folders import NANO_NAMES
 from covray.models.lvm.backbone import backbone_facts
 from covray.planning.flops import (
     assumed_build,
@@ -22,6 +23,7 @@ from covray.planning.flops import (
     pictures_per_pair,
 )
 from covray.planning.rates import (
+    MEASURED_NAMES,
     BuildRates,
     Calibration,
     RowCost,
@@ -145,14 +147,14 @@ def _train_basis(config: PlanConfig, train: TrainConfig, calibration: Calibratio
     """Return the rates of a calibration, those shipped for the nano backbone, or assumed ones."""
     if calibration is not None:
         return _TrainBasis(measured_training(train, calibration), calibration.source, [])
-    if train.backbone.scale == "nano" and train.backbone.path in (None, "nano"):
+    if train.backbone.scale == "nano" and train.backbone.path in (None, *MEASURED_NAMES):
         rates, notes = nano_training(train)
         return _TrainBasis(rates, nano_calibration().source, notes)
     return _TrainBasis(assumed_training(train, _architecture(train), config.assumed, config.train_on.gpu), _ASSUMED, [])
 
 
 def _has_nano_models(build: BuildConfig) -> bool:
-    return build.prior.path == build.tokenizer.path == "nano"
+    return build.prior.path in NANO_NAMES and build.tokenizer.path in MEASURED_NAMES
 
 
 def _tokens_per_image(build: BuildConfig, calibration: Calibration | None) -> int:

@@ -16,6 +16,8 @@ from covray.io import storage
 
 NANO_FILE = str(Path(__file__).with_name("nano.yaml"))
 """The calibration of the nano family that is shipped with covray."""
+MEASURED_NAMES = ("nano", "nano-1")
+"""Paths of the edition of tokenizer and LVM that it was measured with."""
 _IDENTITY_KEYS = {
     "build": ("prior", "tokenizer", "engine", "fit", "keep_noise"),
     "train": ("backbone", "lora", "compute"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -25,6 +24,7 @@ from covray.config import (
 )
 from covray.errors import ConfigError
 from covray.io import storage
+from covray.io.model_folders import is_here
 from covray.models.lvm.backbone import backbone_facts
 from covray.models.tokenizer.vqgan import load_tokenizer
 from covray.sweeps.naming import Combination, reference_name, scale_label, trial_label, trial_name
@@ -327,7 +327,7 @@ def tokens_per_image(config: SweepConfig, build: BuildConfig | None) -> int:
     if build is None:
         return ChainDataset(str(config.data)).tokens_per_image
     tokenizer = build.tokenizer
-    if tokenizer.size_px is not None and tokenizer.path != "nano" and not _is_folder(tokenizer.path):
+    if tokenizer.size_px is not None and not is_here(tokenizer.path):
         return (tokenizer.size_px // _DOWNSAMPLING) ** 2
     return load_tokenizer(tokenizer, build.engine).tokens_per_image
 
@@ -338,10 +338,6 @@ def backbone_architecture(backbone: BackboneConfig) -> LlamaConfig:
     Where its folder is not on disk, the scale says it.
     """
     path = backbone.path
-    if path not in (None, "nano") and backbone.scale != "custom" and not _is_folder(str(path)):
+    if path is not None and backbone.scale != "custom" and not is_here(path):
         path = None
     return backbone_facts(backbone.model_copy(update={"path": path, "init": "random"})).llama
-
-
-def _is_folder(path: str) -> bool:
-    return os.path.isdir(os.path.expanduser(path))

@@ -17,7 +17,6 @@ The kernels' own workspace, the allocator's gaps and the buffers of communicatio
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 from transformers import LlamaConfig
@@ -26,6 +25,7 @@ from covray.chains.dataset import ChainDataset
 from covray.chains.sentences import count_pairs, require_context
 from covray.config import BackboneConfig, LoraConfig, TrainConfig
 from covray.errors import ConfigError
+from covray.io.model_folders import is_here
 from covray.models.lvm.backbone import BackboneFacts, backbone_facts
 from covray.models.lvm.scales import parameters
 
@@ -109,8 +109,7 @@ def architecture(backbone: BackboneConfig) -> BackboneFacts:
         WeightsError: The folder is not one of an LVM.
     """
     path = backbone.path
-    is_here = path in (None, "nano") or os.path.isdir(os.path.expanduser(str(path)))
-    if not is_here and backbone.scale != "custom":
+    if path is not None and not is_here(path) and backbone.scale != "custom":
         path = None
     return backbone_facts(backbone.model_copy(update={"path": path, "init": "random"}))
 

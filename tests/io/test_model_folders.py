@@ -24,6 +24,19 @@ def test_nano_is_the_folder_that_ships(tmp_path: Path, monkeypatch: pytest.Monke
     assert resolve_folder("nano", None, "prior", ["*.json"]) == tmp_path / "prior"
 
 
+@pytest.mark.parametrize(
+    ("path", "name", "folder"),
+    [
+        ("nano-1", "vqgan", "nano/vqgan"),
+        ("nano-1", "prior", "nano/prior"),
+        ("nano-2", "vqgan", "nano-2/vqgan"),
+        ("nano-2", "prior", "nano/prior"),
+    ],
+)
+def test_an_edition_of_nano_is_found_by_its_name(path: str, name: str, folder: str) -> None:
+    assert resolve_folder(path, None, name, ["*.json"]) == weights.NANO_FOLDER.parent / folder
+
+
 @pytest.mark.parametrize("path", ["/no/such/folder", "./none", "~/no-such", "a/b/c", "plain"])
 def test_a_path_that_is_no_hub_id_never_asks_the_hub(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from covray.config import EngineConfig, TokenizerConfig
 from covray.errors import ConfigError, DatasetError, WeightsError, one_line
 from covray.io.device import choose_device
-from covray.io.model_folders import fingerprint_folder, require_files, resolve_folder
+from covray.io.model_folders import NANO_NAMES, fingerprint_folder, require_files, resolve_folder
 from covray.io.tensor_files import require_stored_floats, weight_files
 from covray.models.tokenizer.pixel_range import require_unsigned
 
@@ -135,7 +135,7 @@ def find_tokenizer(config: TokenizerConfig) -> Path:
     Raises:
         WeightsError: The folder is missing or incomplete, or of another program.
     """
-    if config.path != "nano" and Path(config.path).expanduser().is_file():
+    if config.path not in NANO_NAMES and Path(config.path).expanduser().is_file():
         raise _foreign(config.path)
     folder = resolve_folder(config.path, config.revision, "vqgan", _HUB_PATTERNS)
     if not (folder / "config.json").is_file() and (folder / "vqvae").is_dir():
