@@ -42,9 +42,7 @@ def resolve_folder(path: str, revision: str | None, nano_name: str, allow_patter
     if local.is_dir():
         return local
     if not is_hub_id(path):
-        raise WeightsError(
-            f"{path}: no such folder; give nano, an existing model folder, or a hub id (owner/name)"
-        )
+        raise WeightsError(f"{path}: no such folder; give nano, an existing model folder, or a hub id (owner/name)")
     return _download(path, revision, allow_patterns)
 
 
