@@ -110,8 +110,8 @@ class BackboneConfig(Section):
     scale: Scale = "nano"
     """Size of the LVM family; ``custom`` takes the sizes of the folder at ``path``."""
     path: str | None = None
-    """``nano`` or ``nano-2`` (ship with the package, each for the tokenizer of its name), a ``LlamaForCausalLM`` folder,
-    or a hub id; by default nano, if the scale is nano."""
+    """``nano`` or ``nano-2`` (ship with the package, each for the tokenizer of its name), a ``LlamaForCausalLM``
+    folder, or a hub id; by default nano, if the scale is nano."""
     revision: str | None = None
     """Commit, tag or branch of a hub id; pin a commit for anything that is to be repeated."""
     init: Literal["pretrained", "random"] = "pretrained"
