@@ -5,8 +5,10 @@ The steps as functions, and what they take and give::
     import covray
     config = covray.BuildConfig(pairs="pairs.parquet", out="chains")
     covray.build(config)
+    answer = covray.Pipeline.from_run("runs/first")("room.png", [("a.png", "a_depth.png")], task="depth")
 
-Every name is imported when it is first used: ``import covray`` imports neither torch nor ray.
+Every name is imported when it is first used: ``import covray`` alone imports only the standard library. docs/python.md
+shows more.
 """
 
 from __future__ import annotations
@@ -16,12 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from covray.chains.dataset import ChainDataset
+    from covray.chains.table import load_chains
     from covray.config import (
         BuildConfig,
         EvaluateConfig,
         GenerateConfig,
         GeneratorConfig,
         PlanConfig,
+        SamplingConfig,
+        SentencesConfig,
         SweepConfig,
         TrainConfig,
         load_config,
@@ -32,6 +37,7 @@ if TYPE_CHECKING:
     from covray.distributed.train import train
     from covray.generation.files import generate
     from covray.generation.generator import Generator
+    from covray.generation.pipeline import Pipeline
     from covray.pairs.manifest_reading import check_manifest
 
 __version__ = "0.1.0"
@@ -43,13 +49,17 @@ _MODULES = {
     "GenerateConfig": "covray.config",
     "Generator": "covray.generation.generator",
     "GeneratorConfig": "covray.config",
+    "Pipeline": "covray.generation.pipeline",
     "PlanConfig": "covray.config",
+    "SamplingConfig": "covray.config",
+    "SentencesConfig": "covray.config",
     "SweepConfig": "covray.config",
     "TrainConfig": "covray.config",
     "build": "covray.distributed.build",
     "check_manifest": "covray.pairs.manifest_reading",
     "evaluate": "covray.distributed.evaluate",
     "generate": "covray.generation.files",
+    "load_chains": "covray.chains.table",
     "load_config": "covray.config",
     "sweep": "covray.distributed.sweep",
     "train": "covray.distributed.train",
@@ -57,9 +67,9 @@ _MODULES = {
 """Public name -> the module that defines it."""
 
 __all__ = [
-    "BuildConfig", "ChainDataset", "EvaluateConfig", "GenerateConfig", "Generator", "GeneratorConfig", "PlanConfig",
-    "SweepConfig", "TrainConfig", "__version__", "build", "check_manifest", "evaluate", "generate", "load_config",
-    "sweep", "train",
+    "BuildConfig", "ChainDataset", "EvaluateConfig", "GenerateConfig", "Generator", "GeneratorConfig", "Pipeline",
+    "PlanConfig", "SamplingConfig", "SentencesConfig", "SweepConfig", "TrainConfig", "__version__", "build",
+    "check_manifest", "evaluate", "generate", "load_chains", "load_config", "sweep", "train",
 ]  # fmt: skip
 
 

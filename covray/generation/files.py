@@ -49,7 +49,7 @@ def generate(config: GenerateConfig) -> GenerationRecord:
     folder = Folder(config.out)
     records = []
     for name, query, answer in zip(_folder_names(config.queries), config.queries, answers, strict=True):
-        files = _answer_files(answer)
+        files = answer_files(answer)
         for file, data in files.items():
             _write(folder, f"{name}/{file}", data)
         records.append(_answer_record(name, query, tuple(sorted(files)), answer))
@@ -120,8 +120,8 @@ def _answer_record(folder: str, query: str, files: tuple[str, ...], answer: Answ
     return record if answer.spread is None else record.model_copy(update={"samples": answer.samples})
 
 
-def _answer_files(answer: Answer) -> dict[str, bytes]:
-    """Return the files of one query by name."""
+def answer_files(answer: Answer) -> dict[str, bytes]:
+    """Return the files of one query by name: its pictures, and the answer as its task exports it."""
     pictures = [answer.query, *answer.frames, answer.small]
     captions = ["query", *(f"α = {alpha:.3g}" for alpha in alphas_of(len(pictures))), "answer"]
     files = {"answer.png": encode_png(answer.picture)} | answer.data

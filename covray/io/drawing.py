@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import html
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,3 +37,9 @@ def draw_strip(pictures: Sequence[np.ndarray], captions: Sequence[str]) -> bytes
     buffer = io.BytesIO()
     strip.save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def html_picture(png: bytes, alt: str) -> str:
+    """Return a PNG as an HTML element that needs no file, as notebooks show it; ``alt`` says what it shows."""
+    data = base64.b64encode(png).decode()
+    return f'<img alt="{html.escape(alt)}" style="max-width:100%" src="data:image/png;base64,{data}">'
