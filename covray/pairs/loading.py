@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from covray.errors import PairError
 from covray.io.images import decode, load_picture
 from covray.pairs.label_files import ASPECT_TOLERANCE
-from covray.pairs.manifest_reading import read_meta
-from covray.tasks import TASKS
+from covray.pairs.manifest_reading import is_damaged, read_meta
+from covray.tasks import TASKS, segmentation
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,9 +33,10 @@ def load_pair(row: Mapping[str, Any], root: str | None) -> LoadedPair:
     """
     if row["task"] not in TASKS:
         raise PairError("unknown_task", f"{row['task']!r} is none of {', '.join(TASKS)}")
+    meta = _meta(row)
     image = _decoded(row["image"], "image", root)
     if not any((row["label"] or {}).values()):
-        _raise_noted_error(row.get("meta"))
+        _raise_noted_error(meta)
     label = _decoded(row["label"], "label", root)
     image_aspect, label_aspect = (picture.shape[1] / picture.shape[0] for picture in (image, label))
     if abs(image_aspect / label_aspect - 1) > ASPECT_TOLERANCE:
@@ -44,9 +45,24 @@ def load_pair(row: Mapping[str, Any], root: str | None) -> LoadedPair:
     return LoadedPair(image, label)
 
 
-def _raise_noted_error(meta: str | None) -> None:
+def _meta(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the row's ``meta``, of a segmentation with classes that can be read. Raises PairError.
+
+    A mask whose classes are read by another list than the one it was drawn with is wrong, without a word.
+    """
+    meta = read_meta(row.get("meta"))
+    if row["task"] == segmentation.name:
+        problem = segmentation.malformed_classes(meta)
+        if not meta and is_damaged(row.get("meta")):
+            problem = "is no JSON object"
+        if problem is not None:
+            raise PairError("malformed_meta", f"meta: {problem}")
+    return meta
+
+
+def _raise_noted_error(meta: Mapping[str, Any]) -> None:
     """Raise the PairError for which ``covray pairs`` could not draw a label, if the manifest has noted one."""
-    error = read_meta(meta).get("error")
+    error = meta.get("error")
     if isinstance(error, str):
         reason, _, detail = error.partition(": ")
         raise PairError(reason, f"label: {detail}")

@@ -135,7 +135,7 @@ def read_classes(path: str | os.PathLike[str]) -> dict[str, Any] | None:
             if row["task"] != segmentation.name or not any((row["label"] or {}).values()):
                 continue
             meta = read_meta(row["meta"])
-            if not meta and (row["meta"] or "").strip() not in ("", "{}", "null"):
+            if not meta and is_damaged(row["meta"]):
                 raise ManifestError(
                     f"{os.fspath(path)}: meta of pair {row['pair_id']} is no JSON object, so that its classes are not "
                     "known; write the manifest again with covray pairs"
@@ -194,6 +194,11 @@ def read_meta(text: str | None) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}
+
+
+def is_damaged(meta: str | None) -> bool:
+    """Return whether the text ``meta``, of which ``read_meta`` read nothing, had something to say."""
+    return (meta or "").strip() not in ("", "{}", "null")
 
 
 def _manifest_files(path: str) -> tuple[list[str], fs.FileSystem]:

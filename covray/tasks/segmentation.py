@@ -46,7 +46,7 @@ class ClassTable:
 def class_table(meta: Meta | None) -> ClassTable:
     """Return the classes that ``meta`` describes; the first classes of PASCAL VOC where it names none.
 
-    What is malformed counts as absent: a manifest may come from anywhere.
+    What is malformed counts as absent; ``malformed_classes`` says what is, and pairs that have it are rejected.
     """
     meta = meta or {}
     names, numbers, void = (meta.get(key) for key in ("classes", "class_numbers", "void"))
@@ -60,6 +60,27 @@ def class_table(meta: Meta | None) -> ClassTable:
     if not _is_number(void_number):
         void_number = numbers[void] if void < len(numbers) else void
     return ClassTable(tuple(map(str, names)), tuple(numbers), void, void_number)
+
+
+def malformed_classes(meta: Meta) -> str | None:
+    """Return what is wrong with the classes that ``meta`` describes; None where nothing is, or where it has none.
+
+    ``class_table`` reads such a ``meta`` all the same, but then numbers are not those that the masks had.
+    """
+    names, numbers, void, void_number = (meta.get(key) for key in ("classes", "class_numbers", "void", "void_number"))
+    if names is None:
+        return None
+    if not isinstance(names, list) or not 1 <= len(names) <= 256:
+        return "classes is not a list of 1 to 256 names"
+    if numbers is not None and (
+        not isinstance(numbers, list) or len(numbers) != len(names) or not all(map(_is_number, numbers))
+    ):
+        return f"class_numbers is not a list of {len(names)} numbers from 0 to 65535, one for each of classes"
+    if void is not None and not (_is_number(void) and void < 256):
+        return "void is not a number from 0 to 255"
+    if void_number is not None and not _is_number(void_number):
+        return "void_number is not a number from 0 to 65535"
+    return None
 
 
 def _is_number(value: object) -> TypeGuard[int]:

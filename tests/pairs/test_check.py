@@ -125,6 +125,21 @@ def test_what_cannot_be_used_is_named_with_its_reason(manifest: Path) -> None:
     assert report.tasks["colorization"].image_px == {"24x16": 1}
 
 
+def test_a_mask_whose_classes_cannot_be_read_is_named(tmp_path: Path) -> None:
+    save(tmp_path / "a.png", photo(3))
+    save(tmp_path / "train.png", np.zeros((16, 24, 3), np.uint8))
+    save(tmp_path / "val.png", np.zeros((16, 24, 3), np.uint8))
+    with ManifestWriter(tmp_path / "pairs.parquet", tmp_path) as writer:
+        for split, numbers in (("train", [3, 7]), ("val", [3])):
+            meta = {"classes": ["road", "sky"], "class_numbers": numbers}
+            writer.add(Pair("segmentation", split, Picture(uri="a.png"), Picture(uri=f"{split}.png"), meta))
+    report = check_pairs(str(tmp_path / "pairs.parquet"), never)
+    assert [(bad.reason, bad.detail) for bad in report.bad] == [
+        ("malformed_meta", "meta: class_numbers is not a list of 2 numbers from 0 to 65535, one for each of classes")
+    ]
+    assert report.tasks["segmentation"].usable == 1
+
+
 def test_large_manifests_go_to_the_cluster_and_read_the_same(manifest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here = check_pairs(str(manifest), never).to_json()
     calls = []

@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from covray.tasks.segmentation import class_table, export, mean, palette, read, read_classes, render, score
+from covray.tasks.segmentation import (
+    class_table,
+    export,
+    malformed_classes,
+    mean,
+    palette,
+    read,
+    read_classes,
+    render,
+    score,
+)
 
 VOC = [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128), (128, 0, 128), (0, 128, 128), (128, 128, 128)]
 
@@ -97,6 +107,25 @@ def test_answers_are_exported_with_the_users_numbers() -> None:
 def test_meta_without_classes_is_pascal_voc(meta: dict[str, object] | None) -> None:
     table = class_table(meta)
     assert (len(table.names), table.numbers, table.void) == (21, tuple(range(21)), None)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"classes": "road"}, "classes is not a list"),
+        ({"classes": []}, "classes is not a list"),
+        ({"class_numbers": [1]}, "class_numbers is not a list of 2"),
+        ({"class_numbers": [0, 70_000]}, "class_numbers is not"),
+        ({"void": "255"}, "void is not"),
+        ({"void": 256}, "void is not"),
+        ({"void_number": -1}, "void_number is not"),
+    ],
+)
+def test_what_is_malformed_is_said(wrong: dict[str, object], message: str) -> None:
+    whole = {"classes": ["a", "b"], "class_numbers": [3, 7], "void": 255, "void_number": 0}
+    assert malformed_classes({}) is None
+    assert malformed_classes(whole) is None
+    assert message in str(malformed_classes(whole | wrong))
 
 
 @pytest.mark.parametrize("wrong", [[1], ["a", "b"], [0, -1], [0, 70_000], [True, False], "01", None])
