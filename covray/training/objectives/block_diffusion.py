@@ -26,9 +26,9 @@ from covray.chains.sentences import Sentences, micro_batches
 from covray.config import TrainConfig
 from covray.errors import ConfigError
 from covray.models.lvm.backbone import BackboneFacts
-from covray.models.lvm.masking import mask_blocks, noise_levels
 from covray.models.lvm.model import Batch, Diffusion
 from covray.models.lvm.noisy import NoisyBlocks
+from covray.models.masking import mask_blocks, noise_levels
 from covray.seeds import seed_of
 from covray.training.objectives.base import StepBatches
 from covray.training.objectives.visual_sentences import VisualSentences, answer_positions

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from covray.config import SamplingConfig
 from covray.errors import ConfigError
 from covray.models.lvm.cache import LayerCache
-from covray.models.lvm.sampling import BatchNoise
+from covray.models.sampling import BatchNoise
 
 GREEDY = SamplingConfig()
 

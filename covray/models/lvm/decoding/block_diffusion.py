@@ -21,9 +21,9 @@ from covray.config import SamplingConfig
 from covray.errors import ConfigError
 from covray.models.lvm.decoding.base import FinishedImage, PendingRows
 from covray.models.lvm.decoding.reader import Reader
-from covray.models.lvm.masking import choose_unmasked, pass_counts
 from covray.models.lvm.model import Diffusion
-from covray.models.lvm.sampling import allowed, choose_tokens
+from covray.models.masking import choose_unmasked, pass_counts
+from covray.models.sampling import allowed, choose_tokens
 
 _THRESHOLDS = {"confidence": 0.85, "entropy": 1.0}
 """``sampling.threshold`` where it is null: a probability (DiffusionVL's), and nats."""

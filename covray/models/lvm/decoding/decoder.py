@@ -34,7 +34,7 @@ from covray.models.lvm.decoding.jacobi import WIDTHS, fastest_window, write_jaco
 from covray.models.lvm.decoding.reader import KeysValues, Reader
 from covray.models.lvm.decoding.sequential import write_sequentially
 from covray.models.lvm.model import Lvm
-from covray.models.lvm.sampling import BatchNoise, RowNoise
+from covray.models.sampling import BatchNoise, RowNoise
 
 
 class LvmDecoder:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from covray.models.lvm.decoding.base import FinishedImage, PendingRows
 from covray.models.lvm.decoding.reader import Reader
-from covray.models.lvm.sampling import choose_tokens
+from covray.models.sampling import choose_tokens
 
 WIDTHS = {1: 1.0, 4: 1.8, 8: 2.4, 16: 3.0}
 """Windows that ``auto`` chooses from, and the tokens that a pass of each makes final: measured on the nano LVM, greedy

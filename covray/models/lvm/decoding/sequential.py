@@ -8,7 +8,7 @@ import torch
 
 from covray.models.lvm.decoding.base import FinishedImage, PendingRows
 from covray.models.lvm.decoding.reader import Reader
-from covray.models.lvm.sampling import PLACES, choose_tokens
+from covray.models.sampling import PLACES, choose_tokens
 
 
 def write_sequentially(reader: Reader, pending: PendingRows) -> Iterator[FinishedImage]:

@@ -15,10 +15,10 @@ from covray.errors import ConfigError
 from covray.models.lvm.cache import LayerCache
 from covray.models.lvm.decoding.decoder import LvmDecoder
 from covray.models.lvm.decoding.reader import Reader
-from covray.models.lvm.masking import choose_unmasked, pass_counts
 from covray.models.lvm.model import TARGETS, Diffusion, Lora, Lvm
 from covray.models.lvm.noisy import NoisyBlocks
-from covray.models.lvm.sampling import RowNoise, allowed, choose_tokens
+from covray.models.masking import choose_unmasked, pass_counts
+from covray.models.sampling import RowNoise, allowed, choose_tokens
 from tests.support.backbones import CODES, load
 
 TOKENS, IMAGES, BLOCK = 8, 2, 4

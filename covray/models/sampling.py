@@ -12,15 +12,31 @@ distributions mostly give the same token, which is what parallel decoding lives 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from covray.config import SamplingConfig
 from covray.seeds import seed_of
 
 PLACES = 16
 """Places whose noise is drawn at a time. The noise follows from this number: it cannot change."""
+
+
+class Sampling(Protocol):
+    """What decides the choice, as ``covray.config.SamplingConfig`` does."""
+
+    @property
+    def temperature(self) -> float:
+        """0: greedy."""
+
+    @property
+    def top_k(self) -> int | None:
+        """Sample only from this many likeliest tokens."""
+
+    @property
+    def top_p(self) -> float:
+        """Sample only from the likeliest tokens that together reach this probability."""
 
 
 class RowNoise:
@@ -36,7 +52,7 @@ class RowNoise:
         Args:
             seed: Of the query.
             candidate: Number of the candidate.
-            codes: Image codes of the vocabulary.
+            codes: Tokens of the vocabulary.
         """
         self._seed = seed_of(seed, candidate)
         self._codes = codes
@@ -79,7 +95,7 @@ class BatchNoise:
         return padded.to(self._device)
 
 
-def choose_tokens(logits: Tensor, sampling: SamplingConfig, noise: Tensor | None) -> Tensor:
+def choose_tokens(logits: Tensor, sampling: Sampling, noise: Tensor | None) -> Tensor:
     """Choose a token at every place.
 
     Args:
@@ -95,7 +111,7 @@ def choose_tokens(logits: Tensor, sampling: SamplingConfig, noise: Tensor | None
     return (allowed(logits, sampling) + noise).argmax(-1)
 
 
-def allowed(logits: Tensor, sampling: SamplingConfig) -> Tensor:
+def allowed(logits: Tensor, sampling: Sampling) -> Tensor:
     """Return the logits over the temperature, and -inf for the codes that ``top_k`` and ``top_p`` leave out.
 
     First the temperature is applied, then ``top_k``, then ``top_p`` of what that leaves, as transformers does.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from covray.models.lvm.masking import Unmasking, Weight, choose_unmasked, mask_blocks, noise_levels, pass_counts
+from covray.models.masking import Unmasking, Weight, choose_unmasked, mask_blocks, noise_levels, pass_counts
 
 
 def test_levels_are_one_from_each_stratum_in_any_order() -> None:

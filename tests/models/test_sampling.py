@@ -7,7 +7,7 @@ import torch
 from scipy import stats
 
 from covray.config import SamplingConfig
-from covray.models.lvm.sampling import PLACES, BatchNoise, RowNoise, choose_tokens
+from covray.models.sampling import PLACES, BatchNoise, RowNoise, choose_tokens
 
 CODES = 12
 

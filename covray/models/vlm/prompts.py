@@ -1,0 +1,135 @@
+"""From pictures and text to tokens: prompts by the model's chat template, answers that end with its end token.
+
+The processors of transformers expand the placeholder of a picture, but that of Qwen2.5-VL needs torchvision for videos.
+Here placeholders are expanded by ids; pictures go through the image processor on Pillow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from covray.errors import ConfigError
+
+LLAVA_TOWERS = {"clip_vision_model": 1, "siglip_vision_model": 0}
+"""Vision towers of LLaVA, and their tokens that are no patch of the picture."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as tokens."""
+
+    ids: NDArray[np.int64]
+    images: dict[str, Tensor] = field(default_factory=dict)
+    """What the image processor returns; empty without pictures."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt and its answer as tokens."""
+
+    ids: NDArray[np.int64]
+    """Prompt, answer, its end, and further end tokens up to the end of a block."""
+    prompt: int
+    """Tokens of the prompt."""
+    end: int
+    """Tokens up to the answer's first end token, which is counted."""
+    end_id: int
+    images: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Prompter:
+    """Turns pictures and texts into tokens for one model."""
+
+    def __init__(self, config: Any, tokenizer: Any, image_processor: Any, chat_template: str | None):
+        """Take the parts of a model's folder.
+
+        Args:
+            config: The configuration of transformers.
+            tokenizer: The tokenizer; it must know an end token.
+            image_processor: The image processor.
+            chat_template: The Jinja template of the model's chats; None: pictures, then the text, as they are.
+        """
+        self.tokenizer = tokenizer
+        self.end_id = int(tokenizer.eos_token_id)
+        self._config, self._image_processor, self._template = config, image_processor, chat_template
+        self._image_id = int(config.image_token_id)
+
+    def prompt(self, pictures: Sequence[NDArray[np.uint8]], text: str) -> Prompt:
+        """Return the tokens of a user's turn, up to where the answer begins.
+
+        Args:
+            pictures: uint8 [h, w, 3] each; they stand before the text.
+            text: What is asked.
+
+        Raises:
+            ConfigError: The text holds a placeholder of a picture.
+        """
+        words = self._chat(len(pictures), text)
+        bos = self.tokenizer.bos_token
+        begins = bos is not None and words.startswith(bos)
+        ids = self.tokenizer(words, add_special_tokens=not begins)["input_ids"]
+        if ids.count(self._image_id) != len(pictures):
+            raise ConfigError(
+                f"prompt {text[:60]!r}: has a placeholder of a picture in it; leave it out, pictures are put before "
+                "the text"
+            )
+        images: dict[str, Tensor] = {}
+        counts: list[int] = []
+        if pictures:
+            images = dict(self._image_processor([Image.fromarray(one) for one in pictures], return_tensors="pt"))
+            counts = self._picture_tokens(images)
+        expanded: list[int] = []
+        remaining = iter(counts)
+        for token in ids:
+            expanded += [token] * (next(remaining) if token == self._image_id else 1)
+        return Prompt(np.array(expanded, np.int64), images)
+
+    def sample(self, prompt: Prompt, answer: str) -> Sample:
+        """Return ``prompt`` with its ``answer`` and the end token."""
+        tokens = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
+        ids = np.concatenate((prompt.ids, np.array([*tokens, self.end_id], np.int64)))
+        return Sample(ids, len(prompt.ids), len(ids), self.end_id, prompt.images)
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Return the text of an answer's tokens, without its end."""
+        decoded: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        return decoded.strip()
+
+    def _chat(self, pictures: int, text: str) -> str:
+        """Return the text of a user's turn with a placeholder for each picture."""
+        if self._template is None:
+            placeholder = self.tokenizer.convert_ids_to_tokens(self._image_id)
+            return placeholder * pictures + text
+        content: list[dict[str, str]] = [{"type": "image"}] * pictures + [{"type": "text", "text": text}]
+        words: str = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}],
+            chat_template=self._template,
+            add_generation_prompt=True,
+            tokenize=False,
+        )
+        return words
+
+    def _picture_tokens(self, images: dict[str, Tensor]) -> list[int]:
+        """Return how many tokens each picture takes."""
+        if "image_grid_thw" in images:
+            merged = self._image_processor.merge_size**2
+            return [int(grid.prod()) // merged for grid in images["image_grid_thw"]]
+        vision = self._config.vision_config
+        count, _, height, width = images["pixel_values"].shape
+        tokens = (height // vision.patch_size) * (width // vision.patch_size) + LLAVA_TOWERS[vision.model_type]
+        if self._config.vision_feature_select_strategy == "default":
+            tokens -= 1
+        return [tokens] * count
+
+
+def pad_to_block(sample: Sample, padding: int) -> Sample:
+    """Return ``sample`` with ``padding`` further end tokens."""
+    ids = np.concatenate((sample.ids, np.full(padding, sample.end_id, np.int64)))
+    return Sample(ids, sample.prompt, sample.end, sample.end_id, sample.images)

@@ -1,0 +1,111 @@
+"""Folders of transformers are read without their code, and refused where they are not what they should be."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from covray.config.vlm import VlmModelConfig
+from covray.errors import ConfigError, WeightsError
+from covray.models.vlm.batch import Blocks
+from covray.models.vlm.checkpoint import BLOCKS_FILE, LoadedVlm, blocks_file, load_prompter, load_vlm, vlm_facts
+from tests.support.vlms import picture, write_vlm
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def copy(vlm_folder: Callable[[str], str], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(vlm_folder("llava"), tmp_path / "copy"))
+
+
+def test_the_mask_is_the_first_free_row_and_the_mean_of_all_others(vlm: LoadedVlm) -> None:
+    rows = vlm.model.model.get_input_embeddings().weight
+    known = len(vlm.prompter.tokenizer)
+    assert vlm.model.mask_id == known < len(rows)
+    torch.testing.assert_close(rows[known], rows[:known].mean(0))
+
+
+def test_a_full_vocabulary_gets_one_row(tmp_path: Path) -> None:
+    facts = vlm_facts(VlmModelConfig(path=write_vlm(tmp_path, "llava", reserved=0)))
+    vlm = load_vlm(facts, torch.float32, CPU)
+    assert facts.mask_id == facts.vocabulary == facts.known_ids
+    assert len(vlm.model.model.get_input_embeddings().weight) == facts.vocabulary + 1
+
+
+def test_a_mask_that_is_a_token_is_refused(copy: Path) -> None:
+    with pytest.raises(WeightsError, match=r"model\.mask_id: 3 is a token of"):
+        vlm_facts(VlmModelConfig(path=str(copy), mask_id=3))
+
+
+def test_what_a_folder_was_trained_for_is_read(copy: Path) -> None:
+    before = vlm_facts(VlmModelConfig(path=str(copy)))
+    (copy / BLOCKS_FILE).write_bytes(blocks_file(28, Blocks(16, "block", "sequence")))
+    facts = vlm_facts(VlmModelConfig(path=str(copy)))
+    assert (facts.mask_id, facts.blocks) == (28, Blocks(16, "block", "sequence"))
+    assert facts.fingerprint != before.fingerprint
+    (copy / BLOCKS_FILE).write_text('{"version": 1, "block": 0}')
+    with pytest.raises(WeightsError, match="does not describe blocks"):
+        vlm_facts(VlmModelConfig(path=str(copy)))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("config.json", "config.json is missing"),
+        ("*.safetensors", "model.safetensors or model.safetensors.index.json is missing"),
+        ("*processor_config.json", "preprocessor_config.json or processor_config.json is missing"),
+        ("tokenizer*", "its tokenizer cannot be loaded"),
+    ],
+)
+def test_an_incomplete_folder_is_refused(copy: Path, pattern: str, message: str) -> None:
+    for file in copy.glob(pattern):
+        file.unlink()
+    with pytest.raises(WeightsError, match=message):
+        vlm_facts(VlmModelConfig(path=str(copy)))
+
+
+def test_another_kind_of_model_is_refused(copy: Path) -> None:
+    (copy / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(WeightsError, match="is of type llama; give one of llava, qwen2_vl, qwen2_5_vl"):
+        vlm_facts(VlmModelConfig(path=str(copy)))
+
+
+def test_a_tensor_that_is_missing_is_not_filled_with_random_numbers(copy: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(copy / "model.safetensors")
+    del tensors[next(name for name in tensors if "q_proj" in name)]
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(WeightsError, match="1 tensors are missing"):
+        load_vlm(vlm_facts(VlmModelConfig(path=str(copy))), torch.float32, CPU)
+
+
+def test_a_prompt_cannot_smuggle_a_picture_in(vlm: LoadedVlm) -> None:
+    with pytest.raises(ConfigError, match="has a placeholder of a picture"):
+        vlm.prompter.prompt([picture(0)], "what <image> is it")
+
+
+def test_prompts_are_those_of_the_processor_of_transformers(vlm_folder: Callable[[str], str]) -> None:
+    """LLaVA's processor needs no torchvision, so that it can be asked."""
+    from transformers import LlavaProcessor
+
+    facts = vlm_facts(VlmModelConfig(path=vlm_folder("llava")))
+    prompter = load_prompter(facts)
+    processor = LlavaProcessor(
+        prompter._image_processor, prompter.tokenizer, patch_size=14, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1, image_token="<image>",
+    )  # fmt: skip
+    from PIL import Image
+
+    expected = processor(
+        images=[Image.fromarray(picture(0))], text="<user><image>what is it<assistant>", return_tensors="pt"
+    )
+    prompt = prompter.prompt([picture(0)], "what is it")
+    assert prompt.ids.tolist() == expected["input_ids"][0].tolist()
+    assert torch.equal(prompt.images["pixel_values"], expected["pixel_values"])
