@@ -152,11 +152,14 @@ class FolderLock:
         """Give the folder up, if it was claimed; delete it if it was absent before and is still empty."""
         if self._token not in _own_tokens:
             return
+        worked = self._heart is not None
         self._stop.set()
         if self._heart is not None:
             self._heart.join()
             self._heart = None
         with contextlib.suppress(OSError):  # storage that is away: the claim grows old, and is taken over
+            if worked:
+                self._rivals()  # a command killed before it could withdraw: perhaps nobody else comes here to see
             self._withdraw()
         _own_tokens.discard(self._token)
         if not self._existed and isinstance(self._folder.filesystem, fs.LocalFileSystem):

@@ -105,6 +105,14 @@ def test_a_killed_command_of_this_machine_is_followed_at_once(tmp_path: Path, en
     assert fake.now == 1000.0, "without waiting"
 
 
+def test_a_command_killed_while_it_asked_leaves_no_claim_behind(tmp_path: Path, ended: tuple[int, int]) -> None:
+    process, started = ended
+    with FolderLock(Folder(str(tmp_path)), "covray build"):
+        put_claim(tmp_path, "_lock.dead.json", process=process, started=started, machine=locking._machine())
+        far = put_claim(tmp_path)
+    assert claims(tmp_path) == [far], "of another machine's claim only time can tell"
+
+
 def test_a_killed_command_that_nobody_has_reaped_is_no_command(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
