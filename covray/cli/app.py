@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 
 from covray import __version__
-from covray.cli import answers, chains, cluster, models, pairs, planning, stories, sweeps, training
+from covray.cli import answers, chains, cluster, configurations, models, pairs, planning, stories, sweeps, training
 from covray.cli.command import Command, once_spelled
 from covray.cli.output import console, escape, quiet_libraries
 from covray.cli.waiting import details_shown, informed, show_details
@@ -36,7 +36,6 @@ app = typer.Typer(
     help="Chains of vision: a diffusion model interpolates from an image to its label, a VQGAN writes every frame as "
     "tokens, vision models learn to think in them.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.command(cls=once_spelled(pairs="manifest", lengths="length", methods="method"), rich_help_panel=STEPS)(chains.build)
@@ -57,6 +56,7 @@ app.command(
     rich_help_panel=SCALE,
 )(cluster.submit)
 app.command(cls=Command, rich_help_panel=SCALE)(cluster.doctor)
+app.command(cls=Command, rich_help_panel=SCALE)(configurations.config)
 app.command(cls=Command, rich_help_panel=SCALE)(planning.plan)
 app.command(cls=Command, rich_help_panel=SCALE)(cluster.benchmark)
 

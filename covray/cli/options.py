@@ -9,6 +9,7 @@ from typing import Annotated, Any, Generic, TypeVar
 
 import typer
 
+from covray.cli.completion import complete_config_files, complete_keys, completion_of
 from covray.config import Section, load_config
 from covray.config.reference import key_default, key_text
 from covray.errors import ConfigError
@@ -58,8 +59,18 @@ OutManifest = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one machine-readable object last.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Everything random follows from it.")]
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file; see configs/.")]
-Sets = Annotated[list[str] | None, typer.Option("--set", help="key=value, for any key of the configuration.")]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        help="YAML file, or the name of a shipped one as paper/build; see covray config.",
+        autocompletion=complete_config_files,
+    ),
+]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="key=value, for any key of the configuration.", autocompletion=complete_keys),
+]
 Plan = Annotated[bool, typer.Option("--plan", help="Say what would happen, and stop.")]
 TokensPerS = Annotated[
     float | None, typer.Option("--tokens-per-s", help="With --plan: the speed of one worker, for the hours.")
@@ -114,6 +125,7 @@ class StepOptions(Generic[C]):
             default = key_default(self.config, keys[0]).strip("[]")  # brackets would be read as markup
             if default not in ("", "required", "null"):
                 help_text += f" Default: {default}."
+        typer_settings.setdefault("autocompletion", completion_of(self.config, keys[0]))
         return typer.Option(name, help=help_text.replace("``", ""), **typer_settings)
 
     def resolve(self, context: typer.Context, **more: Any) -> C:

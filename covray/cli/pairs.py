@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from covray.cli.completion import complete_tasks
 from covray.cli.options import Json, OutManifest, Seed, shares, split_commas
 from covray.cli.output import console, escape
 from covray.errors import ConfigError
@@ -28,7 +29,13 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger("covray")
 
 Task = Annotated[
-    str | None, typer.Option("--task", metavar="TASK,...", help="Comma-separated; all that apply by default.")
+    str | None,
+    typer.Option(
+        "--task",
+        metavar="TASK,...",
+        help="Comma-separated; all that apply by default.",
+        autocompletion=complete_tasks,
+    ),
 ]
 Splits = Annotated[str | None, typer.Option(help="Shares, such as train=8,val=1,test=1.")]
 Root = Annotated[str, typer.Argument(help="The dataset's folder; docs/datasets.md says what lies in it.")]

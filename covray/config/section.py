@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from covray.config.shipped import find_config
 from covray.errors import ConfigError, one_line
 
 _DEEPEST = 20
@@ -29,15 +30,19 @@ def load_config(
 ) -> C:
     """Resolve a configuration: defaults, then ``file`` (YAML), then ``options``, then ``sets`` (``a.b=value``).
 
+    ``file`` may be the name of a file that covray ships, such as ``paper/train-7b``.
+
     ``options`` has dotted keys. None is a value like others below a section (``a.b``); in place of a section it leaves
     the defaults, as YAML reads a section whose keys are all commented out. Raises ConfigError with the full key path.
     """
     values: dict[str, Any] = {}
     if file is not None:
         try:
-            loaded = read_yaml(Path(file).read_text(encoding="utf-8"))
+            loaded = read_yaml(find_config(file).read_text(encoding="utf-8"))
         except OSError as error:
-            raise ConfigError(f"--config {file}: {one_line(error)}; give an existing YAML file") from error
+            raise ConfigError(
+                f"--config {file}: {one_line(error)}; give a YAML file, or a name that covray config lists"
+            ) from error
         except ValueError as error:  # also bytes that are no text
             raise ConfigError(f"--config {file}: not valid YAML: {error}") from error
         if loaded is not None and not isinstance(loaded, dict):
