@@ -1,0 +1,419 @@
+"""Answers of a vision-language model: token by token, or block by block with the cache of all blocks before.
+
+    prompt, up to the first block                      -> keys and values of transformers' DynamicCache
+    a block of D masks, S times:  read, crop(-D)       -> the surest of the masked places are written
+    once:                         read, keep           -> keys and values that later blocks see
+
+Rows are padded on the left, so that all blocks begin at one slot of the cache; a row sees no padding. A row that has
+written its end is dropped from the batch. Which tokens a row gets does not depend on the others, up to the rounding of
+sums: in float32 only at near ties.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from covray.config.vlm import VlmDecodingConfig
+from covray.errors import ConfigError
+from covray.models.masking import choose_unmasked, pass_counts
+from covray.models.sampling import BatchNoise, RowNoise, allowed, choose_tokens
+from covray.models.vlm.batch import Blocks, clean_mask
+from covray.models.vlm.checkpoint import LoadedVlm
+from covray.models.vlm.model import Vlm
+from covray.models.vlm.prompts import Prompt
+from covray.seeds import seed_of
+
+_THRESHOLDS = {"confidence": 0.85, "entropy": 1.0}
+"""``threshold`` where it is null: a probability (DiffusionVL's), and nats."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The next tokens of an answer."""
+
+    row: int
+    """Number of the prompt."""
+    ids: list[int]
+    """Without the end token."""
+    is_last: bool
+    passes: int
+    """Passes of the model that the answer has taken so far, without the prompt's."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A whole answer."""
+
+    ids: list[int]
+    passes: int
+
+
+def decoding_blocks(decoding: VlmDecodingConfig, trained: Blocks | None) -> Blocks | None:
+    """Return the blocks that answers are written in; None: token by token.
+
+    Args:
+        decoding: How answers are written.
+        trained: What the model was trained for.
+
+    Raises:
+        ConfigError: The model was not trained for blocks, or the passes do not fit.
+    """
+    decoder = decoding.decoder or ("autoregressive" if trained is None else "block_diffusion")
+    if decoder == "autoregressive":
+        return None
+    if trained is None:
+        raise ConfigError(
+            f"decoding.decoder: {decoder} needs a model trained with objective=block_diffusion; take autoregressive"
+        )
+    blocks = replace(trained, size=decoding.block or trained.size)
+    if (decoding.passes or 1) > blocks.size:
+        raise ConfigError(
+            f"decoding.passes: {decoding.passes} passes of a block of {blocks.size} tokens; give at most {blocks.size}"
+        )
+    if decoder == "speculative" and (blocks.context != "causal" or blocks.start != "prompt"):
+        raise ConfigError(
+            "decoding.decoder: speculative verifies drafts by the autoregressive model, which a training with "
+            "blocks.context=block or blocks.start=sequence does not keep; take block_diffusion"
+        )
+    return blocks
+
+
+def decode(
+    vlm: LoadedVlm, prompts: Sequence[Prompt], decoding: VlmDecodingConfig, trained: Blocks | None
+) -> list[Answer]:
+    """Return the answers to a batch of prompts; see ``stream``."""
+    ids: list[list[int]] = [[] for _ in prompts]
+    passes = [0] * len(prompts)
+    for piece in stream(vlm, prompts, decoding, trained):
+        ids[piece.row] += piece.ids
+        passes[piece.row] = piece.passes
+    return [Answer(*answer) for answer in zip(ids, passes, strict=True)]
+
+
+@torch.no_grad()
+def stream(
+    vlm: LoadedVlm, prompts: Sequence[Prompt], decoding: VlmDecodingConfig, trained: Blocks | None
+) -> Iterator[Piece]:
+    """Write the answers to a batch of prompts, and yield their tokens as soon as they are final.
+
+    Args:
+        vlm: The model.
+        prompts: The prompts, in one batch.
+        decoding: How answers are written.
+        trained: The blocks that the model was trained for; None: next tokens only.
+
+    Raises:
+        ConfigError: See ``decoding_blocks``.
+    """
+    blocks = decoding_blocks(decoding, trained)
+    writer = _Writer(vlm, decoding)
+    if blocks is None:
+        yield from writer.write_tokens(prompts)
+    elif decoding.decoder == "speculative":
+        for number, prompt in enumerate(prompts):  # their caches grow unequally
+            yield from writer.write_verified(prompt, number, blocks.size)
+    else:
+        yield from writer.write_blocks(prompts, blocks)
+
+
+@dataclass(frozen=True)
+class Known:
+    """Tokens of the prompts that stand in the first block of answers."""
+
+    ids: Tensor
+    """int64 [B, D]."""
+    embeddings: Tensor
+    """[B, D, width]."""
+    is_known: Tensor
+    """bool [B, D]."""
+
+    @classmethod
+    def of(cls, ids: Tensor, embeddings: Tensor, starts: Sequence[int], lengths: Sequence[int], size: int) -> Known:
+        """Cut them from the prompts; see ``Rows``."""
+        known_ids = ids.new_zeros(len(starts), size)
+        known = embeddings.new_zeros(len(starts), size, embeddings.shape[2])
+        is_known = torch.zeros(len(starts), size, dtype=torch.bool, device=ids.device)
+        for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+            count = length - start
+            known_ids[row, :count] = ids[row, start:length]
+            known[row, :count] = embeddings[row, start:length]
+            is_known[row, :count] = True
+        return cls(known_ids, known, is_known)
+
+
+class Rows:
+    """The rows at work: their cache, and the places that come next."""
+
+    def __init__(self, model: Vlm, prompts: Sequence[Prompt], blocks: Blocks, tokens: int):
+        """Read the prompts up to their first blocks.
+
+        Args:
+            model: The model.
+            prompts: The prompts.
+            blocks: Where the first block begins, and what the tokens before it see.
+            tokens: Tokens of the longest answer.
+        """
+        device = model.device
+        self.numbers = list(range(len(prompts)))
+        """Of the prompts that the rows answer."""
+        self.cache = DynamicCache()
+        self._model = model
+        lengths = [len(prompt.ids) for prompt in prompts]
+        starts = [blocks.first(length) for length in lengths]
+        ids = torch.zeros(len(prompts), max(lengths), dtype=torch.int64, device=device)
+        for row, prompt in enumerate(prompts):
+            ids[row, : lengths[row]] = torch.from_numpy(prompt.ids)
+        images = _join_images(prompts, device)
+        embeddings = model.embed(ids, images)
+        positions = model.positions(ids, torch.tensor(lengths, device=device), images)
+        self._slots = max(starts)
+        self.known = Known.of(ids, embeddings, starts, lengths, blocks.size)
+        self._positions = _positions_from(positions, starts, lengths, blocks.size + tokens)
+        slots = torch.arange(self._slots, device=device)
+        self._is_token = slots >= self._slots - torch.tensor(starts, device=device)[:, None]  # [B, slots]
+        self.last = embeddings.new_zeros(len(prompts), model.width)
+        """Hidden states of the last tokens that were read, [B, width]."""
+        if self._slots:
+            self._read_prompts(embeddings, positions, starts, blocks)
+
+    def __len__(self) -> int:
+        """Return the rows at work."""
+        return len(self.numbers)
+
+    def read(self, embeddings: Tensor, own: Tensor, keep: bool) -> Tensor:
+        """Return the hidden states of the next n tokens of every row, [B, n, width].
+
+        Args:
+            embeddings: [B, n, width].
+            own: Which of each other they see, bool [n, n]; they see all tokens before.
+            keep: Whether their keys and values stay in the cache; else it is what it was.
+        """
+        cached, count = self.cache.get_seq_length(), embeddings.shape[1]
+        first = cached - self._slots
+        is_token = torch.ones(len(self), cached, dtype=torch.bool, device=own.device)
+        is_token[:, : self._slots] = self._is_token
+        before = is_token[:, None].expand(-1, count, -1)
+        mask = torch.cat((before, own.expand(len(self), -1, -1)), 2)[:, None]
+        hidden = self._model.read(embeddings, self._positions[..., first : first + count], mask, self.cache)
+        if keep:
+            self.last = hidden[:, -1]
+        else:
+            self.cache.crop(-count)
+        return hidden
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drop all rows but ``rows``."""
+        if len(rows) == len(self):
+            return
+        index = torch.tensor(rows, dtype=torch.int64, device=self.last.device)
+        self.numbers = [self.numbers[row] for row in rows]
+        self.cache.batch_select_indices(index)
+        self._is_token, self.last = self._is_token[index], self.last[index]
+        self._positions = self._positions.index_select(-2, index)
+
+    def _read_prompts(self, embeddings: Tensor, positions: Tensor, starts: Sequence[int], blocks: Blocks) -> None:
+        """Read the prompts, padded on the left."""
+        padded = embeddings.new_zeros(len(starts), self._slots, embeddings.shape[2])
+        padded_positions = positions.new_zeros(*positions.shape[:-1], self._slots)
+        for row, start in enumerate(starts):
+            padded[row, self._slots - start :] = embeddings[row, :start]
+            padded_positions[..., row, self._slots - start :] = positions[..., row, :start]
+        places = torch.arange(self._slots, device=embeddings.device) - self._slots
+        mask = clean_mask(places, blocks.size, blocks.context) & self._is_token[:, None]
+        mask = mask | torch.eye(self._slots, dtype=torch.bool, device=mask.device)
+        self.last = self._model.read(padded, padded_positions, mask[:, None], self.cache)[:, -1]
+
+
+def _positions_from(positions: Tensor, starts: Sequence[int], lengths: Sequence[int], count: int) -> Tensor:
+    """Return the positions of ``count`` places from each row's start on, [..., B, count].
+
+    Behind the prompt they go up by one, from one more than the largest of the prompt, as transformers counts them.
+    """
+    after = torch.arange(count, device=positions.device)
+    result = positions.new_zeros(*positions.shape[:-1], count)
+    for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        own = positions[..., row, :length]
+        result[..., row, :] = own.max() + 1 + after - (length - start)
+        result[..., row, : length - start] = own[..., start:]
+    return result
+
+
+def _join_images(prompts: Sequence[Prompt], device: torch.device) -> dict[str, Tensor]:
+    with_images = [prompt.images for prompt in prompts if prompt.images]
+    images: dict[str, Tensor] = {}
+    for name in with_images[0] if with_images else ():
+        images[name] = torch.cat([own[name] for own in with_images]).to(device)
+    return images
+
+
+class _Writer:
+    """Writes the answers of one batch."""
+
+    def __init__(self, vlm: LoadedVlm, decoding: VlmDecodingConfig):
+        self._vlm, self._model, self._decoding = vlm, vlm.model, decoding
+        self._embedding = vlm.model.model.get_input_embeddings()
+        self._noise: dict[int, RowNoise] = {}
+        self._written: dict[int, int] = {}
+
+    def write_tokens(self, prompts: Sequence[Prompt]) -> Iterator[Piece]:
+        """Write one token a pass."""
+        self._begin(prompts)
+        rows = Rows(self._model, prompts, Blocks(1), self._decoding.max_tokens)
+        alone = torch.ones(1, 1, dtype=torch.bool, device=self._model.device)
+        place = 0
+        while True:
+            logits = self._model.logits(rows.last[:, None])
+            ids = choose_tokens(logits, self._decoding, self._noise_of(rows, place, 1))  # [B, 1]
+            unfinished = yield from self._finish(rows, ids, place)
+            if not unfinished:
+                return
+            rows.read(self._embedding(ids[unfinished]), alone, keep=True)
+            place += 1
+
+    def write_blocks(self, prompts: Sequence[Prompt], blocks: Blocks) -> Iterator[Piece]:
+        """Write block by block."""
+        self._begin(prompts)
+        size, device = blocks.size, self._model.device
+        rows = Rows(self._model, prompts, blocks, self._decoding.max_tokens + size)
+        own = clean_mask(torch.arange(size, device=device), size, blocks.context)
+        known: Known | None = rows.known
+        passes = first = 0
+        while True:
+            ids, taken = self._denoise(rows, blocks, first, known)
+            passes += taken
+            prompt_tokens = None if known is None else known.is_known.sum(1).tolist()
+            unfinished = yield from self._finish(rows, ids, passes, prompt_tokens)
+            if not unfinished:
+                return
+            rows.read(self._embed(ids, known)[unfinished], own, keep=True)
+            passes += 1
+            known = None
+            first += size
+
+    def write_verified(self, prompt: Prompt, number: int, size: int) -> Iterator[Piece]:
+        """Write what ``write_tokens`` writes, in fewer passes: a block is drafted, then verified by a causal pass.
+
+        The first token of a block is the autoregressive one; the others are drafted from masks in one pass. Of the
+        drafts those are kept that the causal pass chooses, too, by the same random numbers.
+
+        Args:
+            prompt: The prompt.
+            number: Its number, for the pieces.
+            size: Tokens of a block.
+        """
+        self._begin([prompt])
+        device, decoding = self._model.device, self._decoding
+        rows = Rows(self._model, [prompt], Blocks(size), decoding.max_tokens + size)
+        every = torch.ones(size, size, dtype=torch.bool, device=device)
+        place = passes = 0
+        draft = torch.full((1, size), self._model.mask_id, device=device)
+        while True:
+            noise = self._noise_of(rows, place, size + 1)
+            first = choose_tokens(self._model.logits(rows.last[:, None]), decoding, _part(noise, 0, 1))
+            draft[:, 0], draft[:, 1:] = first[:, 0], self._model.mask_id
+            hidden = rows.read(self._embedding(draft), every, keep=False)
+            drafted = choose_tokens(self._model.logits(hidden), decoding, _part(noise, 0, size))
+            ids = torch.cat((first, drafted[:, 1:]), 1)
+            hidden = rows.read(self._embedding(ids), every.tril(), keep=True)
+            passes += 2
+            chosen = choose_tokens(self._model.logits(hidden[:, :-1]), decoding, _part(noise, 1, size))
+            agreed = int((chosen == ids[:, 1:])[0].int().cumprod(0).sum()) + 1
+            if agreed < size:
+                rows.cache.crop(agreed - size)
+                rows.last = hidden[:, agreed - 1]
+            (piece,) = self._finish(rows, ids[:, :agreed], passes)
+            yield replace(piece, row=number)
+            if piece.is_last:
+                return
+            place += agreed
+
+    def _begin(self, prompts: Sequence[Prompt]) -> None:
+        """Give every row random numbers of its own, where any are needed."""
+        self._written = dict.fromkeys(range(len(prompts)), 0)
+        if not self._decoding.temperature:
+            return
+        vocabulary = self._model.model.get_output_embeddings().weight.shape[0]
+        for number, prompt in enumerate(prompts):
+            seed = seed_of("covray vlm", self._decoding.seed, *prompt.ids.tolist())
+            self._noise[number] = RowNoise(seed, 0, vocabulary)
+
+    def _noise_of(self, rows: Rows, first: int, count: int) -> Tensor | None:
+        """Return the noise of ``count`` places from ``first`` on, float32 [B, count, vocabulary]; None: greedy."""
+        if not self._decoding.temperature:
+            return None
+        own = [self._noise[number] for number in rows.numbers]
+        return BatchNoise(own, len(own), self._model.device).read([first] * len(own), count)
+
+    def _denoise(self, rows: Rows, blocks: Blocks, first: int, known: Known | None) -> tuple[Tensor, int]:
+        """Return the tokens of the block that begins at place ``first``, int64 [B, D], and the passes taken.
+
+        The cache stays as it is. ``known``: tokens of the prompt in the block.
+        """
+        decoding, size = self._decoding, blocks.size
+        device = self._model.device
+        ids = torch.full((len(rows), size), self._model.mask_id, device=device)
+        masked = torch.ones_like(ids, dtype=torch.bool)
+        if known is not None:
+            ids, masked = torch.where(known.is_known, known.ids, ids), ~known.is_known
+        every = torch.ones(size, size, dtype=torch.bool, device=device)
+        noise = self._noise_of(rows, first, size)
+        threshold = decoding.threshold or _THRESHOLDS.get(decoding.unmask, 0.0)
+        counts = [1] * size  # by entropy a pass decides by itself, and writes at least one
+        if decoding.unmask != "entropy":
+            counts = pass_counts(size, min(decoding.passes or size, size), decoding.unmask)
+        taken = 0
+        for count in counts:
+            taken += 1
+            logits = self._model.logits(rows.read(self._embed(ids, known), every, keep=False))
+            chosen = choose_tokens(logits, decoding, noise)
+            scaled = logits if noise is None else allowed(logits, decoding)
+            written = choose_unmasked(scaled.softmax(-1), chosen, masked, count, decoding.unmask, threshold)
+            ids = torch.where(written, chosen, ids)
+            masked &= ~written
+            if not masked.any():
+                break
+        return ids, taken
+
+    def _embed(self, ids: Tensor, known: Known | None) -> Tensor:
+        """Return the embeddings of a block, [B, D, width]; tokens of the prompt may be of a picture."""
+        embeddings: Tensor = self._embedding(ids)
+        if known is None:
+            return embeddings
+        return torch.where(known.is_known[..., None], known.embeddings, embeddings)
+
+    def _finish(
+        self, rows: Rows, ids: Tensor, passes: int, prompt_tokens: Sequence[int] | None = None
+    ) -> Generator[Piece, None, list[int]]:
+        """Yield the new tokens of every row, and drop the rows that have ended.
+
+        Args:
+            rows: The rows.
+            ids: New tokens, int64 [B, n].
+            passes: Passes taken so far.
+            prompt_tokens: Tokens of the prompt at the front of each row of ``ids``.
+
+        Returns:
+            The rows, as they were numbered, that have not ended.
+        """
+        unfinished = []
+        for row, tokens in enumerate(ids.tolist()):
+            number = rows.numbers[row]
+            written = tokens if prompt_tokens is None else tokens[prompt_tokens[row] :]
+            written = written[: self._decoding.max_tokens - self._written[number]]
+            self._written[number] += len(written)
+            end = next((place for place, token in enumerate(written) if token in self._vlm.stop_ids), None)
+            is_last = end is not None or self._written[number] == self._decoding.max_tokens
+            yield Piece(number, written[:end], is_last, passes)
+            if not is_last:
+                unfinished.append(row)
+        rows.keep(unfinished)
+        return unfinished
+
+
+def _part(noise: Tensor | None, first: int, last: int) -> Tensor | None:
+    return None if noise is None else noise[:, first:last]
