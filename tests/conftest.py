@@ -25,30 +25,28 @@ pytest_plugins = [
 ]
 
 
-_RAY_LANE = (
-    "tests/chaos/",
-    "tests/end_to_end/test_evaluate.py",
-    "tests/end_to_end/test_job.py",
-    "tests/end_to_end/test_sweep.py",
-    "tests/end_to_end/test_train.py",
-)
-"""Tests with a Ray of their own, a dozen processes each."""
-_SHARED_RAY = "tests/end_to_end/"
-"""The other end-to-end tests: one Ray for all of them."""
+_LANES = {
+    "tests/chaos/": "ray",
+    "tests/end_to_end/test_sweep.py": "ray",
+    "tests/end_to_end/test_evaluate.py": "ray of end to end",
+    "tests/end_to_end/test_job.py": "ray of end to end",
+    "tests/end_to_end/test_train.py": "ray of end to end",
+    "tests/end_to_end/": "shared ray",
+}
+"""The lane of files that start Ray, by the first beginning that fits. Those of a lane follow one another on one worker:
+more than two Rays at once on two cores were late in starting. The lane ``ray`` takes as long as all the rest."""
 
 
-class _TwoLanes(LoadScopeScheduling):
-    """Files are shared out among the workers, but tests with a Ray of their own go to one of them, and those that share
-    a Ray to one of them: more than two Rays at once on two cores were late in starting."""
+class _Lanes(LoadScopeScheduling):
+    """Files are shared out among the workers, but all of a lane go to one of them."""
 
     def _split_scope(self, nodeid: str) -> str:
-        if nodeid.startswith(_RAY_LANE):
-            return "ray"
-        if nodeid.startswith(_SHARED_RAY):
-            return "shared ray"
+        for beginning, lane in _LANES.items():
+            if nodeid.startswith(beginning):
+                return lane
         return nodeid.split("::")[0]
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
     config.option.loadscopereorder = False  # the tests that start Ray, the longest lane, come first
-    return _TwoLanes(config, log)
+    return _Lanes(config, log)
