@@ -27,11 +27,11 @@ from covray.config import BackboneConfig, LoraConfig, TrainConfig
 from covray.errors import ConfigError
 from covray.io.model_folders import is_here
 from covray.models.lvm.backbone import BackboneFacts, backbone_facts
+from covray.models.lvm.functions import CHUNK
 from covray.models.lvm.scales import parameters
 
 STAGES = (0, 1, 2, 3)
 """The stages of ZeRO; in stage 0 every worker has a whole copy, with or without DeepSpeed."""
-_CHUNK = 2048  # positions whose logits exist at a time, see covray.models.lvm.model
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ def memory(config: TrainConfig, llama: LlamaConfig, stage: int, tokens: int, rec
     layer = s * numbers + 4 * (heads + 2)
     ends = s * (h + 2 * h // heads)
     logit = 4 if is_float32 else 4 + s
-    loss = 2 * s * tokens * h + min(tokens, _CHUNK) * llama.vocab_size * logit
+    loss = 2 * s * tokens * h + min(tokens, CHUNK) * llama.vocab_size * logit
     if recompute:
         activations = tokens * (s * h * (layers + 1) + ends)
         backward = tokens * (layer + s * (f + h))

@@ -24,12 +24,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig
 
+from covray.models.lvm.functions import AdaptedLinear, ChunkedLoss, FrozenRmsNorm, Rotate, rotated_pairs
 from covray.models.lvm.noisy import NoisyAttention, NoisyBlocks
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The projections of a layer that LoRA can adapt, by their names in transformers."""
-_CHUNK = 2048
-"""Positions whose logits exist at a time: 2048 x 8292 in float32 is 68 MB."""
 
 
 def bfloat16_units() -> str | None:
@@ -123,7 +122,7 @@ class Projection(nn.Module):
             return whole.split(sizes, -1)
         adapted = tuple(name in self.adapted for name in self.sizes)
         ups = (self.lora_B[name] for name in self.adapted)
-        parts: tuple[Tensor, ...] = _AdaptedLinear.apply(
+        parts: tuple[Tensor, ...] = AdaptedLinear.apply(
             x, self.weight, self.bias, sizes, adapted, self.scale, self.lora_A, *ups
         )
         return parts
@@ -143,7 +142,7 @@ class RmsNorm(nn.Module):
         weight = self.weight.to(x.dtype)  # the fused kernel wants one type
         if weight.requires_grad or not x.requires_grad:
             return F.rms_norm(x, (x.shape[-1],), weight, self.eps)
-        normed: Tensor = _FrozenRmsNorm.apply(x, weight, self.eps)
+        normed: Tensor = FrozenRmsNorm.apply(x, weight, self.eps)
         return normed
 
 
@@ -209,7 +208,7 @@ class Head(nn.Module):
         Two values: the sum, which can be differentiated, and each position's [P], which cannot. With ``weights`` [P]
         the sum is weighed; each position's value is not.
         """
-        total, each = _ChunkedLoss.apply(hidden, self.weight, targets, weights)
+        total, each = ChunkedLoss.apply(hidden, self.weight, targets, weights)
         return total, each
 
 
@@ -353,8 +352,8 @@ def rotary(
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate ``x`` [T, heads, d] by ``rotation`` (see ``rotary``), pairing a head's halves as transformers does."""
     if not x.requires_grad:  # a call through autograd would take a twentieth of a decoding step
-        return _rotated(x, *rotation)
-    rotated: Tensor = _Rotate.apply(x, *rotation)
+        return rotated_pairs(x, *rotation)
+    rotated: Tensor = Rotate.apply(x, *rotation)
     return rotated
 
 
@@ -379,140 +378,3 @@ def attend(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int]) ->
         mixed.append(out.transpose(1, 2).reshape(stop - start, -1))
         start = stop
     return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
-
-
-class _AdaptedLinear(torch.autograd.Function):
-    """Frozen linear maps of one input, each with its LoRA update or none.
-
-    part = x W' + low B', with low = scale x A' [T, targets * rank] computed once for all parts. Its gradients, for the
-    upstream gradient g of each part: dx = sum g W + d_low A, dA = d_low' x, dB = g' low, d_low = scale [g B of each].
-    Autograd would concatenate the gradients of the parts, to multiply them by the fused weight at once; here the
-    products are added in place.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        sizes: tuple[int, ...],
-        adapted: tuple[bool, ...],
-        scale: float,
-        lora_a: Tensor,
-        *lora_b: Tensor,
-    ) -> tuple[Tensor, ...]:
-        low = F.linear(x, lora_a.to(x.dtype)).mul_(scale)  # [T, targets * rank]
-        lows, ups = iter(low.chunk(len(lora_b), -1)), iter(lora_b)
-        biases = [None] * len(sizes) if bias is None else bias.split(sizes)
-        parts = []
-        for rows, offset, has in zip(weight.split(sizes), biases, adapted, strict=True):
-            part = F.linear(x, rows, offset)
-            parts.append(part.addmm_(next(lows), next(ups).to(x.dtype).t()) if has else part)
-        ctx.save_for_backward(x, weight, low, lora_a, *lora_b)
-        ctx.sizes, ctx.adapted, ctx.scale = sizes, adapted, scale
-        return tuple(parts)
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
-        x, weight, low, lora_a, *lora_b = ctx.saved_tensors
-        lows, ups = iter(low.chunk(len(lora_b), -1)), iter(lora_b)
-        to_b, to_lows = [], []
-        to_x = None
-        for rows, has, above in zip(weight.split(ctx.sizes), ctx.adapted, upstream, strict=True):
-            if ctx.needs_input_grad[0]:
-                to_x = above @ rows if to_x is None else to_x.addmm_(above, rows)
-            if has:
-                up = next(ups)
-                to_lows.append(above @ up.to(x.dtype))  # [T, rank]
-                to_b.append((above.t() @ next(lows)).to(up.dtype))
-        to_low = torch.cat(to_lows, -1).mul_(ctx.scale)
-        if to_x is not None:
-            to_x.addmm_(to_low, lora_a.to(x.dtype))
-        return to_x, None, None, None, None, None, (to_low.t() @ x).to(lora_a.dtype), *to_b
-
-
-class _FrozenRmsNorm(torch.autograd.Function):
-    """RMS norm whose weight gets no gradient; on a CPU autograd's own is computed in several passes.
-
-    With r = 1 / rms(x) and s = g * weight: dx = r (s - x r^2 mean(s x)).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        normed, inverse_rms = torch.ops.aten._fused_rms_norm(x, [x.shape[-1]], weight, eps)
-        ctx.save_for_backward(x, weight, inverse_rms)
-        return normed
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, inverse_rms = ctx.saved_tensors
-        scaled = upstream[0] * weight
-        along = (scaled * x).mean(-1, keepdim=True, dtype=torch.float32) * inverse_rms.square()
-        return scaled.sub_(x * along.to(x.dtype)).mul_(inverse_rms.to(x.dtype)), None, None
-
-
-class _Rotate(torch.autograd.Function):
-    """Rotation of the two halves of every head; its gradient is rotated back by the same angles."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-        ctx.save_for_backward(cosine, sine)
-        return _rotated(x, cosine, sine)
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        cosine, sine = ctx.saved_tensors
-        return _rotated(upstream[0], cosine, -sine), None, None
-
-
-def _rotated(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Return [x1 cos - x2 sin, x2 cos + x1 sin] for the halves x1, x2 of ``x`` [T, heads, d]."""
-    half = x.shape[-1] // 2
-    turned = x * cosine
-    turned[..., :half].addcmul_(x[..., half:], sine[..., :half], value=-1)
-    turned[..., half:].addcmul_(x[..., :half], sine[..., half:])
-    return turned
-
-
-class _ChunkedLoss(torch.autograd.Function):
-    """Summed cross-entropy of the logits ``hidden @ weight.T``.
-
-    Logits exist for one chunk of positions at a time, and their gradient, softmax - one hot, is taken on the spot.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        to_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
-        to_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        matrix = weight.to(hidden.dtype)
-        losses = torch.empty(len(hidden), device=hidden.device, dtype=torch.float32)
-        for start in range(0, len(hidden), _CHUNK):
-            rows = slice(start, start + _CHUNK)
-            chunk, target = hidden[rows], targets[rows, None]
-            logits = (chunk @ matrix.t()).float()
-            normaliser = logits.logsumexp(-1, keepdim=True)
-            losses[rows] = (normaliser - logits.gather(-1, target))[:, 0]
-            if to_hidden is not None or to_weight is not None:
-                error = logits.sub_(normaliser).exp_()  # the softmax, in the memory of the logits
-                error.scatter_add_(-1, target, torch.full_like(target, -1, dtype=error.dtype))
-                if weights is not None:
-                    error.mul_(weights[rows, None])
-                low = error.to(hidden.dtype)
-                if to_hidden is not None:
-                    to_hidden[rows] = low @ matrix
-                if to_weight is not None:
-                    to_weight += low.t() @ chunk
-        ctx.save_for_backward(to_hidden, to_weight)
-        ctx.mark_non_differentiable(losses)
-        total = losses.sum() if weights is None else (losses * weights).sum()
-        return total, losses
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        to_hidden, to_weight = ctx.saved_tensors
-        scaled_hidden = None if to_hidden is None else to_hidden * upstream[0].to(to_hidden.dtype)
-        scaled_weight = None if to_weight is None else to_weight * upstream[0].to(to_weight.dtype)
-        return scaled_hidden, scaled_weight, None, None

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from covray.config import LoraConfig
-from covray.models.lvm import model as model_module
+from covray.models.lvm import functions
 from covray.models.lvm.model import Batch, Lvm
 from tests.support.backbones import load, random_batch, write_llama
 
@@ -100,7 +100,7 @@ def test_the_loss_is_the_same_in_chunks(llama_folder: Path, monkeypatch: pytest.
     model.head.weight.requires_grad_(True)
     batch = random_batch(*LENGTHS)
     loss, each, found = gradients(model, batch)
-    monkeypatch.setattr(model_module, "_CHUNK", 7)
+    monkeypatch.setattr(functions, "CHUNK", 7)
     loss_in_chunks, each_in_chunks, found_in_chunks = gradients(model, batch)
     torch.testing.assert_close(loss_in_chunks, loss, rtol=1e-6, atol=0)
     torch.testing.assert_close(each_in_chunks, each, rtol=1e-5, atol=1e-6)
