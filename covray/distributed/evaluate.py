@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ def evaluate(config: EvaluateConfig, patience_s: float = 0.0) -> EvaluationResul
             work = _prepare(config)
         begun = output.begun
         if begun is not None:
-            output.require_same(begun.identity, work.config.identity())
+            output.require_same(_without_places(begun.identity), _without_places(work.config.identity()))
             output.require_same(begun.fingerprints, work.fingerprints)
             if output.finished:
                 return _finished(work.config, output.folder, begun)
@@ -304,6 +304,19 @@ def _absolute(config: EvaluateConfig) -> EvaluateConfig:
     if config.manifest is not None:
         update["manifest"] = absolute(config.manifest)
     return config.model_copy(update=update)
+
+
+def _without_places(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``identity`` without where things are: folders move, and what is in them is compared by fingerprints.
+
+    A manifest has none, but the ids of its pairs say which pictures they are, and pairs that it lacks are refused.
+    """
+    kept = {key: value for key, value in identity.items() if key not in ("data", "manifest")}
+    kept["adapters"] = [named_run(entry)[0] for entry in identity.get("adapters", ())]
+    for key in ("tokenizer", "backbone"):
+        if isinstance(identity.get(key), dict):
+            kept[key] = {name: value for name, value in identity[key].items() if name not in ("path", "revision")}
+    return kept
 
 
 def _prepare(config: EvaluateConfig) -> _Work:

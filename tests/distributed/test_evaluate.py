@@ -17,7 +17,7 @@ import pytest
 from covray.chains.dataset import ChainDataset
 from covray.cli import app as cli
 from covray.config import EvaluateConfig
-from covray.distributed.evaluate import _episodes, _metric, evaluate, read_rows
+from covray.distributed.evaluate import _episodes, _metric, _prepare, evaluate, read_rows
 from covray.errors import ConfigError
 from covray.evaluation.answers import RESULT_SCHEMA
 from covray.evaluation.pair_files import choose_pairs
@@ -152,6 +152,32 @@ def test_another_configuration_does_not_continue(
     with pytest.raises(ConfigError, match=r"was begun with another configuration: .*seed was 7, is 0") as error:
         evaluate(config)
     assert "\n" not in str(error.value)
+
+
+def test_an_evaluation_whose_folders_have_moved_continues(
+    there: tuple[str, Any, list[object]], write_run: Write, tmp_path: Path
+) -> None:
+    data, _, _ = there
+    names = (Path(data).name, "runs/tuned", "pairs.parquet")
+
+    def config_below(root: Path, **changes: object) -> EvaluateConfig:
+        dataset, run, manifest = (str(root / name) for name in names)
+        values = {"data": dataset, "adapters": [run], "manifest": manifest, "split": "val", "out": str(root / "out")}
+        return EvaluateConfig.model_validate(values | changes)
+
+    work = _prepare(config_below(tmp_path))
+    record = EvaluationRecord(
+        config={}, identity=work.config.identity(), fingerprints=work.fingerprints, subjects=[], mlflow_run_id=None
+    )
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for name in (names[0], "runs", "pairs.parquet"):
+        (tmp_path / name).rename(moved / name)
+    record.write(str(moved / "out"))
+    with pytest.raises(AssertionError, match="Ray was started"):
+        evaluate(config_below(moved))
+    with pytest.raises(ConfigError, match="was begun with another configuration: adapters"):
+        evaluate(config_below(moved, adapters=[f"other={moved / 'runs' / 'tuned'}"]))
 
 
 def test_what_does_not_decide_scores_is_no_part_of_the_identity(config_of: Write, tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ class Stage:
     """Scenes to train on, the first ones; None is all. No stage sees a pair more than about twice."""
 
 
-STAGES = (Stage(4000, 4, 1.0, 15_000), Stage(2200, 1, 0.7))
+STAGES = (Stage(4000, 4, 1.0, 15_000), Stage(1400, 1, 0.7))
 
 
 @dataclass(frozen=True)
