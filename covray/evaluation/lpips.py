@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import pickle
 from collections.abc import Iterator
-from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from safetensors.torch import load_file
 from torch import Tensor
 
 from covray.errors import WeightsError, one_line
@@ -41,6 +41,8 @@ _LAYERS = (
 )
 LEAST_PX = 31
 """Side of the smallest picture of which something is left after the last pooling."""
+_LINEAR = Path(__file__).parents[1] / "assets" / "lpips" / "alex.safetensors"
+"""The weights of each layer's features, version 0.1 of the reference implementation."""
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 """Mean and deviation of the pixels of ImageNet by channel, in [-1, 1]; the values of the reference implementation."""
 
@@ -83,7 +85,7 @@ def find_alexnet() -> Path | None:
 
 
 def load_lpips(path: Path) -> Lpips:
-    """Return LPIPS with the AlexNet of ``path`` and the linear weights that torchmetrics carries.
+    """Return LPIPS with the AlexNet of ``path`` and the linear weights that covray ships (assets/lpips).
 
     Raises:
         WeightsError: The file is not what its name says, or is not torchvision's AlexNet.
@@ -99,7 +101,7 @@ def load_lpips(path: Path) -> Lpips:
             convolutions.append((trunk[f"{name}.weight"], trunk[f"{name}.bias"]))
     except (OSError, EOFError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
         raise WeightsError(f"{path}: is not torchvision's AlexNet ({one_line(error)}); give {ALEXNET}") from error
-    linear = _read(Path(str(files("torchmetrics"))) / "functional" / "image" / "lpips_models" / "alex.pth")
+    linear = load_file(_LINEAR)
     weights = [linear[f"lin{number}.model.1.weight"] for number in range(len(_LAYERS))]
     return Lpips(convolutions, weights)
 

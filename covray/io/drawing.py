@@ -8,7 +8,6 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -16,12 +15,13 @@ TILE_PX = 128
 """Side of a tile: a 64 px picture at twice its size."""
 GAP_PX = 6
 PAPER, FAINT = "#ffffff", "#6b7280"
+_FONTS = Path(__file__).parents[1] / "assets" / "fonts"
 
 
 def load_font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """Return DejaVu Sans, which matplotlib ships: drawings look the same on a machine without fonts."""
+    """Return DejaVu Sans, which covray ships: drawings look the same on a machine without fonts."""
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", name)), size)
+    return ImageFont.truetype(str(_FONTS / name), size)
 
 
 def draw_strip(pictures: Sequence[np.ndarray], captions: Sequence[str]) -> bytes:

@@ -6,6 +6,7 @@ batch) are added here. DeepSpeed is imported only where it is used, because impo
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
@@ -58,6 +59,15 @@ def read_settings(name: str) -> dict[str, Any]:
     return settings
 
 
+def require_deepspeed(setting: str) -> None:
+    """Raise ConfigError where DeepSpeed is not installed; ``setting`` is what asks for it."""
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError(
+            f"compute.deepspeed: {setting} needs DeepSpeed, which is not installed; pip install deepspeed (on Linux), "
+            "or set compute.deepspeed=none"
+        )
+
+
 def check_settings(name: str) -> None:
     """Refuse a DeepSpeed configuration that ``read_settings`` refuses, or DeepSpeed itself.
 
@@ -67,6 +77,7 @@ def check_settings(name: str) -> None:
         ConfigError: The configuration cannot be used.
     """
     settings = read_settings(name)
+    require_deepspeed(name)
     if name in STAGES:
         return
     accelerator = os.environ.get("DS_ACCELERATOR")
@@ -94,14 +105,21 @@ def choose(config: TrainConfig, llama: LlamaConfig, gpu_bytes: int | None) -> st
         config: The configuration of the training.
         llama: The architecture of the backbone.
         gpu_bytes: Memory of each GPU, of which 15% are left to kernels, allocator and communication. None: no GPU.
+
+    Raises:
+        ConfigError: A stage of DeepSpeed is chosen, and DeepSpeed is not installed.
     """
     if gpu_bytes is None:
         return "none"
+    chosen = "zero3_offload"
     for name, stage in (("none", 0), ("zero2", 2), ("zero3", 3)):
         needed = memory(config, llama, stage, config.optimizer.micro_batch_tokens, config.compute.recompute)
         if needed.total <= 0.85 * gpu_bytes:
-            return name
-    return "zero3_offload"
+            chosen = name
+            break
+    if chosen != "none":
+        require_deepspeed(f"auto chooses {chosen}, which")
+    return chosen
 
 
 class ZeroUpdate(Generic[B]):
@@ -218,6 +236,7 @@ def _import_deepspeed(device: torch.device) -> Any:
     # Some settings need a compiled operator, as offloading to a disk. The ninja that compiles it lies beside Python,
     # where a worker of a virtual environment does not look.
     os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)])
+    require_deepspeed("this worker")
     import deepspeed
 
     if device.type == "cpu":

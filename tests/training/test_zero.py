@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -137,3 +138,18 @@ def test_the_stage_is_the_fastest_that_fits(
     options = {"data": "chains", "out": "run", "workers.count": workers, "compute.recompute": recompute}
     config = load_config(TrainConfig, None, options)
     assert choose(config, llama_config(scale), None if gib is None else gib * GIB) == expected
+
+
+def test_without_deepspeed_a_stage_is_refused_in_one_line(
+    tiny_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "deepspeed" else find(name))
+    advice = r"needs DeepSpeed, which is not installed; pip install deepspeed"
+    with pytest.raises(ConfigError, match=rf"^compute\.deepspeed: zero2 {advice}"):
+        check_settings("zero2")
+    config, llama = tiny_config(), llama_config("7b")
+    assert choose(config, llama, None) == "none"
+    assert choose(config, llama, 2**50) == "none"
+    with pytest.raises(ConfigError, match=rf"^compute\.deepspeed: auto chooses zero3_offload, which {advice}"):
+        choose(config, llama, 2**20)

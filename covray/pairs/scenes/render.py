@@ -1,4 +1,4 @@
-"""What a camera sees of a scene: Embree casts the rays; one cast gives colour, depth, normals, classes and edges.
+"""What a camera sees of a scene: one cast of rays gives colour, depth, normals, classes and edges.
 
 The camera looks along -z of its own frame, x right, y up (OpenGL).
 """
@@ -8,11 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from embreex import rtcore_scene
-from embreex.mesh_construction import TriangleMesh
 from numpy.typing import NDArray
 
 from covray.io.pixels import to_srgb
+from covray.pairs.scenes.casting import open_caster
 from covray.pairs.scenes.geometry import CLASSES, Array, Body, Texture, sample_figure, sample_room, sample_solid, unit
 
 
@@ -106,7 +105,7 @@ class Camera:
 
 
 class Stage:
-    """All bodies in one Embree scene, with the light."""
+    """All bodies in one scene, with the light."""
 
     def __init__(self, bodies: list[Body], sun: Array, strength: float, ambient: float, tint: Array):
         self.bodies, self.sun, self.strength, self.ambient, self.tint = bodies, sun, strength, ambient, tint
@@ -124,8 +123,7 @@ class Stage:
         self.corner_normals = np.concatenate(corner_normals)
         self.body_of = np.repeat(np.arange(len(bodies)), [len(body.faces) for body in bodies])
         self.class_of = np.array([CLASSES.index(body.kind) + 1 for body in bodies], np.uint8)
-        self.embree = rtcore_scene.EmbreeScene()
-        TriangleMesh(self.embree, self.triangles.astype(np.float32))
+        self.caster = open_caster(self.triangles)
 
     def view(self, camera: Camera, joints: Array) -> View:
         """What ``camera`` sees, with the figure's ``joints`` [18, 3]."""
@@ -155,14 +153,10 @@ class Stage:
 
     def _cast(self, origin: Array, rays: Array) -> _Hits:
         """First hits of ``rays`` [n, 3] from one ``origin`` [3]."""
-        origins = np.broadcast_to(origin, rays.shape).astype(np.float32)
-        answer = self.embree.run(origins, rays.astype(np.float32), output=True)
-        face = answer["primID"].astype(np.int64)
-        hit = face >= 0
-        face = np.where(hit, face, 0)
-        distance = np.where(hit, answer["tfar"], 0).astype(np.float64)
-        u, v = answer["u"].astype(np.float64), answer["v"].astype(np.float64)
-        weights = np.stack([1 - u - v, u, v], axis=1)[..., None]
+        first = self.caster.first_hits(origin, rays)
+        hit = first.face >= 0
+        face, distance = np.where(hit, first.face, 0), np.where(hit, first.distance, 0)
+        weights = np.stack([1 - first.u - first.v, first.u, first.v], axis=1)[..., None]
         normal = unit((self.corner_normals[face] * weights).sum(axis=1))
         normal *= np.where((normal * rays).sum(axis=1, keepdims=True) > 0, -1.0, 1.0)
         return _Hits(hit, self.body_of[face], origin + rays * distance[:, None], normal, distance)
@@ -174,9 +168,7 @@ class Stage:
         for index in np.unique(body[hit]):
             mask = hit & (body == index)
             albedo[mask] = self.paint(self.bodies[index].texture, points[mask])
-        start = (points + normal * 2e-3).astype(np.float32)
-        toward = np.broadcast_to(self.sun, points.shape).astype(np.float32)
-        lit = self.embree.run(start, np.ascontiguousarray(toward), query="OCCLUDED") != 0
+        lit = ~self.caster.occluded(points + normal * 2e-3, self.sun)
         facing = np.clip(normal @ self.sun, 0, 1) * lit
         gloss = np.clip(unit(self.sun - rays) * normal, -1, 1).sum(axis=1).clip(0, 1) ** 40 * lit * 0.25
         sky = self.ambient * (0.7 + 0.3 * normal[:, 2])
