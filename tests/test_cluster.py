@@ -92,12 +92,24 @@ def test_every_node_wants_the_token_and_none_shows_its_dashboard(name: str) -> N
     assert any("export" in line and "RAY_AUTH_MODE=token" in line for line in config["setup_commands"])
 
 
+def built_from() -> set[str]:
+    """Return the files and folders of the repository that the package is built from."""
+    about = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    project, wheel = about["project"], about["tool"]["hatch"]["build"]["targets"]["wheel"]
+    licences = {file for file in project["license-files"] if not file.startswith("covray/")}
+    return {"covray", "pyproject.toml", project["readme"]} | licences | set(wheel["force-include"])
+
+
+def test_what_is_copied_to_the_image_is_the_package_and_no_more() -> None:
+    text = (CLUSTER / "kuberay" / "Dockerfile").read_text()
+    copied = re.findall(r"^COPY --chown=\S+ (.*) \S+$", text, re.MULTILINE)
+    assert set(" ".join(copied).split()) == built_from()
+
+
 @pytest.mark.parametrize("name", LAUNCHER)
 def test_what_is_copied_to_the_nodes_is_the_package_and_no_more(name: str) -> None:
     mounts = {remote: local for remote, local in read(name)["file_mounts"].items() if local != "~/.ray/auth_token"}
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    needed = {"covray", "pyproject.toml", project["readme"], *project["license-files"]}
-    assert set(mounts.values()) == needed
+    assert set(mounts.values()) == built_from()
     assert all(remote == f"~/project/{local}" and (ROOT / local).exists() for remote, local in mounts.items())
 
 
