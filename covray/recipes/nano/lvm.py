@@ -232,7 +232,8 @@ def new_lvm(seed: int, context: int, codebook: NDArray[np.float32]) -> Lvm:
     generator = torch.Generator().manual_seed(seed)
     config = llama_config("nano")
     config.max_position_embeddings = context
-    config.num_attention_heads = HEADS
+    config.num_attention_heads = config.num_key_value_heads = HEADS
+    config.head_dim = config.hidden_size // HEADS
     model = Lvm(config)
     depth = (2 * model.config.num_hidden_layers) ** -0.5
     with torch.no_grad():

@@ -205,6 +205,16 @@ def test_an_untrained_lvm_knows_nothing() -> None:
     assert all(abs(math.log(value / vocabulary)) < 0.3 for value in found.values())
 
 
+def test_the_lvm_of_the_recipe_is_read_as_it_was_saved(tmp_path: Path) -> None:
+    model = lvm.new_lvm(0, 4096, np.random.default_rng(0).normal(size=(2048, 8)).astype(np.float32))
+    lvm.save_lvm(model, tmp_path, "0" * 64, 256)
+    loaded = lvm._load(tmp_path, CPU)
+    ids = torch.randint(0, 2048, (40,))
+    theirs = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    with torch.inference_mode():
+        assert torch.allclose(loaded.logits(ids, (40,)), theirs(ids[None]).logits[0], atol=1e-5)
+
+
 def test_codes_that_look_alike_begin_with_like_embeddings() -> None:
     codebook = np.random.default_rng(1).normal(size=(300, 8)).astype(np.float32)
     codebook[1] = codebook[0] + 0.01
