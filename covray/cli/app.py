@@ -19,7 +19,19 @@ import typer
 from rich.console import Console
 
 from covray import __version__
-from covray.cli import answers, chains, cluster, configurations, models, pairs, planning, stories, sweeps, training
+from covray.cli import (
+    answers,
+    chains,
+    cluster,
+    configurations,
+    models,
+    pairs,
+    planning,
+    plugins,
+    stories,
+    sweeps,
+    training,
+)
 from covray.cli.command import Command, once_spelled
 from covray.cli.output import console, escape, quiet_libraries
 from covray.cli.waiting import details_shown, informed, show_details
@@ -57,6 +69,7 @@ app.command(
 )(cluster.submit)
 app.command(cls=Command, rich_help_panel=SCALE)(cluster.doctor)
 app.command(cls=Command, rich_help_panel=SCALE)(configurations.config)
+app.command(cls=Command, rich_help_panel=MODELS)(plugins.plugins)
 app.command(cls=Command, rich_help_panel=SCALE)(planning.plan)
 app.command(cls=Command, rich_help_panel=SCALE)(cluster.benchmark)
 
@@ -69,6 +82,7 @@ pairs_app.command(cls=Command)(pairs.coco)
 pairs_app.command(cls=Command)(pairs.nyuv2)
 pairs_app.command(cls=Command)(pairs.bsds)
 pairs_app.command(cls=Command)(pairs.lol)
+pairs_app.command("from", cls=Command)(pairs.from_plugin)
 pairs_app.command(cls=Command)(pairs.check)
 app.add_typer(pairs_app, name="pairs", rich_help_panel=STEPS)
 

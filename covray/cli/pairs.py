@@ -208,6 +208,23 @@ def lol(
     _write_drawn(out, root, base, lol_pairs(root, split, count, seed), count, json_)
 
 
+def from_plugin(
+    source: Annotated[str, typer.Argument(help="Name of the source; covray plugins lists those that are installed.")],
+    root: Annotated[str, typer.Argument(help="The data set's folder.")],
+    out: OutManifest,
+    split: Annotated[str, typer.Option(help="Split of the data set.")] = "train",
+    count: Count = None,
+    seed: Seed = 0,
+    base: Base = None,
+    json_: Json = False,
+) -> None:
+    """A data set that another installed package knows."""
+    from covray.pairs.plugin_sources import find_source
+
+    pairs = find_source(source)(root, split=split, count=count, seed=seed)
+    _write_drawn(out, root, base, iter(pairs), count, json_)
+
+
 def check(
     manifest: Annotated[str, typer.Argument(help="Manifest, or a folder of manifests.")],
     limit: Annotated[int, typer.Option(min=0, help="Pairs that cannot be used: named up to so many.")] = 20,

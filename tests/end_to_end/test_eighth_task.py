@@ -101,12 +101,16 @@ def _named(results: dict[str, list[dict[str, object]]]) -> list[dict[str, object
     return [subject | {"subject": subject["name"]} for subject in results["subjects"]]
 
 
-def test_a_task_that_cannot_be_loaded_is_one_line(tmp_path: Path, python_path: str) -> None:
+def test_a_task_that_cannot_be_loaded_is_one_line_and_the_rest_works(tmp_path: Path, python_path: str) -> None:
     entry = Path(python_path.split(os.pathsep)[0], "toy_task-1.0.dist-info", "entry_points.txt")
-    for target, reason in (("no.such.module", "cannot be loaded"), ("covray.tasks.depth", "its name depth is taken")):
+    for target, reason in (("no.such.module", "cannot be loaded"), ("covray.tasks.depth", "the name of another task")):
         entry.write_text(f"[covray.tasks]\nmore = {target}\n")
-        done = run("pairs", "scenes", "--out", str(tmp_path / "x.parquet"), code=2, PYTHONPATH=python_path)
-        last = done.stderr.splitlines()[-1]  # after the lines that say what the command waits for
-        assert last.startswith(f"covray: task {target}: ")
-        assert reason in last
+        out = tmp_path / "x.parquet"
+        done = run("pairs", "scenes", "--count", "1", "--out", str(out), PYTHONPATH=python_path)
+        (line,) = (line for line in done.stderr.splitlines() if "toy-task 1.0: its covray.tasks more" in line)
+        assert reason in line
         assert "Traceback" not in done.stderr
+        assert out.exists()
+        out.unlink()
+        done = run("pairs", "scenes", "--task", "more", "--out", str(out), code=2, PYTHONPATH=python_path)
+        assert "--task more: no such task" in done.stderr.splitlines()[-1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import pytest
 
 from covray.chains.dataset import ChainDataset
 from covray.config import GenerateConfig
-from covray.errors import ConfigError
 from covray.evaluation.records import EvaluationResults
 from covray.evaluation.results import choose_episodes, tabulate
 from covray.evaluation.subjects import subjects_of
@@ -57,39 +55,3 @@ def test_a_task_that_nobody_registered_is_refused_by_its_name() -> None:
     assert GenerateConfig.model_validate(options | {"task": "brightness"}).task == "brightness"
     with pytest.raises(ValueError, match=r"no such task; the tasks are segmentation, .*, brightness"):
         GenerateConfig.model_validate(options | {"task": "cooking"})
-
-
-class _EntryPoint:
-    """What ``importlib.metadata`` finds in a package."""
-
-    def __init__(self, value: str, task: object):
-        self.value, self.task = value, task
-
-    def load(self) -> object:
-        if isinstance(self.task, Exception):
-            raise self.task
-        return self.task
-
-
-@pytest.mark.parametrize(
-    ("task", "reason"),
-    [(ImportError("no module named toy"), "toy: cannot be loaded .no module named toy"), (object(), "cannot be loaded"),
-     (toy_task, "its name brightness is taken")],
-)  # fmt: skip
-def test_a_plug_in_that_cannot_be_used_is_one_line(task: object, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import covray.tasks as package
-
-    monkeypatch.setattr(package, "entry_points", lambda group: [_EntryPoint("toy", task)])
-    with pytest.raises(ConfigError, match=reason) as refused:
-        package._add_plugins()
-    assert "\n" not in str(refused.value)
-
-
-def test_a_plug_in_joins_the_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    import covray.tasks as package
-
-    monkeypatch.delitem(TASKS, "brightness")
-    monkeypatch.setattr(package, "entry_points", lambda group: [_EntryPoint("toy", toy_task)])
-    package._add_plugins()
-    assert list(TASKS)[-1] == "brightness"
-    assert json.loads(TASKS["brightness"].export(toy_task.render(0.5, 4))["brightness.json"])["level"] > 0.49
