@@ -6,6 +6,7 @@ cannot be logged are kept, and logged when the store is back.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import posixpath
@@ -253,11 +254,16 @@ def store_of(config: Tracked) -> str | None:
     """Return the MLflow store of a run as MLflow names it; None for no tracking.
 
     Raises:
-        ConfigError: The run's folder is remote, where no file can be a database, and no store is named.
+        ConfigError: The run's folder is remote, where no file can be a database, and no store is named; or MLflow is
+            not installed.
     """
     uri = config.tracking.uri
+    if uri == "none":
+        return None
+    if importlib.util.find_spec("mlflow") is None:
+        raise ConfigError("tracking.uri: MLflow is not installed; pip install mlflow, or set tracking.uri=none")
     if uri is not None:
-        return None if uri == "none" else uri
+        return uri
     if "://" in config.out:
         raise ConfigError(
             f"{config.out}: beside a remote run there can be no mlflow.db; give --tracking-uri (none: no tracking)"

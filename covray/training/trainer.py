@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import resource
+import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -259,7 +260,9 @@ class Trainer(Generic[B]):
         device = self._worker.device
         speed = {"seconds": seconds, "tokens_per_s": tokens / seconds}
         if device.type != "cuda":
-            return speed | {"memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+            peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            unit_bytes = 1 if sys.platform == "darwin" else 1024
+            return speed | {"memory_bytes": peak_memory * unit_bytes}
         speed["memory_bytes"] = torch.cuda.max_memory_allocated()
         peak = peak_flops(torch.cuda.get_device_name(device))
         if peak is not None:

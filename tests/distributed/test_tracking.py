@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -74,6 +75,15 @@ def test_without_tracking_nothing_is_written(tmp_path: Path) -> None:
     tracker.artefacts(str(tmp_path), ["absent"])
     tracker.finish("FINISHED")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_mlflow_a_store_is_refused_in_one_line_and_no_tracking_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "mlflow" else find(name))
+    for options in ({}, {"tracking.uri": "http://host:5000"}):
+        with pytest.raises(ConfigError, match=r"^tracking\.uri: MLflow is not installed; pip install mlflow"):
+            store_of(config_of("/data/run", **options))
+    assert Tracker(config_of("/data/run", **{"tracking.uri": "none"}), None).start() is None
 
 
 # --- mistakes ------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import sys
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from covray.chains.sentences import Chains, Sentences, loss_tokens, micro_batche
 from covray.config import TrainConfig
 from covray.errors import ConfigError
 from covray.models.lvm.model import Batch
+from covray.training.metrics_log import read_metrics
 from covray.training.objectives.visual_sentences import VisualSentences, answer_positions
 from covray.training.optimizers import PlainUpdate, learning_rate
 from covray.training.run import train
@@ -337,3 +339,17 @@ def test_compiling_without_pythons_headers_is_refused(
     monkeypatch.setenv("CXX", sys.executable)
     with pytest.raises(ConfigError, match=r"compute\.compile: .*Python\.h is not there; apt-get install python3-dev"):
         train(tiny_config(compute__compile=True))
+
+
+@pytest.mark.parametrize(("system", "unit_bytes"), [("linux", 1024), ("darwin", 1)])
+def test_peak_memory_is_in_bytes_on_every_system(
+    system: str, unit_bytes: int, tiny_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linux counts it in KiB, macOS in bytes."""
+    config = tiny_config()
+    usage = SimpleNamespace(ru_maxrss=12345)
+    monkeypatch.setattr("covray.training.trainer.resource.getrusage", lambda who: usage)
+    monkeypatch.setattr("covray.training.trainer.sys", SimpleNamespace(platform=system))
+    train(config)
+    steps = [record for record in read_metrics(f"{config.out}/metrics.jsonl") if "loss" in record]
+    assert {record["memory_bytes"] for record in steps} == {12345 * unit_bytes}
