@@ -22,6 +22,7 @@ pytest_plugins = [
     "tests.support.photographs",
     "tests.support.priors",
     "tests.support.trainings",
+    "tests.support.vlm_trainings",
 ]
 
 

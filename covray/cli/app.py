@@ -31,6 +31,7 @@ from covray.cli import (
     stories,
     sweeps,
     training,
+    vlm,
 )
 from covray.cli.command import Command, once_spelled
 from covray.cli.output import console, escape, quiet_libraries
@@ -85,6 +86,12 @@ pairs_app.command(cls=Command)(pairs.lol)
 pairs_app.command("from", cls=Command)(pairs.from_plugin)
 pairs_app.command(cls=Command)(pairs.check)
 app.add_typer(pairs_app, name="pairs", rich_help_panel=STEPS)
+
+vlm_app = typer.Typer(help="Vision-language models: train, generate, evaluate.", no_args_is_help=True)
+vlm_app.command(cls=Command)(vlm.train)
+vlm_app.command(cls=Command)(vlm.generate)
+vlm_app.command(cls=Command)(vlm.evaluate)
+app.add_typer(vlm_app, name="vlm", rich_help_panel=MODELS)
 
 nano_app = typer.Typer(help="The nano family: train it, measure it, judge its tokenizer.", no_args_is_help=True)
 nano_app.command("train", cls=Command)(models.nano_train)

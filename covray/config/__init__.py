@@ -21,6 +21,7 @@ from covray.config.plan import AssumedConfig, NodesConfig, PlanConfig
 from covray.config.section import Section, differences, leaves, load_config, read_yaml
 from covray.config.sweep import GridConfig, SweepConfig
 from covray.config.train import (
+    AdamWConfig,
     CheckpointsConfig,
     ComputeConfig,
     LoraConfig,
@@ -31,7 +32,8 @@ from covray.config.train import (
 )
 
 __all__ = [
-    "ActorsConfig", "AssumedConfig", "BackboneConfig", "BuildConfig", "CheckpointsConfig", "ComputeConfig",
+    "ActorsConfig", "AdamWConfig", "AssumedConfig", "BackboneConfig", "BuildConfig", "CheckpointsConfig",
+    "ComputeConfig",
     "EngineConfig", "EvaluateConfig", "FormConfig", "GenerateConfig", "GeneratorConfig", "GridConfig", "LoraConfig",
     "NodesConfig", "OptimizerConfig", "PlanConfig", "PriorConfig", "SamplingConfig", "Section", "SentencesConfig",
     "SweepConfig", "TokenizerConfig", "TrackingConfig", "TrainConfig", "WorkersConfig", "differences", "leaves",

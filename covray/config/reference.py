@@ -23,6 +23,7 @@ from covray.config.plan import PlanConfig
 from covray.config.section import Section
 from covray.config.sweep import SweepConfig
 from covray.config.train import TrainConfig
+from covray.config.vlm import VlmEvaluateConfig, VlmGenerateConfig, VlmTrainConfig
 
 STEPS: dict[str, type[Section]] = {
     "build": BuildConfig,
@@ -31,6 +32,9 @@ STEPS: dict[str, type[Section]] = {
     "evaluate": EvaluateConfig,
     "sweep": SweepConfig,
     "plan": PlanConfig,
+    "vlm train": VlmTrainConfig,
+    "vlm generate": VlmGenerateConfig,
+    "vlm evaluate": VlmEvaluateConfig,
 }
 """The configuration of every step, in the order of the page."""
 

@@ -59,7 +59,7 @@ class SentencesConfig(Section):
         return None if value is None else tuple(sorted(set(value)))
 
 
-class OptimizerConfig(Section):
+class AdamWConfig(Section):
     """AdamW on the adapter, with a cosine schedule after a warm-up."""
 
     learning_rate: float = Field(default=2e-4, gt=0)
@@ -78,11 +78,36 @@ class OptimizerConfig(Section):
     """How often each pair is the query (``covray train --scale nano``: 4)."""
     steps: int | None = Field(default=None, ge=1, le=10**9)
     """Steps of the training, in place of ``epochs``."""
+
+    @property
+    def step_size(self) -> str:
+        """What a step takes, such as "8192 tokens"."""
+        raise NotImplementedError
+
+    @property
+    def for_more_steps(self) -> str:
+        """What to change to take more steps."""
+        raise NotImplementedError
+
+
+class OptimizerConfig(AdamWConfig):
+    """AdamW on the adapter, with a cosine schedule after a warm-up."""
+
     batch_tokens: int = Field(default=172_032, ge=1, le=10**12)
     """Tokens of a step over all workers (the paper: 172K; ``covray train --scale nano``: 8192). The loss is their mean,
     however many workers there are."""
     micro_batch_tokens: int = Field(default=8192, ge=1, le=10**12)
     """Tokens that a worker computes at a time, at least one sentence (``covray train --scale nano``: 4096)."""
+
+    @property
+    def step_size(self) -> str:
+        """What a step takes."""
+        return f"{self.batch_tokens} tokens"
+
+    @property
+    def for_more_steps(self) -> str:
+        """What to change to take more steps."""
+        return "optimizer.batch_tokens (configs/train/nano.yaml has 8192)"
 
 
 _NANO_OPTIMIZER: dict[str, Any] = {

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 import ray.exceptions
@@ -23,6 +23,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from covray.config import TrainConfig
+from covray.config.vlm import VlmTrainConfig
 from covray.distributed.control import ControlActor
 from covray.distributed.interrupts import GracefulStop
 from covray.distributed.pool import on
@@ -33,7 +34,6 @@ from covray.distributed.train_progress import TrainProgress
 from covray.distributed.worker_entry import WorkerSettings, work
 from covray.errors import ConfigError, last_line
 from covray.io.storage import Folder
-from covray.models.lvm.backbone import BackboneFacts
 from covray.models.lvm.model import bfloat16_units
 from covray.progress import stage
 from covray.training.checkpoints import EXPORT
@@ -73,18 +73,32 @@ def train(config: TrainConfig, watch: Callable[[Metrics], None] | None = None, p
             return TrainResult.read(output.folder)
         begun = binding_record(output)
         with ray_session() as cores:
-            config = _resolve(checked.config, checked.facts, cores)
+            facts = checked.facts
+            config = resolve_compute(checked.config, cores, lambda config, gpu: choose(config, facts.llama, gpu))
             if begun is not None:
                 output.require_same(begun.identity, config.identity())
             with output.tracked(config, checked.record(config, begun)) as (tracker, _):
-                result = _run(config, output.folder, tracker, watch)
+                result = run_workers(config, output.folder, tracker, watch)
                 names = (output.folder / EXPORT).list_files()
                 tracker.artefacts(config.out, [f"{EXPORT}/{name}" for name in names])
     return result
 
 
-def _run(config: TrainConfig, folder: Folder, tracker: Tracker, watch: Callable[[Metrics], None] | None) -> TrainResult:
-    """Start the workers and follow them to the end."""
+def run_workers(
+    config: TrainConfig | VlmTrainConfig, folder: Folder, tracker: Tracker, watch: Callable[[Metrics], None] | None
+) -> TrainResult:
+    """Start the workers of a training and follow them to the end.
+
+    Args:
+        config: The configuration, without an ``auto``.
+        folder: The run folder, which the driver has locked.
+        tracker: The MLflow run.
+        watch: Called with every record of ``metrics.jsonl``.
+
+    Raises:
+        CovrayError: The training failed.
+        KeyboardInterrupt: After a signal to stop, once a checkpoint is written.
+    """
     # A node may take minutes to arrive and to load; by default Ray Train begins again after one minute.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "900")
     control = ControlActor.options(scheduling_strategy=here()).remote()
@@ -109,7 +123,7 @@ def _run(config: TrainConfig, folder: Folder, tracker: Tracker, watch: Callable[
     return TrainResult.read(folder)
 
 
-def _torch_trainer(config: TrainConfig, ray_folder: Folder, control: Any) -> TorchTrainer:
+def _torch_trainer(config: TrainConfig | VlmTrainConfig, ray_folder: Folder, control: Any) -> TorchTrainer:
     """Return Ray Train's trainer; ``ray_folder`` is where it keeps what its nodes share."""
     workers = config.workers
     resources = {"CPU": workers.cpus, **on(workers.node_type)}
@@ -154,8 +168,20 @@ def _follow(fitting: Future[Any], progress: TrainProgress, control: Any, out: st
         return
 
 
-def _resolve(config: TrainConfig, facts: BackboneFacts, cores: int) -> TrainConfig:
-    """Return ``config`` with every ``auto`` decided for the cluster. Raises ConfigError when it does not fit there."""
+C = TypeVar("C", TrainConfig, VlmTrainConfig)
+
+
+def resolve_compute(config: C, cores: int, choose_stage: Callable[[C, int | None], str]) -> C:
+    """Return ``config`` with every ``auto`` decided for the cluster.
+
+    Args:
+        config: The configuration.
+        cores: CPU cores of this machine.
+        choose_stage: Returns what ``compute.deepspeed: auto`` means for a GPU of so many bytes, or None without GPUs.
+
+    Raises:
+        ConfigError: The workers do not fit.
+    """
     workers, compute = config.workers, config.compute
     gpus_in_cluster = ray.cluster_resources().get("GPU", 0)
     gpus = workers.gpus
@@ -176,7 +202,7 @@ def _resolve(config: TrainConfig, facts: BackboneFacts, cores: int) -> TrainConf
     deepspeed = compute.deepspeed
     if deepspeed == "auto":
         gpu_bytes = _gpu_bytes(gpus, workers.node_type) if device == "cuda" else None
-        deepspeed = choose(config, facts.llama, gpu_bytes)
+        deepspeed = choose_stage(config, gpu_bytes)
     threads = compute.threads
     if threads is None:
         threads = max(1, cores // workers.count) if device == "cpu" else max(1, int(workers.cpus))
@@ -189,7 +215,7 @@ def _resolve(config: TrainConfig, facts: BackboneFacts, cores: int) -> TrainConf
     )
 
 
-def _require_resources(config: TrainConfig, gpus: float) -> None:
+def _require_resources(config: TrainConfig | VlmTrainConfig, gpus: float) -> None:
     """Refuse more workers, of ``gpus`` each, than this machine holds; a cluster may still grow. Raises ConfigError."""
     if "RAY_ADDRESS" in os.environ:
         return

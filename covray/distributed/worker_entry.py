@@ -14,6 +14,7 @@ import ray.train
 import ray.train.collective
 
 from covray.config import TrainConfig
+from covray.config.vlm import VlmTrainConfig
 from covray.errors import CovrayError
 
 
@@ -21,7 +22,7 @@ from covray.errors import CovrayError
 class WorkerSettings:
     """What the driver gives every worker."""
 
-    config: TrainConfig
+    config: TrainConfig | VlmTrainConfig
     """The resolved configuration."""
     control: Any
     """The handle of a ``ControlActor``."""

@@ -78,8 +78,8 @@ def read_user_list(
     """
     file = os.fspath(file)
     readers: dict[str, Callable[[str], Iterator[tuple[str, Any]]]] = {
-        ".csv": _csv_rows, ".tsv": _csv_rows, ".jsonl": _jsonl_rows, ".ndjson": _jsonl_rows, ".json": _json_rows,
-        ".parquet": _parquet_rows, ".pq": _parquet_rows,
+        ".csv": _csv_rows, ".tsv": _csv_rows, ".jsonl": jsonl_rows, ".ndjson": jsonl_rows, ".json": _json_rows,
+        ".parquet": parquet_rows, ".pq": parquet_rows,
     }  # fmt: skip
     ending = posixpath.splitext(file)[1].lower()
     if ending not in readers:
@@ -100,10 +100,10 @@ def _user_pairs(file: str, rows: Iterable[tuple[str, Any]], task: str | None, sp
         for key in ("image", "label"):
             if key not in values:
                 raise ManifestError(f"{file}, {where}: has no {key}; a pair needs image and label")
-        image = _picture(file, where, "image", values.pop("image"), base)
-        label = _picture(file, where, "label", values.pop("label"), base)
-        own_task = _stripped(values.pop("task", None)) or task
-        own_split = _stripped(values.pop("split", None)) or split
+        image = list_picture(file, where, "image", values.pop("image"), base)
+        label = list_picture(file, where, "label", values.pop("label"), base)
+        own_task = stripped(values.pop("task", None)) or task
+        own_split = stripped(values.pop("split", None)) or split
         if own_task is None:
             raise ManifestError(f"{file}, {where}: has no task; add a column task, or give --task")
         if not isinstance(own_task, str) or own_task not in TASKS:
@@ -123,7 +123,8 @@ def _with_plain_keys(row: Mapping[Any, Any]) -> dict[str, Any]:
     return values
 
 
-def _stripped(value: Any) -> Any:
+def stripped(value: Any) -> Any:
+    """Return a text without the blanks around it, anything else as it is."""
     return value.strip() if isinstance(value, str) else value
 
 
@@ -144,7 +145,19 @@ def _from_painter(file: str, where: str, values: dict[str, Any]) -> None:
     values["task"] = PAINTER_TASKS[kind]
 
 
-def _picture(file: str, where: str, key: str, value: Any, base: str) -> Picture:
+def list_picture(file: str, where: str, key: str, value: Any, base: str) -> Picture:
+    """Return the picture that a cell of a list names, or holds.
+
+    Args:
+        file: The list.
+        where: The place in it.
+        key: The column.
+        value: The cell.
+        base: Folder of the pictures, with a slash at its end.
+
+    Raises:
+        ManifestError: It is neither a URI nor the bytes of a picture.
+    """
     if value is None or value == "":
         return Picture()
     if isinstance(value, bytes):
@@ -172,7 +185,7 @@ def _uri(file: str, where: str, key: str, value: str, base: str) -> str:
 
 
 def _csv_rows(file: str) -> Iterator[tuple[str, dict[str, str]]]:
-    lines = (text for _, text in _lines(file))
+    lines = (text for _, text in numbered_lines(file))
     first = next(lines, "")
     declared = re.fullmatch(r"\"?sep=(.)\"?\s*", first, re.IGNORECASE)  # a line that only Excel writes
     offset = 1 if declared else 0
@@ -234,8 +247,9 @@ def _named(file: str, where: str, header: list[str], cells: list[str]) -> dict[s
     return row
 
 
-def _jsonl_rows(file: str) -> Iterator[tuple[str, Any]]:
-    for number, text in _lines(file):
+def jsonl_rows(file: str) -> Iterator[tuple[str, Any]]:
+    """Yield the values of a file of JSON lines, each with its place."""
+    for number, text in numbered_lines(file):
         if text.strip():
             where = f"line {number}"
             yield where, parsed_json(f"{file}, {where}", text, unique_keys=True)
@@ -251,7 +265,8 @@ def _json_rows(file: str) -> Iterator[tuple[str, Any]]:
         yield f"item {number}", item
 
 
-def _parquet_rows(file: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def parquet_rows(file: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the rows of a Parquet file, each with its place."""
     number = 0
     with reading(file):
         filesystem, inner = storage.resolve(file)
@@ -262,7 +277,7 @@ def _parquet_rows(file: str) -> Iterator[tuple[str, dict[str, Any]]]:
                     yield f"row {number}", row
 
 
-def _lines(file: str) -> Iterator[tuple[int, str]]:
+def numbered_lines(file: str) -> Iterator[tuple[int, str]]:
     """Yield the numbered lines of a text, whatever ends them; UTF-8, or UTF-16 with its mark.
 
     Raises:

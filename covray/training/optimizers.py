@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from covray.config import OptimizerConfig
+from covray.config import AdamWConfig
 from covray.training.objectives.base import B, B_contra, Objective
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -45,7 +45,7 @@ class Update(Protocol[B_contra]):
         """Continue from ``tensors`` after ``step`` steps."""
 
 
-def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
+def learning_rate(config: AdamWConfig, step: int, steps: int) -> float:
     """Return the learning rate of a step: a linear warm-up, then half a cosine down to the share ``final``.
 
     Args:
@@ -60,7 +60,7 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     return config.learning_rate * (config.final + (1 - config.final) * (1 + math.cos(math.pi * progress)) / 2)
 
 
-def adamw(parameters: list[torch.nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
+def adamw(parameters: list[torch.nn.Parameter], config: AdamWConfig) -> torch.optim.AdamW:
     """Return the optimizer, plain or inside DeepSpeed; the learning rate is set before every step."""
     return torch.optim.AdamW(parameters, lr=0.0, betas=config.betas, weight_decay=config.weight_decay, fused=True)
 
@@ -68,7 +68,7 @@ def adamw(parameters: list[torch.nn.Parameter], config: OptimizerConfig) -> torc
 class PlainUpdate(Generic[B]):
     """Every worker holds the whole model; gradients lie in one flat buffer, which one all-reduce sums."""
 
-    def __init__(self, objective: Objective[B], config: OptimizerConfig):
+    def __init__(self, objective: Objective[B], config: AdamWConfig):
         """Make the optimizer of the trained parameters."""
         self._objective, self._clip = objective, config.clip
         self._parameters = objective.parameters()

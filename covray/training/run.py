@@ -1,4 +1,4 @@
-"""The training of ``covray train`` on one worker: its objective, its optimizer, the trainer."""
+"""The training of a command on one worker: its objective, its optimizer, the trainer."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 from covray.config import TrainConfig
+from covray.config.vlm import VlmTrainConfig
 from covray.models.lvm.model import Batch
+from covray.models.vlm.batch import VlmBatch
 from covray.training.metrics_log import Metrics
+from covray.training.objectives.base import B, Objective
 from covray.training.objectives.block_diffusion import BlockDiffusion
+from covray.training.objectives.vision_text import VisionText
 from covray.training.objectives.visual_sentences import VisualSentences
 from covray.training.optimizers import PlainUpdate, Update
 from covray.training.records import TrainResult
@@ -18,7 +22,7 @@ from covray.training.zero import ZeroUpdate, read_settings
 
 
 def train(
-    config: TrainConfig,
+    config: TrainConfig | VlmTrainConfig,
     worker: WorkerContext | None = None,
     report: Callable[[Metrics], None] = lambda metrics: None,
 ) -> TrainResult | None:
@@ -33,12 +37,25 @@ def train(
         The figures of the finished run. None after the signal to stop, and on workers other than 0.
 
     Raises:
-        CovrayError: The dataset, backbone or checkpoint cannot be used, or the loss is not finite.
+        CovrayError: Data, model or checkpoint cannot be used, or the loss is not finite.
     """
     worker = worker or WorkerContext()
+    if isinstance(config, VlmTrainConfig):
+        vision_text: Objective[VlmBatch] = VisionText(config, worker.device)
+        return _train(config, vision_text, worker, report)
     chosen = BlockDiffusion if config.objective == "block_diffusion" else VisualSentences
-    objective = chosen(config, worker.device)
-    update: Update[Batch]
+    sentences: Objective[Batch] = chosen(config, worker.device)
+    return _train(config, sentences, worker, report)
+
+
+def _train(
+    config: TrainConfig | VlmTrainConfig,
+    objective: Objective[B],
+    worker: WorkerContext,
+    report: Callable[[Metrics], None],
+) -> TrainResult | None:
+    """Train ``objective``; see ``train``."""
+    update: Update[B]
     if config.compute.deepspeed == "none":
         update = PlainUpdate(objective, config.optimizer)
     else:
@@ -47,7 +64,8 @@ def train(
     return Trainer(config, objective, update, worker, numerics=numerics, report=report).run()
 
 
-def numerics_of(config: TrainConfig, world_size: int) -> dict[str, Any]:
+def numerics_of(config: TrainConfig | VlmTrainConfig, world_size: int) -> dict[str, Any]:
     """Return the settings that may change between a run and its continuation, at the price of equality to the bit."""
     compute = config.compute.model_dump(include={"device", "threads", "recompute", "compile", "deepspeed"})
-    return {"workers": world_size, "micro_batch_tokens": config.optimizer.micro_batch_tokens, **compute}
+    micro_batch = config.optimizer.model_dump(include={"micro_batch_tokens", "micro_batch_samples"})
+    return {"workers": world_size, **micro_batch, **compute}

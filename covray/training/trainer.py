@@ -20,7 +20,7 @@ from typing import Any, Generic, Protocol
 
 import torch
 
-from covray.config import CheckpointsConfig, OptimizerConfig
+from covray.config import AdamWConfig, CheckpointsConfig
 from covray.errors import ConfigError
 from covray.training.checkpoints import Checkpoints, State
 from covray.training.metrics_log import Metrics, MetricsLog
@@ -45,7 +45,7 @@ class TrainerConfig(Protocol):
         """The run folder."""
 
     @property
-    def optimizer(self) -> OptimizerConfig:
+    def optimizer(self) -> AdamWConfig:
         """The optimizer and the length of the training."""
 
     @property
@@ -275,8 +275,8 @@ class Trainer(Generic[B]):
         chosen, steps = self._config.optimizer, self._objective.steps
         if self._worker.is_first and chosen.steps is None and steps < _FEW_STEPS:
             self._worker.log(
-                f"the training takes {steps} steps of {chosen.batch_tokens} tokens, too few to learn much; lower "
-                "optimizer.batch_tokens (configs/train/nano.yaml has 8192), or give more epochs"
+                f"the training takes {steps} steps of {chosen.step_size}, too few to learn much; lower "
+                f"{chosen.for_more_steps}, or give more epochs"
             )
 
     def _log_continuing(self, state: State) -> None:

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from torch import Tensor
 from transformers import LlamaConfig
 
-from covray.config import OptimizerConfig, TrainConfig
+from covray.config import AdamWConfig, TrainConfig
 from covray.errors import ConfigError, one_line
 from covray.io import storage
 from covray.models.lvm.model import Lvm, Projection
@@ -125,9 +125,7 @@ def choose(config: TrainConfig, llama: LlamaConfig, gpu_bytes: int | None) -> st
 class ZeroUpdate(Generic[B]):
     """A DeepSpeed engine whose update equals that of ``PlainUpdate``, but for the order of sums."""
 
-    def __init__(
-        self, objective: Objective[B], config: OptimizerConfig, settings: Mapping[str, Any], device: torch.device
-    ):
+    def __init__(self, objective: Objective[B], config: AdamWConfig, settings: Mapping[str, Any], device: torch.device):
         """Start the engine.
 
         Args:
@@ -206,7 +204,7 @@ class ZeroUpdate(Generic[B]):
         return self._objective.loss(self._engine, self._objective.idle_batch if batch is None else batch)
 
 
-def _engine_settings(settings: Mapping[str, Any], config: OptimizerConfig, has_bfloat16: bool) -> dict[str, Any]:
+def _engine_settings(settings: Mapping[str, Any], config: AdamWConfig, has_bfloat16: bool) -> dict[str, Any]:
     """Return ``settings`` with what belongs to a training."""
     return {
         **settings,

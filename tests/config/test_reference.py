@@ -19,6 +19,9 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "evaluate": {"data": "chains", "out": "eval"},
     "sweep": {"data": "chains", "out": "sweep"},
     "plan": {},
+    "vlm train": {"data": "words.parquet", "out": "run", "model": "checkpoint"},
+    "vlm generate": {"run": "run", "prompt": "What is it?"},
+    "vlm evaluate": {"run": "run", "data": "words.parquet", "out": "eval"},
 }
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from covray.config.vlm import VlmModelConfig
 from covray.errors import WeightsError, one_line
@@ -90,7 +91,7 @@ def vlm_facts(config: VlmModelConfig) -> VlmFacts:
         mask_id = known if known < rows else rows
     if not known <= mask_id <= rows:
         raise WeightsError(
-            f"model.mask_id: {mask_id} is a token of {folder}; give one of {known} to {rows}, which no token has"
+            f"mask_id: {mask_id} is a token of {folder}; give one of {known} to {rows}, which no token has"
         )
     fingerprint = fingerprint_folder(folder, (_CONFIG, BLOCKS_FILE, *_WEIGHT_FILES, *_TOKENIZER_FILES))
     return VlmFacts(folder, loaded, fingerprint, known, mask_id, blocks)
@@ -109,6 +110,7 @@ def load_vlm(facts: VlmFacts, dtype: torch.dtype, device: torch.device) -> Loade
     Raises:
         WeightsError: Tensors are missing or cannot be read.
     """
+    disable_progress_bar()  # a bar of a moment's length between the lines of a command
     try:
         model, report = AutoModelForImageTextToText.from_pretrained(
             facts.folder,

@@ -1,0 +1,141 @@
+"""Vision-language models of transformers: train, generate, evaluate."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from covray.cli.options import ConfigFile, Json, Sets, StepOptions
+from covray.cli.output import console, escape
+from covray.config.vlm import VlmEvaluateConfig, VlmGenerateConfig, VlmTrainConfig
+
+TRAIN = StepOptions(VlmTrainConfig)
+GENERATE = StepOptions(VlmGenerateConfig)
+EVALUATE = StepOptions(VlmEvaluateConfig)
+
+
+def train(
+    context: typer.Context,
+    data: Annotated[str | None, TRAIN.option("--data", "data")] = None,
+    model: Annotated[str | None, TRAIN.option("--model", "model")] = None,
+    out: Annotated[str | None, TRAIN.option("--out", "out")] = None,
+    objective: Annotated[
+        str | None, TRAIN.option("--objective", "objective", metavar="autoregressive|block_diffusion")
+    ] = None,
+    preset: Annotated[str | None, TRAIN.option("--preset", "blocks.preset", metavar="default|diffusionvl")] = None,
+    trained: Annotated[str | None, TRAIN.option("--train", "train", metavar="lora|language|full")] = None,
+    workers: Annotated[int | None, TRAIN.option("--workers", "workers.count", min=1)] = None,
+    epochs: Annotated[float | None, TRAIN.option("--epochs", "optimizer.epochs")] = None,
+    steps: Annotated[int | None, TRAIN.option("--steps", "optimizer.steps", min=1)] = None,
+    deepspeed: Annotated[str | None, TRAIN.option("--deepspeed", "compute.deepspeed")] = None,
+    tracking_uri: Annotated[str | None, TRAIN.option("--tracking-uri", "tracking.uri")] = None,
+    config: ConfigFile = None,
+    sets: Sets = None,
+    seed: Annotated[int | None, TRAIN.option("--seed", "seed", min=0)] = None,
+    json_: Json = False,
+) -> None:
+    """Teach a vision-language model captions and answers, token by token or in blocks.
+
+    Run the same command again to resume after any interruption.
+    """
+    resolved = TRAIN.resolve(context)
+    from covray.distributed.train_vlm import train_vlm
+
+    result = train_vlm(resolved).to_json()
+    if json_:
+        print(json.dumps(result))
+        return
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("steps", f"{result['steps']:,}")
+    table.add_row("loss", f"{result['loss']:.4f}")
+    for key in ("validation_loss", "answer_perplexity"):
+        if key in result:
+            table.add_row(key.replace("_", " "), f"{result[f'{key}_before']:.4f} -> {result[key]:.4f}")
+    table.add_row("answer tokens/s", f"{result['tokens_per_s']:,.0f}")
+    console.print(table)
+    where = escape(resolved.out.rstrip("/"))
+    ask = f"next: covray vlm generate --run {where} --image IMAGE --prompt TEXT"
+    console.print(ask, highlight=False, soft_wrap=True)
+
+
+def generate(
+    context: typer.Context,
+    prompt: Annotated[str | None, GENERATE.option("--prompt", "prompt")] = None,
+    image: Annotated[
+        list[str] | None, GENERATE.option("--image", "images", text="Picture to show; repeatable.", metavar="IMAGE")
+    ] = None,
+    run: Annotated[str | None, GENERATE.option("--run", "run")] = None,
+    model: Annotated[str | None, GENERATE.option("--model", "model", text="Checkpoint to ask.")] = None,
+    decoder: Annotated[
+        str | None,
+        GENERATE.option("--decoder", "decoding.decoder", metavar="autoregressive|block_diffusion|speculative"),
+    ] = None,
+    passes: Annotated[int | None, GENERATE.option("--passes", "decoding.passes", min=1)] = None,
+    max_tokens: Annotated[int | None, GENERATE.option("--max-tokens", "decoding.max_tokens", min=1)] = None,
+    temperature: Annotated[float | None, GENERATE.option("--temperature", "decoding.temperature")] = None,
+    config: ConfigFile = None,
+    sets: Sets = None,
+    seed: Annotated[int | None, GENERATE.option("--seed", "decoding.seed", min=0)] = None,
+    json_: Json = False,
+) -> None:
+    """Pictures and text in, text out, printed as it is written."""
+    resolved = GENERATE.resolve(context)
+    from covray.generation.vision_text import stream_answer
+
+    parts = []
+    for part in stream_answer(resolved):
+        parts.append(part)
+        if not json_:
+            print(part, end="", flush=True)
+    print(json.dumps({"prompt": resolved.prompt, "answer": "".join(parts)}) if json_ else "")
+
+
+def evaluate(
+    context: typer.Context,
+    data: Annotated[str | None, EVALUATE.option("--data", "data")] = None,
+    run: Annotated[str | None, EVALUATE.option("--run", "run")] = None,
+    model: Annotated[str | None, EVALUATE.option("--model", "model", text="Checkpoint to score.")] = None,
+    out: Annotated[str | None, EVALUATE.option("--out", "out")] = None,
+    split: Annotated[str | None, EVALUATE.option("--split", "split")] = None,
+    samples: Annotated[int | None, EVALUATE.option("--samples", "samples", min=1)] = None,
+    decoder: Annotated[
+        str | None,
+        EVALUATE.option("--decoder", "decoding.decoder", metavar="autoregressive|block_diffusion|speculative"),
+    ] = None,
+    passes: Annotated[int | None, EVALUATE.option("--passes", "decoding.passes", min=1)] = None,
+    config: ConfigFile = None,
+    sets: Sets = None,
+    seed: Annotated[int | None, EVALUATE.option("--seed", "decoding.seed", min=0)] = None,
+    json_: Json = False,
+) -> None:
+    """Score captions by their facts and answers by their accuracy. Run the same command again to resume."""
+    resolved = EVALUATE.resolve(context)
+    from covray.evaluation.vision_text import evaluate_vision_text
+
+    results = evaluate_vision_text(resolved)
+    if json_:
+        print(json.dumps(results))
+        return
+    table = Table("", "mean", "95% interval", "prompts", "most frequent answer", box=None, pad_edge=False)
+    _add_row(table, "questions", results["questions"])
+    for kind, accuracy in results["questions_by_kind"].items():
+        _add_row(table, f"  {kind}", accuracy)
+    _add_row(table, "facts of captions", results["facts"])
+    for theme, mean in results["facts_by_theme"].items():
+        _add_row(table, f"  {theme}", mean)
+    _add_row(table, "captions with all facts", results["captions_with_all_facts"])
+    console.print(table)
+    for key in ("bleu", "answer_perplexity", "tokens_per_s", "tokens_per_pass"):
+        if results[key] is not None:
+            console.print(f"{key.replace('_', ' ')} {results[key]:.3f}", highlight=False)
+
+
+def _add_row(table: Table, name: str, mean: dict[str, Any] | None) -> None:
+    if mean is None:
+        return
+    interval = "" if mean["low"] is None else f"{mean['low']:.3f} to {mean['high']:.3f}"
+    frequent = f"{mean['most_frequent']:.3f}" if "most_frequent" in mean else ""
+    table.add_row(name, f"{mean['mean']:.3f}", interval, f"{mean['episodes']:,}", frequent)
