@@ -17,6 +17,7 @@ from covray.distributed.lock import Claim
 from covray.evaluation.records import EvaluationRecord, EvaluationResults
 from covray.generation.records import GenerationRecord
 from covray.io.records import Record, RecordPart
+from covray.models.aligner.records import AlignerRecord
 from covray.sweeps.records import SweepRecord, SweepResults, TrialRecord
 from covray.training.records import CheckpointRecord, RunRecord, TrainResult
 
@@ -25,7 +26,7 @@ RECORDS: dict[str, type[Record]] = {
     record.__name__: record
     for record in (
         DatasetRecord, Audit, Claim, RunRecord, TrainResult, CheckpointRecord, GenerationRecord, EvaluationRecord,
-        EvaluationResults, SweepRecord, TrialRecord, SweepResults,
+        EvaluationResults, SweepRecord, TrialRecord, SweepResults, AlignerRecord,
     )
 }  # fmt: skip
 """Every record of the page."""

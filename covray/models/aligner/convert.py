@@ -1,0 +1,51 @@
+"""The authors' pickled aligners as folders of covray, read without running code from them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from covray.errors import WeightsError
+from covray.io.tensor_files import read_tensors
+from covray.models.aligner.aligner import Aligner, aligner_of
+from covray.models.aligner.records import AlignerRecord
+
+_PREFIX = "mm_projector."
+_T5_EPSILON = 1e-6
+"""Of the norm in the authors' code, transformers' default."""
+
+
+def read_pickled_aligner(
+    file: Path, *, vlm_fingerprint: str | None = None, language_fingerprint: str | None = None
+) -> Aligner:
+    """Return the aligner of one of the authors' checkpoints (``thinkdiff_lvlm.pth``, ``thinkdiff_clip.pth``).
+
+    Their checkpoints hold a dict with the key ``model``, in which the aligner's tensors begin with ``mm_projector.``.
+    All of their aligners end with a norm that started as the encoder's.
+
+    Args:
+        file: The ``.pth`` file; it is read with ``weights_only``.
+        vlm_fingerprint: Fingerprint of the vision-language model, where it is known.
+        language_fingerprint: Fingerprint of the language model, where it is known.
+
+    Raises:
+        WeightsError: The file cannot be read without running code, or holds no such aligner.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in read_tensors(file, keys=("model",)).items():
+        if name.startswith(_PREFIX):
+            tensors[name.removeprefix(_PREFIX)] = tensor
+    first = tensors.get("0.weight")
+    if first is None or first.ndim != 2:
+        raise WeightsError(f"{file}: has no matrix {_PREFIX}0.weight; give a checkpoint of ThinkDiff's training")
+    record = AlignerRecord(
+        input_width=first.shape[1],
+        width=first.shape[0],
+        norm="encoder",
+        epsilon=_T5_EPSILON,
+        vlm=vlm_fingerprint,
+        language_model=language_fingerprint,
+    )
+    return aligner_of(record, tensors, file, torch.device("cpu"))
