@@ -86,9 +86,9 @@ def new_aligner(
         torch.manual_seed(seed)  # nn.Linear draws from the global generator only
         network = _network(record)
     if norm == "encoder":
-        weight = language_model.encoder.final_layer_norm.weight
+        last: Any = network[-1]
         with torch.no_grad():
-            network[-1].weight.copy_(weight)
+            last.weight.copy_(language_model.encoder.final_layer_norm.weight)
     return Aligner(network, record)
 
 
