@@ -103,7 +103,7 @@ def convert_a_prior(
 
 
 def nano_train(
-    model: Annotated[str, typer.Argument(help="vae, prior (needs the vae), vqgan, or lvm (needs the vqgan).")],
+    model: Annotated[str, typer.Argument(help="vae, prior (needs the vae), vqgan, lvm (needs the vqgan), or vlm.")],
     out: Annotated[
         Path,
         typer.Option(
@@ -113,7 +113,9 @@ def nano_train(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Steps (of every stage of the lvm); by default the recipe's.")
     ] = None,
-    scenes: Annotated[int, typer.Option(min=1, help="Rendered scenes to train on, eight pictures each.")] = 30_000,
+    scenes: Annotated[
+        int, typer.Option(min=1, help="Rendered scenes to train on, eight pictures each; of the vlm, portraits.")
+    ] = 30_000,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     seed: Seed = 0,

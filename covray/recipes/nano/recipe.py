@@ -24,6 +24,7 @@ from covray.recipes.nano.data import CROPS, KINDS, Pictures, pictures, scene_pic
 from covray.recipes.nano.lvm import measure_lvm, train_lvm
 from covray.recipes.nano.prior import train_prior
 from covray.recipes.nano.probe import ProbeResult, run_probe
+from covray.recipes.nano.vlm import train_vlm
 
 WEIGHTS = NANO_FOLDER
 STEPS = {"vae": 2300, "vqgan": 3000, "prior": 3000}
@@ -33,13 +34,13 @@ PROBE_TEST_SCENES = 200
 
 
 def train_model(model: str, out: Path, steps: int | None, scenes: int, threads: int, device: str, seed: int) -> None:
-    """Train ``model`` (vae, vqgan, prior or lvm) into the folder ``out``; a killed training continues where it saved.
+    """Train ``model`` (vae, vqgan, prior, lvm or vlm) into the folder ``out``; a killed training continues.
 
     Raises ConfigError for a model, a device or a folder that is not there.
     """
     trainers = {"vae": train_vae, "vqgan": train_vqgan, "prior": train_prior}
-    if model not in (*trainers, "lvm"):
-        raise ConfigError(f"{model}: no such nano model; give one of {', '.join(trainers)}, lvm")
+    if model not in (*trainers, "lvm", "vlm"):
+        raise ConfigError(f"{model}: no such nano model; give one of {', '.join(trainers)}, lvm, vlm")
     before = {"prior": "vae", "lvm": "vqgan"}.get(model)
     if before and not (out / before).is_dir():
         raise ConfigError(
@@ -50,6 +51,9 @@ def train_model(model: str, out: Path, steps: int | None, scenes: int, threads: 
     chosen = choose_device(device, "--device")
     _require_folder(out)
     torch.set_num_threads(threads)
+    if model == "vlm":
+        train_vlm(out, steps, scenes, seed, chosen, threads)
+        return
     training = torch.from_numpy(pictures(out / "data", "train", scenes, CROPS, seed))
     held_out = torch.from_numpy(pictures(out / "data", "val", HELD_OUT_SCENES, 0, seed).copy())
     if model == "lvm":

@@ -168,7 +168,7 @@ def test_the_family_is_measured(family: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("model", "device", "said"),
     [
-        ("unet", "cpu", "unet: no such nano model; give one of vae, vqgan, prior, lvm"),
+        ("unet", "cpu", "unet: no such nano model; give one of vae, vqgan, prior, lvm, vlm"),
         ("prior", "cpu", "vae: not there"),
         ("lvm", "cpu", "vqgan: not there"),
         ("vae", "tpu", "--device tpu"),
