@@ -22,6 +22,7 @@ from covray.config import (
     load_config,
     named_run,
 )
+from covray.config.vlm import VlmTrainConfig
 from covray.errors import ConfigError
 
 REQUIRED = {"pairs": "pairs.parquet", "out": "chains"}
@@ -32,6 +33,7 @@ MODELS: dict[str, tuple[type[Section], dict[str, Any]]] = {
     "evaluate": (EvaluateConfig, {"data": "chains", "out": "eval"}),
     "sweep": (SweepConfig, {"manifest": "pairs.parquet", "out": "sweep"}),
     "plan": (PlanConfig, {}),
+    "diffusionvl": (VlmTrainConfig, {"data": "words.json", "out": "run", "model": "Qwen/Qwen2.5-VL-7B-Instruct"}),
 }
 """Folder of configs/, or first word of a file in configs/paper/ -> the model it is of, and what that requires."""
 
