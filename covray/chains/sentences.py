@@ -211,6 +211,12 @@ class Sentences:
         """Return the positions of the sentence whose tokens carry loss, ascending, int64 [loss tokens]."""
         return self._loss_at(*self.shape(index))
 
+    def frames_at(self, index: int) -> np.ndarray:
+        """Return the positions of the query's frames in the sentence, ascending, int64 [frames x tokens]."""
+        length, _ = self.shape(index)
+        end, size = self.tokens(index), self.chains.tokens_per_image
+        return np.arange(end - (length - 1) * size, end - size)
+
     def rows(self, index: int) -> np.ndarray:
         """Return the rows of ``chains`` in the order of the sentence, int64 [pairs + 1]; the query is the last."""
         number, position = divmod(index, len(self))

@@ -24,6 +24,7 @@ from covray.config.train import (
     AdamWConfig,
     CheckpointsConfig,
     ComputeConfig,
+    FrameNoiseConfig,
     LoraConfig,
     OptimizerConfig,
     SentencesConfig,
@@ -33,9 +34,8 @@ from covray.config.train import (
 
 __all__ = [
     "ActorsConfig", "AdamWConfig", "AssumedConfig", "BackboneConfig", "BuildConfig", "CheckpointsConfig",
-    "ComputeConfig",
-    "EngineConfig", "EvaluateConfig", "FormConfig", "GenerateConfig", "GeneratorConfig", "GridConfig", "LoraConfig",
-    "NodesConfig", "OptimizerConfig", "PlanConfig", "PriorConfig", "SamplingConfig", "Section", "SentencesConfig",
-    "SweepConfig", "TokenizerConfig", "TrackingConfig", "TrainConfig", "WorkersConfig", "differences", "leaves",
-    "load_config", "named_run", "read_yaml", "require_compiler",
+    "ComputeConfig", "EngineConfig", "EvaluateConfig", "FormConfig", "FrameNoiseConfig", "GenerateConfig",
+    "GeneratorConfig", "GridConfig", "LoraConfig", "NodesConfig", "OptimizerConfig", "PlanConfig", "PriorConfig",
+    "SamplingConfig", "Section", "SentencesConfig", "SweepConfig", "TokenizerConfig", "TrackingConfig", "TrainConfig",
+    "WorkersConfig", "differences", "leaves", "load_config", "named_run", "read_yaml", "require_compiler",
 ]  # fmt: skip

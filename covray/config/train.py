@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from covray.config.fields import BackboneConfig, ChainMethod, ExamplePairs, Length, Target, TaskName, TrackingConfig
 from covray.config.section import Section
@@ -32,6 +32,28 @@ class LoraConfig(Section):
         return tuple(dict.fromkeys(value))
 
 
+class FrameNoiseConfig(Section):
+    """What replaces the query's frames in the input of a training; the loss stays on the dataset's own tokens.
+
+    At inference a model reads frames that it wrote itself. Trained on the dataset's frames alone, it trusts them.
+    """
+
+    kind: Literal["none", "random", "neighbour", "scheduled", "own"] = "none"
+    """What the frames' tokens are replaced by: codes drawn uniformly (``random``), one of the codes nearest to them in
+    the tokenizer's codebook (``neighbour``), the model's likeliest tokens in a first pass over the same sentence
+    (``scheduled``), or frames that the model has written itself (``own``). Examples' frames are never replaced."""
+    share: float = Field(default=0.5, gt=0, le=1)
+    """Probability that a token of a frame is replaced; of ``own``, that all frames of a query are."""
+    refresh_tokens: int = Field(default=1_000_000, ge=1, le=10**12)
+    """Of ``own``: so many trained tokens see frames by one state of the adapter, before they are written again. The
+    first of them see the dataset's frames."""
+
+    @property
+    def reads_weights(self) -> bool:
+        """Whether the frames depend on the weights that are trained."""
+        return self.kind in ("scheduled", "own")
+
+
 class SentencesConfig(Section):
     """Which visual sentences are made of the chains."""
 
@@ -50,6 +72,7 @@ class SentencesConfig(Section):
     loss: Literal["all", "chains", "chain", "answer"] = "all"
     """Tokens that the loss is taken on: ``all`` (as LVM), ``chains`` (frames and answers of examples and query),
     ``chain`` (those of the query), or ``answer`` (the query's answer)."""
+    frame_noise: FrameNoiseConfig = FrameNoiseConfig()
 
     @field_validator("lengths", "pairs", "tasks")
     @classmethod
@@ -57,6 +80,14 @@ class SentencesConfig(Section):
         if value is not None and not value:
             raise ValueError("give at least one")
         return None if value is None else tuple(sorted(set(value)))
+
+    @model_serializer(mode="wrap")
+    def _leave_out_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out the noise where there is none, so that identities made before it existed stay the same."""
+        values: dict[str, Any] = handler(self)
+        if self.frame_noise.kind == "none":
+            values.pop("frame_noise", None)
+        return values
 
 
 class AdamWConfig(Section):
@@ -205,6 +236,14 @@ class TrainConfig(Section):
     """Sentences of the validation split, at most."""
     seed: int = Field(default=0, ge=0)
     """Everything random follows from it."""
+
+    @model_validator(mode="after")
+    def _noise_fits_objective(self) -> TrainConfig:
+        if self.sentences.frame_noise.kind != "none" and self.objective != "autoregressive":
+            raise ValueError(
+                f"sentences.frame_noise.kind: needs objective: autoregressive, not {self.objective}; set it to none"
+            )
+        return self
 
     def with_defaults_of_scale(self) -> TrainConfig:
         """Return the configuration with the optimizer of its scale, in the keys that were not set.

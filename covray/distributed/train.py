@@ -39,7 +39,7 @@ from covray.progress import stage
 from covray.training.checkpoints import EXPORT
 from covray.training.metrics_log import Metrics, MetricsTail
 from covray.training.records import TrainResult
-from covray.training.zero import choose
+from covray.training.zero import choose, require_whole_weights
 
 POLL_S = 0.5
 _RAY_FOLDER = "_ray"
@@ -207,12 +207,14 @@ def resolve_compute(config: C, cores: int, choose_stage: Callable[[C, int | None
     if threads is None:
         threads = max(1, cores // workers.count) if device == "cpu" else max(1, int(workers.cpus))
     chosen = {"device": device, "dtype": dtype, "deepspeed": deepspeed, "threads": threads}
-    return config.model_copy(
+    resolved = config.model_copy(
         update={
             "workers": workers.model_copy(update={"gpus": gpus}),
             "compute": compute.model_copy(update=chosen),
         }
     )
+    require_whole_weights(resolved)
+    return resolved
 
 
 def _require_resources(config: TrainConfig | VlmTrainConfig, gpus: float) -> None:

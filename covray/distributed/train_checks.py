@@ -26,8 +26,9 @@ from covray.models.lvm.backbone import BackboneFacts, backbone_facts
 from covray.training.memory import TrainPlan, architecture, plan
 from covray.training.metrics_log import METRICS_FILE
 from covray.training.objectives.block_diffusion import require_blocks
+from covray.training.objectives.frame_noise import load_codebook
 from covray.training.records import RunRecord, TrainResult
-from covray.training.zero import check_settings
+from covray.training.zero import check_settings, require_whole_weights
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ def check(config: TrainConfig, output: Output[RunRecord], *, without_weights: bo
     _check_data(config, dataset, facts)
     if config.compute.deepspeed not in ("auto", "none"):
         check_settings(config.compute.deepspeed)
+        require_whole_weights(config)
     if config.lora.path is not None:
         read_start(config.lora, facts.llama)
     store_of(config)
@@ -143,6 +145,8 @@ def _check_data(config: TrainConfig, dataset: ChainDataset, facts: BackboneFacts
     require_same_codes(facts, dataset)
     if config.objective == "block_diffusion":
         require_blocks(config, facts, dataset.tokens_per_image)
+    if chosen.frame_noise.kind == "neighbour":
+        load_codebook(dataset)
     tokens = require_context(chosen, dataset.tokens_per_image, facts.llama.max_position_embeddings)
     count_pairs(dataset, chosen, chosen.split)
     if chosen.validation_split is not None:

@@ -38,7 +38,7 @@ class State:
     """Examples that the steps took, counted through all epochs: the next step begins there."""
     tensors: Mapping[str, Tensor]
     """For every trained parameter, by name: ``NAME`` its float32 value, ``NAME.exp_avg`` and ``NAME.exp_avg_sq`` the
-    moments of Adam."""
+    moments of Adam. Beside them what the objective's ``Rewriter`` wrote."""
     best: BestValidation | None
     numerics: Mapping[str, Any]
     """The settings that change the order in which floats are added, and so the last bits, but not the result."""

@@ -137,6 +137,8 @@ class Trainer(Generic[B]):
         if worker.is_first:
             self._log_continuing(state)
         self._update.load(state.tensors, state.step)
+        if self._objective.rewriter is not None:
+            self._objective.rewriter.load(state.tensors)
         self._step = self._saved_step = state.step
         self._cursor, self._best = state.cursor, state.best
         return True
@@ -149,11 +151,16 @@ class Trainer(Generic[B]):
         self._polled = time.monotonic()
         saved_on_signal = False
         with ThreadPoolExecutor(1, "assemble") as assembler:
-            upcoming = assembler.submit(self._objective.batches, self._cursor, self._worker)
+            upcoming: Future[StepBatches[B]] | None = None
             while self._step < steps:
                 started = time.monotonic()
+                if upcoming is None:
+                    self._rewrite_if_due()
+                    upcoming = assembler.submit(self._objective.batches, self._cursor, self._worker)
                 work = upcoming.result()
-                if self._step + 1 < steps:
+                upcoming = None
+                # What the model writes itself, it writes after the step before: such a step is not assembled ahead.
+                if self._step + 1 < steps and not self._is_rewriting_due(work.next_cursor):
                     upcoming = assembler.submit(self._objective.batches, work.next_cursor, self._worker)
                 poll = self._take_step(work, started)
                 is_last = self._step == steps
@@ -173,6 +180,17 @@ class Trainer(Generic[B]):
                     self._wait_for_checkpoint()
                 if signal is Signal.STOP:
                     return
+
+    def _is_rewriting_due(self, cursor: int) -> bool:
+        """Return whether the model must write data before the batches at ``cursor`` are assembled."""
+        rewriter = self._objective.rewriter
+        return rewriter is not None and rewriter.is_due(cursor)
+
+    def _rewrite_if_due(self) -> None:
+        """Let the model write the data of the next steps, if that is due."""
+        rewriter = self._objective.rewriter
+        if rewriter is not None and rewriter.is_due(self._cursor):
+            rewriter.rewrite(self._cursor, self._worker)
 
     def _take_step(self, work: StepBatches[B], started: float) -> bool:
         """Take the step that began at ``started``, and record its metrics; return whether to poll for a signal."""
@@ -228,6 +246,8 @@ class Trainer(Generic[B]):
             return
         self._saved_step = self._step
         tensors = self._update.tensors()
+        if self._objective.rewriter is not None:
+            tensors |= self._objective.rewriter.tensors()
         if self._metrics is None:
             return
         self._wait_for_checkpoint()

@@ -45,6 +45,12 @@ class WorkerContext:
             dist.all_reduce(values)
         return [float(value) for value in values.cpu()]
 
+    def sum_tensor(self, values: Tensor) -> Tensor:
+        """Sum ``values``, a tensor on the device, over all workers in place and return it; all must call it."""
+        if dist.is_initialized():
+            dist.all_reduce(values)
+        return values
+
     def broadcast(self, value: int) -> int:
         """Return the ``value`` of worker 0; all workers must call it."""
         tensor = torch.tensor([value], device=self.device)

@@ -122,6 +122,25 @@ def choose(config: TrainConfig, llama: LlamaConfig, gpu_bytes: int | None) -> st
     return chosen
 
 
+def require_whole_weights(config: TrainConfig) -> None:
+    """Refuse frame noise that reads weights where no worker has all of them.
+
+    Args:
+        config: With the DeepSpeed setting that is used; ``auto`` is not checked.
+
+    Raises:
+        ConfigError: It is ZeRO-3.
+    """
+    kind, setting = config.sentences.frame_noise.kind, config.compute.deepspeed
+    if not config.sentences.frame_noise.reads_weights or setting in ("auto", "none"):
+        return
+    if read_settings(setting)["zero_optimization"].get("stage") == 3:
+        raise ConfigError(
+            f"sentences.frame_noise.kind: {kind} reads whole weights, with compute.deepspeed={setting} a worker has "
+            "a part of them; set compute.deepspeed=zero2, or another kind"
+        )
+
+
 class ZeroUpdate(Generic[B]):
     """A DeepSpeed engine whose update equals that of ``PlainUpdate``, but for the order of sums."""
 

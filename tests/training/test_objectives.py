@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from covray.config import CheckpointsConfig, OptimizerConfig
 from covray.training.metrics_log import read_metrics
-from covray.training.objectives.base import Loss, StepBatches
+from covray.training.objectives.base import Loss, Rewriter, StepBatches
 from covray.training.optimizers import PlainUpdate
 from covray.training.records import TrainResult
 from covray.training.trainer import Trainer
@@ -41,6 +41,7 @@ class Line:
 
     steps = STEPS
     flops_per_token = 6.0
+    rewriter: Rewriter | None = None
 
     def __init__(self) -> None:
         self.module = nn.Linear(1, 1)

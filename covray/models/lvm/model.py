@@ -53,16 +53,27 @@ class Batch:
     """Positions in ``ids`` whose successor is predicted, int64 [P]; never the last of a sentence."""
     noisy: NoisyBlocks | None = None
     """Noisy tokens beside the clean ones, for block diffusion."""
+    target_ids: Tensor | None = None
+    """What is predicted where ``ids`` are a noisy input, int64 [T]; None: ``ids`` themselves."""
+    guessed: Tensor | None = None
+    """Positions in ``ids`` that the objective fills with the model's own guesses before the pass, int64 [G]."""
 
     @property
     def targets(self) -> Tensor:
         """The token after each of ``positions``, int64 [P]."""
-        return self.ids[self.positions + 1]
+        ids = self.ids if self.target_ids is None else self.target_ids
+        return ids[self.positions + 1]
 
     def to(self, device: torch.device) -> Batch:
         """Return the same batch on ``device``."""
-        noisy = None if self.noisy is None else self.noisy.to(device)
-        return Batch(self.ids.to(device), self.lengths, self.positions.to(device), noisy)
+        return Batch(
+            ids=self.ids.to(device),
+            lengths=self.lengths,
+            positions=self.positions.to(device),
+            noisy=None if self.noisy is None else self.noisy.to(device),
+            target_ids=None if self.target_ids is None else self.target_ids.to(device),
+            guessed=None if self.guessed is None else self.guessed.to(device),
+        )
 
 
 @dataclass(frozen=True)

@@ -56,8 +56,24 @@ class Loss:
     """The loss of every position that carries loss, float32 [P]."""
 
 
+class Rewriter(Protocol):
+    """Training data that the model writes itself, anew every so often."""
+
+    def is_due(self, cursor: int) -> bool:
+        """Return whether the data must be written before the batches at ``cursor`` are assembled."""
+
+    def rewrite(self, cursor: int, worker: WorkerContext) -> None:
+        """Write the data with the current weights. All workers call it alike, between two steps."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the data on the CPU, by names that no parameter has, for a checkpoint; the same on all workers."""
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Continue with the data of ``tensors``; further tensors may lie between them."""
+
+
 class Objective(Protocol[B]):
-    """What is learned. All that it computes depends on the configuration and the cursor only."""
+    """What is learned. All that it computes depends on the configuration, the cursor and the weights only."""
 
     @property
     def module(self) -> nn.Module:
@@ -74,6 +90,10 @@ class Objective(Protocol[B]):
         A worker without a batch computes it where the update needs every worker in every collective; its loss is not
         counted.
         """
+
+    @property
+    def rewriter(self) -> Rewriter | None:
+        """What writes training data with the weights as they are; None: the data depend on no weights."""
 
     @property
     def flops_per_token(self) -> float:

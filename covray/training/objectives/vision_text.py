@@ -70,6 +70,11 @@ class VisionText:
         """The model."""
         return self._model
 
+    @property
+    def rewriter(self) -> None:
+        """The model writes no data."""
+        return None
+
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the trained parameters by name."""
         return {name: value for name, value in self._model.named_parameters() if value.requires_grad}

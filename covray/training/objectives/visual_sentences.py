@@ -20,7 +20,9 @@ from covray.models.lvm.adapter import MASK_ROW, adapter_files, load_adapter_tens
 from covray.models.lvm.backbone import BackboneFacts, backbone_facts, load_backbone
 from covray.models.lvm.model import Batch, Diffusion, Lora, Lvm
 from covray.models.lvm.scales import parameters
-from covray.training.objectives.base import Loss, StepBatches
+from covray.training.objectives.base import Loss, Rewriter, StepBatches
+from covray.training.objectives.frame_noise import FrameNoise
+from covray.training.objectives.own_frames import OwnFrames
 from covray.training.worker import WorkerContext
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -52,12 +54,44 @@ class VisualSentences:
         self.flops_per_token = _flops_per_token(self._facts.llama, self.training)
         chosen_lora = Lora(config.lora.rank, config.lora.alpha, config.lora.targets, self._diffusion())
         self.model = _load_model(config, self._facts, chosen_lora, device)
+        self._noise = self._frame_noise(dataset)
         no_ids = torch.zeros(2, dtype=torch.int64, device=device)
         self.idle_batch = Batch(no_ids, (2,), no_ids[:1])  # one sentence of two tokens
 
     def _diffusion(self) -> Diffusion | None:
         """Return what the adapter knows of masks; None where it knows nothing."""
         return None
+
+    def _frame_noise(self, dataset: ChainDataset) -> FrameNoise | None:
+        """Return the noise in the query's frames; None where there is none."""
+        config, chosen = self.config, self.config.sentences.frame_noise
+        if chosen.kind == "none":
+            return None
+        codes = dataset.record.codes or self._facts.codes
+        noise = FrameNoise(config, self.training, codes)
+        if chosen.kind == "own":
+            noise.own = OwnFrames(
+                chosen,
+                self.training,
+                self.model,
+                codes,
+                step_end=self._step_end,
+                end=end_of_training(self.training, config),
+                seed=config.seed,
+            )
+        return noise
+
+    def _step_end(self, cursor: int) -> int:
+        """Return the cursor after the step that begins at ``cursor``."""
+        end = step_bounds(self.training, cursor, self.config.optimizer.batch_tokens)
+        if self.config.optimizer.steps is None:
+            end = min(end, _end_of_epochs(self.training, self.config))
+        return end
+
+    @property
+    def rewriter(self) -> Rewriter | None:
+        """What writes the frames of ``sentences.frame_noise.kind: own``."""
+        return None if self._noise is None else self._noise.own
 
     @property
     def module(self) -> nn.Module:
@@ -70,11 +104,10 @@ class VisualSentences:
 
     def batches(self, cursor: int, worker: WorkerContext) -> StepBatches[Batch]:
         """Return the share of ``worker`` in the step that begins at sentence ``cursor``."""
-        chosen, sentences = self.config.optimizer, self.training
-        end = step_bounds(sentences, cursor, chosen.batch_tokens)
-        if chosen.steps is None:
-            end = min(end, _end_of_epochs(sentences, self.config))
-        share = micro_batches(sentences, cursor, end, worker.rank, worker.world_size, chosen.micro_batch_tokens)
+        sentences, micro_tokens = self.training, self.config.optimizer.micro_batch_tokens
+        end = self._step_end(cursor)
+        add_noise = None if self._noise is None else self._noise.add
+        share = micro_batches(sentences, cursor, end, worker.rank, worker.world_size, micro_tokens, add_noise)
         return StepBatches(
             next_cursor=end,
             batches=share,
@@ -86,6 +119,8 @@ class VisualSentences:
 
     def loss(self, forward: Callable[[Batch], Any], batch: Batch) -> Loss:
         """Return the cross-entropy of the tokens that carry loss."""
+        if self._noise is not None:
+            batch = self._noise.fill_guesses(self.model, batch)
         total, each = forward(batch)
         return Loss(total, each)
 
@@ -128,6 +163,16 @@ def count_steps(sentences: Sentences, config: TrainConfig) -> int:
         cursor = step_bounds(sentences, cursor, config.optimizer.batch_tokens)
         steps += 1
     return steps
+
+
+def end_of_training(sentences: Sentences, config: TrainConfig) -> int:
+    """Return the cursor at the end of a training."""
+    if config.optimizer.steps is None:
+        return _end_of_epochs(sentences, config)
+    cursor = 0
+    for _ in range(config.optimizer.steps):
+        cursor = step_bounds(sentences, cursor, config.optimizer.batch_tokens)
+    return cursor
 
 
 def answer_positions(batch: Batch, tokens_per_image: int) -> Tensor:
