@@ -213,7 +213,8 @@ def resolve_compute(config: C, cores: int, choose_stage: Callable[[C, int | None
             "compute": compute.model_copy(update=chosen),
         }
     )
-    require_whole_weights(resolved)
+    if isinstance(resolved, TrainConfig):
+        require_whole_weights(resolved)
     return resolved
 
 
