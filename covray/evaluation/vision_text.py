@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torchmetrics.functional.text import bleu_score
 
 from covray.config import differences
 from covray.config.vlm import VlmEvaluateConfig
 from covray.errors import ConfigError, DatasetError, one_line
+from covray.evaluation.bleu import corpus_bleu
 from covray.evaluation.caption_facts import right_facts
 from covray.evaluation.statistics import mean_interval
 from covray.generation.vision_text import Answerer, load_answerer
@@ -190,8 +190,7 @@ def summarize_rows(rows: Sequence[Row]) -> dict[str, Any]:
         "tokens_per_pass": tokens / passes if passes else None,
     }
     if captions:
-        written, expected = [row.answer for row in captions], [[row.expected] for row in captions]
-        results["bleu"] = float(bleu_score(written, expected))
+        results["bleu"] = corpus_bleu([row.answer for row in captions], [row.expected for row in captions])
     return results
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from covray.errors import ConfigError, PairError, WeightsError, one_line
 from covray.io.device import resolve_device
 from covray.io.images import decode as decode_picture
 from covray.io.storage import Folder
-from covray.models.vlm.adapter import load_adapter
+from covray.models.vlm.adapter import WEIGHTS_FILE, load_adapter
 from covray.models.vlm.batch import Blocks
 from covray.models.vlm.checkpoint import LoadedVlm, load_vlm, vlm_facts
 from covray.models.vlm.decoding import Answer, decode, decoding_blocks, stream
@@ -34,7 +35,7 @@ class Answerer:
     trained: Blocks | None
     """The blocks that it was trained for; None: next tokens only."""
     fingerprint: str
-    """SHA-256 (hex) of the checkpoint; with an adapter that of the model that was adapted."""
+    """SHA-256 (hex) of the checkpoint; with an adapter also that of its weights, behind a plus."""
 
     def prompt(self, pictures: Sequence[NDArray[np.uint8]], text: str) -> Prompt:
         """Return the tokens of a prompt; see ``Prompter.prompt``."""
@@ -74,8 +75,10 @@ def load_answerer(config: VlmSourceConfig) -> Answerer:
         )
     vlm = load_vlm(facts, dtype, device)
     lora = trained.lora
-    blocks = load_adapter(vlm.model, f"{config.run}/{EXPORT}", lora.rank, lora.alpha, lora.targets)
-    return Answerer(vlm, blocks, facts.fingerprint)
+    folder = Folder(config.run) / EXPORT
+    blocks = load_adapter(vlm.model, folder.path, lora.rank, lora.alpha, lora.targets)
+    weights = hashlib.sha256(folder.read_bytes(WEIGHTS_FILE)).hexdigest()
+    return Answerer(vlm, blocks, f"{facts.fingerprint}+{weights}")
 
 
 def stream_answer(config: VlmGenerateConfig) -> Iterator[str]:

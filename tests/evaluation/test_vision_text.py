@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torchmetrics.functional.text import bleu_score
 
 from covray.config import load_config
 from covray.config.vlm import VlmEvaluateConfig, VlmTrainConfig
 from covray.errors import ConfigError, DatasetError
+from covray.evaluation.bleu import corpus_bleu
 from covray.evaluation.caption_facts import right_facts
 from covray.evaluation.vision_text import Row, evaluate_vision_text, summarize_rows
 from covray.pairs.scenes.portrait_words import portrait_words
@@ -94,3 +96,14 @@ def test_an_evaluation_is_continued(
         evaluate_vision_text(config(str(tmp_path)))
     with pytest.raises(ConfigError, match="is not a finished run"):
         evaluate_vision_text(config("other", **{"run": str(tmp_path)}))
+
+
+def test_bleu_is_that_of_torchmetrics() -> None:
+    captions = []
+    for number in range(40):
+        rng = np.random.default_rng(number)
+        captions.append(portrait_words(sample_portrait(rng), rng).caption)
+    for written in (captions[1:] + captions[:1], [caption[:60] for caption in captions], captions):
+        expected = float(bleu_score(written, [[caption] for caption in captions]))
+        assert corpus_bleu(written, captions) == pytest.approx(expected, rel=1e-5)
+    assert corpus_bleu(["", "a"], ["a b", "c"]) == 0
