@@ -22,6 +22,7 @@ from covray.config import (
     load_config,
     named_run,
 )
+from covray.config.think import AlignmentConfig, ThinkConfig
 from covray.config.vlm import VlmTrainConfig
 from covray.errors import ConfigError
 
@@ -33,6 +34,7 @@ MODELS: dict[str, tuple[type[Section], dict[str, Any]]] = {
     "evaluate": (EvaluateConfig, {"data": "chains", "out": "eval"}),
     "sweep": (SweepConfig, {"manifest": "pairs.parquet", "out": "sweep"}),
     "plan": (PlanConfig, {}),
+    "thinkdiff": (ThinkConfig, {}),
     "diffusionvl": (VlmTrainConfig, {"data": "words.json", "out": "run", "model": "Qwen/Qwen2.5-VL-7B-Instruct"}),
 }
 """Folder of configs/, or first word of a file in configs/paper/ -> the model it is of, and what that requires."""
@@ -390,3 +392,19 @@ def test_every_solver_has_its_own_default_of_steps() -> None:
         prior("prior.solver=dpm", "prior.evaluations=8")
     with pytest.raises(ConfigError, match="prior: evaluations: 60 is more than steps, 50"):
         prior("prior.evaluations=60")
+
+
+def test_thinkdiffs_settings_are_the_published_ones() -> None:
+    loaded = {}
+    for name in ("lvlm", "clip", "cobsat"):
+        loaded[name] = load_config(ThinkConfig, CONFIGS / "paper" / f"thinkdiff-{name}.yaml")
+        assert loaded[name].training.model_copy(update={"steps": 25_000, "batch": 96}) == AlignmentConfig()
+    lvlm, clip, cobsat = loaded["lvlm"], loaded["clip"], loaded["cobsat"]
+    assert (lvlm.training.steps, lvlm.training.batch) == (25_000, 96)
+    assert (clip.training.steps, clip.training.batch, clip.language_model.max_tokens) == (100_000, 168, 32)
+    assert cobsat.thought.min_tokens == cobsat.thought.max_tokens == 128
+    assert (cobsat.episodes.shots, cobsat.episodes.count) == ((2, 4), 1000)
+    with pytest.raises(ConfigError, match=r"training\.rate: no such key in ThinkConfig"):
+        load_config(ThinkConfig, CONFIGS / "paper" / "thinkdiff-lvlm.yaml", {"training.rate": 1})
+    with pytest.raises(ConfigError, match="9 shots: of ten values an episode takes 1 to 8; give others"):
+        load_config(ThinkConfig, CONFIGS / "paper" / "thinkdiff-lvlm.yaml", {"episodes.shots": [2, 9]})
