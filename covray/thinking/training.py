@@ -118,7 +118,8 @@ def learning_rate(config: AlignmentConfig, step: int) -> float:
 
 def make_optimizer(aligner: nn.Module, config: AlignmentConfig) -> torch.optim.AdamW:
     """Return AdamW of the aligner; biases and the norm have no weight decay. The rate is set before every step."""
-    matrices, vectors = [], []
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
     for parameter in aligner.parameters():
         (matrices if parameter.ndim > 1 else vectors).append(parameter)
     groups = [
