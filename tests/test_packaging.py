@@ -35,7 +35,7 @@ PLATFORMS = {
 
 EVERYWHERE = {
     "numpy", "pandas", "pillow", "pyarrow", "pydantic", "pyyaml", "msgpack", "ray", "safetensors", "scikit-image",
-    "scikit-learn", "scipy", "simplejpeg", "sqlalchemy", "torch",
+    "scikit-learn", "scipy", "simplejpeg", "sqlalchemy", "tokenizers", "torch",
 }  # fmt: skip
 """Packages with compiled code that have a wheel for CPython 3.11 on all PLATFORMS, by pip on 2026-11-29."""
 
