@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from covray.errors import DatasetError, one_line
+from covray.models.vlm.prompts import Prompt, Prompter
 from covray.pairs.scenes.portrait_values import OBJECTS, THEMES
 from covray.seeds import seed_of
 
@@ -100,6 +102,24 @@ class Episode:
             start = f"{instruction}\n\n" if number == 1 else "\n\n"
             texts.append(f"{start}Word {number}: {word}, ")
         return texts
+
+
+def episode_prompt(
+    prompter: Prompter, episode: Episode, pictures: Sequence[NDArray[np.uint8]], instruction: str
+) -> Prompt:
+    """Return an episode as a user's turn: words and pictures by turns, then the query's word. Pictures are numbered.
+
+    Args:
+        prompter: Of the vision-language model.
+        episode: The episode.
+        pictures: Of its demonstrations, uint8 [h, w, 3] each.
+        instruction: What the model is told first.
+    """
+    *before, last = episode.prompt(instruction)
+    parts: list[str | NDArray[np.uint8]] = []
+    for text, picture in zip(before, pictures, strict=True):
+        parts += [text, picture]
+    return prompter.turn([*parts, last], number_pictures=True)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from covray.config.think import ThoughtConfig
 from covray.config.vlm import VlmModelConfig
 from covray.models.vlm.checkpoint import LoadedVlm, load_vlm, vlm_facts
 from covray.models.vlm.prompts import Prompt
+from covray.thinking.episodes import PORTRAITS, episode_prompt, make_episode, sample_orders, tasks_of
 from covray.thinking.features import patch_features, read_features, think, write_text
 from tests.support.vlms import SPECIAL, WORDS, picture, write_vlm
 
@@ -156,3 +157,23 @@ def test_patches_are_pooled_after_their_norm_and_the_class_token_stays(family: s
     grid = normed[:, 1:].reshape(2, 4, 4, 16).permute(0, 3, 1, 2)
     torch.testing.assert_close(features[:, 1:].transpose(1, 2), F.avg_pool2d(grid, 2).flatten(2))
     assert patch_features(tower, pixels, 1).shape == (2, 17, 16)
+
+
+def test_an_episode_is_words_and_pictures_by_turns(vlm: LoadedVlm) -> None:
+    task = tasks_of(PORTRAITS)[0]
+    episode = make_episode(task, 0, sample_orders(1, 0)[0], 2)
+    prompt = episode_prompt(vlm.prompter, episode, [picture(0, 28, 28), picture(1, 28, 28)], "what is it")
+    words = vlm.prompter.tokenizer.convert_ids_to_tokens(prompt.ids.tolist())
+    runs = []
+    for word in words:
+        kind = word == "<image>"
+        if not runs or runs[-1] != kind:
+            runs.append(kind)
+    assert runs == [False, True, False, True, False]
+    assert words[:4] == ["<user>", "what", "is", "it"]
+    assert words[-1] == "<assistant>"
+    first, *_ = vlm.prompter.prompt([picture(0, 28, 28)], "what").images.values()
+    assert torch.equal(next(iter(prompt.images.values()))[: len(first)], first)
+    with pytest.raises(ValueError, match="zip"):
+        episode_prompt(vlm.prompter, episode, [picture(0)], "what is it")
+    assert len(think(vlm, [prompt], GREEDY)[0].features) <= GREEDY.max_tokens

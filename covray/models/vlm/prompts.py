@@ -71,7 +71,21 @@ class Prompter:
         Raises:
             ConfigError: The text holds a placeholder of a picture.
         """
-        words = self._chat(len(pictures), text)
+        return self.turn([*pictures, text])
+
+    def turn(self, parts: Sequence[str | NDArray[np.uint8]], *, number_pictures: bool = False) -> Prompt:
+        """Return the tokens of a user's turn whose pictures and texts stand in any order.
+
+        Args:
+            parts: Texts, and pictures, uint8 [h, w, 3] each.
+            number_pictures: Write "Picture 1: " and so on before pictures, if the model's template can.
+
+        Raises:
+            ConfigError: A text holds a placeholder of a picture.
+        """
+        pictures = [part for part in parts if not isinstance(part, str)]
+        text = " ".join(part for part in parts if isinstance(part, str))
+        words = self._chat(parts, number_pictures)
         bos = self.tokenizer.bos_token
         begins = bos is not None and words.startswith(bos)
         ids = self.tokenizer(words, add_special_tokens=not begins)["input_ids"]
@@ -102,17 +116,20 @@ class Prompter:
         decoded: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
         return decoded.strip()
 
-    def _chat(self, pictures: int, text: str) -> str:
+    def _chat(self, parts: Sequence[str | NDArray[np.uint8]], number_pictures: bool) -> str:
         """Return the text of a user's turn with a placeholder for each picture."""
         if self._template is None:
             placeholder = self.tokenizer.convert_ids_to_tokens(self._image_id)
-            return placeholder * pictures + text
-        content: list[dict[str, str]] = [{"type": "image"}] * pictures + [{"type": "text", "text": text}]
+            return "".join(part if isinstance(part, str) else placeholder for part in parts)
+        content: list[dict[str, str]] = []
+        for part in parts:
+            content.append({"type": "text", "text": part} if isinstance(part, str) else {"type": "image"})
         words: str = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": content}],
             chat_template=self._template,
             add_generation_prompt=True,
             tokenize=False,
+            add_vision_id=number_pictures,
         )
         return words
 
