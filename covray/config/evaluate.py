@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer
 
 from covray.config.fields import (
     ActorsConfig,
@@ -86,6 +86,10 @@ class EvaluateConfig(Section):
     baseline_examples: int = Field(default=256, ge=1)
     """Examples per task for the mean and the nearest label, at most."""
     sampling: SamplingConfig = SamplingConfig()
+    probes: tuple[Literal["reference", "other", "copy", "dummy", "last_frame", "nats"], ...] = ()
+    """What tells why frames help or hurt, of every model that writes some: the score of an answer after the dataset's
+    frames (reference), another pair's (other), copies of the query (copy) or one code everywhere (dummy), that of the
+    last frame read as the answer (last_frame), and the nats of the reference's pictures (nats)."""
     batch: int = Field(default=16, ge=1, le=4096)
     """Rows of the fixed, padded batch of the decoder."""
     engine: EngineConfig = EngineConfig()
@@ -97,10 +101,18 @@ class EvaluateConfig(Section):
     seed: int = Field(default=0, ge=0)
     """Everything random follows from it."""
 
-    @field_validator("adapters", "baselines", "tasks")
+    @field_validator("adapters", "baselines", "tasks", "probes")
     @classmethod
     def _distinct(cls, value: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
         return None if value is None else tuple(dict.fromkeys(value))
+
+    @model_serializer(mode="wrap")
+    def _leave_out_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out the probes where there are none, so that identities made before they existed stay the same."""
+        values: dict[str, Any] = handler(self)
+        if not self.probes:
+            values.pop("probes", None)
+        return values
 
     def identity(self) -> dict[str, Any]:
         """What decides the scores; a resume must agree in all of it."""

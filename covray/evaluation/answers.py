@@ -53,6 +53,8 @@ class EpisodeResult:
     """The examples' chains and the query's picture, flat; no column."""
     nats: dict[str, float] = field(default_factory=dict)
     """The perplexities' logarithms by metric; no column."""
+    probes: dict[str, Tokens] = field(default_factory=dict)
+    """The candidates of answers to probes, [n, tokens], by metric; no column."""
 
 
 @dataclass(frozen=True, eq=False)

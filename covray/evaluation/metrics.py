@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from covray.evaluation.frames import FRAME_METRICS
+from covray.evaluation.probes import PROBE_METRICS
 from covray.tasks import TASKS
 from covray.tasks.base import Metric
 
@@ -20,11 +21,13 @@ MODEL_METRICS = (
     ),
     Metric(
         REFERENCE,
-        "Perplexity, reference frames",
-        "Of the reference answer's tokens, after the frames of the reference chain.",
+        "Perplexity, reference frames (leak the label)",
+        "Of the reference answer's tokens, after the frames of the reference chain. These are computed from the label "
+        "and leak it, so that a low value is no evidence of reasoning.",
         "lower",
     ),
     *FRAME_METRICS,
+    *PROBE_METRICS,
 )
 
 

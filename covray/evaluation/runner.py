@@ -39,6 +39,7 @@ from covray.evaluation.frames import frame_figures
 from covray.evaluation.lpips import LEAST_PX, load_lpips
 from covray.evaluation.metrics import OWN, REFERENCE
 from covray.evaluation.pair_files import PairFile
+from covray.evaluation.probes import FRAMES, LAST_FRAME, NATS, NATS_ANSWER, NATS_FRAMES, probe_frames
 from covray.evaluation.scores import score
 from covray.evaluation.subjects import SALIENCY, Subject
 from covray.generation.models import LoadedModel, ModelSource
@@ -142,6 +143,43 @@ class Runner:
             result.images = candidates.reshape(-1, candidates.shape[-1]).tolist()
             result.log_likelihood = float(likelihood.mean())
             result.nats = _nats(model, result, candidates)
+            if candidates.shape[1] > 1:
+                if LAST_FRAME in self.config.probes:
+                    result.probes[LAST_FRAME] = candidates[:, -2]
+                if NATS in self.config.probes:
+                    result.nats |= _picture_nats(model, result)
+        if subject.length > 2:
+            for probe in FRAMES:
+                if probe in self.config.probes:
+                    self._write_after(probe, model, subject, group)
+
+    def _write_after(self, probe: str, model: LoadedModel, subject: Subject, group: Sequence[EpisodeResult]) -> None:
+        """Write the answers of one subject's episodes of one task after the frames of a probe.
+
+        Args:
+            probe: One of ``FRAMES``.
+            model: The subject's.
+            subject: With frames.
+            group: With their chains and prompts.
+        """
+        episodes, rows = self._episodes(subject.name)
+        prompts, asked = [], []
+        for result in group:
+            assert result.chain is not None
+            assert result.prompt is not None
+            row = rows[result.task, result.pair_id]
+            frames = probe_frames(probe, result.chain, episodes.queries, row, self.config.seed)
+            # Chain-of-Focus has no frames in the dataset: another pair's are not known.
+            if frames is not None and len(frames) == len(result.chain) - 2:
+                prompts.append(np.concatenate([result.prompt, frames.reshape(-1)]))
+                asked.append(result)
+        if not asked:
+            return
+        seeds = [seed_of(self.config.seed, result.pair_id) for result in asked]
+        decoded = model.decoder.decode(np.empty(0, np.uint16), np.stack(prompts), 1, self.config.sampling, seeds)
+        for number, result in enumerate(asked):
+            candidates, _ = self._candidates(decoded, number)
+            result.probes[f"after_{probe}"] = candidates[:, 0]
 
     def _candidates(self, decoded: Decoded, number: int) -> tuple[Tokens, NDArray[np.float64]]:
         """Return the candidates that make the answer, [n, images, tokens], and the likelihood of each one's answer.
@@ -203,16 +241,36 @@ class Runner:
         for episode, (asked, pictures) in answers.items():
             if asked.result.chain is not None and pictures.frames:
                 chains[episode] = asked.result.chain[:-1]
+        probes = self._probe_answers([asked for asked, _ in answers.values()])
         references = dict(zip(chains, self._decode_each(list(chains.values())), strict=True))
         for episode, (asked, pictures) in answers.items():
             result = asked.result
             is_large = min(asked.label.shape[:2]) >= LEAST_PX
             scored = score(result.task, pictures.answer, asked.label, asked.meta, self._lpips if is_large else None)
             values = dict(scored.values) | result.nats
+            for metric, answer in probes[episode].items():
+                primary = TASKS[result.task].metrics[0].name
+                values[metric] = score(result.task, answer, asked.label, asked.meta).values.get(primary)
             if episode in references:
                 values |= _frame_values(references[episode], pictures.written)
             result.values = [{"metric": metric, "value": value} for metric, value in values.items()]
             result.counts = None if scored.counts is None else scored.counts.tolist()
+
+    def _probe_answers(self, asked: Sequence[Asked]) -> dict[int, dict[str, Picture]]:
+        """Return the answers to probes at the labels' sizes, by episode and metric."""
+        tokens = []
+        for each in asked:
+            tokens += each.result.probes.values()
+        decoded = iter(self._decode_each(tokens))
+        answers: dict[int, dict[str, Picture]] = {}
+        for each in asked:
+            height_px, width_px = each.label.shape[:2]
+            task = each.result.task
+            answers[each.result.episode] = {}
+            for metric in each.result.probes:
+                answer = join_answers(task, list(next(decoded)), each.meta)
+                answers[each.result.episode][metric] = resize(answer, height_px, width_px, TASKS[task].resample)
+        return answers
 
     def _answers(self, results: Sequence[EpisodeResult]) -> dict[int, tuple[Asked, AnswerPictures]]:
         """Return what is asked and answered in every episode, by its number; where that fails, set ``error``.
@@ -358,6 +416,22 @@ def _nats(model: LoadedModel, result: EpisodeResult, candidates: Tokens) -> dict
     for candidate in candidates:
         by_own.append(model.answer_nats(np.concatenate([result.prompt, candidate[:-1].reshape(-1)]), label))
     return {OWN: sum(by_own) / len(by_own), REFERENCE: by_reference}
+
+
+def _picture_nats(model: LoadedModel, result: EpisodeResult) -> dict[str, float]:
+    """Return the nats of all reference frames together, and of the reference answer after them.
+
+    Args:
+        model: Which reads them.
+        result: With its chain and prompt.
+    """
+    assert result.chain is not None
+    assert result.prompt is not None
+    frames, label = result.chain[1:-1].reshape(-1), result.chain[-1]
+    return {
+        NATS_FRAMES: model.answer_nats(result.prompt, frames) * len(frames),
+        NATS_ANSWER: model.answer_nats(np.concatenate([result.prompt, frames]), label) * len(label),
+    }
 
 
 def _frame_values(reference: NDArray[np.uint8], written: NDArray[np.uint8]) -> dict[str, float | None]:

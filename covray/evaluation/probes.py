@@ -1,0 +1,72 @@
+"""What tells why frames help or hurt: the answer after other frames than the model's own, and the last frame as answer.
+
+Frames that a model writes carry nothing that the query lacks. An answer that is as good after copies of the query, or
+after dummies, gains from computation at most, not from what the frames show.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from covray.chains.sentences import Chains
+from covray.seeds import seed_of
+from covray.tasks.base import Metric
+
+Tokens = NDArray[np.uint16]
+
+FRAMES = ("reference", "other", "copy", "dummy")
+"""Probes that write an answer after frames of their own."""
+LAST_FRAME, NATS = "last_frame", "nats"
+NATS_FRAMES, NATS_ANSWER = "nats_frames", "nats_answer"
+_PRIMARY = "The task's first metric of the answer that is written after "
+PROBE_METRICS = (
+    Metric("after_reference", "After reference frames", f"{_PRIMARY}the dataset's frames, which leak the label.", None),
+    Metric("after_other", "After another pair's frames", f"{_PRIMARY}the dataset's frames of another pair.", None),
+    Metric("after_copy", "After copies of the query", f"{_PRIMARY}copies of the query in place of frames.", None),
+    Metric("after_dummy", "After dummies", f"{_PRIMARY}frames of one code, the same for all queries.", None),
+    Metric(LAST_FRAME, "Last frame", "The task's first metric of the last frame, read as the answer.", None),
+    Metric(
+        NATS_FRAMES,
+        "Frames, nats",
+        "Negative log likelihood of all reference frames of a chain, each after all before it.",
+        "lower",
+        "nats",
+    ),
+    Metric(
+        NATS_ANSWER,
+        "Answer, nats",
+        "Negative log likelihood of the whole reference answer after the reference frames, which leak it.",
+        "lower",
+        "nats",
+    ),
+)
+
+
+def probe_frames(probe: str, chain: Tokens, chains: Chains, row: int, seed: int) -> Tokens | None:
+    """Return the frames after which an answer is written, uint16 [frames, tokens].
+
+    Args:
+        probe: One of ``FRAMES``.
+        chain: The query's own chain, [length, tokens].
+        chains: The queries, with frames.
+        row: Which of ``chains`` is the query.
+        seed: Decides which is another pair.
+
+    Returns:
+        The frames; None where the task has no other pair.
+    """
+    if probe == "reference":
+        return chain[1:-1]
+    if probe == "copy":
+        return np.repeat(chain[:1], len(chain) - 2, axis=0)
+    if probe == "dummy":
+        return np.zeros_like(chain[1:-1])
+    task = int(np.searchsorted(chains.starts, row, side="right")) - 1
+    first, last = int(chains.starts[task]), int(chains.starts[task + 1])
+    others = last - first - 1
+    if not others:
+        return None
+    step = 1 + seed_of(seed, "other frames", int(chains.pair_ids[row])) % others
+    frames: Tokens = chains.tokens[first + (row - first + step) % (last - first), 1:-1]
+    return frames
