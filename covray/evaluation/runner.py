@@ -258,7 +258,7 @@ class Runner:
 
     def _probe_answers(self, asked: Sequence[Asked]) -> dict[int, dict[str, Picture]]:
         """Return the answers to probes at the labels' sizes, by episode and metric."""
-        tokens = []
+        tokens: list[Tokens] = []
         for each in asked:
             tokens += each.result.probes.values()
         decoded = iter(self._decode_each(tokens))
