@@ -47,7 +47,7 @@ def load_config(
             raise ConfigError(f"--config {file}: not valid YAML: {error}") from error
         if loaded is not None and not isinstance(loaded, dict):
             raise ConfigError(f"--config {file}: holds {type(loaded).__name__}, not keys and values")
-        values = _without_null(loaded or {})
+        values = _without_empty_sections(model, _without_null(loaded or {}))
     for key, value in _without_null(options or {}).items():
         _set(values, key, value)
     for assignment in sets:
@@ -103,6 +103,19 @@ def leaves(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 def _without_null(values: dict[str, Any]) -> dict[str, Any]:
     """``values`` without sections that are null: their keys are all commented out."""
     return {key: value for key, value in values.items() if value is not None or "." in str(key)}
+
+
+def _without_empty_sections(model: type[Section], values: dict[str, Any]) -> dict[str, Any]:
+    """Return ``values`` of a file without sections within sections whose keys are all commented out."""
+    kept = {}
+    for key, value in values.items():
+        default = model.model_fields[key].default if key in model.model_fields else None
+        if isinstance(default, Section) and isinstance(value, dict):
+            value = _without_empty_sections(type(default), value)
+        if isinstance(default, Section) and value in (None, {}):
+            continue
+        kept[key] = value
+    return kept
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
