@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -48,7 +49,7 @@ def load_config(
         if loaded is not None and not isinstance(loaded, dict):
             raise ConfigError(f"--config {file}: holds {type(loaded).__name__}, not keys and values")
         values = _without_empty_sections(model, _without_null(loaded or {}))
-    for key, value in _without_null(options or {}).items():
+    for key, value in _without_null(copy.deepcopy(options or {})).items():  # sets change what is below a section
         _set(values, key, value)
     for assignment in sets:
         key, separator, text = assignment.partition("=")

@@ -194,7 +194,12 @@ def numbers(model: type[BaseModel]) -> Iterator[str]:
 
 @pytest.mark.parametrize("value", [".nan", ".inf", "-.inf"])
 def test_what_is_no_number_is_refused_wherever_one_is_asked_for(value: str) -> None:
-    for model, required in [*MODELS.values(), (GenerateConfig, {"queries": ["a"], "out": "o"})]:
+    thinking = yaml.safe_load((CONFIGS / "paper" / "thinkdiff-lvlm.yaml").read_text())
+    models = MODELS | {
+        "generate": (GenerateConfig, {"queries": ["a"], "out": "o"}),
+        "thinkdiff": (ThinkConfig, thinking),
+    }
+    for model, required in models.values():
         for key in numbers(model):
             with pytest.raises(ConfigError, match=rf"^{key}: "):
                 load_config(model, None, required, [f"{key}={value}"])
