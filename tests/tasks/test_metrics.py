@@ -339,4 +339,6 @@ def test_every_metric_has_a_text_and_is_the_same_in_every_task() -> None:
         "perplexity_own",
         "perplexity_reference",
         "frame_step_variation",
+        "nats_frames",
+        "nats_answer",
     }
