@@ -28,6 +28,7 @@ from covray.cli import (
     pairs,
     planning,
     plugins,
+    serve,
     stories,
     sweeps,
     training,
@@ -60,6 +61,7 @@ app.command(cls=Command, rich_help_panel=STEPS)(training.export)
 app.command(cls=Command, rich_help_panel=MODELS)(models.fetch)
 app.command(cls=Command, rich_help_panel=STEPS)(answers.generate)
 app.command(cls=once_spelled(pairs="example-pairs", tasks="task"), rich_help_panel=STEPS)(answers.evaluate)
+app.command(cls=Command, rich_help_panel=STEPS)(serve.serve)
 app.command(cls=Command, rich_help_panel=STEPS)(sweeps.sweep)
 app.command(cls=Command, rich_help_panel=STEPS)(sweeps.report)
 # What follows the step is the step's own.

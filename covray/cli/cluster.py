@@ -14,13 +14,20 @@ from covray.cli.answers import EVALUATE
 from covray.cli.chains import BUILD
 from covray.cli.options import ConfigFile, Json, Sets, StepOptions, numbers
 from covray.cli.output import console, escape, figure, print_values
+from covray.cli.serve import SERVE
 from covray.cli.sweeps import SWEEP
 from covray.cli.training import TRAIN
 from covray.config import PlanConfig, Section, load_config
 from covray.errors import ConfigError
 from covray.progress import own_display
 
-STEPS: dict[str, StepOptions[Any]] = {"build": BUILD, "train": TRAIN, "evaluate": EVALUATE, "sweep": SWEEP}
+STEPS: dict[str, StepOptions[Any]] = {
+    "build": BUILD,
+    "train": TRAIN,
+    "evaluate": EVALUATE,
+    "sweep": SWEEP,
+    "serve": SERVE,
+}
 """The steps that can be submitted, with the options that make their configuration."""
 
 _STATUS_STYLES = {"problem": "red", "note": "yellow", "ok": "dim"}
@@ -29,7 +36,7 @@ _STATUS_STYLES = {"problem": "red", "note": "yellow", "ok": "dim"}
 
 def submit(
     context: typer.Context,
-    step: Annotated[str, typer.Argument(metavar="build|train|evaluate|sweep", help="Its options follow it.")],
+    step: Annotated[str, typer.Argument(metavar="build|train|evaluate|sweep|serve", help="Its options follow it.")],
     address: Annotated[
         str | None, typer.Option(help="Address of the dashboard; by default RAY_API_SERVER_ADDRESS, or this machine's.")
     ] = None,

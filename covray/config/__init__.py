@@ -19,6 +19,7 @@ from covray.config.fields import (
 from covray.config.generate import GenerateConfig, GeneratorConfig
 from covray.config.plan import AssumedConfig, NodesConfig, PlanConfig
 from covray.config.section import Section, differences, leaves, load_config, read_yaml
+from covray.config.serve import LimitsConfig, ReplicasConfig, ServeConfig
 from covray.config.sweep import GridConfig, SweepConfig
 from covray.config.train import (
     AdamWConfig,
@@ -35,7 +36,8 @@ from covray.config.train import (
 __all__ = [
     "ActorsConfig", "AdamWConfig", "AssumedConfig", "BackboneConfig", "BuildConfig", "CheckpointsConfig",
     "ComputeConfig", "EngineConfig", "EvaluateConfig", "FormConfig", "FrameNoiseConfig", "GenerateConfig",
-    "GeneratorConfig", "GridConfig", "LoraConfig", "NodesConfig", "OptimizerConfig", "PlanConfig", "PriorConfig",
-    "SamplingConfig", "Section", "SentencesConfig", "SweepConfig", "TokenizerConfig", "TrackingConfig", "TrainConfig",
-    "WorkersConfig", "differences", "leaves", "load_config", "named_run", "read_yaml", "require_compiler",
+    "GeneratorConfig", "GridConfig", "LimitsConfig", "LoraConfig", "NodesConfig", "OptimizerConfig", "PlanConfig",
+    "PriorConfig", "ReplicasConfig", "SamplingConfig", "Section", "SentencesConfig", "ServeConfig", "SweepConfig",
+    "TokenizerConfig", "TrackingConfig", "TrainConfig", "WorkersConfig", "differences", "leaves", "load_config",
+    "named_run", "read_yaml", "require_compiler",
 ]  # fmt: skip

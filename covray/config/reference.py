@@ -21,6 +21,7 @@ from covray.config.evaluate import EvaluateConfig
 from covray.config.generate import GenerateConfig
 from covray.config.plan import PlanConfig
 from covray.config.section import Section
+from covray.config.serve import ServeConfig
 from covray.config.sweep import SweepConfig
 from covray.config.train import TrainConfig
 from covray.config.vlm import VlmEvaluateConfig, VlmGenerateConfig, VlmTrainConfig
@@ -31,6 +32,7 @@ STEPS: dict[str, type[Section]] = {
     "generate": GenerateConfig,
     "evaluate": EvaluateConfig,
     "sweep": SweepConfig,
+    "serve": ServeConfig,
     "plan": PlanConfig,
     "vlm train": VlmTrainConfig,
     "vlm generate": VlmGenerateConfig,

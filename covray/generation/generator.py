@@ -30,7 +30,7 @@ from covray.config import (
 )
 from covray.errors import ConfigError, DatasetError, PairError, WeightsError, one_line
 from covray.generation.models import LoadedModel, ModelSource
-from covray.generation.request import Answer, Example, Request, WrittenPicture
+from covray.generation.request import Answer, Example, ReadAnswer, Request, WrittenPicture
 from covray.generation.votes import PLAIN_TASK, draw_spread, join_answers
 from covray.io import images
 from covray.io.images import resize, square
@@ -150,15 +150,14 @@ class Generator:
             answers = list(self.tokenizer.decode(candidates[:, -1]))
             small = join_answers(self._task(request), answers, answer_meta(request, self.resolved.classes))
             spread = self._resized(request, number, draw_spread(answers), "bicubic")
-        task = self._task(request)
-        picture = self._resized(request, number, small, TASKS[task or PLAIN_TASK].resample)
+        read = self.read_answer(request, number, small)
         return Answer(
             query=query,
             frames=np.array(frames, np.uint8).reshape(-1, *small.shape),
             small=small,
-            picture=picture,
+            picture=read.picture,
             spread=spread,
-            data={} if task is None else TASKS[task].export(picture, answer_meta(request, self.resolved.classes)),
+            data=read.data,
             seed=seed,
             samples=len(candidates),
             candidate=best,
@@ -181,6 +180,24 @@ class Generator:
             picture = self.tokenizer.decode(each.ids[None])[0]
             yield WrittenPicture(each.query, each.image, each.image == count - 1, picture)
 
+    def read_answer(self, request: Request, number: int, small: Picture) -> ReadAnswer:
+        """Return an answer at its query's size, and as the task reads it.
+
+        Args:
+            request: All queries.
+            number: That of the query.
+            small: The answer at the tokenizer's size, as ``stream`` yields it.
+        """
+        task = self._task(request)
+        picture = self._resized(request, number, small, TASKS[task or PLAIN_TASK].resample)
+        if task is None:
+            return ReadAnswer(picture, {})
+        return ReadAnswer(picture, TASKS[task].export(picture, answer_meta(request, self.resolved.classes)))
+
+    def as_seen(self, query: Picture) -> Picture:
+        """Return ``query`` as the model sees it, square, [s, s, 3]."""
+        return square(query, self.tokenizer.size_px, self.resolved.config.fit or "stretch")
+
     def prompt_tokens(self, request: Request) -> int:
         """Return how many tokens stand before a query of ``request``."""
         return len(self._prompt(request))
@@ -199,8 +216,7 @@ class Generator:
         """Return the prompt [P], the queries' squares [B, s, s, 3], their tokens [B, T] and their seeds."""
         self.resolved.require_context(len(request.examples), self.tokenizer.tokens_per_image)
         prompt = self._prompt(request)
-        fit = self.resolved.config.fit or "stretch"
-        squares = np.stack([square(query, self.tokenizer.size_px, fit) for query in request.queries])
+        squares = np.stack([self.as_seen(query) for query in request.queries])
         tokens = self.tokenizer.encode(squares)
         seeds = []
         for row in tokens:

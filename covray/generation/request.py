@@ -64,6 +64,16 @@ class Answer:
 
 
 @dataclass(frozen=True, eq=False)
+class ReadAnswer:
+    """The answer to one query without what the model said of it."""
+
+    picture: Picture
+    """At the query's size; with fit ``crop``, of its centre square."""
+    data: dict[str, bytes]
+    """The answer as its task reads it, file name to content."""
+
+
+@dataclass(frozen=True, eq=False)
 class WrittenPicture:
     """One picture of an answer, as soon as it is written."""
 

@@ -60,7 +60,7 @@ def test_every_option_sets_keys_that_there_are(step: str) -> None:
     command = typer.main.get_command(app).commands[step]  # type: ignore[attr-defined]
     options = STEPS[step]
     own = {parameter.opts[0] for parameter in command.params}
-    beside = {"--config", "--set", "--plan", "--tokens-per-s", "--json", "--resume"}
+    beside = {"--config", "--set", "--plan", "--tokens-per-s", "--json", "--resume", "--token"}
     assert own - beside == set(options._settings)
 
 

@@ -1,0 +1,1 @@
+"""``covray serve``: trained adapters answer over HTTP, on Ray Serve."""

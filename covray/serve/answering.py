@@ -1,0 +1,105 @@
+"""Requests of several clients answered together by one loaded generator. Knows no HTTP."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from covray.config import SamplingConfig
+from covray.errors import CovrayError
+from covray.generation.generator import Generator
+from covray.generation.request import Example, Request
+from covray.io.images import encode_png
+from covray.io.pixels import Picture
+from covray.serve.schemas import AnswerResponse, Frame, Refusal
+
+
+@dataclass(frozen=True, eq=False)
+class Query:
+    """One query with all that decides its answer, checked against the limits."""
+
+    adapter: str
+    picture: Picture
+    examples: tuple[Example, ...]
+    task: str | None
+    classes: int
+    sampling: SamplingConfig
+    seed: int
+
+    def shared(self) -> tuple[object, ...]:
+        """Return what queries must have in common to be answered in one batch: all but the picture."""
+        return (
+            self.adapter, self.examples, self.task, self.classes, self.sampling.model_dump_json(), self.seed,
+        )  # fmt: skip
+
+    def request(self, pictures: Sequence[Picture]) -> Request:
+        """Return the request for ``pictures`` with this query's examples and settings."""
+        return Request(tuple(pictures), self.examples, self.task, self.classes, self.sampling, self.seed)
+
+
+def group(queries: Sequence[Query]) -> list[list[int]]:
+    """Return the numbers of the queries that can be answered in one batch, in the order of their first."""
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for number, query in enumerate(queries):
+        groups.setdefault(query.shared(), []).append(number)
+    return list(groups.values())
+
+
+def answer_together(generator: Generator, queries: Sequence[Query]) -> list[AnswerResponse | Refusal]:
+    """Answer queries that share everything but the picture; each answer has the bits that it has alone."""
+    first = queries[0]
+    try:
+        answers = generator.answer(first.request([query.picture for query in queries]))
+    except CovrayError as error:
+        return [Refusal(reason="refused", message=str(error))] * len(queries)
+    responses: list[AnswerResponse | Refusal] = []
+    for answer in answers:
+        response = AnswerResponse(
+            adapter=first.adapter,
+            task=first.task or generator.resolved.task,
+            seed=answer.seed,
+            query=_png(answer.query),
+            frames=tuple(_png(frame) for frame in answer.frames),
+            picture=_png(answer.picture),
+            spread=None if answer.spread is None else _png(answer.spread),
+            data=_encoded(answer.data),
+            samples=answer.samples,
+            candidate=answer.candidate,
+            log_likelihood=answer.log_likelihood,
+        )
+        responses.append(response)
+    return responses
+
+
+def stream_answer(generator: Generator, query: Query) -> Iterator[Frame | AnswerResponse | Refusal]:
+    """Yield each picture of one answer as soon as it is written, and at last the answer without its frames."""
+    request = query.request([query.picture])
+    try:
+        for written in generator.stream(request):
+            yield Frame(number=written.number, is_answer=written.is_answer, picture=_png(written.picture))
+            if written.is_answer:
+                read = generator.read_answer(request, 0, written.picture)
+                yield AnswerResponse(
+                    adapter=query.adapter,
+                    task=query.task or generator.resolved.task,
+                    seed=None,
+                    query=_png(generator.as_seen(query.picture)),
+                    frames=(),
+                    picture=_png(read.picture),
+                    spread=None,
+                    data=_encoded(read.data),
+                    samples=query.sampling.candidates,
+                    candidate=None,
+                    log_likelihood=None,
+                )
+    except CovrayError as error:
+        yield Refusal(reason="refused", message=str(error))
+
+
+def _png(picture: Picture) -> str:
+    return base64.b64encode(encode_png(picture)).decode()
+
+
+def _encoded(files: dict[str, bytes]) -> dict[str, str]:
+    return {name: base64.b64encode(content).decode() for name, content in files.items()}

@@ -1,0 +1,256 @@
+"""``covray serve``: the deployments of Ray Serve, and the command that starts and drains them.
+
+client --HTTP--> Door (reads, limits, counts) --> Replica (batches, generators)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import functools
+import ipaddress
+import logging
+import socket
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import ray
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.config import HTTPOptions
+from ray.serve.handle import DeploymentHandle
+
+from covray.config import ServeConfig
+from covray.distributed.session import ray_session
+from covray.errors import ConfigError, one_line
+from covray.generation.generator import Generator, resolve_generator
+from covray.progress import stage
+from covray.serve.answering import Query, answer_together, group, stream_answer
+from covray.serve.http_api import LOOPBACK, Event, make_app
+from covray.serve.schemas import AdapterInfo, Adapters, AnswerResponse, Refusal
+from covray.tasks import TASKS
+
+APPLICATION = "covray"
+_ATTEMPTS = 4
+"""How often a query is sent: an answer follows from the query alone, so it can be asked of another replica."""
+_DRAIN_S = 60.0
+_ADAPTERS = 4
+"""Adapters beside the first that a replica keeps loaded; the one used longest ago makes room."""
+_LEAST_TOKEN = 16
+R = TypeVar("R")
+
+
+class Replica:
+    """Generators of several adapters, and the queries that wait for them.
+
+    All computing is done by one thread, which also loads the models: torch's number of threads, on which the bits
+    depend, belongs to a thread.
+    """
+
+    def __init__(self, config: ServeConfig):
+        """Load the first adapter; others are loaded by their first query."""
+        self._configs = config.generators()
+        self._thread = ThreadPoolExecutor(1, "covray-generator")
+        self._turn = asyncio.Lock()
+        self._first = self._thread.submit(Generator.load, next(iter(self._configs.values()))).result()
+        # Ray Serve reads both from the decorators only; the configuration is known later.
+        self._answer_batch.set_max_batch_size(config.generator.batch)
+        self._answer_batch.set_batch_wait_timeout_s(config.batch_wait_s)
+
+    async def answer(self, query: Query) -> AnswerResponse | Refusal:
+        """Return the answer to a query, which may share a batch with others."""
+        result: AnswerResponse | Refusal = await self._answer_batch(query)
+        return result
+
+    @serve.batch
+    async def _answer_batch(self, queries: list[Query]) -> list[AnswerResponse | Refusal]:
+        """Answer queries; those that share everything but the picture in one batch of the decoder."""
+        results: dict[int, AnswerResponse | Refusal] = {}
+        for numbers in group(queries):
+            members = [queries[number] for number in numbers]
+            async with self._turn:
+                generator = await self._generator(members[0].adapter)
+                answers = await self._compute(functools.partial(answer_together, generator, members))
+            results.update(zip(numbers, answers, strict=True))
+        return [results[number] for number in range(len(queries))]
+
+    async def stream(self, query: Query) -> AsyncIterator[Event]:
+        """Yield the pictures of one answer; other queries wait, since the decoder has one cache."""
+        async with self._turn:
+            generator = await self._generator(query.adapter)
+            events: Iterator[Event] = stream_answer(generator, query)
+            try:
+                while (event := await self._compute(functools.partial(next, events, None))) is not None:
+                    yield event
+            finally:  # a client that leaves frees the decoder after the picture at work
+                self._thread.submit(events.close)  # type: ignore[attr-defined]
+
+    async def _generator(self, adapter: str) -> Generator:
+        """Return the generator of an adapter, loaded if need be."""
+        if adapter == next(iter(self._configs)):
+            return self._first
+        loaded: Generator = await self._load(adapter)
+        return loaded
+
+    @serve.multiplexed(max_num_models_per_replica=_ADAPTERS)
+    async def _load(self, adapter: str) -> Generator:
+        return await self._compute(functools.partial(Generator.load, self._configs[adapter]))
+
+    async def _compute(self, work: Callable[[], R]) -> R:
+        return await asyncio.wrap_future(self._thread.submit(work))
+
+
+class ReplicaHandle:
+    """The replicas as an ``Answerer``: a query whose replica dies is sent to another one."""
+
+    def __init__(self, handle: DeploymentHandle):
+        self._handle = handle
+
+    async def answer(self, query: Query) -> AnswerResponse | Refusal:
+        """Return the answer, of another replica where one dies."""
+        handle = self._handle.options(multiplexed_model_id=query.adapter)
+        for _ in range(_ATTEMPTS - 1):
+            try:
+                result: AnswerResponse | Refusal = await handle.answer.remote(query)
+                return result
+            except RayActorError:
+                continue
+        last: AnswerResponse | Refusal = await handle.answer.remote(query)
+        return last
+
+    async def stream(self, query: Query) -> AsyncIterator[Event]:
+        """Yield the events; after a replica's death those of another one from where the first ended."""
+        handle = self._handle.options(multiplexed_model_id=query.adapter, stream=True)
+        sent = 0
+        for attempts_left in reversed(range(_ATTEMPTS)):
+            number = 0
+            try:
+                async for event in handle.stream.remote(query):
+                    number += 1
+                    if number > sent:
+                        sent = number
+                        yield event
+                return
+            except RayActorError:
+                if not attempts_left:
+                    raise
+
+
+def build_application(config: ServeConfig, adapters: Adapters, token: str | None, gpus: float) -> serve.Application:
+    """Return the deployments.
+
+    Args:
+        config: Of the server.
+        adapters: What answers.
+        token: That requests must bring.
+        gpus: Of one replica.
+    """
+    replicas = config.replicas
+    replica = serve.deployment(
+        Replica,
+        name="Replica",
+        max_ongoing_requests=config.limits.queue,
+        autoscaling_config={
+            "min_replicas": replicas.min, "max_replicas": replicas.max, "target_ongoing_requests": replicas.queries,
+        },
+        ray_actor_options={"num_cpus": replicas.cpus, "num_gpus": gpus},
+        graceful_shutdown_timeout_s=_DRAIN_S,
+    )  # fmt: skip
+
+    def build_door() -> Any:
+        handle = serve.get_deployment_handle("Replica", app_name=APPLICATION)
+        return make_app(config, adapters, ReplicaHandle(handle), token)
+
+    class Door:
+        def __init__(self, replica: DeploymentHandle):
+            pass  # it is here so that Ray Serve deploys the replicas
+
+    door = serve.deployment(
+        serve.ingress(build_door)(Door),
+        name="Door",
+        # One process counts all requests, and refuses beyond the queue itself, with the reason.
+        num_replicas=1,
+        max_ongoing_requests=4 * config.limits.queue + 1000,
+        ray_actor_options={"num_cpus": 0},
+        graceful_shutdown_timeout_s=_DRAIN_S,
+    )
+    return door.bind(replica.bind(config))
+
+
+def require_servable(config: ServeConfig, token: str | None) -> Adapters:
+    """Return the adapters that ``config`` would serve.
+
+    Raises:
+        CovrayError: A run cannot be used, the port is taken, or the address needs a token.
+    """
+    if token is not None and len(token) < _LEAST_TOKEN:
+        raise ConfigError(f"--token: is shorter than {_LEAST_TOKEN} characters; make one with openssl rand -hex 32")
+    if token is None and not _is_loopback(config.host):
+        raise ConfigError(
+            f"--host {config.host}: others can reach it; set a token in COVRAY_SERVE_TOKEN, or leave --host out"
+        )
+    infos = []
+    for name, generator in config.generators().items():
+        resolved = resolve_generator(generator)
+        classes = None if resolved.classes is None else tuple(map(str, resolved.classes.get("classes", ())))
+        infos.append(AdapterInfo(name=name, task=resolved.task, pictures=resolved.length, classes=classes))
+    _require_free(config.host, config.port)
+    return Adapters(adapters=tuple(infos), tasks=tuple(TASKS))
+
+
+def run(config: ServeConfig, token: str | None, ready: Callable[[str], None]) -> None:
+    """Serve until the process is interrupted; then finish the requests at work and end all that was started.
+
+    Args:
+        config: Of the server.
+        token: That requests must bring; None: none is needed.
+        ready: Called with the address once it answers.
+
+    Raises:
+        CovrayError: See ``require_servable``; or no replica starts.
+    """
+    adapters = require_servable(config, token)
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    with ray_session():
+        gpus = config.replicas.gpus
+        if gpus is None:
+            gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
+        application = build_application(config, adapters, token, gpus)
+        try:
+            with stage("loading the models"):
+                options = HTTPOptions(host=config.host, port=config.port)
+                serve.start(proxy_location="HeadOnly", http_options=options, logging_config={"log_level": "ERROR"})
+                serve.run(application, name=APPLICATION, logging_config={"log_level": "ERROR"})
+            host = f"[{config.host}]" if ":" in config.host else config.host
+            ready(f"http://{host}:{config.port}")
+            threading.Event().wait()
+        except RuntimeError as error:
+            raise ConfigError(f"no replica started ({one_line(error)}); see --debug for Ray's logs") from error
+        finally:
+            with stage("finishing the requests at work"):
+                serve.delete(APPLICATION)  # the proxy still sends their answers
+                serve.shutdown()
+
+
+def _is_loopback(host: str) -> bool:
+    if host in LOOPBACK:
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _require_free(host: str, port: int) -> None:
+    """Refuse an address on which nobody can listen. Raises ConfigError."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(f"--port {port}: another program listens there; give another port") from error
+        raise ConfigError(f"--host {host}: cannot be listened on ({one_line(error)}); give an address here") from error

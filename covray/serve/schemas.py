@@ -1,0 +1,100 @@
+"""What a client sends and gets; pictures are base64 of encoded files, PNG in answers."""
+
+from __future__ import annotations
+
+from pydantic import Base64Bytes, Field
+
+from covray.config import SamplingConfig, Section
+from covray.config.fields import TaskName
+
+
+class ExampleFiles(Section):
+    """An example pair, as picture files."""
+
+    image: Base64Bytes
+    label: Base64Bytes
+
+
+class Settings(Section):
+    """A request without its pictures: the part ``settings`` of a multipart request."""
+
+    adapter: str | None = None
+    """Name of an adapter; by default the first."""
+    task: TaskName | None = None
+    """How labels are resized and the answer is read; by default the run's task, if it has one."""
+    classes: int = Field(default=21, ge=1, le=256)
+    """Classes of a segmentation."""
+    sampling: SamplingConfig = SamplingConfig()
+    seed: int = Field(default=0, ge=0)
+    """Everything random follows from it and from the query."""
+
+
+class AnswerRequest(Settings):
+    """A query and its examples."""
+
+    query: Base64Bytes
+    examples: tuple[ExampleFiles, ...] = ()
+
+
+class Frame(Section):
+    """One picture of a streamed answer, as soon as it is written: the event ``frame``."""
+
+    number: int
+    """The frames come first, the answer is the last."""
+    is_answer: bool
+    picture: str
+    """At the tokenizer's size."""
+
+
+class AnswerResponse(Section):
+    """An answer; in a stream the last event, ``answer``."""
+
+    adapter: str
+    task: str | None
+    seed: int | None
+    """Of the query's random numbers; null in a stream."""
+    query: str
+    """The query as the model saw it."""
+    frames: tuple[str, ...]
+    """At the tokenizer's size; in a stream they were sent before, and this is empty."""
+    picture: str
+    """The answer at the query's size."""
+    spread: str | None
+    """Where the candidates of a vote disagree; null without a vote and in a stream."""
+    data: dict[str, str]
+    """The answer as its task reads it, file name to content in base64, as ``depth_m.npy``."""
+    samples: int
+    """Candidates that were written."""
+    candidate: int | None
+    """Number of the likeliest candidate; null in a stream."""
+    log_likelihood: tuple[float, ...] | None
+    """Of each picture, the answer last, in nats; null in a stream."""
+
+
+class Refusal(Section):
+    """Why a request was not answered."""
+
+    reason: str
+    """One word, the same for the same mistake."""
+    message: str
+    """What is wrong, and what to do."""
+
+
+class AdapterInfo(Section):
+    """An adapter that answers."""
+
+    name: str
+    task: str | None
+    """Task that it was trained on, if it was one."""
+    pictures: int
+    """Pictures of a chain, both ends counted."""
+    classes: tuple[str, ...] | None
+    """Names of the classes of segmentation that it was trained on."""
+
+
+class Adapters(Section):
+    """All adapters; the first answers where a request names none."""
+
+    adapters: tuple[AdapterInfo, ...]
+    tasks: tuple[str, ...]
+    """Every task that a request may name."""
