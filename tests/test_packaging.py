@@ -43,7 +43,8 @@ SOURCES = {"deepspeed": {"Linux x86_64", "Linux aarch64"}}
 """Packages that pip installs from source, as they compile nothing then, and where their authors support it."""
 
 PURE = {
-    "diffusers", "huggingface-hub", "jinja2", "mlflow", "packaging", "peft", "rich", "transformers", "trimesh", "typer",
+    "diffusers", "fastapi", "huggingface-hub", "jinja2", "mlflow", "packaging", "peft", "prometheus-client", "rich",
+    "starlette", "transformers", "trimesh", "typer",
 }  # fmt: skip
 """Packages whose wheels are for any platform."""
 

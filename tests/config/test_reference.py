@@ -14,6 +14,7 @@ from covray.config.reference import STEPS, all_keys, annotated_yaml, key_text
 
 REQUIRED: dict[str, dict[str, Any]] = {
     "build": {"pairs": "pairs.parquet", "out": "chains"},
+    "serve": {"adapters": ["run"]},
     "train": {"data": "chains", "out": "run"},
     "generate": {"queries": ["room.png"], "out": "answers"},
     "evaluate": {"data": "chains", "out": "eval"},
