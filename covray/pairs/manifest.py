@@ -141,10 +141,14 @@ class ManifestWriter:
                 handle, self._aside = tempfile.mkstemp(suffix=".parquet")
                 os.close(handle)
             metadata = {METADATA_KEY: json.dumps({"version": VERSION, "root": self.root})}
-            # No dictionary for the pictures: each is different, and a dictionary would hold them all.
-            self._writer = pq.ParquetWriter(
-                self._aside, self._schema.with_metadata(metadata), use_dictionary=["task", "split"]
-            )
+            try:
+                # No dictionary for the pictures: each is different, and a dictionary would hold them all.
+                self._writer = pq.ParquetWriter(
+                    self._aside, self._schema.with_metadata(metadata), use_dictionary=["task", "split"]
+                )
+            except BaseException:  # a signal, too: nobody calls __exit__
+                self._remove_aside()
+                raise
         return self
 
     def add(self, pair: Pair) -> bool:
@@ -191,8 +195,11 @@ class ManifestWriter:
             if kind is None:  # otherwise the first failure is the one to report
                 raise
         finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(self._aside)
+            self._remove_aside()
+
+    def _remove_aside(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(self._aside)
 
     def _flush(self) -> None:
         if not self._buffer:

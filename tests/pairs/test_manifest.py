@@ -88,6 +88,19 @@ def test_row_groups_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert [groups.row_group(n).num_rows for n in range(groups.num_row_groups)] == [7, 7, 2]
 
 
+def test_a_stop_while_the_file_is_opened_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = pq.ParquetWriter
+
+    def open_and_stop(*arguments: Any, **options: Any) -> None:
+        opened(*arguments, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pq, "ParquetWriter", open_and_stop)
+    with pytest.raises(KeyboardInterrupt), ManifestWriter(tmp_path / "pairs.parquet"):
+        pytest.fail("it was opened")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_failure_leaves_the_old_file_and_no_parts(tmp_path: Path) -> None:
     path = tmp_path / "pairs.parquet"
     write(path, [pair(1)])
