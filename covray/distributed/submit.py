@@ -23,7 +23,6 @@ from covray.errors import ConfigError
 
 ADDRESS = "http://127.0.0.1:8265"
 """Where a dashboard answers on its head, and on this machine through ``ray dashboard cluster/gpu.yaml``."""
-STEPS = ("build", "train", "evaluate", "sweep")
 _FILE = "config.yaml"
 _POLL_S = 0.5
 

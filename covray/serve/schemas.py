@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
-from pydantic import Base64Bytes, Field
+import base64
+import binascii
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field
 
 from covray.config import SamplingConfig, Section
 from covray.config.fields import TaskName
 
 
+def _from_base64(value: object) -> object:
+    """Return the bytes of standard base64; anything else in it is a mistake, which pydantic's own type would skip."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return base64.b64decode(value, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ValueError("is no base64") from error
+
+
+PictureFile = Annotated[bytes, BeforeValidator(_from_base64), Field(json_schema_extra={"format": "base64"})]
+"""The bytes of an encoded picture; base64 in JSON."""
+
+
 class ExampleFiles(Section):
     """An example pair, as picture files."""
 
-    image: Base64Bytes
-    label: Base64Bytes
+    image: PictureFile
+    label: PictureFile
 
 
 class Settings(Section):
@@ -32,7 +50,7 @@ class Settings(Section):
 class AnswerRequest(Settings):
     """A query and its examples."""
 
-    query: Base64Bytes
+    query: PictureFile
     examples: tuple[ExampleFiles, ...] = ()
 
 
