@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
 import re
 import shlex
 import tomllib
@@ -28,11 +29,13 @@ from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
 from ray.autoscaler.v2.utils import ResourceRequestUtil
 from ray.scripts.scripts import start
+from ray.serve.schema import ServeDeploySchema
 
 from covray.cli.app import app
 from covray.cli.cluster import submitted_config
-from covray.config import BuildConfig, EvaluateConfig, SweepConfig, TrainConfig
+from covray.config import BuildConfig, EvaluateConfig, ServeConfig, SweepConfig, TrainConfig, load_config
 from covray.distributed.pool import on
+from covray.serve.app import TOKEN_VARIABLE, application
 from covray.sweeps.grid import grid_of
 from tests.test_docs import keys
 
@@ -130,7 +133,7 @@ def test_every_file_pins_the_tested_ray() -> None:
         path.name: re.findall(r"ray\[[\w,]+\]==([\w.]+)|rayproject/ray:([\d.]+)-|rayVersion: \"(.*)\"", text)
         for path, text in texts.items()
     }
-    pinned = {"gpu.yaml", "local.yaml", "Dockerfile", "raycluster.yaml", "rayjob.yaml"}
+    pinned = {"gpu.yaml", "local.yaml", "Dockerfile", "raycluster.yaml", "rayjob.yaml", "rayservice.yaml"}
     assert {name for name, found in pins.items() if found} == pinned
     assert {version for found in pins.values() for groups in found for version in groups if version} == {
         ray.__version__
@@ -263,9 +266,20 @@ JOB_SPEC = exactly(
     **fields(ANY, "submitterPodTemplate submitterConfig metadata clusterSelector deletionStrategy"),
     **fields(ANY, "entrypointNumCpus entrypointNumGpus"),
 )
-SPECS = {"RayCluster": CLUSTER_SPEC, "RayJob": JOB_SPEC}
+SERVICE_SPEC = exactly(
+    "serveConfigV2 rayClusterConfig",
+    serveConfigV2=STRING,
+    rayClusterConfig=CLUSTER_SPEC,
+    **fields(
+        COUNT, "serviceUnhealthySecondThreshold deploymentUnhealthySecondThreshold rayClusterDeletionDelaySeconds"
+    ),
+    **fields(ANY, "serveService upgradeStrategy"),
+    **fields(SWITCH, "excludeHeadPodFromServeSvc suspend"),
+    managedBy=STRING,
+)
+SPECS = {"RayCluster": CLUSTER_SPEC, "RayJob": JOB_SPEC, "RayService": SERVICE_SPEC}
 """Fields of KubeRay's ray.io/v1, as the API reference of 1.7 lists them; pods are Kubernetes' own."""
-MANIFESTS = ("kuberay/raycluster.yaml", "kuberay/rayjob.yaml")
+MANIFESTS = ("kuberay/raycluster.yaml", "kuberay/rayjob.yaml", "kuberay/rayservice.yaml")
 
 
 def check_ray_part(manifest: dict[str, Any]) -> None:
@@ -278,7 +292,7 @@ def check_ray_part(manifest: dict[str, Any]) -> None:
 
 def cluster_of(manifest: dict[str, Any]) -> dict[str, Any]:
     spec: dict[str, Any] = manifest["spec"]
-    return spec.get("rayClusterSpec", spec)
+    return spec.get("rayClusterSpec", spec.get("rayClusterConfig", spec))
 
 
 def groups(manifest: dict[str, Any]) -> list[dict[str, Any]]:
@@ -388,11 +402,29 @@ def test_kuberays_groups_are_the_launchers_node_types(name: str) -> None:
 
 
 def test_a_job_runs_on_the_cluster_of_the_other_file() -> None:
-    cluster, job = (read(name) for name in MANIFESTS)
+    cluster, job = read("kuberay/raycluster.yaml"), read("kuberay/rayjob.yaml")
     assert job["spec"]["rayClusterSpec"] == cluster["spec"]
     assert job["spec"]["shutdownAfterJobFinishes"]
     images = {group["template"]["spec"]["containers"][0]["image"] for group in (*groups(cluster), *groups(job))}
     assert len(images) == 1
+
+
+def test_a_service_serves_on_the_cluster_of_the_other_file_and_wants_its_token() -> None:
+    cluster, service = read("kuberay/raycluster.yaml"), read("kuberay/rayservice.yaml")
+    for pair in zip(groups(service), groups(cluster), strict=True):
+        mine, theirs = copy.deepcopy(pair)  # groups share what an anchor names
+        (container,) = mine["template"]["spec"]["containers"]
+        assert [variable["name"] for variable in container["env"]] == [TOKEN_VARIABLE]
+        for group in (mine, theirs):
+            for key in ("env", "ports"):
+                group["template"]["spec"]["containers"][0].pop(key, None)
+        assert mine == theirs
+    deployed = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
+    (one,) = deployed.applications
+    module, _, name = one.import_path.partition(":")
+    assert getattr(importlib.import_module(module), name) is application
+    assert load_config(ServeConfig, None, one.args).replicas.gpus == 0.5
+    assert deployed.http_options.port == 8000
 
 
 # --- the commands that are shown -------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import errno
 import functools
 import ipaddress
 import logging
+import os
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -22,7 +23,7 @@ from ray.exceptions import RayActorError
 from ray.serve.config import HTTPOptions
 from ray.serve.handle import DeploymentHandle
 
-from covray.config import ServeConfig
+from covray.config import ServeConfig, load_config
 from covray.distributed.session import ray_session
 from covray.errors import ConfigError, one_line
 from covray.generation.generator import Generator, resolve_generator
@@ -39,6 +40,7 @@ _DRAIN_S = 60.0
 _ADAPTERS = 4
 """Adapters beside the first that a replica keeps loaded; the one used longest ago makes room."""
 _LEAST_TOKEN = 16
+TOKEN_VARIABLE = "COVRAY_SERVE_TOKEN"
 R = TypeVar("R")
 
 
@@ -179,25 +181,41 @@ def build_application(config: ServeConfig, adapters: Adapters, token: str | None
     return door.bind(replica.bind(config))
 
 
+def application(arguments: dict[str, Any]) -> serve.Application:
+    """Return the deployments to Ray Serve, whose own configuration names this function as ``import_path``.
+
+    So a cluster of KubeRay serves without a command (``cluster/kuberay/rayservice.yaml``). Its address is open to
+    others, and the token is in COVRAY_SERVE_TOKEN.
+
+    Args:
+        arguments: Keys of ``covray serve``'s configuration; host and port are the cluster's.
+
+    Raises:
+        CovrayError: A run cannot be used, or there is no token.
+    """
+    config = load_config(ServeConfig, None, arguments)
+    token = os.environ.get(TOKEN_VARIABLE)
+    if token is None:
+        raise ConfigError(f"{TOKEN_VARIABLE}: is not set; others can reach this cluster, so requests need a token")
+    _require_long(token)
+    return build_application(config, _adapters(config), token, _gpus(config))
+
+
 def require_servable(config: ServeConfig, token: str | None) -> Adapters:
     """Return the adapters that ``config`` would serve.
 
     Raises:
         CovrayError: A run cannot be used, the port is taken, or the address needs a token.
     """
-    if token is not None and len(token) < _LEAST_TOKEN:
-        raise ConfigError(f"--token: is shorter than {_LEAST_TOKEN} characters; make one with openssl rand -hex 32")
+    if token is not None:
+        _require_long(token)
     if token is None and not _is_loopback(config.host):
         raise ConfigError(
             f"--host {config.host}: others can reach it; set a token in COVRAY_SERVE_TOKEN, or leave --host out"
         )
-    infos = []
-    for name, generator in config.generators().items():
-        resolved = resolve_generator(generator)
-        classes = None if resolved.classes is None else tuple(map(str, resolved.classes.get("classes", ())))
-        infos.append(AdapterInfo(name=name, task=resolved.task, pictures=resolved.length, classes=classes))
+    adapters = _adapters(config)
     _require_free(config.host, config.port)
-    return Adapters(adapters=tuple(infos), tasks=tuple(TASKS))
+    return adapters
 
 
 def run(config: ServeConfig, token: str | None, ready: Callable[[str], None]) -> None:
@@ -214,15 +232,12 @@ def run(config: ServeConfig, token: str | None, ready: Callable[[str], None]) ->
     adapters = require_servable(config, token)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     with ray_session():
-        gpus = config.replicas.gpus
-        if gpus is None:
-            gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
-        application = build_application(config, adapters, token, gpus)
+        deployments = build_application(config, adapters, token, _gpus(config))
         try:
             with stage("loading the models"):
                 options = HTTPOptions(host=config.host, port=config.port)
                 serve.start(proxy_location="HeadOnly", http_options=options, logging_config={"log_level": "ERROR"})
-                serve.run(application, name=APPLICATION, logging_config={"log_level": "ERROR"})
+                serve.run(deployments, name=APPLICATION, logging_config={"log_level": "ERROR"})
             host = f"[{config.host}]" if ":" in config.host else config.host
             ready(f"http://{host}:{config.port}")
             threading.Event().wait()
@@ -232,6 +247,30 @@ def run(config: ServeConfig, token: str | None, ready: Callable[[str], None]) ->
             with stage("finishing the requests at work"):
                 serve.delete(APPLICATION)  # the proxy still sends their answers
                 serve.shutdown()
+
+
+def _adapters(config: ServeConfig) -> Adapters:
+    """Return what ``config`` would serve. Raises CovrayError for a run that cannot be used."""
+    infos = []
+    for name, generator in config.generators().items():
+        resolved = resolve_generator(generator)
+        classes = None
+        if resolved.classes is not None:
+            classes = tuple(map(str, resolved.classes.get("classes", ())))
+        infos.append(AdapterInfo(name=name, task=resolved.task, pictures=resolved.length, classes=classes))
+    return Adapters(adapters=tuple(infos), tasks=tuple(TASKS))
+
+
+def _gpus(config: ServeConfig) -> float:
+    """Return the GPUs of a replica."""
+    if config.replicas.gpus is not None:
+        return config.replicas.gpus
+    return 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
+
+
+def _require_long(token: str) -> None:
+    if len(token) < _LEAST_TOKEN:
+        raise ConfigError(f"--token: is shorter than {_LEAST_TOKEN} characters; make one with openssl rand -hex 32")
 
 
 def _is_loopback(host: str) -> bool:

@@ -19,6 +19,7 @@ import numpy as np
 import psutil
 import pytest
 from PIL import Image
+from ray import serve
 
 from covray.config import EngineConfig, GenerateConfig, GeneratorConfig, SamplingConfig, ServeConfig, load_config
 from covray.errors import ConfigError
@@ -27,7 +28,7 @@ from covray.generation.generator import Generator
 from covray.generation.request import Example
 from covray.io.images import decode
 from covray.serve.answering import Query, answer_together, stream_answer
-from covray.serve.app import require_servable
+from covray.serve.app import TOKEN_VARIABLE, application, require_servable
 from covray.serve.schemas import AnswerResponse, Frame
 from tests.support.commands import COVRAY, environment, error_line, free_port, kill_all, run, wait_for
 
@@ -113,6 +114,20 @@ def test_what_a_server_cannot_do_is_refused_before_it_starts(write_run: Run) -> 
             require_servable(config_of(run_folder, port=port), None)
     adapters = require_servable(config_of(f"mine={run_folder}", port=free_port()), None)
     assert [(adapter.name, adapter.pictures) for adapter in adapters.adapters] == [("mine", 2)]
+
+
+def test_a_cluster_serves_the_adapters_that_have_a_token(write_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = {"adapters": [f"mine={write_run(method='none')}"], "replicas.gpus": 0.5}
+    monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
+    with pytest.raises(ConfigError, match="COVRAY_SERVE_TOKEN: is not set"):
+        application(arguments)
+    monkeypatch.setenv(TOKEN_VARIABLE, "short")
+    with pytest.raises(ConfigError, match="is shorter than 16"):
+        application(arguments)
+    monkeypatch.setenv(TOKEN_VARIABLE, "0123456789abcdef")
+    assert isinstance(application(arguments), serve.Application)
+    with pytest.raises(ConfigError, match="no such key"):
+        application(arguments | {"colour": "red"})
 
 
 def test_a_run_that_is_not_there_is_one_line(tmp_path: Path) -> None:
