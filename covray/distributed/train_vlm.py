@@ -58,7 +58,8 @@ def train_vlm(config: VlmTrainConfig, watch: Callable[[Metrics], None] | None = 
                     watch(metrics)
             return TrainResult.read(output.folder)
         with ray_session() as cores:
-            config = resolve_compute(config, cores, lambda config, gpu: _choose_stage(config, facts, gpu))
+            resolved = resolve_compute(config, cores, lambda config, gpu: _choose_stage(config, facts, gpu))
+            config = with_trainable_dtype(resolved, config.compute.dtype)
             if begun is not None:
                 output.require_same(begun.identity, config.identity())
             record = RunRecord(
@@ -105,6 +106,29 @@ def _choose_stage(config: VlmTrainConfig, facts: VlmFacts, gpu_bytes: int | None
     if weights + trained * 7 <= gpu_bytes / 2:
         return "none" if config.train == "lora" else "zero1"
     return "zero2" if weights + shared <= gpu_bytes / 2 else "zero3"
+
+
+def with_trainable_dtype(config: VlmTrainConfig, wanted: str) -> VlmTrainConfig:
+    """Return ``config`` with float32 weights where weights themselves are trained without DeepSpeed.
+
+    DeepSpeed keeps float32 masters of bfloat16 weights, the plain update does not. An adapter is float32 anyway.
+
+    Args:
+        config: The configuration, without an ``auto``.
+        wanted: ``compute.dtype`` before ``auto`` was decided.
+
+    Raises:
+        ConfigError: bfloat16 was asked for.
+    """
+    compute = config.compute
+    if config.train == "lora" or compute.deepspeed != "none" or compute.dtype == "float32":
+        return config
+    if wanted != "auto":
+        raise ConfigError(
+            f"compute.dtype: {wanted} with train={config.train} needs DeepSpeed, which keeps float32 masters; give "
+            "--deepspeed zero1, or compute.dtype=float32"
+        )
+    return config.model_copy(update={"compute": compute.model_copy(update={"dtype": "float32"})})
 
 
 def _absolute_paths(config: VlmTrainConfig) -> VlmTrainConfig:

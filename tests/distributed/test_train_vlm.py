@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from covray.config.vlm import VlmTrainConfig
-from covray.distributed.train_vlm import train_vlm
+from covray.distributed.train_vlm import train_vlm, with_trainable_dtype
 from covray.errors import ConfigError, CovrayError, ManifestError, WeightsError
 
 
@@ -42,3 +42,14 @@ def test_what_cannot_be_trained_is_refused_in_one_line(
         train_vlm(config)
     assert "\n" not in str(error.value)
     assert not list(Path(config.out).glob("*.json"))
+
+
+def test_weights_that_are_trained_without_deepspeed_are_float32(vlm_config: Callable[..., VlmTrainConfig]) -> None:
+    def dtype_of(wanted: str, **changes: Any) -> str:
+        return with_trainable_dtype(vlm_config(compute__dtype="bfloat16", **changes), wanted).compute.dtype
+
+    assert dtype_of("auto", train="full") == "float32"
+    assert dtype_of("auto", train="lora") == "bfloat16"
+    assert dtype_of("bfloat16", train="full", compute__deepspeed="zero2") == "bfloat16"
+    with pytest.raises(ConfigError, match="bfloat16 with train=language needs DeepSpeed"):
+        dtype_of("bfloat16", train="language")
