@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -143,15 +145,27 @@ def main() -> None:
             raise
 
 
+_IMPORT_S = 2.0
+"""So long a stop waits for the end of an import, so that what is open is closed."""
+_AGAIN_S = 0.05
+
+
 @contextmanager
 def _ended_by_signals() -> Iterator[list[int]]:
     """Make SIGTERM end the block as Ctrl-C does; the list has the numbers of the signals that came."""
     received: list[int] = []
+    came: list[float] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         received.append(number)
+        came.append(time.monotonic())
         if _is_importing(frame):  # some libraries ignore any exception while they are imported
-            _end_at_once(number)
+            if time.monotonic() - came[0] > _IMPORT_S:
+                _end_at_once(number)
+            again = threading.Timer(_AGAIN_S, os.kill, (os.getpid(), number))
+            again.daemon = True
+            again.start()
+            return
         raise KeyboardInterrupt
 
     def ignored(unraisable: sys.UnraisableHookArgs) -> None:

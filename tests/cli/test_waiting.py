@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -93,6 +94,38 @@ def test_a_command_says_what_it_does_and_when_stopped_that_it_is(
     assert err.splitlines()[-1] == "covray: stopped; run the same command again to continue"
     assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stop_while_a_module_is_imported_closes_what_is_open(tmp_path: Path) -> None:
+    """Some libraries ignore any exception while they are imported: the stop waits for the end of the import."""
+    (tmp_path / "slow.py").write_text(
+        "import signal, time\ntry:\n    signal.raise_signal(signal.SIGTERM)\n    time.sleep(0.3)\n"
+        "except BaseException:\n    pass\n"
+    )
+    script = (
+        "import time\n"
+        "from covray.cli.app import main\n"
+        "import covray.cli.app as app\n"
+        "def command(**_):\n"
+        "    try:\n"
+        "        import slow\n"
+        "        time.sleep(20)\n"
+        "    finally:\n"
+        "        print('closed', flush=True)\n"
+        "app.app = command\n"
+        "main()\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (143, "closed\n"), done.stderr
 
 
 def test_a_stop_that_python_would_ignore_ends_the_command() -> None:
