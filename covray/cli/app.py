@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -159,12 +158,13 @@ def _ended_by_signals() -> Iterator[list[int]]:
     def interrupt(number: int, frame: FrameType | None) -> None:
         received.append(number)
         came.append(time.monotonic())
+        end(number, frame)
+
+    def end(_: int, frame: FrameType | None) -> None:
         if _is_importing(frame):  # some libraries ignore any exception while they are imported
             if time.monotonic() - came[0] > _IMPORT_S:
-                _end_at_once(number)
-            again = threading.Timer(_AGAIN_S, os.kill, (os.getpid(), number))
-            again.daemon = True
-            again.start()
+                _end_at_once(received[-1])
+            signal.setitimer(signal.ITIMER_REAL, _AGAIN_S)  # no thread: the signal may have come to one that is started
             return
         raise KeyboardInterrupt
 
@@ -179,9 +179,11 @@ def _ended_by_signals() -> Iterator[list[int]]:
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) != signal.SIG_IGN:  # as a shell's background job ignores Ctrl-C
             before[number] = signal.signal(number, interrupt)
+    before[signal.SIGALRM] = signal.signal(signal.SIGALRM, end)
     try:
         yield received
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
         sys.unraisablehook = hook
