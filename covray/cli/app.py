@@ -6,6 +6,7 @@ that ``covray --help`` does not wait for torch.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -153,16 +154,17 @@ _AGAIN_S = 0.05
 def _ended_by_signals() -> Iterator[list[int]]:
     """Make SIGTERM end the block as Ctrl-C does; the list has the numbers of the signals that came."""
     received: list[int] = []
-    came: list[float] = []
+    first_s = math.inf  # when the first came
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal first_s
         received.append(number)
-        came.append(time.monotonic())
+        first_s = min(first_s, time.monotonic())
         end(number, frame)
 
     def end(_: int, frame: FrameType | None) -> None:
         if _is_importing(frame):  # some libraries ignore any exception while they are imported
-            if time.monotonic() - came[0] > _IMPORT_S:
+            if time.monotonic() - first_s > _IMPORT_S:
                 _end_at_once(received[-1])
             signal.setitimer(signal.ITIMER_REAL, _AGAIN_S)  # no thread: the signal may have come to one that is started
             return

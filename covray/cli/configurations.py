@@ -35,7 +35,7 @@ def config(
     elif name in files:
         sys.stdout.write(files[name].read_text(encoding="utf-8"))
     else:
-        raise ConfigError(f"{name}: is no step and no shipped file; covray config lists them")
+        raise ConfigError(f"{name}: is neither a step nor a shipped file; covray config lists both")
 
 
 def _print_names(title: str, names: list[str]) -> None:

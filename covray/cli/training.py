@@ -96,14 +96,7 @@ def _print_plan(planned: TrainPlan, json_: bool) -> None:
 
 def print_training(result: dict[str, Any], out: str) -> None:
     """Print what a training reached, and warn if no step was better than its start."""
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_row("steps", f"{result['steps']:,}")
-    table.add_row("loss", f"{result['loss']:.4f}")
-    for key in ("validation_loss", "answer_perplexity"):
-        if key in result:
-            table.add_row(key.replace("_", " "), f"{result[f'{key}_before']:.4f} -> {result[key]:.4f}")
-    table.add_row("tokens/s", f"{result['tokens_per_s']:,.0f}")
-    console.print(table)
+    print_losses(result, "tokens/s")
     if result.get("validation_loss", 0.0) > result.get("validation_loss_before", 0.0):
         console.print(
             "[yellow]no step was better on the validation split than what training began with[/yellow]: lower "
@@ -113,6 +106,18 @@ def print_training(result: dict[str, Any], out: str) -> None:
     where = escape(out.rstrip("/"))
     console.print(f"adapter in {where}/adapter (PEFT)", highlight=False, soft_wrap=True)
     console.print(f"next: covray export {where} --merge --out {where}/merged", highlight=False, soft_wrap=True)
+
+
+def print_losses(result: dict[str, Any], rate: str) -> None:
+    """Print steps, losses and speed of a training; ``rate`` is what its tokens a second are called."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("steps", f"{result['steps']:,}")
+    table.add_row("loss", f"{result['loss']:.4f}")
+    for key in ("validation_loss", "answer_perplexity"):
+        if key in result:
+            table.add_row(key.replace("_", " "), f"{result[f'{key}_before']:.4f} -> {result[key]:.4f}")
+    table.add_row(rate, f"{result['tokens_per_s']:,.0f}")
+    console.print(table)
 
 
 def export(

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from covray.cli.options import ConfigFile, Json, Sets, StepOptions
 from covray.cli.output import console, escape
+from covray.cli.training import print_losses
 from covray.config.vlm import VlmEvaluateConfig, VlmGenerateConfig, VlmTrainConfig
 
 TRAIN = StepOptions(VlmTrainConfig)
@@ -48,14 +49,7 @@ def train(
     if json_:
         print(json.dumps(result))
         return
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_row("steps", f"{result['steps']:,}")
-    table.add_row("loss", f"{result['loss']:.4f}")
-    for key in ("validation_loss", "answer_perplexity"):
-        if key in result:
-            table.add_row(key.replace("_", " "), f"{result[f'{key}_before']:.4f} -> {result[key]:.4f}")
-    table.add_row("answer tokens/s", f"{result['tokens_per_s']:,.0f}")
-    console.print(table)
+    print_losses(result, "answer tokens/s")
     where = escape(resolved.out.rstrip("/"))
     ask = f"next: covray vlm generate --run {where} --image IMAGE --prompt TEXT"
     console.print(ask, highlight=False, soft_wrap=True)

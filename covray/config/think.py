@@ -102,7 +102,7 @@ class EpisodesConfig(Section):
         "detailed diffusion prompt to describe the next picture. Please only provide me the detailed prompt and start "
         "the answer with 'Create an image'."
     )
-    """What the vision-language model is told before the demonstrations."""
+    """The text that the vision-language model reads before the demonstrations."""
 
     @field_validator("shots")
     @classmethod

@@ -23,7 +23,7 @@ _BESIDE = ("to the left of", "on the right and", "comes first", "from left to ri
 
 @functools.cache
 def _phrases() -> dict[str, dict[str, tuple[str, ...]]]:
-    """Return the phrases of every value, by theme."""
+    """Return the phrases of every value, by theme, as ``_plain`` writes them."""
     phrases: dict[str, dict[str, tuple[str, ...]]] = {
         "object": {name: (name, other) for name, other in OBJECTS.items()},
         "colour": {name: (name, other) for name, other in OTHER_COLOURS.items() if name in COLOURS},
@@ -32,6 +32,9 @@ def _phrases() -> dict[str, dict[str, tuple[str, ...]]]:
     for theme, values in named.items():
         phrases[theme] = {name: (phrase.first, phrase.other) for name, phrase in values.items()}
     phrases["arrangement"][BESIDE] = _BESIDE
+    for by_name in phrases.values():
+        for name, alternatives in by_name.items():
+            by_name[name] = tuple(map(_plain, alternatives))
     return phrases
 
 
@@ -40,7 +43,10 @@ def stated(caption: str) -> dict[str, set[str]]:
     text = _plain(caption)
     values: dict[str, set[str]] = {}
     for theme, by_name in _phrases().items():
-        values[theme] = {name for name, phrases in by_name.items() if any(_plain(one) in text for one in phrases)}
+        values[theme] = set()
+        for name, phrases in by_name.items():
+            if any(phrase in text for phrase in phrases):
+                values[theme].add(name)
     return values
 
 

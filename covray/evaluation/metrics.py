@@ -23,7 +23,7 @@ MODEL_METRICS = (
         REFERENCE,
         "Perplexity, reference frames (leak the label)",
         "Of the reference answer's tokens, after the frames of the reference chain. These are computed from the label "
-        "and leak it, so that a low value is no evidence of reasoning.",
+        "and leak it, so that a low value does not show reasoning.",
         "lower",
     ),
     *FRAME_METRICS,

@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from covray.chains.sentences import Chains
+from covray.evaluation.answers import EpisodeResult
+from covray.generation.models import LoadedModel
 from covray.seeds import seed_of
 from covray.tasks.base import Metric
 
@@ -70,3 +72,20 @@ def probe_frames(probe: str, chain: Tokens, chains: Chains, row: int, seed: int)
     step = 1 + seed_of(seed, "other frames", int(chains.pair_ids[row])) % others
     frames: Tokens = chains.tokens[first + (row - first + step) % (last - first), 1:-1]
     return frames
+
+
+def picture_nats(model: LoadedModel, result: EpisodeResult, answer_nats: float) -> dict[str, float]:
+    """Return the nats of all reference frames together, and of the reference answer after them.
+
+    Args:
+        model: Which reads them.
+        result: With its chain and prompt.
+        answer_nats: Of the answer, a token, after the reference frames.
+    """
+    assert result.chain is not None
+    assert result.prompt is not None
+    frames, label = result.chain[1:-1].reshape(-1), result.chain[-1]
+    return {
+        NATS_FRAMES: model.answer_nats(result.prompt, frames) * len(frames),
+        NATS_ANSWER: answer_nats * len(label),
+    }

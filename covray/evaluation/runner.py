@@ -39,7 +39,7 @@ from covray.evaluation.frames import frame_figures
 from covray.evaluation.lpips import LEAST_PX, load_lpips
 from covray.evaluation.metrics import OWN, REFERENCE
 from covray.evaluation.pair_files import PairFile
-from covray.evaluation.probes import FRAMES, LAST_FRAME, NATS, NATS_ANSWER, NATS_FRAMES, probe_frames
+from covray.evaluation.probes import FRAMES, LAST_FRAME, NATS, picture_nats, probe_frames
 from covray.evaluation.scores import score
 from covray.evaluation.subjects import SALIENCY, Subject
 from covray.generation.models import LoadedModel, ModelSource
@@ -147,7 +147,7 @@ class Runner:
                 if LAST_FRAME in self.config.probes:
                     result.probes[LAST_FRAME] = candidates[:, -2]
                 if NATS in self.config.probes:
-                    result.nats |= _picture_nats(model, result)
+                    result.nats |= picture_nats(model, result, result.nats[REFERENCE])
         if subject.length > 2:
             for probe in FRAMES:
                 if probe in self.config.probes:
@@ -416,22 +416,6 @@ def _nats(model: LoadedModel, result: EpisodeResult, candidates: Tokens) -> dict
     for candidate in candidates:
         by_own.append(model.answer_nats(np.concatenate([result.prompt, candidate[:-1].reshape(-1)]), label))
     return {OWN: sum(by_own) / len(by_own), REFERENCE: by_reference}
-
-
-def _picture_nats(model: LoadedModel, result: EpisodeResult) -> dict[str, float]:
-    """Return the nats of all reference frames together, and of the reference answer after them.
-
-    Args:
-        model: Which reads them.
-        result: With its chain and prompt.
-    """
-    assert result.chain is not None
-    assert result.prompt is not None
-    frames, label = result.chain[1:-1].reshape(-1), result.chain[-1]
-    return {
-        NATS_FRAMES: model.answer_nats(result.prompt, frames) * len(frames),
-        NATS_ANSWER: model.answer_nats(np.concatenate([result.prompt, frames]), label) * len(label),
-    }
 
 
 def _frame_values(reference: NDArray[np.uint8], written: NDArray[np.uint8]) -> dict[str, float | None]:

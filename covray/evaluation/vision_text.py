@@ -130,7 +130,7 @@ def _write_rows(file: Any, rows: Sequence[Row]) -> None:
 def _answer(
     config: VlmEvaluateConfig, answerer: Answerer, part: Sequence[Exchange], first: int, root: str | None
 ) -> Iterator[Row]:
-    """Yield the rows of one batch, of which the first has the number ``first``."""
+    """Yield the rows of one batch; they are numbered from ``first``."""
     texts = [config.texts.instruction if exchange.prompt is None else exchange.prompt for exchange in part]
     prompts = []
     for exchange, text in zip(part, texts, strict=True):

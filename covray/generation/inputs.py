@@ -37,7 +37,7 @@ def read_picture(argument: str, value: PictureLike) -> Picture:
         value: The picture.
 
     Raises:
-        ConfigError: It is no picture, or an array of another dtype or shape.
+        ConfigError: It is not a picture, or it is an array of another dtype or shape.
     """
     return _decode(argument, _encode(argument, value))
 
@@ -46,7 +46,7 @@ def read_examples(examples: Sequence[ExamplePair] | None) -> tuple[Example, ...]
     """Return ``examples`` as encoded files, once all are known to be pictures; none for None.
 
     Raises:
-        ConfigError: The list is empty, an item is no pair, or a picture cannot be used.
+        ConfigError: The list is empty, an item is not a pair, or a picture cannot be used.
     """
     if examples is None:
         return ()
@@ -58,7 +58,7 @@ def read_examples(examples: Sequence[ExamplePair] | None) -> tuple[Example, ...]
     for number, pair in enumerate(examples):
         name = f"examples[{number}]"
         if not isinstance(pair, tuple | list) or len(pair) != 2:
-            raise ConfigError(f"{name}: is no pair; give (image, label)")
+            raise ConfigError(f"{name}: is not a pair; give (image, label)")
         files = []
         for part, value in zip(("image", "label"), pair, strict=True):
             data = _encode(f"{name} {part}", value)

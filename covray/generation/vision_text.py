@@ -54,7 +54,7 @@ def load_answerer(config: VlmSourceConfig) -> Answerer:
     """Load a checkpoint, or what a run made of it.
 
     Raises:
-        ConfigError: The run is none of ``covray vlm train``, or unfinished.
+        ConfigError: The run is not one of ``covray vlm train``, or is unfinished.
         WeightsError: A model cannot be loaded, or is another one than the run adapted.
     """
     device, dtype = resolve_device(config)

@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import posixpath
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from covray.errors import ManifestError
 from covray.io import storage
 from covray.io.images import Picture, picture_identity
-from covray.pairs.user_lists import jsonl_rows, list_picture, list_root, numbered_lines, parquet_rows, stripped
+from covray.pairs.user_lists import list_picture, list_root, numbered_lines, rows_of, stripped
 from covray.pairs.values import parsed_json, reading
 from covray.pairs.words import Words, read_captioned
 
@@ -134,16 +134,9 @@ def _exchanges_of_words(picture: Picture, words: Words, split: str) -> Iterator[
 
 
 def _list_exchanges(file: str, base: str) -> Iterator[Exchange]:
-    readers: dict[str, Callable[[str], Iterator[tuple[str, Any]]]] = {
-        ".csv": _csv_rows, ".tsv": _csv_rows, ".jsonl": jsonl_rows, ".ndjson": jsonl_rows, ".json": _json_rows,
-        ".parquet": parquet_rows, ".pq": parquet_rows,
-    }  # fmt: skip
-    ending = posixpath.splitext(file)[1].lower()
-    if ending not in readers:
-        raise ManifestError(f"{file}: a list of pictures with words ends in {', '.join(readers)}")
-    for where, row in readers[ending](file):
+    for where, row in rows_of(file, "pictures with words", _csv_rows, _json_rows):
         if not isinstance(row, Mapping):
-            raise ManifestError(f"{file}, {where}: is no object with image and caption")
+            raise ManifestError(f"{file}, {where}: is not an object with image and caption")
         yield from _exchanges_of_row(file, where, row, base)
 
 
@@ -174,7 +167,7 @@ def _exchanges_of_row(file: str, where: str, row: Mapping[Any, Any], base: str) 
 def _turns(file: str, where: str, turns: Any, picture: Picture, split: str) -> Iterator[Exchange]:
     """Yield the turns of a conversation of LLaVA's."""
     if not isinstance(turns, list) or len(turns) % 2:
-        raise ManifestError(f"{file}, {where}: conversations is no list of questions, each with its answer")
+        raise ManifestError(f"{file}, {where}: conversations is not a list of questions, each with its answer")
     for human, model in zip(turns[::2], turns[1::2], strict=True):
         try:
             speakers = (human["from"], model["from"])

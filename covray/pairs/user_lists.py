@@ -24,6 +24,9 @@ from covray.pairs.manifest import Pair, Picture
 from covray.pairs.values import absolute, parsed_json, plain, reading, storable, unknown_task
 from covray.tasks import TASKS
 
+RowReader = Callable[[str], Iterator[tuple[str, Any]]]
+"""Yields the rows of a list, each after its place in the file."""
+
 PAINTER_TASKS = {
     "ade20k_image2semantic": "segmentation",
     "coco_image2panoptic_sem_seg": "segmentation",
@@ -77,17 +80,33 @@ def read_user_list(
         ManifestError: The list is malformed, or names a task that is none of ours: file and line, or item.
     """
     file = os.fspath(file)
-    readers: dict[str, Callable[[str], Iterator[tuple[str, Any]]]] = {
-        ".csv": _csv_rows, ".tsv": _csv_rows, ".jsonl": jsonl_rows, ".ndjson": jsonl_rows, ".json": _json_rows,
+    rows = rows_of(file, "pairs", _csv_rows, _json_rows)
+    if task is not None and task not in TASKS:
+        raise ManifestError(f"--task {task}: {unknown_task(task)}")
+    base = list_root(file, root).rstrip("/") + "/"
+    return _user_pairs(file, rows, task, split, base)
+
+
+def rows_of(file: str, what: str, csv: RowReader, json: RowReader) -> Iterator[tuple[str, Any]]:
+    """Return the rows of a list, each after its place in the file, by the reader that the file's ending asks for.
+
+    Args:
+        file: The list, on any storage.
+        what: What it lists, for the message.
+        csv: Reads CSV and TSV.
+        json: Reads JSON.
+
+    Raises:
+        ManifestError: The file has another ending.
+    """
+    readers: dict[str, RowReader] = {
+        ".csv": csv, ".tsv": csv, ".jsonl": jsonl_rows, ".ndjson": jsonl_rows, ".json": json,
         ".parquet": parquet_rows, ".pq": parquet_rows,
     }  # fmt: skip
     ending = posixpath.splitext(file)[1].lower()
     if ending not in readers:
-        raise ManifestError(f"{file}: a list of pairs ends in {', '.join(readers)}")
-    if task is not None and task not in TASKS:
-        raise ManifestError(f"--task {task}: {unknown_task(task)}")
-    base = list_root(file, root).rstrip("/") + "/"
-    return _user_pairs(file, readers[ending](file), task, split, base)
+        raise ManifestError(f"{file}: a list of {what} ends in {', '.join(readers)}")
+    return readers[ending](file)
 
 
 def _user_pairs(file: str, rows: Iterable[tuple[str, Any]], task: str | None, split: str, base: str) -> Iterator[Pair]:

@@ -106,7 +106,7 @@ async def _read_form(request: Request, body: bytes, limits: LimitsConfig) -> Ans
     async with Request(request.scope, receive).form(max_files=files, max_fields=1, max_part_size=limits.bytes) as form:
         unknown = set(form) - {"query", "example_image", "example_label", "settings"}
         if unknown:
-            raise RefusedError(422, "invalid", f"{min(unknown)[:80]}: is no part of a request; see /docs")
+            raise RefusedError(422, "invalid", f"{min(unknown)[:80]}: is not a part of a request; see /docs")
         queries = await _files(form, "query")
         images, labels = await _files(form, "example_image"), await _files(form, "example_label")
         text = form.get("settings", "{}")

@@ -19,7 +19,7 @@ def _from_base64(value: object) -> object:
     try:
         return base64.b64decode(value, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise ValueError("is no base64") from error
+        raise ValueError("is not base64") from error
 
 
 PictureFile = Annotated[bytes, BeforeValidator(_from_base64), Field(json_schema_extra={"format": "base64"})]

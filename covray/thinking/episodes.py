@@ -62,7 +62,8 @@ class Task:
     @property
     def name(self) -> str:
         """Return CoBSAT's name: ``Color-I`` where words name the detail, ``Color-II`` where they name the object."""
-        return f"{self.theme.name.capitalize()}-{'I' if self.named == 'detail' else 'II'}"
+        numeral = "I" if self.named == "detail" else "II"
+        return f"{self.theme.name.capitalize()}-{numeral}"
 
 
 @dataclass(frozen=True)
@@ -276,7 +277,7 @@ def _read_orders(file: Path) -> list[Order]:
         for order in orders:
             for places in (order.named, order.hidden):
                 if sorted(places) != list(range(VALUES)):
-                    raise ValueError(f"{list(places)} is no permutation of 0..{VALUES - 1}")
+                    raise ValueError(f"{list(places)} is not a permutation of 0..{VALUES - 1}")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DatasetError(f"{file}: cannot be read ({one_line(error)}); clone CoBSAT's repository again") from error
     return orders

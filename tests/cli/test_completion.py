@@ -70,4 +70,4 @@ def test_shipped_files_are_printed_and_listed() -> None:
 def test_a_name_that_is_none_is_one_line() -> None:
     result = CliRunner().invoke(app, ["config", "biuld"])
     assert isinstance(result.exception, ConfigError)
-    assert str(result.exception) == "biuld: is no step and no shipped file; covray config lists them"
+    assert str(result.exception) == "biuld: is neither a step nor a shipped file; covray config lists both"

@@ -12,13 +12,12 @@ import pytest
 from PIL import Image
 
 from covray.chains import build as building
-from covray.config import LoraConfig, TrainConfig, load_config
+from covray.config import LoraConfig
 from covray.io import storage
 from covray.models.diffusion.prior import load_prior
-from covray.models.lvm.adapter import save_adapter
-from covray.models.lvm.backbone import backbone_facts
-from tests.support.backbones import load, write_llama
+from tests.support.backbones import write_llama
 from tests.support.priors import write_prior
+from tests.support.trainings import write_finished_run
 
 LORA = LoraConfig(rank=3, alpha=5)
 ENGINE = {"device": "cpu", "batch": 4, "image_batch": 4}
@@ -67,20 +66,6 @@ def write_run(
         description = storage.read_json(f"{data}/_dataset.json")
         description["config"]["prior"] |= {"path": str(prior_folder), "steps": 4}
         storage.write_json(f"{data}/_dataset.json", description)
-        run = str(tmp_path / "run")
-        options = {f"sentences.{key}": value for key, value in sentences.items()}
-        backbone = {"backbone.scale": "custom", "backbone.path": str(llama_folder)}
-        lora = {"lora.rank": LORA.rank, "lora.alpha": LORA.alpha}
-        config = load_config(TrainConfig, None, {"data": data, "out": run} | backbone | lora | options)
-        fingerprints = {
-            "backbone": backbone_facts(config.backbone).fingerprint,
-            "codebook": description["fingerprints"]["codebook"],
-            "data": "",
-        }
-        about = {"version": 1, "config": config.model_dump(mode="json"), "fingerprints": fingerprints}
-        storage.write_json(f"{run}/_run.json", about)
-        storage.write_json(f"{run}/_result.json", {})
-        save_adapter(load(llama_folder, LORA), f"{run}/adapter", str(llama_folder))
-        return run
+        return write_finished_run(str(tmp_path / "run"), data, llama_folder, LORA, sentences)
 
     return write

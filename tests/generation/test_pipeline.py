@@ -206,7 +206,7 @@ def test_arguments_that_cannot_be_used_are_refused(
     good = pictures(1)[0]
     assert refusal(pipeline, good, []).startswith("examples: the list is empty")
     assert refusal(pipeline.stream, good, ()).startswith("examples: the list is empty")
-    assert refusal(pipeline, good, [good]).startswith("examples[0]: is no pair")
+    assert refusal(pipeline, good, [good]).startswith("examples[0]: is not a pair")
     assert refusal(pipeline, good, good).startswith("examples: is a str")
     assert refusal(pipeline.batch, []).startswith("queries: ")
     assert refusal(pipeline.batch, good).startswith("queries: ")

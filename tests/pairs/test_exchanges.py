@@ -92,7 +92,7 @@ def test_conversations_of_llava(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("a.txt", "", r"ends in \.csv"),
-        ("a.json", [3], "item 1: is no object"),
+        ("a.json", [3], "item 1: is not an object"),
         ("a.json", {"images": []}, "neither a list nor COCO's captions"),
         ("a.json", [{"image": "a.png"}], "item 1: has neither caption nor question and answer"),
         ("a.json", [{"caption": "a ball"}], "item 1: has no image"),

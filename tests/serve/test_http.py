@@ -159,7 +159,7 @@ ONE = text(picture())
         ({"query": text(picture(40, 40))}, 413, "too_large", "query: "),
         ({"query": ""}, 422, "empty", "query: "),
         ({"query": "abc"}, 422, "invalid", "query: "),
-        ({"query": "%" + ONE}, 422, "invalid", "is no base64"),
+        ({"query": "%" + ONE}, 422, "invalid", "is not base64"),
         ({}, 422, "invalid", "query: "),
         ({"query": ONE, "examples": [{"image": ONE, "label": text(b"GIF89a")}]}, 422, "", "examples.0.label: "),
         ({"query": ONE, "examples": 2 * [{"image": ONE, "label": ONE}]}, 422, "too_many_examples", "2 pairs"),

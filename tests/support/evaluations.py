@@ -15,16 +15,13 @@ import pytest
 from PIL import Image
 
 from covray.chains.dataset import ChainDataset
-from covray.config import EvaluateConfig, LoraConfig, TrainConfig, load_config
+from covray.config import EvaluateConfig, LoraConfig
 from covray.evaluation.answers import EPISODE_SCHEMA
 from covray.evaluation.pair_files import choose_pairs, require_pairs, write_pairs
 from covray.evaluation.runner import Runner
 from covray.evaluation.subjects import subjects_of
-from covray.io import storage
-from covray.models.lvm.adapter import save_adapter
-from covray.models.lvm.backbone import backbone_facts
 from covray.pairs.manifest import MANIFEST_SCHEMA, METADATA_KEY
-from tests.support.backbones import load
+from tests.support.trainings import write_finished_run
 
 LORA = LoraConfig(rank=3, alpha=5)
 SPLIT = "val"  # the datasets of tests/support/datasets.py have this and train
@@ -78,21 +75,7 @@ def write_run(tmp_path: Path, llama_folder: Path) -> Callable[..., str]:
     """Writes the folder of a finished run on ``data``, with an adapter that changes what the tiny backbone says."""
 
     def write(data: str, name: str = "tuned", **sentences: Any) -> str:
-        run = str(tmp_path / "runs" / name)
-        options = {f"sentences.{key}": value for key, value in sentences.items()}
-        backbone = {"backbone.scale": "custom", "backbone.path": str(llama_folder)}
-        lora = {"lora.rank": LORA.rank, "lora.alpha": LORA.alpha}
-        config = load_config(TrainConfig, None, {"data": data, "out": run} | backbone | lora | options)
-        fingerprints = {
-            "backbone": backbone_facts(config.backbone).fingerprint,
-            "codebook": ChainDataset(data).fingerprints["codebook"],
-            "data": "",
-        }
-        about = {"version": 1, "config": config.model_dump(mode="json"), "fingerprints": fingerprints}
-        storage.write_json(f"{run}/_run.json", about)
-        storage.write_json(f"{run}/_result.json", {})
-        save_adapter(load(llama_folder, LORA), f"{run}/adapter", str(llama_folder))
-        return run
+        return write_finished_run(str(tmp_path / "runs" / name), data, llama_folder, LORA, sentences)
 
     return write
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import LlamaConfig
 
-from covray.config import TrainConfig, load_config
+from covray.chains.dataset import ChainDataset
+from covray.config import LoraConfig, TrainConfig, load_config
+from covray.io import storage
+from covray.models.lvm.adapter import save_adapter
+from covray.models.lvm.backbone import backbone_facts
 from covray.training.metrics_log import read_metrics
+from tests.support.backbones import load
 from tests.support.datasets import CODES
 
 STEPS = 6
@@ -61,3 +66,29 @@ def curve(config: TrainConfig) -> list[dict[str, Any]]:
     records = read_metrics(f"{config.out}/metrics.jsonl")
     timed = ("seconds", "tokens_per_s", "memory_bytes")
     return [{key: value for key, value in record.items() if key not in timed} for record in records]
+
+
+def write_finished_run(run: str, data: str, backbone: Path, lora: LoraConfig, sentences: Mapping[str, Any]) -> str:
+    """Write the folder of a finished run, with an adapter that changes what the tiny backbone says; return it.
+
+    Args:
+        run: The folder.
+        data: Dataset that it was trained on.
+        backbone: Folder of a tiny LLaMA.
+        lora: Rank and alpha.
+        sentences: Settings of the sentences.
+    """
+    options = {f"sentences.{key}": value for key, value in sentences.items()}
+    options |= {"backbone.scale": "custom", "backbone.path": str(backbone)}
+    options |= {"lora.rank": lora.rank, "lora.alpha": lora.alpha}
+    config = load_config(TrainConfig, None, {"data": data, "out": run} | options)
+    fingerprints = {
+        "backbone": backbone_facts(config.backbone).fingerprint,
+        "codebook": ChainDataset(data).fingerprints["codebook"],
+        "data": "",
+    }
+    about = {"version": 1, "config": config.model_dump(mode="json"), "fingerprints": fingerprints}
+    storage.write_json(f"{run}/_run.json", about)
+    storage.write_json(f"{run}/_result.json", {})
+    save_adapter(load(backbone, lora), f"{run}/adapter", str(backbone))
+    return run

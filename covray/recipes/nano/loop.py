@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from covray.progress import own_display
+
 SAVE_EVERY_S = 120.0
-REPORT_EVERY_S = 15.0
+REPORT_EVERY_S = 8.0
 EMA_DECAY = 0.99
 """The learning rate falls to next to nothing by itself: the average only smooths the last hundred steps."""
 
@@ -95,6 +97,7 @@ class _Progress:
         self.losses = []
 
 
+@own_display()
 def train(
     model: Any,
     loss_of: Callable[[Any, int, torch.Generator], Tensor],
