@@ -163,7 +163,8 @@ class Output(Generic[R]):
 
     def _require_fresh(self) -> None:
         """Refuse a folder that holds something else."""
-        if any(not name.startswith(PREFIX) for name in self.folder.list_files()):
-            raise DatasetError(
-                f"{self.folder.path}: holds files that {self._command} did not write; give another --out"
-            )
+        for name in self.folder.list_files():
+            if not (name.startswith(PREFIX) or storage.is_partial(name)):
+                raise DatasetError(
+                    f"{self.folder.path}: holds files that {self._command} did not write; give another --out"
+                )

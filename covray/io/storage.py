@@ -20,6 +20,9 @@ from pyarrow import fs
 
 from covray.errors import ConfigError, one_line
 
+_ASIDE_ENDING = ".part"
+"""Of the hidden file that is renamed once it is whole."""
+
 
 def resolve(path: str) -> tuple[fs.FileSystem, str]:
     """Return the filesystem of ``path`` and the path on it.
@@ -84,6 +87,11 @@ def write_bytes(path: str, data: bytes) -> None:
     On a local disk by writing aside and renaming; object stores replace an object in one piece by themselves.
     """
     _write_bytes(*resolve(path), data)
+
+
+def is_partial(name: str) -> bool:
+    """Return whether ``name`` is what ``write_bytes`` writes aside: of a file being written, or left by a kill."""
+    return name.startswith(".") and name.endswith(_ASIDE_ENDING)
 
 
 def read_json(path: str) -> Any:
@@ -253,7 +261,7 @@ def _write_bytes(filesystem: fs.FileSystem, inner: str, data: bytes) -> None:
         with filesystem.open_output_stream(inner) as stream:
             stream.write(data)
         return
-    aside = posixpath.join(folder, f".{posixpath.basename(inner)}.{os.getpid()}.part")
+    aside = posixpath.join(folder, f".{posixpath.basename(inner)}.{os.getpid()}{_ASIDE_ENDING}")
     try:
         with open(aside, "wb") as file:
             file.write(data)

@@ -13,6 +13,7 @@ from covray.config import TrackingConfig, TrainConfig
 from covray.distributed import resumable
 from covray.distributed.resumable import Output
 from covray.errors import ConfigError, DatasetError
+from covray.io import storage
 from covray.io.records import Record
 
 
@@ -43,6 +44,29 @@ def test_a_fresh_folder_is_begun_and_then_continued(tmp_path: Path) -> None:
         assert output.begun.identity == {"a": 1}
         assert not output.finished
     assert os.listdir(out) == ["_thing.json"]
+
+
+@pytest.mark.parametrize("name", [Description.FILE, "_lock.0123456789ab.json"])
+def test_a_file_that_is_written_by_another_command_is_no_stranger(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen while it is written aside, or left there by a kill: either way nothing has begun."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", stop)
+        patched.setattr(os, "remove", lambda path: None)
+        with pytest.raises(KeyboardInterrupt):
+            storage.write_json(str(tmp_path / name), {})
+    (left,) = os.listdir(tmp_path)
+    assert left != name
+    with open_output(tmp_path) as output:
+        assert output.begun is None
+    (tmp_path / ".profile").touch()
+    with pytest.raises(DatasetError, match="holds files"), open_output(tmp_path):
+        pytest.fail("it was opened")
 
 
 def test_what_is_refused_leaves_nothing_behind(tmp_path: Path) -> None:
