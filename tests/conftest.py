@@ -18,10 +18,10 @@ pytest_plugins = [
     "tests.support.commands",
     "tests.support.chaos",
     "tests.support.datasets",
+    "tests.support.trainings",
     "tests.support.evaluations",
     "tests.support.photographs",
     "tests.support.priors",
-    "tests.support.trainings",
     "tests.support.vlm_trainings",
 ]
 
