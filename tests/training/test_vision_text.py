@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
@@ -146,15 +145,6 @@ def test_contradictions_are_refused(vlm_config: Callable[..., VlmTrainConfig]) -
         vlm_config(blocks__start="sequence")
     published = vlm_config(blocks__preset="diffusionvl", blocks__size=4).blocks
     assert (published.context, published.start, published.weight, published.size) == ("block", "sequence", "level", 4)
-
-
-@pytest.fixture
-def process_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    store = dist.FileStore(str(tmp_path / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.filterwarnings("ignore:.*is deprecated")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from covray.config import TrainConfig, load_config
 from covray.errors import ConfigError
@@ -23,19 +22,6 @@ from covray.training.zero import STAGES, check_settings, choose, read_settings
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*is deprecated:FutureWarning", "ignore:.*is deprecated:DeprecationWarning"
 )
-
-
-@pytest.fixture(scope="module")
-def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A group of one worker: DeepSpeed's arithmetic and state without the time that starting processes takes."""
-    store = dist.FileStore(str(tmp_path_factory.mktemp("group") / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("LOCAL_RANK", "0")  # as Ray Train sets it; DeepSpeed asks for it
-        # ZeRO-3 puts a function of its own here for the whole process: put back what other tests measure.
-        environment.setattr(torch.nn.functional, "linear", torch.nn.functional.linear)
-        yield
-    dist.destroy_process_group()
 
 
 def losses(config: TrainConfig) -> list[float]:
