@@ -26,6 +26,7 @@ from covray.cli import (
     chains,
     cluster,
     configurations,
+    experiments,
     models,
     pairs,
     planning,
@@ -104,7 +105,7 @@ nano_app.command("probe", cls=Command)(models.nano_probe)
 app.add_typer(nano_app, name="nano", rich_help_panel=MODELS)
 
 experiments_app = typer.Typer(help="Fixed experiments on the nano family.", no_args_is_help=True)
-experiments_app.command("claims", cls=Command)(stories.experiments_claims)
+experiments_app.command("claims", cls=Command)(experiments.claims)
 app.add_typer(experiments_app, name="experiments", rich_help_panel=SCALE)
 
 convert_app = typer.Typer(help="Weights of other programs, written as covray reads them.", no_args_is_help=True)
