@@ -6,11 +6,12 @@ keys are refused. The resolved configuration is written into every result.
 
 from covray.config.build import BuildConfig
 from covray.config.compiler import require_compiler
-from covray.config.evaluate import EvaluateConfig, FormConfig, named_run
+from covray.config.evaluate import EvaluateConfig, FormConfig, VotesConfig, named_run
 from covray.config.fields import (
     ActorsConfig,
     BackboneConfig,
     EngineConfig,
+    PictureSamplingConfig,
     PriorConfig,
     SamplingConfig,
     TokenizerConfig,
@@ -36,8 +37,9 @@ from covray.config.train import (
 __all__ = [
     "ActorsConfig", "AdamWConfig", "AssumedConfig", "BackboneConfig", "BuildConfig", "CheckpointsConfig",
     "ComputeConfig", "EngineConfig", "EvaluateConfig", "FormConfig", "FrameNoiseConfig", "GenerateConfig",
-    "GeneratorConfig", "GridConfig", "LimitsConfig", "LoraConfig", "NodesConfig", "OptimizerConfig", "PlanConfig",
-    "PriorConfig", "ReplicasConfig", "SamplingConfig", "Section", "SentencesConfig", "ServeConfig", "SweepConfig",
-    "TokenizerConfig", "TrackingConfig", "TrainConfig", "WorkersConfig", "differences", "leaves", "load_config",
-    "named_run", "read_yaml", "require_compiler",
+    "GeneratorConfig", "GridConfig", "LimitsConfig", "LoraConfig", "NodesConfig", "OptimizerConfig",
+    "PictureSamplingConfig", "PlanConfig", "PriorConfig", "ReplicasConfig", "SamplingConfig", "Section",
+    "SentencesConfig", "ServeConfig", "SweepConfig", "TokenizerConfig", "TrackingConfig", "TrainConfig",
+    "VotesConfig", "WorkersConfig", "differences", "leaves", "load_config", "named_run", "read_yaml",
+    "require_compiler",
 ]  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer
 
@@ -13,6 +13,7 @@ from covray.config.fields import (
     EngineConfig,
     ExamplePairs,
     Length,
+    PictureSamplingConfig,
     SamplingConfig,
     TaskName,
     TokenizerConfig,
@@ -41,6 +42,29 @@ def named_run(entry: str) -> tuple[str, str]:
     if separator and "/" not in name:
         return name, run
     return entry.rstrip("/").rpartition("/")[2], entry
+
+
+class VotesConfig(Section):
+    """Further rows of every adapter, or of the untuned backbone: votes over sampled answers beside its own answer.
+
+    A model with frames votes over chains, each with frames of its own; one without frames over plain answers.
+    """
+
+    samples: tuple[Annotated[int, Field(ge=2, le=1024)], ...] = ()
+    """Votes of so many samples, a row for each."""
+    equal_tokens: bool = True
+    """Models without frames also vote over as many answers as take the tokens of the longest chains' votes."""
+    temperature: float = Field(default=0.7, gt=0.0, le=100.0)
+    """At which frames and answers of votes are sampled."""
+    top_k: int | None = Field(default=None, ge=1)
+    """Sample only from this many likeliest tokens."""
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Sample only from the likeliest tokens that together reach this probability."""
+
+    @field_validator("samples")
+    @classmethod
+    def _distinct(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(sorted(set(value)))
 
 
 class EvaluateConfig(Section):
@@ -86,10 +110,15 @@ class EvaluateConfig(Section):
     baseline_examples: int = Field(default=256, ge=1)
     """Examples per task for the mean and the nearest label, at most."""
     sampling: SamplingConfig = SamplingConfig()
-    probes: tuple[Literal["reference", "other", "copy", "dummy", "last_frame", "nats"], ...] = ()
+    votes: VotesConfig = VotesConfig()
+    lengths: tuple[Length, ...] = ()
+    """Chain lengths to ask every adapter for, a row for each; the results name the best one of each task. By default
+    the longest that it was trained on."""
+    probes: tuple[Literal["reference", "other", "copy", "dummy", "last_frame", "nats", "gain"], ...] = ()
     """What tells why frames help or hurt, of every model that writes some: the score of an answer after the dataset's
     frames (reference), another pair's (other), copies of the query (copy) or one code everywhere (dummy), that of the
-    last frame read as the answer (last_frame), and the nats of the reference's pictures (nats)."""
+    last frame read as the answer (last_frame), the nats of the reference's pictures (nats), and what frames change in
+    the likelihood of the reference's answer and of the answer written (gain)."""
     batch: int = Field(default=16, ge=1, le=4096)
     """Rows of the fixed, padded batch of the decoder."""
     engine: EngineConfig = EngineConfig()
@@ -101,6 +130,11 @@ class EvaluateConfig(Section):
     seed: int = Field(default=0, ge=0)
     """Everything random follows from it."""
 
+    @field_validator("lengths")
+    @classmethod
+    def _ascending(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(sorted(set(value)))
+
     @field_validator("adapters", "baselines", "tasks", "probes")
     @classmethod
     def _distinct(cls, value: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
@@ -108,11 +142,23 @@ class EvaluateConfig(Section):
 
     @model_serializer(mode="wrap")
     def _leave_out_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out the probes where there are none, so that identities made before they existed stay the same."""
+        """Leave out younger fields where they ask for nothing, so that identities made before them stay the same."""
         values: dict[str, Any] = handler(self)
-        if not self.probes:
-            values.pop("probes", None)
+        asked = {"probes": self.probes, "votes": self.votes.samples, "lengths": self.lengths}
+        for key, value in asked.items():
+            if not value:
+                values.pop(key, None)
         return values
+
+    def sampling_of(self, votes: int) -> SamplingConfig:
+        """Return how a row is answered: by ``sampling``, or for more than one of ``votes`` by ``votes``."""
+        if votes == 1:
+            return self.sampling
+        own = {
+            "temperature": self.votes.temperature, "top_k": self.votes.top_k, "top_p": self.votes.top_p,
+            "frames": PictureSamplingConfig(), "answer": PictureSamplingConfig(), "best_of": 1, "vote": votes,
+        }  # fmt: skip
+        return self.sampling.model_copy(update=own)
 
     def identity(self) -> dict[str, Any]:
         """What decides the scores; a resume must agree in all of it."""

@@ -169,6 +169,21 @@ _YOUNGER_SAMPLING = {
 """Fields of sampling that the first version did not have, and their defaults."""
 
 
+class PictureSamplingConfig(Section):
+    """What differs in the choice of the tokens of frames, or of the answer."""
+
+    temperature: float | None = Field(default=None, ge=0.0, le=100.0)
+    """0: always the likeliest token. Null: ``sampling.temperature``."""
+    top_k: int | None = Field(default=None, ge=1)
+    """Sample only from this many likeliest tokens. Null: ``sampling.top_k``."""
+    top_p: float | None = Field(default=None, gt=0.0, le=1.0)
+    """Sample only from the likeliest tokens that together reach this probability. Null: ``sampling.top_p``."""
+
+    def changes(self) -> dict[str, Any]:
+        """Return the values that are set, by name."""
+        return self.model_dump(exclude_none=True)
+
+
 class SamplingConfig(Section):
     """How the model's next token is chosen."""
 
@@ -178,6 +193,10 @@ class SamplingConfig(Section):
     """Sample only from this many likeliest tokens."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     """Sample only from the likeliest tokens that together reach this probability."""
+    frames: PictureSamplingConfig = PictureSamplingConfig()
+    """What differs for the tokens of frames; null: as above."""
+    answer: PictureSamplingConfig = PictureSamplingConfig()
+    """What differs for the tokens of the answer; null: as above."""
     best_of: int = Field(default=1, ge=1, le=1024)
     """Candidates per query; the likeliest is the answer."""
     choose_by: Literal["answer", "chain"] = "answer"
@@ -206,7 +225,7 @@ class SamplingConfig(Section):
 
     @model_validator(mode="after")
     def _candidates_differ(self) -> SamplingConfig:
-        if self.best_of > 1 and self.temperature == 0:
+        if self.best_of > 1 and self.is_greedy:
             raise ValueError("best_of: greedy candidates are all the same; set a temperature")
         if self.best_of > 1 and self.vote > 1:
             raise ValueError("vote: joins all candidates, best_of takes the likeliest; set one of them to 1")
@@ -219,7 +238,29 @@ class SamplingConfig(Section):
         for key, default in _YOUNGER_SAMPLING.items():
             if values.get(key) == default:
                 values.pop(key, None)
+        for key in ("frames", "answer"):
+            if not getattr(self, key).changes():
+                values.pop(key, None)
         return values
+
+    @property
+    def for_frames(self) -> SamplingConfig:
+        """Return how the tokens of frames are chosen."""
+        return self._for(self.frames)
+
+    @property
+    def for_answer(self) -> SamplingConfig:
+        """Return how the tokens of the answer are chosen."""
+        return self._for(self.answer)
+
+    def _for(self, pictures: PictureSamplingConfig) -> SamplingConfig:
+        same = {"frames": PictureSamplingConfig(), "answer": PictureSamplingConfig()}
+        return self.model_copy(update={**same, **pictures.changes()})
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether no token is sampled."""
+        return self.for_frames.temperature == 0 and self.for_answer.temperature == 0
 
     @property
     def candidates(self) -> int:

@@ -147,7 +147,7 @@ def _evaluate(work: _Work, output: Output[EvaluationRecord], pool: dict[str, Any
         started = time.monotonic()
         table = _run(work, folder, pool)
         results = EvaluationResults(
-            **dict(table),
+            **{name: getattr(table, name) for name in table.model_fields_set},
             seconds=round(time.monotonic() - started, 1),
             config=record.config,
             fingerprints=work.fingerprints,

@@ -19,8 +19,10 @@ Tokens = NDArray[np.uint16]
 
 FRAMES = ("reference", "other", "copy", "dummy")
 """Probes that write an answer after frames of their own."""
-LAST_FRAME, NATS = "last_frame", "nats"
+LAST_FRAME, NATS, GAIN = "last_frame", "nats", "gain"
 NATS_FRAMES, NATS_ANSWER = "nats_frames", "nats_answer"
+GAIN_OWN, GAIN_REFERENCE, AGREEMENT = "frame_gain", "frame_gain_reference", "frame_agreement"
+_OVER_COPIES = "over copies of the query in their place, in nats a token."
 _PRIMARY = "The task's first metric of the answer that is written after "
 PROBE_METRICS = (
     Metric("after_reference", "After reference frames", f"{_PRIMARY}the dataset's frames, which leak the label.", None),
@@ -40,6 +42,28 @@ PROBE_METRICS = (
         "Answer, nats",
         "Negative log likelihood of the whole reference answer after the reference frames, which leak it.",
         "lower",
+        "nats",
+    ),
+    Metric(
+        GAIN_OWN,
+        "Gain by own frames",
+        f"How much likelier the model's own frames make the reference answer, {_OVER_COPIES}",
+        "higher",
+        "nats",
+    ),
+    Metric(
+        GAIN_REFERENCE,
+        "Gain by reference frames (leak the label)",
+        f"How much likelier the dataset's frames make the reference answer, {_OVER_COPIES}",
+        None,
+        "nats",
+    ),
+    Metric(
+        AGREEMENT,
+        "Agreement with the frames",
+        f"How much likelier the model's own frames make the answer that it wrote, {_OVER_COPIES} 0: the answer would "
+        "be as likely without them.",
+        None,
         "nats",
     ),
 )
@@ -88,4 +112,29 @@ def picture_nats(model: LoadedModel, result: EpisodeResult, answer_nats: float) 
     return {
         NATS_FRAMES: model.answer_nats(result.prompt, frames) * len(frames),
         NATS_ANSWER: answer_nats * len(label),
+    }
+
+
+def frame_gains(
+    model: LoadedModel, result: EpisodeResult, candidate: Tokens, reference_nats: float
+) -> dict[str, float]:
+    """Return what frames change in the likelihood of an answer, over copies of the query in their place.
+
+    Args:
+        model: Which wrote the candidate.
+        result: With its chain and prompt.
+        candidate: Its frames and its answer, [images, tokens]; of a vote the likeliest one's.
+        reference_nats: Of the reference answer, a token, after the reference frames.
+    """
+    assert result.chain is not None
+    assert result.prompt is not None
+    label, answer = result.chain[-1], candidate[-1]
+    copies = np.repeat(result.chain[:1], len(candidate) - 1, axis=0)
+    after_copies = np.concatenate([result.prompt, copies.reshape(-1)])
+    after_own = np.concatenate([result.prompt, candidate[:-1].reshape(-1)])
+    label_nats = model.answer_nats(after_copies, label)
+    return {
+        GAIN_OWN: label_nats - model.answer_nats(after_own, label),
+        GAIN_REFERENCE: label_nats - reference_nats,
+        AGREEMENT: model.answer_nats(after_copies, answer) - model.answer_nats(after_own, answer),
     }

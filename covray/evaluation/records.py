@@ -49,6 +49,8 @@ class SubjectEntry(RecordPart):
     """Which answer without a model."""
     samples: int = 1
     """How many candidates a model writes for an answer; absent where it is one."""
+    votes: int = 1
+    """How many samples of `votes` the answer is joined from; absent where it is one."""
 
 
 class TaskSummary(RecordPart):
@@ -114,6 +116,8 @@ class EvaluationTable(RecordPart):
     differences: tuple[Difference, ...]
     """Of every adapter from the subjects before it."""
     failed: tuple[FailedEpisode, ...]
+    best_lengths: dict[str, dict[str, int]] = Field(default_factory=dict)
+    """The best chain length of each task, by run folder; absent where no adapter answered at several lengths."""
 
 
 class EvaluationResults(EvaluationTable, Record):

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from covray.evaluation.lengths import best_lengths
 from covray.evaluation.metrics import MODEL_METRICS, OWN, REFERENCE, lower_is_better
 from covray.evaluation.records import (
     Difference,
@@ -67,14 +68,17 @@ def tabulate(rows: Iterable[Row], subjects: Sequence[Subject], seed: int) -> Eva
         differences += _differences(task, subjects, table, seed)
         for name, episodes in by_task[task].items():
             failed += _failed(task, name, episodes)
-    return EvaluationTable(
-        subjects=tuple(SubjectEntry.model_validate(subject.as_json()) for subject in subjects),
+    entries = [SubjectEntry.model_validate(subject.as_json()) for subject in subjects]
+    whole = EvaluationTable(
+        subjects=tuple(entries),
         tasks=tasks,
         lower_is_better=tuple(lower_is_better()),
         scores=tuple(scores),
         differences=tuple(differences),
         failed=tuple(failed),
     )
+    lengths = best_lengths(entries, scores, tasks, whole.lower_is_better)
+    return whole.model_copy(update={"best_lengths": lengths}) if lengths else whole
 
 
 def to_csv(table: EvaluationTable) -> str:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from covray.chains.compatibility import require_same_tokens
 from covray.chains.dataset import ChainDataset
 from covray.chains.sentences import Chains
-from covray.config import BackboneConfig, EvaluateConfig, SentencesConfig
+from covray.config import BackboneConfig, EvaluateConfig, SamplingConfig, SentencesConfig
 from covray.errors import DatasetError, PairError
 from covray.evaluation.answers import (
     EPISODE_SCHEMA,
@@ -39,7 +39,7 @@ from covray.evaluation.frames import frame_figures
 from covray.evaluation.lpips import LEAST_PX, load_lpips
 from covray.evaluation.metrics import OWN, REFERENCE
 from covray.evaluation.pair_files import PairFile
-from covray.evaluation.probes import FRAMES, LAST_FRAME, NATS, picture_nats, probe_frames
+from covray.evaluation.probes import FRAMES, GAIN, LAST_FRAME, NATS, frame_gains, picture_nats, probe_frames
 from covray.evaluation.scores import score
 from covray.evaluation.subjects import SALIENCY, Subject
 from covray.generation.models import LoadedModel, ModelSource
@@ -136,10 +136,10 @@ class Runner:
             result.prompt = np.concatenate([chains.reshape(-1), result.chain[0]])
         seeds = [seed_of(self.config.seed, result.pair_id) for result in group]
         prompts = np.stack([result.prompt for result in group if result.prompt is not None])
-        sampling, images = self.config.sampling, subject.length - 1
+        sampling, images = self.config.sampling_of(subject.votes), subject.length - 1
         decoded = model.decoder.decode(np.empty(0, np.uint16), prompts, images, sampling, seeds)
         for number, result in enumerate(group):
-            candidates, likelihood = self._candidates(decoded, number)
+            candidates, likelihood = _candidates(decoded, number, sampling)
             result.images = candidates.reshape(-1, candidates.shape[-1]).tolist()
             result.log_likelihood = float(likelihood.mean())
             result.nats = _nats(model, result, candidates)
@@ -148,6 +148,8 @@ class Runner:
                     result.probes[LAST_FRAME] = candidates[:, -2]
                 if NATS in self.config.probes:
                     result.nats |= picture_nats(model, result, result.nats[REFERENCE])
+                if GAIN in self.config.probes:
+                    result.nats |= frame_gains(model, result, candidates[0], result.nats[REFERENCE])
         if subject.length > 2:
             for probe in FRAMES:
                 if probe in self.config.probes:
@@ -176,21 +178,11 @@ class Runner:
         if not asked:
             return
         seeds = [seed_of(self.config.seed, result.pair_id) for result in asked]
-        decoded = model.decoder.decode(np.empty(0, np.uint16), np.stack(prompts), 1, self.config.sampling, seeds)
+        sampling = self.config.sampling_of(subject.votes)
+        decoded = model.decoder.decode(np.empty(0, np.uint16), np.stack(prompts), 1, sampling, seeds)
         for number, result in enumerate(asked):
-            candidates, _ = self._candidates(decoded, number)
+            candidates, _ = _candidates(decoded, number, sampling)
             result.probes[f"after_{probe}"] = candidates[:, 0]
-
-    def _candidates(self, decoded: Decoded, number: int) -> tuple[Tokens, NDArray[np.float64]]:
-        """Return the candidates that make the answer, [n, images, tokens], and the likelihood of each one's answer.
-
-        All of a vote, the likeliest first; else the likeliest alone.
-        """
-        best = int(decoded.candidate[number])
-        order = [best]
-        if self.config.sampling.vote > 1:
-            order += [candidate for candidate in range(decoded.candidate_ids.shape[1]) if candidate != best]
-        return decoded.candidate_ids[number, order], decoded.candidate_log_likelihood[number, order, -1]
 
     def _load_episodes(self, name: str) -> tuple[Episodes, dict[tuple[str, int], int]]:
         """Return the episodes of a subject, and which row of the queries each (task, pair) is."""
@@ -396,6 +388,18 @@ class Runner:
         if self.fit == "crop":
             picture = square(picture, min(picture.shape[:2]), "crop")
         return picture
+
+
+def _candidates(decoded: Decoded, number: int, sampling: SamplingConfig) -> tuple[Tokens, NDArray[np.float64]]:
+    """Return the candidates that make the answer, [n, images, tokens], and the likelihood of each one's answer.
+
+    All of a vote, the likeliest first; else the likeliest alone.
+    """
+    best = int(decoded.candidate[number])
+    order = [best]
+    if sampling.vote > 1:
+        order += [candidate for candidate in range(decoded.candidate_ids.shape[1]) if candidate != best]
+    return decoded.candidate_ids[number, order], decoded.candidate_log_likelihood[number, order, -1]
 
 
 def _nats(model: LoadedModel, result: EpisodeResult, candidates: Tokens) -> dict[str, float]:

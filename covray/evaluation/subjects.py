@@ -55,12 +55,15 @@ class Subject:
     """One of ``EvaluateConfig.baselines``, for an answer without a model."""
     samples: int = 1
     """How many candidates a model writes for an answer."""
+    votes: int = 1
+    """How many of ``EvaluateConfig.votes`` the answer is joined from; 1: it is made as ``sampling`` says."""
 
     def as_json(self) -> dict[str, Any]:
-        """Return all fields as JSON values; ``samples`` only where an answer takes several."""
+        """Return all fields as JSON values; ``samples`` and ``votes`` only where they are above 1."""
         values = asdict(self)
-        if self.samples == 1:
-            del values["samples"]
+        for key in ("samples", "votes"):
+            if values[key] == 1:
+                del values[key]
         return values
 
 
@@ -71,7 +74,9 @@ def subjects_of(config: EvaluateConfig, dataset: ChainDataset) -> tuple[Subject,
         CovrayError: A run is none or unfinished, a backbone is not the run's, chains are of another tokenizer or lack
             the frames that a run needs, a sentence exceeds the context, or a name is given twice.
     """
-    adapters = [_adapter(config, dataset, entry) for entry in config.adapters]
+    adapters: list[Subject] = []
+    for entry in config.adapters:
+        adapters += _adapter(config, dataset, entry)
     untuned: list[Subject] = []
     focus: list[Subject] = []
     # Baselines alone ask for no backbone: there may be none that knows the dataset's codes.
@@ -83,9 +88,12 @@ def subjects_of(config: EvaluateConfig, dataset: ChainDataset) -> tuple[Subject,
     ceiling = [simple.pop("ceiling")] if "ceiling" in simple else []
     if not config.untuned:  # they were needed for Chain-of-Focus alone
         untuned = []
+    voting = _voting(config, adapters or untuned)
     subjects = []
-    for subject in (*simple.values(), *untuned, *focus, *adapters, *ceiling):
-        if subject.method is not None:
+    for subject in (*simple.values(), *untuned, *focus, *adapters, *voting, *ceiling):
+        if subject.votes > 1:
+            subject = replace(subject, samples=subject.votes)
+        elif subject.method is not None:
             subject = replace(subject, samples=config.sampling.candidates)
         subjects.append(subject)
     if not subjects:
@@ -105,8 +113,21 @@ def _require_distinct_names(subjects: Sequence[Subject]) -> None:
         names.add(subject.name)
 
 
-def _adapter(config: EvaluateConfig, dataset: ChainDataset, entry: str) -> Subject:
-    """Return the subject of ``entry``, ``RUN`` or ``NAME=RUN``. Raises CovrayError."""
+def _voting(config: EvaluateConfig, models: Sequence[Subject]) -> Iterator[Subject]:
+    """Yield the votes of every model: of as many samples as is asked for, then of plain answers of as many tokens."""
+    written = {model.name: (model.length or 2) - 1 for model in models}  # pictures of one sample
+    for model in models:
+        counts = dict.fromkeys(config.votes.samples, "")
+        if config.votes.equal_tokens and written[model.name] == 1:
+            for samples in config.votes.samples:
+                counts.setdefault(samples * max(written.values()), f", the tokens of {samples} of the longest chains")
+        for samples, why in sorted(counts.items()):
+            name = f"{model.name}, votes of {samples}"
+            yield replace(model, name=name, about=f"{model.about}; votes of {samples} samples{why}", votes=samples)
+
+
+def _adapter(config: EvaluateConfig, dataset: ChainDataset, entry: str) -> Iterator[Subject]:
+    """Yield the subjects of ``entry``, ``RUN`` or ``NAME=RUN``: one for each length. Raises CovrayError."""
     name, run = named_run(entry)
     about = read_run(run)
     try:
@@ -124,21 +145,23 @@ def _adapter(config: EvaluateConfig, dataset: ChainDataset, entry: str) -> Subje
         )
     read_run_adapter(run)
     sentences = trained.sentences
-    # An adapter is asked for the longest chains and the most examples that it was trained on.
-    form = _form(sentences.method, max(sentences.lengths))
-    subject = Subject(
-        name=name,
-        kind="adapter",
-        about=f"adapter of {run}",
-        method=form.method,
-        length=form.length,
-        pairs=max(sentences.pairs) if config.pairs is None else config.pairs,
-        adapter=run,
-        backbone=backbone.model_dump(mode="json"),
-        fingerprint=facts.fingerprint,
-    )
-    _require(subject, facts, dataset)
-    return subject
+    # By default an adapter is asked for the longest chains, and the most examples, that it was trained on.
+    lengths = config.lengths or (max(sentences.lengths),)
+    forms = list(dict.fromkeys(_form(sentences.method, length) for length in lengths))
+    for form in forms:
+        subject = Subject(
+            name=name if len(forms) == 1 else f"{name} L={form.length}",
+            kind="adapter",
+            about=f"adapter of {run}",
+            method=form.method,
+            length=form.length,
+            pairs=max(sentences.pairs) if config.pairs is None else config.pairs,
+            adapter=run,
+            backbone=backbone.model_dump(mode="json"),
+            fingerprint=facts.fingerprint,
+        )
+        _require(subject, facts, dataset)
+        yield subject
 
 
 class _Form(NamedTuple):

@@ -101,12 +101,12 @@ def choose_tokens(logits: Tensor, sampling: Sampling, noise: Tensor | None) -> T
     Args:
         logits: Float32 [..., codes].
         sampling: Temperature, ``top_k`` and ``top_p``.
-        noise: Gumbel noise of the places, float32 [..., codes]; None: greedy.
+        noise: Gumbel noise of the places, float32 [..., codes]; None, like the temperature 0: greedy.
 
     Returns:
         int64 [...].
     """
-    if noise is None:
+    if noise is None or sampling.temperature == 0:
         return logits.argmax(-1)
     return (allowed(logits, sampling) + noise).argmax(-1)
 

@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from covray.config import SamplingConfig, leaves
 from covray.evaluation.records import Difference, EvaluationResults, SubjectEntry, SubjectScore
 from covray.io import storage
 from covray.report.dots import Dot, DotPlot, draw_dots
@@ -213,11 +214,11 @@ def _facts(results: EvaluationResults) -> list[tuple[str, str]]:
     """Return how the evaluation was made."""
     config = results.config
     pairs = sorted({subject.pairs for subject in results.subjects if subject.pairs is not None})
-    # At temperature 0, the default, the likeliest token is taken.
     sampling = config.get("sampling", {})
     how = "greedy"
-    if sampling.get("temperature"):
-        how = listed(f"{readable(key).lower()} {value}" for key, value in sampling.items() if value is not None)
+    if not SamplingConfig.model_validate(sampling).is_greedy:
+        values = [(key.replace(".", " "), value) for key, value in leaves(sampling) if value is not None]
+        how = listed(f"{readable(key).lower()} {value}" for key, value in values)
     return [
         ("Queries", f"{config.get('split', NONE)} split"),
         ("Examples", f"{config.get('example_split', NONE)} split, {config.get('selection', NONE)} selection"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from covray.config import EvaluateConfig
-from covray.evaluation.metrics import REFERENCE
+from covray.evaluation.metrics import OWN, REFERENCE
 from covray.evaluation.probes import FRAMES, NATS_ANSWER, NATS_FRAMES, PROBE_METRICS, probe_frames
 from covray.evaluation.runner import Runner
 from covray.evaluation.scores import score
@@ -20,7 +20,7 @@ from tests.support.datasets import TOKENS
 from tests.support.evaluations import Row
 
 Write = Callable[..., Any]
-ALL = ("reference", "other", "copy", "dummy", "last_frame", "nats")
+ALL = ("reference", "other", "copy", "dummy", "last_frame", "nats", "gain")
 
 
 @pytest.fixture
@@ -117,3 +117,24 @@ def test_without_probes_an_identity_is_what_it_was() -> None:
     assert "probes" not in config.identity()
     probed = EvaluateConfig(data="chains", out="eval", probes=FRAMES)
     assert probed.identity() == config.identity() | {"probes": [*FRAMES]}
+
+
+def test_gains_are_likelihoods_after_frames_over_those_after_copies(evaluation: Any) -> None:
+    runner, rows = evaluation(probes=("gain",), baselines=(), untuned=False)
+    (subject,) = runner.subjects.values()
+    model = runner._model(subject.name)
+    chains = {row["pair_id"]: runner.dataset.chain(row, 4, "diffusion") for row in runner.dataset.rows()}
+    for row in rows:
+        chain = chains[row["pair_id"]]
+        before = np.concatenate([*(chains[pair_id].reshape(-1) for pair_id in row["examples"]), chain[0]])
+        *own, answer = np.array(row["images"], np.uint16)
+        copies = np.concatenate([before, chain[0], chain[0]])
+        label_nats = model.answer_nats(copies, chain[-1])
+        expected = {
+            "frame_gain": label_nats - values(row)[OWN],
+            "frame_gain_reference": label_nats - values(row)[REFERENCE],
+            "frame_agreement": model.answer_nats(copies, answer)
+            - model.answer_nats(np.concatenate([before, *own]), answer),
+        }
+        for name, value in expected.items():
+            assert values(row)[name] == pytest.approx(value, abs=1e-6)

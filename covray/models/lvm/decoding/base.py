@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from covray.config import SamplingConfig
 from covray.errors import ConfigError
 from covray.models.lvm.cache import LayerCache
-from covray.models.sampling import BatchNoise
+from covray.models.sampling import BatchNoise, choose_tokens
 
 GREEDY = SamplingConfig()
 
@@ -102,6 +103,34 @@ class PendingRows:
     def own(self) -> int:
         """Tokens of a row's own part that are read, those of its query."""
         return self.before - self.caches[0].shared_keys.shape[1]
+
+    @cached_property
+    def _by_picture(self) -> tuple[SamplingConfig, SamplingConfig]:
+        """How tokens of frames and those of the answer are chosen; made once, as every token asks."""
+        return self.sampling.for_frames, self.sampling.for_answer
+
+    def sampling_at(self, place: int) -> SamplingConfig:
+        """Return how the token of a place is chosen; the last picture is the answer."""
+        frames, answer = self._by_picture
+        return answer if place >= self.steps - self.tokens_per_image else frames
+
+    def choose(self, logits: torch.Tensor, places: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
+        """Choose tokens at places that may be of frames or of the answer.
+
+        Args:
+            logits: Float32 [batch, n, codes].
+            places: int64 [batch, n].
+            noise: Gumbel noise of the places, float32 [batch, n, codes]; None: greedy.
+
+        Returns:
+            int64 [batch, n].
+        """
+        frames, answer = self._by_picture
+        chosen = choose_tokens(logits, answer, noise)
+        if frames == answer:
+            return chosen
+        of_frames = choose_tokens(logits, frames, noise)
+        return torch.where(places < self.steps - self.tokens_per_image, of_frames, chosen)
 
     def finish(
         self, image: int, rows: Iterable[int], ids: torch.Tensor, log_p: torch.Tensor

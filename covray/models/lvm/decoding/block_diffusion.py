@@ -82,7 +82,7 @@ def write_blocks(reader: Reader, pending: PendingRows, diffusion: Diffusion) -> 
 
 def _denoise(reader: Reader, pending: PendingRows, diffusion: Diffusion, start: int) -> torch.Tensor:
     """Return the tokens of the block that begins at place ``start``, int64 [batch, D]; the cache stays as it is."""
-    sampling, block = pending.sampling, diffusion.block
+    sampling, block = pending.sampling_at(start), diffusion.block
     shape = (reader.batch, block)
     ids = torch.full(shape, diffusion.mask_id, dtype=torch.int64, device=reader.device)
     masked = torch.ones(shape, dtype=torch.bool, device=reader.device)
@@ -96,7 +96,8 @@ def _denoise(reader: Reader, pending: PendingRows, diffusion: Diffusion, start: 
     for count in counts:
         logits = reader.logits(reader.read_window(pending.caches, ids, own, visible))  # [batch, D, codes]
         chosen = choose_tokens(logits, sampling, noise)
-        scaled = logits if noise is None else allowed(logits, sampling)
+        is_greedy = noise is None or sampling.temperature == 0
+        scaled = logits if is_greedy else allowed(logits, sampling)
         written = choose_unmasked(scaled.softmax(-1), chosen, masked, count, sampling.unmask, threshold)
         ids = torch.where(written, chosen, ids)
         masked &= ~written

@@ -113,7 +113,7 @@ class LvmDecoder:
                     cache.keys[:, row, : keys.shape[1]] = keys
                     cache.values[:, row, : values.shape[1]] = values
             noise = None
-            if sampling.temperature > 0:
+            if not sampling.is_greedy:
                 of_rows = [RowNoise(seeds[query], candidate, self.codes) for query, candidate in some]
                 noise = BatchNoise(of_rows, self.batch, reader.device)
             pending = PendingRows(

@@ -26,7 +26,6 @@ from torch import Tensor
 
 from covray.models.lvm.decoding.base import FinishedImage, PendingRows
 from covray.models.lvm.decoding.reader import Reader
-from covray.models.sampling import choose_tokens
 
 WIDTHS = {1: 1.0, 4: 1.8, 8: 2.4, 16: 3.0}
 """Windows that ``auto`` chooses from, and the tokens that a pass of each makes final: measured on the nano LVM, greedy
@@ -77,7 +76,7 @@ class _Rows:
         first = self._first()
         places = first[:, None] + torch.arange(width, device=first.device)  # [batch, width]
         noise = None if pending.noise is None else pending.noise.read(self._starts(), width)
-        chosen = choose_tokens(self._logits, pending.sampling, noise)  # [batch, width]
+        chosen = pending.choose(self._logits, places, noise)  # [batch, width]
         likelihood = self._logits.gather(2, chosen[..., None])[..., 0] - self._logits.logsumexp(2)
         # The drafts of a window are the tokens that stand at its places, but for the last place, which had none.
         right = self.ids[self._number, places[:, :-1]] == chosen[:, :-1]
@@ -146,5 +145,5 @@ def _timed_pass(reader: Reader, pending: PendingRows, width: int) -> float:
         hidden = reader.read_window(pending.caches, ids, own, visible)
     logits = reader.logits(hidden)
     noise = None if pending.noise is None else pending.noise.read([0] * pending.rows, width)
-    choose_tokens(logits, pending.sampling, noise).tolist()  # also waits for a GPU
+    pending.choose(logits, torch.zeros_like(ids), noise).tolist()  # also waits for a GPU
     return time.perf_counter() - started

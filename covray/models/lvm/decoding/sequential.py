@@ -23,7 +23,8 @@ def write_sequentially(reader: Reader, pending: PendingRows) -> Iterator[Finishe
         logits = reader.logits(hidden)  # [batch, codes]
         if pending.noise is not None and step % PLACES == 0:
             noise = pending.noise.read([step] * pending.rows, PLACES)
-        chosen = choose_tokens(logits, pending.sampling, None if noise is None else noise[:, step % PLACES])
+        of_place = None if noise is None else noise[:, step % PLACES]
+        chosen = choose_tokens(logits, pending.sampling_at(step), of_place)
         ids[:, step] = chosen
         log_p[:, step] = logits.gather(1, chosen[:, None])[:, 0] - logits.logsumexp(1)
         if (step + 1) % pending.tokens_per_image == 0:

@@ -283,3 +283,45 @@ def test_a_stream_that_is_interrupted_or_interleaved_changes_nothing(decoder: Lv
         assert np.array_equal(each.ids, expected[each.query, each.image])
     next(decoder.stream(PROMPT, QUERIES, IMAGES))
     assert np.array_equal(decoder.decode(PROMPT, QUERIES, IMAGES).ids, expected)
+
+
+# --- frames and answer apart ------------------------------------------------------------------------------------------
+
+JACOBI = {"decoder": "jacobi", "window": 4}
+
+
+def write_pictures(lvm: LvmDecoder, **options: Any) -> np.ndarray:
+    """Three pictures after two queries: two frames and the answer, [2, 3, tokens]."""
+    sampling = SamplingConfig.model_validate(options)
+    return lvm.decode(ids(5), ids(2, 4, seed=1), 3, sampling, (7, 8)).ids
+
+
+@pytest.mark.parametrize("way", [{}, JACOBI], ids=["sequential", "jacobi"])
+def test_frames_are_sampled_and_the_answer_is_the_likeliest_after_them(
+    decoder: LvmDecoder, way: dict[str, Any]
+) -> None:
+    sampled = write_pictures(decoder, temperature=1.0, **way)
+    mixed = write_pictures(decoder, frames={"temperature": 1.0}, **way)
+    assert (mixed[:, :2] == sampled[:, :2]).all()
+    after = np.concatenate([ids(2, 4, seed=1), mixed[:, :2].reshape(2, -1)], axis=1)
+    assert (mixed[:, 2] == decoder.decode(ids(5), after, 1).ids[:, 0]).all()
+
+
+@pytest.mark.parametrize("way", [{}, JACOBI], ids=["sequential", "jacobi"])
+def test_frames_are_the_likeliest_and_the_answer_is_sampled(decoder: LvmDecoder, way: dict[str, Any]) -> None:
+    greedy, mixed = write_pictures(decoder, **way), write_pictures(decoder, answer={"temperature": 50.0}, **way)
+    assert (mixed[:, :2] == greedy[:, :2]).all()
+    assert (mixed[:, 2] != greedy[:, 2]).any()
+    only = write_pictures(decoder, answer={"temperature": 50.0, "top_k": 1}, **way)
+    assert (only == greedy).all()
+
+
+def test_pictures_without_settings_of_their_own_are_as_before(decoder: LvmDecoder) -> None:
+    same = {"temperature": 0.8, "top_k": 5, "top_p": 0.9}
+    apart = write_pictures(decoder, temperature=3.0, frames=same, answer=same)
+    assert (apart == write_pictures(decoder, **same)).all()
+    assert SamplingConfig().model_dump() == SamplingConfig(frames={}, answer={}).model_dump()
+    assert not {"frames", "answer"} & SamplingConfig(temperature=1.0).model_dump().keys()
+    SamplingConfig(frames={"temperature": 1.0}, best_of=2)
+    with pytest.raises(ValidationError, match="greedy"):
+        SamplingConfig(temperature=1.0, frames={"temperature": 0.0}, answer={"temperature": 0.0}, best_of=2)
