@@ -1,25 +1,31 @@
 """Plug-ins: what installed packages add to covray by entry points, each checked before it is used.
 
-A plug-in that cannot be used is left out with one line in the log, and everything else works. ``covray plugins`` lists
-all.
+A ``Registry`` holds everything of one kind by name, covray's own and that of other packages. A plug-in that cannot be
+used is left out with one line in the log, and everything else works. ``covray plugins`` lists all.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
+from typing import Any, Generic, TypeVar
 
-from covray.errors import one_line
+from covray import __version__
+from covray.errors import ConfigError, one_line
 
 TASKS_GROUP = "covray.tasks"
 """Tasks: objects with the attributes of ``covray.tasks.base.Task``."""
+METRICS_GROUP = "covray.metrics"
+"""Metrics of tasks: objects as ``covray.tasks.metrics.TaskMetric``."""
 PAIRS_GROUP = "covray.pairs"
 """Sources of pairs: functions as ``covray.pairs.plugin_sources.PairSource``."""
 
+_OWN = "covray"
 _LOG = logging.getLogger("covray")
+
+T = TypeVar("T")
 
 
 class Refused(Exception):
@@ -28,7 +34,7 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Plugin:
-    """One entry point of an installed package."""
+    """What was found of one entry, of an installed package or of covray itself."""
 
     group: str
     name: str
@@ -41,36 +47,155 @@ class Plugin:
     """Why it is not used; empty if it is."""
 
 
-def load_plugins(group: str, register: Callable[[str, Any], str]) -> list[Plugin]:
-    """Load the plug-ins of a group, and log those that cannot be used.
+@dataclass(frozen=True)
+class Entry:
+    """Something to register that is not loaded yet."""
 
-    Args:
-        group: The group of the entry points.
-        register: Takes an entry point's name and its object, makes it known, and returns what covray calls it; raises
-            Refused, with the reason, for an object that is none of its kind or whose name is taken.
+    name: str
+    target: str
+    package: str
+    version: str
+    load: Callable[[], Any]
+
+
+def own_entry(name: str, target: str) -> Entry:
+    """Return the entry of something of covray's own, of which ``target`` names the module, or ``module:object``."""
+    return Entry(name, target, _OWN, __version__, EntryPoint(name, target, "").load)
+
+
+def _installed_entry(point: EntryPoint) -> Entry:
+    if point.dist is None:
+        return Entry(point.name, point.value, "an unknown package", "", point.load)
+    return Entry(point.name, point.value, point.dist.name, point.dist.version, point.load)
+
+
+class Registry(Generic[T]):
+    """Everything of one kind, by name.
+
+    covray's own come first, then those of other packages in the order of the packages' names, so that every machine
+    with the same packages has the same registry. Of two with one name the first is used.
     """
-    plugins = []
-    for point in entry_points(group=group):
-        plugin = _load(point, group, register)
-        if plugin.problem:
+
+    def __init__(
+        self,
+        group: str,
+        noun: str,
+        own: Iterable[Entry],
+        check: Callable[[Any], None],
+        name_of: Callable[[str, T], str] = lambda entry_name, _: entry_name,
+    ):
+        """Prepare a registry; nothing is loaded yet.
+
+        Args:
+            group: The group of the entry points.
+            noun: What messages call one of the kind.
+            own: covray's own.
+            check: Raises Refused, with the reason, for an object that is none of the kind.
+            name_of: Returns the name of an object, given the name of its entry.
+        """
+        self.noun = noun
+        self.objects: dict[str, T] = {}
+        """What was loaded, by name."""
+        self._group, self._check, self._name_of = group, check, name_of
+        installed = [_installed_entry(point) for point in entry_points(group=group)]
+        self._waiting = [*own, *sorted(installed, key=lambda entry: (entry.package, entry.name))]
+        self._plugins: list[Plugin] = []
+
+    @property
+    def names(self) -> list[str]:
+        """Return the names of all, of those that are not loaded yet the names of their entries."""
+        return list(dict.fromkeys([*self.objects, *(entry.name for entry in self._waiting)]))
+
+    def load_all(self) -> list[Plugin]:
+        """Load what is not loaded yet; return all, also those that cannot be used."""
+        waiting, self._waiting = self._waiting, []
+        for entry in waiting:
+            self._add(entry)
+        return self._plugins
+
+    def find(self, name: str) -> T:
+        """Return the object called ``name``, loading no other. Raises ConfigError where it cannot be used."""
+        if name not in self.objects:
+            for entry in [entry for entry in self._waiting if entry.name == name]:
+                self._waiting.remove(entry)
+                self._add(entry)
+        if name in self.objects:
+            return self.objects[name]
+        for plugin in self._plugins:
+            if plugin.name == name:
+                raise ConfigError(f"{name}: the {self.noun} of {plugin.package} {plugin.version} {plugin.problem}")
+        raise ConfigError(f"{name}: no such {self.noun}; the known ones are {', '.join(self.names)} (covray plugins)")
+
+    def packages(self, names: Iterable[str]) -> dict[str, str]:
+        """Return which package each of the loaded ``names`` is of, without covray's own: what a description records."""
+        wanted, packages = set(names), {}
+        for plugin in self._plugins:
+            if plugin.name in wanted and not plugin.problem and plugin.package != _OWN:
+                packages[f"{self.noun} {plugin.name}"] = f"{plugin.package} {plugin.version}".strip()
+        return packages
+
+    def _add(self, entry: Entry) -> None:
+        """Load an entry, and note it as a plug-in: registered, or with the reason why it is not."""
+        name, problem = entry.name, ""
+        try:
+            loaded = entry.load()
+            self._check(loaded)
+            own_name = self._name_of(entry.name, loaded)
+            self._require_free(own_name)
+            self.objects[own_name] = loaded
+            name = own_name
+        except Refused as error:
+            problem = one_line(error)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - a plug-in may raise anything
+            problem = f"cannot be loaded ({one_line(error)})"
+        if problem:
             _LOG.warning(
                 "%s %s: its %s %s %s; fix or uninstall the package",
-                plugin.package, plugin.version, group, plugin.name, plugin.problem,
+                entry.package, entry.version, self._group, name, problem,
             )  # fmt: skip
-        plugins.append(plugin)
-    return plugins
+        self._plugins.append(Plugin(self._group, name, entry.target, entry.package, entry.version, problem))
+
+    def _require_free(self, name: str) -> None:
+        """Raise Refused for a name that is taken."""
+        for plugin in self._plugins:
+            if plugin.name == name and name in self.objects:
+                raise Refused(f"has the name of another {self.noun}, {name} of {plugin.package}")
 
 
-def _load(point: EntryPoint, group: str, register: Callable[[str, Any], str]) -> Plugin:
-    """Return the plug-in of an entry point after registering it, or with the reason why it is not."""
-    name, problem = point.name, ""
-    try:
-        name = register(point.name, point.load())
-    except Refused as error:
-        problem = one_line(error)
-    except Exception as error:  # noqa: BLE001 - a plug-in may raise anything
-        problem = f"cannot be loaded ({one_line(error)})"
-    package, version = "an unknown package", ""
-    if point.dist is not None:
-        package, version = point.dist.name, point.dist.version
-    return Plugin(group, name, point.value, package, version, problem)
+def require_attributes(noun: str, attributes: Iterable[str]) -> Callable[[Any], None]:
+    """Return a check that raises Refused for an object that lacks any of ``attributes``, which a ``noun`` has."""
+
+    def check(loaded: Any) -> None:
+        missing = [attribute for attribute in attributes if not hasattr(loaded, attribute)]
+        if missing:
+            raise Refused(f"is no {noun}: it lacks {', '.join(missing)}")
+
+    return check
+
+
+def missing_packages(recorded: Mapping[str, str]) -> list[str]:
+    """Return a line for each plug-in of ``Registry.packages`` whose package, in its version, is not installed here."""
+    lines = []
+    for use, package in recorded.items():
+        name, _, wanted = package.rpartition(" ")
+        try:
+            installed = version(name)
+        except (PackageNotFoundError, ValueError):
+            lines.append(f"the {use} is of {package}, which is not installed; pip install {name}=={wanted}")
+            continue
+        if installed != wanted:
+            lines.append(
+                f"the {use} is of {package}, and {name} {installed} is installed; pip install {name}=={wanted}"
+            )
+    return lines
+
+
+def require_packages(recorded: Mapping[str, str] | None, folder: str) -> None:
+    """Refuse to go on with ``folder`` where a plug-in that its description records is not installed.
+
+    Raises:
+        ConfigError: In one line that names the first.
+    """
+    missing = missing_packages(recorded or {})
+    if missing:
+        raise ConfigError(f"{folder}: {missing[0]}")

@@ -11,18 +11,22 @@ from collections.abc import Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from pydantic import ValidationError
 
 import covray.tasks as tasks
 from covray import plugins
+from covray.config import EvaluateConfig
 from covray.errors import ConfigError
 from covray.pairs import plugin_sources
 from covray.pairs.manifest import Pair, Picture
-from covray.pairs.plugin_sources import find_source
-from covray.tasks import TASKS
+from covray.tasks import metrics as task_metrics
+from covray.tasks.base import Metric
 from tests.support import toy_task
 
 ROOT = Path(__file__).parents[1]
@@ -45,12 +49,17 @@ class Point:
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Plug-ins of a test are forgotten after it."""
-    before = dict(TASKS)
-    plugin_sources.pair_sources.cache_clear()
+    caches = (plugin_sources.pair_sources, task_metrics.metric_registry)
+    for cache in caches:
+        cache.cache_clear()
     yield
-    TASKS.clear()
-    TASKS.update(before)
-    plugin_sources.pair_sources.cache_clear()
+    for cache in caches:
+        cache.cache_clear()
+
+
+def added(registry: plugins.Registry[Any]) -> list[plugins.Plugin]:
+    """Return what other packages added."""
+    return [plugin for plugin in registry.load_all() if plugin.package != "covray"]
 
 
 def install(monkeypatch: pytest.MonkeyPatch, *points: Point) -> None:
@@ -59,11 +68,13 @@ def install(monkeypatch: pytest.MonkeyPatch, *points: Point) -> None:
 
 def test_a_task_joins_covrays_own(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, Point("toy", toy_task))
-    (plugin,) = tasks.load_task_plugins()
+    registry = tasks.load_tasks()
+    (plugin,) = added(registry)
     assert (plugin.group, plugin.name, plugin.package, plugin.version) == ("covray.tasks", "brightness", "toy", "1.0")
     assert plugin.problem == ""
-    assert list(TASKS)[-1] == "brightness"
-    assert json.loads(TASKS["brightness"].export(toy_task.render(0.5, 4))["brightness.json"])["level"] > 0.49
+    assert list(registry.objects) == [*tasks.TASKS, "brightness"]
+    assert registry.packages(["depth", "brightness"]) == {"task brightness": "toy 1.0"}
+    assert json.loads(registry.objects["brightness"].export(toy_task.render(0.5, 4))["brightness.json"])["level"] > 0.49
 
 
 @pytest.mark.parametrize(
@@ -81,10 +92,10 @@ def test_a_task_that_cannot_be_used_is_one_line_and_the_others_work(
     task: object, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     install(monkeypatch, Point("broken", task), Point("toy", toy_task))
-    before = list(TASKS)
     with caplog.at_level(logging.WARNING, "covray"):
-        broken, whole = tasks.load_task_plugins()
-    assert list(TASKS) == [*before, "brightness"]
+        registry = tasks.load_tasks()
+    broken, whole = added(registry)
+    assert list(registry.objects) == [*tasks.TASKS, "brightness"]
     assert (whole.problem, broken.problem[: len(reason)]) == ("", reason)
     (line,) = caplog.messages
     assert line.startswith(f"toy 1.0: its covray.tasks broken {reason}")
@@ -93,20 +104,91 @@ def test_a_task_that_cannot_be_used_is_one_line_and_the_others_work(
 
 def test_a_name_that_is_claimed_twice_is_the_first_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, Point("first", toy_task), Point("second", toy_task))
-    assert [bool(plugin.problem) for plugin in tasks.load_task_plugins()] == [False, True]
+    first, second = added(tasks.load_tasks())
+    assert (first.problem, second.problem) == ("", "has the name of another task, brightness of toy")
 
 
 def test_a_source_that_is_none_is_refused_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, Point("numbers", 3), Point("faces", lambda root, *, split, count, seed: []))
-    with pytest.raises(ConfigError, match=r"^numbers: no such source of pairs; the installed ones are faces"):
-        find_source("numbers")
-    assert list(find_source("faces")("here", split="train", count=None, seed=0)) == []
+    sources = plugin_sources.pair_sources()
+    with pytest.raises(ConfigError, match=r"^numbers: the source of pairs of toy 1.0 is no source of pairs"):
+        sources.find("numbers")
+    with pytest.raises(
+        ConfigError, match=r"^toy: no such source of pairs; the known ones are coco, .*faces.* \(covray plug"
+    ):
+        sources.find("toy")
+    assert list(sources.find("faces")("here", split="train", count=None, seed=0)) == []
+
+
+class Contrast:
+    """A metric of depth."""
+
+    task = "depth"
+    metric = Metric("contrast", "Contrast", "Difference of the pictures' contrasts.", "lower")
+
+    @staticmethod
+    def score(answer: np.ndarray, label: np.ndarray, meta: object = None) -> float:
+        return abs(float(answer.std()) - float(label.std()))
+
+
+def test_a_metric_joins_those_of_its_task_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, Point("contrast", Contrast))
+    config = EvaluateConfig(data="chains", out="scores", metrics=("depth/contrast",))
+    assert config.identity()["metrics"] == ["depth/contrast"]
+    assert "metrics" not in EvaluateConfig(data="chains", out="scores").identity()
+    black, white = np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 255, np.uint8)
+    assert task_metrics.added_values("depth", config.metrics, black, white, {}) == {"contrast": 0.0}
+    assert task_metrics.added_values("pose", config.metrics, black, white, {}) == {}
+    assert task_metrics.metrics_of("depth")[-1] == Contrast.metric
+    with pytest.raises(ValidationError, match=r"no such metric of another package; the installed ones are depth/con"):
+        EvaluateConfig(data="chains", out="scores", metrics=("depth/sharpness",))
+    with pytest.raises(ValidationError, match="depth/abs_rel is scored by its task"):
+        EvaluateConfig(data="chains", out="scores", metrics=("depth/abs_rel",))
+
+
+def changed(**values: object) -> SimpleNamespace:
+    return SimpleNamespace(**{"task": "depth", "metric": Contrast.metric, "score": Contrast.score} | values)
+
+
+@pytest.mark.parametrize(
+    ("metric", "reason"),
+    [
+        (changed(task="clouds"), "is of a task that is not installed, clouds"),
+        (changed(metric="contrast"), "is no metric: its metric is no covray.tasks.base.Metric"),
+        (changed(metric=Metric("abs_rel", "A", "B", "lower")), "has the name of another metric, depth/abs_rel of cov"),
+        (changed(metric=Metric("psnr", "A", "B", "lower")), "has the name of another metric, psnr of colorization"),
+        (SimpleNamespace(task="depth", metric=Contrast.metric), "is no metric: it lacks score"),
+    ],
+)
+def test_a_metric_that_cannot_be_used_is_refused(metric: object, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, Point("broken", metric))
+    (plugin,) = added(task_metrics.metric_registry())
+    assert plugin.problem.startswith(reason)
+
+
+def test_a_metric_that_is_no_number_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, Point("contrast", changed(score=lambda answer, label, meta: float("nan"))))
+    black = np.zeros((4, 4, 3), np.uint8)
+    with pytest.raises(ConfigError, match="metrics: depth/contrast returned nan"):
+        task_metrics.added_values("depth", ["depth/contrast"], black, black, {})
+
+
+def test_a_package_that_is_absent_or_of_another_version_is_one_line() -> None:
+    recorded = {"task matting": "covray-nowhere 1.0", "task brightness": "numpy 0.1"}
+    absent, other = plugins.missing_packages(recorded)
+    assert (
+        absent == "the task matting is of covray-nowhere 1.0, which is not installed; pip install covray-nowhere==1.0"
+    )
+    assert other.startswith("the task brightness is of numpy 0.1, and numpy ")
+    with pytest.raises(ConfigError, match=r"^chains: the task matting is of covray-nowhere 1.0"):
+        plugins.require_packages(recorded, "chains")
+    plugins.require_packages(None, "chains")
 
 
 def test_an_entry_point_without_a_package_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     point = EntryPoint("toy", "tests.support.toy_task", "covray.tasks")
     monkeypatch.setattr(plugins, "entry_points", lambda group: [point])
-    (plugin,) = tasks.load_task_plugins()
+    (plugin,) = added(tasks.load_tasks())
     assert (plugin.package, plugin.problem) == ("an unknown package", "")
 
 
@@ -132,9 +214,12 @@ def test_an_installed_package_is_listed_and_its_pairs_become_a_manifest(tmp_path
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    listed = {plugin["name"]: plugin for plugin in json.loads(covray("plugins", "--json"))}
-    assert listed.keys() == {"brightness", "greys", "broken"}
-    assert [bool(plugin["problem"]) for plugin in listed.values()] == [False, False, True]
+    found = json.loads(covray("plugins", "--json"))
+    listed = {plugin["name"]: bool(plugin["problem"]) for plugin in found if plugin["package"] == "toy"}
+    assert listed == {"brightness": False, "brightness/level_error": False, "broken": True, "greys": False}
+    own = [plugin for plugin in found if plugin["package"] == "covray"]
+    assert {"depth", "depth/abs_rel", "coco"} <= {plugin["name"] for plugin in own}
+    assert not any(plugin["problem"] for plugin in own)
     assert "greys" in covray("plugins")
     for number in range(3):
         Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number}.png")

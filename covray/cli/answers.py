@@ -95,6 +95,7 @@ def evaluate(
         str | None,
         EVALUATE.option("--backbone", "backbone.path", also=_OWN_SCALE, text=key_text(EvaluateConfig, "backbone")),
     ] = None,
+    metrics: Annotated[str | None, EVALUATE.option("--metrics", "metrics", read=words, metavar="TASK/NAME,...")] = None,
     temperature: Annotated[float | None, EVALUATE.option("--temperature", "sampling.temperature")] = None,
     best_of: Annotated[int | None, EVALUATE.option("--best-of", "sampling.best_of")] = None,
     vote: Annotated[int | None, EVALUATE.option("--vote", "sampling.vote")] = None,

@@ -209,7 +209,7 @@ def lol(
 
 
 def from_plugin(
-    source: Annotated[str, typer.Argument(help="Name of the source; covray plugins lists those that are installed.")],
+    source: Annotated[str, typer.Argument(help="Name of the source; covray plugins lists them.")],
     root: Annotated[str, typer.Argument(help="The data set's folder.")],
     out: OutManifest,
     split: Annotated[str, typer.Option(help="Split of the data set.")] = "train",
@@ -219,9 +219,9 @@ def from_plugin(
     json_: Json = False,
 ) -> None:
     """A data set that another installed package knows."""
-    from covray.pairs.plugin_sources import find_source
+    from covray.pairs.plugin_sources import pair_sources
 
-    pairs = find_source(source)(root, split=split, count=count, seed=seed)
+    pairs = pair_sources().find(source)(root, split=split, count=count, seed=seed)
     _write_drawn(out, root, base, iter(pairs), count, json_)
 
 

@@ -1,4 +1,4 @@
-"""List what installed packages add to covray."""
+"""List what covray and installed packages bring of each kind that packages may add to."""
 
 from __future__ import annotations
 
@@ -12,18 +12,16 @@ from covray.cli.output import console, escape
 
 
 def plugins(json_: Json = False) -> None:
-    """Tasks and sources of pairs that installed packages add, and why one is not used."""
+    """List tasks, metrics and sources of pairs, covray's own and those of installed packages."""
     from covray.pairs.plugin_sources import pair_sources
-    from covray.tasks import PLUGINS
+    from covray.tasks import REGISTRY
+    from covray.tasks.metrics import metric_registry
 
-    found = [*PLUGINS, *pair_sources()[1]]
+    found = []
+    for registry in (REGISTRY, metric_registry(), pair_sources()):
+        found += registry.load_all()
     if json_:
         print(json.dumps([asdict(plugin) for plugin in found]))
-        return
-    if not found:
-        console.print(
-            "no installed package adds tasks (covray.tasks) or sources of pairs (covray.pairs)", soft_wrap=True
-        )
         return
     table = Table("group", "name", "package", "", box=None, pad_edge=False)
     for plugin in found:

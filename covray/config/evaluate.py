@@ -8,6 +8,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, field_validator, mode
 
 from covray.config.fields import (
     ActorsConfig,
+    AddedMetric,
     BackboneConfig,
     ChainMethod,
     EngineConfig,
@@ -119,6 +120,9 @@ class EvaluateConfig(Section):
     frames (reference), another pair's (other), copies of the query (copy) or one code everywhere (dummy), that of the
     last frame read as the answer (last_frame), the nats of the reference's pictures (nats), and what frames change in
     the likelihood of the reference's answer and of the answer written (gain)."""
+    metrics: tuple[AddedMetric, ...] = ()
+    """Metrics of other installed packages to compute beside those of the tasks, each ``task/name``; ``covray plugins``
+    lists them."""
     batch: int = Field(default=16, ge=1, le=4096)
     """Rows of the fixed, padded batch of the decoder."""
     engine: EngineConfig = EngineConfig()
@@ -135,7 +139,7 @@ class EvaluateConfig(Section):
     def _ascending(cls, value: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(sorted(set(value)))
 
-    @field_validator("adapters", "baselines", "tasks", "probes")
+    @field_validator("adapters", "baselines", "tasks", "probes", "metrics")
     @classmethod
     def _distinct(cls, value: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
         return None if value is None else tuple(dict.fromkeys(value))
@@ -144,7 +148,9 @@ class EvaluateConfig(Section):
     def _leave_out_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out younger fields where they ask for nothing, so that identities made before them stay the same."""
         values: dict[str, Any] = handler(self)
-        asked = {"probes": self.probes, "votes": self.votes.samples, "lengths": self.lengths}
+        asked = {
+            "probes": self.probes, "votes": self.votes.samples, "lengths": self.lengths, "metrics": self.metrics,
+        }  # fmt: skip
         for key, value in asked.items():
             if not value:
                 values.pop(key, None)

@@ -20,6 +20,17 @@ def _known_task(name: str) -> str:
 
 TaskName = Annotated[str, AfterValidator(_known_task)]
 """A task of ``covray.tasks``, built in or installed."""
+
+
+def _known_metric(name: str) -> str:
+    """Return ``name`` if an installed package adds this metric to a task. Raises ValueError."""
+    from covray.tasks.metrics import require_added
+
+    return require_added(name)
+
+
+AddedMetric = Annotated[str, AfterValidator(_known_metric)]
+"""A metric, ``task/name``, that another package adds to a task."""
 FrameMethod = Literal["linear", "diffusion"]
 """A method that makes frames."""
 ChainMethod = Literal["none", "linear", "diffusion"]

@@ -8,6 +8,7 @@ from covray.evaluation.frames import FRAME_METRICS
 from covray.evaluation.probes import PROBE_METRICS
 from covray.tasks import TASKS
 from covray.tasks.base import Metric
+from covray.tasks.metrics import metrics_of
 
 OWN, REFERENCE = "perplexity_own", "perplexity_reference"
 """Rows hold the negative log likelihood of the reference answer in nats a token, after the model's own frames and after
@@ -33,8 +34,8 @@ MODEL_METRICS = (
 
 def all_metrics() -> Iterator[Metric]:
     """Yield the metrics of all tasks and of models; one that several tasks share comes several times."""
-    for task in TASKS.values():
-        yield from task.metrics
+    for name in TASKS:
+        yield from metrics_of(name)
     yield from MODEL_METRICS
 
 

@@ -26,6 +26,7 @@ from covray.evaluation.statistics import mean_interval, paired_difference
 from covray.evaluation.subjects import Subject
 from covray.tasks import TASKS
 from covray.tasks.base import Score
+from covray.tasks.metrics import metrics_of
 
 Row = Mapping[str, Any]
 """A row of ``RESULT_SCHEMA``."""
@@ -148,7 +149,7 @@ def _summary(task: str, by_subject: Mapping[str, dict[int, Row]], table: Sequenc
         by_subject: All its rows.
         table: The same rows, of the subjects of the table.
     """
-    metrics = TASKS[task].metrics
+    metrics = metrics_of(task)
     present = {metric.name for metric in metrics if metric.of_set is not None}
     for subject in table:
         present.update(subject.columns)
@@ -171,7 +172,7 @@ def _scores(task: str, subject: _SubjectRows, seed: int) -> list[SubjectScore]:
     counted = [Score({}, np.array(row["counts"])) for row in subject.rows.values() if row["counts"] is not None]
     of_set = aggregate(task, counted)
     scores = []
-    for metric in (*TASKS[task].metrics, *MODEL_METRICS):
+    for metric in (*metrics_of(task), *MODEL_METRICS):
         name = metric.name
         if name in of_set:
             figures: dict[str, Any] = {"mean": of_set[name], "low": None, "high": None, "episodes": len(counted)}

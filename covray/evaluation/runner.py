@@ -53,6 +53,7 @@ from covray.models.tokenizer.vqgan import load_tokenizer
 from covray.pairs.manifest_reading import read_meta
 from covray.seeds import seed_of
 from covray.tasks import TASKS
+from covray.tasks.metrics import added_values
 
 
 class Runner:
@@ -239,7 +240,8 @@ class Runner:
             result = asked.result
             is_large = min(asked.label.shape[:2]) >= LEAST_PX
             scored = score(result.task, pictures.answer, asked.label, asked.meta, self._lpips if is_large else None)
-            values = dict(scored.values) | result.nats
+            added = added_values(result.task, self.config.metrics, pictures.answer, asked.label, asked.meta)
+            values = added | dict(scored.values) | result.nats
             for metric, answer in probes[episode].items():
                 primary = TASKS[result.task].metrics[0].name
                 values[metric] = score(result.task, answer, asked.label, asked.meta).values.get(primary)

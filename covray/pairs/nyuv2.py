@@ -66,6 +66,12 @@ def nyuv2_pairs(
     return labelled(task, split, root, entries, count, seed)
 
 
+depth_pairs = functools.partial(nyuv2_pairs, task="depth")
+"""The pairs of depth, as a source of ``covray.pairs``."""
+normals_pairs = functools.partial(nyuv2_pairs, task="normals")
+"""The pairs of normals, as a source of ``covray.pairs``."""
+
+
 def draw_depth(levels_mm: NDArray[np.unsignedinteger]) -> NDArray[np.uint8]:
     """Return NYUv2's depth [h, w], 16 bits of millimetres, drawn as a label [h, w, 3].
 

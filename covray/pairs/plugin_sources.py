@@ -1,4 +1,4 @@
-"""Sources of pairs that other packages bring, by entry points of the group ``covray.pairs``."""
+"""Sources of pairs: covray's own datasets, and those that other packages bring by entry points of ``covray.pairs``."""
 
 from __future__ import annotations
 
@@ -6,9 +6,17 @@ import functools
 from collections.abc import Iterable
 from typing import Any, Protocol
 
-from covray.errors import ConfigError
 from covray.pairs.manifest import Pair
-from covray.plugins import PAIRS_GROUP, Plugin, Refused, load_plugins
+from covray.plugins import PAIRS_GROUP, Refused, Registry, own_entry
+
+_OWN = {
+    "coco": "covray.pairs.coco:coco_pairs",
+    "nyuv2-depth": "covray.pairs.nyuv2:depth_pairs",
+    "nyuv2-normals": "covray.pairs.nyuv2:normals_pairs",
+    "bsds": "covray.pairs.bsds:bsds_pairs",
+    "lol": "covray.pairs.lol:lol_pairs",
+}
+"""covray's own; their commands have further options."""
 
 
 class PairSource(Protocol):
@@ -28,27 +36,13 @@ class PairSource(Protocol):
         """
 
 
+def _check(source: Any) -> None:
+    if not callable(source):
+        raise Refused("is no source of pairs: it cannot be called")
+
+
 @functools.cache
-def pair_sources() -> tuple[dict[str, PairSource], list[Plugin]]:
-    """Return the sources of installed packages by name, and all plug-ins of the group."""
-    sources: dict[str, PairSource] = {}
-
-    def register(name: str, source: Any) -> str:
-        if not callable(source):
-            raise Refused("is no source of pairs: it cannot be called")
-        if name in sources:
-            raise Refused("has the name of another source")
-        sources[name] = source
-        return name
-
-    plugins = load_plugins(PAIRS_GROUP, register)
-    return sources, plugins
-
-
-def find_source(name: str) -> PairSource:
-    """Return the source called ``name``. Raises ConfigError where no installed package has one."""
-    sources, _ = pair_sources()
-    if name not in sources:
-        known = f"the installed ones are {', '.join(sources)}" if sources else "no package with one is installed"
-        raise ConfigError(f"{name}: no such source of pairs; {known} (covray plugins)")
-    return sources[name]
+def pair_sources() -> Registry[PairSource]:
+    """Return the sources of pairs, which are loaded when they are asked for."""
+    own = [own_entry(name, target) for name, target in _OWN.items()]
+    return Registry(PAIRS_GROUP, "source of pairs", own, _check)
