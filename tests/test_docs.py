@@ -10,12 +10,17 @@ from typing import Any
 
 import pytest
 import typer
+import yaml
 
+import covray
 from covray.cli.app import app
 from covray.config import BuildConfig, EvaluateConfig, Section, SweepConfig
 from covray.config.reference import STEPS, key_text, reference_page
+from scripts import docs_site
 
 ROOT = Path(__file__).parents[1]
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 
 
 def fields(model: type[Section], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -59,10 +64,65 @@ def test_the_text_of_a_key_is_found_by_its_dotted_name() -> None:
 
 
 def test_every_link_of_the_pages_leads_somewhere() -> None:
-    for page in (*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))):
-        for target in (part.split(")")[0] for part in page.read_text().split("](")[1:]):
+    for page in (*sorted(ROOT.glob("*.md")), *PAGES, *NOTEBOOKS):
+        for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
             target = target.partition("#")[0]
             assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_page_is_in_the_navigation_once() -> None:
+    """MkDocs' own check, which needs MkDocs, is a step of .ci/run."""
+    navigation = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    named = list(files_of(navigation))
+    assert len(named) == len(set(named))
+    expected = {str(page.relative_to(ROOT / "docs")) for page in PAGES}
+    expected |= {f"notebooks/{notebook.stem}.md" for notebook in NOTEBOOKS}
+    expected |= {f"project/{page.name}" for page in ROOT.glob("*.md") if page.name != "README.md"}
+    assert set(named) == expected
+
+
+def files_of(navigation: Any) -> Iterator[str]:
+    """Yield the pages of a part of the navigation."""
+    if isinstance(navigation, str):
+        yield navigation
+    for part in navigation if isinstance(navigation, list) else ():
+        yield from files_of(part)
+    for part in navigation.values() if isinstance(navigation, dict) else ():
+        yield from files_of(part)
+
+
+def test_the_reference_has_every_public_name_once() -> None:
+    shown = re.findall(r"^::: covray\.(\w+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+    assert sorted({*shown, "__version__"}) == sorted([*covray.__all__, "errors"])
+    assert len(shown) == len(set(shown))
+
+
+PAGES_OF_THE_SITE = {
+    "index.md",
+    "training.md",
+    "tutorials/coco.md",
+    "project/CONTRIBUTING.md",
+    "project/covray/a/README.md",
+}
+
+
+@pytest.mark.parametrize(
+    ("page", "link", "expected"),
+    [
+        ("training.md", "[a](../CONTRIBUTING.md#tests)", "[a](project/CONTRIBUTING.md#tests)"),
+        ("tutorials/coco.md", "[a](../training.md)", "[a](../training.md)"),
+        ("tutorials/coco.md", "[a](../../README.md)", "[a](../index.md)"),
+        ("training.md", "![a [b]](../covray/a/README.md)", "![a [b]](project/covray/a/README.md)"),
+        ("project/CONTRIBUTING.md", "[a](docs/training.md)", "[a](../training.md)"),
+        ("project/covray/a/README.md", "[a](../../docs/training.md)", "[a](../../../training.md)"),
+        ("project/CONTRIBUTING.md", "[the licence](LICENSE), kept", "the licence, kept"),
+        ("training.md", "[a](no_page.md)", "[a](no_page.md)"),  # MkDocs refuses it
+        ("training.md", "[a](https://example.org/a.md) [b](#b)", "[a](https://example.org/a.md) [b](#b)"),
+        ("training.md", "```sh\n[a](../CONTRIBUTING.md)\n```", "```sh\n[a](../CONTRIBUTING.md)\n```"),
+    ],
+)
+def test_a_link_of_the_repository_becomes_one_of_the_site(page: str, link: str, expected: str) -> None:
+    assert docs_site.site_links(link, page, PAGES_OF_THE_SITE) == expected
 
 
 OTHER_PROGRAMS = {"--generate", "--head", "--shm-size", "--temp-dir"}
