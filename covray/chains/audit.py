@@ -21,7 +21,7 @@ _READERS = 16
 _LISTED = 3  # ids of each kind of problem in a message
 
 
-def audit_dataset(out: str, pair_ids: np.ndarray, per_task: Mapping[str, int] | None = None) -> Audit:
+def audit_dataset(out: str, pair_ids: np.ndarray, per_task: Mapping[str, int] | None = None, version: int = 1) -> Audit:
     """Compare the shards of a dataset folder with its manifest, and count them.
 
     Reads only the narrow columns, file by file; memory is 24 bytes a row, more where something is wrong.
@@ -30,6 +30,7 @@ def audit_dataset(out: str, pair_ids: np.ndarray, per_task: Mapping[str, int] | 
         out: The dataset folder.
         pair_ids: Those of the manifest, distinct, int64 [n].
         per_task: The manifest's rows by task; None: not compared.
+        version: The version of the dataset: its shards and those of the versions before it are read.
 
     Raises:
         DatasetError: Shards are unreadable, or pairs are missing, doubled or not in the manifest; the message lists
@@ -42,7 +43,7 @@ def audit_dataset(out: str, pair_ids: np.ndarray, per_task: Mapping[str, int] | 
     good: Counter[str] = Counter()
     reasons: dict[str, Counter[str]] = {}
     unreadable: list[str] = []
-    for name, narrow in _read_narrow(Folder(out), ["pair_id", "error"]):
+    for name, narrow in _read_narrow(Folder(out), ["pair_id", "error"], version):
         if narrow is None:
             unreadable.append(name)
             continue
@@ -72,8 +73,8 @@ def _counts(good: int, reasons: Counter[str]) -> TaskCounts:
     return TaskCounts(asked=good + rejected, written=good, rejected=rejected, reasons=dict(sorted(reasons.items())))
 
 
-def _read_narrow(folder: Folder, columns: list[str]) -> Iterator[tuple[str, pa.Table | None]]:
-    """Yield ``columns`` of every shard, None for one that cannot be read.
+def _read_narrow(folder: Folder, columns: list[str], version: int) -> Iterator[tuple[str, pa.Table | None]]:
+    """Yield ``columns`` of every shard of a version, None for one that cannot be read.
 
     Several are read at a time, because each takes three requests of an object store.
     """
@@ -85,7 +86,7 @@ def _read_narrow(folder: Folder, columns: list[str]) -> Iterator[tuple[str, pa.T
         except _UNREADABLE:
             return None
 
-    names = shard_files(folder)
+    names = shard_files(folder, version)
     with ThreadPoolExecutor(_READERS) as readers:
         yield from zip(names, readers.map(read, names), strict=True)
 

@@ -2,10 +2,14 @@
 
 A dataset folder holds ``_dataset.json`` (written first), ``shards/task=<task>/*.parquet`` and ``_audit.json`` (written
 last). A row is a pair; its frames serve every method and every length that was built.
+
+``covray build --append`` adds versions: the rows that version n has beyond the one before it are below
+``shards/version=<n>/``. So a version is all shards up to its own, and an older one stays as it was.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -80,28 +84,39 @@ def frame_order(methods: Iterable[str], alphas: Iterable[float]) -> list[tuple[s
 class ChainDataset:
     """A dataset of chains, to read."""
 
-    def __init__(self, path: str, *, unfinished: bool = False):
+    def __init__(self, path: str, *, unfinished: bool = False, version: int | None = None):
         """Open a dataset.
 
         Args:
-            path: The dataset folder, local or on any filesystem pyarrow knows.
+            path: The dataset folder, local or on any filesystem pyarrow knows. ``FOLDER@2`` is its version 2.
             unfinished: Also open a dataset that is still being built, or whose build was stopped: shards that cannot be
                 read are then left out, and listed in ``unreadable``.
+            version: Which version, counted from 1; None: the one that ``path`` names, else the newest finished one.
 
         Raises:
-            DatasetError: There is no dataset, it is unfinished, or its description cannot be used.
+            DatasetError: There is no dataset, it is unfinished, it has no such version, or its description cannot be
+                used.
         """
+        path, named = split_version(path)
         self.path = path
         self.folder = Folder(path)
         record = DatasetRecord.read_if_present(self.folder)
         if record is None:
             raise DatasetError(f"{path}: no _dataset.json there, so not a dataset; give the --out of a covray build")
-        self.record = record
-        """The description of the dataset."""
-        self.audit = Audit.read_if_present(self.folder)
-        """What the finished build wrote; None while it is unfinished."""
-        if self.audit is None and not unfinished:
+        audit = Audit.read_if_present(self.folder)
+        finished = 0 if audit is None else audit.version
+        self.version = version or named or max(finished, 1)
+        """The version that is read."""
+        if not 1 <= self.version <= len(record.pair_sets):
+            raise DatasetError(f"{path}: has {len(record.pair_sets)} versions, no version {self.version}")
+        if self.version > finished and not unfinished:
             raise DatasetError(f"{path}: is unfinished; run the same covray build again")
+        self.record = record.of_version(self.version)
+        """The description of the version."""
+        self.audit = None if audit is None or self.version > finished else audit.of_version(self.version)
+        """What the finished build wrote; None while it is unfinished."""
+        self.versions = max(finished, 1)
+        """How many versions are finished; 1 also while the first is not."""
         self.unreadable: list[str] = []
         """Shards, relative to ``path``, that reading an unfinished dataset left out."""
 
@@ -137,8 +152,13 @@ class ChainDataset:
 
     @property
     def shards(self) -> list[str]:
-        """Return the Parquet files, relative to ``path``."""
-        return shard_files(self.folder)
+        """Return the Parquet files of the version, relative to ``path``."""
+        return shard_files(self.folder, self.version)
+
+    @property
+    def reference(self) -> str:
+        """Return the path that opens this version whatever is appended later."""
+        return f"{self.path}@{self.version}"
 
     def count(self, *, errors: bool = False) -> int:
         """Return how many rows are good, or with ``errors`` how many there are; a finished dataset's audit knows."""
@@ -291,13 +311,33 @@ class ChainDataset:
         return shard_schema(keep_noise=bool(self.config.get("keep_noise", False)))
 
 
-def shard_files(folder: Folder) -> list[str]:
-    """Return the Parquet files of a dataset folder, relative to it, sorted; not those that a writer left aside."""
+def shard_files(folder: Folder, version: int) -> list[str]:
+    """Return the Parquet files of a version, relative to the dataset folder, sorted; not those a writer left aside."""
     names = []
     for name in (folder / "shards").list_files(".parquet"):
-        if not name.rsplit("/", 1)[-1].startswith((".", "_")):
-            names.append(f"shards/{name}")
+        shard = f"shards/{name}"
+        if not name.rsplit("/", 1)[-1].startswith((".", "_")) and version_of(shard) <= version:
+            names.append(shard)
     return names
+
+
+def shard_folder(version: int) -> str:
+    """Return the folder, relative to the dataset's, of the rows that a version adds."""
+    return "shards" if version == 1 else f"shards/version={version}"
+
+
+def version_of(shard: str) -> int:
+    """Return the version that added a shard, by its path."""
+    match = re.match(r"shards/version=(\d+)/", shard)
+    return 1 if match is None else int(match[1])
+
+
+def split_version(path: str) -> tuple[str, int | None]:
+    """Return the dataset folder and the version that ``FOLDER@2`` names; a folder of that very name is itself."""
+    match = re.fullmatch(r"(.+)@(\d+)/?", path)
+    if match is None or Folder(path).exists(DatasetRecord.FILE):
+        return path, None
+    return match[1], int(match[2])
 
 
 def task_of(shard: str) -> str:

@@ -18,6 +18,15 @@ class PairSet(RecordPart):
     """SHA-256 (hex) over the sorted pair ids, each as 8 bytes, little-endian."""
 
 
+class AppendedPairs(RecordPart):
+    """A larger manifest that `covray build --append` gave the dataset."""
+
+    manifest: str
+    """The manifest, which holds the pairs of the versions before it too."""
+    pairs: PairSet
+    """All of its pairs."""
+
+
 class DatasetRecord(Record):
     """What a build is: written before its first row, and compared by every build that continues it."""
 
@@ -42,6 +51,20 @@ class DatasetRecord(Record):
     """The manifest's pairs; absent in datasets of early versions."""
     classes: dict[str, Any] | None = None
     """The classes of segmentation (names, numbers, void) as `meta` of the manifest has them; absent without any."""
+    appended: list[AppendedPairs] | None = None
+    """Later versions of the dataset, the oldest first; absent where nothing was appended. Version 1 is `pairs`."""
+
+    @property
+    def pair_sets(self) -> list[PairSet | None]:
+        """Return the pairs of every version that was begun, the first version's first."""
+        return [self.pairs, *(later.pairs for later in self.appended or ())]
+
+    def of_version(self, version: int) -> DatasetRecord:
+        """Return the record of a version, counted from 1, as a dataset that was never larger has it."""
+        if version == 1:
+            return self
+        later = (self.appended or [])[version - 2]
+        return self.model_copy(update={"pairs": later.pairs, "config": self.config | {"pairs": later.manifest}})
 
     @field_validator("config")
     @classmethod
@@ -64,6 +87,19 @@ class TaskCounts(RecordPart):
     """Rows with an error."""
     reasons: dict[str, int]
     """Rejected rows by the reason of their error."""
+
+
+class VersionCounts(RecordPart):
+    """The rows of one version of a dataset, those of the versions before it included."""
+
+    asked: int
+    """Pairs of the version's manifest."""
+    written: int
+    """Good rows."""
+    rejected: int
+    """Rows with an error."""
+    per_task: dict[str, TaskCounts]
+    """The same by task."""
 
 
 class Audit(Record):
@@ -100,3 +136,21 @@ class Audit(Record):
     """Seconds from the start of the pool until the last shard was written."""
     rows_of_earlier_runs: int | None = None
     """Rows that earlier runs of the same build had written."""
+    versions: list[VersionCounts] | None = None
+    """What every version holds, the first to the last; absent where nothing was appended."""
+
+    @property
+    def version(self) -> int:
+        """Return the newest finished version, counted from 1."""
+        return len(self.versions or [None])
+
+    def counts(self) -> VersionCounts:
+        """Return the rows of the newest finished version."""
+        return VersionCounts(asked=self.asked, written=self.written, rejected=self.rejected, per_task=self.per_task)
+
+    def of_version(self, version: int) -> Audit:
+        """Return the audit of a finished version; of an earlier one only the counts are known."""
+        if version == self.version:
+            return self
+        assert self.versions is not None
+        return Audit(**dict(self.versions[version - 1]))

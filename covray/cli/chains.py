@@ -29,6 +29,9 @@ def build(
     ] = None,
     keep_noise: Annotated[bool | None, BUILD.option("--keep-noise", "keep_noise")] = None,
     noise_from: Annotated[str | None, BUILD.option("--noise-from", "noise_from")] = None,
+    append: Annotated[
+        bool, typer.Option("--append", help="Add the pairs of a larger manifest to a finished dataset.")
+    ] = False,
     config: ConfigFile = None,
     sets: Sets = None,
     plan: Plan = False,
@@ -39,10 +42,10 @@ def build(
     from covray.distributed import build as building
 
     if plan:
-        planned = building.plan_build(resolved)
+        planned = building.plan_build(resolved, append)
         print_values(planned.__dict__, json_)
         return
-    audit = building.build(resolved)
+    audit = building.build(resolved, append=append)
     if json_:
         print(json.dumps(audit.to_json()))
     else:

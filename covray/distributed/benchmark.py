@@ -172,7 +172,7 @@ def _measure_build(config: BuildConfig, folder: str, pairs: int) -> dict[str, An
     started = time.monotonic()
     audit_dataset(out, info.pair_ids, info.per_task)
     audit_s = time.monotonic() - started
-    files = shard_files(storage.Folder(out))
+    files = shard_files(storage.Folder(out), 1)
     sizes = [_file_bytes(storage.join(out, name)) for name in files]
     return {
         **audit.to_json(),

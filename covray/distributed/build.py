@@ -4,14 +4,16 @@
 
 Ray Data's checkpoint commits a block when its shard is written, so a build that was killed anywhere is continued by the
 same command. The audit at the end counts every pair; readers trust no dataset without it.
+
+``--append`` adds a version of a larger manifest: the pairs that the dataset has count as committed, and the others are
+written to a folder of their own. Until the new audit replaces the old one, readers see the version before.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -19,11 +21,11 @@ import ray
 from ray.data import Dataset
 
 from covray.chains.audit import audit_dataset
-from covray.chains.dataset import ChainDataset, shard_schema, union_alphas
+from covray.chains.dataset import ChainDataset, shard_folder, shard_schema, union_alphas
 from covray.chains.kept_noise import KeptNoise
 from covray.chains.model_checks import require_models
 from covray.chains.prepare import BuildModels, needs_prior
-from covray.chains.records import Audit, DatasetRecord, PairSet
+from covray.chains.records import Audit, DatasetRecord
 from covray.config import BuildConfig
 from covray.config.build import solver_text, with_solver
 from covray.distributed.pool import (
@@ -45,11 +47,20 @@ from covray.distributed.prepare import prepare
 from covray.distributed.progress import BlockReport, PoolUsage, start_progress_actor
 from covray.distributed.resumable import Output
 from covray.distributed.session import ray_session
+from covray.distributed.versions import (
+    Version,
+    asked_before,
+    choose_version,
+    classes_of,
+    earlier_counts,
+    grows,
+    pair_set,
+    with_version,
+)
 from covray.errors import DatasetError
 from covray.io import storage
-from covray.pairs.manifest_reading import ManifestInfo, check_manifest, read_classes
+from covray.pairs.manifest_reading import ManifestInfo, check_manifest
 from covray.progress import stage
-from covray.tasks import segmentation
 
 if TYPE_CHECKING:
     from covray.chains.build import BlockBuilder
@@ -70,8 +81,12 @@ class Plan:
     """How the prior inverts and denoises."""
 
 
-def plan_build(config: BuildConfig) -> Plan:
+def plan_build(config: BuildConfig, append: bool = False) -> Plan:
     """Check what ``build`` checks before it starts Ray, and count the work; nothing is started or written.
+
+    Args:
+        config: The configuration.
+        append: Whether a larger manifest may add pairs to a finished dataset; only those are counted.
 
     Raises:
         CovrayError: A manifest, model folder, configuration or output folder cannot be used.
@@ -80,10 +95,18 @@ def plan_build(config: BuildConfig) -> Plan:
     info = check_manifest(config.pairs)
     output = Output(config.out, DatasetRecord, "covray build", result=Audit.FILE)
     output.inspect()
+    version = choose_version(config, output, info, append)
+    pairs, per_task = info.rows, info.per_task
     if output.begun is None:
-        _classes(config, info)
+        classes_of(config, info)
     else:
-        _require_same_build(config, output.begun, info, output)
+        _require_same_identity(config, output.begun, output)
+        if version.is_new:
+            with_version(config, output.begun, info)
+            before = ChainDataset(config.out)
+            pairs -= before.count(errors=True)
+            assert before.audit is not None
+            per_task = {task: rows - asked_before(before.audit, task) for task, rows in per_task.items()}
     require_models(config)
     if config.noise_from is not None:
         ChainDataset(config.noise_from)
@@ -94,11 +117,11 @@ def plan_build(config: BuildConfig) -> Plan:
     if "diffusion" in config.methods:
         passes += len(alphas)
     solver = solver_text(config.prior.model_dump()) if needs_prior(config) else "none needed"
-    evaluations = round(info.rows * passes * config.prior.evaluations_each_way)
-    return Plan(info.rows, info.per_task, config.methods, alphas, evaluations, config.out, solver)
+    evaluations = round(pairs * passes * config.prior.evaluations_each_way)
+    return Plan(pairs, per_task, config.methods, alphas, evaluations, config.out, solver)
 
 
-def build(config: BuildConfig, patience_s: float = 0.0) -> Audit:
+def build(config: BuildConfig, patience_s: float = 0.0, append: bool = False) -> Audit:
     """Build the dataset ``config.out`` from the manifest ``config.pairs``.
 
     Called again on an unfinished dataset it continues it; on a finished one it returns the audit at once.
@@ -106,6 +129,7 @@ def build(config: BuildConfig, patience_s: float = 0.0) -> Audit:
     Args:
         config: The configuration; what it leaves open is decided here, and recorded.
         patience_s: Seconds to wait for another command that is at work in the folder.
+        append: Whether a larger manifest may add pairs to a finished dataset.
 
     Returns:
         The audit, as it is written.
@@ -117,23 +141,35 @@ def build(config: BuildConfig, patience_s: float = 0.0) -> Audit:
     config = config.model_copy(update={"pairs": absolute(config.pairs)})
     with stage(f"reading {config.pairs}"):
         info = check_manifest(config.pairs)
-    with Output(config.out, DatasetRecord, "covray build", result=Audit.FILE, patience_s=patience_s) as output:
-        if output.begun is not None:
-            _require_same_build(config, output.begun, info, output)
+    # A finished dataset is only read; one that grows is locked like one that is begun.
+    result = None if grows(config, info, append) else Audit.FILE
+    with Output(config.out, DatasetRecord, "covray build", result=result, patience_s=patience_s) as output:
+        version = choose_version(config, output, info, append)
+        classes = None
+        if output.begun is None:
+            classes = classes_of(config, info)
+        else:  # a dataset that has begun goes on, whatever an earlier version let into it
+            _require_same_identity(config, output.begun, output)
             config = _as_recorded(config, output.begun)
-        if output.finished:
-            return Audit.read(output.folder)
-        # A dataset that has begun goes on, whatever an earlier version let into it.
-        classes = _classes(config, info) if output.begun is None else None
+        if version.number <= version.finished:
+            return Audit.read(output.folder).of_version(version.number)
+        if version.is_new:
+            assert output.begun is not None
+            version = replace(version, record=with_version(config, output.begun, info))
         with ray_session() as cores:
-            audit = _build(config, info, classes, output, cores)
+            audit = _build(config, info, classes, output, version, cores)
     return audit
 
 
 def _build(
-    config: BuildConfig, info: ManifestInfo, classes: dict[str, Any] | None, output: Output[DatasetRecord], cores: int
+    config: BuildConfig,
+    info: ManifestInfo,
+    classes: dict[str, Any] | None,
+    output: Output[DatasetRecord],
+    version: Version,
+    cores: int,
 ) -> Audit:
-    """Build in a Ray session with ``cores`` cores."""
+    """Build a version in a Ray session with ``cores`` cores."""
     gpus = gpus_of(config.actors, config.engine)
     with stage("loading the models, to check them"):
         config, models = _load_once(config, gpus)
@@ -143,24 +179,29 @@ def _build(
     else:
         output.require_same(output.begun.identity, config.identity())
         output.require_same(output.begun.fingerprints, models.fingerprints)
-        commit_again(output.folder, "pair_id", lambda: _written_ids(config.out))
+        if version.record is not None:
+            version.record.write(output.folder)
+        commit_again(output.folder, "pair_id", lambda: _written_ids(config.out, version.number))
     noise = KeptNoise.of(config.noise_from, config, models.fingerprints["prior"]) if config.noise_from else None
     started = time.monotonic()
     pool = pool_of(config.actors, config.engine, cores, gpus)
-    usage, before = _run(config, info, models, noise, pool)
+    usage, before = _run(config, info, models, noise, pool, version)
     seconds = round(time.monotonic() - started, 1)
     with stage("counting what was written"):
-        audit = audit_dataset(config.out, info.pair_ids, info.per_task)
-    audit = audit.model_copy(update=asdict(usage) | {"seconds": seconds, "rows_of_earlier_runs": before})
+        audit = audit_dataset(config.out, info.pair_ids, info.per_task, version.number)
+    figures = asdict(usage) | {"seconds": seconds, "rows_of_earlier_runs": before}
+    if version.number > 1:
+        figures["versions"] = [*earlier_counts(output.folder, version.number), audit.counts()]
+    audit = audit.model_copy(update=figures)
     audit.write(output.folder)
     # By us and not by Ray Data at its success: a kill before the audit would else start the build afresh.
     delete_checkpoint(output.folder)
     return audit
 
 
-def _written_ids(out: str) -> pa.ChunkedArray:
-    """Return the pair ids of the rows that ``out`` has. Raises DatasetError for a shard that cannot be read."""
-    dataset = ChainDataset(out, unfinished=True)
+def _written_ids(out: str, version: int) -> pa.ChunkedArray:
+    """Return the pair ids of the rows that a version has. Raises DatasetError for a shard that cannot be read."""
+    dataset = ChainDataset(out, unfinished=True, version=version)
     ids = dataset.table(["pair_id"], errors=True)["pair_id"]
     if dataset.unreadable:
         raise DatasetError(f"{out}/{dataset.unreadable[0]}: cannot be read; delete it, and run the same command again")
@@ -168,7 +209,12 @@ def _written_ids(out: str) -> pa.ChunkedArray:
 
 
 def _run(
-    config: BuildConfig, info: ManifestInfo, models: BuildModels, noise: KeptNoise | None, pool: dict[str, Any]
+    config: BuildConfig,
+    info: ManifestInfo,
+    models: BuildModels,
+    noise: KeptNoise | None,
+    pool: dict[str, Any],
+    version: Version,
 ) -> tuple[PoolUsage, int]:
     """Compute and write every pair that the checkpoint does not have.
 
@@ -178,6 +224,7 @@ def _run(
         models: What the actors must load.
         noise: The index of an earlier build's noise.
         pool: The pool's arguments of ``map_batches``.
+        version: What is written.
 
     Returns:
         How the actors spent their time, and the rows that earlier runs had written.
@@ -210,7 +257,7 @@ def _run(
         unit="pairs",
     )
     schema = shard_schema(config.keep_noise).with_metadata(_file_metadata(config, models))
-    rows_out = RowsOut(storage.Folder(config.out), "shards", schema, partition="task")
+    rows_out = RowsOut(storage.Folder(config.out), shard_folder(version.number), schema, partition="task")
     assert config.rows_per_block is not None
     with one_line_errors(config.out, "build"):
         before = map_exactly_once(rows_in, rows_out, chains, config.rows_per_block, progress)
@@ -282,11 +329,6 @@ def _with_block_size(config: BuildConfig, pairs: int, actors: int) -> BuildConfi
     return config.model_copy(update={"rows_per_block": rows})
 
 
-def _classes(config: BuildConfig, info: ManifestInfo) -> dict[str, Any] | None:
-    """Return the classes of the manifest's segmentation; ManifestError where one colour would stand for two."""
-    return read_classes(config.pairs) if segmentation.name in info.per_task else None
-
-
 def _description(
     config: BuildConfig, info: ManifestInfo, models: BuildModels, classes: dict[str, Any] | None
 ) -> DatasetRecord:
@@ -298,27 +340,13 @@ def _description(
         tokenizer_size_px=models.tokenizer_px,
         tokens_per_image=models.tokens_per_image,
         codes=models.codes,
-        pairs=_pair_set(info),
+        pairs=pair_set(info),
     )
     return record if classes is None else record.model_copy(update={"classes": classes})
 
 
-def _pair_set(info: ManifestInfo) -> PairSet:
-    ids = info.pair_ids.copy()
-    ids.sort()
-    return PairSet(rows=info.rows, sha256=hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest())
-
-
-def _require_same_build(
-    config: BuildConfig, begun: DatasetRecord, info: ManifestInfo, output: Output[DatasetRecord]
-) -> None:
-    """Refuse to continue a dataset of other pairs or another configuration. Raises DatasetError."""
-    if begun.pairs != _pair_set(info):
-        rows = "unknown" if begun.pairs is None else begun.pairs.rows
-        raise DatasetError(
-            f"{config.out}: was begun with another manifest ({rows} pairs, {config.pairs} has {info.rows}, or others); "
-            "give that one, or another --out"
-        )
+def _require_same_identity(config: BuildConfig, begun: DatasetRecord, output: Output[DatasetRecord]) -> None:
+    """Refuse to continue a dataset of another configuration. Raises DatasetError."""
     output.require_same(with_solver(begun.identity), with_solver(config.identity()), open_matches=True)
 
 

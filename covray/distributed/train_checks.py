@@ -97,7 +97,9 @@ def check(config: TrainConfig, output: Output[RunRecord], *, without_weights: bo
         config = config.with_defaults_of_run(begun.config)
         output.require_same(begun.identity, config.identity(), open_matches=True)
         config = _with_recorded_dtype(config, begun.config)
-    dataset = ChainDataset(config.data)
+    dataset = _dataset_of(config, begun)
+    if begun is not None and dataset.version < dataset.versions:  # workers must not read what was appended since
+        config = config.model_copy(update={"data": dataset.reference})
     unchecked = without_weights and not _has_weights_here(config.backbone)
     facts = architecture(config.backbone) if unchecked else backbone_facts(config.backbone)
     _check_data(config, dataset, facts)
@@ -157,6 +159,18 @@ def _check_data(config: TrainConfig, dataset: ChainDataset, facts: BackboneFacts
             f"workers.count: {config.workers.count} workers, but a step of {config.optimizer.batch_tokens} tokens has "
             f"{sentences} sentences of {tokens}; lower --workers, or raise optimizer.batch_tokens"
         )
+
+
+def _dataset_of(config: TrainConfig, begun: RunRecord | None) -> ChainDataset:
+    """Return the dataset, in the version that the begun run was trained on where it has grown since."""
+    dataset = ChainDataset(config.data)
+    if begun is None:
+        return dataset
+    for version in range(dataset.version - 1, 0, -1):
+        earlier = ChainDataset(dataset.path, version=version)
+        if _data_fingerprint(earlier) == begun.fingerprints.get("data"):
+            return earlier
+    return dataset
 
 
 def _fingerprints(config: TrainConfig, dataset: ChainDataset, facts: BackboneFacts) -> dict[str, str | None]:
