@@ -143,3 +143,29 @@ def write_dataset(tmp_path: Path, vqgan_folder: Path) -> Callable[..., tuple[str
         return out, rows
 
     return write
+
+
+def append_pairs(out: str, per_task: Mapping[str, int], methods: tuple[str, ...], lengths: tuple[int, ...]) -> None:
+    """Make a dataset of ``write_dataset`` a version larger, as ``covray build --append`` does."""
+    from covray.chains.audit import audit_dataset
+    from covray.chains.dataset import ChainDataset, shard_folder
+    from covray.chains.records import AppendedPairs, DatasetRecord, PairSet
+    from covray.distributed.versions import earlier_counts
+
+    before, record = ChainDataset(out), DatasetRecord.read(out)
+    version = before.version + 1
+    rows = chain_rows(per_task, methods, union_alphas(lengths), {})
+    ids = [row["pair_id"] for row in before.rows(["pair_id"], errors=True)]
+    for row in rows:
+        row["pair_id"] += version  # other pairs than those of the first version
+        ids.append(row["pair_id"])
+        folder = Path(out, shard_folder(version), f"task={row['task']}")
+        folder.mkdir(parents=True, exist_ok=True)
+        table = pa.Table.from_pylist([row], shard_schema(keep_noise=False)).drop_columns("task")
+        pq.write_table(table, folder / f"{row['pair_id']}.parquet")
+    pairs = PairSet(rows=len(ids), sha256=f"{version:064}")
+    appended = [*(record.appended or ()), AppendedPairs(manifest="more.parquet", pairs=pairs)]
+    record.model_copy(update={"appended": appended}).write(out)
+    audit = audit_dataset(out, np.array(ids), None, version)
+    counts = [*earlier_counts(storage.Folder(out), version), audit.counts()]
+    audit.model_copy(update={"versions": counts}).write(out)
