@@ -103,7 +103,13 @@ def convert_a_prior(
 
 
 def nano_train(
-    model: Annotated[str, typer.Argument(help="vae, prior (needs the vae), vqgan, lvm (needs the vqgan), or vlm.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Of scenes: vae, prior (needs the vae), vqgan, lvm (needs the vqgan). Of portraits: vlm, judge, text, "
+            "painter and clip (both need the text)."
+        ),
+    ],
     out: Annotated[
         Path,
         typer.Option(
@@ -114,7 +120,7 @@ def nano_train(
         int | None, typer.Option(min=1, help="Steps (of every stage of the lvm); by default the recipe's.")
     ] = None,
     scenes: Annotated[
-        int, typer.Option(min=1, help="Rendered scenes to train on, eight pictures each; of the vlm, portraits.")
+        int, typer.Option(min=1, help="Rendered scenes to train on, eight pictures each, or portraits.")
     ] = 30_000,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",

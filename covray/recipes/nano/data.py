@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -145,9 +146,9 @@ def pictures(folder: Path, split: str, scenes: int, crops: int, seed: int) -> ND
         for first in range(0, scenes, PART_SCENES):
             last = min(first + PART_SCENES, scenes)
             part = folder / f"{split}-{seed}-scenes-{first:06d}-{last:06d}.npy"
-            parts.append(_kept(part, scene_pictures(split, range(first, last), seed), last - first))
+            parts.append(kept(part, scene_pictures(split, range(first, last), seed), last - first))
         if crops:
-            parts.append(_kept(folder / f"crops-{crops}-{seed}.npy", photo_pictures(crops, seed), crops))
+            parts.append(kept(folder / f"crops-{crops}-{seed}.npy", photo_pictures(crops, seed), crops))
         _join(path, parts)
     return _mapped(path)
 
@@ -155,7 +156,7 @@ def pictures(folder: Path, split: str, scenes: int, crops: int, seed: int) -> ND
 def views(folder: Path, scenes: int, seed: int) -> NDArray[np.uint8]:
     """Return pictures of ``scenes`` training scenes from VIEWS places each, uint8 [scenes * VIEWS, 64, 64, 3]."""
     blocks = (_views_of(scene_seed(seed, "train", index)) for index in range(scenes))
-    return _mapped(_kept(folder / f"views-{scenes}-{seed}.npy", blocks, scenes))
+    return _mapped(kept(folder / f"views-{scenes}-{seed}.npy", blocks, scenes))
 
 
 def _views_of(scene: int) -> NDArray[np.uint8]:
@@ -163,7 +164,7 @@ def _views_of(scene: int) -> NDArray[np.uint8]:
     return np.stack([view.colour for view in render_scene(scene, SIZE_PX, VIEWS)])
 
 
-def _kept(path: Path, blocks: Iterable[NDArray[np.uint8]], total: int) -> Path:
+def kept(path: Path, blocks: Iterable[NDArray[Any]], total: int) -> Path:
     """Write the ``blocks`` one after another to the file ``path``, if it is not there yet, and return ``path``."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

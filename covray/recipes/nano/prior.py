@@ -22,8 +22,8 @@ CONTEXT = (4, 64)
 BATCH = 32
 
 
-def new_unet() -> UNet2DConditionModel:
-    """An untrained nano UNet: 4 x 16 x 16 latents, attention at 8 x 8."""
+def new_unet(context_width: int = CONTEXT[1]) -> UNet2DConditionModel:
+    """An untrained nano UNet: 4 x 16 x 16 latents, attention at 8 x 8 to a context of ``context_width``."""
     return UNet2DConditionModel(
         sample_size=16,
         in_channels=4,
@@ -32,7 +32,7 @@ def new_unet() -> UNet2DConditionModel:
         layers_per_block=2,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=CONTEXT[1],
+        cross_attention_dim=context_width,
         attention_head_dim=4,
         norm_num_groups=16,
     )

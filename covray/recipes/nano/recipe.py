@@ -20,28 +20,45 @@ from covray.models.diffusion.engine import ChainEngine
 from covray.models.diffusion.prior import load_prior
 from covray.models.tokenizer.vqgan import load_tokenizer
 from covray.recipes.nano.autoencoders import reconstruct_vae, reconstruct_vqgan, train_vae, train_vqgan
+from covray.recipes.nano.clip import train_clip
 from covray.recipes.nano.data import CROPS, KINDS, Pictures, pictures, scene_pictures
+from covray.recipes.nano.judge import train_judge
 from covray.recipes.nano.lvm import measure_lvm, train_lvm
+from covray.recipes.nano.painter import train_painter
 from covray.recipes.nano.prior import train_prior
 from covray.recipes.nano.probe import ProbeResult, run_probe
+from covray.recipes.nano.text import train_text
 from covray.recipes.nano.vlm import train_vlm
 
 WEIGHTS = NANO_FOLDER
 STEPS = {"vae": 2300, "vqgan": 3000, "prior": 3000}
 """Optimizer steps of a training; the LVM is trained in stages (``covray.recipes.nano.lvm.STAGES``)."""
+_OF_PORTRAITS = {"text": train_text, "painter": train_painter, "clip": train_clip, "judge": train_judge}
 HELD_OUT_SCENES = 250
 PROBE_TEST_SCENES = 200
 
 
 def train_model(model: str, out: Path, steps: int | None, scenes: int, threads: int, device: str, seed: int) -> None:
-    """Train ``model`` (vae, vqgan, prior, lvm or vlm) into the folder ``out``; a killed training continues.
+    """Train ``model`` into the folder ``out``; a killed training continues.
 
-    Raises ConfigError for a model, a device or a folder that is not there.
+    Args:
+        model: ``vae``, ``vqgan``, ``prior`` or ``lvm`` of scenes; ``vlm``, ``text``, ``painter``, ``clip`` or ``judge``
+            of portraits.
+        out: Folder of the family.
+        steps: Optimizer steps; None: the recipe's.
+        scenes: Scenes to render, or portraits.
+        threads: CPU threads.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        seed: Seed of pictures, weights and batches.
+
+    Raises:
+        ConfigError: A model, a device or a folder is not there.
     """
     trainers = {"vae": train_vae, "vqgan": train_vqgan, "prior": train_prior}
-    if model not in (*trainers, "lvm", "vlm"):
-        raise ConfigError(f"{model}: no such nano model; give one of {', '.join(trainers)}, lvm, vlm")
-    before = {"prior": "vae", "lvm": "vqgan"}.get(model)
+    known = (*trainers, "lvm", "vlm", *_OF_PORTRAITS)
+    if model not in known:
+        raise ConfigError(f"{model}: no such nano model; give one of {', '.join(known)}")
+    before = {"prior": "vae", "lvm": "vqgan", "painter": "text", "clip": "text"}.get(model)
     if before and not (out / before).is_dir():
         raise ConfigError(
             f"{out}/{before}: not there; the {model} is made on it: covray nano train {before} --out {out}"
@@ -53,6 +70,9 @@ def train_model(model: str, out: Path, steps: int | None, scenes: int, threads: 
     torch.set_num_threads(threads)
     if model == "vlm":
         train_vlm(out, steps, scenes, seed, chosen, threads)
+        return
+    if model in _OF_PORTRAITS:
+        _OF_PORTRAITS[model](out, steps, scenes, seed, chosen)
         return
     training = torch.from_numpy(pictures(out / "data", "train", scenes, CROPS, seed))
     held_out = torch.from_numpy(pictures(out / "data", "val", HELD_OUT_SCENES, 0, seed).copy())

@@ -27,9 +27,9 @@ from covray.config import load_config
 from covray.config.vlm import VlmTrainConfig
 from covray.errors import ConfigError
 from covray.io.tensor_files import new_folder
-from covray.pairs.manifest import ManifestWriter
 from covray.pairs.scenes.portrait_words import portrait_words
-from covray.pairs.scenes.portraits import portrait_pairs, sample_portrait
+from covray.pairs.scenes.portraits import sample_portrait
+from covray.recipes.nano.portrait_data import SIZE_PX, portrait_manifest
 from covray.seeds import seed_of
 from covray.training.checkpoints import EXPORT
 from covray.training.metrics_log import Metrics
@@ -38,7 +38,6 @@ from covray.training.worker import WorkerContext
 
 STEPS = 8000
 """Steps of 64 samples: 23 M tokens of pictures and text."""
-SIZE_PX = 64
 WIDTH, LAYERS, HEADS, INNER = 256, 6, 4, 704
 VISION_WIDTH, VISION_LAYERS, VISION_INNER = 128, 4, 512
 PATCH_PX = 8
@@ -80,12 +79,7 @@ def train_vlm(out: Path, steps: int | None, portraits: int, seed: int, device: t
     result = out / "vlm"
     if result.exists():
         raise ConfigError(f"{result}: already exists; it is finished, or give another --out")
-    data, born = out / "data" / f"portraits-{portraits}-{seed}.parquet", out / "vlm.start"
-    if not data.exists():
-        print(f"vlm: rendering {portraits} portraits", flush=True)
-        with ManifestWriter(data, captions=True) as writer:
-            for pair in portrait_pairs(portraits, SIZE_PX, seed):
-                writer.add(pair)
+    data, born = portrait_manifest(out, portraits, seed), out / "vlm.start"
     if not born.exists():
         with new_folder(born) as folder:
             write_start(folder, seed)

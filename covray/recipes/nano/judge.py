@@ -1,0 +1,172 @@
+"""Recipe of the judge: it learns what portraits show, also through the VAE and under slight noise.
+
+A picture teaches the object in every theme, and the detail of the themes that its style does not hide.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from covray.errors import ConfigError
+from covray.io import storage
+from covray.pairs.scenes.portrait_values import OBJECTS, held_out, hidden_themes
+from covray.pairs.scenes.portraits import HELD_OUT_SPLIT, Portrait
+from covray.recipes.nano.loop import Run, train
+from covray.recipes.nano.portrait_data import SIZE_PX, Portraits, PortraitVae, portrait_manifest, read_portraits
+from covray.thinking.episodes import PORTRAITS
+from covray.thinking.judge import JudgeNetwork, JudgeRecord, save_judge
+
+STEPS = 4000
+BATCH = 64
+WIDTHS = (32, 64, 96, 128)
+THROUGH_VAE = 0.5
+"""Share of the pictures that are decoded latents: what a painter draws has lost what the VAE loses."""
+NOISE = 0.04
+"""Highest standard deviation of the noise on pixels in [0, 1]."""
+UNKNOWN = -100
+"""Label of a detail that cannot be seen, PyTorch's own."""
+ACCURACIES = "accuracy.json"
+_MEASURED = 1000
+"""Validation pictures, at most, that are judged at a save."""
+
+
+@dataclass(frozen=True)
+class _Lessons:
+    """Pictures of one solid with their labels."""
+
+    pictures: Tensor
+    """uint8 [n, 64, 64, 3], as rendered."""
+    decoded: Tensor
+    """The same through the VAE."""
+    labels: Tensor
+    """int64 [n, themes, 2 sides]; ``UNKNOWN`` where the style hides a detail."""
+
+
+def train_judge(out: Path, steps: int | None, portraits: int, seed: int, device: torch.device) -> None:
+    """Train the judge and save it, with its accuracies, as ``out``/judge; a killed training continues.
+
+    Args:
+        out: Folder of the family. Portraits are rendered once and kept in ``out``/data.
+        steps: Steps; None: the recipe's.
+        portraits: Portraits to render, a fifth of them for validation and test.
+        seed: Of portraits, weights and order.
+        device: Where the judge is trained.
+
+    Raises:
+        ConfigError: ``out``/judge exists.
+    """
+    result = out / "judge"
+    if result.exists():
+        raise ConfigError(f"{result}: already exists; it is finished, or give another --out")
+    manifest = portrait_manifest(out, portraits, seed)
+    vae = PortraitVae(out, device)
+    lessons = {}
+    for split, own in read_portraits(manifest).items():
+        lessons[split] = _lessons(vae, f"{manifest.stem}-{split}", own, split == HELD_OUT_SPLIT)
+    torch.manual_seed(seed)
+    learned = lessons["train"]
+
+    def loss_of(model: JudgeNetwork, _: int, generator: torch.Generator) -> Tensor:
+        index = torch.randint(len(learned.labels), (BATCH,), generator=generator)
+        decoded = torch.rand(BATCH, generator=generator) < THROUGH_VAE
+        chosen = torch.where(decoded[:, None, None, None], learned.decoded[index], learned.pictures[index])
+        pixels = chosen.permute(0, 3, 1, 2).float() / 255
+        spread = NOISE * torch.rand((BATCH, 1, 1, 1), generator=generator)
+        noisy = (pixels + spread * torch.randn(pixels.shape, generator=generator)).clamp(0, 1)
+        logits = model(noisy.to(device, memory_format=torch.channels_last)).float()
+        return F.cross_entropy(logits.flatten(0, 2), learned.labels[index].flatten().to(device), ignore_index=UNKNOWN)
+
+    def measure(average: JudgeNetwork) -> str:
+        asked = lessons["val"]
+        return _line(accuracies(average, asked.decoded[:_MEASURED], asked.labels[:_MEASURED]))
+
+    network = JudgeNetwork(len(PORTRAITS), WIDTHS)
+    model = train(network, loss_of, Run("judge", out, steps or STEPS, seed, device, 1e-3), measure=measure)
+    table: dict[str, Any] = {}
+    for split, own in lessons.items():
+        for name, pictures in (("rendered", own.pictures), ("decoded", own.decoded)):
+            if split != "train":
+                table[f"{split}, {name}"] = accuracies(model, pictures, own.labels)
+                print(f"judge: {split}, {name}: {_line(table[f'{split}, {name}'])}", flush=True)
+    record = JudgeRecord(
+        size_px=SIZE_PX,
+        widths=list(WIDTHS),
+        details={theme.name: list(theme.details) for theme in PORTRAITS},
+        objects={theme.name: list(theme.objects) for theme in PORTRAITS},
+    )
+    save_judge(result, model, record)
+    storage.write_json(str(result / ACCURACIES), table)
+
+
+@torch.inference_mode()
+def accuracies(model: JudgeNetwork, pictures: Tensor, labels: Tensor) -> dict[str, dict[str, float]]:
+    """Return the share of right choices by theme: ``detail``, ``object``, and ``both`` where the detail is visible.
+
+    Args:
+        model: The judge's network.
+        pictures: uint8 [n, s, s, 3].
+        labels: int64 [n, themes, 2].
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    chosen = []
+    for batch in pictures.split(256):
+        chosen.append(model(batch.to(device).permute(0, 3, 1, 2).float() / 255).argmax(-1).cpu())
+    right = torch.cat(chosen) == labels
+    table = {}
+    for number, theme in enumerate(PORTRAITS):
+        own = right[labels[:, number, 0] != UNKNOWN, number]
+        if not len(own):
+            continue
+        shares = (own[:, 0], own[:, 1], own.all(1))
+        values = [round(float(share.float().mean()), 4) for share in shares]
+        table[theme.name] = dict(zip(("detail", "object", "both"), values, strict=True))
+    return table
+
+
+def labels_of(portrait: Portrait, only_held_out: bool = False) -> list[list[int]]:
+    """Return the numbers of detail and object for each theme; ``UNKNOWN`` for a detail that cannot be seen.
+
+    Args:
+        portrait: A portrait of one solid.
+        only_held_out: Also leave out the themes whose own cell is not held out.
+    """
+    (solid,) = portrait.solids
+    thing = list(OBJECTS).index(solid.thing)
+    values = {
+        "colour": solid.colour,
+        "texture": solid.texture,
+        "background": portrait.background,
+        "style": portrait.style,
+        "arrangement": portrait.arrangement,
+    }
+    labels = []
+    for theme in PORTRAITS:
+        value = values[theme.name]
+        hidden = theme.name in hidden_themes(portrait.style)
+        left_out = hidden or (only_held_out and not held_out(theme.name, value, solid.thing))
+        labels.append([UNKNOWN if left_out else theme.details.index(value), thing])
+    return labels
+
+
+def _lessons(vae: PortraitVae, name: str, portraits: Portraits, only_held_out: bool) -> _Lessons:
+    """Return what the portraits of one solid teach, or ask."""
+    decoded = vae.pictures(name, vae.latents(name, portraits.pictures))
+    single = [number for number, portrait in enumerate(portraits.contents) if len(portrait.solids) == 1]
+    labels = [labels_of(portraits.contents[number], only_held_out) for number in single]
+    return _Lessons(
+        torch.from_numpy(portraits.pictures[single]), torch.from_numpy(decoded[single]), torch.tensor(labels)
+    )
+
+
+def _line(table: dict[str, dict[str, float]]) -> str:
+    shown = []
+    for theme, shares in table.items():
+        shown.append(f"{theme} {shares['detail']:.3f}/{shares['object']:.3f}")
+    return "right: " + ", ".join(shown)
