@@ -89,11 +89,10 @@ def train_judge(out: Path, steps: int | None, portraits: int, seed: int, device:
     network = JudgeNetwork(len(PORTRAITS), WIDTHS)
     model = train(network, loss_of, Run("judge", out, steps or STEPS, seed, device, 1e-3), measure=measure)
     table: dict[str, Any] = {}
-    for split, own in lessons.items():
-        for name, pictures in (("rendered", own.pictures), ("decoded", own.decoded)):
-            if split != "train":
-                table[f"{split}, {name}"] = accuracies(model, pictures, own.labels)
-                print(f"judge: {split}, {name}: {_line(table[f'{split}, {name}'])}", flush=True)
+    for split in ("val", HELD_OUT_SPLIT):
+        for name, pictures in (("rendered", lessons[split].pictures), ("decoded", lessons[split].decoded)):
+            shares = table[f"{split}, {name}"] = accuracies(model, pictures, lessons[split].labels)
+            print(f"judge: {split}, {name}: {_line(shares)}", flush=True)
     record = JudgeRecord(
         size_px=SIZE_PX,
         widths=list(WIDTHS),
