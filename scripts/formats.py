@@ -14,7 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from covray.chains.records import Audit, DatasetRecord
 from covray.distributed.lock import Claim
-from covray.evaluation.records import EvaluationRecord, EvaluationResults
+from covray.evaluation.records import EvaluationRecord, EvaluationResults, VlmEvaluationRecord
 from covray.generation.records import GenerationRecord
 from covray.io.records import Record, RecordPart
 from covray.models.aligner.records import AlignerRecord
@@ -26,7 +26,7 @@ RECORDS: dict[str, type[Record]] = {
     record.__name__: record
     for record in (
         DatasetRecord, Audit, Claim, RunRecord, TrainResult, CheckpointRecord, GenerationRecord, EvaluationRecord,
-        EvaluationResults, SweepRecord, TrialRecord, SweepResults, AlignerRecord,
+        EvaluationResults, VlmEvaluationRecord, SweepRecord, TrialRecord, SweepResults, AlignerRecord,
     )
 }  # fmt: skip
 """Every record of the page."""

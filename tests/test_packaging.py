@@ -48,6 +48,9 @@ PURE = {
 }  # fmt: skip
 """Packages whose wheels are for any platform."""
 
+OPTIONAL = {"torchmetrics"}
+"""Packages of an extra for users: where one is not installed, what needs it says so."""
+
 
 def name_of(requirement: Requirement) -> str:
     return canonicalize_name(requirement.name)
@@ -77,7 +80,10 @@ def test_every_import_is_required_and_every_requirement_imported() -> None:
     for module in imported - set(sys.stdlib_module_names) - {"covray"}:
         packages.add(canonicalize_name(MODULES.get(module, module)))
     required = {name_of(requirement) for requirement in REQUIREMENTS}
-    assert packages - required == set()
+    assert packages - required == OPTIONAL
+    extras = PROJECT["optional-dependencies"]
+    of_users = [Requirement(text) for name in extras if name not in ("test", "docs") for text in extras[name]]
+    assert {name_of(requirement) for requirement in of_users} == OPTIONAL
     assert required - packages - {"python-multipart"} == set()
 
 

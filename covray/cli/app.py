@@ -96,6 +96,7 @@ vlm_app = typer.Typer(help="Vision-language models: train, generate, evaluate.",
 vlm_app.command(cls=Command)(vlm.train)
 vlm_app.command(cls=Command)(vlm.generate)
 vlm_app.command(cls=Command)(vlm.evaluate)
+vlm_app.command(cls=Command)(vlm.compare)
 app.add_typer(vlm_app, name="vlm", rich_help_panel=MODELS)
 
 nano_app = typer.Typer(help="The nano family: train it, measure it, judge its tokenizer.", no_args_is_help=True)

@@ -1,4 +1,4 @@
-"""Vision-language models of transformers: train, generate, evaluate."""
+"""Vision-language models of transformers: train, generate, evaluate, compare."""
 
 from __future__ import annotations
 
@@ -100,6 +100,7 @@ def evaluate(
         EVALUATE.option("--decoder", "decoding.decoder", metavar="autoregressive|block_diffusion|speculative"),
     ] = None,
     passes: Annotated[int | None, EVALUATE.option("--passes", "decoding.passes", min=1)] = None,
+    tracking_uri: Annotated[str | None, EVALUATE.option("--tracking-uri", "tracking.uri")] = None,
     config: ConfigFile = None,
     sets: Sets = None,
     seed: Annotated[int | None, EVALUATE.option("--seed", "decoding.seed", min=0)] = None,
@@ -107,9 +108,9 @@ def evaluate(
 ) -> None:
     """Score captions by their facts and answers by their accuracy. Run the same command again to resume."""
     resolved = EVALUATE.resolve(context)
-    from covray.evaluation.vision_text import evaluate_vision_text
+    from covray.distributed.evaluate_vlm import evaluate_vlm
 
-    results = evaluate_vision_text(resolved)
+    results = evaluate_vlm(resolved)
     if json_:
         print(json.dumps(results))
         return
@@ -121,15 +122,42 @@ def evaluate(
     for theme, mean in results["facts_by_theme"].items():
         _add_row(table, f"  {theme}", mean)
     _add_row(table, "captions with all facts", results["captions_with_all_facts"])
+    _add_row(table, "chrF++ of captions", results.get("chrf"))  # absent in results of covray 0.1.0
     console.print(table)
     for key in ("bleu", "answer_perplexity", "tokens_per_s", "tokens_per_pass"):
         if results[key] is not None:
             console.print(f"{key.replace('_', ' ')} {results[key]:.3f}", highlight=False)
+    for name, reason in results.get("absent", {}).items():
+        console.print(f"[yellow]note:[/yellow] no {name}: {escape(reason)}", highlight=False, soft_wrap=True)
+
+
+def compare(
+    first: Annotated[str, typer.Argument(help="Finished covray vlm evaluate.")],
+    second: Annotated[str, typer.Argument(help="Another one, of the same prompts.")],
+    json_: Json = False,
+) -> None:
+    """Differences of two evaluations over the same prompts, first less second, with 95% intervals and p values."""
+    from covray.evaluation.vision_text import compare_evaluations
+
+    differences = compare_evaluations(first, second)
+    if json_:
+        print(json.dumps(differences))
+        return
+    table = Table("first less second", "mean", "95% interval", "p", "prompts", box=None, pad_edge=False)
+    for name, difference in differences.items():
+        if difference is not None:
+            interval = _interval(difference)
+            mean, p_value = f"{difference['mean']:+.3f}", f"{difference['p_value']:.4f}"
+            table.add_row(name.replace("_", " "), mean, interval, p_value, f"{difference['episodes']:,}")
+    console.print(table)
 
 
 def _add_row(table: Table, name: str, mean: dict[str, Any] | None) -> None:
     if mean is None:
         return
-    interval = "" if mean["low"] is None else f"{mean['low']:.3f} to {mean['high']:.3f}"
     frequent = f"{mean['most_frequent']:.3f}" if "most_frequent" in mean else ""
-    table.add_row(name, f"{mean['mean']:.3f}", interval, f"{mean['episodes']:,}", frequent)
+    table.add_row(name, f"{mean['mean']:.3f}", _interval(mean), f"{mean['episodes']:,}", frequent)
+
+
+def _interval(mean: dict[str, Any]) -> str:
+    return "" if mean["low"] is None else f"{mean['low']:.3f} to {mean['high']:.3f}"

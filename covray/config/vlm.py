@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from covray.config.fields import TrackingConfig
+from covray.config.fields import ActorsConfig, TrackingConfig
 from covray.config.section import Section
 from covray.config.train import AdamWConfig, CheckpointsConfig, ComputeConfig, WorkersConfig
 
@@ -275,3 +275,16 @@ class VlmEvaluateConfig(VlmSourceConfig):
     batch: int = Field(default=16, ge=1, le=4096)
     """Prompts answered at a time."""
     decoding: VlmDecodingConfig = VlmDecodingConfig()
+    threads: int = Field(default=1, ge=1, le=256)
+    """CPU threads of one actor. Use more actors instead, which answer different batches."""
+    actors: ActorsConfig = ActorsConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the answers, beside data and model, of which the evaluation keeps the fingerprints."""
+        left_out: dict[str, Any] = {
+            **dict.fromkeys(("out", "device", "data", "model", "revision"), True),
+            **dict.fromkeys(("threads", "actors", "tracking"), True),
+            "texts": {"root"},
+        }
+        return self.model_dump(mode="json", exclude=left_out)

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from covray.config import EvaluateConfig, SweepConfig, TrainConfig, leaves
-from covray.config.vlm import VlmTrainConfig
+from covray.config.vlm import VlmEvaluateConfig, VlmTrainConfig
 from covray.distributed.tracking_file import (
     ARTEFACTS,
     STORE_FILE,
@@ -56,7 +56,7 @@ _ENVIRONMENT = {
 _FOLDER_TAG = "covray.folder"
 """The tag of a run that tells which folder it belongs to."""
 
-Tracked = TrainConfig | EvaluateConfig | SweepConfig | VlmTrainConfig
+Tracked = TrainConfig | EvaluateConfig | SweepConfig | VlmTrainConfig | VlmEvaluateConfig
 
 
 class Tracker:

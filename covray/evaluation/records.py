@@ -130,3 +130,17 @@ class EvaluationResults(EvaluationTable, Record):
     seconds: float
     config: dict[str, Any]
     fingerprints: dict[str, str]
+
+
+class VlmEvaluationRecord(Record):
+    """What an evaluation of ``covray vlm`` is: written before its first answer, compared by what continues it."""
+
+    FILE: ClassVar[str] = "_evaluation.json"
+    FIX: ClassVar[str] = "give another --out"
+
+    identity: dict[str, Any]
+    """What decides the answers: the configuration, and SHA-256 (hex) of `data` and `model`."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """The configuration of `covray vlm evaluate`; absent in files of covray 0.1.0."""
+    mlflow_run_id: str | None = None
+    """The MLflow run; null without tracking."""

@@ -1,41 +1,37 @@
 """Score a vision-language model: facts of captions, accuracy of answers, likelihood, passes and speed.
 
-Answers are written to ``answers.jsonl`` batch by batch; the same command continues behind the last whole batch.
+    a batch of prompts -> answers -> rows, one a prompt -> scores, or differences of two models over the same prompts
+
+A batch is always of the same prompts, so that its answers depend neither on the workers nor on restarts.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from covray.config import differences
 from covray.config.vlm import VlmEvaluateConfig
-from covray.errors import ConfigError, DatasetError, one_line
+from covray.errors import ConfigError
 from covray.evaluation.bleu import corpus_bleu
 from covray.evaluation.caption_facts import right_facts
-from covray.evaluation.statistics import mean_interval
-from covray.generation.vision_text import Answerer, load_answerer
-from covray.io import storage
+from covray.evaluation.records import VlmEvaluationRecord
+from covray.evaluation.statistics import mean_interval, paired_difference
+from covray.generation.vision_text import load_answerer
+from covray.io.storage import Folder
 from covray.models.vlm.batch import Blocks, collate
-from covray.models.vlm.decoding import decoding_blocks
 from covray.pairs.exchanges import Exchange
-from covray.progress import stage
 from covray.training.objectives.vision_text import pictures_of, read_data
 
 ANSWERS_FILE = "answers.jsonl"
 RESULTS_FILE = "results.json"
-_ABOUT_FILE = "_evaluation.json"
-_NOT_IDENTITY: dict[str, Any] = {
-    **dict.fromkeys(("out", "device", "data", "model", "revision"), True), "texts": {"root"},
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,104 +57,73 @@ class Row:
     """The share of the batch's time for writing."""
 
 
-def evaluate_vision_text(config: VlmEvaluateConfig) -> dict[str, Any]:
-    """Answer the prompts of a split and return the scores, which are also written to ``results.json``.
+class BatchAnswerer:
+    """Answers the prompts of an evaluation, a batch at a time, and scores the answers."""
 
-    Raises:
-        CovrayError: Data or model cannot be used, or the folder holds another evaluation.
-    """
-    out = Path(config.out).expanduser()
-    with stage("reading data and model"):
+    def __init__(self, config: VlmEvaluateConfig):
+        """Read the data and load the model.
+
+        Raises:
+            CovrayError: Data or model cannot be used.
+        """
         data = read_data(config.data, config.texts)
-        exchanges = data.of_split(config.split)[: config.samples]
-        answerer = load_answerer(config)
-        decoding_blocks(config.decoding, answerer.trained)
-    identity = config.model_dump(mode="json", exclude=_NOT_IDENTITY)
-    identity |= {"data": data.fingerprint(), "model": answerer.fingerprint}
-    _begin(out, identity)
-    rows = _read_rows(out / ANSWERS_FILE, config.batch)
-    with stage("answering") as shown, (out / ANSWERS_FILE).open("w", encoding="utf-8") as file:
-        _write_rows(file, rows)
-        while len(rows) < len(exchanges):
-            part = exchanges[len(rows) : len(rows) + config.batch]
-            new = list(_answer(config, answerer, part, len(rows), data.root))
-            _write_rows(file, new)
-            rows += new
-            shown.say(f"{len(rows)}/{len(exchanges)} answered")
-    results = summarize_rows(rows)
-    storage.write_json(str(out / RESULTS_FILE), results)
-    return results
+        self._config, self._root = config, data.root
+        self._exchanges = data.of_split(config.split)[: config.samples]
+        self._answerer = load_answerer(config)
 
+    def answer(self, number: int) -> list[Row]:
+        """Return the rows of a batch, which follow from its number and the configuration only."""
+        first = number * self._config.batch
+        part = self._exchanges[first : first + self._config.batch]
+        return list(self._rows(part, first))
 
-def _begin(out: Path, identity: dict[str, Any]) -> None:
-    """Make the folder, or continue the same evaluation in it."""
-    about = out / _ABOUT_FILE
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        begun = json.loads(about.read_text(encoding="utf-8")) if about.exists() else None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--out {out}: cannot be used ({one_line(error)}); give another folder") from error
-    if begun is None and any(out.iterdir()):
-        raise DatasetError(f"{out}: holds files that covray vlm evaluate did not write; give another --out")
-    if begun is not None:
-        differing = differences(begun["identity"], identity)
-        if differing:
-            raise DatasetError(
-                f"{out}: was begun with another configuration: {'; '.join(differing)}; give the same, or another --out"
+    def _rows(self, part: Sequence[Exchange], first: int) -> Iterator[Row]:
+        """Yield the rows of one batch; they are numbered from ``first``."""
+        answerer, instruction = self._answerer, self._config.texts.instruction
+        texts = [instruction if exchange.prompt is None else exchange.prompt for exchange in part]
+        prompts = []
+        for exchange, text in zip(part, texts, strict=True):
+            prompts.append(answerer.prompt(pictures_of(exchange, self._root), text))
+        started = time.monotonic()
+        answers = answerer.answer(prompts, self._config.decoding)
+        seconds = (time.monotonic() - started) / len(part)
+        for place, exchange in enumerate(part):
+            text = answerer.text(answers[place])
+            sample = answerer.vlm.prompter.sample(prompts[place], exchange.answer)
+            with torch.no_grad():
+                batch = collate([sample], None, Blocks(1)).to(answerer.vlm.model.device)
+                loss, each = answerer.vlm.model(batch)
+            is_caption = exchange.prompt is None
+            yield Row(
+                number=first + place,
+                kind=exchange.kind,
+                prompt=texts[place],
+                expected=exchange.answer,
+                answer=text,
+                right=None if is_caption else text.casefold() == exchange.answer.strip().casefold(),
+                facts=right_facts(text, exchange.attributes) if "solids" in exchange.attributes else None,
+                log_likelihood=-float(loss),
+                likelihood_tokens=len(each),
+                tokens=len(answers[place].ids),
+                passes=answers[place].passes,
+                seconds=seconds,
             )
-    storage.write_json(str(about), {"version": 1, "identity": identity})
 
 
-def _read_rows(file: Path, batch: int) -> list[Row]:
-    """Return the rows of whole batches; the last line of a killed evaluation can be half a line."""
+def row_lines(rows: Iterable[Row]) -> list[str]:
+    """Return the lines of ``answers.jsonl``."""
+    return [json.dumps(asdict(row)) for row in rows]
+
+
+def read_rows(lines: Iterable[str]) -> list[Row]:
+    """Return the rows of lines up to the first that is none: the last one of a killed evaluation can be half a line."""
     rows: list[Row] = []
-    if file.exists():
-        for line in file.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(Row(**json.loads(line)))
-            except (ValueError, TypeError):
-                break
-    return rows[: len(rows) // batch * batch]
-
-
-def _write_rows(file: Any, rows: Sequence[Row]) -> None:
-    for row in rows:
-        file.write(json.dumps(asdict(row)) + "\n")
-    file.flush()
-
-
-def _answer(
-    config: VlmEvaluateConfig, answerer: Answerer, part: Sequence[Exchange], first: int, root: str | None
-) -> Iterator[Row]:
-    """Yield the rows of one batch; they are numbered from ``first``."""
-    texts = [config.texts.instruction if exchange.prompt is None else exchange.prompt for exchange in part]
-    prompts = []
-    for exchange, text in zip(part, texts, strict=True):
-        prompts.append(answerer.prompt(pictures_of(exchange, root), text))
-    started = time.monotonic()
-    answers = answerer.answer(prompts, config.decoding)
-    seconds = (time.monotonic() - started) / len(part)
-    for place, exchange in enumerate(part):
-        text = answerer.text(answers[place])
-        sample = answerer.vlm.prompter.sample(prompts[place], exchange.answer)
-        with torch.no_grad():
-            batch = collate([sample], None, Blocks(1)).to(answerer.vlm.model.device)
-            loss, each = answerer.vlm.model(batch)
-        is_caption = exchange.prompt is None
-        yield Row(
-            number=first + place,
-            kind=exchange.kind,
-            prompt=texts[place],
-            expected=exchange.answer,
-            answer=text,
-            right=None if is_caption else text.casefold() == exchange.answer.strip().casefold(),
-            facts=right_facts(text, exchange.attributes) if "solids" in exchange.attributes else None,
-            log_likelihood=-float(loss),
-            likelihood_tokens=len(each),
-            tokens=len(answers[place].ids),
-            passes=answers[place].passes,
-            seconds=seconds,
-        )
+    for line in lines:
+        try:
+            rows.append(Row(**json.loads(line)))
+        except (ValueError, TypeError):
+            break
+    return rows
 
 
 def summarize_rows(rows: Sequence[Row]) -> dict[str, Any]:
@@ -185,13 +150,93 @@ def summarize_rows(rows: Sequence[Row]) -> dict[str, Any]:
         "facts_by_theme": {theme: _mean(values) for theme, values in sorted(facts.items())},
         "captions_with_all_facts": _mean([float(all(row.facts.values())) for row in captions if row.facts]),
         "bleu": None,
+        "chrf": None,
         "answer_perplexity": math.exp(-sum(row.log_likelihood for row in rows) / likelihood_tokens),
         "tokens_per_s": tokens / seconds if seconds else None,
         "tokens_per_pass": tokens / passes if passes else None,
     }
     if captions:
         results["bleu"] = corpus_bleu([row.answer for row in captions], [row.expected for row in captions])
+        chrf = caption_chrf([row.answer for row in captions], [row.expected for row in captions])
+        if chrf is None:
+            results["absent"] = {"chrf": "needs torchmetrics: pip install 'covray[captions]'"}
+        else:
+            results["chrf"] = _mean(chrf)
     return results
+
+
+def caption_chrf(written: Sequence[str], expected: Sequence[str]) -> list[float] | None:
+    """Return chrF++ of each caption, 0 to 1: the F-score (beta 2) of its n-grams, 6 of characters and 2 of words.
+
+    A score of every caption has intervals and paired differences, needs no tokenizer and no statistics of a corpus, as
+    CIDEr does, and goes with human judgement as well as any n-gram score (Popovic 2015, 2017).
+
+    Returns:
+        The scores by torchmetrics; None where it is not installed.
+    """
+    if importlib.util.find_spec("torchmetrics") is None:
+        return None
+    from torchmetrics.functional.text import chrf_score  # here: it is slow to import
+
+    _, each = chrf_score(list(written), [[text] for text in expected], return_sentence_level_score=True)
+    return [float(score) for score in each]
+
+
+def compare_rows(first: Sequence[Row], second: Sequence[Row]) -> dict[str, Any]:
+    """Return the mean differences of two models over the same prompts, first less second, by score.
+
+    Each has its 95% bootstrap interval and the p value of a sign-flip test; None where no prompt has the score.
+    """
+    of_first, of_second = _prompt_scores(first), _prompt_scores(second)
+    differences: dict[str, Any] = {}
+    for name, values in of_first.items():
+        difference = paired_difference(values, of_second[name])
+        differences[name] = None if difference is None else asdict(difference)
+    return differences
+
+
+def _prompt_scores(rows: Sequence[Row]) -> dict[str, list[float | None]]:
+    """Return the scores of every prompt, by name; None where it has none."""
+    captions = [row for row in rows if row.right is None]
+    chrf = caption_chrf([row.answer for row in captions], [row.expected for row in captions]) if captions else None
+    of_captions = iter([None] * len(captions) if chrf is None else chrf)
+    scores: dict[str, list[float | None]] = defaultdict(list)
+    for row in rows:
+        facts = list((row.facts or {}).values())
+        has_facts = row.right is None and bool(facts)
+        scores["questions"].append(None if row.right is None else float(row.right))
+        scores["facts"].append(sum(facts) / len(facts) if has_facts else None)
+        scores["captions_with_all_facts"].append(float(all(facts)) if has_facts else None)
+        scores["chrf"].append(next(of_captions) if row.right is None else None)
+        scores["answer_nats"].append(-row.log_likelihood / row.likelihood_tokens)
+    return dict(scores)
+
+
+def compare_evaluations(first: str, second: str) -> dict[str, Any]:
+    """Compare two finished evaluations of the same prompts; see ``compare_rows``.
+
+    Args:
+        first: The ``--out`` of a ``covray vlm evaluate``.
+        second: Another one.
+
+    Raises:
+        ConfigError: One is not finished, or they answered different prompts.
+    """
+    rows = [_finished_rows(Folder(out)) for out in (first, second)]
+    asked = [[(row.prompt, row.expected) for row in own] for own in rows]
+    data = [VlmEvaluationRecord.read(Folder(out)).identity["data"] for out in (first, second)]
+    if asked[0] != asked[1] or data[0] != data[1]:
+        raise ConfigError(
+            f"{first} and {second}: answered different prompts; evaluate both with the same --data, --split, --samples "
+            "and texts"
+        )
+    return compare_rows(*rows)
+
+
+def _finished_rows(folder: Folder) -> list[Row]:
+    if not folder.exists(RESULTS_FILE):
+        raise ConfigError(f"{folder.path}: holds no finished evaluation; give the --out of covray vlm evaluate")
+    return read_rows(folder.read_bytes(ANSWERS_FILE).decode().splitlines())
 
 
 def _accuracy(rows: Sequence[Row]) -> dict[str, Any]:

@@ -11,14 +11,21 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from covray.config.vlm import VlmDecodingConfig, VlmGenerateConfig, VlmModelConfig, VlmSourceConfig, VlmTrainConfig
+from covray.config.vlm import (
+    VlmDecodingConfig,
+    VlmGenerateConfig,
+    VlmLoraConfig,
+    VlmModelConfig,
+    VlmSourceConfig,
+    VlmTrainConfig,
+)
 from covray.errors import ConfigError, PairError, WeightsError, one_line
 from covray.io.device import resolve_device
 from covray.io.images import decode as decode_picture
 from covray.io.storage import Folder
-from covray.models.vlm.adapter import WEIGHTS_FILE, load_adapter
+from covray.models.vlm.adapter import WEIGHTS_FILE, adapter_blocks, load_adapter
 from covray.models.vlm.batch import Blocks
-from covray.models.vlm.checkpoint import LoadedVlm, load_vlm, vlm_facts
+from covray.models.vlm.checkpoint import LoadedVlm, VlmFacts, load_vlm, vlm_facts
 from covray.models.vlm.decoding import Answer, decode, decoding_blocks, stream
 from covray.models.vlm.prompts import Prompt
 from covray.training.checkpoints import EXPORT
@@ -50,6 +57,50 @@ class Answerer:
         return self.vlm.prompter.text(answer.ids)
 
 
+@dataclass(frozen=True)
+class AnswererFacts:
+    """What is known of a model that answers before its weights are loaded."""
+
+    facts: VlmFacts
+    """Of the checkpoint."""
+    adapter: str | None
+    """Folder of the adapter; None: the checkpoint answers as it is."""
+    lora: VlmLoraConfig | None
+    """Of the training that made the adapter."""
+    trained: Blocks | None
+    """The blocks that the model was trained for; None: next tokens only."""
+    fingerprint: str
+    """See ``Answerer``."""
+
+
+def answerer_facts(config: VlmSourceConfig) -> AnswererFacts:
+    """Find a checkpoint, or what a run made of it, and check everything but the values of its weights.
+
+    Raises:
+        ConfigError: The run is not one of ``covray vlm train``, or is unfinished.
+        WeightsError: A model cannot be used, or is another one than the run adapted.
+    """
+    if config.run is None:
+        checkpoint = config.checkpoint()
+        assert checkpoint is not None
+        facts = vlm_facts(checkpoint)
+        return AnswererFacts(facts, None, None, facts.blocks, facts.fingerprint)
+    trained, fingerprint = _read_run(config.run)
+    if trained.train != "lora":
+        facts = vlm_facts(VlmModelConfig(path=str(Path(config.run) / EXPORT)))
+        return AnswererFacts(facts, None, None, facts.blocks, facts.fingerprint)
+    facts = vlm_facts(config.checkpoint() or trained.checkpoint())
+    if facts.fingerprint != fingerprint:
+        raise WeightsError(
+            f"{facts.folder}: is model {facts.fingerprint[:12]}, the run adapted {fingerprint[:12]}; give the folder "
+            "or revision it was trained on (--model)"
+        )
+    folder = Folder(config.run) / EXPORT
+    weights = hashlib.sha256(folder.read_bytes(WEIGHTS_FILE)).hexdigest()
+    blocks = adapter_blocks(folder.path)
+    return AnswererFacts(facts, folder.path, trained.lora, blocks, f"{facts.fingerprint}+{weights}")
+
+
 def load_answerer(config: VlmSourceConfig) -> Answerer:
     """Load a checkpoint, or what a run made of it.
 
@@ -58,27 +109,12 @@ def load_answerer(config: VlmSourceConfig) -> Answerer:
         WeightsError: A model cannot be loaded, or is another one than the run adapted.
     """
     device, dtype = resolve_device(config)
-    if config.run is None:
-        checkpoint = config.checkpoint()
-        assert checkpoint is not None
-        facts = vlm_facts(checkpoint)
-        return Answerer(load_vlm(facts, dtype, device), facts.blocks, facts.fingerprint)
-    trained, fingerprint = _read_run(config.run)
-    if trained.train != "lora":
-        facts = vlm_facts(VlmModelConfig(path=str(Path(config.run) / EXPORT)))
-        return Answerer(load_vlm(facts, dtype, device), facts.blocks, facts.fingerprint)
-    facts = vlm_facts(config.checkpoint() or trained.checkpoint())
-    if facts.fingerprint != fingerprint:
-        raise WeightsError(
-            f"{facts.folder}: is model {facts.fingerprint[:12]}, the run adapted {fingerprint[:12]}; give the folder "
-            "or revision it was trained on (--model)"
-        )
-    vlm = load_vlm(facts, dtype, device)
-    lora = trained.lora
-    folder = Folder(config.run) / EXPORT
-    blocks = load_adapter(vlm.model, folder.path, lora.rank, lora.alpha, lora.targets)
-    weights = hashlib.sha256(folder.read_bytes(WEIGHTS_FILE)).hexdigest()
-    return Answerer(vlm, blocks, f"{facts.fingerprint}+{weights}")
+    known = answerer_facts(config)
+    vlm = load_vlm(known.facts, dtype, device)
+    if known.adapter is not None:
+        assert known.lora is not None
+        load_adapter(vlm.model, known.adapter, known.lora.rank, known.lora.alpha, known.lora.targets)
+    return Answerer(vlm, known.trained, known.fingerprint)
 
 
 def stream_answer(config: VlmGenerateConfig) -> Iterator[str]:

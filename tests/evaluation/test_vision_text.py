@@ -1,10 +1,9 @@
-"""Facts are read from captions as portraits state them; an evaluation continues where it was killed."""
+"""Facts are read from captions as portraits state them; scores are of prompts, and of models over the same prompts."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,10 +12,17 @@ from torchmetrics.functional.text import bleu_score
 
 from covray.config import load_config
 from covray.config.vlm import VlmEvaluateConfig, VlmTrainConfig
-from covray.errors import ConfigError, DatasetError
 from covray.evaluation.bleu import corpus_bleu
 from covray.evaluation.caption_facts import right_facts
-from covray.evaluation.vision_text import Row, evaluate_vision_text, summarize_rows
+from covray.evaluation.vision_text import (
+    BatchAnswerer,
+    Row,
+    caption_chrf,
+    compare_rows,
+    read_rows,
+    row_lines,
+    summarize_rows,
+)
 from covray.pairs.scenes.portrait_words import portrait_words
 from covray.pairs.scenes.portraits import sample_portrait
 from tests.support.vlm_trainings import trained
@@ -62,40 +68,57 @@ def test_scores_are_means_over_prompts() -> None:
     assert (scores["tokens_per_s"], scores["tokens_per_pass"]) == (8, 2)
 
 
-def test_an_evaluation_is_continued(
-    vlm_config: Callable[..., VlmTrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_models_are_compared_prompt_by_prompt() -> None:
+    captions = {"right": None}
+    first = [
+        row("colour", "red", "red"),
+        row("colour", "red", "red"),
+        row("caption", "a ball", "a ball", facts={"object": True, "colour": True}, **captions),
+    ]
+    second = [
+        row("colour", "red", "red"),
+        row("colour", "red", "blue"),
+        row("caption", "a ball", "a box", facts={"object": False, "colour": True}, **captions),
+    ]
+    differences = compare_rows(first, second)
+    assert (differences["questions"]["mean"], differences["questions"]["episodes"]) == (0.5, 2)
+    assert (differences["facts"]["mean"], differences["captions_with_all_facts"]["mean"]) == (0.5, 1)
+    same, other = caption_chrf(["a ball", "a box"], ["a ball", "a ball"])
+    assert (differences["chrf"]["mean"], differences["chrf"]["episodes"]) == (pytest.approx(same - other), 1)
+    assert differences["answer_nats"]["mean"] == 0
+    assert compare_rows(first[:2], second[:2])["facts"] is None
+
+
+def test_chrf_is_of_each_caption(monkeypatch: pytest.MonkeyPatch) -> None:
+    same, near, far = caption_chrf(["a red ball", "a red box", "seven"], ["a red ball"] * 3)
+    assert same == pytest.approx(1)
+    assert 0 < far < near < 1
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    scores = summarize_rows([row("caption", "a ball", "a ball", right=None)])
+    assert (scores["chrf"], list(scores["absent"])) == (None, ["chrf"])
+
+
+def test_batches_are_answered_alone_as_among_others(vlm_config: Callable[..., VlmTrainConfig]) -> None:
     training = vlm_config(objective="block_diffusion")
     trained(training)
+    options = {
+        "run": training.out, "data": training.data, "out": "scores", "texts.instruction": "what is it", "split": "val",
+        "batch": 3, "decoding.max_tokens": 6,
+    }  # fmt: skip
+    config = load_config(VlmEvaluateConfig, None, options)
+    answerer = BatchAnswerer(config)
 
-    def config(out: str, **changes: Any) -> VlmEvaluateConfig:
-        options = {
-            "run": training.out, "data": training.data, "texts.instruction": "what is it",
-            "split": "val", "batch": 3, "decoding.max_tokens": 6, "out": str(tmp_path / out),
-        }  # fmt: skip
-        return load_config(VlmEvaluateConfig, None, options | changes)
+    def of(rows: list[Row]) -> list[Row]:
+        return [replace(row, seconds=0.0) for row in rows]
 
-    def answers(out: str) -> list[dict[str, Any]]:
-        rows = [json.loads(line) for line in (tmp_path / out / "answers.jsonl").read_text().splitlines()]
-        return [{key: value for key, value in one.items() if key != "seconds"} for one in rows]
-
-    whole = evaluate_vision_text(config("whole"))
-    assert whole["prompts"] == 8
-    evaluate_vision_text(config("killed"))
-    file = tmp_path / "killed" / "answers.jsonl"
-    file.write_text(file.read_text()[:-300])  # rows are missing, and one is half
-    evaluate_vision_text(config("killed"))
-    assert answers("killed") == answers("whole")
-    monkeypatch.setattr("covray.evaluation.vision_text._answer", lambda *rest: pytest.fail("answered again"))
-    first_batches = "".join(file.read_text().splitlines(keepends=True)[:6])
-    evaluate_again = config("killed", samples=6)
-    with pytest.raises(DatasetError, match="samples was None, is 6"):
-        evaluate_vision_text(evaluate_again)
-    assert file.read_text().startswith(first_batches)
-    with pytest.raises(DatasetError, match="did not write"):
-        evaluate_vision_text(config(str(tmp_path)))
-    with pytest.raises(ConfigError, match="is not a finished run"):
-        evaluate_vision_text(config("other", **{"run": str(tmp_path)}))
+    batches = [of(answerer.answer(number)) for number in (2, 0, 1)]
+    assert [[row.number for row in rows] for rows in batches] == [[6, 7], [0, 1, 2], [3, 4, 5]]
+    assert of(BatchAnswerer(config).answer(0)) == batches[1]
+    faster = BatchAnswerer(load_config(VlmEvaluateConfig, None, options | {"decoding.passes": 1})).answer(0)
+    assert [row.log_likelihood for row in faster] == [row.log_likelihood for row in batches[1]]
+    assert sum(row.passes for row in faster) < sum(row.passes for row in batches[1])
+    lines = row_lines(batches[1])
+    assert read_rows([*lines, lines[0][:-9]]) == batches[1], "a line that is cut is none"
 
 
 def test_bleu_is_that_of_torchmetrics() -> None:

@@ -87,6 +87,25 @@ def adapter_files(vlm: Vlm, tensors: Mapping[str, Tensor], facts: VlmFacts, bloc
     return files
 
 
+def adapter_blocks(folder: str) -> Blocks | None:
+    """Return the blocks that the adapter of ``folder`` was trained for; None: next tokens only.
+
+    Raises:
+        WeightsError: The file that says so cannot be read.
+    """
+    known = _read_adapter_blocks(Folder(folder))
+    return None if known is None else known[1]
+
+
+def _read_adapter_blocks(folder: Folder) -> tuple[int, Blocks] | None:
+    """Return the mask's id and the blocks of an adapter's ``block_diffusion.json``, if it has one."""
+    try:
+        about = folder.read_bytes(BLOCKS_FILE) if folder.exists(BLOCKS_FILE) else None
+    except OSError as error:
+        raise WeightsError(f"{folder.path}: cannot be read ({one_line(error)}); restore it") from error
+    return None if about is None else read_blocks(about, folder.join(BLOCKS_FILE))
+
+
 def load_adapter(vlm: Vlm, folder: str, rank: int, alpha: float, targets: Sequence[str]) -> Blocks | None:
     """Put the adapter of ``folder`` into ``vlm``, and return the blocks that it was trained for.
 
@@ -103,12 +122,12 @@ def load_adapter(vlm: Vlm, folder: str, rank: int, alpha: float, targets: Sequen
     source = Folder(folder)
     try:
         stored = load(source.read_bytes(WEIGHTS_FILE))
-        about = source.read_bytes(BLOCKS_FILE) if source.exists(BLOCKS_FILE) else None
     except (OSError, SafetensorError) as error:
         raise WeightsError(f"{folder}: cannot be read ({one_line(error)}); restore it") from error
     blocks = None
-    if about is not None:
-        mask_id, blocks = read_blocks(about, source.join(BLOCKS_FILE))
+    known = _read_adapter_blocks(source)
+    if known is not None:
+        mask_id, blocks = known
         if mask_id != vlm.mask_id:
             raise WeightsError(f"{folder}: has mask {mask_id}, the model {vlm.mask_id}; set mask_id as trained")
     add_adapter(vlm, rank, alpha, targets, blocks is not None, 0)
