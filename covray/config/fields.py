@@ -175,7 +175,8 @@ class ActorsConfig(Section):
 
 
 _YOUNGER_SAMPLING = {
-    "vote": 1, "decoder": None, "window": "auto", "block": None, "passes": None, "unmask": "even", "threshold": None,
+    "keep": 1.0, "vote": 1, "decoder": None, "window": "auto", "block": None, "passes": None, "unmask": "even",
+    "threshold": None,
 }  # fmt: skip
 """Fields of sampling that the first version did not have, and their defaults."""
 
@@ -213,6 +214,9 @@ class SamplingConfig(Section):
     choose_by: Literal["answer", "chain"] = "answer"
     """What a candidate is ranked by: the likelihood of its answer given its own frames, or of frames and answer
     together."""
+    keep: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Share of the candidates of ``best_of`` that go on after each picture, the likeliest so far, at least one: answers
+    of unlikely frames are not written at all. 1: all."""
     vote: int = Field(default=1, ge=1, le=1024)
     """Candidates per query whose answers are joined into one: the most frequent class, the median of keypoints and
     metres, the mean of directions, edges and pictures. 1, no vote, is the way of LVM and of the paper."""
@@ -240,6 +244,8 @@ class SamplingConfig(Section):
             raise ValueError("best_of: greedy candidates are all the same; set a temperature")
         if self.best_of > 1 and self.vote > 1:
             raise ValueError("vote: joins all candidates, best_of takes the likeliest; set one of them to 1")
+        if self.keep < 1 and self.best_of == 1:
+            raise ValueError("keep: is a share of the candidates of best_of; set best_of too")
         return self
 
     @model_serializer(mode="wrap")

@@ -46,16 +46,18 @@ class RowNoise:
     candidates of a query are the same however many there are.
     """
 
-    def __init__(self, seed: int, candidate: int, codes: int):
+    def __init__(self, seed: int, candidate: int, codes: int, begin: int = 0):
         """Draw nothing yet.
 
         Args:
             seed: Of the query.
             candidate: Number of the candidate.
             codes: Tokens of the vocabulary.
+            begin: Places before the first that is read here: their noise has been used.
         """
         self._seed = seed_of(seed, candidate)
         self._codes = codes
+        self._begin = begin
         self._drawn: dict[int, Tensor] = {}
 
     def read(self, first: int, count: int) -> Tensor:
@@ -63,6 +65,7 @@ class RowNoise:
 
         What lies before ``first`` is dropped from memory; it would be drawn again.
         """
+        first += self._begin
         numbers = range(first // PLACES, (first + count - 1) // PLACES + 1)
         drawn = {}
         for number in numbers:

@@ -45,7 +45,8 @@ class Decoded:
     candidate_ids: NDArray[np.uint16]
     """[B, N, images, tokens per image]."""
     candidate_log_likelihood: NDArray[np.float64]
-    """The sum of ``DecodedImage.token_log_p`` of every picture, [B, N, images]."""
+    """The sum of ``DecodedImage.token_log_p`` of every picture, [B, N, images]; -inf where a candidate was given up
+    before it (``sampling.keep``)."""
     candidate: NDArray[np.int64]
     """The likeliest candidate of every query by ``sampling.choose_by``, [B]."""
 
@@ -199,7 +200,7 @@ def collect(decoded: Iterable[DecodedImage], shape: tuple[int, int, int, int], s
         sampling: Whose ``choose_by`` says which likelihood counts.
     """
     ids = np.zeros(shape, np.uint16)
-    token_log_p = torch.zeros(shape)
+    token_log_p = torch.full(shape, -torch.inf)  # of pictures that nobody writes
     for each in decoded:
         ids[each.query, each.candidate, each.image] = each.ids
         token_log_p[each.query, each.candidate, each.image] = torch.from_numpy(each.token_log_p)

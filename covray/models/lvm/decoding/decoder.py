@@ -13,7 +13,9 @@ own, too.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -35,6 +37,18 @@ from covray.models.lvm.decoding.reader import KeysValues, Reader
 from covray.models.lvm.decoding.sequential import write_sequentially
 from covray.models.lvm.model import Lvm
 from covray.models.sampling import BatchNoise, RowNoise
+
+
+@dataclass(frozen=True, eq=False)
+class _Row:
+    """One candidate of one query."""
+
+    query: int
+    candidate: int
+    seed: int
+    """Of the query."""
+    ids: np.ndarray
+    """What stands behind the prompt: the query, and pictures that were written before, [n]."""
 
 
 class LvmDecoder:
@@ -82,53 +96,96 @@ class LvmDecoder:
         seeds: Sequence[int] | None = None,
     ) -> Iterator[DecodedImage]:
         """Yield each picture as soon as it is finished; see ``base.Decoder.stream``."""
+        before = len(prompt) + queries.shape[1]
+        require_context(before + images * self.tokens_per_image, self.tokens_per_image, self.context_tokens)
+        seeds = [0] * len(queries) if seeds is None else seeds
+        rows = []
+        for query, (ids, seed) in enumerate(zip(queries, seeds, strict=True)):
+            rows += [_Row(query, candidate, seed, ids) for candidate in range(sampling.candidates)]
+        if sampling.keep < 1:
+            yield from self._choose_early(prompt, rows, images, sampling)
+            return
+        for row, written in self._write_rows(prompt, rows, 0, images, sampling):
+            yield DecodedImage(row.query, row.candidate, written.image, written.ids, written.token_log_p)
+
+    def _choose_early(
+        self, prompt: np.ndarray, rows: list[_Row], images: int, sampling: SamplingConfig
+    ) -> Iterator[DecodedImage]:
+        """Write picture after picture, and after each go on with the likeliest candidates of every query only.
+
+        Args:
+            prompt: Ids [P] that precede every row.
+            rows: All candidates of all queries, those of a query side by side.
+            images: Pictures to write.
+            sampling: Whose ``keep`` says how many go on.
+        """
+        log_p = dict.fromkeys(rows, 0.0)
+        for image in range(images):
+            of_picture = sampling.for_answer if image == images - 1 else sampling.for_frames
+            longer = {}
+            for row, written in self._write_rows(prompt, list(log_p), image, 1, of_picture):
+                yield DecodedImage(row.query, row.candidate, image, written.ids, written.token_log_p)
+                ids = np.concatenate((row.ids, written.ids))
+                longer[replace(row, ids=ids)] = log_p[row] + float(written.token_log_p.sum(dtype=np.float64))
+            log_p = _likeliest(longer, sampling.keep)
+
+    def _write_rows(
+        self, prompt: np.ndarray, rows: list[_Row], first: int, images: int, sampling: SamplingConfig
+    ) -> Iterator[tuple[_Row, FinishedImage]]:
+        """Write ``images`` pictures of each row, and yield each as soon as it is finished.
+
+        Args:
+            prompt: Ids [P] that precede every row.
+            rows: All of equal length.
+            first: Pictures of the rows that were written before; their places have used up their random numbers.
+            images: Pictures to write.
+            sampling: How their tokens are chosen.
+        """
         strategy = self._strategy(sampling)
         steps = images * self.tokens_per_image
-        before = len(prompt) + queries.shape[1]
-        require_context(before + steps, self.tokens_per_image, self.context_tokens)
-        seeds = [0] * len(queries) if seeds is None else seeds
-        rows = [(query, candidate) for query in range(len(queries)) for candidate in range(sampling.candidates)]
         if not rows or not steps:
             return
+        own = len(rows[0].ids)
         reader = self._reader
         ahead = 0  # slots behind the last token that is read one by one
         if strategy == "jacobi":
             ahead = max(WIDTHS) if sampling.window == "auto" else sampling.window
         elif strategy == "block_diffusion":
             ahead = 1
-        buffer = reader.take_buffer(queries.shape[1] + steps - 1 + ahead)
+        buffer = reader.take_buffer(own + steps - 1 + ahead)
         caches = reader.read_prompt(prompt, buffer)
 
         @functools.lru_cache(maxsize=1)  # candidates of a query are neighbours: they share its reading
-        def read(query: int) -> tuple[Tensor, list[KeysValues]]:
-            return reader.read_alone(queries[query], len(prompt), caches if len(prompt) else None)
+        def read(ids: bytes) -> tuple[Tensor, list[KeysValues]]:
+            tokens = np.frombuffer(ids, rows[0].ids.dtype)
+            return reader.read_alone(tokens, len(prompt), caches if len(prompt) else None)
 
         for start in range(0, len(rows), self.batch):
             some = rows[start : start + self.batch]
             last = []
-            for row, (query, _) in enumerate(some):
-                hidden, kept = read(query)
+            for number, row in enumerate(some):
+                hidden, kept = read(row.ids.tobytes())
                 last.append(hidden)
                 for cache, (keys, values) in zip(caches, kept, strict=True):
-                    cache.keys[:, row, : keys.shape[1]] = keys
-                    cache.values[:, row, : values.shape[1]] = values
+                    cache.keys[:, number, : keys.shape[1]] = keys
+                    cache.values[:, number, : values.shape[1]] = values
             noise = None
             if not sampling.is_greedy:
-                of_rows = [RowNoise(seeds[query], candidate, self.codes) for query, candidate in some]
+                begin = first * self.tokens_per_image
+                of_rows = [RowNoise(row.seed, row.candidate, self.codes, begin) for row in some]
                 noise = BatchNoise(of_rows, self.batch, reader.device)
             pending = PendingRows(
                 caches=caches,
                 hidden=reader.padded(torch.stack(last)),
                 rows=len(some),
-                before=before,
+                before=len(prompt) + own,
                 steps=steps,
                 tokens_per_image=self.tokens_per_image,
                 sampling=sampling,
                 noise=noise,
             )
             for each in self._write(pending):
-                query, candidate = some[each.row]
-                yield DecodedImage(query, candidate, each.image, each.ids, each.token_log_p)
+                yield some[each.row], each
         reader.give_back(buffer)
 
     def _strategy(self, sampling: SamplingConfig) -> str:
@@ -160,3 +217,15 @@ class LvmDecoder:
         if shape not in self._windows:
             self._windows[shape] = fastest_window(self._reader, pending)
         return self._windows[shape]
+
+
+def _likeliest(log_p: Mapping[_Row, float], keep: float) -> dict[_Row, float]:
+    """Return the likeliest share ``keep`` of every query's rows, at least one, in their order."""
+    of_query: dict[int, list[_Row]] = {}
+    for row in log_p:
+        of_query.setdefault(row.query, []).append(row)
+    kept = set()
+    for rows in of_query.values():
+        ranked = sorted(rows, key=lambda row: log_p[row], reverse=True)
+        kept.update(ranked[: math.ceil(keep * len(rows))])
+    return {row: value for row, value in log_p.items() if row in kept}

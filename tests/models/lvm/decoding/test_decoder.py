@@ -254,6 +254,31 @@ def test_the_likeliest_of_the_candidates_is_given(decoder: LvmDecoder, model: Lv
     assert not unchanged.all()
 
 
+@pytest.mark.parametrize("way", [{}, {"decoder": "jacobi", "window": 4}, {"frames": {"temperature": 2.0}}])
+def test_unlikely_candidates_are_given_up_early_and_the_others_stay_as_they_are(
+    decoder: LvmDecoder, way: dict[str, Any]
+) -> None:
+    options = {"temperature": 1.0, "best_of": 6, **way}
+    all_written = decoder.decode(PROMPT, QUERIES, IMAGES, SamplingConfig.model_validate(options), range(5))
+    early = decoder.decode(PROMPT, QUERIES, IMAGES, SamplingConfig.model_validate(options | {"keep": 0.5}), range(5))
+    log_p, whole = early.candidate_log_likelihood, all_written.candidate_log_likelihood
+    assert np.isfinite(log_p).sum(1).tolist() == [[6, 3, 2]] * 5
+    written = np.isfinite(log_p)
+    assert np.array_equal(early.candidate_ids[written], all_written.candidate_ids[written])
+    assert log_p[written] == pytest.approx(whole[written], abs=1e-4)
+    for query in range(5):
+        so_far = whole[query].cumsum(1)
+        first = set(np.argsort(-so_far[:, 0])[:3])
+        assert set(np.flatnonzero(written[query, :, 1])) == first
+        assert set(np.flatnonzero(written[query, :, 2])) == set(sorted(first, key=lambda row: -so_far[row, 1])[:2])
+    assert np.array_equal(early.candidate, log_p[..., -1].argmax(1))
+
+
+def test_a_share_of_one_candidate_is_refused() -> None:
+    with pytest.raises(ValidationError, match="keep: is a share of the candidates of best_of"):
+        SamplingConfig(temperature=1.0, keep=0.5)
+
+
 def test_greedy_candidates_are_refused() -> None:
     with pytest.raises(ValidationError, match="set a temperature"):
         SamplingConfig(best_of=2)
