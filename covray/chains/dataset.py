@@ -113,6 +113,7 @@ class ChainDataset:
             raise DatasetError(f"{path}: is unfinished; run the same covray build again")
         self.record = record.of_version(self.version)
         """The description of the version."""
+        self._versions_audit = audit
         self.audit = None if audit is None or self.version > finished else audit.of_version(self.version)
         """What the finished build wrote; None while it is unfinished."""
         self.versions = max(finished, 1)
@@ -203,6 +204,19 @@ class ChainDataset:
         schema = self._schema()
         return pa.Table.from_batches(batches, pa.schema([schema.field(name) for name in columns or schema.names]))
 
+    def added(self, version: int, columns: Sequence[str], split: str | None = None) -> Iterator[pa.RecordBatch]:
+        """Yield the good rows that one version of a finished dataset added, file by file.
+
+        Args:
+            version: The version, up to that of this reader.
+            columns: Columns of ``shard_schema``.
+            split: Only rows of this split.
+
+        Raises:
+            DatasetError: A shard cannot be read, is lost or was copied.
+        """
+        yield from self._batches(columns, None, split, False, version)
+
     def chain(self, row: Mapping[str, Any], length: int, method: str) -> np.ndarray:
         """Return the chain of a row of ``rows``, from the source to the label.
 
@@ -238,7 +252,12 @@ class ChainDataset:
         return np.stack([row["source"], *(frames[alpha] for alpha in alphas), row["label"]])
 
     def _batches(
-        self, columns: Sequence[str] | None, tasks: Iterable[str] | None, split: str | None, errors: bool
+        self,
+        columns: Sequence[str] | None,
+        tasks: Iterable[str] | None,
+        split: str | None,
+        errors: bool,
+        version: int | None = None,
     ) -> Iterator[pa.RecordBatch]:
         schema = self._schema()
         unknown = [name for name in columns or () if name not in schema.names]
@@ -256,25 +275,35 @@ class ChainDataset:
         stored: Counter[str] = Counter()
         for name in self.shards:
             task = task_of(name)
-            if chosen is not None and task not in chosen:
+            if (chosen is not None and task not in chosen) or version not in (None, version_of(name)):
                 continue
             for batch in self._file_batches(name, task, narrow):
                 stored[task] += len(batch)
                 kept = batch
-                if not errors:
+                if not errors and batch.column("error").null_count < len(batch):
                     kept = kept.filter(pc.is_null(kept.column("error")))
                 if split is not None:
                     kept = kept.filter(pc.fill_null(pc.equal(kept.column("split"), split), False))
                 if len(kept):
                     yield kept.select(wanted)
-        self._require_audited(stored, chosen)
+        if self.audit is not None:
+            self._require_audited(stored, chosen, self._built(version))
 
-    def _require_audited(self, stored: Mapping[str, int], tasks: set[str] | None) -> None:
+    def _built(self, version: int | None) -> dict[str, int]:
+        """Return the rows of each task that were written, or that ``version`` added to those before it."""
+        assert self.audit is not None
+        if version is None:
+            return {task: counts.asked for task, counts in self.audit.per_task.items()}
+        assert self._versions_audit is not None
+        built = {task: counts.asked for task, counts in self._versions_audit.of_version(version).per_task.items()}
+        if version > 1:
+            for task, counts in self._versions_audit.of_version(version - 1).per_task.items():
+                built[task] -= counts.asked
+        return built
+
+    def _require_audited(self, stored: Mapping[str, int], tasks: set[str] | None, expected: Mapping[str, int]) -> None:
         """Refuse a finished dataset whose shards hold other numbers of rows, by task, than its build wrote."""
-        if self.audit is None:
-            return
-        for task, counts in self.audit.per_task.items():
-            built = counts.written + counts.rejected
+        for task, built in expected.items():
             if (tasks is None or task in tasks) and stored.get(task, 0) != built:
                 raise DatasetError(
                     f"{self.path}: holds {stored.get(task, 0)} rows of {task}, its build wrote {built}; restore the "
@@ -296,7 +325,8 @@ class ChainDataset:
                         if field.name == "task":
                             columns.append(pa.array([task] * len(batch), pa.string()))
                         else:
-                            columns.append(batch.column(field.name).cast(field.type))
+                            column = batch.column(field.name)
+                            columns.append(column if column.type == field.type else column.cast(field.type))
                     yield pa.RecordBatch.from_arrays(columns, schema=schema)
         except _UNREADABLE as error:
             if self.audit is not None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +23,8 @@ from covray.config import SentencesConfig
 from covray.errors import ConfigError, DatasetError
 from covray.models.lvm.model import Batch
 
+_QUERIES_AT_ONCE = 2**18
+"""Queries whose examples are drawn at a time: ten million at once would take gigabytes."""
 # The chains of a sentence, and the pictures of those, that carry loss.
 _LOSS: dict[str, tuple[slice | int, slice | int]] = {
     "all": (slice(None), slice(None)),
@@ -53,18 +56,27 @@ def require_context(config: SentencesConfig, tokens_per_image: int, context_toke
     return tokens
 
 
-def count_pairs(dataset: ChainDataset, config: SentencesConfig, split: str) -> dict[str, int]:
+def count_pairs(dataset: ChainDataset, config: SentencesConfig, split: str, *more: ChainDataset) -> dict[str, int]:
     """Return the pairs of each task in ``split``, by task; no tokens are read, so that it is a cheap check.
+
+    Args:
+        dataset: The dataset.
+        config: Which sentences will be made.
+        split: The split.
+        more: Further datasets, whose pairs are counted together with its own.
 
     Raises:
         DatasetError: The frames that a length needs were not built, the split is empty, or a task has too few pairs for
             a sentence.
     """
-    _pictures(dataset, config)
-    tasks = dataset.table(["task"], config.tasks, split)["task"].combine_chunks()
+    tables = []
+    for each in (dataset, *more):
+        pictures_of(each, config)
+        tables.append(each.table(["task"], config.tasks, split))
+    tasks = pa.concat_tables(tables)["task"].combine_chunks()
     entries = sorted(pc.value_counts(tasks).to_pylist(), key=lambda entry: entry["values"])
     counts = {entry["values"]: entry["counts"] for entry in entries}
-    _require_pairs(dataset, config, split, counts)
+    require_pairs(dataset, config, split, counts)
     return counts
 
 
@@ -91,7 +103,7 @@ class Chains:
         Raises:
             DatasetError: As ``count_pairs``, or a shard has another number of tokens than the dataset.
         """
-        stored = _pictures(dataset, config)
+        stored = pictures_of(dataset, config)
         kept = np.unique(np.concatenate(list(stored.values())))
         reader = _TaskReader(dataset, split, inner=kept[1:-1] - 1)
         # For the rows of all splits: counting first would open each file twice, and memory is taken when it is written.
@@ -104,10 +116,27 @@ class Chains:
             if rows:
                 counts[task] = rows
                 first += rows
-        _require_pairs(dataset, config, split, counts)
+        require_pairs(dataset, config, split, counts)
         starts = np.cumsum([0, *counts.values()])
         pictures = {length: np.searchsorted(kept, indices) for length, indices in stored.items()}
         return cls(tokens[:first], pair_ids[:first], tuple(counts), starts, pictures)
+
+    def __len__(self) -> int:
+        """Return the rows."""
+        return len(self.tokens)
+
+    @property
+    def epoch_queries(self) -> int:
+        """The queries of an epoch."""
+        return len(self)
+
+    def queries(self, seed: int, epoch: int) -> np.ndarray | None:
+        """Return the rows that are queries of an epoch; None: each row once."""
+        return None
+
+    def take(self, rows: np.ndarray, length: int) -> np.ndarray:
+        """Return the chains of ``rows``, uint16 [rows, length, tokens per picture]."""
+        return self.tokens[rows[:, None], self.pictures[length]]
 
     @property
     def tokens_per_image(self) -> int:
@@ -150,11 +179,11 @@ class _TaskReader:
         for batch in table.to_batches():
             rows = target[start : start + len(batch)]
             start += len(batch)
-            tokens[rows, 0] = _flat(dataset, batch.column("source"), (len(batch),))
-            tokens[rows, -1] = _flat(dataset, batch.column("label"), (len(batch),))
+            tokens[rows, 0] = flat_tokens(dataset, batch.column("source"), (len(batch),))
+            tokens[rows, -1] = flat_tokens(dataset, batch.column("label"), (len(batch),))
             if len(self._inner):
                 frames = batch.column("frames").flatten().field("tokens")
-                tokens[rows, 1:-1] = _flat(dataset, frames, (len(batch), self._frames))[:, self._inner]
+                tokens[rows, 1:-1] = flat_tokens(dataset, frames, (len(batch), self._frames))[:, self._inner]
         return len(table)
 
 
@@ -168,17 +197,43 @@ class Sentence:
     """The positions whose tokens carry loss, ascending, int64 [loss tokens]."""
 
 
+class ChainSource(Protocol):
+    """Chains that sentences are made of."""
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Tokens of one picture."""
+
+    @property
+    def starts(self) -> np.ndarray:
+        """Where the rows of each task begin and those of the last one end, int64 [tasks + 1]."""
+
+    @property
+    def epoch_queries(self) -> int:
+        """The queries of an epoch."""
+
+    def __len__(self) -> int:
+        """Return the rows."""
+
+    def queries(self, seed: int, epoch: int) -> np.ndarray | None:
+        """Return the rows that are queries of an epoch, [epoch_queries]; None: each row once."""
+
+    def take(self, rows: np.ndarray, length: int) -> np.ndarray:
+        """Return the chains of ``rows``, uint16 [rows, length, tokens per picture]."""
+
+
 class Sentences:
     """The endless stream of visual sentences over ``chains``; every pair is the query once in ``len()`` of them.
 
-    An ``index`` counts sentences from the start of the first epoch.
+    With weights, a pair of a dataset is the query as often as the weight says. An ``index`` counts sentences from the
+    start of the first epoch.
     """
 
-    def __init__(self, chains: Chains, config: SentencesConfig, context_tokens: int, seed: int):
+    def __init__(self, chains: ChainSource, config: SentencesConfig, context_tokens: int, seed: int):
         """Set up the stream.
 
         Args:
-            chains: The chains of one split.
+            chains: The chains of one split, such as ``Chains``.
             config: Which sentences are made of them.
             context_tokens: The context of the backbone.
             seed: All that is left to chance follows from it.
@@ -194,7 +249,7 @@ class Sentences:
 
     def __len__(self) -> int:
         """Return the queries of an epoch."""
-        return len(self.chains.tokens)
+        return self.chains.epoch_queries
 
     def shape(self, index: int) -> tuple[int, int]:
         """Return the pictures of a chain and the example pairs of the sentence."""
@@ -218,7 +273,7 @@ class Sentences:
         return np.arange(end - (length - 1) * size, end - size)
 
     def rows(self, index: int) -> np.ndarray:
-        """Return the rows of ``chains`` in the order of the sentence, int64 [pairs + 1]; the query is the last."""
+        """Return the rows of ``chains`` in the order of the sentence, int [pairs + 1]; the query is the last."""
         number, position = divmod(index, len(self))
         epoch = self._epoch(number)
         return epoch.rows[position, epoch.pairs[position] :: -1]
@@ -226,7 +281,7 @@ class Sentences:
     def sentence(self, index: int) -> Sentence:
         """Return the sentence."""
         length, _ = self.shape(index)
-        ids = self.chains.tokens[self.rows(index)[:, None], self.chains.pictures[length]]  # [pairs + 1, length, tokens]
+        ids = self.chains.take(self.rows(index), length)
         return Sentence(ids.reshape(-1), self.loss_at(index))
 
     def _find_loss(self, length: int, pairs: int) -> np.ndarray:
@@ -243,23 +298,40 @@ class Sentences:
         """
         generator = np.random.default_rng([self.seed, epoch])
         queries = np.argsort(generator.random(len(self)), kind="stable")
+        chosen = self.chains.queries(self.seed, epoch)
+        if chosen is not None:
+            queries = chosen[queries]
         lengths = self._choose(_lengths(self.config), generator)
         pairs = self._choose(self.config.pairs, generator)
-        starts = self.chains.starts
-        task = np.searchsorted(starts, queries, side="right") - 1
-        first, size = starts[task], np.diff(starts)[task]
-        rows = queries[:, None]
-        for taken in range(1, max(self.config.pairs) + 1):
-            # The k-th of the pairs that are not in the sentence yet: count past those that are, in ascending order.
-            example = first + _below(generator, size - taken)
-            for present in np.sort(rows, axis=1).T:
-                example += example >= present
-            rows = np.column_stack((rows, example))
+        most = max(self.config.pairs)
+        rows = np.empty((len(self), most + 1), np.int32 if len(self.chains) < 2**31 else np.int64)
+        rows[:, 0] = queries
+        for taken in range(1, most + 1):
+            luck = generator.random(len(self))
+            for start in range(0, len(self), _QUERIES_AT_ONCE):
+                some = slice(start, start + _QUERIES_AT_ONCE)
+                rows[some, taken] = self._examples(rows[some, :taken], luck[some])
         return _Epoch(rows, lengths, pairs)
 
+    def _examples(self, present: np.ndarray, luck: np.ndarray) -> np.ndarray:
+        """Return one more row of the same task for each sentence, int64 [sentences].
+
+        Args:
+            present: The rows that each sentence has, [sentences, rows].
+            luck: A uniform number for each sentence.
+        """
+        starts = self.chains.starts
+        task = np.searchsorted(starts, present[:, 0], side="right") - 1
+        # The k-th of the pairs that are not in the sentence yet: count past those that are, in ascending order.
+        free = np.diff(starts)[task] - present.shape[1]
+        example = starts[task] + (luck * free).astype(np.int64)
+        for row in np.sort(present, axis=1).T:
+            example += example >= row
+        return example
+
     def _choose(self, choices: tuple[int, ...], generator: np.random.Generator) -> np.ndarray:
-        """Return one of ``choices`` for each query of an epoch, int64 [queries]."""
-        return np.array(choices)[_below(generator, np.full(len(self), len(choices)))]
+        """Return one of ``choices`` for each query of an epoch, uint16 [queries]."""
+        return np.array(choices, np.uint16)[(generator.random(len(self)) * len(choices)).astype(np.int64)]
 
 
 def step_bounds(sentences: Sentences, first: int, batch_tokens: int) -> int:
@@ -314,21 +386,16 @@ def loss_tokens(sentences: Sentences, first: int, last: int) -> int:
 
 @dataclass(frozen=True)
 class _Epoch:
-    rows: np.ndarray  # int64 [queries, most pairs + 1]: the query, then its examples, the nearest to it first
-    lengths: np.ndarray  # int64 [queries]
-    pairs: np.ndarray  # int64 [queries]
+    rows: np.ndarray  # int32 or int64 [queries, most pairs + 1]: the query, then its examples, the nearest to it first
+    lengths: np.ndarray  # uint16 [queries]
+    pairs: np.ndarray  # uint16 [queries]
 
 
 def _lengths(config: SentencesConfig) -> tuple[int, ...]:
     return (2,) if config.method == "none" else config.lengths
 
 
-def _below(generator: np.random.Generator, bounds: np.ndarray) -> np.ndarray:
-    """Return a random number from 0 to below each of ``bounds``, int64 [bounds]."""
-    return (generator.random(len(bounds)) * bounds).astype(np.int64)
-
-
-def _pictures(dataset: ChainDataset, config: SentencesConfig) -> dict[int, np.ndarray]:
+def pictures_of(dataset: ChainDataset, config: SentencesConfig) -> dict[int, np.ndarray]:
     """Return which pictures of a stored row (source, frames, label) make a chain of each length.
 
     It asks the dataset for the chain of a row whose pictures are their own numbers; the dataset refuses frames that
@@ -342,7 +409,7 @@ def _pictures(dataset: ChainDataset, config: SentencesConfig) -> dict[int, np.nd
     return {length: dataset.chain(row, length, config.method)[:, 0] for length in _lengths(config)}
 
 
-def _require_pairs(dataset: ChainDataset, config: SentencesConfig, split: str, counts: dict[str, int]) -> None:
+def require_pairs(dataset: ChainDataset, config: SentencesConfig, split: str, counts: dict[str, int]) -> None:
     """Refuse a split without pairs, and tasks with too few for a sentence. Raises DatasetError."""
     if not counts:
         splits = sorted(set(dataset.table(["split"], config.tasks)["split"].drop_null().to_pylist()))
@@ -360,7 +427,7 @@ def _require_pairs(dataset: ChainDataset, config: SentencesConfig, split: str, c
             )
 
 
-def _flat(dataset: ChainDataset, column: pa.Array, pictures: tuple[int, ...]) -> np.ndarray:
+def flat_tokens(dataset: ChainDataset, column: pa.Array, pictures: tuple[int, ...]) -> np.ndarray:
     """Return the tokens of ``column``, which has a list for each picture, as uint16 [*pictures, tokens per picture].
 
     Raises:

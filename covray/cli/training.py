@@ -22,6 +22,7 @@ from covray.cli.options import (
 )
 from covray.cli.output import console, escape, print_values
 from covray.config import TrainConfig
+from covray.config.train import weighted_path
 
 if TYPE_CHECKING:
     from covray.training.memory import TrainPlan
@@ -30,10 +31,40 @@ if TYPE_CHECKING:
 TRAIN = StepOptions(TrainConfig)
 
 
+def _weighted(entry: str) -> tuple[str, float]:
+    """Return the path and the weight of a dataset; a folder of that very name is itself."""
+    from covray.io import storage
+
+    return (entry, 1.0) if storage.exists(entry) else weighted_path(entry)
+
+
+def _first_path(option: str, entries: list[str]) -> str:
+    """Read the path of the first dataset."""
+    return _weighted(entries[0])[0]
+
+
+def _mixture(entries: list[str] | None) -> dict[str, Any]:
+    """Return the keys beside ``data`` that ``--data`` sets."""
+    if not entries:
+        return {}
+    mix = [f"{path}={weight!r}" for path, weight in map(_weighted, entries[1:])]
+    return {"data_weight": _weighted(entries[0])[1], "mix": mix}
+
+
 def train(
     context: typer.Context,
     scale: Annotated[str | None, TRAIN.option("--scale", "backbone.scale", metavar="nano|...|7b")] = None,
-    data: Annotated[str | None, TRAIN.option("--data", "data")] = None,
+    data: Annotated[
+        list[str] | None,
+        TRAIN.option(
+            "--data",
+            "data",
+            read=_first_path,
+            metavar="CHAINS[=WEIGHT]",
+            text="Dataset of chains: the --out of a covray build. Give several to train on all, each with a weight: "
+            "how often its pairs are queries in an epoch, by default 1.",
+        ),
+    ] = None,
     out: Annotated[str | None, TRAIN.option("--out", "out")] = None,
     length: Annotated[
         str | None, TRAIN.option("--length", "sentences.lengths", read=numbers, metavar="4,6,...")
@@ -57,7 +88,7 @@ def train(
     json_: Json = False,
 ) -> None:
     """Teach an adapter to think in chains. Run the same command again to resume after any interruption."""
-    resolved = TRAIN.resolve(context).with_defaults_of_scale()
+    resolved = TRAIN.resolve(context, **_mixture(data)).with_defaults_of_scale()
     require_speed(tokens_per_s, plan)
     if plan:
         from covray.distributed.train_checks import plan_train

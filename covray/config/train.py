@@ -217,6 +217,11 @@ class TrainConfig(Section):
 
     data: str
     """Dataset of chains: the ``--out`` of a ``covray build``."""
+    data_weight: float = Field(default=1.0, gt=0, le=1000)
+    """How often each pair of ``data`` is the query in an epoch; below 1, a share of the pairs takes turns."""
+    mix: tuple[str, ...] = ()
+    """Further datasets to train on, each as ``PATH`` or ``PATH=WEIGHT``, as ``--data A --data B=0.3`` gives them.
+    Datasets without weights are trained on as one dataset of all their pairs. Validation has all pairs."""
     out: str
     """Run folder to write."""
     backbone: BackboneConfig = BackboneConfig()
@@ -244,6 +249,20 @@ class TrainConfig(Section):
                 f"sentences.frame_noise.kind: needs objective: autoregressive, not {self.objective}; set it to none"
             )
         return self
+
+    @field_validator("mix")
+    @classmethod
+    def _weights_are_numbers(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for entry in value:
+            path, weight = weighted_path(entry)
+            if not path or not 0 < weight <= 1000:
+                raise ValueError(f"{entry}: give PATH or PATH=WEIGHT, with a weight above 0 and up to 1000")
+        return value
+
+    @property
+    def weighted_data(self) -> tuple[tuple[str, float], ...]:
+        """Return the path and the weight of every dataset, ``data`` first."""
+        return ((self.data, self.data_weight), *(weighted_path(entry) for entry in self.mix))
 
     def with_defaults_of_scale(self) -> TrainConfig:
         """Return the configuration with the optimizer of its scale, in the keys that were not set.
@@ -291,4 +310,17 @@ class TrainConfig(Section):
         }
         if self.objective == "autoregressive":  # runs begun before there was a choice have no such keys
             left_out |= dict.fromkeys(("objective", "block_diffusion"), True)
-        return self.model_dump(mode="json", exclude=left_out)
+        identity = self.model_dump(mode="json", exclude=left_out | {"mix": True, "data_weight": True})
+        weights = [weight for _, weight in self.weighted_data]
+        if weights != [1.0]:  # nor have runs on one dataset
+            identity["data_weights"] = weights
+        return identity
+
+
+def weighted_path(text: str) -> tuple[str, float]:
+    """Return the path and the weight of ``PATH=WEIGHT``; what stands behind another ``=`` belongs to the path."""
+    path, equals, weight = text.rpartition("=")
+    try:
+        return (path, float(weight)) if equals else (text, 1.0)
+    except ValueError:
+        return text, 1.0

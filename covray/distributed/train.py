@@ -37,6 +37,7 @@ from covray.io.storage import Folder
 from covray.models.lvm.model import bfloat16_units
 from covray.progress import stage
 from covray.training.checkpoints import EXPORT
+from covray.training.data import write_token_files
 from covray.training.metrics_log import Metrics, MetricsTail
 from covray.training.records import TrainResult
 from covray.training.zero import choose, require_whole_weights
@@ -72,6 +73,8 @@ def train(config: TrainConfig, watch: Callable[[Metrics], None] | None = None, p
                     watch(metrics)
             return TrainResult.read(output.folder)
         begun = binding_record(output)
+        with stage("writing the token files, once for all trainings"):
+            write_token_files(checked.config)
         with ray_session() as cores:
             facts = checked.facts
             config = resolve_compute(checked.config, cores, lambda config, gpu: choose(config, facts.llama, gpu))

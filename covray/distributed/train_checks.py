@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from covray.chains.compatibility import require_same_codes
 from covray.chains.dataset import ChainDataset
@@ -17,12 +19,15 @@ from covray.chains.sentences import count_pairs, require_context
 from covray.config import BackboneConfig, TrainConfig
 from covray.distributed.resumable import Output
 from covray.distributed.tracking import store_of
-from covray.errors import ConfigError, CovrayError
+from covray.errors import ConfigError, CovrayError, DatasetError
 from covray.io import storage
 from covray.io.model_folders import NANO_NAMES, is_here
 from covray.io.storage import Folder
 from covray.models.lvm.adapter import WEIGHTS_FILE, read_start
 from covray.models.lvm.backbone import BackboneFacts, backbone_facts
+from covray.models.tokenizer.vqgan import require_same_codebook
+from covray.tasks import segmentation
+from covray.training.data import sources_of
 from covray.training.memory import TrainPlan, architecture, plan
 from covray.training.metrics_log import METRICS_FILE
 from covray.training.objectives.block_diffusion import require_blocks
@@ -97,27 +102,27 @@ def check(config: TrainConfig, output: Output[RunRecord], *, without_weights: bo
         config = config.with_defaults_of_run(begun.config)
         output.require_same(begun.identity, config.identity(), open_matches=True)
         config = _with_recorded_dtype(config, begun.config)
-    dataset = _dataset_of(config, begun)
-    if begun is not None and dataset.version < dataset.versions:  # workers must not read what was appended since
-        config = config.model_copy(update={"data": dataset.reference})
+    config = _with_recorded_versions(config, begun)
+    datasets = [source.dataset for source in sources_of(config)]
+    classes = _common_classes(datasets)
     unchecked = without_weights and not _has_weights_here(config.backbone)
     facts = architecture(config.backbone) if unchecked else backbone_facts(config.backbone)
-    _check_data(config, dataset, facts)
+    _check_data(config, datasets, facts)
     if config.compute.deepspeed not in ("auto", "none"):
         check_settings(config.compute.deepspeed)
         require_whole_weights(config)
     if config.lora.path is not None:
         read_start(config.lora, facts.llama)
     store_of(config)
-    fingerprints = _fingerprints(config, dataset, facts)
+    fingerprints = _fingerprints(config, datasets, facts)
     if begun is None:
-        _require_same_classes(config, dataset.record.classes)
+        _require_same_classes(config, classes)
     else:
         recorded = dict(begun.fingerprints)
         if unchecked:
             recorded["backbone"] = fingerprints["backbone"]
         output.require_same(recorded, fingerprints)
-    return CheckedTraining(config, facts, fingerprints, dataset.record.classes)
+    return CheckedTraining(config, facts, fingerprints, classes)
 
 
 def binding_record(output: Output[RunRecord]) -> RunRecord | None:
@@ -131,6 +136,7 @@ def binding_record(output: Output[RunRecord]) -> RunRecord | None:
 def absolute_paths(config: TrainConfig) -> TrainConfig:
     """Return ``config`` with paths that mean the same in a worker's folder. A backbone without a folder is a hub id."""
     update: dict[str, Any] = {"data": _absolute(config.data), "out": _absolute(config.out)}
+    update["mix"] = tuple(f"{_absolute(path)}={weight!r}" for path, weight in config.weighted_data[1:])
     backbone, compute, lora = config.backbone, config.compute, config.lora
     if lora.path is not None:
         update["lora"] = lora.model_copy(update={"path": _absolute(lora.path)})
@@ -141,18 +147,21 @@ def absolute_paths(config: TrainConfig) -> TrainConfig:
     return config.model_copy(update=update)
 
 
-def _check_data(config: TrainConfig, dataset: ChainDataset, facts: BackboneFacts) -> None:
-    """Check that the backbone can read the dataset, and that the sentences can be made and shared out."""
+def _check_data(config: TrainConfig, datasets: Sequence[ChainDataset], facts: BackboneFacts) -> None:
+    """Check that the backbone can read the datasets, and that the sentences can be made and shared out."""
     chosen = config.sentences
-    require_same_codes(facts, dataset)
+    dataset = datasets[0]
+    for each in datasets:
+        require_same_codes(facts, each)
+    _require_alike(config, datasets)
     if config.objective == "block_diffusion":
         require_blocks(config, facts, dataset.tokens_per_image)
     if chosen.frame_noise.kind == "neighbour":
         load_codebook(dataset)
     tokens = require_context(chosen, dataset.tokens_per_image, facts.llama.max_position_embeddings)
-    count_pairs(dataset, chosen, chosen.split)
+    count_pairs(dataset, chosen, chosen.split, *datasets[1:])
     if chosen.validation_split is not None:
-        count_pairs(dataset, chosen, chosen.validation_split)
+        count_pairs(dataset, chosen, chosen.validation_split, *datasets[1:])
     sentences = max(1, config.optimizer.batch_tokens // tokens)
     if config.workers.count > sentences:
         raise ConfigError(
@@ -161,25 +170,89 @@ def _check_data(config: TrainConfig, dataset: ChainDataset, facts: BackboneFacts
         )
 
 
-def _dataset_of(config: TrainConfig, begun: RunRecord | None) -> ChainDataset:
-    """Return the dataset, in the version that the begun run was trained on where it has grown since."""
-    dataset = ChainDataset(config.data)
+def _require_alike(config: TrainConfig, datasets: Sequence[ChainDataset]) -> None:
+    """Check that several datasets can be trained on as one.
+
+    Raises:
+        DatasetError: Their codebooks or sizes differ, one has no pairs of the split, or a pair is in two of them.
+    """
+    first = datasets[0]
+    ids: list[np.ndarray] = []
+    for dataset in datasets if len(datasets) > 1 else ():
+        require_same_codebook(first.fingerprints["codebook"], dataset.fingerprints["codebook"], dataset.path)
+        if dataset.tokens_per_image != first.tokens_per_image:
+            raise DatasetError(
+                f"{dataset.path}: its pictures have {dataset.tokens_per_image} tokens, those of {first.path} "
+                f"{first.tokens_per_image}; build both at one tokenizer.size_px"
+            )
+        table = dataset.table(["pair_id"], config.sentences.tasks, config.sentences.split)
+        if not len(table):
+            raise DatasetError(
+                f"{dataset.path}: has no good pairs in split {config.sentences.split} of the tasks of the training; "
+                "leave it out"
+            )
+        ids.append(table["pair_id"].to_numpy())
+    if ids:
+        distinct, counts = np.unique(np.concatenate(ids), return_counts=True)
+        twice = distinct[counts > 1]
+        if len(twice):
+            raise DatasetError(
+                f"--data: {len(twice)} pairs are in two of the datasets, such as {twice[0]}: a pair could be its "
+                "own example; build one of them without these"
+            )
+
+
+def _common_classes(datasets: Sequence[ChainDataset]) -> dict[str, Any] | None:
+    """Return the classes of segmentation of all datasets.
+
+    Raises:
+        DatasetError: One colour would stand for two classes.
+    """
+    classes = None
+    owner = None
+    for dataset in datasets:
+        if dataset.audit is None or segmentation.name not in dataset.audit.per_task:
+            continue
+        if owner is not None and dataset.record.classes != classes:
+            raise DatasetError(
+                f"{dataset.path}: its segmentation has other classes than {owner}, so that one colour would stand for "
+                "two things; build both with the same --classes, or train on one"
+            )
+        owner, classes = dataset.path, dataset.record.classes
+    return classes if owner is not None else datasets[0].record.classes
+
+
+def _with_recorded_versions(config: TrainConfig, begun: RunRecord | None) -> TrainConfig:
+    """Return ``config`` with the versions that the begun run was trained on, where datasets have grown since."""
     if begun is None:
-        return dataset
-    for version in range(dataset.version - 1, 0, -1):
-        earlier = ChainDataset(dataset.path, version=version)
-        if _data_fingerprint(earlier) == begun.fingerprints.get("data"):
-            return earlier
-    return dataset
+        return config
+    paths = []
+    for number, (path, _) in enumerate(config.weighted_data):
+        dataset = ChainDataset(path)
+        recorded = begun.fingerprints.get(_data_key(number))
+        for version in range(dataset.version, 0, -1):
+            earlier = ChainDataset(dataset.path, version=version)
+            if _data_fingerprint(earlier) == recorded:
+                path = path if version == dataset.version else earlier.reference
+                break
+        paths.append(path)
+    mix = [f"{path}={weight!r}" for path, (_, weight) in zip(paths[1:], config.weighted_data[1:], strict=True)]
+    return config.model_copy(update={"data": paths[0], "mix": tuple(mix)})
 
 
-def _fingerprints(config: TrainConfig, dataset: ChainDataset, facts: BackboneFacts) -> dict[str, str | None]:
+def _data_key(number: int) -> str:
+    """Return the name of a dataset's fingerprint; that of the first is older than mixtures."""
+    return "data" if number == 0 else f"data.{number + 1}"
+
+
+def _fingerprints(config: TrainConfig, datasets: Sequence[ChainDataset], facts: BackboneFacts) -> dict[str, str | None]:
     """Return the fingerprints of a run: of all that it is trained from."""
     fingerprints: dict[str, str | None] = {
         "backbone": facts.fingerprint,
-        "codebook": dataset.fingerprints["codebook"],
-        "data": _data_fingerprint(dataset),
+        "codebook": datasets[0].fingerprints["codebook"],
     }
+    for number, dataset in enumerate(datasets):
+        fingerprints[_data_key(number)] = _data_fingerprint(dataset)
     if config.lora.path is not None:
         fingerprints["adapter"] = hashlib.sha256(Folder(config.lora.path).read_bytes(WEIGHTS_FILE)).hexdigest()
     return fingerprints

@@ -21,14 +21,15 @@ from dataclasses import dataclass
 
 from transformers import LlamaConfig
 
-from covray.chains.dataset import ChainDataset
-from covray.chains.sentences import count_pairs, require_context
+from covray.chains.mapped import count_queries
+from covray.chains.sentences import require_context
 from covray.config import BackboneConfig, LoraConfig, TrainConfig
 from covray.errors import ConfigError
 from covray.io.model_folders import is_here
 from covray.models.lvm.backbone import BackboneFacts, backbone_facts
 from covray.models.lvm.functions import CHUNK
 from covray.models.lvm.scales import parameters
+from covray.training.data import sources_of
 
 STAGES = (0, 1, 2, 3)
 """The stages of ZeRO; in stage 0 every worker has a whole copy, with or without DeepSpeed."""
@@ -92,12 +93,13 @@ def plan(config: TrainConfig, tokens_per_s: float | None = None) -> TrainPlan:
     Raises:
         CovrayError: The dataset does not allow the training.
     """
-    dataset = ChainDataset(config.data)
+    sources = sources_of(config)
+    dataset = sources[0].dataset
     llama = architecture(config.backbone).llama
     require_context(config.sentences, dataset.tokens_per_image, llama.max_position_embeddings)
-    pairs = sum(count_pairs(dataset, config.sentences, config.sentences.split).values())
+    pairs = count_queries(sources, config.sentences, config.sentences.split)
     if config.sentences.validation_split is not None:
-        count_pairs(dataset, config.sentences, config.sentences.validation_split)
+        count_queries(sources, config.sentences, config.sentences.validation_split)
     return plan_training(config, llama, pairs, dataset.tokens_per_image, tokens_per_s)
 
 

@@ -6,7 +6,7 @@ The paper's objective: one cross-entropy over the tokens of examples, frames and
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 
 from covray.chains.dataset import ChainDataset
-from covray.chains.sentences import Chains, Sentences, loss_tokens, micro_batches, step_bounds
+from covray.chains.mapped import MappedChains, Source
+from covray.chains.sentences import Sentences, loss_tokens, micro_batches, step_bounds
 from covray.config import TrainConfig, require_compiler
 from covray.models.lvm.adapter import MASK_ROW, adapter_files, load_adapter_tensors, read_start
 from covray.models.lvm.backbone import BackboneFacts, backbone_facts, load_backbone
 from covray.models.lvm.model import Batch, Diffusion, Lora, Lvm
 from covray.models.lvm.scales import parameters
+from covray.training.data import sources_of
 from covray.training.objectives.base import Loss, Rewriter, StepBatches
 from covray.training.objectives.frame_noise import FrameNoise
 from covray.training.objectives.own_frames import OwnFrames
@@ -45,11 +47,13 @@ class VisualSentences:
             require_compiler("compute.compile", device.type)
         self.config = config
         self._facts = backbone_facts(config.backbone)
-        dataset, chosen = ChainDataset(config.data), config.sentences
-        self.training = _sentences(dataset, config, self._facts, chosen.split)
+        sources, chosen = sources_of(config), config.sentences
+        dataset = sources[0].dataset
+        self.training = _sentences(sources, config, self._facts, chosen.split)
         self.validation: Sentences | None = None
         if chosen.validation_split is not None:
-            self.validation = _sentences(dataset, config, self._facts, chosen.validation_split)
+            unweighted = [Source(source.dataset) for source in sources]
+            self.validation = _sentences(unweighted, config, self._facts, chosen.validation_split)
         self.steps = count_steps(self.training, config)
         self.flops_per_token = _flops_per_token(self._facts.llama, self.training)
         chosen_lora = Lora(config.lora.rank, config.lora.alpha, config.lora.targets, self._diffusion())
@@ -182,9 +186,9 @@ def answer_positions(batch: Batch, tokens_per_image: int) -> Tensor:
     return batch.positions + 1 >= end - tokens_per_image
 
 
-def _sentences(dataset: ChainDataset, config: TrainConfig, facts: BackboneFacts, split: str) -> Sentences:
+def _sentences(sources: Sequence[Source], config: TrainConfig, facts: BackboneFacts, split: str) -> Sentences:
     """Return the sentences of a split."""
-    chains = Chains.load(dataset, config.sentences, split)
+    chains = MappedChains(sources, config.sentences, split)
     return Sentences(chains, config.sentences, facts.llama.max_position_embeddings, config.seed)
 
 

@@ -1,0 +1,213 @@
+"""The chains that a training reads: of one dataset or several, mapped into memory, each with a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from covray.chains.dataset import ChainDataset
+from covray.chains.sentences import count_pairs, pictures_of, require_pairs
+from covray.chains.token_files import picture_count, token_batches, tokens_of
+from covray.config import SentencesConfig
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dataset of a training."""
+
+    dataset: ChainDataset
+    weight: float = 1.0
+    """How often each of its pairs is the query in an epoch."""
+
+
+def count_queries(sources: Sequence[Source], config: SentencesConfig, split: str) -> int:
+    """Return the queries of an epoch; no tokens are read.
+
+    Raises:
+        DatasetError: As ``count_pairs``.
+    """
+    datasets = [source.dataset for source in sources]
+    pairs = sum(count_pairs(datasets[0], config, split, *datasets[1:]).values())
+    if _is_natural(sources):
+        return pairs
+    rows = [len(dataset.table(["task"], config.tasks, split)) for dataset in datasets]
+    return sum(_queries(source, count) for source, count in zip(sources, rows, strict=True))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A batch of rows of one dataset."""
+
+    tokens: NDArray[np.uint16]
+    """[rows, pictures, tokens per picture], mapped or in memory."""
+    pictures: dict[int, NDArray[np.int64] | slice]
+    """The pictures of a chain of each length, as an index of the second axis."""
+
+
+@dataclass(frozen=True)
+class _Share:
+    """The rows of one dataset, and how many of them are queries in an epoch."""
+
+    rows: NDArray[np.int32]
+    queries: int
+
+    def dealt(self, seed: int, number: int, epoch: int) -> NDArray[np.int32]:
+        """Return the queries of an epoch: the rows are dealt, in a new order each time they have all been dealt."""
+        first, count = epoch * self.queries, len(self.rows)
+        end = first + self.queries
+        taken = []
+        for deal in range(first // count, -(-end // count)):
+            order = np.argsort(np.random.default_rng([seed, number, deal]).random(count), kind="stable")
+            taken.append(order[max(first - deal * count, 0) : end - deal * count])
+        return self.rows[np.concatenate(taken)]
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows that are needed of some batches; arrays of one length."""
+
+    pair_ids: NDArray[np.int64]
+    tasks: NDArray[np.int16]
+    """Indices of a list of names."""
+    parts: NDArray[np.uint16]
+    """Indices of ``MappedChains.parts``."""
+    rows: NDArray[np.int32]
+    """Rows of the part."""
+
+    @classmethod
+    def joined(cls, pieces: Sequence[_Rows]) -> _Rows:
+        """Return the rows of all ``pieces``, at least one."""
+        columns = [[getattr(piece, name) for piece in pieces] for name in ("pair_ids", "tasks", "parts", "rows")]
+        return cls(*(np.concatenate(column) for column in columns))
+
+
+class MappedChains:
+    """The chains of one split of one or more datasets, sorted as the chains of one dataset with all their pairs.
+
+    A row takes 6 bytes of memory; its tokens are read from the token files when they are asked for.
+    """
+
+    def __init__(self, sources: Sequence[Source], config: SentencesConfig, split: str):
+        """Find the rows that ``config`` needs.
+
+        Args:
+            sources: The datasets, with pictures of equally many tokens.
+            config: Which sentences will be made.
+            split: The split.
+
+        Raises:
+            DatasetError: The frames that a length needs were not built, the split is empty, a task has too few pairs
+                for a sentence, or a shard cannot be used.
+        """
+        self.tokens_per_image = sources[0].dataset.tokens_per_image
+        self._parts: list[_Part] = []
+        self._names: list[str] = []
+        pieces = [self._read(source.dataset, config, split) for source in sources]
+        found = _Rows.joined(pieces)
+        alphabetical = np.argsort(self._names).astype(np.int16)
+        tasks = np.argsort(alphabetical).astype(np.int16)[found.tasks]
+        order = np.lexsort((found.pair_ids, tasks))
+        self._part_of, self._row_of = found.parts[order], found.rows[order]
+        counts = np.bincount(tasks, minlength=len(self._names))
+        present = np.flatnonzero(counts)
+        self.tasks = tuple(self._names[alphabetical[task]] for task in present)
+        """The tasks, sorted."""
+        self.starts: NDArray[np.int64] = np.cumsum([0, *counts[present]])
+        """The rows of ``tasks[k]`` are ``starts[k]`` to ``starts[k + 1]``, int64 [tasks + 1]."""
+        require_pairs(sources[0].dataset, config, split, dict(zip(self.tasks, counts[present].tolist(), strict=True)))
+        self._shares = _shares(sources, [len(piece.rows) for piece in pieces], order)
+
+    def __len__(self) -> int:
+        """Return the rows."""
+        return len(self._row_of)
+
+    @property
+    def epoch_queries(self) -> int:
+        """The queries of an epoch."""
+        return sum(share.queries for share in self._shares) if self._shares else len(self)
+
+    def queries(self, seed: int, epoch: int) -> NDArray[np.int32] | None:
+        """Return the rows that are queries of an epoch, [epoch_queries], in any order; None: each row once."""
+        if not self._shares:
+            return None
+        return np.concatenate([share.dealt(seed, number, epoch) for number, share in enumerate(self._shares)])
+
+    def take(self, rows: NDArray[np.int64], length: int) -> NDArray[np.uint16]:
+        """Return the chains of ``rows``, uint16 [rows, length, tokens per picture]."""
+        taken = np.empty((len(rows), length, self.tokens_per_image), np.uint16)
+        parts, part_of, row_of = self._parts, self._part_of, self._row_of
+        for number, row in enumerate(rows):
+            part = parts[part_of[row]]
+            taken[number] = part.tokens[row_of[row], part.pictures[length]]
+        return taken
+
+    def _read(self, dataset: ChainDataset, config: SentencesConfig, split: str) -> _Rows:
+        """Return the rows that are needed of one dataset, and remember its batches and tasks."""
+        stored = pictures_of(dataset, config)
+        kept = np.unique(np.concatenate(list(stored.values())))
+        mapped = {length: _index(pictures) for length, pictures in stored.items()}
+        in_memory = {length: _index(np.searchsorted(kept, pictures)) for length, pictures in stored.items()}
+        pieces = [_Rows(np.empty(0, np.int64), np.empty(0, np.int16), np.empty(0, np.uint16), np.empty(0, np.int32))]
+        for batch in token_batches(dataset, kept, split):
+            tokens = tokens_of(batch, self.tokens_per_image)
+            wanted = pc.equal(batch.column("split"), split)
+            if config.tasks is not None:
+                wanted = pc.and_(wanted, pc.is_in(batch.column("task"), pa.array(config.tasks, pa.string())))
+            rows = np.flatnonzero(pc.fill_null(wanted, False).to_numpy(zero_copy_only=False)).astype(np.int32)
+            if not len(rows):
+                continue
+            ids = batch.column("pair_id").to_numpy()[rows]
+            part = np.full(len(rows), len(self._parts), np.uint16)
+            pieces.append(_Rows(ids, self._task_numbers(batch.column("task"))[rows], part, rows))
+            is_whole = tokens.shape[1] == picture_count(dataset)
+            self._parts.append(_Part(tokens, mapped if is_whole else in_memory))
+        return _Rows.joined(pieces)
+
+    def _task_numbers(self, tasks: pa.StringArray) -> NDArray[np.int16]:
+        """Return the number of each task in the list of names, to which new ones are added."""
+        encoded = tasks.dictionary_encode()
+        words = encoded.dictionary.to_pylist()
+        self._names += [word for word in words if word not in self._names]
+        numbers = np.array([self._names.index(word) for word in words], np.int16)
+        return numbers[encoded.indices.to_numpy()]
+
+
+def _index(pictures: NDArray[np.int64]) -> NDArray[np.int64] | slice:
+    """Return ``pictures`` as an index; evenly spaced ones as a slice, which is read faster."""
+    steps = np.diff(pictures)
+    if (steps == steps[0]).all():
+        return slice(int(pictures[0]), int(pictures[-1]) + 1, int(steps[0]))
+    return pictures
+
+
+def _shares(sources: Sequence[Source], counts: Sequence[int], order: NDArray[np.int64]) -> tuple[_Share, ...]:
+    """Return the share of every dataset; none where each pair is the query once in an epoch.
+
+    Args:
+        sources: The datasets.
+        counts: The rows of each, which follow each other before they are sorted.
+        order: Which row stands where after that, int64 [rows].
+    """
+    if _is_natural(sources):
+        return ()
+    source_of = np.repeat(np.arange(len(sources), dtype=np.uint8), counts)[order]
+    shares = []
+    for number, source in enumerate(sources):
+        rows = np.flatnonzero(source_of == number).astype(np.int32)
+        if len(rows):
+            shares.append(_Share(rows, _queries(source, len(rows))))
+    return tuple(shares)
+
+
+def _is_natural(sources: Sequence[Source]) -> bool:
+    return all(source.weight == 1.0 for source in sources)
+
+
+def _queries(source: Source, rows: int) -> int:
+    """Return how many of a dataset's rows are queries in an epoch."""
+    return max(1, round(source.weight * rows)) if rows else 0
