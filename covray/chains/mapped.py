@@ -39,14 +39,9 @@ def count_queries(sources: Sequence[Source], config: SentencesConfig, split: str
     return sum(_queries(source, count) for source, count in zip(sources, rows, strict=True))
 
 
-@dataclass(frozen=True)
-class _Part:
-    """A batch of rows of one dataset."""
-
-    tokens: NDArray[np.uint16]
-    """[rows, pictures, tokens per picture], mapped or in memory."""
-    pictures: dict[int, NDArray[np.int64] | slice]
-    """The pictures of a chain of each length, as an index of the second axis."""
+_Views = dict[int, list[NDArray[np.uint16]]]
+"""Of a batch of rows, the pictures of a chain of each length: views that follow each other, uint16 [rows, pictures,
+tokens of a picture], each of pictures that stand together. To copy these is faster than to index every picture."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +70,9 @@ class _Rows:
     tasks: NDArray[np.int16]
     """Indices of a list of names."""
     parts: NDArray[np.uint16]
-    """Indices of ``MappedChains.parts``."""
+    """Which batch of rows, mapped or in memory."""
     rows: NDArray[np.int32]
-    """Rows of the part."""
+    """Rows of the batch."""
 
     @classmethod
     def joined(cls, pieces: Sequence[_Rows]) -> _Rows:
@@ -105,7 +100,7 @@ class MappedChains:
                 for a sentence, or a shard cannot be used.
         """
         self.tokens_per_image = sources[0].dataset.tokens_per_image
-        self._parts: list[_Part] = []
+        self._parts: list[_Views] = []
         self._names: list[str] = []
         pieces = [self._read(source.dataset, config, split) for source in sources]
         found = _Rows.joined(pieces)
@@ -139,19 +134,17 @@ class MappedChains:
 
     def take(self, rows: NDArray[np.int64], length: int) -> NDArray[np.uint16]:
         """Return the chains of ``rows``, uint16 [rows, length, tokens per picture]."""
-        taken = np.empty((len(rows), length, self.tokens_per_image), np.uint16)
-        parts, part_of, row_of = self._parts, self._part_of, self._row_of
-        for number, row in enumerate(rows):
-            part = parts[part_of[row]]
-            taken[number] = part.tokens[row_of[row], part.pictures[length]]
-        return taken
+        pieces = []
+        for part, row in zip(self._part_of[rows].tolist(), self._row_of[rows].tolist(), strict=True):
+            for view in self._parts[part][length]:
+                pieces.append(view[row])
+        return np.concatenate(pieces).reshape(len(rows), length, self.tokens_per_image)
 
     def _read(self, dataset: ChainDataset, config: SentencesConfig, split: str) -> _Rows:
         """Return the rows that are needed of one dataset, and remember its batches and tasks."""
         stored = pictures_of(dataset, config)
         kept = np.unique(np.concatenate(list(stored.values())))
-        mapped = {length: _index(pictures) for length, pictures in stored.items()}
-        in_memory = {length: _index(np.searchsorted(kept, pictures)) for length, pictures in stored.items()}
+        in_memory = {length: np.searchsorted(kept, pictures) for length, pictures in stored.items()}
         pieces = [_Rows(np.empty(0, np.int64), np.empty(0, np.int16), np.empty(0, np.uint16), np.empty(0, np.int32))]
         for batch in token_batches(dataset, kept, split):
             tokens = tokens_of(batch, self.tokens_per_image)
@@ -165,7 +158,8 @@ class MappedChains:
             part = np.full(len(rows), len(self._parts), np.uint16)
             pieces.append(_Rows(ids, self._task_numbers(batch.column("task"))[rows], part, rows))
             is_whole = tokens.shape[1] == picture_count(dataset)
-            self._parts.append(_Part(tokens, mapped if is_whole else in_memory))
+            pictures = stored if is_whole else in_memory
+            self._parts.append({length: _views(tokens, places) for length, places in pictures.items()})
         return _Rows.joined(pieces)
 
     def _task_numbers(self, tasks: pa.StringArray) -> NDArray[np.int16]:
@@ -177,12 +171,10 @@ class MappedChains:
         return numbers[encoded.indices.to_numpy()]
 
 
-def _index(pictures: NDArray[np.int64]) -> NDArray[np.int64] | slice:
-    """Return ``pictures`` as an index; evenly spaced ones as a slice, which is read faster."""
-    steps = np.diff(pictures)
-    if (steps == steps[0]).all():
-        return slice(int(pictures[0]), int(pictures[-1]) + 1, int(steps[0]))
-    return pictures
+def _views(tokens: NDArray[np.uint16], pictures: NDArray[np.int64]) -> list[NDArray[np.uint16]]:
+    """Return the views of ``tokens`` [rows, pictures, tokens of a picture] that make up the ``pictures``, ascending."""
+    runs = np.split(pictures, np.flatnonzero(np.diff(pictures) != 1) + 1)
+    return [tokens[:, run[0] : run[-1] + 1] for run in runs]
 
 
 def _shares(sources: Sequence[Source], counts: Sequence[int], order: NDArray[np.int64]) -> tuple[_Share, ...]:

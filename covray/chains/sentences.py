@@ -8,6 +8,7 @@ cursor, says how far a training is.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -246,6 +247,8 @@ class Sentences:
         # Two epochs: a step may lie across the end of one.
         self._epoch = lru_cache(maxsize=2)(self._sample)
         self._loss_at = cache(self._find_loss)  # of every shape of sentence
+        shapes = list(itertools.product(_lengths(config), config.pairs))
+        self._only_shape = shapes[0] if len(shapes) == 1 else None  # asked for several times a sentence
 
     def __len__(self) -> int:
         """Return the queries of an epoch."""
@@ -253,6 +256,8 @@ class Sentences:
 
     def shape(self, index: int) -> tuple[int, int]:
         """Return the pictures of a chain and the example pairs of the sentence."""
+        if self._only_shape is not None:
+            return self._only_shape
         number, position = divmod(index, len(self))
         epoch = self._epoch(number)
         return int(epoch.lengths[position]), int(epoch.pairs[position])
