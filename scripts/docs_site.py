@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import posixpath
 import re
 from collections.abc import Mapping
@@ -31,6 +32,10 @@ PROJECT_PAGES = (
 """Files outside ``docs/`` that are pages of the site, below ``project/``."""
 _FENCE = re.compile(r"(^```.*?^```[ ]*$)", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
+_LOADED = re.compile(
+    r'<(?:script|img|iframe|link rel="(?:stylesheet|preconnect|icon)")[^>]*(?:src|href)="(https?:[^"]+)"'
+)
+_LOG = logging.getLogger("mkdocs.hooks")
 _IMAGE = re.compile(r'<img alt="([^"]*)"[^>]* src="data:image/png;base64,([^"]+)">')
 
 
@@ -96,6 +101,18 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Make the repository's links in a page links of the site."""
     pages = {file.src_uri for file in files}
     return site_links(markdown, page.file.src_uri, pages)
+
+
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
+    """Warn, which a strict build takes for an error, where a page makes a browser ask another host."""
+    for address in outside_requests(output):
+        _LOG.warning("%s: loads %s; a page of the site asks no other host", page.file.src_uri, address)
+    return output
+
+
+def outside_requests(html: str) -> list[str]:
+    """Return the addresses of other hosts that a browser loads with a page, links to click left out."""
+    return _LOADED.findall(html)
 
 
 def site_links(markdown: str, page: str, pages: set[str]) -> str:

@@ -440,7 +440,7 @@ def shown(text: str) -> Iterator[list[str]]:
 
 SHOWN = [
     pytest.param(words, id=f"{path.name}-{number}")
-    for path in (PAGE, *sorted(CLUSTER.rglob("*.yaml")))
+    for path in (PAGE, *sorted((ROOT / "docs" / "tutorials").glob("*.md")), *sorted(CLUSTER.rglob("*.yaml")))
     for number, words in enumerate(shown(path.read_text()))
 ]
 

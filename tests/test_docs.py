@@ -151,3 +151,16 @@ def test_every_option_that_a_message_names_exists() -> None:
                 if option not in shown:
                     unknown.append(f"{file.relative_to(ROOT)}:{node.lineno}: {option}")
     assert unknown == []
+
+
+@pytest.mark.parametrize(
+    ("html", "outside"),
+    [
+        ('<script defer src="https://a.org/x.js">', ["https://a.org/x.js"]),
+        ('<link rel="preconnect" href="https://fonts.org" crossorigin>', ["https://fonts.org"]),
+        ('<img alt="a" src="https://a.org/b.png">', ["https://a.org/b.png"]),
+        ('<a href="https://a.org">a</a><img src="b.png"><link rel="canonical" href="https://a.org">', []),
+    ],
+)
+def test_what_a_page_loads_from_elsewhere_is_found(html: str, outside: list[str]) -> None:
+    assert docs_site.outside_requests(html) == outside
