@@ -175,8 +175,8 @@ class ActorsConfig(Section):
 
 
 _YOUNGER_SAMPLING = {
-    "keep": 1.0, "vote": 1, "decoder": None, "window": "auto", "block": None, "passes": None, "unmask": "even",
-    "threshold": None,
+    "keep": 1.0, "vote": 1, "decoder": None, "window": "auto", "relax": 0.0, "block": None, "passes": None,
+    "unmask": "even", "threshold": None,
 }  # fmt: skip
 """Fields of sampling that the first version did not have, and their defaults."""
 
@@ -227,6 +227,9 @@ class SamplingConfig(Section):
     window: Literal["auto"] | Annotated[int, Field(ge=2, le=1024)] = "auto"
     """Tokens that ``jacobi`` reads a pass. ``auto`` times a few passes and takes the fastest; where that is the
     sequential decoder, it is used."""
+    relax: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Probability that a draft of ``jacobi`` may take over from codes that look like it (LANTERN): fewer passes, other
+    tokens. 0: the tokens of ``sequential``."""
     block: int | None = Field(default=None, ge=1, le=8192)
     """Tokens of a block of ``block_diffusion``, a divisor of a picture's. Null: as the run was trained."""
     passes: int | None = Field(default=None, ge=1, le=8192)
@@ -246,6 +249,10 @@ class SamplingConfig(Section):
             raise ValueError("vote: joins all candidates, best_of takes the likeliest; set one of them to 1")
         if self.keep < 1 and self.best_of == 1:
             raise ValueError("keep: is a share of the candidates of best_of; set best_of too")
+        if self.relax and (self.decoder != "jacobi" or self.window == "auto"):
+            raise ValueError(
+                "relax: is of decoder: jacobi with a window that is set, as its tokens depend on the window"
+            )
         return self
 
     @model_serializer(mode="wrap")

@@ -58,7 +58,8 @@ class LoadedModel:
         model = load_backbone(source.facts, source.backbone, lora, dtype=dtype, device=device, seed=source.seed)
         if source.adapter is not None:
             load_adapter_tensors(model, source.adapter[1])
-        return cls(model, LvmDecoder(model, tokenizer.codes, tokenizer.tokens_per_image, batch))
+        decoder = LvmDecoder(model, tokenizer.codes, tokenizer.tokens_per_image, batch, tokenizer.codebook)
+        return cls(model, decoder)
 
     @torch.inference_mode()
     def answer_nats(self, before: np.ndarray, answer: np.ndarray) -> float:

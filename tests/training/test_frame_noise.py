@@ -15,7 +15,8 @@ from covray.config import FrameNoiseConfig, TrainConfig
 from covray.errors import ConfigError
 from covray.models.lvm.decoding.decoder import LvmDecoder
 from covray.models.lvm.model import Batch
-from covray.training.objectives.frame_noise import NEIGHBOURS, codebook_neighbours, load_codebook
+from covray.models.tokenizer.vqgan import codebook_neighbours
+from covray.training.objectives.frame_noise import NEIGHBOURS, load_codebook
 from covray.training.objectives.visual_sentences import VisualSentences, end_of_training
 from covray.training.run import train
 from covray.training.worker import Signal, WorkerContext

@@ -172,6 +172,25 @@ def load_tokenizer(config: TokenizerConfig, engine: EngineConfig) -> Tokenizer:
     return Tokenizer(model, size_px, engine.image_batch, fingerprint, _is_signed(folder))
 
 
+def codebook_neighbours(codebook: np.ndarray, count: int) -> np.ndarray:
+    """Return the ``count`` codes nearest to each code by Euclidean distance, itself left out, int64 [codes, count].
+
+    Of equal distances the smaller code comes first; a small codebook repeats its codes.
+
+    Args:
+        codebook: float32 [codes, dimensions].
+        count: Neighbours of each code.
+    """
+    squares = np.square(codebook, dtype=np.float64).sum(1)
+    columns = np.arange(count) % (len(codebook) - 1)
+    nearest = np.empty((len(codebook), count), np.int64)
+    for code, vector in enumerate(codebook.astype(np.float64)):
+        distances = squares - 2 * (codebook @ vector)  # but for a constant
+        distances[code] = np.inf
+        nearest[code] = np.argsort(distances, kind="stable")[columns]
+    return nearest
+
+
 def require_same_codebook(expected: str, found: str, what: str) -> None:
     """Refuse tokens of another codebook: an id then means another patch, and nothing else would show it.
 

@@ -26,7 +26,7 @@ from covray.chains.dataset import ChainDataset
 from covray.chains.sentences import Sentences
 from covray.config import EngineConfig, TokenizerConfig, TrainConfig
 from covray.models.lvm.model import Batch, Lvm
-from covray.models.tokenizer.vqgan import load_tokenizer
+from covray.models.tokenizer.vqgan import codebook_neighbours, load_tokenizer
 from covray.seeds import seed_of
 from covray.training.objectives.own_frames import OwnFrames
 
@@ -124,22 +124,3 @@ def load_codebook(dataset: ChainDataset) -> np.ndarray:
     tokenizer = load_tokenizer(config, EngineConfig(device="cpu"))
     require_same_tokens(dataset, tokenizer, f"sentences.frame_noise: the dataset's tokenizer {config.path}")
     return tokenizer.codebook
-
-
-def codebook_neighbours(codebook: np.ndarray, count: int) -> np.ndarray:
-    """Return the ``count`` codes nearest to each code by Euclidean distance, itself left out, int64 [codes, count].
-
-    Of equal distances the smaller code comes first; a small codebook repeats its codes.
-
-    Args:
-        codebook: float32 [codes, dimensions].
-        count: Neighbours of each code.
-    """
-    squares = np.square(codebook, dtype=np.float64).sum(1)
-    columns = np.arange(count) % (len(codebook) - 1)
-    nearest = np.empty((len(codebook), count), np.int64)
-    for code, vector in enumerate(codebook.astype(np.float64)):
-        distances = squares - 2 * (codebook @ vector)  # but for a constant
-        distances[code] = np.inf
-        nearest[code] = np.argsort(distances, kind="stable")[columns]
-    return nearest

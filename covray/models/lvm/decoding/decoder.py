@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from covray.config import SamplingConfig
+from covray.errors import ConfigError
 from covray.models.lvm.decoding.base import (
     GREEDY,
     Decoded,
@@ -32,11 +33,15 @@ from covray.models.lvm.decoding.base import (
     require_context,
 )
 from covray.models.lvm.decoding.block_diffusion import require_block_diffusion, write_blocks
-from covray.models.lvm.decoding.jacobi import WIDTHS, fastest_window, write_jacobi
+from covray.models.lvm.decoding.jacobi import WIDTHS, Relaxation, fastest_window, write_jacobi
 from covray.models.lvm.decoding.reader import KeysValues, Reader
 from covray.models.lvm.decoding.sequential import write_sequentially
 from covray.models.lvm.model import Lvm
 from covray.models.sampling import BatchNoise, RowNoise
+from covray.models.tokenizer.vqgan import codebook_neighbours
+
+_NEIGHBOURS = 100
+"""Codes that a draft may stand for besides itself."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +59,9 @@ class _Row:
 class LvmDecoder:
     """Writes pictures with ``model``, ``batch`` rows at a time; see ``base.Decoder``. Fewer rows are padded."""
 
-    def __init__(self, model: Lvm, codes: int, tokens_per_image: int, batch: int = 16):
+    def __init__(
+        self, model: Lvm, codes: int, tokens_per_image: int, batch: int = 16, codebook: np.ndarray | None = None
+    ):
         """Take the model; nothing of it is changed.
 
         Args:
@@ -62,11 +69,13 @@ class LvmDecoder:
             codes: Image codes of the vocabulary; ids from there on are never written.
             tokens_per_image: Tokens of a picture.
             batch: Rows of a pass.
+            codebook: Of the tokenizer, [codes, width]; only ``sampling.relax`` needs it.
         """
         self.codes, self.tokens_per_image, self.batch = codes, tokens_per_image, batch
         self._reader = Reader(model, codes, batch)
         self._diffusion = None if model.lora is None else model.lora.diffusion
         self.context_tokens = self._reader.context_tokens
+        self._codebook = codebook
         self._windows: dict[tuple[int, int, bool], int] = {}
 
     @property
@@ -207,7 +216,19 @@ class LvmDecoder:
         window = self._window(pending) if strategy == "jacobi" else 1
         if window == 1:
             return write_sequentially(self._reader, pending)
-        return write_jacobi(self._reader, pending, window)
+        return write_jacobi(self._reader, pending, window, self._relaxation(pending.sampling.relax))
+
+    def _relaxation(self, mass: float) -> Relaxation | None:
+        """Return when a draft may stand for another token; None: never."""
+        return Relaxation(self._neighbours, mass) if mass else None
+
+    @functools.cached_property
+    def _neighbours(self) -> Tensor:
+        """The codes nearest to each code, int64 [codes, n]."""
+        if self._codebook is None:
+            raise ConfigError("sampling.relax: needs the tokenizer's codebook; set it to 0")
+        count = min(_NEIGHBOURS, len(self._codebook) - 1)
+        return torch.from_numpy(codebook_neighbours(self._codebook, count)).to(self._reader.device)
 
     def _window(self, pending: PendingRows) -> int:
         """Return the window of a Jacobi decoding; ``auto`` is decided once for every length of prompt and answer."""

@@ -12,6 +12,9 @@ al., arXiv:2305.10427; for image tokens Teng et al., arXiv:2410.01699). When sam
 over the passes (see ``sampling``): a token is then a function of its past, as in greedy decoding, and the same holds.
 Speculative sampling would need the drafts' distributions; this needs none.
 
+With ``sampling.relax`` a draft also stands where its neighbours in the codebook include the model's token (LANTERN,
+arXiv:2410.03355): fewer passes, and other tokens.
+
 Equality is that of float32 arithmetic: a pass of another shape changes the last bits of the logits, so that tokens can
 differ where two sums of logit and noise are equal up to rounding.
 """
@@ -20,6 +23,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -33,15 +37,41 @@ and sampled, seven tasks. A window of 1 is the sequential decoder."""
 _TIMED_PASSES = 3
 
 
-def write_jacobi(reader: Reader, pending: PendingRows, window: int) -> Iterator[FinishedImage]:
+@dataclass(frozen=True, eq=False)
+class Relaxation:
+    """When a draft may stand for the token that the model would write in its place."""
+
+    neighbours: Tensor
+    """The codes nearest to each code, the nearest first, int64 [codes, n]."""
+    mass: float
+    """Probability that a draft may take over from its nearest neighbours: the distribution of a token changes by as
+    much in total variation, at most."""
+
+    def accepts(self, logits: Tensor, drafts: Tensor, chosen: Tensor) -> Tensor:
+        """Return which drafts stand for what was chosen, bool [batch, n].
+
+        Args:
+            logits: Of the places, float32 [batch, n, codes].
+            drafts: int64 [batch, n].
+            chosen: What the model would write, int64 [batch, n].
+        """
+        near = self.neighbours[drafts]  # [batch, n, neighbours]
+        taken = logits.softmax(-1).gather(-1, near).cumsum(-1) <= self.mass
+        return ((near == chosen[..., None]) & taken).any(-1)
+
+
+def write_jacobi(
+    reader: Reader, pending: PendingRows, window: int, relaxation: Relaxation | None = None
+) -> Iterator[FinishedImage]:
     """Write the pictures of a batch by windows of ``window`` tokens, and yield each once its row has finished it.
 
     Args:
         reader: The model.
         pending: The batch; its caches have room for ``window - 1`` tokens more than are written.
         window: Tokens of a row that are read in a pass, at least 2.
+        relaxation: When a draft may stand for another token; None: never.
     """
-    rows = _Rows(reader, pending, window)
+    rows = _Rows(reader, pending, window, relaxation)
     size = pending.tokens_per_image
     while True:
         before = [count // size for count in rows.final]
@@ -58,8 +88,9 @@ def write_jacobi(reader: Reader, pending: PendingRows, window: int) -> Iterator[
 class _Rows:
     """How far each row is, its tokens, and the logits of its window."""
 
-    def __init__(self, reader: Reader, pending: PendingRows, window: int):
+    def __init__(self, reader: Reader, pending: PendingRows, window: int, relaxation: Relaxation | None):
         self._reader, self._pending, self._window = reader, pending, window
+        self._relaxation = relaxation
         batch, device = reader.batch, reader.device
         # Behind the last place lie those of the last window's drafts, which never count.
         self.ids = torch.zeros((batch, pending.steps + window), dtype=torch.int64, device=device)
@@ -77,9 +108,13 @@ class _Rows:
         places = first[:, None] + torch.arange(width, device=first.device)  # [batch, width]
         noise = None if pending.noise is None else pending.noise.read(self._starts(), width)
         chosen = pending.choose(self._logits, places, noise)  # [batch, width]
-        likelihood = self._logits.gather(2, chosen[..., None])[..., 0] - self._logits.logsumexp(2)
         # The drafts of a window are the tokens that stand at its places, but for the last place, which had none.
-        right = self.ids[self._number, places[:, :-1]] == chosen[:, :-1]
+        drafts = self.ids[self._number, places[:, :-1]]
+        if self._relaxation is not None:
+            stands = self._relaxation.accepts(self._logits[:, :-1], drafts, chosen[:, :-1])
+            chosen[:, :-1] = torch.where(stands, drafts, chosen[:, :-1])
+        likelihood = self._logits.gather(2, chosen[..., None])[..., 0] - self._logits.logsumexp(2)
+        right = drafts == chosen[:, :-1]
         accepted = 1 + right.long().cumprod(1).sum(1)  # [batch], 1 .. width
         self.ids[self._number, places] = chosen
         self.log_p[self._number, places] = likelihood

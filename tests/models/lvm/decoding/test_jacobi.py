@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from covray.config import BackboneConfig, EvaluateConfig, LoraConfig, SamplingConfig
 from covray.models.lvm.backbone import backbone_facts, load_backbone
 from covray.models.lvm.decoding import decoder as decoder_module
 from covray.models.lvm.decoding.decoder import LvmDecoder
+from covray.models.lvm.decoding.jacobi import Relaxation
 from covray.models.lvm.model import Lvm
 from tests.support.backbones import CODES, load, write_llama
 
@@ -168,3 +170,37 @@ def test_an_identity_without_a_decoder_is_that_of_earlier_versions() -> None:
     faster = EvaluateConfig.model_validate(base | {"sampling": {"decoder": "jacobi", "window": 8}})
     assert faster.identity()["sampling"]["decoder"] == "jacobi"
     assert faster.identity()["sampling"]["window"] == 8
+
+
+CODEBOOK = np.random.default_rng(5).normal(size=(CODES, 4)).astype(np.float32)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_relaxed_drafts_cost_fewer_passes_and_take_over_from_near_codes_only(model: Lvm, temperature: float) -> None:
+    options = {"temperature": temperature}
+    whole = LvmDecoder(model, CODES, TOKENS, 4, CODEBOOK)
+    exact = whole.decode(PROMPT, QUERIES, IMAGES, jacobi(4, options))
+    of_exact = whole.passes
+    nothing = whole.decode(PROMPT, QUERIES, IMAGES, jacobi(4, options | {"relax": 1e-12}))
+    assert np.array_equal(nothing.ids, exact.ids), "no code is as unlikely as that"
+    before = whole.passes
+    relaxed = whole.decode(PROMPT, QUERIES, IMAGES, jacobi(4, options | {"relax": 0.2}))
+    assert whole.passes - before < of_exact
+    assert not np.array_equal(relaxed.ids, exact.ids)
+    again = LvmDecoder(model, CODES, TOKENS, 4, CODEBOOK)
+    alone = again.decode(PROMPT, QUERIES[:1], IMAGES, jacobi(4, options | {"relax": 0.2}))
+    assert np.array_equal(alone.ids[0], relaxed.ids[0]), "as among others"
+
+
+def test_a_draft_takes_over_up_to_its_mass() -> None:
+    neighbours = torch.tensor([[1, 2, 3], [0, 2, 3], [3, 1, 0], [2, 1, 0]])
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()[None, None].expand(1, 3, 4)
+    drafts, chosen = torch.tensor([[0, 0, 0]]), torch.tensor([[1, 2, 3]])
+    for mass, accepted in ((0.29, [False] * 3), (0.31, [True, False, False]), (0.51, [True, True, False])):
+        assert Relaxation(neighbours, mass).accepts(logits, drafts, chosen)[0].tolist() == accepted
+
+
+def test_relaxation_is_refused_where_its_tokens_would_depend_on_a_clock() -> None:
+    for options in ({}, {"decoder": "jacobi"}, {"window": 8}):
+        with pytest.raises(ValidationError, match="relax: is of decoder: jacobi with a window that is set"):
+            SamplingConfig.model_validate(options | {"relax": 0.1})
