@@ -50,3 +50,10 @@ def current() -> str | None:
     """Return what the innermost stage says; None outside of stages, and while a block shows its progress itself."""
     stages = list(_stages)  # another thread may change the list
     return None if _displays or not stages else stages[-1].text
+
+
+def time_left(seconds: float) -> str:
+    """Return ``seconds`` in the unit that a reader waits in."""
+    if seconds < 90:
+        return f"{seconds:.0f} s left"
+    return f"{seconds / 60:.0f} min left" if seconds < 5400 else f"{seconds / 3600:.1f} h left"

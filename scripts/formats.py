@@ -18,6 +18,7 @@ from covray.evaluation.records import EvaluationRecord, EvaluationResults, VlmEv
 from covray.generation.records import GenerationRecord
 from covray.io.records import Record, RecordPart
 from covray.models.aligner.records import AlignerRecord
+from covray.pairs.records import PairsRecord
 from covray.sweeps.records import SweepRecord, SweepResults, TrialRecord
 from covray.training.records import CheckpointRecord, RunRecord, TrainResult
 
@@ -26,7 +27,7 @@ RECORDS: dict[str, type[Record]] = {
     record.__name__: record
     for record in (
         DatasetRecord, Audit, Claim, RunRecord, TrainResult, CheckpointRecord, GenerationRecord, EvaluationRecord,
-        EvaluationResults, VlmEvaluationRecord, SweepRecord, TrialRecord, SweepResults, AlignerRecord,
+        EvaluationResults, VlmEvaluationRecord, SweepRecord, TrialRecord, SweepResults, AlignerRecord, PairsRecord,
     )
 }  # fmt: skip
 """Every record of the page."""

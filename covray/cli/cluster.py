@@ -29,6 +29,8 @@ STEPS: dict[str, StepOptions[Any]] = {
     "serve": SERVE,
 }
 """The steps that can be submitted, with the options that make their configuration."""
+PAIRS = "pairs"
+"""Can be submitted, too; it has no configuration, and its arguments are the job's."""
 
 _STATUS_STYLES = {"problem": "red", "note": "yellow", "ok": "dim"}
 """Style of what the doctor finds, the worst first."""
@@ -36,7 +38,7 @@ _STATUS_STYLES = {"problem": "red", "note": "yellow", "ok": "dim"}
 
 def submit(
     context: typer.Context,
-    step: Annotated[str, typer.Argument(metavar="build|train|evaluate|sweep|serve", help="Its options follow it.")],
+    step: Annotated[str, typer.Argument(metavar="pairs|build|train|evaluate|sweep|serve", help="Its options follow.")],
     address: Annotated[
         str | None, typer.Option(help="Address of the dashboard; by default RAY_API_SERVER_ADDRESS, or this machine's.")
     ] = None,
@@ -44,12 +46,16 @@ def submit(
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Show the job's output, and end as it does.")] = True,
 ) -> None:
     """Run a step on a Ray cluster: checked here first, then sent with this very covray. Its paths are the cluster's."""
-    if step not in STEPS:
-        raise ConfigError(f"{step}: cannot be submitted; give one of {', '.join(STEPS)}")
+    if step not in (PAIRS, *STEPS):
+        raise ConfigError(f"{step}: cannot be submitted; give one of {PAIRS}, {', '.join(STEPS)}")
     arguments = list(context.args)
     if "--plan" in arguments:
         raise ConfigError("--plan: needs no cluster; run it here, without submit")
-    config = submitted_config(context, step, arguments)
+    if step == PAIRS:
+        config = None
+        require_actors(context, arguments)
+    else:
+        config = submitted_config(context, step, arguments)
     # The job's configuration is sent as a file, so of the options only those remain that are no part of it.
     options = arguments
     if config is not None:
@@ -61,6 +67,21 @@ def submit(
             step, config, options, address=address, submission_id=submission_id, wait=wait, console=console
         )
     raise typer.Exit(code)
+
+
+def require_actors(context: typer.Context, arguments: list[str]) -> None:
+    """Parse ``covray pairs ARGUMENTS``, and refuse what would not be made by actors.
+
+    Raises:
+        ConfigError: There is no such source, or ``--actors`` is missing.
+    """
+    sources = context.find_root().command.commands[PAIRS].commands  # type: ignore[attr-defined]
+    source = arguments[0] if arguments else ""
+    if source not in sources:
+        raise ConfigError(f"pairs {source}: no such source; give one of {', '.join(sources)}")
+    parsed = sources[source].make_context(f"covray submit pairs {source}", arguments[1:])
+    if parsed.params.get("actors") is None:
+        raise ConfigError(f"pairs {source}: is made in one process; give --actors, or run it here without submit")
 
 
 def submitted_config(context: typer.Context, step: str, arguments: list[str]) -> Section | None:

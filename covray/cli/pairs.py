@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -17,7 +19,7 @@ from covray.cli.completion import complete_tasks
 from covray.cli.options import Json, OutManifest, Seed, shares, split_commas
 from covray.cli.output import console, escape
 from covray.errors import ConfigError
-from covray.progress import own_display, stage
+from covray.progress import own_display, stage, time_left
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -44,9 +46,20 @@ Base = Annotated[
 ]
 Count = Annotated[int | None, typer.Option("--count", min=1, help="Draw so many, by the seed; all by default.")]
 
+Actors = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Make them on so many actors of Ray, here or on the cluster of RAY_ADDRESS; killed, the same command "
+        "continues. By default this process makes them.",
+    ),
+]
+
 
 def photos(
-    folder: Annotated[str, typer.Argument(help="Any folder of photographs.")],
+    folder: Annotated[
+        list[str], typer.Argument(help="Any folders of photographs, or patterns such as '2024/**/*.jpg'.")
+    ],
     out: OutManifest,
     task: Task = None,
     size: Annotated[int, typer.Option(min=16, max=4096, help="Shorter side is shrunk to this many pixels.")] = 512,
@@ -54,14 +67,16 @@ def photos(
     count: Count = None,
     seed: Seed = 0,
     base: Base = None,
+    actors: Actors = None,
     json_: Json = False,
 ) -> None:
     """Photographs label themselves: colorization, edges, low light."""
+    from covray.pairs.photographs import root_of
     from covray.pairs.photos import PHOTO_TASKS, photo_pairs
 
     chosen = split_commas(task) or list(PHOTO_TASKS)
     pairs = photo_pairs(folder, chosen, size, shares(splits), seed, count)
-    _write_drawn(out, folder, base, pairs, count and count * len(set(chosen)), json_)
+    _write_drawn(out, root_of(folder), base, pairs, count and count * len(set(chosen)), json_, actors)
 
 
 def scenes(
@@ -150,12 +165,13 @@ def coco(
     count: Count = None,
     seed: Seed = 0,
     base: Base = None,
+    actors: Actors = None,
     json_: Json = False,
 ) -> None:
     """COCO 2017: classes of the panoptic or stuff labels, or people's skeletons."""
     from covray.pairs.coco import coco_pairs
 
-    _write_drawn(out, root, base, coco_pairs(root, task, labels, split, count, seed), count, json_)
+    _write_drawn(out, root, base, coco_pairs(root, task, labels, split, count, seed), count, json_, actors)
 
 
 def nyuv2(
@@ -166,12 +182,13 @@ def nyuv2(
     count: Count = None,
     seed: Seed = 0,
     base: Base = None,
+    actors: Actors = None,
     json_: Json = False,
 ) -> None:
     """NYU Depth v2: depth in metres, or surface normals."""
     from covray.pairs.nyuv2 import nyuv2_pairs
 
-    _write_drawn(out, root, base, nyuv2_pairs(root, task, split, count, seed), count, json_)
+    _write_drawn(out, root, base, nyuv2_pairs(root, task, split, count, seed), count, json_, actors)
 
 
 def bsds(
@@ -185,12 +202,13 @@ def bsds(
     count: Count = None,
     seed: Seed = 0,
     base: Base = None,
+    actors: Actors = None,
     json_: Json = False,
 ) -> None:
     """BSDS500, or HED-BSDS: the edges that people drew."""
     from covray.pairs.bsds import bsds_pairs
 
-    _write_drawn(out, root, base, bsds_pairs(root, split, share, listing, count, seed), count, json_)
+    _write_drawn(out, root, base, bsds_pairs(root, split, share, listing, count, seed), count, json_, actors)
 
 
 def lol(
@@ -200,12 +218,13 @@ def lol(
     count: Count = None,
     seed: Seed = 0,
     base: Base = None,
+    actors: Actors = None,
     json_: Json = False,
 ) -> None:
     """LOL: photographs in the dark and in good light."""
     from covray.pairs.lol import lol_pairs
 
-    _write_drawn(out, root, base, lol_pairs(root, split, count, seed), count, json_)
+    _write_drawn(out, root, base, lol_pairs(root, split, count, seed), count, json_, actors)
 
 
 def from_plugin(
@@ -216,13 +235,14 @@ def from_plugin(
     count: Count = None,
     seed: Seed = 0,
     base: Base = None,
+    actors: Actors = None,
     json_: Json = False,
 ) -> None:
     """A data set that another installed package knows."""
     from covray.pairs.plugin_sources import pair_sources
 
     pairs = pair_sources().find(source)(root, split=split, count=count, seed=seed)
-    _write_drawn(out, root, base, iter(pairs), count, json_)
+    _write_drawn(out, root, base, pairs, count, json_, actors)
 
 
 def check(
@@ -279,15 +299,36 @@ def _sizes(counts: Counter[str]) -> str:
     return counts.most_common(1)[0][0] + (f" and {others} others" if others else "")
 
 
-def _write_drawn(out: str, root: str, base: str | None, pairs: Iterator[Pair], count: int | None, json_: bool) -> None:
+def _write_drawn(
+    out: str, root: str, base: str | None, pairs: Iterable[Pair], count: int | None, json_: bool, actors: int | None
+) -> None:
     """Write the ``pairs`` of a data set below ``root``, with paths below ``base`` if that is given."""
     from covray.pairs.sources import rebased
 
     placed = pairs if base is None else rebased(pairs, root, base)
-    _write_manifest(out, base or root, _checked(placed, count), json_, count)
+    with _made(placed, out, actors) as made:
+        _write_manifest(out, base or root, _checked(made, count), json_, count)
 
 
-def _checked(pairs: Iterator[Pair], count: int | None, examples: int = 0) -> Iterator[Pair]:
+@contextmanager
+def _made(pairs: Iterable[Pair], out: str, actors: int | None) -> Iterator[Iterable[Pair]]:
+    """Give ``pairs``, made by ``actors`` where a number is given, for the length of the block that writes ``out``."""
+    from covray.pairs.manifest import manifest_place
+    from covray.pairs.work import PairWork
+
+    if actors is None:
+        yield pairs
+        return
+    if not isinstance(pairs, PairWork):
+        raise ConfigError("--actors: this source makes its pairs one after another; leave --actors out")
+    manifest_place(out)
+    from covray.distributed.pairs import pairs_on_ray  # Ray takes seconds to import: only where it is needed
+
+    with pairs_on_ray(pairs, out, actors) as made:
+        yield made
+
+
+def _checked(pairs: Iterable[Pair], count: int | None, examples: int = 0) -> Iterator[Pair]:
     """Yield ``pairs``; then warn if there are fewer than ``count``, and of those that cannot be used.
 
     Args:
@@ -318,7 +359,7 @@ def _checked(pairs: Iterator[Pair], count: int | None, examples: int = 0) -> Ite
 def _write_manifest(
     out: str,
     root: str | None,
-    pairs: Iterator[Pair],
+    pairs: Iterable[Pair],
     json_: bool,
     total: int | None = None,
     captions: bool = False,
@@ -353,7 +394,7 @@ def _write_manifest(
     console.print(f"{info.rows} pairs in {escape(out)}{note}", soft_wrap=True)
 
 
-def _shown(pairs: Iterator[Pair], total: int | None) -> Iterator[Pair]:
+def _shown(pairs: Iterable[Pair], total: int | None) -> Iterator[Pair]:
     """Yield ``pairs``; show how many there are so far, by a bar on a terminal."""
     if sys.stderr.isatty():
         from rich.progress import track
@@ -362,7 +403,15 @@ def _shown(pairs: Iterator[Pair], total: int | None) -> Iterator[Pair]:
             yield from track(pairs, "pairs", total=total, console=Console(stderr=True))
         return
     with stage("making pairs") as making:
-        of_total = "" if total is None else f" of {total}"
+        began = time.monotonic()
         for number, pair in enumerate(pairs, start=1):
-            making.say(f"{number}{of_total} pairs made")
+            making.say(_progress_text(number, total, time.monotonic() - began))
             yield pair
+
+
+def _progress_text(number: int, total: int | None, seconds: float) -> str:
+    """Return how many pairs are made, how fast, and how long the others take."""
+    rate = number / max(seconds, 1e-3)
+    if total is None:
+        return f"{number} pairs made, {rate:.1f}/s"
+    return f"{number} of {total} pairs made, {rate:.1f}/s, {time_left((total - number) / rate)}"

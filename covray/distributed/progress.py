@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from covray.distributed.session import here
-from covray.progress import own_display
+from covray.progress import own_display, time_left
 
 POLL_S = 0.5
 """A bar is drawn again this often."""
@@ -249,10 +249,3 @@ class PoolProgress:
         if self._first is None or self._written <= self._first[1]:
             return 0.0
         return (self._written - self._first[1]) / (time.monotonic() - self._first[0])
-
-
-def time_left(seconds: float) -> str:
-    """Return ``seconds`` in the unit that a reader waits in."""
-    if seconds < 90:
-        return f"{seconds:.0f} s left"
-    return f"{seconds / 60:.0f} min left" if seconds < 5400 else f"{seconds / 3600:.1f} h left"

@@ -12,7 +12,6 @@ import os
 import posixpath
 import struct
 import zlib
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -24,8 +23,9 @@ from covray.errors import ConfigError, ManifestError, PairError
 from covray.io.codecs.raster import turned
 from covray.io.images import MAX_PIXELS, load_picture
 from covray.pairs.label_files import read_label_file
-from covray.pairs.manifest import Pair, Picture
+from covray.pairs.manifest import Picture
 from covray.pairs.sources import Entry, as_utf8, labelled, list_below, read_file
+from covray.pairs.work import PairWork
 from covray.tasks import edges
 
 SPLITS = ("train", "val", "test")
@@ -57,7 +57,7 @@ def bsds_pairs(
     listing: str | None = None,
     count: int | None = None,
     seed: int = 0,
-) -> Iterator[Pair]:
+) -> PairWork:
     """Return edge pairs of BSDS500, or of a list such as HED-BSDS's. A pixel is white where enough annotators drew it.
 
     BSDS500 has 200 pairs of train, 100 of val and 200 of test: ``images/{split}/*.jpg`` and

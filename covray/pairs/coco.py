@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
@@ -17,8 +17,9 @@ from covray.errors import ConfigError, ManifestError, PairError
 from covray.io import storage
 from covray.io.images import MAX_PIXELS, load_picture
 from covray.pairs.label_files import read_label_file, read_levels
-from covray.pairs.manifest import Pair, Picture
+from covray.pairs.manifest import Picture
 from covray.pairs.sources import Entry, as_utf8, draw, labelled, list_below, read_file, require
+from covray.pairs.work import PairWork
 from covray.tasks import pose, segmentation
 
 SPLITS = ("train", "val")
@@ -128,7 +129,7 @@ def coco_pairs(
     split: str = "train",
     count: int | None = None,
     seed: int = 0,
-) -> Iterator[Pair]:
+) -> PairWork:
     """Return pairs of COCO 2017. Images are ``{split}2017/*.jpg``; labels lie over their pixels as stored.
 
     - segmentation, ``panoptic``: ``annotations/panoptic_{split}2017.json`` and the PNGs in the folder of that name.

@@ -7,23 +7,21 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 from covray.errors import ConfigError
 from covray.io.images import decode, load_picture
-from covray.pairs.manifest import Pair, Picture
+from covray.pairs.manifest import Picture
 from covray.pairs.sources import Entry, labelled, list_below
+from covray.pairs.work import PairWork
 
 FOLDERS = {"train": "our485", "test": "eval15"}
 SPLITS = tuple(FOLDERS)
 
 
-def lol_pairs(
-    root: str | os.PathLike[str], split: str = "train", count: int | None = None, seed: int = 0
-) -> Iterator[Pair]:
+def lol_pairs(root: str | os.PathLike[str], split: str = "train", count: int | None = None, seed: int = 0) -> PairWork:
     """Return low-light pairs of LOL: 485 of split train, 15 of test.
 
     ``our485/low/N.png`` and ``our485/high/N.png`` are a pair, and likewise in ``eval15``. Both are photographs, each

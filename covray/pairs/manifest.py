@@ -14,6 +14,7 @@ import os
 import posixpath
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -32,7 +33,7 @@ from covray.pairs.values import (
     unknown_task,
     writing,
 )
-from covray.pairs.words import CAPTION_TASK, NO_WORDS, WORD_FIELDS, Words
+from covray.pairs.words import CAPTION_TASK, NO_WORDS, WORD_FIELDS, Words, words_of
 from covray.tasks import TASKS
 
 __all__ = ["MANIFEST_SCHEMA", "ManifestWriter", "Pair", "Picture"]
@@ -95,6 +96,42 @@ def known_tasks(captions: bool) -> set[str]:
     return {*TASKS, CAPTION_TASK} if captions else set(TASKS)
 
 
+def manifest_row(pair: Pair, captions: bool) -> dict[str, Any]:
+    """Return the row of a pair, by column; with ``captions`` the columns of words, too."""
+    row = {
+        "pair_id": pair.pair_id,
+        "task": pair.task,
+        "split": storable(pair.split),
+        "image": {"uri": storable(pair.image.uri), "bytes": pair.image.bytes},
+        "label": {"uri": storable(pair.label.uri), "bytes": pair.label.bytes},
+        "meta": json.dumps(plain(pair.meta), sort_keys=True),
+    }
+    if captions:
+        row |= NO_WORDS if pair.words is None else pair.words.columns()
+    return row
+
+
+def pair_of_row(row: Mapping[str, Any]) -> Pair:
+    """Return the pair of a row that ``manifest_row`` has made with the columns of words."""
+    image, label = Picture(**row["image"]), Picture(**row["label"])
+    return Pair(row["task"], row["split"], image, label, json.loads(row["meta"]), words_of(dict(row)))
+
+
+def manifest_place(path: str) -> tuple[fs.FileSystem, str]:
+    """Return the filesystem of a manifest to be written, and its path there.
+
+    Raises:
+        ManifestError: It is a folder, has another ending, or its storage cannot be used.
+    """
+    with writing(path):
+        filesystem, inner = storage.resolve(path)
+        if filesystem.get_file_info(inner).type == fs.FileType.Directory:
+            raise ManifestError(f"{path}: is a folder; give the file to write, such as pairs.parquet")
+    if not inner.lower().endswith(ENDING):
+        raise ManifestError(f"{path}: a manifest's name ends in {ENDING}; give --out such a name")
+    return filesystem, inner
+
+
 class ManifestWriter:
     """Writes a manifest row by row; the file appears whole when the ``with`` block ends well, else not at all."""
 
@@ -128,11 +165,7 @@ class ManifestWriter:
     def __enter__(self) -> ManifestWriter:
         """Open the file beside its place."""
         with writing(self.path):
-            filesystem, inner = storage.resolve(self.path)
-            if filesystem.get_file_info(inner).type == fs.FileType.Directory:
-                raise ManifestError(f"{self.path}: is a folder; give the file to write, such as pairs.parquet")
-            if not inner.lower().endswith(ENDING):
-                raise ManifestError(f"{self.path}: a manifest's name ends in {ENDING}; give --out such a name")
+            filesystem, inner = manifest_place(self.path)
             if isinstance(filesystem, fs.LocalFileSystem):
                 folder = os.path.dirname(inner)
                 os.makedirs(folder, exist_ok=True)
@@ -159,16 +192,7 @@ class ManifestWriter:
             self.duplicates += 1
             return False
         self._seen.add(pair.pair_id)
-        row = {
-            "pair_id": pair.pair_id,
-            "task": pair.task,
-            "split": storable(pair.split),
-            "image": {"uri": storable(pair.image.uri), "bytes": pair.image.bytes},
-            "label": {"uri": storable(pair.label.uri), "bytes": pair.label.bytes},
-            "meta": json.dumps(plain(pair.meta), sort_keys=True),
-        }
-        if self._captions:
-            row |= NO_WORDS if pair.words is None else pair.words.columns()
+        row = manifest_row(pair, self._captions)
         self._buffer.append(row)
         self._buffer_bytes += len(pair.image.bytes or b"") + len(pair.label.bytes or b"") + len(row["meta"])
         self.rows += 1

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +15,9 @@ from numpy.typing import NDArray
 from covray.errors import ConfigError, PairError
 from covray.io.images import load_picture
 from covray.pairs.label_files import read_label_file, read_levels
-from covray.pairs.manifest import Pair, Picture
+from covray.pairs.manifest import Picture
 from covray.pairs.sources import Entry, labelled, list_below
+from covray.pairs.work import PairWork
 from covray.tasks import depth
 
 TASKS = ("depth", "normals")
@@ -36,7 +36,7 @@ off. Rounding to 8 bits changes the length of a unit vector by less than 0.01.""
 
 def nyuv2_pairs(
     root: str | os.PathLike[str], task: str, split: str = "train", count: int | None = None, seed: int = 0
-) -> Iterator[Pair]:
+) -> PairWork:
     """Return pairs of NYU Depth v2. Labels lie over the pixels of their images as stored.
 
     - depth: ``sync/<scene>/rgb_00000.jpg`` and ``sync_depth_00000.png`` for train, ``official_splits/test/<scene>/``

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,12 @@ from numpy.typing import NDArray
 from skimage.feature import canny
 from skimage.morphology import dilation, disk
 
-from covray.errors import ConfigError, ManifestError, PairError
+from covray.errors import ConfigError, PairError
 from covray.io.images import decode, encode_png, load_picture, resize
 from covray.pairs.manifest import Pair, Picture
-from covray.pairs.sources import ENDINGS, draw, list_pictures
+from covray.pairs.photographs import find_photographs
+from covray.pairs.sources import draw
+from covray.pairs.work import MOST_ITEMS_PER_BLOCK, PairWork, one_by_one
 from covray.seeds import hash_number
 from covray.tasks import colorization, edges, low_light
 
@@ -29,14 +32,14 @@ EDGE_CONTRAST = (0.06, 0.15)
 
 
 def photo_pairs(
-    folder: str | os.PathLike[str],
+    folder: str | os.PathLike[str] | Sequence[str],
     tasks: Iterable[str] = PHOTO_TASKS,
     size_px: int = 512,
     splits: Mapping[str, float] | None = None,
     seed: int = 0,
     count: int | None = None,
-) -> Iterator[Pair]:
-    """Yield a pair for every photograph below ``folder`` (on any storage) and every task, in the order of the paths.
+) -> PairWork:
+    """Return a pair for every photograph below ``folder`` (on any storage) and every task, in the order of the paths.
 
     The pairs of a photograph follow each other, so that a build inverts it once. Pictures are PNG bytes; both ends have
     the same size.
@@ -50,7 +53,8 @@ def photo_pairs(
     ``meta["error"]``: the build, given ``folder`` as the manifest's root, records it as rejected.
 
     Args:
-        folder: hidden files and folders are left out, links to folders not followed.
+        folder: hidden files and folders are left out, links to folders not followed. Several places, folders or glob
+            patterns, are below one root: see ``covray.pairs.photographs``.
         tasks: of ``PHOTO_TASKS``.
         size_px: photographs are shrunk so that the shorter side is at most this, and never enlarged.
         splits: each split's share, by default ``SPLITS``. A photograph, known by the SHA-256 of its file, belongs to
@@ -62,7 +66,8 @@ def photo_pairs(
         ConfigError: unknown tasks and impossible values.
         ManifestError: the folder holds no photographs.
     """
-    folder, tasks = os.fspath(folder), tuple(dict.fromkeys(tasks))
+    places = [os.fspath(folder)] if isinstance(folder, str | os.PathLike) else list(folder)
+    tasks = tuple(dict.fromkeys(tasks))
     shares = dict(SPLITS if splits is None else splits)
     unknown = ", ".join(sorted(set(tasks) - set(PHOTO_TASKS)))
     if unknown or not tasks:
@@ -72,11 +77,13 @@ def photo_pairs(
         raise ConfigError(f"size_px: must be at least 2 (got {size_px})")
     if not all(0 <= share < math.inf for share in shares.values()) or not sum(shares.values()) > 0:
         raise ConfigError(f"splits: shares must be at least 0, and not all 0 (got {shares})")
-    names = list_pictures(folder)
-    if not names:
-        raise ManifestError(f"{folder}: holds no photographs ({', '.join(ENDINGS)})")
-    recipe = _Recipe(tasks, size_px, shares, seed)
-    return _pairs_of_photos(folder, draw(names, count, seed), recipe)
+    root, names = find_photographs(places)
+    recipe = _Recipe(root, tasks, size_px, shares, seed)
+    settings = {"source": "photos", **asdict(recipe), "tasks": list(tasks)}
+    items = [(name, None) for name in draw(names, count, seed)]
+    most_items = max(1, min(MOST_ITEMS_PER_BLOCK, _PIXELS_PER_BLOCK // size_px**2))
+    load = functools.partial(one_by_one, functools.partial(_pairs_of_photo, recipe))
+    return PairWork(items, load, settings, unit="photographs", items_per_block=most_items)
 
 
 def edge_map(photo: NDArray[np.uint8]) -> NDArray[np.bool_]:
@@ -96,41 +103,46 @@ def edge_map(photo: NDArray[np.uint8]) -> NDArray[np.bool_]:
     return np.asarray(lines, dtype=bool)
 
 
+_PIXELS_PER_BLOCK = 32 * 2**20
+"""Of the square photographs that an actor makes pairs of at a time: six pictures of each are in memory together."""
+
+
 @dataclass(frozen=True)
 class _Recipe:
     """How photographs become pairs."""
 
+    root: str
     tasks: tuple[str, ...]
     size_px: int
     shares: dict[str, float]
     seed: int
 
 
-def _pairs_of_photos(folder: str, names: list[str], recipe: _Recipe) -> Iterator[Pair]:
-    for name in names:
-        meta: dict[str, Any] = {"source": "photos", "photo": name}
-        identity = f"uri:{name}"
-        try:
-            data = load_picture(Picture(uri=name), folder)
-            identity = hashlib.sha256(data).hexdigest()
-            photo = _shrunk(decode(data), recipe.size_px)
-        except PairError as error:
-            split = _split(identity, recipe.shares)
-            for task in recipe.tasks:
-                yield Pair(task, split, Picture(uri=name), Picture(), meta | {"error": str(error)})
-            continue
-        split = _split(identity, recipe.shares)
-        stored = Picture(bytes=encode_png(photo))
-        for task in recipe.tasks:
-            if task == "colorization":
-                yield Pair(task, split, Picture(bytes=encode_png(colorization.grey(photo))), stored, meta)
-            elif task == "edges":
-                yield Pair(task, split, stored, Picture(bytes=encode_png(edges.render(edge_map(photo)))), meta)
-            else:
-                generator = np.random.default_rng(hash_number(f"low_light {recipe.seed} {identity}"))
-                exposure = low_light.Exposure.sample(generator)
-                dark = Picture(bytes=encode_png(low_light.darken(photo, generator, exposure)))
-                yield Pair(task, split, dark, stored, meta | {"seed": recipe.seed, **vars(exposure)})
+def _pairs_of_photo(recipe: _Recipe, name: str, _: None) -> list[Pair]:
+    """Return the pairs of the photograph ``name``, one for each task."""
+    meta: dict[str, Any] = {"source": "photos", "photo": name}
+    identity = f"uri:{name}"
+    try:
+        data = load_picture(Picture(uri=name), recipe.root)
+        identity = hashlib.sha256(data).hexdigest()
+        photo = _shrunk(decode(data), recipe.size_px)
+    except PairError as error:
+        split, meta = _split(identity, recipe.shares), meta | {"error": str(error)}
+        return [Pair(task, split, Picture(uri=name), Picture(), meta) for task in recipe.tasks]
+    split = _split(identity, recipe.shares)
+    stored = Picture(bytes=encode_png(photo))
+    pairs = []
+    for task in recipe.tasks:
+        if task == "colorization":
+            pairs.append(Pair(task, split, Picture(bytes=encode_png(colorization.grey(photo))), stored, meta))
+        elif task == "edges":
+            pairs.append(Pair(task, split, stored, Picture(bytes=encode_png(edges.render(edge_map(photo)))), meta))
+        else:
+            generator = np.random.default_rng(hash_number(f"low_light {recipe.seed} {identity}"))
+            exposure = low_light.Exposure.sample(generator)
+            dark = Picture(bytes=encode_png(low_light.darken(photo, generator, exposure)))
+            pairs.append(Pair(task, split, dark, stored, meta | {"seed": recipe.seed, **vars(exposure)}))
+    return pairs
 
 
 def _shrunk(photo: NDArray[np.uint8], size_px: int) -> NDArray[np.uint8]:

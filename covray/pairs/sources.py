@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import codecs
+import functools
 import hashlib
 import heapq
+import json
 import logging
 import os
 import posixpath
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from covray.io import storage
 from covray.io.images import encode_png, load_picture
 from covray.pairs.label_files import Orientation, align, read_layout
 from covray.pairs.manifest import Pair, Picture
+from covray.pairs.values import plain
+from covray.pairs.work import PairWork, one_by_one
 
 _LOG = logging.getLogger("covray")
 
@@ -46,9 +50,7 @@ class Entry:
     """How ``label`` lies to an image that EXIF turns; most datasets were annotated over the pixels as stored."""
 
 
-def labelled(
-    task: str, split: str, root: str, entries: Mapping[str, Entry], count: int | None, seed: int
-) -> Iterator[Pair]:
+def labelled(task: str, split: str, root: str, entries: Mapping[str, Entry], count: int | None, seed: int) -> PairWork:
     """Return the pairs of ``count`` entries, in the order of their images' URIs.
 
     The image stays where it is: the pair names its URI. The label is PNG bytes, unless its entry has a URI; it is
@@ -70,7 +72,22 @@ def labelled(
     """
     if not entries:
         raise ManifestError(f"{root}: holds no pairs of {task} for {split}")
-    return (_pair(task, split, root, uri, entries[uri]) for uri in draw(entries, count, seed))
+    items = [(uri, entries[uri]) for uri in draw(entries, count, seed)]
+    make = functools.partial(_make_pair, task, split, root)
+    settings = {"task": task, "split": split, "root": root, "meta_sha256": _meta_sha256(items)}
+    return PairWork(items, functools.partial(one_by_one, make), settings)
+
+
+def _meta_sha256(items: Iterable[tuple[str, Entry]]) -> str:
+    """Return a SHA-256 (hex) over the ``meta`` of the entries, which name the source and its settings."""
+    whole = hashlib.sha256()
+    for _, entry in items:
+        whole.update(json.dumps(plain(entry.meta), sort_keys=True).encode())
+    return whole.hexdigest()
+
+
+def _make_pair(task: str, split: str, root: str, uri: str, entry: Entry) -> list[Pair]:
+    return [_pair(task, split, root, uri, entry)]
 
 
 def _pair(task: str, split: str, root: str, uri: str, entry: Entry) -> Pair:
@@ -106,22 +123,34 @@ def draw(names: Iterable[str], count: int | None, seed: int) -> list[str]:
     return sorted(heapq.nsmallest(count, names, key=rank))
 
 
-def rebased(pairs: Iterable[Pair], root: str | os.PathLike[str], base: str | os.PathLike[str]) -> Iterator[Pair]:
+def rebased(pairs: Iterable[Pair], root: str | os.PathLike[str], base: str | os.PathLike[str]) -> Iterable[Pair]:
     """Return ``pairs`` with URIs below ``root`` as pairs with URIs below ``base``, a folder that holds ``root``.
 
     Manifests of several datasets can then name one root. Raises ConfigError where ``root`` is not below ``base``.
     """
-    base_storage, base_path = storage.resolve(os.fspath(base))
-    root_storage, root_path = storage.resolve(os.fspath(root))
-    outer, inner = f"{base_path.rstrip('/')}/", f"{root_path.rstrip('/')}/"
-    if base_storage != root_storage or not inner.startswith(outer):
-        raise ConfigError(f"root: {os.fspath(base)} does not hold {os.fspath(root)}")
-    prefix = inner.removeprefix(outer)
+    move = functools.partial(_moved, path_below(os.fspath(root), os.fspath(base)))
+    return pairs.changed(move, base=os.fspath(base)) if isinstance(pairs, PairWork) else map(move, pairs)
 
-    def moved(picture: Picture) -> Picture:
-        return replace(picture, uri=prefix + picture.uri) if picture.uri else picture
 
-    return (replace(pair, image=moved(pair.image), label=moved(pair.label)) for pair in pairs)
+def path_below(folder: str, base: str) -> str:
+    """Return the path of ``folder`` relative to ``base``, with a slash at its end; empty where they are the same.
+
+    Raises:
+        ConfigError: ``base`` does not hold ``folder``.
+    """
+    base_storage, base_path = storage.resolve(base)
+    folder_storage, folder_path = storage.resolve(folder)
+    outer, inner = f"{base_path.rstrip('/')}/", f"{folder_path.rstrip('/')}/"
+    if base_storage != folder_storage or not inner.startswith(outer):
+        raise ConfigError(f"root: {base} does not hold {folder}")
+    return inner.removeprefix(outer)
+
+
+def _moved(prefix: str, pair: Pair) -> Pair:
+    image, label = (
+        replace(picture, uri=prefix + picture.uri) if picture.uri else picture for picture in (pair.image, pair.label)
+    )
+    return replace(pair, image=image, label=label)
 
 
 def list_pictures(folder: str) -> list[str]:

@@ -1,0 +1,229 @@
+"""``covray pairs --actors``: pairs made by a pool of actors, exactly once, in the order and bytes of one process.
+
+    items -> repartition -> PairActor (actor pool) -> Parquet parts -> the manifest, in the items' order
+
+The parts lie in a hidden folder beside the manifest until the manifest is whole. Killed anywhere, the same command
+continues there.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+from ray.data import Dataset
+
+from covray.config import ActorsConfig, EngineConfig
+from covray.distributed.pool import (
+    CHECKPOINT,
+    RowsIn,
+    RowsOut,
+    absolute,
+    choose_rows_per_block,
+    gpus_of,
+    map_exactly_once,
+    most_actors,
+    one_line_errors,
+    pool_of,
+)
+from covray.distributed.progress import BlockReport, start_progress_actor
+from covray.distributed.resumable import Output
+from covray.distributed.session import ray_session
+from covray.errors import ManifestError
+from covray.io.storage import Folder
+from covray.pairs.manifest import MANIFEST_SCHEMA, Pair, manifest_row, pair_of_row
+from covray.pairs.records import PairsRecord
+from covray.pairs.words import WORD_FIELDS
+from covray.pairs.work import Item, PairWork
+
+ITEMS = "_items.parquet"
+PARTS = "parts"
+_ITEM = "item"
+"""The column with an item's place in the work."""
+_PARTITION = "of"
+_ROW = pa.struct([*MANIFEST_SCHEMA, *WORD_FIELDS])
+PART_SCHEMA = pa.schema([(_ITEM, pa.int64()), (_PARTITION, pa.string()), ("pairs", pa.list_(_ROW))])
+_ITEMS_PER_CHUNK = 1024
+"""Items that travel to an actor together, as one object of Ray's store."""
+
+
+@contextmanager
+def pairs_on_ray(work: PairWork, out: str, actors: int | None) -> Iterator[Iterator[Pair]]:
+    """Make the pairs of ``work`` on a pool of actors, then give them in order for the length of the block.
+
+    Args:
+        work: The pairs to be made.
+        out: The manifest that the block writes them to. What the actors have made lies beside it, and is deleted when
+            the block ends well.
+        actors: The most actors; None for as many as fit.
+
+    Raises:
+        ManifestError: Other work was begun for this manifest.
+        DatasetError: Another command makes it, or a worker failed.
+    """
+    folder = Folder(parts_folder(absolute(out)))
+    with Output(folder.path, PairsRecord, "covray pairs") as output:
+        record = PairsRecord(settings=dict(work.settings), items=len(work.items), names_sha256=work.names_sha256())
+        if output.begun is None:
+            record.write(folder)
+        else:
+            _require_same_work(output, record)
+        if not (folder / CHECKPOINT).list_files():  # parts without it are of a command killed while it deleted them
+            _delete_contents(folder / PARTS)
+        with ray_session() as cores:
+            _make(work, folder, ActorsConfig(max=actors), cores)
+        yield ordered_pairs(folder, len(work.items))
+        # The description goes last: until then the folder is known as ours, wherever this is killed.
+        _delete_contents(folder / CHECKPOINT)
+        _delete_contents(folder / PARTS)
+        folder.delete_file(ITEMS)
+    folder.delete()
+
+
+def parts_folder(out: str) -> str:
+    """Return the hidden folder beside the manifest ``out``; readers of a folder of manifests pass over it."""
+    place, name = posixpath.split(out)
+    return posixpath.join(place, f".{name}.parts")
+
+
+def _delete_contents(folder: Folder) -> None:
+    folder.filesystem.delete_dir_contents(folder.inner, missing_dir_ok=True)
+
+
+def _require_same_work(output: Output[PairsRecord], record: PairsRecord) -> None:
+    begun = output.begun
+    assert begun is not None
+    output.require_same(begun.settings, record.settings)
+    if (begun.items, begun.names_sha256) != (record.items, record.names_sha256):
+        raise ManifestError(
+            f"{output.folder.path}: was begun with {begun.items} other items, there are {record.items} now; bring back "
+            "those, or delete this folder to begin anew"
+        )
+
+
+def _make(work: PairWork, folder: Folder, actors: ActorsConfig, cores: int) -> None:
+    """Make all pairs that earlier commands have not made."""
+    engine = EngineConfig(device="auto" if work.uses_gpu else "cpu")
+    gpus = gpus_of(actors, engine)
+    most = most_actors(actors, engine, cores, gpus)
+    rows = min(choose_rows_per_block(None, len(work.items), most, 1), work.items_per_block)
+    _write_items(folder, len(work.items))
+    progress = start_progress_actor()
+    chunks = []
+    for start in range(0, len(work.items), _ITEMS_PER_CHUNK):
+        chunks.append(ray.put(list(work.items[start : start + _ITEMS_PER_CHUNK])))
+
+    def made(blocks: Dataset) -> Dataset:
+        return blocks.map_batches(
+            PairActor,
+            fn_constructor_kwargs={"load": work.load, "chunks": chunks, "progress": progress},
+            batch_format="pyarrow",
+            batch_size=rows,
+            **pool_of(actors, engine, cores, gpus),
+        )
+
+    rows_in = RowsIn(folder.filesystem, [folder.inner_path(ITEMS)], [_ITEM], _ITEM, len(work.items), work.unit)
+    rows_out = RowsOut(folder, PARTS, PART_SCHEMA, partition=_PARTITION)
+    with one_line_errors(folder.path, "making of pairs"):
+        map_exactly_once(rows_in, rows_out, made, rows, progress)
+
+
+def _write_items(folder: Folder, items: int) -> None:
+    buffer = pa.BufferOutputStream()
+    pq.write_table(pa.table({_ITEM: np.arange(items, dtype=np.int64)}), buffer)
+    folder.write_bytes(ITEMS, buffer.getvalue().to_pybytes())
+
+
+class PairActor:
+    """One worker of the pool: makes the pairs of blocks of items."""
+
+    def __init__(self, load: Callable[[], Any], chunks: list[Any], progress: Any):
+        """Load what makes the pairs; ``chunks`` are references to the items."""
+        self.make = load()
+        self.chunks = chunks
+        self.progress = progress
+        self.name = ray.get_runtime_context().get_actor_id()
+        self._held: tuple[int, list[Item]] = (-1, [])  # the chunk that was used last
+        progress.join.remote(self.name)
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """Return the parts' rows of a block of items."""
+        started = time.time()
+        numbers = block[_ITEM].to_pylist()
+        rows, rejected = [], 0
+        for number, pairs in zip(numbers, self.make([self._item(number) for number in numbers]), strict=True):
+            rejected += sum("error" in pair.meta for pair in pairs)
+            rows.append({_ITEM: number, _PARTITION: "pairs", "pairs": [manifest_row(pair, True) for pair in pairs]})
+        self.progress.report.remote(BlockReport(self.name, started, time.time(), len(rows), rejected))
+        return pa.Table.from_pylist(rows, PART_SCHEMA)
+
+    def _item(self, number: int) -> Item:
+        chunk = number // _ITEMS_PER_CHUNK
+        if self._held[0] != chunk:
+            self._held = (chunk, ray.get(self.chunks[chunk]))
+        return self._held[1][number % _ITEMS_PER_CHUNK]
+
+
+# --- from the parts to the manifest ---------------------------------------------------------------------------------
+
+
+def ordered_pairs(folder: Folder, items: int) -> Iterator[Pair]:
+    """Yield the pairs of all parts in the items' order.
+
+    A part mostly holds neighbours, so that few parts are in memory at a time.
+
+    Raises:
+        ManifestError: A part cannot be read, or an item is missing or made twice.
+    """
+    places = _places(folder, items)
+    reader = _PartReader(folder)
+    for number, part in enumerate(places):
+        yield from (pair_of_row(row) for row in reader.take(part, number))
+
+
+def _places(folder: Folder, items: int) -> list[str]:
+    """Return the part that holds each item."""
+    places: list[str] = [""] * items
+    for name in (folder / PARTS).list_files(".parquet"):
+        for number in _read_part(folder, name, [_ITEM])[_ITEM].to_pylist():
+            if not 0 <= number < items or places[number]:
+                raise ManifestError(f"{folder.path}: item {number} was made twice; {PairsRecord.FIX}")
+            places[number] = name
+    missing = places.count("")
+    if missing:
+        raise ManifestError(f"{folder.path}: {missing} items were not made; {PairsRecord.FIX}")
+    return places
+
+
+class _PartReader:
+    """Reads parts, and forgets each when its last item was taken."""
+
+    def __init__(self, folder: Folder):
+        self._folder = folder
+        self._open: dict[str, dict[int, list[dict[str, Any]]]] = {}
+
+    def take(self, part: str, number: int) -> list[dict[str, Any]]:
+        """Return the rows of item ``number``, which ``part`` holds."""
+        if part not in self._open:
+            rows = _read_part(self._folder, part, [_ITEM, "pairs"]).to_pylist()
+            self._open[part] = {row[_ITEM]: row["pairs"] for row in rows}
+        held = self._open[part]
+        taken = held.pop(number)
+        if not held:
+            del self._open[part]
+        return taken
+
+
+def _read_part(folder: Folder, name: str, columns: list[str]) -> pa.Table:
+    try:
+        path = (folder / PARTS).inner_path(name)
+        return pq.ParquetFile(path, filesystem=folder.filesystem).read(columns)
+    except (OSError, pa.ArrowException) as error:
+        raise ManifestError(f"{folder.join(PARTS, name)}: cannot be read ({error}); {PairsRecord.FIX}") from error

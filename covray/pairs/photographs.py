@@ -1,0 +1,88 @@
+"""Photographs of folders and glob patterns, all below one root."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from collections.abc import Sequence
+
+from covray.errors import ConfigError, ManifestError
+from covray.io import storage
+from covray.pairs.sources import ENDINGS, list_pictures, path_below
+from covray.pairs.values import absolute
+
+_WILDCARDS = re.compile(r"[*?\[]")
+_TOKENS = re.compile(r"\*\*/|\*\*|\*|\?|\[[^\]/]+\]|.", re.DOTALL)
+"""The parts of a pattern: what stands for several names, a set of characters, and single characters."""
+
+
+def find_photographs(places: Sequence[str]) -> tuple[str, list[str]]:
+    """Return the root of ``places``, and the paths of their photographs below it, sorted.
+
+    Args:
+        places: Folders, or patterns such as ``2024/**/*.jpg``, on any storage. A photograph of two places counts once.
+            The root of one folder is that folder, as it is given; of several it is ``common_root``.
+
+    Raises:
+        ManifestError: A place holds no photographs, or cannot be read.
+        ConfigError: The places have no common root.
+    """
+    folders = [_fixed_part(place) for place in places]
+    root = folders[0] if len(folders) == 1 else common_root(folders)
+    names: set[str] = set()
+    for place, folder in zip(places, folders, strict=True):
+        pictures = list_pictures(folder)
+        if folder != place:
+            matches = _path_pattern(place.removeprefix(folder).lstrip("/")).fullmatch
+            pictures = [name for name in pictures if matches(name)]
+        if not pictures:
+            raise ManifestError(f"{place}: holds no photographs ({', '.join(ENDINGS)})")
+        prefix = "" if len(folders) == 1 else path_below(folder, root)
+        names.update(prefix + name for name in pictures)
+    return root, sorted(names)
+
+
+def root_of(places: Sequence[str]) -> str:
+    """Return the root that ``find_photographs`` returns; no folder is listed."""
+    folders = [_fixed_part(place) for place in places]
+    return folders[0] if len(folders) == 1 else common_root(folders)
+
+
+def common_root(folders: Sequence[str]) -> str:
+    """Return the nearest folder that holds all ``folders``.
+
+    Raises:
+        ConfigError: There is none: they lie on several storages.
+    """
+    schemes, paths = set(), []
+    for folder in folders:
+        scheme, separator, path = absolute(folder).rpartition("://")
+        schemes.add(scheme + separator)
+        paths.append(path.rstrip("/"))
+    common = posixpath.commonpath(paths) if len(schemes) == 1 else ""
+    if not common:
+        raise ConfigError(f"{', '.join(folders)}: lie on several storages; make a manifest of each")
+    return schemes.pop() + common
+
+
+def _fixed_part(place: str) -> str:
+    """Return the folder that a pattern's first wildcard is below; a place without wildcards as it is."""
+    first = _WILDCARDS.search(place)
+    if first is None or storage.exists(place):  # a folder may have such a name
+        return place
+    return place[: first.start()].rpartition("/")[0] or ("/" if place.startswith("/") else ".")
+
+
+def _path_pattern(pattern: str) -> re.Pattern[str]:
+    """Return a pattern of paths as a regular expression: ``**`` stands for any folders, ``*`` for no slash."""
+    folders = "(?:[^/]+/)*"
+    spelled = {"**/": folders, "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    expression = ""
+    for token in _TOKENS.findall(pattern):
+        if token in spelled:
+            expression += spelled[token]
+        elif len(token) > 2 and token.startswith("["):
+            expression += "[" + token[1:-1].replace("\\", r"\\").replace("!", "^", token[1] == "!") + "]"
+        else:
+            expression += re.escape(token)
+    return re.compile(expression, re.DOTALL)
