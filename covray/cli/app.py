@@ -81,6 +81,7 @@ app.command(cls=Command, rich_help_panel=SCALE)(cluster.benchmark)
 
 pairs_app = typer.Typer(help="Make a manifest of (image, label) pairs, and check it.", no_args_is_help=True)
 pairs_app.command(cls=once_spelled(tasks="task"))(pairs.photos)
+pairs_app.command(cls=Command)(pairs.label)
 pairs_app.command(cls=once_spelled(tasks="task"))(pairs.scenes)
 pairs_app.command()(pairs.portraits)
 pairs_app.command(cls=Command)(pairs.manifest)

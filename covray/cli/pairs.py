@@ -3,32 +3,24 @@
 from __future__ import annotations
 
 import json
-import logging
-import sys
-import time
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from covray.cli.completion import complete_tasks
 from covray.cli.options import Json, OutManifest, Seed, shares, split_commas
 from covray.cli.output import console, escape
+from covray.cli.pairs_writing import checked, write_drawn, write_manifest
 from covray.errors import ConfigError
-from covray.progress import own_display, stage, time_left
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from covray.pairs.check import PairsReport
-    from covray.pairs.manifest import Pair
     from covray.pairs.manifest_reading import ManifestInfo
-
-_LOG = logging.getLogger("covray")
 
 Task = Annotated[
     str | None,
@@ -76,7 +68,56 @@ def photos(
 
     chosen = split_commas(task) or list(PHOTO_TASKS)
     pairs = photo_pairs(folder, chosen, size, shares(splits), seed, count)
-    _write_drawn(out, root_of(folder), base, pairs, count and count * len(set(chosen)), json_, actors)
+    write_drawn(out, root_of(folder), base, pairs, count and count * len(set(chosen)), json_, actors)
+
+
+def label(
+    folder: Annotated[list[str], typer.Argument(help="Folders of photographs, or patterns such as '2024/**/*.jpg'.")],
+    out: OutManifest,
+    task: Annotated[str, typer.Option(help="depth, normals, segmentation or pose; with --labeller any task.")],
+    model: Annotated[
+        str, typer.Option(help="Model of transformers, or diffusers' Marigold: a folder or a hub id. Safetensors only.")
+    ] = "",
+    revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of the hub id.")] = None,
+    scale: Annotated[
+        str | None,
+        typer.Option(
+            help="How relative depth d becomes metres: metres, linear:A,B (A d + B), inverse:A,B (1 / (A d + B))."
+        ),
+    ] = None,
+    axes: Annotated[
+        str | None,
+        typer.Option(help="What a model's three numbers of a normal are; x right, y up, z to the viewer. As x,-y,-z."),
+    ] = None,
+    confidence: Annotated[
+        float, typer.Option(min=0, max=1, help="Less sure pixels become void, less sure keypoints are left out.")
+    ] = 0.0,
+    detector: Annotated[
+        str | None,
+        typer.Option(help="Of people, for pose: a folder or a hub id. By default one person fills the picture."),
+    ] = None,
+    labeller: Annotated[
+        str | None, typer.Option(help="A plug-in's labeller in place of a model; covray plugins lists them.")
+    ] = None,
+    size: Annotated[int, typer.Option(min=16, max=4096, help="Shorter side is shrunk to this before labelling.")] = 512,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the model runs.")] = "auto",
+    splits: Splits = None,
+    count: Count = None,
+    seed: Seed = 0,
+    base: Base = None,
+    actors: Actors = None,
+    json_: Json = False,
+) -> None:
+    """Photographs labelled by your own model: depth, normals, segmentation, pose."""
+    from covray.pairs.labelling.pairs import label_pairs
+    from covray.pairs.labelling.spec import LabelOptions, read_axes, read_scale
+    from covray.pairs.photographs import root_of
+
+    if not model and not labeller:
+        raise ConfigError("--model: name a model's folder or hub id, or a plug-in by --labeller")
+    options = LabelOptions(task, model, revision, read_scale(scale), read_axes(axes), confidence, detector, seed)
+    pairs = label_pairs(folder, options, size, shares(splits), count, device=device, labeller=labeller)
+    write_drawn(out, root_of(folder), base, pairs, count, json_, actors)
 
 
 def scenes(
@@ -98,7 +139,7 @@ def scenes(
     if unknown:
         raise ConfigError(f"--task {unknown[0]}: no such task; the tasks are {', '.join(TASKS)}")
     pairs = scene_pairs(count, chosen, size, seed, shares(splits))
-    _write_manifest(out, None, pairs, json_, count * len(chosen), CAPTION_TASK in chosen)
+    write_manifest(out, None, pairs, json_, count * len(chosen), CAPTION_TASK in chosen)
 
 
 def portraits(
@@ -119,7 +160,7 @@ def portraits(
     from covray.pairs.scenes.portraits import portrait_pairs
 
     pairs = portrait_pairs(count, size, seed, shares(splits))
-    _write_manifest(out, None, pairs, json_, count, captions=True)
+    write_manifest(out, None, pairs, json_, count, captions=True)
 
 
 def manifest(
@@ -151,7 +192,7 @@ def manifest(
     rules = LabelRules(masks, metres_per_level or None, label_orientation)
     place = list_root(file, root)
     pairs = checked_pairs(read_user_list(file, task, split, root), place, rules)
-    _write_manifest(out, place, _checked(pairs, None, examples=3), json_)
+    write_manifest(out, place, checked(pairs, None, examples=3), json_)
 
 
 def coco(
@@ -171,7 +212,7 @@ def coco(
     """COCO 2017: classes of the panoptic or stuff labels, or people's skeletons."""
     from covray.pairs.coco import coco_pairs
 
-    _write_drawn(out, root, base, coco_pairs(root, task, labels, split, count, seed), count, json_, actors)
+    write_drawn(out, root, base, coco_pairs(root, task, labels, split, count, seed), count, json_, actors)
 
 
 def nyuv2(
@@ -188,7 +229,7 @@ def nyuv2(
     """NYU Depth v2: depth in metres, or surface normals."""
     from covray.pairs.nyuv2 import nyuv2_pairs
 
-    _write_drawn(out, root, base, nyuv2_pairs(root, task, split, count, seed), count, json_, actors)
+    write_drawn(out, root, base, nyuv2_pairs(root, task, split, count, seed), count, json_, actors)
 
 
 def bsds(
@@ -208,7 +249,7 @@ def bsds(
     """BSDS500, or HED-BSDS: the edges that people drew."""
     from covray.pairs.bsds import bsds_pairs
 
-    _write_drawn(out, root, base, bsds_pairs(root, split, share, listing, count, seed), count, json_, actors)
+    write_drawn(out, root, base, bsds_pairs(root, split, share, listing, count, seed), count, json_, actors)
 
 
 def lol(
@@ -224,7 +265,7 @@ def lol(
     """LOL: photographs in the dark and in good light."""
     from covray.pairs.lol import lol_pairs
 
-    _write_drawn(out, root, base, lol_pairs(root, split, count, seed), count, json_, actors)
+    write_drawn(out, root, base, lol_pairs(root, split, count, seed), count, json_, actors)
 
 
 def from_plugin(
@@ -242,7 +283,7 @@ def from_plugin(
     from covray.pairs.plugin_sources import pair_sources
 
     pairs = pair_sources().find(source)(root, split=split, count=count, seed=seed)
-    _write_drawn(out, root, base, pairs, count, json_, actors)
+    write_drawn(out, root, base, pairs, count, json_, actors)
 
 
 def check(
@@ -297,121 +338,3 @@ def _sizes(counts: Counter[str]) -> str:
         return "-"
     others = len(counts) - 1
     return counts.most_common(1)[0][0] + (f" and {others} others" if others else "")
-
-
-def _write_drawn(
-    out: str, root: str, base: str | None, pairs: Iterable[Pair], count: int | None, json_: bool, actors: int | None
-) -> None:
-    """Write the ``pairs`` of a data set below ``root``, with paths below ``base`` if that is given."""
-    from covray.pairs.sources import rebased
-
-    placed = pairs if base is None else rebased(pairs, root, base)
-    with _made(placed, out, actors) as made:
-        _write_manifest(out, base or root, _checked(made, count), json_, count)
-
-
-@contextmanager
-def _made(pairs: Iterable[Pair], out: str, actors: int | None) -> Iterator[Iterable[Pair]]:
-    """Give ``pairs``, made by ``actors`` where a number is given, for the length of the block that writes ``out``."""
-    from covray.pairs.manifest import manifest_place
-    from covray.pairs.work import PairWork
-
-    if actors is None:
-        yield pairs
-        return
-    if not isinstance(pairs, PairWork):
-        raise ConfigError("--actors: this source makes its pairs one after another; leave --actors out")
-    manifest_place(out)
-    from covray.distributed.pairs import pairs_on_ray  # Ray takes seconds to import: only where it is needed
-
-    with pairs_on_ray(pairs, out, actors) as made:
-        yield made
-
-
-def _checked(pairs: Iterable[Pair], count: int | None, examples: int = 0) -> Iterator[Pair]:
-    """Yield ``pairs``; then warn if there are fewer than ``count``, and of those that cannot be used.
-
-    Args:
-        pairs: Pairs with the reason in ``meta["error"]`` where they cannot be used.
-        count: How many pairs were asked for; None for all.
-        examples: How many errors of each reason are shown in full.
-    """
-    present, reasons = 0, Counter[str]()
-    shown = defaultdict[str, list[str]](list)
-    for pair in pairs:
-        present += 1
-        if "error" in pair.meta:
-            reason = pair.meta["error"].partition(":")[0]
-            reasons[reason] += 1
-            if len(shown[reason]) < examples:
-                shown[reason].append(pair.meta["error"])
-        yield pair
-    if count is not None and present < count:
-        _LOG.warning("%d pairs asked for, only %d present: all were taken", count, present)
-    if reasons:
-        counts = ", ".join(f"{reason} {number}" for reason, number in reasons.most_common())
-        _LOG.warning("cannot be used, and will be rejected: %s", counts)
-    for reason, _ in reasons.most_common():
-        for error in shown[reason]:
-            _LOG.warning("%s", error)
-
-
-def _write_manifest(
-    out: str,
-    root: str | None,
-    pairs: Iterable[Pair],
-    json_: bool,
-    total: int | None = None,
-    captions: bool = False,
-) -> None:
-    """Write the manifest ``out`` of ``pairs``, relative to ``root``, and print what it holds.
-
-    ``total`` is the expected number of pairs, None where it is not known. ``captions`` writes the columns of words.
-    """
-    from covray.pairs.manifest import ManifestWriter
-    from covray.pairs.manifest_reading import check_manifest
-
-    with ManifestWriter(out, root, captions) as writer:
-        for pair in _shown(pairs, total):
-            writer.add(pair)
-    with stage(f"checking {out}"):
-        info = check_manifest(out, captions)
-    result = {
-        "out": out,
-        "pairs": info.rows,
-        "per_task": info.per_task,
-        "splits": info.splits,
-        "duplicates": writer.duplicates,
-    }
-    if json_:
-        print(json.dumps(result))
-        return
-    table = Table("task", "pairs", box=None, pad_edge=False)
-    for name, rows in info.per_task.items():
-        table.add_row(name, str(rows))
-    console.print(table)
-    note = f", {writer.duplicates} duplicates left out" if writer.duplicates else ""
-    console.print(f"{info.rows} pairs in {escape(out)}{note}", soft_wrap=True)
-
-
-def _shown(pairs: Iterable[Pair], total: int | None) -> Iterator[Pair]:
-    """Yield ``pairs``; show how many there are so far, by a bar on a terminal."""
-    if sys.stderr.isatty():
-        from rich.progress import track
-
-        with own_display():
-            yield from track(pairs, "pairs", total=total, console=Console(stderr=True))
-        return
-    with stage("making pairs") as making:
-        began = time.monotonic()
-        for number, pair in enumerate(pairs, start=1):
-            making.say(_progress_text(number, total, time.monotonic() - began))
-            yield pair
-
-
-def _progress_text(number: int, total: int | None, seconds: float) -> str:
-    """Return how many pairs are made, how fast, and how long the others take."""
-    rate = number / max(seconds, 1e-3)
-    if total is None:
-        return f"{number} pairs made, {rate:.1f}/s"
-    return f"{number} of {total} pairs made, {rate:.1f}/s, {time_left((total - number) / rate)}"

@@ -12,13 +12,14 @@ from covray.cli.output import console, escape
 
 
 def plugins(json_: Json = False) -> None:
-    """List tasks, metrics and sources of pairs, covray's own and those of installed packages."""
+    """List tasks, metrics, sources of pairs and labellers, covray's own and those of installed packages."""
+    from covray.pairs.labelling.pairs import labellers
     from covray.pairs.plugin_sources import pair_sources
     from covray.tasks import REGISTRY
     from covray.tasks.metrics import metric_registry
 
     found = []
-    for registry in (REGISTRY, metric_registry(), pair_sources()):
+    for registry in (REGISTRY, metric_registry(), pair_sources(), labellers()):
         found += registry.load_all()
     if json_:
         print(json.dumps([asdict(plugin) for plugin in found]))

@@ -42,6 +42,7 @@ from covray.pairs.manifest import MANIFEST_SCHEMA, Pair, manifest_row, pair_of_r
 from covray.pairs.records import PairsRecord
 from covray.pairs.words import WORD_FIELDS
 from covray.pairs.work import Item, PairWork
+from covray.progress import stage
 
 ITEMS = "_items.parquet"
 PARTS = "parts"
@@ -114,6 +115,9 @@ def _make(work: PairWork, folder: Folder, actors: ActorsConfig, cores: int) -> N
     gpus = gpus_of(actors, engine)
     most = most_actors(actors, engine, cores, gpus)
     rows = min(choose_rows_per_block(None, len(work.items), most, 1), work.items_per_block)
+    with one_line_errors(folder.path, "making of pairs"):
+        if work.loads_model:
+            _load_once(work.load, gpus)
     _write_items(folder, len(work.items))
     progress = start_progress_actor()
     chunks = []
@@ -133,6 +137,17 @@ def _make(work: PairWork, folder: Folder, actors: ActorsConfig, cores: int) -> N
     rows_out = RowsOut(folder, PARTS, PART_SCHEMA, partition=_PARTITION)
     with one_line_errors(folder.path, "making of pairs"):
         map_exactly_once(rows_in, rows_out, made, rows, progress)
+
+
+def _load_once(load: Callable[[], Any], gpus: float) -> None:
+    """Load what makes pairs where an actor will, so that what is wrong with it is one line before the pool starts."""
+
+    def loads() -> None:
+        load()
+
+    where = {"num_cpus": 0 if gpus else 1, "num_gpus": gpus}
+    with stage("loading the model, to check it"):
+        ray.get(ray.remote(max_retries=2, **where)(loads).remote())
 
 
 def _write_items(folder: Folder, items: int) -> None:

@@ -125,11 +125,11 @@ def _pairs_of_photo(recipe: _Recipe, name: str, _: None) -> list[Pair]:
     try:
         data = load_picture(Picture(uri=name), recipe.root)
         identity = hashlib.sha256(data).hexdigest()
-        photo = _shrunk(decode(data), recipe.size_px)
+        photo = shrunk(decode(data), recipe.size_px)
     except PairError as error:
-        split, meta = _split(identity, recipe.shares), meta | {"error": str(error)}
+        split, meta = split_of(identity, recipe.shares), meta | {"error": str(error)}
         return [Pair(task, split, Picture(uri=name), Picture(), meta) for task in recipe.tasks]
-    split = _split(identity, recipe.shares)
+    split = split_of(identity, recipe.shares)
     stored = Picture(bytes=encode_png(photo))
     pairs = []
     for task in recipe.tasks:
@@ -145,14 +145,15 @@ def _pairs_of_photo(recipe: _Recipe, name: str, _: None) -> list[Pair]:
     return pairs
 
 
-def _shrunk(photo: NDArray[np.uint8], size_px: int) -> NDArray[np.uint8]:
+def shrunk(photo: NDArray[np.uint8], size_px: int) -> NDArray[np.uint8]:
+    """Return ``photo`` [h, w, 3] with a shorter side of at most ``size_px``."""
     height_px, width_px = photo.shape[:2]
     scale = min(1.0, size_px / min(height_px, width_px))
     return resize(photo, round(height_px * scale), round(width_px * scale))
 
 
-def _split(identity: str, shares: dict[str, float]) -> str:
-    """The split that a photograph belongs to, by its own hash alone."""
+def split_of(identity: str, shares: dict[str, float]) -> str:
+    """Return the split that a photograph belongs to, by its own hash alone."""
     place = hash_number(f"split {identity}") / 2**256 * sum(shares.values())
     used = {split: share for split, share in shares.items() if share > 0}
     for split, share in used.items():

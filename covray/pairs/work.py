@@ -41,6 +41,8 @@ class PairWork:
     """Items that an actor makes at a time, at most: their pairs are in memory together."""
     uses_gpu: bool = False
     """Whether a GPU makes it faster."""
+    loads_model: bool = False
+    """Whether ``load`` may fail on what the user gave, so that it is tried once before actors start."""
 
     def __iter__(self) -> Iterator[Pair]:
         """Make the pairs in this process, one item after another."""

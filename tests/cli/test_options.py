@@ -51,7 +51,7 @@ def test_old_spellings_mean_the_same_and_are_not_shown(now: list[str], once: lis
 
 
 def test_what_follows_two_dashes_is_no_option() -> None:
-    done = CliRunner().invoke(app, ["pairs", "photos", "--out", "o.parquet", "--", "--tasks", "--debug"])
+    done = CliRunner().invoke(app, ["pairs", "scenes", "--out", "o.parquet", "--", "--tasks", "--debug"])
     assert "unexpected extra argument" in done.stderr
 
 

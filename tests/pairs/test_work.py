@@ -100,12 +100,12 @@ def test_the_parts_lie_hidden_beside_the_manifest() -> None:
 
 
 def test_what_actors_cannot_make_is_refused_before_ray(tmp_path: Path) -> None:
-    from covray.cli.pairs import _made
+    from covray.cli.pairs_writing import made_by
 
-    with pytest.raises(ConfigError, match="--actors: this source"), _made([], f"{tmp_path}/p.parquet", 2):
+    with pytest.raises(ConfigError, match="--actors: this source"), made_by([], f"{tmp_path}/p.parquet", 2):
         pass
     with (
         pytest.raises(ManifestError, match="is a folder"),
-        _made(PairWork([], lambda: lambda items: [], {}), str(tmp_path), 2),
+        made_by(PairWork([], lambda: lambda items: [], {}), str(tmp_path), 2),
     ):
         pass

@@ -1,0 +1,1 @@
+"""Labels by the user's own models: unlabelled photographs become pairs."""
