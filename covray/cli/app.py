@@ -29,6 +29,7 @@ from covray.cli import (
     experiments,
     models,
     pairs,
+    pairs_lists,
     planning,
     plugins,
     serve,
@@ -84,7 +85,8 @@ pairs_app.command(cls=once_spelled(tasks="task"))(pairs.photos)
 pairs_app.command(cls=Command)(pairs.label)
 pairs_app.command(cls=once_spelled(tasks="task"))(pairs.scenes)
 pairs_app.command()(pairs.portraits)
-pairs_app.command(cls=Command)(pairs.manifest)
+pairs_app.command(cls=Command)(pairs_lists.manifest)
+pairs_app.command(cls=Command)(pairs_lists.hub)
 pairs_app.command(cls=Command)(pairs.coco)
 pairs_app.command(cls=Command)(pairs.nyuv2)
 pairs_app.command(cls=Command)(pairs.bsds)

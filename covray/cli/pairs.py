@@ -13,7 +13,7 @@ from rich.table import Table
 from covray.cli.completion import complete_tasks
 from covray.cli.options import Json, OutManifest, Seed, shares, split_commas
 from covray.cli.output import console, escape
-from covray.cli.pairs_writing import checked, write_drawn, write_manifest
+from covray.cli.pairs_writing import Actors, Count, write_drawn, write_manifest
 from covray.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -35,16 +35,6 @@ Splits = Annotated[str | None, typer.Option(help="Shares, such as train=8,val=1,
 Root = Annotated[str, typer.Argument(help="The dataset's folder; docs/datasets.md says what lies in it.")]
 Base = Annotated[
     str | None, typer.Option("--root", help="Folder that holds it: paths are below that, so that several build as one.")
-]
-Count = Annotated[int | None, typer.Option("--count", min=1, help="Draw so many, by the seed; all by default.")]
-
-Actors = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        help="Make them on so many actors of Ray, here or on the cluster of RAY_ADDRESS; killed, the same command "
-        "continues. By default this process makes them.",
-    ),
 ]
 
 
@@ -161,38 +151,6 @@ def portraits(
 
     pairs = portrait_pairs(count, size, seed, shares(splits))
     write_manifest(out, None, pairs, json_, count, captions=True)
-
-
-def manifest(
-    file: Annotated[str, typer.Argument(help="Your own list: Parquet, CSV, TSV, JSONL, or Painter's JSON.")],
-    out: OutManifest,
-    task: Annotated[str | None, typer.Option(help="The task, where the list has no such column.")] = None,
-    split: Annotated[str, typer.Option(help="The split, where the list has no such column.")] = "train",
-    root: Annotated[
-        str | None, typer.Option(help="Folder the list's paths are relative to; by default its own.")
-    ] = None,
-    classes: Annotated[
-        str | None, typer.Option(help="YAML file of the masks' classes: names, numbers or colours, void.")
-    ] = None,
-    metres_per_level: Annotated[
-        float | None, typer.Option(min=0, help="Depth of one level of depth labels; 0.001 for millimetres.")
-    ] = None,
-    label_orientation: Annotated[
-        Literal["stored", "upright"] | None,
-        typer.Option(help="How labels lie to images that EXIF turns; by default as their size tells."),
-    ] = None,
-    json_: Json = False,
-) -> None:
-    """Your own pairs, from a list of files."""
-    from covray.pairs.classes import load_classes
-    from covray.pairs.user_labels import LabelRules, checked_pairs
-    from covray.pairs.user_lists import list_root, read_user_list
-
-    masks = None if classes is None else load_classes(classes)
-    rules = LabelRules(masks, metres_per_level or None, label_orientation)
-    place = list_root(file, root)
-    pairs = checked_pairs(read_user_list(file, task, split, root), place, rules)
-    write_manifest(out, place, checked(pairs, None, examples=3), json_)
 
 
 def coco(

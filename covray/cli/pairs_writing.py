@@ -9,8 +9,9 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -22,6 +23,16 @@ if TYPE_CHECKING:
     from covray.pairs.manifest import Pair
 
 _LOG = logging.getLogger("covray")
+
+Count = Annotated[int | None, typer.Option("--count", min=1, help="Draw so many, by the seed; all by default.")]
+Actors = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Make them on so many actors of Ray, here or on the cluster of RAY_ADDRESS; killed, the same command "
+        "continues. By default this process makes them.",
+    ),
+]
 
 
 def write_drawn(

@@ -7,11 +7,12 @@ understood, or in two ways, gets no label, and the reason as ``meta["error"]``.
 
 from __future__ import annotations
 
+import functools
 import os
 import posixpath
 import unicodedata
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 
 from covray.errors import ManifestError, PairError
 from covray.io.images import decode, encode_png, load_picture
+from covray.io.web import WebRules, fetch, is_web
 from covray.pairs.classes import MaskCoding, painter_coding, read_mask, voc_coding
 from covray.pairs.label_files import (
     ImageLayout,
@@ -61,6 +63,13 @@ class LabelRules:
     """Depth of one level; None: 8 bits are drawn as ``covray.tasks.depth`` does, 16 bits are refused."""
     orientation: Orientation | None = None
     """How labels lie to images that EXIF turns; None: as their size tells."""
+    web: WebRules | None = None
+    """Where pictures of the web may come from; None: from nowhere."""
+
+    def settings(self) -> dict[str, Any]:
+        """Return what decides the labels, as JSON."""
+        classes = None if self.masks is None else self.masks.meta
+        return {"classes": classes, "metres_per_level": self.metres_per_level, "orientation": self.orientation}
 
 
 def checked_pairs(pairs: Iterable[Pair], root: str, rules: LabelRules) -> Iterator[Pair]:
@@ -79,7 +88,7 @@ def checked_pairs(pairs: Iterable[Pair], root: str, rules: LabelRules) -> Iterat
         ManifestError: Not one image can be opened, and each is missing.
     """
     count, missing, first = 0, 0, ""
-    for pair in _in_order(pairs, root, rules):
+    for pair in in_order(functools.partial(check_pair, root=root, rules=rules), pairs):
         count += 1
         if str(pair.meta.get("error")).startswith("missing: image"):
             missing += 1
@@ -89,21 +98,29 @@ def checked_pairs(pairs: Iterable[Pair], root: str, rules: LabelRules) -> Iterat
         raise ManifestError(f"{root}: none of the {count} images is there, such as {first[:80]!r}; give --root")
 
 
-def _in_order(pairs: Iterable[Pair], root: str, rules: LabelRules) -> Iterator[Pair]:
+def in_order(change: Callable[[Pair], Pair], pairs: Iterable[Pair]) -> Iterator[Pair]:
+    """Yield ``change`` of each pair, in their order, on several threads: files and servers let one wait."""
     waiting: deque[Future[Pair]] = deque()
     with ThreadPoolExecutor(_THREADS) as readers:
         for pair in pairs:
-            waiting.append(readers.submit(_checked, pair, root, rules))
+            waiting.append(readers.submit(change, pair))
             if len(waiting) >= _AHEAD:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
 
 
-def _checked(pair: Pair, root: str, rules: LabelRules) -> Pair:
+def check_pair(pair: Pair, root: str | None, rules: LabelRules) -> Pair:
+    """Return ``pair``, opened and checked: see ``checked_pairs``."""
     meta = dict(pair.meta)
     if "error" in meta:  # a column of the list; in a manifest it is why a pair cannot be used
         meta["list_error"] = meta.pop("error")
+    if rules.web is not None:
+        try:
+            pair, urls = _downloaded(pair, rules.web)
+        except PairError as error:
+            return replace(pair, meta=meta | {"error": str(error)})
+        meta |= urls
     try:
         image, image_data = _found("image", pair.image, root)
         pair = replace(pair, image=image)
@@ -126,6 +143,19 @@ def _checked(pair: Pair, root: str, rules: LabelRules) -> Pair:
         pair = replace(pair, label=Picture(bytes=encode_png(drawn)))
         known = known | ({"label_file": label.uri} if label.uri else {})
     return replace(pair, meta=meta | known)
+
+
+def _downloaded(pair: Pair, rules: WebRules) -> tuple[Pair, dict[str, str]]:
+    """Return ``pair`` with the bytes of its pictures of the web, and where they are from."""
+    urls, pictures = {}, []
+    for name, picture in (("image", pair.image), ("label", pair.label)):
+        if picture.bytes is None and picture.uri is not None and is_web(picture.uri):
+            urls[f"{name}_url"] = picture.uri
+            pictures.append(Picture(bytes=_named(name, functools.partial(fetch, rules=rules), picture.uri)))
+        else:
+            pictures.append(picture)
+    image, label = pictures
+    return replace(pair, image=image, label=label), urls
 
 
 def _drawn(pair: Pair, data: bytes, layout: ImageLayout, rules: LabelRules) -> tuple[NDArray[np.uint8], dict[str, Any]]:
@@ -226,7 +256,7 @@ def _check_edges(shown: NDArray[np.uint8]) -> None:
 # --- files that are not where the list says --------------------------------------------------------------------------
 
 
-def _named(name: str, read: Any, data: bytes) -> Any:
+def _named(name: str, read: Any, data: bytes | str) -> Any:
     """Return ``read(data)``; its PairError says which of the two pictures it is about."""
     try:
         return read(data)
@@ -234,13 +264,13 @@ def _named(name: str, read: Any, data: bytes) -> Any:
         raise PairError(error.reason, f"{name}: {str(error).partition(': ')[2]}") from error
 
 
-def _found(name: str, picture: Picture, root: str) -> tuple[Picture, bytes]:
+def _found(name: str, picture: Picture, root: str | None) -> tuple[Picture, bytes]:
     """Return ``picture`` as its file is called, and the file's bytes."""
     try:
         return picture, load_picture(picture, root)
     except PairError as error:
         detail = str(error).partition(": ")[2]
-        if error.reason == "missing" and picture.uri:
+        if error.reason == "missing" and picture.uri and root is not None:
             for uri in _spellings(picture.uri):
                 try:
                     return replace(picture, uri=uri), load_picture(Picture(uri=uri), root)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import functools
 import io
 import itertools
 import os
@@ -60,6 +61,7 @@ def read_user_list(
     task: str | None = None,
     split: str = "train",
     root: str | os.PathLike[str] | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> Iterator[Pair]:
     """Return the pairs of a user's own list: ``.csv``, ``.tsv``, ``.jsonl``, ``.json`` or ``.parquet``.
 
@@ -75,16 +77,38 @@ def read_user_list(
         task: Task of the rows that name none.
         split: Split of the rows that name none.
         root: Folder that the list's paths are below; None for the one that holds the list.
+        columns: The columns of ``image`` and ``label``, where they have other names.
 
     Raises:
         ManifestError: The list is malformed, or names a task that is none of ours: file and line, or item.
     """
     file = os.fspath(file)
-    rows = rows_of(file, "pairs", _csv_rows, _json_rows)
+    columns = columns or {}
+    rows = rows_of(file, "pairs", functools.partial(_csv_rows, columns=columns), _json_rows)
     if task is not None and task not in TASKS:
         raise ManifestError(f"--task {task}: {unknown_task(task)}")
     base = list_root(file, root).rstrip("/") + "/"
-    return _user_pairs(file, rows, task, split, base)
+    return _user_pairs(file, _named_rows(file, rows, columns), task, split, base)
+
+
+def _named_rows(file: str, rows: Iterable[tuple[str, Any]], columns: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
+    """Yield ``rows`` with the names that ``columns`` gives; a column that had such a name is called ``list_NAME``."""
+    for where, row in rows:
+        if columns and isinstance(row, dict):
+            named = {_name_of(key, columns): value for key, value in row.items()}
+            for key, column in columns.items():
+                if key not in named:
+                    known = ", ".join(str(name)[:80] for name in row)
+                    raise ManifestError(f"{file}, {where}: has no column {column}; it has {known}: give --{key}-column")
+            row = named
+        yield where, row
+
+
+def _name_of(column: Any, columns: Mapping[str, str]) -> Any:
+    for key, chosen in columns.items():
+        if column == chosen:
+            return key
+    return f"list_{column}" if column in columns else column
 
 
 def rows_of(file: str, what: str, csv: RowReader, json: RowReader) -> Iterator[tuple[str, Any]]:
@@ -203,12 +227,12 @@ def _uri(file: str, where: str, key: str, value: str, base: str) -> str:
 # --- the formats -----------------------------------------------------------------------------------------------------
 
 
-def _csv_rows(file: str) -> Iterator[tuple[str, dict[str, str]]]:
+def _csv_rows(file: str, columns: Mapping[str, str]) -> Iterator[tuple[str, dict[str, str]]]:
     lines = (text for _, text in numbered_lines(file))
     first = next(lines, "")
     declared = re.fullmatch(r"\"?sep=(.)\"?\s*", first, re.IGNORECASE)  # a line that only Excel writes
     offset = 1 if declared else 0
-    separator = declared[1] if declared else _separator_of(first)
+    separator = declared[1] if declared else _separator_of(first, columns)
     rest = lines if declared else itertools.chain([first], lines)
     csv.field_size_limit(max(csv.field_size_limit(), MAX_FIELD_CHARACTERS))
     reader = csv.reader(rest, strict=True, delimiter=separator, skipinitialspace=True)
@@ -219,7 +243,7 @@ def _csv_rows(file: str) -> Iterator[tuple[str, dict[str, str]]]:
             if not any(cell.strip() for cell in cells):
                 continue
             if header is None:
-                header = _header(file, where, cells)
+                header = _header(file, where, cells, columns)
                 continue
             if len(cells) < len(header) or any(cell.strip() for cell in cells[len(header) :]):
                 raise ManifestError(f"{file}, {where}: {len(cells)} cells for {len(header)} columns{_hint(separator)}")
@@ -228,20 +252,30 @@ def _csv_rows(file: str) -> Iterator[tuple[str, dict[str, str]]]:
         raise ManifestError(f"{file}, line {reader.line_num + offset}: {error}") from error
 
 
-def _separator_of(header: str) -> str:
+def _separator_of(header: str, columns: Mapping[str, str]) -> str:
     """Return what separates the columns of ``header``; the comma, unless only another makes image and label of it."""
     for separator in _SEPARATORS:
         names = {name.strip(" \t\r\n\"'").lower() for name in header.split(separator)}
-        if {"image", "label"} <= names or {"image_path", "target_path"} <= names:
+        mapped = {columns.get(key, key).lower() for key in ("image", "label")}
+        if mapped <= names or {"image_path", "target_path"} <= names:
             return separator
     return ","
 
 
-def _header(file: str, where: str, cells: list[str]) -> list[str]:
+def _header(file: str, where: str, cells: list[str], columns: Mapping[str, str]) -> list[str]:
+    """Return the names of the columns; those that ``columns`` gives keep theirs, which ``_named_rows`` changes."""
     header = [cell.strip() for cell in cells]
-    names = [cell.lower() if cell.lower() in _KEYS else cell for cell in header]
+    if columns:
+        absent = [column for column in columns.values() if column not in header]
+        if absent:
+            known = ", ".join(name[:80] for name in header)
+            raise ManifestError(f"{file}, {where}: has no column {absent[0]}; its columns are {known}")
+    names = []
+    for cell in header:
+        is_key = cell.lower() in _KEYS and cell not in columns.values()
+        names.append(cell.lower() if is_key else cell)
     named = [name for name in names if name]
-    missing = [key for key in ("image", "label") if key not in names]
+    missing = [key for key in ("image", "label") if columns.get(key, key) not in names]
     if missing and not {"image_path", "target_path"} <= set(names):
         message = f"no column {' or '.join(missing)}"
     elif len(set(named)) < len(named):

@@ -55,7 +55,7 @@ def write_segformer(folder: Path, classes: int = 5) -> Path:
 def write_maskformer(folder: Path) -> Path:
     """A universal segmentation, which answers masks."""
     swin = transformers.SwinConfig(
-        image_size=32, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1], window_size=2,
+        image_size=64, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1], window_size=2,
         out_features=["stage1", "stage2", "stage3", "stage4"],
     )  # fmt: skip
     detr = transformers.DetrConfig(
@@ -63,10 +63,10 @@ def write_maskformer(folder: Path) -> Path:
         encoder_ffn_dim=16, decoder_ffn_dim=16, num_queries=6, max_position_embeddings=64,
     )  # fmt: skip
     config = transformers.MaskFormerConfig(
-        fpn_feature_size=16, mask_feature_size=16, backbone_config=swin, decoder_config=detr,
+        fpn_feature_size=32, mask_feature_size=16, backbone_config=swin, decoder_config=detr,
         id2label={number: f"class {number}" for number in range(4)},
     )  # fmt: skip
-    processor = transformers.MaskFormerImageProcessor(size={"height": 32, "width": 32})
+    processor = transformers.MaskFormerImageProcessor(size={"height": 64, "width": 64})
     return _save(folder, transformers.MaskFormerForInstanceSegmentation(config), processor)
 
 
@@ -92,6 +92,19 @@ def write_yolos(folder: Path, names: tuple[str, ...]) -> Path:
     with torch.no_grad():  # always sure of its first class
         model.class_labels_classifier.layers[-1].bias[0] = 50
     return _save(folder, model, transformers.YolosImageProcessor(size={"height": 32, "width": 32}))
+
+
+def write_tips(folder: Path) -> Path:
+    """Normals by transformers' own class for them."""
+    backbone = transformers.AutoConfig.for_model(
+        "tipsv2_vision_model", hidden_size=16, num_hidden_layers=4, num_attention_heads=2, image_size=28, patch_size=14,
+        out_indices=[1, 2, 3, 4], apply_layernorm=True, reshape_hidden_states=False,
+    )  # fmt: skip
+    config = transformers.AutoConfig.for_model(
+        "tipsv2_dpt", backbone_config=backbone, neck_hidden_sizes=[8, 8, 16, 16], fusion_hidden_size=8
+    )
+    model = transformers.AutoModelForNormalEstimation.from_config(config)
+    return _save(folder, model, transformers.DPTImageProcessor(size={"height": 28, "width": 28}))
 
 
 def write_marigold(folder: Path, task: str) -> Path:

@@ -81,13 +81,19 @@ class _Network:
         raise WeightsError(f"{folder}: is a {self.config.model_type}, which {' or '.join(heads)} does not load")
 
     def __call__(self, photo: Photo, **inputs: Any) -> Any:
-        """Return the model's output for a photograph."""
-        prepared = self.processor(images=[Image.fromarray(photo)], return_tensors="pt", **inputs)
+        """Return the model's output for a photograph. Raises PairError where the model takes none of its size."""
         extra = {}
         if getattr(getattr(self.config, "backbone_config", None), "num_experts", 1) > 1:
             extra["dataset_index"] = torch.zeros(1, dtype=torch.int64, device=self.place)  # ViTPose++: COCO's expert
-        with torch.inference_mode():
-            return self.network(**prepared.to(self.place), **extra)
+        try:
+            prepared = self.processor(images=[Image.fromarray(photo)], return_tensors="pt", **inputs)
+            with torch.inference_mode():
+                return self.network(**prepared.to(self.place), **extra)
+        except torch.OutOfMemoryError:
+            raise
+        except (ValueError, RuntimeError) as error:
+            size = f"{photo.shape[1]}x{photo.shape[0]} px"
+            raise PairError("model_answer", f"the model takes no photograph of {size} ({one_line(error)})") from error
 
     def post_process(self, name: str, output: Any, photo: Photo, **settings: Any) -> Any:
         """Return the processor's reading of an output, in the size of the photograph."""
