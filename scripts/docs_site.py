@@ -66,8 +66,7 @@ def notebook_page(notebook: Mapping[str, Any], name: str) -> NotebookPage:
                 file = f"{name}-{len(page.pictures) + 1}.png"
                 page.pictures[file] = png
                 page.text += f"![{alt}]({file}){{ .answer }}\n\n"
-    link = f"[This page as a notebook]({name}.ipynb){{ .md-button }}\n"
-    page.text += link
+    page.text += f'<a class="md-button" href="{name}.ipynb" download>This page as a notebook</a>\n'
     return page
 
 
