@@ -1,4 +1,4 @@
-"""Vision-language models of transformers: train, generate, evaluate, compare."""
+"""Vision-language models of transformers: train, convert, generate, evaluate, compare."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from covray.cli.options import ConfigFile, Json, Sets, StepOptions
-from covray.cli.output import console, escape
+from covray.cli.options import ConfigFile, Json, OutFolder, Sets, StepOptions
+from covray.cli.output import console, escape, print_values
 from covray.cli.training import print_losses
-from covray.config.vlm import VlmEvaluateConfig, VlmGenerateConfig, VlmTrainConfig
+from covray.config.reference import key_text
+from covray.config.vlm import VlmEvaluateConfig, VlmGenerateConfig, VlmModelConfig, VlmTrainConfig
 
 TRAIN = StepOptions(VlmTrainConfig)
 GENERATE = StepOptions(VlmGenerateConfig)
@@ -53,6 +54,19 @@ def train(
     where = escape(resolved.out.rstrip("/"))
     ask = f"next: covray vlm generate --run {where} --image IMAGE --prompt TEXT"
     console.print(ask, highlight=False, soft_wrap=True)
+
+
+def convert(
+    source: Annotated[str, typer.Argument(help="Folder of a LLaVA, Qwen2-VL or Qwen2.5-VL, or a hub id.")],
+    out: OutFolder,
+    revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub id.")] = None,
+    mask_id: Annotated[int | None, typer.Option(min=0, help=key_text(VlmTrainConfig, "mask_id"))] = None,
+    json_: Json = False,
+) -> None:
+    """An autoregressive checkpoint gets a mask token, to be trained for block diffusion; its answers stay the same."""
+    from covray.models.vlm.convert import convert_vlm
+
+    print_values(convert_vlm(VlmModelConfig(path=source, revision=revision, mask_id=mask_id), out), json_)
 
 
 def generate(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from covray.config.fields import ActorsConfig, TrackingConfig
 from covray.config.section import Section
@@ -53,8 +53,19 @@ class VlmDecodingConfig(Section):
     """Sample only from this many likeliest tokens."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     """Sample only from the likeliest tokens that together reach this probability."""
+    cache: bool = True
+    """Keep keys and values of the prompt and of what is written. False: every pass reads all again, as models do that
+    write an answer in one block by full-sequence diffusion; the answer is the same."""
     seed: int = Field(default=0, ge=0)
     """Everything random follows from it and from the prompt's tokens."""
+
+    @model_serializer(mode="wrap")
+    def _leave_out_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out the cache where there is one, so that identities made before it was a choice stay the same."""
+        values: dict[str, Any] = handler(self)
+        if self.cache:
+            values.pop("cache", None)
+        return values
 
 
 class VlmTextsConfig(Section):
@@ -107,6 +118,10 @@ class VlmBlocksConfig(Section):
     """Weight of the next-token loss of the same answers; 0 with ``context: block``, whose tokens see what follows."""
     mean: Literal["tokens", "samples"] = "tokens"
     """The loss of a step is a mean over the tokens of all answers, or over the means of the samples."""
+    shift: bool = False
+    """Predict a token at the place before it, as the autoregressive model does (Fast-dLLM v2), or at its own."""
+    anneal: tuple[Annotated[int, Field(ge=1, le=1024)], ...] = ()
+    """Sizes of blocks before ``size``, each for an equal share of the training (Fast-dVLM); empty: ``size`` at once."""
 
     @model_validator(mode="before")
     @classmethod
@@ -124,6 +139,16 @@ class VlmBlocksConfig(Section):
         if self.start == "sequence" and self.weight == "masked":
             raise ValueError("weight: must be level with start=sequence, as a block can hold tokens of the prompt")
         return self
+
+    @model_serializer(mode="wrap")
+    def _leave_out_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out younger fields that are not set, so that identities made before they existed stay the same."""
+        values: dict[str, Any] = handler(self)
+        if not self.shift:
+            values.pop("shift", None)
+        if not self.anneal:
+            values.pop("anneal", None)
+        return values
 
 
 class VlmLoraConfig(Section):

@@ -12,9 +12,10 @@ from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
 from covray.config.vlm import VlmDecodingConfig, VlmModelConfig, VlmTrainConfig
-from covray.errors import ConfigError, ManifestError
+from covray.errors import ConfigError, ManifestError, WeightsError
 from covray.models.vlm.adapter import load_adapter
 from covray.models.vlm.checkpoint import load_vlm, vlm_facts
+from covray.models.vlm.convert import convert_vlm
 from covray.models.vlm.decoding import decode
 from covray.training.objectives.vision_text import VisionText
 from covray.training.run import train
@@ -27,7 +28,7 @@ CPU = torch.device("cpu")
 
 CASES: list[dict[str, Any]] = [
     {"objective": "autoregressive"},
-    {"objective": "block_diffusion", "family": "llava"},
+    {"objective": "block_diffusion", "family": "llava", "blocks__shift": True, "blocks__anneal": [1, 2]},
     {"objective": "block_diffusion", "blocks__preset": "diffusionvl", "train": "full"},
     {"objective": "block_diffusion", "train": "language", "compute__recompute": True},
 ]
@@ -123,7 +124,7 @@ def test_captions_and_answers_are_learned(objective: str, vlm_config: Callable[.
     objective_of = VisionText(config.model_copy(update={"model": f"{config.out}/adapter"}), CPU)
     right = 0
     for exchange in objective_of._validation:
-        sample = objective_of._sample(exchange)
+        sample = objective_of._sample(exchange, objective_of._blocks)
         prompt = objective_of._prompter.prompt([], "")
         prompt = type(prompt)(sample.ids[: sample.prompt], sample.images)
         (answer,) = decode(loaded, [prompt], VlmDecodingConfig(max_tokens=8), facts.blocks)
@@ -136,6 +137,40 @@ def test_a_bad_picture_is_named(vlm_config: Callable[..., VlmTrainConfig], tmp_p
     config = vlm_config(data=str(tmp_path / "list.csv"), texts__validation_split=None)
     with pytest.raises(ManifestError, match=r"absent\.png"):
         VisionText(config, CPU)
+
+
+def test_blocks_grow_in_equal_shares_of_the_training(vlm_config: Callable[..., VlmTrainConfig]) -> None:
+    objective = VisionText(vlm_config(objective="block_diffusion", blocks__anneal=[1, 2], optimizer__steps=6), CPU)
+    sizes = []
+    for step in range(6):
+        (batch, _) = objective.batches(step * 6, WorkerContext()).batches
+        sizes.append(batch.blocks.size)
+    assert sizes == [1, 1, 2, 2, 4, 4]
+
+
+def test_younger_settings_leave_identities_as_they_were(vlm_config: Callable[..., VlmTrainConfig]) -> None:
+    known = {"preset", "size", "context", "start", "low", "high", "weight", "autoregressive", "mean"}
+    assert set(vlm_config(objective="block_diffusion").identity()["blocks"]) == known
+    younger = vlm_config(objective="block_diffusion", blocks__shift=True, blocks__anneal=[2]).identity()["blocks"]
+    assert younger | {"shift": True, "anneal": [2]} == younger
+    assert "cache" not in VlmDecodingConfig().model_dump()
+
+
+def test_a_converted_folder_is_trained_as_the_model_it_was(
+    vlm_config: Callable[..., VlmTrainConfig], vlm_folders: dict[str, str], tmp_path: Path
+) -> None:
+    case = {"objective": "block_diffusion", "optimizer__steps": 2}
+    plain = vlm_config("plain", **case)
+    folder = str(tmp_path / "converted")
+    result = convert_vlm(VlmModelConfig(path=vlm_folders["qwen2_5_vl"]), folder)
+    converted = vlm_config("of-converted", **case, model=folder)
+    train(plain)
+    train(converted)
+    assert curve(converted) == curve(plain), "to the bit"
+    facts = vlm_facts(converted.checkpoint())
+    assert (facts.mask_id, facts.blocks) == (result["mask_id"], None), "not yet trained for blocks"
+    with pytest.raises(WeightsError, match="has mask .* already"):
+        convert_vlm(converted.checkpoint(), str(tmp_path / "again"))
 
 
 def test_contradictions_are_refused(vlm_config: Callable[..., VlmTrainConfig]) -> None:

@@ -97,7 +97,7 @@ def adapter_blocks(folder: str) -> Blocks | None:
     return None if known is None else known[1]
 
 
-def _read_adapter_blocks(folder: Folder) -> tuple[int, Blocks] | None:
+def _read_adapter_blocks(folder: Folder) -> tuple[int, Blocks | None] | None:
     """Return the mask's id and the blocks of an adapter's ``block_diffusion.json``, if it has one."""
     try:
         about = folder.read_bytes(BLOCKS_FILE) if folder.exists(BLOCKS_FILE) else None
@@ -161,12 +161,17 @@ def model_files(vlm: Vlm, tensors: Mapping[str, Tensor], facts: VlmFacts, blocks
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         vlm.model.save_pretrained(folder, state_dict=state, max_shard_size="1000GB")
-        for file in sorted(facts.folder.iterdir()):
-            is_text = file.is_file() and file.suffix in (".json", ".txt", ".model", ".jinja")
-            if is_text and not (folder / file.name).exists() and not file.name.endswith(".index.json"):
-                shutil.copy(file, folder / file.name)
+        copy_texts(facts.folder, folder)
         if blocks is not None:
             (folder / BLOCKS_FILE).write_bytes(blocks_file(facts.mask_id, blocks))
         for file in sorted(folder.iterdir()):
             files[file.name] = file.read_bytes()
     return files
+
+
+def copy_texts(source: Path, folder: Path) -> None:
+    """Copy the files of tokenizer, image processor and templates that ``folder`` does not have."""
+    for file in sorted(source.iterdir()):
+        is_text = file.is_file() and file.suffix in (".json", ".txt", ".model", ".jinja")
+        if is_text and not (folder / file.name).exists() and not file.name.endswith(".index.json"):
+            shutil.copy(file, folder / file.name)

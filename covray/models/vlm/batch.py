@@ -10,7 +10,8 @@ token at place p is of block floor((p - start) / D), so that the prompt's blocks
 
 With ``causal`` the clean half is the autoregressive model untouched, so that its next-token loss and likelihoods keep
 their meaning (Fast-dVLM, arXiv:2604.06832); ``block`` is DiffusionVL's (arXiv:2512.15713), where prompt and pictures
-are read in blocks, too. A noisy token predicts the token at its own place.
+are read in blocks, too. A noisy token predicts the token at its own place, or with ``shift`` the one behind it; then
+the first of a block is predicted by the clean token before it (Fast-dLLM v2, arXiv:2509.26328).
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ class Blocks:
     start: BlocksFrom = "prompt"
     """Where blocks are counted from: the end of the prompt, or the sequence's first token, as DiffusionVL does; then
     the last tokens of the prompt can share a block with the first of the answer."""
+    shift: bool = False
+    """Whether a token is predicted at the place before it, as by the autoregressive model, or at its own."""
 
     def first(self, prompt: int) -> int:
         """Return the place where the first block with tokens of the answer begins, after ``prompt`` tokens."""

@@ -157,35 +157,37 @@ def load_prompter(facts: VlmFacts) -> Prompter:
     return Prompter(facts.config, tokenizer, processor, tokenizer.chat_template or _older_template(facts.folder))
 
 
-def blocks_file(mask_id: int, blocks: Blocks) -> bytes:
-    """Return ``block_diffusion.json``."""
-    about = {
-        "version": 1,
-        "objective": "block_diffusion",
-        "mask_id": mask_id,
-        "block": blocks.size,
-        "context": blocks.context,
-        "start": blocks.start,
-    }
+def blocks_file(mask_id: int, blocks: Blocks | None) -> bytes:
+    """Return ``block_diffusion.json``; without blocks, that of a model with a mask that is not trained for it yet."""
+    about: dict[str, Any] = {"version": 1, "objective": "block_diffusion", "mask_id": mask_id}
+    if blocks is None:
+        about["trained"] = False
+    else:
+        about |= {"block": blocks.size, "context": blocks.context, "start": blocks.start}
+    if blocks is not None and blocks.shift:
+        about["shift"] = True
     return (json.dumps(about, indent=2) + "\n").encode()
 
 
-def read_blocks(text: bytes, where: str) -> tuple[int, Blocks]:
-    """Return the mask's id and the blocks of a ``block_diffusion.json``.
+def read_blocks(text: bytes, where: str) -> tuple[int, Blocks | None]:
+    """Return the mask's id and the blocks of a ``block_diffusion.json``; None: it is not trained for any yet.
 
     Raises:
         WeightsError: It is not one; the message names ``where`` it is.
     """
     try:
         about = json.loads(text)
-        mask_id, size = about["mask_id"], about["block"]
+        mask_id, shift = about["mask_id"], about.get("shift", False)
+        if about.get("trained") is False and about["version"] == 1 and mask_id >= 0:
+            return int(mask_id), None
+        size = about["block"]
         known = about["context"] in ("causal", "block") and about["start"] in ("prompt", "sequence")
-        good = about["version"] == 1 and known and min(mask_id, size - 1) >= 0
+        good = about["version"] == 1 and known and shift in (False, True) and min(mask_id, size - 1) >= 0
     except (ValueError, KeyError, TypeError) as error:
         raise WeightsError(f"{where}: does not describe blocks ({one_line(error)}); get the folder again") from error
     if not good:
         raise WeightsError(f"{where}: does not describe blocks; get the folder again")
-    return int(mask_id), Blocks(int(size), about["context"], about["start"])
+    return int(mask_id), Blocks(int(size), about["context"], about["start"], bool(shift))
 
 
 def _read_blocks(folder: Path) -> tuple[int | None, Blocks | None]:

@@ -4,9 +4,8 @@
     a block of D masks, S times:  read, crop(-D)       -> the surest of the masked places are written
     once:                         read, keep           -> keys and values that later blocks see
 
-Rows are padded on the left, so that all blocks begin at one slot of the cache; a row sees no padding. A row that has
-written its end is dropped from the batch. Which tokens a row gets does not depend on the others, up to the rounding of
-sums: in float32 only at near ties.
+A row that has written its end is dropped from the batch. Which tokens a row gets does not depend on the others, up to
+the rounding of sums: in float32 only at near ties.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from covray.config.vlm import VlmDecodingConfig
 from covray.errors import ConfigError
@@ -24,8 +22,8 @@ from covray.models.masking import choose_unmasked, pass_counts
 from covray.models.sampling import BatchNoise, RowNoise, allowed, choose_tokens
 from covray.models.vlm.batch import Blocks, clean_mask
 from covray.models.vlm.checkpoint import LoadedVlm
-from covray.models.vlm.model import Vlm
 from covray.models.vlm.prompts import Prompt
+from covray.models.vlm.rows import Known, Rows, UncachedRows
 from covray.seeds import seed_of
 
 _THRESHOLDS = {"confidence": 0.85, "entropy": 1.0}
@@ -75,6 +73,10 @@ def decoding_blocks(decoding: VlmDecodingConfig, trained: Blocks | None) -> Bloc
         raise ConfigError(
             f"decoding.passes: {decoding.passes} passes of a block of {blocks.size} tokens; give at most {blocks.size}"
         )
+    if decoder == "speculative" and not decoding.cache:
+        raise ConfigError(
+            "decoding.cache: speculative verifies with the cache; set it to true, or take another decoder"
+        )
     if decoder == "speculative" and (blocks.context != "causal" or blocks.start != "prompt"):
         raise ConfigError(
             "decoding.decoder: speculative verifies drafts by the autoregressive model, which a training with "
@@ -116,139 +118,9 @@ def stream(
         yield from writer.write_tokens(prompts)
     elif decoding.decoder == "speculative":
         for number, prompt in enumerate(prompts):  # their caches grow unequally
-            yield from writer.write_verified(prompt, number, blocks.size)
+            yield from writer.write_verified(prompt, number, blocks)
     else:
         yield from writer.write_blocks(prompts, blocks)
-
-
-@dataclass(frozen=True)
-class Known:
-    """Tokens of the prompts that stand in the first block of answers."""
-
-    ids: Tensor
-    """int64 [B, D]."""
-    embeddings: Tensor
-    """[B, D, width]."""
-    is_known: Tensor
-    """bool [B, D]."""
-
-    @classmethod
-    def of(cls, ids: Tensor, embeddings: Tensor, starts: Sequence[int], lengths: Sequence[int], size: int) -> Known:
-        """Cut them from the prompts; see ``Rows``."""
-        known_ids = ids.new_zeros(len(starts), size)
-        known = embeddings.new_zeros(len(starts), size, embeddings.shape[2])
-        is_known = torch.zeros(len(starts), size, dtype=torch.bool, device=ids.device)
-        for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
-            count = length - start
-            known_ids[row, :count] = ids[row, start:length]
-            known[row, :count] = embeddings[row, start:length]
-            is_known[row, :count] = True
-        return cls(known_ids, known, is_known)
-
-
-class Rows:
-    """The rows at work: their cache, and the places that come next."""
-
-    def __init__(self, model: Vlm, prompts: Sequence[Prompt], blocks: Blocks, tokens: int):
-        """Read the prompts up to their first blocks.
-
-        Args:
-            model: The model.
-            prompts: The prompts.
-            blocks: Where the first block begins, and what the tokens before it see.
-            tokens: Tokens of the longest answer.
-        """
-        device = model.device
-        self.numbers = list(range(len(prompts)))
-        """Of the prompts that the rows answer."""
-        self.cache = DynamicCache()
-        self._model = model
-        lengths = [len(prompt.ids) for prompt in prompts]
-        starts = [blocks.first(length) for length in lengths]
-        ids = torch.zeros(len(prompts), max(lengths), dtype=torch.int64, device=device)
-        for row, prompt in enumerate(prompts):
-            ids[row, : lengths[row]] = torch.from_numpy(prompt.ids)
-        images = _join_images(prompts, device)
-        embeddings = model.embed(ids, images)
-        positions = model.positions(ids, torch.tensor(lengths, device=device), images)
-        self._slots = max(starts)
-        self.known = Known.of(ids, embeddings, starts, lengths, blocks.size)
-        self._positions = _positions_from(positions, starts, lengths, blocks.size + tokens)
-        slots = torch.arange(self._slots, device=device)
-        self._is_token = slots >= self._slots - torch.tensor(starts, device=device)[:, None]  # [B, slots]
-        self.last = embeddings.new_zeros(len(prompts), model.width)
-        """Hidden states of the last tokens that were read, [B, width]."""
-        if self._slots:
-            self._read_prompts(embeddings, positions, starts, blocks)
-
-    def __len__(self) -> int:
-        """Return the rows at work."""
-        return len(self.numbers)
-
-    def read(self, embeddings: Tensor, own: Tensor, keep: bool) -> Tensor:
-        """Return the hidden states of the next n tokens of every row, [B, n, width].
-
-        Args:
-            embeddings: [B, n, width].
-            own: Which of each other they see, bool [n, n]; they see all tokens before.
-            keep: Whether their keys and values stay in the cache; else it is what it was.
-        """
-        cached, count = self.cache.get_seq_length(), embeddings.shape[1]
-        first = cached - self._slots
-        is_token = torch.ones(len(self), cached, dtype=torch.bool, device=own.device)
-        is_token[:, : self._slots] = self._is_token
-        before = is_token[:, None].expand(-1, count, -1)
-        mask = torch.cat((before, own.expand(len(self), -1, -1)), 2)[:, None]
-        hidden = self._model.read(embeddings, self._positions[..., first : first + count], mask, self.cache)
-        if keep:
-            self.last = hidden[:, -1]
-        else:
-            self.cache.crop(-count)
-        return hidden
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Drop all rows but ``rows``."""
-        if len(rows) == len(self):
-            return
-        index = torch.tensor(rows, dtype=torch.int64, device=self.last.device)
-        self.numbers = [self.numbers[row] for row in rows]
-        self.cache.batch_select_indices(index)
-        self._is_token, self.last = self._is_token[index], self.last[index]
-        self._positions = self._positions.index_select(-2, index)
-
-    def _read_prompts(self, embeddings: Tensor, positions: Tensor, starts: Sequence[int], blocks: Blocks) -> None:
-        """Read the prompts, padded on the left."""
-        padded = embeddings.new_zeros(len(starts), self._slots, embeddings.shape[2])
-        padded_positions = positions.new_zeros(*positions.shape[:-1], self._slots)
-        for row, start in enumerate(starts):
-            padded[row, self._slots - start :] = embeddings[row, :start]
-            padded_positions[..., row, self._slots - start :] = positions[..., row, :start]
-        places = torch.arange(self._slots, device=embeddings.device) - self._slots
-        mask = clean_mask(places, blocks.size, blocks.context) & self._is_token[:, None]
-        mask = mask | torch.eye(self._slots, dtype=torch.bool, device=mask.device)
-        self.last = self._model.read(padded, padded_positions, mask[:, None], self.cache)[:, -1]
-
-
-def _positions_from(positions: Tensor, starts: Sequence[int], lengths: Sequence[int], count: int) -> Tensor:
-    """Return the positions of ``count`` places from each row's start on, [..., B, count].
-
-    Behind the prompt they go up by one, from one more than the largest of the prompt, as transformers counts them.
-    """
-    after = torch.arange(count, device=positions.device)
-    result = positions.new_zeros(*positions.shape[:-1], count)
-    for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
-        own = positions[..., row, :length]
-        result[..., row, :] = own.max() + 1 + after - (length - start)
-        result[..., row, : length - start] = own[..., start:]
-    return result
-
-
-def _join_images(prompts: Sequence[Prompt], device: torch.device) -> dict[str, Tensor]:
-    with_images = [prompt.images for prompt in prompts if prompt.images]
-    images: dict[str, Tensor] = {}
-    for name in with_images[0] if with_images else ():
-        images[name] = torch.cat([own[name] for own in with_images]).to(device)
-    return images
 
 
 class _Writer:
@@ -257,13 +129,14 @@ class _Writer:
     def __init__(self, vlm: LoadedVlm, decoding: VlmDecodingConfig):
         self._vlm, self._model, self._decoding = vlm, vlm.model, decoding
         self._embedding = vlm.model.model.get_input_embeddings()
+        self._rows = Rows if decoding.cache else UncachedRows
         self._noise: dict[int, RowNoise] = {}
         self._written: dict[int, int] = {}
 
     def write_tokens(self, prompts: Sequence[Prompt]) -> Iterator[Piece]:
         """Write one token a pass."""
         self._begin(prompts)
-        rows = Rows(self._model, prompts, Blocks(1), self._decoding.max_tokens)
+        rows = self._rows(self._model, prompts, Blocks(1), self._decoding.max_tokens)
         alone = torch.ones(1, 1, dtype=torch.bool, device=self._model.device)
         place = 0
         while True:
@@ -279,7 +152,7 @@ class _Writer:
         """Write block by block."""
         self._begin(prompts)
         size, device = blocks.size, self._model.device
-        rows = Rows(self._model, prompts, blocks, self._decoding.max_tokens + size)
+        rows = self._rows(self._model, prompts, blocks, self._decoding.max_tokens + size)
         own = clean_mask(torch.arange(size, device=device), size, blocks.context)
         known: Known | None = rows.known
         passes = first = 0
@@ -295,7 +168,7 @@ class _Writer:
             known = None
             first += size
 
-    def write_verified(self, prompt: Prompt, number: int, size: int) -> Iterator[Piece]:
+    def write_verified(self, prompt: Prompt, number: int, blocks: Blocks) -> Iterator[Piece]:
         """Write what ``write_tokens`` writes, in fewer passes: a block is drafted, then verified by a causal pass.
 
         The first token of a block is the autoregressive one; the others are drafted from masks in one pass. Of the
@@ -304,11 +177,11 @@ class _Writer:
         Args:
             prompt: The prompt.
             number: Its number, for the pieces.
-            size: Tokens of a block.
+            blocks: The blocks that are drafted.
         """
         self._begin([prompt])
-        device, decoding = self._model.device, self._decoding
-        rows = Rows(self._model, [prompt], Blocks(size), decoding.max_tokens + size)
+        device, decoding, size = self._model.device, self._decoding, blocks.size
+        rows = Rows(self._model, [prompt], blocks, decoding.max_tokens + size)
         every = torch.ones(size, size, dtype=torch.bool, device=device)
         place = passes = 0
         draft = torch.full((1, size), self._model.mask_id, device=device)
@@ -316,7 +189,7 @@ class _Writer:
             noise = self._noise_of(rows, place, size + 1)
             first = choose_tokens(self._model.logits(rows.last[:, None]), decoding, _part(noise, 0, 1))
             draft[:, 0], draft[:, 1:] = first[:, 0], self._model.mask_id
-            hidden = rows.read(self._embedding(draft), every, keep=False)
+            hidden = rows.predicting(rows.read(self._embedding(draft), every, keep=False))
             drafted = choose_tokens(self._model.logits(hidden), decoding, _part(noise, 0, size))
             ids = torch.cat((first, drafted[:, 1:]), 1)
             hidden = rows.read(self._embedding(ids), every.tril(), keep=True)
@@ -369,7 +242,8 @@ class _Writer:
         taken = 0
         for count in counts:
             taken += 1
-            logits = self._model.logits(rows.read(self._embed(ids, known), every, keep=False))
+            hidden = rows.read(self._embed(ids, known), every, keep=False)
+            logits = self._model.logits(rows.predicting(hidden))
             chosen = choose_tokens(logits, decoding, noise)
             scaled = logits if noise is None else allowed(logits, decoding)
             written = choose_unmasked(scaled.softmax(-1), chosen, masked, count, decoding.unmask, threshold)

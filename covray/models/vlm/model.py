@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from covray.models.vlm.batch import VlmBatch, training_mask
+from covray.models.vlm.batch import Noise, VlmBatch, training_mask
 
 M_ROPE_TYPES = ("qwen2_vl", "qwen2_5_vl")
 """Model types with positions of time, height and width (M-RoPE)."""
@@ -124,15 +124,33 @@ class Vlm(nn.Module):
             positions = torch.cat((positions, noisy_positions), -1)
         hidden = self.read(embeddings, positions, training_mask(batch))
         clean_tokens = batch.ids.shape[1]
-        # A clean token is predicted at the place before it, a masked one at its own.
+        # A clean token is predicted at the place before it, a masked one at its own or before it.
         has_loss = batch.next_weights > 0
         predicted = [hidden[:, : clean_tokens - 1][has_loss]]
         targets = [batch.ids[:, 1:][has_loss]]
         weights = [batch.next_weights[has_loss]]
         if batch.noise is not None:
             noise = batch.noise
-            predicted.append(hidden[:, clean_tokens:][noise.masked])
+            predicted.append(self._predicting_noisy(hidden, batch, noise)[noise.masked])
             targets.append(batch.ids.gather(1, noise.places)[noise.masked])
             weights.append(noise.weights[noise.masked])
         each = F.cross_entropy(self.logits(torch.cat(predicted)), torch.cat(targets), reduction="none")
         return (each * torch.cat(weights)).sum(), each.detach()
+
+    def _predicting_noisy(self, hidden: Tensor, batch: VlmBatch, noise: Noise) -> Tensor:
+        """Return the hidden states that predict the noisy tokens of a batch, [B, M, width].
+
+        Args:
+            hidden: Of clean and noisy tokens, [B, L + M, width].
+            batch: The batch.
+            noise: Its noise.
+        """
+        clean_tokens = batch.ids.shape[1]
+        own = hidden[:, clean_tokens:]
+        if not batch.blocks.shift:
+            return own
+        rows = torch.arange(len(own), device=own.device)[:, None]
+        # Of the first token of a sequence there is none before it, and it is never masked.
+        before_block = hidden[rows, (noise.places - 1).clamp(min=0)]
+        is_first = (noise.places - batch.starts[:, None]) % batch.blocks.size == 0
+        return torch.where(is_first[..., None], before_block, own.roll(1, dims=1))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -60,8 +61,8 @@ class VisionText:
         self._choose_parameters()
         self.steps = count_steps(len(self._training), config)
         self._lengths: dict[str, int] = {}
-        sample = self._sample(self._training[0])
-        idle = self._batch([sample], [0], "idle", 0.0)
+        sample = self._sample(self._training[0], self._blocks)
+        idle = self._batch([sample], [0], "idle", 0.0, self._blocks)
         self.idle_batch = idle.to(device)
         self.flops_per_token = self._flops_per_token(sample)
 
@@ -91,7 +92,7 @@ class VisionText:
         by_sample = self._uses_blocks and self.config.blocks.mean == "samples"
         return StepBatches(
             next_cursor=end,
-            batches=self._share(exchanges, numbers, worker, "training"),
+            batches=self._share(exchanges, numbers, worker, "training", self._blocks_at(cursor)),
             loss_tokens=len(exchanges) if by_sample else tokens,
             sentences=len(exchanges),
             tokens=tokens,
@@ -113,7 +114,7 @@ class VisionText:
         # loss of clean and of masked tokens
         sums = torch.zeros(2, device=worker.device, dtype=torch.float64)
         numbers = range(len(self._validation))
-        for batch in self._share(self._validation, numbers, worker, "validation"):
+        for batch in self._share(self._validation, numbers, worker, "validation", self._blocks):
             if batch is None:
                 evaluate(None)
                 continue
@@ -144,6 +145,12 @@ class VisionText:
         write = adapter_files if self.config.train == "lora" else model_files
         return write(self._model, trained, self._facts, self._blocks if self._uses_blocks else None)
 
+    def _blocks_at(self, cursor: int) -> Blocks:
+        """Return the blocks of the step that begins at sample ``cursor``."""
+        sizes = (*self.config.blocks.anneal, self.config.blocks.size)
+        samples = self.steps * self.config.optimizer.batch_samples
+        return replace(self._blocks, size=sizes[min(cursor * len(sizes) // samples, len(sizes) - 1)])
+
     @property
     def _uses_blocks(self) -> bool:
         return self.config.objective == "block_diffusion"
@@ -163,7 +170,7 @@ class VisionText:
             self._model.model.activation_checkpointing_enable({"use_reentrant": False})
 
     def _share(
-        self, exchanges: Sequence[Exchange], numbers: Sequence[int], worker: WorkerContext, purpose: str
+        self, exchanges: Sequence[Exchange], numbers: Sequence[int], worker: WorkerContext, purpose: str, blocks: Blocks
     ) -> list[VlmBatch | None]:
         """Return the micro-batches of ``worker``, as many as every other worker has; None: nothing to compute."""
         size = self.config.optimizer.micro_batch_samples
@@ -175,8 +182,9 @@ class VisionText:
             if not part:
                 batches.append(None)
                 continue
-            samples = [self._sample(exchange) for exchange, _ in part]
-            batches.append(self._batch(samples, [number for _, number in part], purpose, self._next_weight(purpose)))
+            samples = [self._sample(exchange, blocks) for exchange, _ in part]
+            own_numbers = [number for _, number in part]
+            batches.append(self._batch(samples, own_numbers, purpose, self._next_weight(purpose), blocks))
         return batches
 
     def _next_weight(self, purpose: str) -> float:
@@ -186,22 +194,24 @@ class VisionText:
         weight = self.config.blocks.autoregressive
         return 1.0 if purpose == "validation" and weight else weight
 
-    def _batch(self, samples: Sequence[Sample], numbers: Sequence[int], purpose: str, next_weight: float) -> VlmBatch:
+    def _batch(
+        self, samples: Sequence[Sample], numbers: Sequence[int], purpose: str, next_weight: float, blocks: Blocks
+    ) -> VlmBatch:
         """Return a batch with the noise of the samples ``numbers`` of ``purpose``."""
         if not self._uses_blocks:
-            return collate(samples, None, self._blocks, next_weight)
+            return collate(samples, None, blocks, next_weight)
         chosen = self.config.blocks
         levels = NoiseLevels(chosen.low, chosen.high, chosen.weight)
         noisy = []
         for sample, number in zip(samples, numbers, strict=True):
             generator = np.random.default_rng(seed_of(self.config.seed, purpose, number))
-            noisy.append(add_noise(sample, self._blocks, levels, generator))
+            noisy.append(add_noise(sample, blocks, levels, generator))
         scales = None
         if chosen.mean == "samples" and purpose == "training":
             scales = [1 / (len(sample.ids) - sample.prompt) for sample in samples]
-        return collate(samples, noisy, self._blocks, next_weight, scales)
+        return collate(samples, noisy, blocks, next_weight, scales)
 
-    def _sample(self, exchange: Exchange) -> Sample:
+    def _sample(self, exchange: Exchange, blocks: Blocks) -> Sample:
         """Return the tokens of an exchange, in whole blocks where blocks are learned.
 
         Raises:
@@ -212,7 +222,7 @@ class VisionText:
         sample = self._prompter.sample(prompt, exchange.answer)
         if not self._uses_blocks:
             return sample
-        return pad_to_block(sample, self._blocks.padding(sample.prompt, len(sample.ids)))
+        return pad_to_block(sample, blocks.padding(sample.prompt, len(sample.ids)))
 
     def _answer_tokens(self, exchange: Exchange) -> int:
         """Return the tokens of an answer with its end, without padding."""
@@ -234,7 +244,8 @@ class VisionText:
 
 def blocks_of(config: VlmTrainConfig) -> Blocks:
     """Return the blocks of a training."""
-    return Blocks(config.blocks.size, config.blocks.context, config.blocks.start)
+    chosen = config.blocks
+    return Blocks(chosen.size, chosen.context, chosen.start, chosen.shift)
 
 
 def read_data(path: str, texts: VlmTextsConfig) -> Exchanges:

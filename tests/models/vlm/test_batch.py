@@ -15,7 +15,10 @@ from tests.support.vlms import picture
 
 CAUSAL = Blocks(4)
 DIFFUSIONVL = Blocks(4, "block", "sequence")
-LAYOUTS = [CAUSAL, Blocks(4, "block"), Blocks(4, "causal", "sequence"), DIFFUSIONVL]
+LAYOUTS = [
+    CAUSAL, Blocks(4, "block"), Blocks(4, "causal", "sequence"), DIFFUSIONVL, Blocks(4, shift=True),
+    Blocks(4, "block", "sequence", shift=True),
+]  # fmt: skip
 TEXTS = [
     ("what colour is the ball", "the ball is red and the box is blue", 1),
     ("where is it", "one ball", 2),
@@ -61,7 +64,8 @@ def naive_loss(vlm: LoadedVlm, sample: Sample, noisy: NoisySample, blocks: Block
         mask = torch.ones(row.shape[1], row.shape[1], dtype=torch.bool)
         mask[:start, :start] = clean_mask(torch.arange(start) - first, blocks.size, blocks.context)
         mask[:start, start:] = False
-        hidden = vlm.model.read(row, positions[..., : row.shape[1]], mask[None, None])[0, start:]
+        hidden = vlm.model.read(row, positions[..., : row.shape[1]], mask[None, None])[0]
+        hidden = hidden[start - 1 : -1] if blocks.shift else hidden[start:]
         targets = ids[start : start + blocks.size]
         each = F.cross_entropy(vlm.model.logits(hidden), targets, reduction="none")
         total = total + (each * torch.from_numpy(noisy.weights[own]) * masked).sum().float()
@@ -69,7 +73,7 @@ def naive_loss(vlm: LoadedVlm, sample: Sample, noisy: NoisySample, blocks: Block
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("blocks", LAYOUTS, ids=lambda blocks: f"{blocks.context}-{blocks.start}")
+@pytest.mark.parametrize("blocks", LAYOUTS, ids=str)
 def test_loss_is_that_of_a_loop_over_blocks(vlm: LoadedVlm, blocks: Blocks) -> None:
     samples = samples_of(vlm, blocks)
     noisy = noise_of(samples, blocks)

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForImageTextToText
 
 from covray.config.vlm import VlmModelConfig
 from covray.errors import ConfigError, WeightsError
 from covray.models.vlm.batch import Blocks
 from covray.models.vlm.checkpoint import BLOCKS_FILE, LoadedVlm, blocks_file, load_prompter, load_vlm, vlm_facts
+from covray.models.vlm.convert import convert_vlm
 from tests.support.vlms import picture, write_vlm
 
 CPU = torch.device("cpu")
@@ -38,6 +40,18 @@ def test_a_full_vocabulary_gets_one_row(tmp_path: Path) -> None:
     assert len(vlm.model.model.get_input_embeddings().weight) == facts.vocabulary + 1
 
 
+def test_a_converted_folder_is_whole_for_transformers(tmp_path: Path) -> None:
+    source = VlmModelConfig(path=write_vlm(tmp_path / "full", "llava", reserved=0))
+    result = convert_vlm(source, str(tmp_path / "converted"))
+    assert result["new_row"]
+    facts = vlm_facts(VlmModelConfig(path=str(tmp_path / "converted")))
+    assert result["mask_id"] == facts.mask_id == facts.vocabulary - 1
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "converted", dtype=torch.float32)
+    own = load_vlm(vlm_facts(source), torch.float32, CPU).model
+    for name, value in own.model.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
 def test_a_mask_that_is_a_token_is_refused(copy: Path) -> None:
     with pytest.raises(WeightsError, match=r"mask_id: 3 is a token of"):
         vlm_facts(VlmModelConfig(path=str(copy), mask_id=3))
@@ -49,6 +63,8 @@ def test_what_a_folder_was_trained_for_is_read(copy: Path) -> None:
     facts = vlm_facts(VlmModelConfig(path=str(copy)))
     assert (facts.mask_id, facts.blocks) == (28, Blocks(16, "block", "sequence"))
     assert facts.fingerprint != before.fingerprint
+    (copy / BLOCKS_FILE).write_bytes(blocks_file(28, Blocks(4, shift=True)))
+    assert vlm_facts(VlmModelConfig(path=str(copy))).blocks == Blocks(4, shift=True)
     (copy / BLOCKS_FILE).write_text('{"version": 1, "block": 0}')
     with pytest.raises(WeightsError, match="does not describe blocks"):
         vlm_facts(VlmModelConfig(path=str(copy)))

@@ -13,11 +13,15 @@ from covray.errors import ConfigError
 from covray.models.masking import choose_unmasked, pass_counts
 from covray.models.vlm.batch import Blocks, clean_mask
 from covray.models.vlm.checkpoint import LoadedVlm
-from covray.models.vlm.decoding import Rows, decode, stream
+from covray.models.vlm.decoding import decode, stream
 from covray.models.vlm.prompts import Prompt
+from covray.models.vlm.rows import Rows
 from tests.support.vlms import picture
 
-LAYOUTS = [Blocks(4), Blocks(4, "block", "sequence"), Blocks(8, "block"), Blocks(8, "causal", "sequence")]
+LAYOUTS = [
+    Blocks(4), Blocks(4, "block", "sequence"), Blocks(8, "block"), Blocks(8, "causal", "sequence"),
+    Blocks(4, shift=True), Blocks(4, "block", "sequence", shift=True),
+]  # fmt: skip
 TEXTS = [("what colour is the ball", 1), ("where is it", 2), ("of a box on the right of the ball", 0), ("is", 1)]
 
 
@@ -51,7 +55,7 @@ def uncached(vlm: LoadedVlm, prompt: Prompt, decoding: VlmDecodingConfig, blocks
             mask = clean_mask(torch.arange(len(row)) - start, size, blocks.context)
             mask[start:, start:] = True
             hidden = model.read(row[None], positions[..., None, : len(row)], mask[None, None])
-            logits = model.logits(hidden[:, start:])
+            logits = model.logits(hidden[:, start - 1 : -1] if blocks.shift else hidden[:, start:])
             chosen = logits.argmax(-1)
             written = choose_unmasked(logits.softmax(-1), chosen, masked[None], count, decoding.unmask, 0.85)[0]
             block = torch.where(written, chosen[0], block)
@@ -72,13 +76,14 @@ def ids_of(answers: list[Any]) -> list[list[int]]:
 
 @torch.no_grad()
 @pytest.mark.parametrize(("passes", "unmask"), [(None, "even"), (2, "even"), (1, "confidence")])
-@pytest.mark.parametrize("blocks", LAYOUTS, ids=lambda blocks: f"{blocks.size}-{blocks.context}-{blocks.start}")
+@pytest.mark.parametrize("blocks", LAYOUTS, ids=str)
 def test_cached_answers_are_the_uncached_ones(vlm: LoadedVlm, blocks: Blocks, passes: int | None, unmask: Any) -> None:
     decoding = VlmDecodingConfig(max_tokens=18, passes=passes, unmask=unmask)
     prompts = prompts_of(vlm)
     expected = [uncached(vlm, prompt, decoding, blocks) for prompt in prompts]
     assert ids_of([decode(vlm, [prompt], decoding, blocks)[0] for prompt in prompts]) == expected
     assert ids_of(decode(vlm, prompts, decoding, blocks)) == expected, "a batch of unequal prompts equals singles"
+    assert ids_of(decode(vlm, prompts, decoding.model_copy(update={"cache": False}), blocks)) == expected
     assert any(len(answer) > 8 for answer in expected)
     assert not any(vlm.model.mask_id in answer for answer in expected)
 
@@ -156,16 +161,17 @@ def test_autoregressive_answers_are_those_of_transformers(vlm: LoadedVlm) -> Non
     expected = [generated(vlm, prompt, 15) for prompt in prompts]
     assert ids_of([decode(vlm, [prompt], decoding, None)[0] for prompt in prompts]) == expected
     assert ids_of(decode(vlm, prompts, decoding, Blocks(4))) == expected
+    assert ids_of(decode(vlm, prompts, decoding.model_copy(update={"cache": False}), None)) == expected
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
-@pytest.mark.parametrize("size", [2, 8])
-def test_verified_drafts_are_the_autoregressive_answer(vlm: LoadedVlm, size: int, temperature: float) -> None:
+@pytest.mark.parametrize("blocks", [Blocks(2), Blocks(8), Blocks(4, shift=True)], ids=str)
+def test_verified_drafts_are_the_autoregressive_answer(vlm: LoadedVlm, blocks: Blocks, temperature: float) -> None:
     prompts = prompts_of(vlm)
     sampling = {"max_tokens": 20, "temperature": temperature, "seed": 3}
-    slow = decode(vlm, prompts, VlmDecodingConfig(decoder="autoregressive", **sampling), Blocks(size))
-    fast = decode(vlm, prompts, VlmDecodingConfig(decoder="speculative", **sampling), Blocks(size))
+    slow = decode(vlm, prompts, VlmDecodingConfig(decoder="autoregressive", **sampling), blocks)
+    fast = decode(vlm, prompts, VlmDecodingConfig(decoder="speculative", **sampling), blocks)
     assert ids_of(fast) == ids_of(slow)
 
 
@@ -194,6 +200,7 @@ def test_fewer_passes_are_fewer(vlm: LoadedVlm) -> None:
         ({"decoder": "block_diffusion"}, None, "needs a model trained with objective=block_diffusion"),
         ({"passes": 9}, Blocks(8), "9 passes of a block of 8 tokens"),
         ({"decoder": "speculative"}, Blocks(8, "block"), "does not keep"),
+        ({"decoder": "speculative", "cache": False}, Blocks(8), "verifies with the cache"),
     ],
 )
 def test_what_does_not_fit_is_refused(vlm: LoadedVlm, options: Any, blocks: Blocks | None, message: str) -> None:
