@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated
 
 import typer
@@ -20,3 +21,17 @@ def claims(
 
     results = run_claims(out, data)
     print_sweep(results, f"{out}/claims", json_)
+
+
+def diffusionvl(
+    model: Annotated[str, typer.Option(help="The autoregressive checkpoint: covray nano train vlm makes one.")],
+    out: OutFolder,
+    data: Annotated[str | None, typer.Option(help="Manifest with words; by default portraits, rendered.")] = None,
+    budget: Annotated[str, typer.Option(metavar="small|full", help="Seeds, samples and ablations.")] = "full",
+    json_: Json = False,
+) -> None:
+    """Blocks against the model tuned as long token by token: quality, speed, ablations. The same command continues."""
+    from covray.recipes.diffusionvl import run_diffusionvl, tables
+
+    results = run_diffusionvl(out, model, data, budget)
+    print(json.dumps(results) if json_ else tables(results))

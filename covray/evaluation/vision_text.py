@@ -16,7 +16,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from covray.config.vlm import VlmEvaluateConfig
 from covray.errors import ConfigError
@@ -182,17 +184,27 @@ def caption_chrf(written: Sequence[str], expected: Sequence[str]) -> list[float]
     return [float(score) for score in each]
 
 
-def compare_rows(first: Sequence[Row], second: Sequence[Row]) -> dict[str, Any]:
+def compare_rows(first: Sequence[Sequence[Row]], second: Sequence[Sequence[Row]]) -> dict[str, Any]:
     """Return the mean differences of two models over the same prompts, first less second, by score.
 
     Each has its 95% bootstrap interval and the p value of a sign-flip test; None where no prompt has the score.
+
+    Args:
+        first: The rows of the first model, of each of its seeds; a prompt's score is the mean over seeds.
+        second: The same of the second model.
     """
-    of_first, of_second = _prompt_scores(first), _prompt_scores(second)
+    of_first, of_second = _mean_scores(first), _mean_scores(second)
     differences: dict[str, Any] = {}
     for name, values in of_first.items():
         difference = paired_difference(values, of_second[name])
         differences[name] = None if difference is None else asdict(difference)
     return differences
+
+
+def _mean_scores(rows_by_seed: Sequence[Sequence[Row]]) -> dict[str, NDArray[np.float64]]:
+    """Return the scores of every prompt, the mean over seeds, by name; NaN where it has none."""
+    by_seed = [_prompt_scores(rows) for rows in rows_by_seed]
+    return {name: np.array([scores[name] for scores in by_seed], np.float64).mean(0) for name in by_seed[0]}
 
 
 def _prompt_scores(rows: Sequence[Row]) -> dict[str, list[float | None]]:
@@ -222,7 +234,7 @@ def compare_evaluations(first: str, second: str) -> dict[str, Any]:
     Raises:
         ConfigError: One is not finished, or they answered different prompts.
     """
-    rows = [_finished_rows(Folder(out)) for out in (first, second)]
+    rows = [finished_rows(out) for out in (first, second)]
     asked = [[(row.prompt, row.expected) for row in own] for own in rows]
     data = [VlmEvaluationRecord.read(Folder(out)).identity["data"] for out in (first, second)]
     if asked[0] != asked[1] or data[0] != data[1]:
@@ -230,10 +242,12 @@ def compare_evaluations(first: str, second: str) -> dict[str, Any]:
             f"{first} and {second}: answered different prompts; evaluate both with the same --data, --split, --samples "
             "and texts"
         )
-    return compare_rows(*rows)
+    return compare_rows(rows[:1], rows[1:])
 
 
-def _finished_rows(folder: Folder) -> list[Row]:
+def finished_rows(out: str) -> list[Row]:
+    """Return the rows of a finished evaluation. Raises ConfigError."""
+    folder = Folder(out)
     if not folder.exists(RESULTS_FILE):
         raise ConfigError(f"{folder.path}: holds no finished evaluation; give the --out of covray vlm evaluate")
     return read_rows(folder.read_bytes(ANSWERS_FILE).decode().splitlines())

@@ -169,7 +169,7 @@ def test_a_converted_folder_is_trained_as_the_model_it_was(
     assert curve(converted) == curve(plain), "to the bit"
     facts = vlm_facts(converted.checkpoint())
     assert (facts.mask_id, facts.blocks) == (result["mask_id"], None), "not yet trained for blocks"
-    with pytest.raises(WeightsError, match="has mask .* already"):
+    with pytest.raises(WeightsError, match="already"):
         convert_vlm(converted.checkpoint(), str(tmp_path / "again"))
 
 

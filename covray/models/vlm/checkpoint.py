@@ -127,6 +127,8 @@ def load_vlm(facts: VlmFacts, dtype: torch.dtype, device: torch.device) -> Loade
     require_whole(facts.folder, report)
     if facts.mask_id >= facts.vocabulary:
         model.resize_token_embeddings(facts.mask_id + 1, mean_resizing=False)
+        with torch.no_grad():  # it is random, and never used: the mask is not predicted
+            model.get_output_embeddings().weight[facts.mask_id] = 0
     if facts.blocks is None:
         with torch.no_grad():
             rows = model.get_input_embeddings().weight

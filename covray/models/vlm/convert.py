@@ -6,13 +6,14 @@ vocabulary other programs read without resizing it.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from covray.config.vlm import VlmModelConfig
 from covray.errors import WeightsError
-from covray.io.tensor_files import new_folder
+from covray.io.tensor_files import new_folder, require_new
 from covray.models.vlm.adapter import copy_texts
 from covray.models.vlm.checkpoint import BLOCKS_FILE, blocks_file, load_vlm, vlm_facts
 
@@ -35,12 +36,13 @@ def convert_vlm(config: VlmModelConfig, out: str) -> dict[str, Any]:
         WeightsError: The checkpoint cannot be used, or has a mask already.
         ConfigError: The folder exists.
     """
+    require_new(Path(out))
     facts = vlm_facts(config)
     if (facts.folder / BLOCKS_FILE).is_file():
         raise WeightsError(f"{config.path}: has mask {facts.mask_id} already; give it to covray vlm train --model")
     stored = facts.config.dtype if isinstance(facts.config.dtype, torch.dtype) else torch.float32
     vlm = load_vlm(facts, stored, torch.device("cpu")).model
-    with new_folder(out) as folder:
+    with new_folder(Path(out)) as folder:
         vlm.model.save_pretrained(folder, max_shard_size=_SHARD)
         copy_texts(facts.folder, folder)
         (folder / BLOCKS_FILE).write_bytes(blocks_file(facts.mask_id, None))
