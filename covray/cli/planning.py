@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 import typer
+from rich.table import Table
 
 from covray.cli.options import ConfigFile, Json, Sets, StepOptions
 from covray.cli.output import console, escape, figure, print_values
@@ -16,7 +18,9 @@ PLAN = StepOptions(PlanConfig)
 
 def plan(
     context: typer.Context,
-    steps: Annotated[list[str] | None, typer.Argument(metavar="[build] [train]", help="build by default.")] = None,
+    steps: Annotated[
+        list[str] | None, typer.Argument(metavar="[build] [train] [vlm]", help="build by default.")
+    ] = None,
     pairs: Annotated[int | None, PLAN.option("--pairs", "pairs")] = None,
     gpus: Annotated[
         int | None,
@@ -40,7 +44,27 @@ def plan(
         console.print(f"[bold]{step}[/bold]")
         values = planned[step]
         notes = values.pop("notes")
+        memory, figures = values.pop("memory", ()), values.pop("figures", ())
         print_values({key: figure(value) for key, value in values.items()}, False)
+        _print_sources(memory, figures)
         for note in notes:
             console.print(f"[yellow]note:[/yellow] {escape(note)}", highlight=False, soft_wrap=True)
     console.print(f"rates: {escape(planned['rates'])}", highlight=False, soft_wrap=True)
+
+
+def _print_sources(memory: Sequence[dict[str, Any]], figures: Sequence[dict[str, Any]]) -> None:
+    """Print the memory of a GPU by stage, and what a plan rests on; nothing for steps without them."""
+    if memory:
+        parts = ("weights", "gradients", "optimizer", "activations", "logits")
+        table = Table("GiB of a GPU", *parts, "all", box=None, pad_edge=False)
+        for stage in memory:
+            gib = [stage[part] / 2**30 for part in parts]
+            table.add_row(f"ZeRO stage {stage['stage']}", *(f"{value:.1f}" for value in gib), f"{sum(gib):.1f}")
+        console.print(table)
+    if figures:
+        table = Table("figure", "", "source", box=None, pad_edge=False)
+        for one in figures:
+            value = f"{one['value']:,.0f}" if one["value"] >= 1 else f"{one['value']:g}"
+            value = f"{one['value']:.3g}" if one["value"] >= 1e12 else value
+            table.add_row(one["name"], f"{value} {one['unit']}".strip(), escape(one["source"]))
+        console.print(table)

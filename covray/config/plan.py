@@ -53,10 +53,23 @@ class AssumedConfig(Section):
     """Seconds by which a checkpoint holds up the training."""
 
 
+class VlmDataConfig(Section):
+    """Samples of the training of a vision-language model, in the mean."""
+
+    samples: int = Field(default=738_000, ge=1, le=10**12)
+    """Prompts with answers of an epoch; by default the conversations of LLaVA-NeXT, as DiffusionVL counts them."""
+    prompt_tokens: int = Field(default=1500, ge=1, le=10**6)
+    """Tokens before an answer, of pictures and text; not published."""
+    answer_tokens: int = Field(default=200, ge=1, le=10**6)
+    """Tokens of an answer; not published."""
+    patches: int = Field(default=5000, ge=0, le=10**7)
+    """Patches of its pictures, which the vision tower reads; of Qwen2.5-VL four are a token; not published."""
+
+
 class PlanConfig(Section):
     """``covray plan`` and ``covray benchmark``: what a build or a training will take, before it starts."""
 
-    steps: tuple[Literal["build", "train"], ...] = ("build",)
+    steps: tuple[Literal["build", "train", "vlm"], ...] = ("build",)
     """What is planned."""
     pairs: int = Field(default=70_000, ge=1, le=10**11)
     """Pairs of the build; by default the paper's, 10,000 for each of seven tasks."""
@@ -70,10 +83,15 @@ class PlanConfig(Section):
     """Keys of ``covray build``, such as ``prior: {steps: 20}``."""
     train: dict[str, Any] = Field(default_factory=dict)
     """Keys of ``covray train``."""
+    vlm: dict[str, Any] = Field(default_factory=dict)
+    """Keys of ``covray vlm train``; ``model`` is a folder, or the hub id of Qwen2.5-VL-3B or 7B."""
+    vlm_data: VlmDataConfig = VlmDataConfig()
     build_on: NodesConfig = NodesConfig()
     """Nodes of the build."""
     train_on: NodesConfig = NodesConfig()
     """Nodes of the training."""
+    vlm_on: NodesConfig = NodesConfig()
+    """Nodes of the training of a vision-language model."""
     head_price: float = Field(default=0.0, ge=0, le=1e9)
     """Price of the head node for an hour."""
     driver_blocks_per_s: float = Field(default=20.0, ge=1e-6, le=1e9)
@@ -90,5 +108,5 @@ class PlanConfig(Section):
     @classmethod
     def _in_order(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
         if not value:
-            raise ValueError("name build, train, or both")
+            raise ValueError("name build, train or vlm, or several")
         return tuple(sorted(set(value)))

@@ -65,6 +65,8 @@ def calibrate(config: PlanConfig, out: str, pairs: list[int] | None = None, trai
     """
     chosen, folder = build_config(config), f"{out}.work"
     small, large = _sizes(pairs, chosen)
+    if "vlm" in config.steps:
+        raise ConfigError("steps: vlm is not measured by a benchmark; name build, or build and train")
     training = _training(config, chosen, folder, train_steps) if "train" in config.steps else None
     _require_out(out, folder)
     try:

@@ -127,7 +127,7 @@ def assumed_build(
         actors=1,
         start_s=assumed.start_s,
         load_s=assumed.load_s,
-        row_s=build_flops(build, pairs_per_source) / (assumed.build_utilisation * _peak(gpu, "build_on")),
+        row_s=build_flops(build, pairs_per_source) / (assumed.build_utilisation * known_peak(gpu, "build_on")),
         evaluations=evaluations_per_pair(build, pairs_per_source),
         pictures=pictures_per_pair(build),
         tokens_per_image=tokens,
@@ -149,7 +149,7 @@ def assumed_training(train: TrainConfig, llama: LlamaConfig, assumed: AssumedCon
     Raises:
         ConfigError: The GPU's peak is not known.
     """
-    token_s = 4 * parameters(llama) / (assumed.train_utilisation * _peak(gpu, "train_on"))
+    token_s = 4 * parameters(llama) / (assumed.train_utilisation * known_peak(gpu, "train_on"))
     return TrainRates(
         identity={},
         workers=1,
@@ -162,7 +162,8 @@ def assumed_training(train: TrainConfig, llama: LlamaConfig, assumed: AssumedCon
     )
 
 
-def _peak(gpu: str, section: str) -> float:
+def known_peak(gpu: str, section: str) -> float:
+    """Return the FLOP/s of a GPU by its kind; ``section`` names the nodes in the error. Raises ConfigError."""
     peak = peak_flops(gpu)
     if peak is None:
         raise ConfigError(

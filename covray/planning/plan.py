@@ -12,6 +12,7 @@ from transformers import LlamaConfig
 
 from covray.config import BuildConfig, NodesConfig, PlanConfig, Section, TrainConfig, leaves, load_config
 from covray.config.build import solver_text
+from covray.config.vlm import VlmTrainConfig
 from covray.errors import ConfigError
 from covray.io.model_folders import NANO_NAMES
 from covray.models.lvm.backbone import backbone_facts
@@ -19,6 +20,7 @@ from covray.planning.flops import (
     assumed_build,
     assumed_training,
     evaluations_per_pair,
+    known_peak,
     picture_tokens,
     pictures_per_pair,
 )
@@ -35,8 +37,9 @@ from covray.planning.rates import (
     nano_training,
     read_calibration,
 )
-from covray.planning.records import BuildPlan, Plan, Spread, TrainingPlan
+from covray.planning.records import BuildPlan, Plan, Spread, TrainingPlan, VlmPlan
 from covray.planning.simulation import BuildWork, Fleet, Outcome, TrainWork, simulate_build, simulate_training
+from covray.planning.vlm import plan_vlm
 from covray.training.memory import plan_training
 
 _HOUR_S = 3600.0
@@ -91,6 +94,9 @@ def plan(config: PlanConfig) -> Plan:
         train_basis = _train_basis(config, train, calibration)
         planned["train"] = _plan_training(config, train, train_basis, _tokens_per_image(build, calibration))
         sources["train"] = train_basis.source
+    if "vlm" in config.steps:
+        planned["vlm"] = _plan_vlm(config)
+        sources["vlm"] = _ASSUMED
     source = "; ".join(f"{step}: {of_step}" for step, of_step in sources.items())
     if len(set(sources.values())) == 1:
         source = next(iter(sources.values()))
@@ -276,6 +282,37 @@ def _plan_training(config: PlanConfig, train: TrainConfig, basis: _TrainBasis, t
         **_spreads(outcomes, config.train_on, config.head_price),
         checkpoint_bytes=round(rates.checkpoint_bytes * (train.checkpoints.keep + 1)),  # the best is kept besides
         notes=tuple(notes),
+    )
+
+
+def _plan_vlm(config: PlanConfig) -> VlmPlan:
+    """Simulate the training of a vision-language model."""
+    decided = {"data": "words", "out": "run", "workers.count": config.vlm_on.gpus}
+    train = _section(config, "vlm", VlmTrainConfig, decided)
+    work = plan_vlm(config, train, known_peak(config.vlm_on.gpu, "vlm_on"))
+    trained = TrainWork(
+        steps=work.steps,
+        step_s=work.seconds_per_step,
+        start_s=config.assumed.start_s + config.assumed.load_s,
+        checkpoint_s=config.assumed.checkpoint_s,
+        checkpoint_every_steps=train.checkpoints.every_steps,
+    )
+    fleet = _fleet(config.vlm_on)
+    rate = fleet.nodes * fleet.interruptions_per_s
+    kept_s = trained.start_s + min(trained.checkpoint_every_steps, trained.steps) * trained.step_s
+    _require_progress(rate, kept_s, "vlm", "the way to a checkpoint", "vlm.checkpoints.every_steps")
+    outcomes = _simulate(config, lambda generator: simulate_training(trained, fleet, generator))
+    return VlmPlan(
+        parameters=work.parameters,
+        train_steps=work.steps,
+        tokens=work.steps * work.tokens_per_step,
+        seconds_per_step=work.seconds_per_step,
+        tokens_per_s_per_gpu=work.tokens_per_step / work.seconds_per_step / config.vlm_on.gpus,
+        **_spreads(outcomes, config.vlm_on, config.head_price),
+        checkpoint_bytes=work.checkpoint_bytes * (train.checkpoints.keep + 1),  # the best is kept besides
+        notes=("memory without the allocator's gaps, kernels' workspace and communication: some 10 to 20% more",),
+        memory=work.memory,
+        figures=work.figures,
     )
 
 

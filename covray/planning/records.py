@@ -76,6 +76,41 @@ class TrainingPlan(RecordPart):
     """What decides, or could be better."""
 
 
+class PlanFigure(RecordPart):
+    """A figure that a plan rests on."""
+
+    name: str
+    value: float
+    unit: str
+    source: str
+    """Where it is from."""
+
+
+class StageMemory(RecordPart):
+    """Bytes of one GPU at a ZeRO stage."""
+
+    stage: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """The sum of all terms."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+
+
+class VlmPlan(TrainingPlan):
+    """What the training of a vision-language model takes."""
+
+    memory: tuple[StageMemory, ...]
+    """Of one GPU, by ZeRO stage."""
+    figures: tuple[PlanFigure, ...]
+    """What the plan rests on, each with its source."""
+
+
 class Plan(RecordPart):
     """The plan of the steps that were asked for; others are absent."""
 
@@ -84,3 +119,4 @@ class Plan(RecordPart):
     replicas: int
     build: BuildPlan | None = None
     train: TrainingPlan | None = None
+    vlm: VlmPlan | None = None

@@ -201,7 +201,7 @@ def _train(programme: Programme, variant: Variant, seed: int, pretrained_samples
         "tracking.uri": "none",
         "seed": seed,
     }
-    train_vlm(load_config(VlmTrainConfig, None, options | variant.options))
+    train_vlm(load_config(VlmTrainConfig, None, options | dict(variant.options)))
     return run
 
 

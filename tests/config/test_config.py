@@ -23,7 +23,7 @@ from covray.config import (
     named_run,
 )
 from covray.config.think import AlignmentConfig, ThinkConfig
-from covray.config.vlm import VlmTrainConfig
+from covray.config.vlm import VlmEvaluateConfig, VlmTrainConfig
 from covray.errors import ConfigError
 
 REQUIRED = {"pairs": "pairs.parquet", "out": "chains"}
@@ -35,9 +35,11 @@ MODELS: dict[str, tuple[type[Section], dict[str, Any]]] = {
     "sweep": (SweepConfig, {"manifest": "pairs.parquet", "out": "sweep"}),
     "plan": (PlanConfig, {}),
     "thinkdiff": (ThinkConfig, {}),
+    "diffusionvl-plan": (PlanConfig, {}),
+    "diffusionvl-evaluate": (VlmEvaluateConfig, {"data": "words.json", "out": "scores", "run": "run"}),
     "diffusionvl": (VlmTrainConfig, {"data": "words.json", "out": "run", "model": "Qwen/Qwen2.5-VL-7B-Instruct"}),
 }
-"""Folder of configs/, or first word of a file in configs/paper/ -> the model it is of, and what that requires."""
+"""Folder of configs/, or name or first word of a file in configs/paper/ -> the model it is of, and what that requires."""
 
 
 def _load(*sets: str, file: Path | None = None, **options: Any) -> BuildConfig:
@@ -268,7 +270,8 @@ def test_a_configuration_is_frozen() -> None:
 @pytest.mark.parametrize("file", sorted(CONFIGS.rglob("*.yaml")), ids=lambda file: str(file.relative_to(CONFIGS)))
 def test_every_configuration_that_ships_loads(file: Path) -> None:
     folder = file.parent.name
-    model, required = MODELS[file.stem.partition("-")[0] if folder == "paper" else folder]
+    name = file.stem if file.stem in MODELS else file.stem.partition("-")[0]
+    model, required = MODELS[name if folder == "paper" else folder]
     config = load_config(model, file, required).model_dump(mode="json")
     for key, value in yaml.safe_load(file.read_text()).items():
         written = value.items() if isinstance(value, dict) else [(None, value)]
