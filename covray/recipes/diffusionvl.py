@@ -149,7 +149,7 @@ def run_diffusionvl(
     folder = storage.join(out, budget)
     programme = Programme(folder, model, data or _render(folder, chosen.portraits), chosen)
     with ray_session():
-        results = {
+        results: dict[str, Any] = {
             "budget": budget,
             "quality": _quality(programme, pretrained_samples),
             "speed": _speed(programme, pretrained_samples),

@@ -39,7 +39,7 @@ MODELS: dict[str, tuple[type[Section], dict[str, Any]]] = {
     "diffusionvl-evaluate": (VlmEvaluateConfig, {"data": "words.json", "out": "scores", "run": "run"}),
     "diffusionvl": (VlmTrainConfig, {"data": "words.json", "out": "run", "model": "Qwen/Qwen2.5-VL-7B-Instruct"}),
 }
-"""Folder of configs/, or name or first word of a file in configs/paper/ -> the model it is of, and what that requires."""
+"""Folder of configs/, or name or first word of a file in configs/paper/ -> its model, and what that requires."""
 
 
 def _load(*sets: str, file: Path | None = None, **options: Any) -> BuildConfig:

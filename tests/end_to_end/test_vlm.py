@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 from PIL import Image
+from typer.testing import CliRunner
 
+from covray.cli.app import app
 from covray.config.vlm import VlmTrainConfig
 from covray.distributed.train_vlm import train_vlm
 from covray.errors import ConfigError
@@ -27,6 +29,24 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 def written(config: VlmTrainConfig, path: Path) -> str:
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     return str(path)
+
+
+def captioned_pictures(folder: Path) -> Path:
+    """Write nine pictures and a list of their captions."""
+    folder.mkdir()
+    lines = ["image,caption"]
+    for number in range(9):
+        Image.fromarray(picture(number)).save(folder / f"{number}.png")
+        lines.append(f"{number}.png,the ball is {'red' if number % 2 else 'blue'}")
+    (folder / "captions.csv").write_text("\n".join(lines))
+    return folder / "captions.csv"
+
+
+def here(*command: str) -> str:
+    """Run a command in this process, and return what it prints."""
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    return done.output
 
 
 def test_two_workers_with_zero_make_the_losses_of_one_without(
@@ -47,21 +67,21 @@ def test_two_workers_with_zero_make_the_losses_of_one_without(
 
 
 def test_from_pictures_to_scores(vlm_folders: dict[str, str], tmp_path: Path, run_on_ray: Run) -> None:
-    words, model = str(tmp_path / "words.parquet"), vlm_folders["llava"]
-    first, blocks = str(tmp_path / "first"), str(tmp_path / "blocks")
-    run_on_ray("pairs", "portraits", "--count", "40", "--size", "32", "--out", words)
+    """A folder of pictures with a list of captions, by commands alone; those that need no Ray run in this process."""
+    words = str(captioned_pictures(tmp_path / "pictures"))
+    first, start, blocks = str(tmp_path / "first"), str(tmp_path / "start"), str(tmp_path / "blocks")
     small = ("--steps", "2", "--tracking-uri", "none", "--set", "optimizer.batch_samples=4")
-    run_on_ray("vlm", "train", "--data", words, "--model", model, "--out", first, "--train", "full", *small)
+    train = ("vlm", "train", "--data", words, "--set", "texts.validation_split=null", *small)
+    run_on_ray(*train, "--model", vlm_folders["llava"], "--out", first, "--train", "full")
     # What was trained token by token is a checkpoint, and is converted to blocks.
-    convert = ("--objective", "block_diffusion", "--preset", "diffusionvl")
-    run_on_ray("vlm", "train", "--data", words, "--model", f"{first}/adapter", "--out", blocks, *convert, *small)
-    Image.fromarray(picture(0)).save(tmp_path / "a.png")
-    answer = run_on_ray(
-        "vlm", "generate", "--run", blocks, "--image", str(tmp_path / "a.png"), "--prompt", "what is it",
+    here("vlm", "convert", f"{first}/adapter", "--out", start)
+    run_on_ray(*train, "--model", start, "--out", blocks, "--objective", "block_diffusion", "--preset", "diffusionvl")
+    answer = here(
+        "vlm", "generate", "--run", blocks, "--image", str(tmp_path / "pictures" / "0.png"), "--prompt", "what is it",
         "--max-tokens", "8", "--json",
     )  # fmt: skip
-    assert json.loads(answer.stdout.splitlines()[-1])["prompt"] == "what is it"
-    score = ("vlm", "evaluate", "--data", words, "--run", blocks, "--samples", "9", "--tracking-uri", "none")
+    assert json.loads(answer.splitlines()[-1])["prompt"] == "what is it"
+    score = ("vlm", "evaluate", "--data", words, "--run", blocks, "--split", "train", "--tracking-uri", "none")
     small = ("--set", "decoding.max_tokens=8", "--set", "batch=2", "--json")
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     # An evaluation that was killed in its third batch, as covray 0.1.0 left it: whole batches are kept.
