@@ -37,6 +37,7 @@ MODELS: dict[str, tuple[type[Section], dict[str, Any]]] = {
     "thinkdiff": (ThinkConfig, {}),
     "diffusionvl-plan": (PlanConfig, {}),
     "diffusionvl-evaluate": (VlmEvaluateConfig, {"data": "words.json", "out": "scores", "run": "run"}),
+    "diffusionvl-3b": (VlmTrainConfig, {"data": "words.json", "out": "run", "model": "Qwen/Qwen2.5-VL-3B-Instruct"}),
     "diffusionvl": (VlmTrainConfig, {"data": "words.json", "out": "run", "model": "Qwen/Qwen2.5-VL-7B-Instruct"}),
 }
 """Folder of configs/, or name or first word of a file in configs/paper/ -> its model, and what that requires."""
