@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from diffusers import BlockRefinementScheduler, EntropyBoundScheduler
 
 from covray.models.masking import Unmasking, Weight, choose_unmasked, mask_blocks, noise_levels, pass_counts
 
@@ -69,3 +70,35 @@ def test_the_surest_masked_places_are_written() -> None:
     assert written("entropy", 9, 0.0) == [[2], [0]], "one at least"
     assert written("entropy", 9, 0.3) == [[2], [0, 1, 2]]
     assert written("entropy", 9, 50.0) == [[1, 2, 3], [0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize(("rule", "threshold"), [("even", 2.0), ("confidence", 0.3)])
+def test_places_are_those_of_the_scheduler_of_diffusers(rule: Unmasking, threshold: float) -> None:
+    """Which serves masks, but draws for a batch from one generator, so that a row would depend on the others."""
+    mask_id, size, passes = 9, 8, 3
+    scheduler = BlockRefinementScheduler(block_length=size)
+    scheduler.set_timesteps(passes)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.full((5, size), mask_id)
+    ids[2, 0] = ids[4, 3] = 1
+    for number, count in enumerate(pass_counts(size, passes, rule)):
+        logits = 3 * torch.randn(5, size, mask_id, generator=generator)
+        masked = ids == mask_id
+        expected = scheduler.step(logits, number, ids, mask_token_id=mask_id, threshold=threshold)
+        chosen = logits.argmax(-1)
+        written = choose_unmasked(logits.softmax(-1), chosen, masked, count, rule, threshold)
+        assert torch.equal(written, expected.transfer_index)
+        ids = torch.where(written, chosen, ids)
+        assert torch.equal(ids, expected.prev_sample)
+
+
+def test_entropy_is_bounded_as_by_the_scheduler_of_diffusers() -> None:
+    """Which puts random tokens, not masks, at the other places."""
+    scheduler = EntropyBoundScheduler(t_max=1.0, t_min=1.0)
+    generator = torch.Generator().manual_seed(0)
+    for bound in (0.1, 1.0, 4.0):
+        logits = 3 * torch.randn(5, 8, 9, generator=generator)
+        expected = scheduler.step(logits, 0, torch.zeros(5, 8, dtype=torch.int64), entropy_bound=bound)
+        every = torch.ones(5, 8, dtype=torch.bool)
+        written = choose_unmasked(logits.softmax(-1), logits.argmax(-1), every, 1, "entropy", bound)
+        assert torch.equal(written, expected.accepted_index)
