@@ -116,7 +116,7 @@ def test_the_training_has_the_steps_of_its_own_plan() -> None:
         ({"build.colour": 1}, r"^build: colour: no such key in BuildConfig"),
         ({"build.pairs": "x"}, r"^build\.pairs: is not for a plan"),
         ({"steps": ["train"], "train.workers.count": 3}, r"^train\.workers\.count: is not for a plan"),
-        ({"steps": []}, "^steps: name build, train, or both"),
+        ({"steps": []}, "^steps: name build, train or vlm"),
         ({"build_on.gpu": "abacus"}, r"^build_on\.gpu: the peak of abacus is not known"),
         ({"build.prior.size_px": 384}, r"^build\.prior: FLOPs are known for"),
         ({"build_on.interruptions": 100, "build.rows_per_block": 2000}, r"^build_on\.interruptions: .*hardly anything"),
