@@ -20,6 +20,7 @@ pytest_plugins = [
     "tests.support.datasets",
     "tests.support.trainings",
     "tests.support.evaluations",
+    "tests.support.hub",
     "tests.support.photographs",
     "tests.support.priors",
     "tests.support.vlm_trainings",

@@ -33,6 +33,7 @@ from covray.cli import (
     planning,
     plugins,
     serve,
+    sharing,
     stories,
     sweeps,
     training,
@@ -63,6 +64,7 @@ app.command(cls=Command, rich_help_panel=STEPS)(stories.demo)
 app.command(cls=once_spelled(pairs="example-pairs"), rich_help_panel=STEPS)(training.train)
 app.command(cls=Command, rich_help_panel=STEPS)(training.export)
 app.command(cls=Command, rich_help_panel=MODELS)(models.fetch)
+app.command(cls=Command, rich_help_panel=MODELS)(sharing.push)
 app.command(cls=Command, rich_help_panel=STEPS)(answers.generate)
 app.command(cls=once_spelled(pairs="example-pairs", tasks="task"), rich_help_panel=STEPS)(answers.evaluate)
 app.command(cls=Command, rich_help_panel=STEPS)(serve.serve)

@@ -22,6 +22,9 @@ def fetch(
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of the hub's repository.")] = None,
     hub_id: Annotated[str | None, typer.Option("--id", help="Another repository of the hub, such as a mirror.")] = None,
+    catalogue: Annotated[
+        Path | None, typer.Option("--catalogue", help="YAML file with artefacts of your own; see docs/weights.md.")
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Download weights or a dataset by name, checked by SHA-256. Run it again to resume, verify and repair."""
@@ -29,9 +32,9 @@ def fetch(
     from covray.fetching.fetch import list_artefacts
 
     if name is None:
-        _print_artefacts(list_artefacts(), json_)
+        _print_artefacts(list_artefacts(catalogue), json_)
         return
-    result = fetch_artefact(name, out, revision, hub_id)
+    result = fetch_artefact(name, out, revision, hub_id, catalogue)
     if json_:
         print(json.dumps(result))
         return

@@ -23,6 +23,7 @@ from covray.cli.options import (
 from covray.cli.output import console, escape, print_values
 from covray.config import TrainConfig
 from covray.config.train import weighted_path
+from covray.errors import ConfigError
 
 if TYPE_CHECKING:
     from covray.training.memory import TrainPlan
@@ -152,12 +153,23 @@ def print_losses(result: dict[str, Any], rate: str) -> None:
 
 
 def export(
-    run: Annotated[str, typer.Argument(help="Run folder of a covray train.")],
+    source: Annotated[str, typer.Argument(help="Run folder of a covray train, or dataset folder of a covray build.")],
     out: OutFolder,
     merge: Annotated[bool, typer.Option("--merge", help="Backbone and adapter as one Hugging Face folder.")] = False,
+    form: Annotated[
+        str | None, typer.Option("--as", metavar="datasets|webdataset|mds", help="Format that chains are written in.")
+    ] = None,
+    licence: Annotated[str | None, typer.Option("--licence", help="Licence that the card names.")] = None,
 ) -> None:
-    """The adapter alone (PEFT), or merged into its backbone, as a plain Hugging Face folder."""
-    from covray.models.lvm.adapter import export_run
+    """A run's adapter (PEFT), alone or merged into its backbone; or chains in the format of another loader."""
+    if form is None:
+        from covray.sharing.runs import export_run_with_card
 
-    export_run(run, out, merge)
+        export_run_with_card(source, out, merge, licence)
+    else:
+        from covray.sharing.formats import export_chains
+
+        if merge:
+            raise ConfigError("--merge: is for a run; leave out --as, or --merge")
+        export_chains(source, out, form, licence)
     console.print(escape(out), highlight=False, soft_wrap=True)

@@ -12,6 +12,7 @@ import yaml
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_validator
 
 from covray.config import Section
+from covray.config.section import read_yaml
 from covray.errors import ConfigError, CovrayError, one_line
 from covray.io.storage import Folder
 
@@ -111,12 +112,25 @@ _Artefacts = TypeAdapter(dict[str, Artefact])
 _Record = TypeAdapter(dict[str, tuple[Source, ...]])
 
 
-def read_artefacts() -> dict[str, Artefact]:
-    """Return the manifest, by name. Raises ConfigError for one that is not valid."""
+def read_artefacts(catalogue: Path | None = None) -> dict[str, Artefact]:
+    """Return the artefacts by name: those that covray ships, and those of a user's catalogue, which win.
+
+    Args:
+        catalogue: A YAML file with the fields of ``Artefact`` by name; None: there is none.
+
+    Raises:
+        ConfigError: A file cannot be read or is not valid.
+    """
     try:
-        return _Artefacts.validate_python(yaml.safe_load(ARTEFACTS_FILE.read_text(encoding="utf-8")))
+        artefacts = _Artefacts.validate_python(yaml.safe_load(ARTEFACTS_FILE.read_text(encoding="utf-8")))
     except (yaml.YAMLError, ValidationError) as error:
         raise ConfigError(f"{ARTEFACTS_FILE}: {one_line(error)}; reinstall covray") from error
+    if catalogue is None:
+        return artefacts
+    try:
+        return artefacts | _Artefacts.validate_python(read_yaml(catalogue.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:  # ValidationError is a ValueError
+        raise ConfigError(f"--catalogue {catalogue}: {one_line(error)}; see docs/weights.md for its keys") from error
 
 
 def default_folder(name: str, artefact: Artefact) -> Path:

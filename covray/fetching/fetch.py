@@ -32,17 +32,26 @@ from covray.fetching.catalogue import (
 from covray.fetching.downloads import TIMEOUT_S, Unreachable, download, hub_errors, is_offline
 
 
-def list_artefacts() -> list[dict[str, Any]]:
-    """Return every artefact with its ``state`` in its default folder: ``here``, ``in part`` or ``absent``, by sizes."""
+def list_artefacts(catalogue: Path | None = None) -> list[dict[str, Any]]:
+    """Return every artefact with its ``state`` in its default folder: ``here``, ``in part`` or ``absent``, by sizes.
+
+    ``catalogue``: a file with further artefacts.
+    """
     listed = []
-    for name, artefact in read_artefacts().items():
+    for name, artefact in read_artefacts(catalogue).items():
         folder = default_folder(name, artefact)
         entry = {"name": name, **artefact.model_dump(mode="json"), "folder": str(folder)}
         listed.append(entry | {"state": _state(name, artefact, folder)})
     return listed
 
 
-def fetch(name: str, out: str | None = None, revision: str | None = None, hub_id: str | None = None) -> dict[str, Any]:
+def fetch(
+    name: str,
+    out: str | None = None,
+    revision: str | None = None,
+    hub_id: str | None = None,
+    catalogue: Path | None = None,
+) -> dict[str, Any]:
     """Make the artefact ``name`` complete in the folder ``out`` and compare all of it with its record.
 
     A folder that is complete needs no network.
@@ -52,6 +61,7 @@ def fetch(name: str, out: str | None = None, revision: str | None = None, hub_id
         out: Folder; by default ``models/NAME`` or ``data/NAME``.
         revision: Commit, tag or branch of a hub's repository.
         hub_id: Repository of a mirror.
+        catalogue: A file with further artefacts.
 
     Returns:
         ``folder``, ``origin``, ``revision``, numbers of ``files`` and ``bytes``, what was ``fetched``, what was
@@ -62,7 +72,7 @@ def fetch(name: str, out: str | None = None, revision: str | None = None, hub_id
         WeightsError: A prior fails its self-test.
         FetchError: Anything else: no connection, no such repository, unexpected bytes, a hostile archive.
     """
-    artefacts = read_artefacts()
+    artefacts = read_artefacts(catalogue)
     if name in ("prior", "tokenizer", "backbone"):
         name = next((entry for entry, artefact in artefacts.items() if artefact.kind == name), name)
     artefact = artefacts.get(name)
@@ -76,7 +86,7 @@ def fetch(name: str, out: str | None = None, revision: str | None = None, hub_id
     if artefact.page is not None:
         return result | _by_hand(artefact, folder)
     try:
-        fetching = _Fetching(name, folder)
+        fetching = _Fetching(name, folder, "dataset" if artefact.kind == "dataset" else "model")
         if artefact.id is not None:
             fetching.repository(artefact, revision, hub_id)
         else:
@@ -95,9 +105,10 @@ def fetch(name: str, out: str | None = None, revision: str | None = None, hub_id
 class _Fetching:
     """The download of one artefact into its folder."""
 
-    def __init__(self, name: str, folder: Path):
-        """Read what the folder's record has of the artefact ``name``."""
+    def __init__(self, name: str, folder: Path, repository_kind: str):
+        """Read what the folder's record has of the artefact ``name``; its repository is a ``model`` or ``dataset``."""
         self.name = name
+        self._repository_kind = repository_kind
         self.folder = folder
         self.sources = {source.origin: source for source in read_record(folder).get(name, ())}
         self.fetched: list[str] = []
@@ -174,7 +185,13 @@ class _Fetching:
 
         try:
             with hub_errors(hub_id, revision):
-                about = HfApi().model_info(hub_id, revision=revision, files_metadata=True, timeout=TIMEOUT_S)
+                about: Any = HfApi().repo_info(
+                    hub_id,
+                    revision=revision,
+                    repo_type=self._repository_kind,
+                    files_metadata=True,
+                    timeout=TIMEOUT_S,
+                )
         except Unreachable as error:
             return self._adopt(artefact, hub_id, error)
         siblings = {file.rfilename: file for file in about.siblings or ()}
@@ -214,6 +231,7 @@ class _Fetching:
                     (self.folder / path).unlink(missing_ok=True)  # the hub's client would keep an existing file
                 snapshot_download(
                     source.origin,
+                    repo_type=self._repository_kind,
                     revision=source.revision,
                     local_dir=self.folder,
                     allow_patterns=[glob.escape(path) for path in bad],

@@ -14,7 +14,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from covray.chains.dataset import QUALITY, ChainDataset, shard_schema
-from covray.io import storage
 from covray.io.records import RecordPart
 from covray.report.formatting import NONE, listed
 
@@ -70,8 +69,8 @@ def describe(dataset_path: str) -> DatasetDescription:
         per_task[task] = _describe_task(narrow.filter(pc.equal(narrow["task"], task)))
     good = sum(of_task.good for of_task in per_task.values())
     pictures = 2 + len(dataset.methods) * len(dataset.alphas)
-    filesystem, inner = storage.resolve(dataset_path)
-    files = filesystem.get_file_info([storage.join(inner, name) for name in dataset.shards])
+    filesystem = dataset.folder.filesystem
+    files = filesystem.get_file_info([dataset.folder.inner_path(name) for name in dataset.shards])
     schema = shard_schema(bool(dataset.config.get("keep_noise")))
     return DatasetDescription(
         path=dataset_path,

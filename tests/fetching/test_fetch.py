@@ -753,3 +753,30 @@ def test_a_prior_is_tested_once_it_is_there(
 def test_the_manifest_that_ships_is_in_the_package() -> None:
     assert ARTEFACTS_FILE.parts[-3:-1] == ("covray", "fetching")
     assert {"sd21-base", "lvm-vqvae", "lvm-7b", "coco-train", "lol"} <= set(read_artefacts())
+
+
+def test_a_catalogue_of_ones_own_is_read_beside_covrays(hub: Hub, known: Callable[..., None]) -> None:
+    known(id="owner/model", files=["config.json"])
+    hub.files["mine.zip"] = zipped({"mine/a.txt": b"a"})
+    entry = {
+        "kind": "dataset", "licence": "mine", "size": "1 file", "next": "covray pairs manifest {folder}",
+        "archives": [{"url": f"{hub.url}/files/mine.zip", "members": ["mine/*"]}],
+    }  # fmt: skip
+    catalogue = Path("catalogue.yaml")
+    catalogue.write_text(yaml.safe_dump({"mine": entry}))
+    result = fetch("mine", "out", catalogue=catalogue)
+    assert Path("out", "mine", "a.txt").read_bytes() == b"a"
+    assert result["next"].endswith(" out")
+    names = [artefact["name"] for artefact in list_artefacts(catalogue)]
+    assert names == [*read_artefacts(), "mine"]
+    for text, message in (
+        ("mine: 3", "--catalogue"),
+        ("mine: [", "not valid|--catalogue"),
+        ("x: {kind: what}", "kind"),
+    ):
+        catalogue.write_text(text)
+        with pytest.raises(ConfigError, match=message) as error:
+            fetch("mine", catalogue=catalogue)
+        assert "\n" not in str(error.value)
+    with pytest.raises(ConfigError, match=r"--catalogue .*absent"):
+        list_artefacts(Path("absent.yaml"))

@@ -1,0 +1,1 @@
+"""What is made with covray, for other people: datasets in other formats, cards, and uploads to the Hugging Face hub."""
