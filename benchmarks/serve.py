@@ -5,7 +5,8 @@
 Starts a server of the run on a free port of this machine, and lets 1, 4 and 16 clients each send requests one by one.
 Their queries differ (the picture, turned and cut), their example, task and seed do not, so that the server may answer
 several in a batch. Then the same queries are answered by ``covray generate``, a process each, as a script without a
-server would. The server's first answer is compared with that of ``covray generate``: the pictures must be equal to the bit.
+server would. The server's first answer is compared with that of ``covray generate``: the pictures must be equal to the
+bit.
 """
 
 from __future__ import annotations
