@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pyarrow import fs
 
 from covray.chains.records import Audit, DatasetRecord
 from covray.errors import ConfigError, DatasetError, one_line
@@ -314,8 +315,11 @@ class ChainDataset:
         """Yield the rows of one shard with the columns of ``schema``."""
         # A partitioned writer leaves the task out of the files: the folder says it.
         stored = [column for column in schema.names if column != "task"]
+        path, filesystem = self.folder.inner_path(name), self.folder.filesystem
+        # Requests are joined where each takes a round trip; on a disk that costs more than a small shard's tokens.
+        is_remote = not isinstance(filesystem, fs.LocalFileSystem)
         try:
-            with pq.ParquetFile(self.folder.inner_path(name), filesystem=self.folder.filesystem) as file:
+            with pq.ParquetFile(path, filesystem=filesystem, pre_buffer=is_remote) as file:
                 absent = set(schema.names) - set(file.schema_arrow.names) - {"task"}
                 if absent:
                     raise DatasetError(f"{self.path}/{name}: lacks column {min(absent)}; build the dataset again")

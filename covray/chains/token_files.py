@@ -134,11 +134,13 @@ def _grouped(dataset: ChainDataset, batches: Iterable[pa.RecordBatch], pictures:
     """Join the small batches of small shards, since every batch costs a training memory and time."""
     rows = max(1, _TOKENS_OF_A_BATCH // (pictures * dataset.tokens_per_image))
     group: list[pa.RecordBatch] = []
+    held = 0
     for batch in batches:
         group.append(batch)
-        if sum(map(len, group)) >= rows:
+        held += len(batch)
+        if held >= rows:
             yield pa.concat_batches(group)
-            group = []
+            group, held = [], 0
     if group:
         yield pa.concat_batches(group)
 
