@@ -17,6 +17,7 @@ import pyarrow as pa
 from covray.chains.dataset import frame_order, shard_schema, union_alphas
 from covray.chains.kept_noise import picture_digest
 from covray.chains.prepare import BuildModels, needs_prior
+from covray.chains.spacing import PROBE_ALPHAS, coarse_label, even_path_alphas
 from covray.config import BuildConfig
 from covray.io.device import resolve_device
 from covray.io.images import square
@@ -24,6 +25,7 @@ from covray.io.pixels import path_ratio, psnr
 from covray.models.diffusion.engine import ChainEngine, Interpolation, Request
 from covray.models.diffusion.prior import load_prior, propose_batch
 from covray.models.tokenizer.vqgan import load_tokenizer
+from covray.tasks import TASKS
 
 
 @dataclass
@@ -43,6 +45,7 @@ class _Pairs:
     """The good pairs of a block, with every distinct picture once."""
 
     ids: list[int]
+    tasks: list[str]
     ends: list[tuple[int, int]]
     """Of each pair: where its source and its label are in ``images``."""
     images: np.ndarray
@@ -59,6 +62,7 @@ class BlockBuilder:
     def __init__(self, config: BuildConfig):
         """Load the models and resolve what ``config`` left open. Raises WeightsError, ConfigError."""
         self.alphas = union_alphas(config.lengths, config.alphas)
+        self._made_at = union_alphas((), config.spacing) if isinstance(config.spacing, tuple) else self.alphas
         self.tokenizer = load_tokenizer(config.tokenizer, config.engine)
         device, dtype = resolve_device(config.engine)
         engine: dict[str, Any] = {"device": device.type, "dtype": str(dtype).removeprefix("torch.")}
@@ -136,20 +140,35 @@ class BlockBuilder:
                 for image, data in zip(pair, kept, strict=True):
                     if data is not None:
                         noise[image] = np.frombuffer(data, "<f4").reshape(shape)
-        return _Pairs(prepared["pair_id"].to_pylist(), ends, images, small, noise)
+        return _Pairs(prepared["pair_id"].to_pylist(), prepared["task"].to_pylist(), ends, images, small, noise)
 
     def _interpolate(self, pairs: _Pairs, stats: BlockStats) -> Interpolation:
         """Invert every picture once, and denoise every frame once."""
         assert self.engine is not None
-        alphas = self.alphas if "diffusion" in self.config.methods else ()
+        noise = pairs.noise
+        alphas = self._made_at if "diffusion" in self.config.methods else ()
         requests = [Request(source, label, alphas) for source, label in pairs.ends]
+        if self.config.spacing == "path" and alphas:
+            probes = self.engine.interpolate(
+                pairs.images, [Request(*ends, PROBE_ALPHAS) for ends in pairs.ends], pairs.noise
+            )
+            stats.evaluations, stats.padded = probes.evaluations, probes.padded
+            noise = dict(enumerate(probes.noise))
+            requests = [self._evenly(pairs, probes, number) for number in range(len(pairs.ends))]
         to_return: set[int] = set()
         for pair_id, ends in zip(pairs.ids, pairs.ends, strict=True):
             if is_checked(pair_id, self.config.check_endpoints):
                 to_return.update(ends)
-        chains = self.engine.interpolate(pairs.images, requests, pairs.noise, to_return)
-        stats.evaluations, stats.padded = chains.evaluations, chains.padded
+        chains = self.engine.interpolate(pairs.images, requests, noise, to_return)
+        stats.evaluations += chains.evaluations
+        stats.padded += chains.padded
         return chains
+
+    def _evenly(self, pairs: _Pairs, probes: Interpolation, number: int) -> Request:
+        """Return the request of the pair at place ``number``, with the alphas at which its steps are even."""
+        source, label = pairs.ends[number]
+        path = [pairs.images[source], *probes.frames[number], pairs.images[label]]
+        return Request(source, label, tuple(even_path_alphas(path, (0.0, *PROBE_ALPHAS, 1.0), self.alphas)))
 
     def _tokens(self, pairs: _Pairs, chains: Interpolation | None) -> np.ndarray:
         """Tokenize all pictures of the block together.
@@ -162,7 +181,12 @@ class BlockBuilder:
             pictures += ends
             for method in self.config.methods:
                 if method == "linear":
-                    pictures += [mix_pixels(*ends, alpha) for alpha in self.alphas]
+                    pictures += [mix_pixels(*ends, alpha) for alpha in self._made_at]
+                elif method == "copy":
+                    pictures += [ends[0]] * len(self.alphas)
+                elif method == "coarse":
+                    resample = TASKS[pairs.tasks[number]].resample
+                    pictures += [coarse_label(ends[1], alpha, resample) for alpha in self._made_at]
                 elif chains is not None:
                     pictures += [square(frame, self.tokenizer.size_px) for frame in chains.frames[number]]
         frames = len(self.config.methods) * len(self.alphas)
@@ -200,7 +224,7 @@ class BlockBuilder:
         ends = pairs.images[source], pairs.images[label]
         quality: dict[str, float | None] = {}
         if "linear" in self.config.methods and self.alphas:
-            mixed = [mix_pixels(*ends, alpha) for alpha in self.alphas]
+            mixed = [mix_pixels(*ends, alpha) for alpha in self._made_at]
             quality["linear_path"] = path_ratio([ends[0], *mixed, ends[1]])
         if chains is None:
             return quality

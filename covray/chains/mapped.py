@@ -11,7 +11,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from covray.chains.dataset import ChainDataset
-from covray.chains.sentences import count_pairs, pictures_of, require_pairs
+from covray.chains.quality import best_rows, chain_quality
+from covray.chains.sentences import count_pairs, dropped_share, kept_by_task, pictures_of, require_pairs
 from covray.chains.token_files import picture_count, token_batches, tokens_of
 from covray.config import SentencesConfig
 
@@ -35,7 +36,7 @@ def count_queries(sources: Sequence[Source], config: SentencesConfig, split: str
     pairs = sum(count_pairs(datasets[0], config, split, *datasets[1:]).values())
     if _is_natural(sources):
         return pairs
-    rows = [len(dataset.table(["task"], config.tasks, split)) for dataset in datasets]
+    rows = [kept_by_task(dataset, config, split).total() for dataset in datasets]
     return sum(_queries(source, count) for source, count in zip(sources, rows, strict=True))
 
 
@@ -79,6 +80,16 @@ class _Rows:
         """Return the rows of all ``pieces``, at least one."""
         columns = [[getattr(piece, name) for piece in pieces] for name in ("pair_ids", "tasks", "parts", "rows")]
         return cls(*(np.concatenate(column) for column in columns))
+
+    def best(self, qualities: Sequence[float | None], dropped: float) -> _Rows:
+        """Return the rows without the share ``dropped`` of each task that has the lowest of ``qualities``."""
+        kept = []
+        for task in np.unique(self.tasks):
+            of_task = np.flatnonzero(self.tasks == task)
+            of_task = of_task[np.argsort(self.pair_ids[of_task])]  # of equal ones the same stay, whatever the shards
+            kept.append(of_task[best_rows([qualities[row] for row in of_task], dropped)])
+        chosen = np.concatenate([np.empty(0, np.int64), *kept])
+        return _Rows(self.pair_ids[chosen], self.tasks[chosen], self.parts[chosen], self.rows[chosen])
 
 
 class MappedChains:
@@ -146,6 +157,8 @@ class MappedChains:
         kept = np.unique(np.concatenate(list(stored.values())))
         in_memory = {length: np.searchsorted(kept, pictures) for length, pictures in stored.items()}
         pieces = [_Rows(np.empty(0, np.int64), np.empty(0, np.int16), np.empty(0, np.uint16), np.empty(0, np.int32))]
+        dropped = dropped_share(dataset, config, split)
+        qualities: list[float | None] = []
         for batch in token_batches(dataset, kept, split):
             tokens = tokens_of(batch, self.tokens_per_image)
             wanted = pc.equal(batch.column("split"), split)
@@ -155,12 +168,15 @@ class MappedChains:
             if not len(rows):
                 continue
             ids = batch.column("pair_id").to_numpy()[rows]
+            if dropped:
+                qualities += map(chain_quality, batch.column("quality").take(pa.array(rows)).to_pylist())
             part = np.full(len(rows), len(self._parts), np.uint16)
             pieces.append(_Rows(ids, self._task_numbers(batch.column("task"))[rows], part, rows))
             is_whole = tokens.shape[1] == picture_count(dataset)
             pictures = stored if is_whole else in_memory
             self._parts.append({length: _views(tokens, places) for length, places in pictures.items()})
-        return _Rows.joined(pieces)
+        found = _Rows.joined(pieces)
+        return found.best(qualities, dropped) if dropped else found
 
     def _task_numbers(self, tasks: pa.StringArray) -> NDArray[np.int16]:
         """Return the number of each task in the list of names, to which new ones are added."""

@@ -9,6 +9,7 @@ cursor, says how far a training is.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -20,6 +21,7 @@ import pyarrow.compute as pc
 import torch
 
 from covray.chains.dataset import ChainDataset, frame_order, task_of
+from covray.chains.quality import best_rows, chain_quality, kept_count
 from covray.config import SentencesConfig
 from covray.errors import ConfigError, DatasetError
 from covray.models.lvm.model import Batch
@@ -70,14 +72,24 @@ def count_pairs(dataset: ChainDataset, config: SentencesConfig, split: str, *mor
         DatasetError: The frames that a length needs were not built, the split is empty, or a task has too few pairs for
             a sentence.
     """
-    tables = []
+    counts: Counter[str] = Counter()
     for each in (dataset, *more):
-        pictures_of(each, config)
-        tables.append(each.table(["task"], config.tasks, split))
-    tasks = pa.concat_tables(tables)["task"].combine_chunks()
-    entries = sorted(pc.value_counts(tasks).to_pylist(), key=lambda entry: entry["values"])
-    counts = {entry["values"]: entry["counts"] for entry in entries}
+        counts += kept_by_task(each, config, split)
     require_pairs(dataset, config, split, counts)
+    return dict(sorted(counts.items()))
+
+
+def kept_by_task(dataset: ChainDataset, config: SentencesConfig, split: str) -> Counter[str]:
+    """Return the pairs of one dataset that sentences are made of, by task.
+
+    Raises:
+        DatasetError: The frames that a length needs were not built, or no quality is known to drop the worst chains by.
+    """
+    pictures_of(dataset, config)
+    dropped = dropped_share(dataset, config, split)
+    counts: Counter[str] = Counter()
+    for entry in pc.value_counts(dataset.table(["task"], config.tasks, split)["task"].combine_chunks()).to_pylist():
+        counts[entry["values"]] = kept_count(entry["counts"], dropped)
     return counts
 
 
@@ -106,7 +118,7 @@ class Chains:
         """
         stored = pictures_of(dataset, config)
         kept = np.unique(np.concatenate(list(stored.values())))
-        reader = _TaskReader(dataset, split, inner=kept[1:-1] - 1)
+        reader = _TaskReader(dataset, split, inner=kept[1:-1] - 1, dropped=dropped_share(dataset, config, split))
         # For the rows of all splits: counting first would open each file twice, and memory is taken when it is written.
         tokens = np.empty((dataset.count(), len(kept), dataset.tokens_per_image), np.uint16)
         pair_ids = np.empty(len(tokens), np.int64)
@@ -148,13 +160,22 @@ class Chains:
 class _TaskReader:
     """Reads the rows of one split, task by task."""
 
-    def __init__(self, dataset: ChainDataset, split: str, inner: np.ndarray):
-        """Prepare to read the frames with the indices ``inner``, int64 [frames], of a row's list of frames."""
-        self._dataset, self._split, self._inner = dataset, split, inner
+    def __init__(self, dataset: ChainDataset, split: str, inner: np.ndarray, dropped: float):
+        """Prepare to read.
+
+        Args:
+            dataset: The dataset.
+            split: The split.
+            inner: The frames to read, as indices of a row's list of frames, int64 [frames].
+            dropped: Share of each task's rows that is left out, those of the lowest quality.
+        """
+        self._dataset, self._split, self._inner, self._share = dataset, split, inner, dropped
         self._frames = len(frame_order(dataset.methods, dataset.alphas))
         self._columns = ["pair_id", "source", "label"]
         if len(inner):
             self._columns.append("frames")
+        if dropped:
+            self._columns.append("quality")
 
     def read(self, task: str, tokens: np.ndarray, pair_ids: np.ndarray) -> int:
         """Write the rows of ``task``, sorted by pair id, to the beginning of two arrays; return how many there are.
@@ -185,7 +206,12 @@ class _TaskReader:
             if len(self._inner):
                 frames = batch.column("frames").flatten().field("tokens")
                 tokens[rows, 1:-1] = flat_tokens(dataset, frames, (len(batch), self._frames))[:, self._inner]
-        return len(table)
+        if not self._share:
+            return len(table)
+        figures = table["quality"].to_pylist()
+        best = best_rows([chain_quality(figures[row]) for row in order], self._share)
+        tokens[: len(best)], pair_ids[: len(best)] = tokens[best], pair_ids[best]
+        return len(best)
 
 
 @dataclass(frozen=True)
@@ -394,6 +420,18 @@ class _Epoch:
     rows: np.ndarray  # int32 or int64 [queries, most pairs + 1]: the query, then its examples, the nearest to it first
     lengths: np.ndarray  # uint16 [queries]
     pairs: np.ndarray  # uint16 [queries]
+
+
+def dropped_share(dataset: ChainDataset, config: SentencesConfig, split: str) -> float:
+    """Return the share of chains of ``split`` that is left out. Raises DatasetError where no quality is known."""
+    if not config.drop_worst or split != config.split:
+        return 0.0
+    if "diffusion" not in dataset.methods:
+        raise DatasetError(
+            f"{dataset.path}: has no diffused frames, whose quality sentences.drop_worst goes by; build with "
+            f"--method {','.join((*dataset.methods, 'diffusion'))}, or set it to 0"
+        )
+    return config.drop_worst
 
 
 def _lengths(config: SentencesConfig) -> tuple[int, ...]:

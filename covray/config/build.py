@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from covray.config.fields import (
     MOST_ROWS_PER_BLOCK,
@@ -14,6 +14,7 @@ from covray.config.fields import (
     FrameMethod,
     Length,
     PriorConfig,
+    Spacing,
     TokenizerConfig,
 )
 from covray.config.section import Section
@@ -31,7 +32,13 @@ class BuildConfig(Section):
     alphas: tuple[Alpha, ...] = ()
     """Further alphas, beside those of the lengths."""
     methods: tuple[FrameMethod, ...] = ("diffusion", "linear")
-    """How frames are made. The method ``none`` needs no frames: every dataset has source and label."""
+    """How frames are made: by the prior (``diffusion``), or by mixing pixels (``linear``). Two controls need no prior
+    either: the image itself in place of every frame (``copy``), and the label in cells that become smaller
+    (``coarse``). The method ``none`` needs no frames: every dataset has source and label."""
+    spacing: Spacing = "even"
+    """Where frames are made: at alpha = k/(L-1) (``even``), where a diffused chain has gone k/(L-1) of its own path
+    (``path``, 8 further frames a pair to measure it), or at the alphas of a list, ``[0.6, 0.9]``, one for each frame of
+    chains of one length. The dataset calls them k/(L-1) all the same."""
     prior: PriorConfig = PriorConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     engine: EngineConfig = EngineConfig()
@@ -58,17 +65,41 @@ class BuildConfig(Section):
     def _sorted_set(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(sorted(set(value)))
 
+    @field_validator("spacing")
+    @classmethod
+    def _ascending(cls, value: Any) -> Any:
+        if isinstance(value, tuple) and (not value or list(value) != sorted(set(value))):
+            raise ValueError("give even, path, or alphas that ascend")
+        return value
+
+    @model_validator(mode="after")
+    def _spacing_fits(self) -> BuildConfig:
+        if isinstance(self.spacing, tuple) and (self.alphas or self.lengths != (len(self.spacing) + 2,)):
+            raise ValueError(
+                f"spacing: {len(self.spacing)} alphas are those of chains of {len(self.spacing) + 2} pictures; set "
+                f"lengths to {len(self.spacing) + 2} and no alphas"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _leave_out_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out even spacing, so that identities made before there was another stay the same."""
+        values: dict[str, Any] = handler(self)
+        if values.get("spacing") == "even":
+            del values["spacing"]
+        return values
+
     def identity(self) -> dict[str, Any]:
         """What decides the tokens of a pair; a resume must agree in all of it."""
         return self.model_dump(mode="json", exclude={"out", "pairs", "actors", "rows_per_block", "noise_from"})
 
 
 def with_solver(identity: dict[str, Any]) -> dict[str, Any]:
-    """Return the identity of a build with the solver stated, as ``PriorConfig`` leaves out DDIM with all evaluations.
+    """Return the identity of a build with its defaults stated that ``BuildConfig`` and ``PriorConfig`` leave out.
 
     Where identities are compared, a key that is left out must not read as one that is left open.
     """
-    return identity | {"prior": {"solver": "ddim", "evaluations": "all"} | identity["prior"]}
+    return {"spacing": "even"} | identity | {"prior": {"solver": "ddim", "evaluations": "all"} | identity["prior"]}
 
 
 def solver_text(prior: dict[str, Any]) -> str:

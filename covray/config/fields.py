@@ -31,14 +31,16 @@ def _known_metric(name: str) -> str:
 
 AddedMetric = Annotated[str, AfterValidator(_known_metric)]
 """A metric, ``task/name``, that another package adds to a task."""
-FrameMethod = Literal["linear", "diffusion"]
-"""A method that makes frames."""
-ChainMethod = Literal["none", "linear", "diffusion"]
+FrameMethod = Literal["linear", "diffusion", "copy", "coarse"]
+"""A method that makes frames; ``copy`` and ``coarse`` are controls."""
+ChainMethod = Literal["none", "linear", "diffusion", "copy", "coarse"]
 """How a chain's frames are made; ``none`` leaves them out."""
 Length = Annotated[int, Field(ge=2, le=64)]
 """Pictures of a chain, both ends counted."""
 Alpha = Annotated[float, Field(gt=0.0, lt=1.0)]
 """Where a frame stands between image (0) and label (1)."""
+Spacing = Literal["even", "path"] | tuple[Alpha, ...]
+"""At which alphas the frames of a chain are made."""
 ExamplePairs = Annotated[int, Field(ge=0, le=63)]
 """Example pairs before a query."""
 Scale = Literal["nano", "300m", "600m", "1b", "3b", "7b", "custom"]

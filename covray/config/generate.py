@@ -13,6 +13,7 @@ from covray.config.fields import (
     Length,
     PriorConfig,
     SamplingConfig,
+    Spacing,
     TaskName,
     TokenizerConfig,
 )
@@ -39,6 +40,8 @@ class GeneratorConfig(Section):
     """Tokenizer of all pictures; null: the one the run's dataset was built with, without a run nano."""
     fit: Literal["stretch", "crop"] | None = None
     """How a picture becomes square; with ``crop`` an answer shows the centre square only. Null: the run's."""
+    spacing: Spacing | None = None
+    """Where the examples' frames are made; null: as in the run's dataset, without a run ``even``."""
     engine: EngineConfig = EngineConfig(batch=4, image_batch=4)
     """Small batches, as there are few pictures. Frames have the bits of a build if ``batch`` is the build's."""
     batch: int = Field(default=16, ge=1, le=4096)
@@ -78,6 +81,8 @@ class GenerateConfig(Section):
     """Tokenizer of all pictures; null: the one the run's dataset was built with, without a run nano."""
     fit: Literal["stretch", "crop"] | None = None
     """How a picture becomes square; with ``crop`` an answer shows the centre square only. Null: the run's."""
+    spacing: Spacing | None = None
+    """Where the examples' frames are made; null: as in the run's dataset, without a run ``even``."""
     engine: EngineConfig = EngineConfig(batch=4, image_batch=4)
     """Small batches, as there are few pictures. Frames have the bits of a build if ``batch`` is the build's."""
     sampling: SamplingConfig = SamplingConfig()

@@ -58,7 +58,8 @@ class SentencesConfig(Section):
     """Which visual sentences are made of the chains."""
 
     method: ChainMethod = "diffusion"
-    """How the frames between image and label were made; ``none`` leaves them out."""
+    """How the frames between image and label were made; ``none`` leaves them out, ``copy`` and ``coarse`` are
+    controls."""
     lengths: tuple[Length, ...] = (4,)
     """Chain lengths, both ends counted; each sentence draws one of them."""
     pairs: tuple[ExamplePairs, ...] = (1,)
@@ -73,6 +74,9 @@ class SentencesConfig(Section):
     """Tokens that the loss is taken on: ``all`` (as LVM), ``chains`` (frames and answers of examples and query),
     ``chain`` (those of the query), or ``answer`` (the query's answer)."""
     frame_noise: FrameNoiseConfig = FrameNoiseConfig()
+    drop_worst: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Share of each task's chains that is not trained on: those of the lowest quality, by the path of the diffused
+    frames and the noise of both ends. Chains of every method are dropped with their pair; validation has all."""
 
     @field_validator("lengths", "pairs", "tasks")
     @classmethod
@@ -83,10 +87,12 @@ class SentencesConfig(Section):
 
     @model_serializer(mode="wrap")
     def _leave_out_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out the noise where there is none, so that identities made before it existed stay the same."""
+        """Leave out younger fields that ask for nothing, so that identities made before they existed stay the same."""
         values: dict[str, Any] = handler(self)
         if self.frame_noise.kind == "none":
             values.pop("frame_noise", None)
+        if not self.drop_worst:
+            values.pop("drop_worst", None)
         return values
 
 

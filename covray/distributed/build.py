@@ -26,6 +26,7 @@ from covray.chains.kept_noise import KeptNoise
 from covray.chains.model_checks import require_models
 from covray.chains.prepare import BuildModels, needs_prior
 from covray.chains.records import Audit, DatasetRecord
+from covray.chains.spacing import PROBES
 from covray.config import BuildConfig
 from covray.config.build import solver_text, with_solver
 from covray.distributed.pool import (
@@ -115,7 +116,7 @@ def plan_build(config: BuildConfig, append: bool = False) -> Plan:
     if needs_prior(config):
         passes += 2 + 2 * config.check_endpoints
     if "diffusion" in config.methods:
-        passes += len(alphas)
+        passes += len(alphas) + PROBES * (config.spacing == "path")
     solver = solver_text(config.prior.model_dump()) if needs_prior(config) else "none needed"
     evaluations = round(pairs * passes * config.prior.evaluations_each_way)
     return Plan(pairs, per_task, config.methods, alphas, evaluations, config.out, solver)

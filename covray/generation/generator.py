@@ -280,12 +280,12 @@ class Generator:
     def _load_builder(self) -> BlockBuilder:
         """Load what makes the examples' chains, with the prior where they have frames by it."""
         config, length = self.resolved.config, self.resolved.length
-        framed = config.method in ("linear", "diffusion") and length > 2
+        framed = config.method != "none" and length > 2
         build = BuildConfig.model_validate(
             {
                 "pairs": "", "out": "", "lengths": (length,), "methods": (config.method,) if framed else (),
                 "prior": config.prior, "tokenizer": config.tokenizer, "fit": config.fit, "engine": config.engine,
-                "check_endpoints": 0.0,
+                "spacing": config.spacing, "check_endpoints": 0.0,
             }
         )  # fmt: skip
         builder = BlockBuilder(build)
@@ -317,13 +317,14 @@ def resolve_generator(config: GeneratorConfig) -> ResolvedGenerator:
     if run is None:
         defaults: dict[str, Any] = {
             "backbone": BackboneConfig(), "length": 4, "method": "diffusion", "prior": PriorConfig(),
-            "tokenizer": TokenizerConfig(), "fit": "stretch",
+            "tokenizer": TokenizerConfig(), "fit": "stretch", "spacing": "even",
         }  # fmt: skip
         tokens_per_image = None
     else:
         defaults, tokens_per_image = _run_defaults(config, run)
     missing = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     config = config.model_copy(update=missing)
+    _require_length(config)
     assert config.backbone is not None
     facts = backbone_facts(config.backbone)
     if run is not None and facts.fingerprint != run.backbone:
@@ -341,6 +342,17 @@ def resolve_generator(config: GeneratorConfig) -> ResolvedGenerator:
         tokens_per_image=tokens_per_image,
         classes=None if run is None else run.classes,
     )
+
+
+def _require_length(config: GeneratorConfig) -> None:
+    """Refuse chains of another length than the alphas of their frames are for. Raises ConfigError."""
+    if config.method == "none" or not isinstance(config.spacing, tuple) or config.length == 2:
+        return
+    if config.length != len(config.spacing) + 2:
+        raise ConfigError(
+            f"--length: chains of {config.length} pictures do not have {len(config.spacing)} frames, of which spacing "
+            f"gives the alphas; give {len(config.spacing) + 2}, or another spacing"
+        )
 
 
 @dataclass(frozen=True)
@@ -384,7 +396,7 @@ def _run_defaults(config: GeneratorConfig, run: _Trained) -> tuple[dict[str, Any
             lengths = " and ".join(map(str, chosen.lengths))
             raise ConfigError(f"--length: {config.adapter} was trained on chains of {lengths} pictures; say which")
         defaults["length"] = chosen.lengths[0]
-    if None not in (config.tokenizer, config.prior, config.fit):
+    if None not in (config.tokenizer, config.prior, config.fit, config.spacing):
         return defaults, None
     tokens_per_image = None
     try:
@@ -398,8 +410,10 @@ def _run_defaults(config: GeneratorConfig, run: _Trained) -> tuple[dict[str, Any
                 f"tokenizer ({one_line(error)}); give it, and --prior"
             ) from error
         built = BuildConfig(pairs="", out="")
-    return defaults | {"prior": built.prior, "tokenizer": built.tokenizer, "fit": built.fit}, tokens_per_image
+    chains = {"prior": built.prior, "tokenizer": built.tokenizer, "fit": built.fit, "spacing": built.spacing}
+    return defaults | chains, tokens_per_image
 
 
 def _build_settings(dataset: ChainDataset) -> dict[str, Any]:
-    return {key: dataset.config[key] for key in ("prior", "tokenizer", "fit") if key in dataset.config}
+    keys = ("prior", "tokenizer", "fit", "spacing", "lengths")
+    return {key: dataset.config[key] for key in keys if key in dataset.config}

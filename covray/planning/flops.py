@@ -18,6 +18,7 @@ from transformers import LlamaConfig
 
 from covray.chains.dataset import QUALITY, frame_order, shard_schema, union_alphas
 from covray.chains.prepare import needs_prior
+from covray.chains.spacing import PROBES
 from covray.config import AssumedConfig, BuildConfig, TrainConfig
 from covray.errors import ConfigError
 from covray.io.model_folders import NANO_NAMES
@@ -59,7 +60,9 @@ def evaluations_per_pair(build: BuildConfig, pairs_per_source: float = 1.0) -> f
     """
     if not needs_prior(build):
         return 0.0
-    frames = len(union_alphas(build.lengths, build.alphas)) if "diffusion" in build.methods else 0
+    frames = 0
+    if "diffusion" in build.methods:
+        frames = len(union_alphas(build.lengths, build.alphas)) + PROBES * (build.spacing == "path")
     denoisings = frames + 2 * build.check_endpoints
     return build.prior.evaluations_each_way * (inversions_per_pair(build, pairs_per_source) + denoisings)
 

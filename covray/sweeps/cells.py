@@ -16,7 +16,7 @@ from covray.evaluation.metrics import OWN, REFERENCE
 from covray.evaluation.statistics import LEVEL
 from covray.sweeps.records import CellEntry, CellScore, TrialEntry, TrialScore
 
-METHODS = ("none", "linear", "diffusion")
+METHODS = ("none", "linear", "diffusion", "copy", "coarse")
 """In the order of the table."""
 LARGEST_NATS = 700.0
 """Logarithms are capped here: a bound beside a seed that diverged may be more than a float holds."""

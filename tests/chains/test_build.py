@@ -20,13 +20,15 @@ from covray.chains.dataset import shard_schema, union_alphas
 from covray.chains.kept_noise import KeptNoise
 from covray.chains.prepare import PREPARED_SCHEMA, BuildModels, needs_prior, prepare_block
 from covray.chains.records import Audit, DatasetRecord
+from covray.chains.spacing import PROBE_ALPHAS, coarse_label, even_path_alphas
 from covray.config import BuildConfig, load_config
 from covray.errors import DatasetError
 from covray.io import storage
-from covray.io.images import encode_png, square
+from covray.io.images import decode, encode_png, square
 from covray.models.diffusion.engine import Request
 from covray.models.diffusion.prior import load_prior
 from covray.pairs.manifest import MANIFEST_SCHEMA
+from covray.tasks import TASKS
 from tests.chains.contract import validate_rows
 from tests.support.priors import write_prior
 
@@ -468,3 +470,65 @@ def test_jpegs_are_pictures_too(config: BuildConfig, models: BuildModels) -> Non
     Image.fromarray(_picture(1)).save(buffer, "JPEG")
     row = _row(1, {"uri": None, "bytes": buffer.getvalue()}, _png(2))
     assert prepare_block(_manifest([row]), config, models, None)["error"].to_pylist() == [None]
+
+
+# --- spacing and controls --------------------------------------------------------------------------------------------
+
+
+def frames_of(rows: pa.Table, method: str) -> dict[int, list[list[int]]]:
+    """The tokens of every good pair's frames by a method."""
+    frames = {}
+    for row in rows.to_pylist():
+        if row["error"] is None:
+            frames[row["pair_id"]] = [frame["tokens"] for frame in row["frames"] if frame["method"] == method]
+    return frames
+
+
+def test_controls_are_the_image_and_the_label_in_cells(prior_folder: Path, vqgan_folder: Path) -> None:
+    builder = BlockBuilder(_config(prior_folder, vqgan_folder, methods=("copy", "coarse")))
+    assert builder.engine is None, "no prior is needed"
+    rows, _ = _build(builder, ROWS)
+    copies, coarse = frames_of(rows, "copy"), frames_of(rows, "coarse")
+    for row, given in zip(rows.to_pylist(), ROWS, strict=True):
+        if row["error"] is not None:
+            continue
+        assert copies[row["pair_id"]] == [row["source"]] * 2
+        resample = TASKS[given["task"]].resample
+        label = square(decode(given["label"]["bytes"]), SMALL_PX, "stretch", resample)
+        cells = np.stack([coarse_label(label, alpha, resample) for alpha in union_alphas((4,))])
+        assert coarse[row["pair_id"]] == builder.tokenizer.encode(cells).tolist()
+
+
+def test_frames_are_made_at_the_alphas_of_a_list(
+    prior_folder: Path, vqgan_folder: Path, built: tuple[pa.Table, building.BlockStats]
+) -> None:
+    even = frames_of(built[0], "diffusion")
+    _, two_thirds = union_alphas((4,))
+    builder = BlockBuilder(_config(prior_folder, vqgan_folder, lengths=(3,), spacing=(two_thirds,)))
+    rows, _ = _build(builder, ROWS)
+    assert {pair: frames[1:] for pair, frames in even.items()} == frames_of(rows, "diffusion")
+    assert {frame["alpha"] for frame in rows["frames"].to_pylist()[0]} == {0.5}, "called by its place in the chain"
+    linear = {pair: frames[1:] for pair, frames in frames_of(built[0], "linear").items()}
+    assert linear == frames_of(rows, "linear")
+
+
+def test_frames_of_a_path_are_those_of_its_own_alphas(
+    builder: BlockBuilder, built: tuple[pa.Table, building.BlockStats], prior_folder: Path, vqgan_folder: Path
+) -> None:
+    measured = BlockBuilder(_config(prior_folder, vqgan_folder, spacing="path", keep_noise=True))
+    rows, stats = _build(measured, ROWS)
+    for name in ("source", "label", "source_noise", "label_noise"):
+        assert rows[name] == built[0][name]
+    assert frames_of(rows, "linear") == frames_of(built[0], "linear"), "pixels are mixed evenly as it is"
+    (alone, _) = _build(measured, [ROWS[0]])
+    assert alone.to_pylist() == rows.to_pylist()[:1]
+    assert stats.evaluations > built[1].evaluations
+    # By hand: the pair's path through the probes, the alphas of even steps, and the frames there.
+    assert builder.engine is not None
+    label = square(_picture(2), PRIOR_PX, "stretch", TASKS[ROWS[0]["task"]].resample)
+    images = np.stack([square(_picture(1), PRIOR_PX, "stretch", "bicubic"), label])
+    path = builder.engine.interpolate(images, [Request(0, 1, PROBE_ALPHAS)])
+    alphas = even_path_alphas([images[0], *path.frames[0], images[1]], (0.0, *PROBE_ALPHAS, 1.0), union_alphas((4,)))
+    chain = builder.engine.interpolate(images, [Request(0, 1, tuple(alphas))])
+    small = np.stack([square(frame, SMALL_PX) for frame in chain.frames[0]])
+    assert frames_of(rows, "diffusion")[ROWS[0]["pair_id"]] == builder.tokenizer.encode(small).tolist()

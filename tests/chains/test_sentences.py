@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from covray.chains.dataset import ChainDataset, alphas_of, union_alphas
+from covray.chains.quality import chain_quality, kept_count
 from covray.chains.sentences import (
     Chains,
     Sentences,
@@ -378,3 +379,33 @@ def test_sentences_beyond_the_context_are_refused_with_the_arithmetic() -> None:
     Sentences(chains, config, 8 * TOKENS, seed=0)
     with pytest.raises(CovrayError, match=r"4 pictures x \(1 \+ 1\) chains x 3 tokens = 24 tokens"):
         Sentences(chains, config, 8 * TOKENS - 1, seed=0)
+
+
+# --- the worst chains left out ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["diffusion", "none"])
+def test_the_worst_chains_of_each_task_are_left_out_of_the_training_split_alone(
+    write_dataset: Writer, method: str
+) -> None:
+    path, rows = write_dataset({"depth": 12, "edges": 8})
+    dataset = ChainDataset(path)
+    whole, some = config_of(method=method), config_of(method=method, drop_worst=0.5)
+    all_chains, chains = (Chains.load(dataset, config, "train") for config in (whole, some))
+    assert count_pairs(dataset, some, "train") == dict(zip(chains.tasks, np.diff(chains.starts).tolist(), strict=True))
+    assert len(chains.pair_ids) < len(all_chains.pair_ids)
+    quality = {row["pair_id"]: chain_quality(row["quality"]) for row in rows}
+    for task, first, last in zip(chains.tasks, chains.starts, chains.starts[1:], strict=False):
+        kept = chains.pair_ids[first:last].tolist()
+        others = {row["pair_id"] for row in rows if (row["task"], row["split"]) == (task, "train")} - set(kept)
+        assert len(kept) == kept_count(len(kept) + len(others), 0.5)
+        assert max(quality[pair] for pair in others) <= min(quality[pair] for pair in kept)
+    places = np.searchsorted(all_chains.pair_ids[: all_chains.starts[1]], chains.pair_ids[: chains.starts[1]])
+    assert (all_chains.tokens[places] == chains.tokens[: chains.starts[1]]).all()
+    assert (Chains.load(dataset, some, "val").pair_ids == Chains.load(dataset, whole, "val").pair_ids).all()
+
+
+def test_without_diffused_frames_no_quality_is_known(write_dataset: Writer) -> None:
+    path, _ = write_dataset({"depth": 12}, methods=("linear",))
+    with pytest.raises(DatasetError, match="drop_worst"):
+        count_pairs(ChainDataset(path), config_of(method="linear", drop_worst=0.2), "train")
