@@ -256,7 +256,7 @@ def _require(subject: Subject, facts: BackboneFacts, dataset: ChainDataset) -> N
     length, size = subject.length or 2, dataset.tokens_per_image
     pictures = ((subject.pairs or 0) + 1) * length
     require_context(pictures * size, size, facts.llama.max_position_embeddings)
-    if subject.method not in ("none", SALIENCY):
+    if subject.method is not None and subject.method not in ("none", SALIENCY):
         # The chain of a made-up row with all that was built: the dataset refuses frames that were not.
         frames = []
         for method in dataset.methods:
