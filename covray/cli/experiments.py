@@ -3,24 +3,63 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from covray.cli.options import Json, OutFolder
+from covray.cli.options import Json, OutFolder, Plan
+from covray.cli.output import console, escape
 from covray.cli.results import print_sweep
+from covray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from covray.recipes.claims_run import Programme
+
+_BUDGET = (
+    "Run the whole programme: noise in frames, controls, lengths, alphas, decodings and votes, learning curves. small: "
+    "hours on two cores; full: days. By default only none, linear and diffusion."
+)
 
 
 def claims(
     out: OutFolder,
-    data: Annotated[str | None, typer.Option(help="Chains of 4 by both methods; by default scenes, built.")] = None,
+    budget: Annotated[Literal["small", "full"] | None, typer.Option(help=_BUDGET)] = None,
+    backbone: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="With --budget: NAME=PATH, a backbone; all arms start from the first, the others are compared."
+        ),
+    ] = None,
+    tokenizer: Annotated[str, typer.Option(help="With --budget: the tokenizer of the backbones.")] = "nano",
+    data: Annotated[
+        str | None, typer.Option(help="Without --budget: chains of 4 by both methods; by default scenes, built.")
+    ] = None,
+    plan: Plan = False,
     json_: Json = False,
 ) -> None:
-    """None, linear and diffusion on seven tasks, three seeds: an hour on two cores. The same command continues."""
-    from covray.recipes.claims import run_claims
+    """None, linear and diffusion on seven tasks, or with --budget all arms. The same command continues.
 
-    results = run_claims(out, data)
-    print_sweep(results, f"{out}/claims", json_)
+    The first takes an hour on two cores.
+    """
+    if budget is None:
+        if backbone or plan:
+            raise ConfigError("--backbone, --plan: are of the programme; give --budget small or full")
+        from covray.recipes.claims import run_claims
+
+        results = run_claims(out, data)
+        print_sweep(results, f"{out}/claims", json_)
+        return
+    if data is not None:
+        raise ConfigError("--data: the programme builds its own chains; leave it out, or leave out --budget")
+    from covray.recipes.claims_run import open_programme
+
+    programme = open_programme(out, budget, tuple(backbone or ("nano=nano",)), tokenizer)
+    if plan:
+        _print_plan(programme, json_)
+        return
+    from covray.recipes.claims_page import run_programme
+
+    print_claims(run_programme(programme), out, json_)
 
 
 def diffusionvl(
@@ -35,3 +74,42 @@ def diffusionvl(
 
     results = run_diffusionvl(out, model, data, budget)
     print(json.dumps(results) if json_ else tables(results))
+
+
+def print_claims(results: dict[str, Any], out: str, json_: bool) -> None:
+    """Print what the claims came to; all else is on the page."""
+    if json_:
+        print(json.dumps(results))
+        return
+    from rich.table import Table
+
+    table = Table("claim", "equal", "gain", "95%", "verdict", box=None, pad_edge=False)
+    for claim in results["claims"]:
+        if claim["gain_percent"] is None:
+            continue
+        interval = "–" if claim["low"] is None else f"{claim['low']:+.1f} to {claim['high']:+.1f}"
+        gain = f"{claim['gain_percent']:+.1f}%"
+        table.add_row(escape(claim["claim"]), escape(claim["view"]), gain, interval, claim["verdict"])
+    if table.row_count:
+        console.print(table)
+    console.print(escape(results["conclusion"]), highlight=False, soft_wrap=True)
+    console.print(f"{results['arms_done']} of {results['arms_planned']} trainings done", highlight=False)
+    console.print(f"{escape(out.rstrip('/'))}/index.html", highlight=False, soft_wrap=True)
+
+
+def _print_plan(programme: Programme, json_: bool) -> None:
+    """Print every arm with its steps and tokens; nothing is started."""
+    from rich.table import Table
+
+    from covray.recipes.claims_run import plan_programme
+
+    planned = plan_programme(programme)
+    if json_:
+        print(json.dumps(planned))
+        return
+    table = Table("arm", "seeds", "steps", "tokens", "", box=None, pad_edge=False)
+    for arm in planned["arms"]:
+        row = (arm["arm"], str(arm["seeds"]), f"{arm['steps']:,}", f"{arm['tokens']:,}", arm["about"])
+        table.add_row(*map(escape, row))
+    console.print(table)
+    console.print(f"{planned['tokens']:,} tokens to train on; best chains: all seeds besides", highlight=False)

@@ -55,12 +55,16 @@ def sweep(
 
 
 def report(
-    folder: Annotated[str, typer.Argument(metavar="EVAL|SWEEP", help="An evaluation, or a sweep, finished or not.")],
+    folder: Annotated[
+        str,
+        typer.Argument(metavar="EVAL|SWEEP|CLAIMS", help="An evaluation, a sweep or a programme, finished or not."),
+    ],
     json_: Json = False,
 ) -> None:
-    """Page and table of an evaluation, or of a sweep from the trials that are done so far."""
+    """Page and table of an evaluation, or of a sweep or a programme of claims from what is done so far."""
     from covray.distributed import evaluate as evaluations
     from covray.distributed import sweep as sweeps
+    from covray.evaluation.claims_records import ProgrammeRecord
     from covray.evaluation.records import EvaluationRecord
     from covray.io import storage
 
@@ -70,6 +74,12 @@ def report(
             print(json.dumps(evaluation.to_json()))
         else:
             print_evaluation(evaluation, folder)
+        return
+    if storage.exists(storage.join(folder, ProgrammeRecord.FILE)):
+        from covray.cli.experiments import print_claims
+        from covray.recipes.claims_page import report_programme
+
+        print_claims(report_programme(folder), folder, json_)
         return
     results = sweeps.report(folder)
     print_sweep(results, folder, json_)

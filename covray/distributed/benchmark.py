@@ -77,7 +77,7 @@ def calibrate(config: PlanConfig, out: str, pairs: list[int] | None = None, trai
         if storage.exists(folder):
             filesystem.delete_dir(inner)
     calibration = Calibration(
-        hardware=_hardware(),
+        hardware=hardware(),
         date=datetime.date.today().isoformat(),
         build=build_rates(chosen, builds),
         train=trained,
@@ -275,7 +275,7 @@ def _mean(values: Iterable[float]) -> float:
     return float(sum(numbers) / len(numbers))
 
 
-def _hardware() -> str:
+def hardware() -> str:
     """Return processor, cores and GPU of this machine."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]

@@ -253,7 +253,32 @@ def _write_results(config: EvaluateConfig, subjects: Sequence[Subject], results:
 
 def _strips(config: EvaluateConfig, subjects: Sequence[Subject], results: EvaluationResults) -> list[Strip]:
     """Decode what each subject answered in the best, the median and the worst episode of each task."""
-    chosen = choose_episodes(read_rows(config.out), results)
+    return _pictures(config, subjects, results, choose_episodes(read_rows(config.out), results))
+
+
+def pictures_of(out: str, pair_ids: Mapping[str, int]) -> list[Strip]:
+    """Decode what the subjects of a finished evaluation answered to one query a task.
+
+    Args:
+        out: The folder of the evaluation.
+        pair_ids: The query by task; a task without one, or whose pictures are gone, is left out.
+
+    Raises:
+        CovrayError: The folder holds no finished evaluation, or its tokenizer is gone.
+    """
+    record, results = EvaluationRecord.read(absolute(out)), EvaluationResults.read(absolute(out))
+    config = load_config(EvaluateConfig, None, record.config).model_copy(update={"out": absolute(out)})
+    chosen: dict[str, dict[Rank, int]] = {task: {"median": pair_id} for task, pair_id in pair_ids.items()}
+    return _pictures(config, [Subject(**subject) for subject in record.subjects], results, chosen)
+
+
+def _pictures(
+    config: EvaluateConfig,
+    subjects: Sequence[Subject],
+    results: EvaluationResults,
+    chosen: Mapping[str, Mapping[Rank, int]],
+) -> list[Strip]:
+    """Decode what each subject answered to the ``chosen`` queries, by task and rank."""
     pair_ids: set[int] = set()
     for ranks in chosen.values():
         pair_ids.update(ranks.values())

@@ -1,0 +1,318 @@
+"""``covray experiments claims --budget``: build, train and evaluate the arms; resumed after any kill.
+
+    scenes -> chains, by dataset -> every arm and seed: train, evaluate -> the best chains: decodings, votes -> page
+
+It drives the steps that a user would: what is done lies in their folders, and an arm that is done is one file,
+``arms/NAME-sSEED.json``. ``covray report`` writes the page from the arms that are done so far.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from covray.chains.dataset import ChainDataset
+from covray.chains.records import Audit
+from covray.config import BackboneConfig, BuildConfig, EngineConfig, EvaluateConfig, TokenizerConfig, TrainConfig
+from covray.errors import ConfigError, one_line
+from covray.evaluation.claims_records import ArmRun, ProgrammeRecord
+from covray.evaluation.records import EvaluationResults
+from covray.io.storage import Folder
+from covray.models.lvm.backbone import backbone_facts
+from covray.models.tokenizer.vqgan import load_tokenizer
+from covray.pairs.manifest import ManifestWriter
+from covray.pairs.scenes import scene_pairs
+from covray.progress import stage
+from covray.recipes.claims_plan import (
+    BUDGETS,
+    Arm,
+    Backbone,
+    Budget,
+    BudgetName,
+    Dataset,
+    Decoding,
+    arms,
+    datasets,
+    decodings,
+    train_options,
+)
+from covray.recipes.claims_scores import EvaluationFolder, best_chains
+from covray.tasks import TASKS
+from covray.training.records import TrainResult
+
+PROBES = ("reference", "other", "copy", "dummy", "last_frame", "nats", "gain")
+UNTUNED = "untuned"
+_QUIET: dict[str, Any] = {"uri": "none"}
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The steps that a programme drives."""
+
+    build: Callable[[BuildConfig], Audit]
+    train: Callable[[TrainConfig], TrainResult]
+    evaluate: Callable[[EvaluateConfig], EvaluationResults]
+    hardware: Callable[[], str]
+
+
+def real_steps() -> Steps:
+    """Return the steps of the commands ``covray build``, ``train`` and ``evaluate``."""
+    from covray.distributed.benchmark import hardware  # here: Ray takes seconds to import
+    from covray.distributed.build import build
+    from covray.distributed.evaluate import evaluate
+    from covray.distributed.train import train
+
+    return Steps(build, train, evaluate, hardware)
+
+
+@dataclass(frozen=True)
+class Programme:
+    """A programme in its folder."""
+
+    out: str
+    record: ProgrammeRecord
+    budget: Budget
+    backbones: tuple[Backbone, ...]
+    steps: Steps | None = None
+    """None: to read only."""
+
+    @property
+    def folder(self) -> Folder:
+        """Its folder."""
+        return Folder(self.out)
+
+    @property
+    def arms(self) -> list[Arm]:
+        """All arms; the best chains with every seed, once they are known."""
+        best = self.best
+        listed = []
+        for arm in arms(self.budget, self.backbones):
+            listed.append(replace(arm, seeds=self.budget.seeds) if arm.name == best else arm)
+        return listed
+
+    @property
+    def best(self) -> str | None:
+        """The arm of chains with the best answers on the validation split; None while some are not evaluated there."""
+        candidates = [arm.name for arm in arms(self.budget, self.backbones) if arm.chosen_from]
+        seed = self.budget.seeds[0]
+        validated = {name: self.evaluation(name, seed, "val") for name in candidates}
+        return best_chains(validated, reference="none")
+
+    def evaluation(self, arm: str, seed: int, split: str = "test") -> EvaluationFolder:
+        """Return the evaluation of an arm and a seed."""
+        ending = "" if split == "test" else f"-{split}"
+        return EvaluationFolder(self.folder.join("evaluations", f"{arm}-s{seed}{ending}"), arm, seed)
+
+    def run_folder(self, arm: str, seed: int) -> str:
+        """Return the run folder of an arm and a seed."""
+        return self.folder.join("runs", f"{arm}-s{seed}")
+
+    def chains(self, dataset: str) -> str:
+        """Return the folder of a dataset."""
+        return self.folder.join("chains", dataset)
+
+    def done(self, arm: str, seed: int) -> ArmRun | None:
+        """Return how an arm went; None where it is not done."""
+        return ArmRun.read_if_present(self.folder, f"arms/{arm}-s{seed}.json")
+
+    def work(self) -> None:
+        """Do everything that is not done."""
+        manifest = self._render()
+        for dataset in datasets(self.budget):
+            self._build(dataset, manifest)
+        self._evaluate_untuned()
+        for arm in arms(self.budget, self.backbones):  # the best are not known before
+            for seed in arm.seeds:
+                self._run(arm, seed)
+        best = next(arm for arm in self.arms if arm.name == self.best)
+        for seed in best.seeds:
+            self._run(best, seed)
+        self._decode(best)
+
+    # --- data ---
+
+    def _render(self) -> str:
+        """Write the manifest of the scenes, unless it is there; return its path."""
+        manifest = Path(self.out, "pairs.parquet")
+        if manifest.exists():
+            return str(manifest)
+        try:
+            with stage("rendering the scenes"), ManifestWriter(manifest) as writer:
+                scenes = self.budget.scenes
+                splits = {name: float(count) for name, count in scenes.items()}
+                for pair in scene_pairs(sum(scenes.values()), splits=splits):
+                    if self.budget.tasks is None or pair.task in self.budget.tasks:
+                        writer.add(pair)
+        except OSError as error:
+            raise ConfigError(
+                f"--out {self.out}: cannot be written ({one_line(error)}); give another folder"
+            ) from error
+        return str(manifest)
+
+    def _build(self, dataset: Dataset, manifest: str) -> None:
+        """Build a dataset; all but the first take the noise of the first."""
+        assert self.steps is not None
+        options: dict[str, Any] = {
+            "pairs": manifest, "out": self.chains(dataset.name), "check_endpoints": 0.0,
+            "prior": {"steps": self.budget.prior_steps}, "tokenizer": {"path": self.record.tokenizer},
+        }  # fmt: skip
+        if dataset.name == "main":
+            options["keep_noise"] = True
+        else:
+            main = ChainDataset(self.chains("main"))
+            options |= {"noise_from": main.path, "engine": {"batch": main.config["engine"]["batch"]}}
+        self.steps.build(BuildConfig.model_validate(options | dataset.build_options()))
+
+    # --- arms ---
+
+    def _run(self, arm: Arm, seed: int) -> None:
+        """Train and evaluate an arm, and write down what it took."""
+        assert self.steps is not None
+        if self.done(arm.name, seed) is not None:
+            return
+        data = ChainDataset(self.chains("main"))
+        pairs = len(data.table(["pair_id"], self.budget.tasks, "train"))
+        options = train_options(arm, self.budget, pairs, data.tokens_per_image)
+        config = TrainConfig.model_validate(
+            {
+                "data": self.chains(arm.dataset), "out": self.run_folder(arm.name, seed), "seed": seed,
+                "backbone": (arm.backbone or self.backbones[0]).config(), "tracking": _QUIET, **options,
+            }
+        )  # fmt: skip
+        trained = self.steps.train(config)
+        seconds = self._evaluate(arm, seed, "test", self.budget.episodes)
+        if arm.chosen_from and seed == self.budget.seeds[0]:
+            seconds += self._evaluate(arm, seed, "val", self.budget.validation_episodes)
+        ArmRun(
+            arm=arm.name,
+            seed=seed,
+            steps=trained.steps,
+            tokens=trained.tokens,
+            answers=trained.sentences,
+            train_seconds=trained.seconds,
+            evaluate_seconds=seconds,
+            hardware=self.steps.hardware(),
+        ).write(self.folder, f"arms/{arm.name}-s{seed}.json")
+
+    def _evaluate(self, arm: Arm, seed: int, split: str, episodes: int) -> float:
+        """Evaluate an arm on a split; return the seconds it took."""
+        assert self.steps is not None
+        folder = self.evaluation(arm.name, seed, split)
+        options: dict[str, Any] = {
+            "data": self.chains(arm.dataset), "out": folder.path, "split": split, "episodes": episodes,
+            "adapters": (f"{arm.name}={self.run_folder(arm.name, seed)}",), "untuned": False, "baselines": (),
+            "probes": () if arm.method == "none" else PROBES, "tracking": _QUIET, "tasks": self.budget.tasks,
+        }  # fmt: skip
+        return self.steps.evaluate(EvaluateConfig.model_validate(options)).seconds
+
+    def _evaluate_untuned(self) -> None:
+        """Evaluate the backbones without training, and the answers without a model beside the first."""
+        assert self.steps is not None
+        for number, backbone in enumerate(self.backbones):
+            options: dict[str, Any] = {
+                "data": self.chains("main"), "out": self.evaluation(f"{UNTUNED}-{backbone.name}", -1).path,
+                "backbone": backbone.config(), "episodes": self.budget.episodes, "tracking": _QUIET,
+                "baselines": ("copy", "mean", "nearest", "ceiling") if number == 0 else (),
+                "forms": ({"method": "none", "length": 2, "pairs": 1},), "tasks": self.budget.tasks,
+            }  # fmt: skip
+            self.steps.evaluate(EvaluateConfig.model_validate(options))
+
+    # --- ways to write answers ---
+
+    def _decode(self, best: Arm) -> None:
+        """Evaluate the ways to write answers, of the best chains and of plain pairs; votes of both together."""
+        assert self.steps is not None
+        for seed in best.seeds:
+            for way in ways_of(self.budget):
+                adapters = [f"best={self.run_folder(best.name, seed)}"]
+                if way.name == "votes":
+                    adapters.append(f"none={self.run_folder('none', seed)}")
+                options: dict[str, Any] = {
+                    "data": self.chains(best.dataset), "out": self.evaluation(f"decoding-{way.name}", seed).path,
+                    "adapters": tuple(adapters), "untuned": False, "baselines": (), "tracking": _QUIET,
+                    "episodes": self.budget.episodes, "tasks": self.budget.tasks, **way.options,
+                }  # fmt: skip
+                self.steps.evaluate(EvaluateConfig.model_validate(options))
+
+
+def ways_of(budget: Budget) -> Iterator[Decoding]:
+    """Yield the ways to write answers, votes last."""
+    yield from decodings(budget)
+    if budget.votes:
+        yield Decoding("votes", "votes over chains and over plain answers", {"votes": {"samples": budget.votes}})
+
+
+def open_programme(out: str, name: BudgetName, backbones: Sequence[str], tokenizer: str) -> Programme:
+    """Return the programme of a budget in the folder ``out``; nothing is written.
+
+    Args:
+        out: The folder.
+        name: Of the budget.
+        backbones: ``NAME=PATH`` each.
+        tokenizer: Of all backbones, as ``tokenizer.path`` takes it.
+
+    Raises:
+        ConfigError: A backbone cannot be used, or two have one name.
+    """
+    listed = tuple(_backbone(entry) for entry in backbones)
+    if len({backbone.name for backbone in listed}) < len(listed):
+        raise ConfigError("--backbone: two have one name; give each its own, as NAME=PATH")
+    record = ProgrammeRecord(
+        budget_name=name,
+        budget=_plain(asdict(BUDGETS[name])),
+        backbones=[{"name": backbone.name, "path": backbone.path} for backbone in listed],
+        tokenizer=tokenizer,
+    )
+    return Programme(out, record, BUDGETS[name], listed)
+
+
+def _backbone(entry: str) -> Backbone:
+    """Return the backbone of ``NAME=PATH``, once its folder is known to be one. Raises CovrayError."""
+    name, separator, path = entry.partition("=")
+    if not (separator and path) or not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", name):
+        raise ConfigError(f"--backbone {entry}: give NAME=PATH, a name of small letters, digits, dots and hyphens")
+    backbone = Backbone(name, path)
+    backbone_facts(BackboneConfig.model_validate(backbone.config()))
+    return backbone
+
+
+def read_programme(out: str) -> Programme:
+    """Return the programme that was begun in the folder ``out``. Raises ConfigError for none."""
+    record = ProgrammeRecord.read(out)
+    values = dict(record.budget)
+    for key in ("seeds", "shares", "lengths", "votes"):
+        values[key] = tuple(values[key])
+    values["spacings"] = {
+        name: spacing if isinstance(spacing, str) else tuple(spacing) for name, spacing in values["spacings"].items()
+    }
+    values["tasks"] = None if values["tasks"] is None else tuple(values["tasks"])
+    return Programme(out, record, Budget(**values), tuple(Backbone(**each) for each in record.backbones))
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``values`` as JSON would give them back."""
+    plain: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            plain[key] = _plain(value)
+        else:
+            plain[key] = list(value) if isinstance(value, tuple) else value
+    return plain
+
+
+def plan_programme(programme: Programme) -> dict[str, Any]:
+    """Return every arm with its steps and its tokens over all seeds, as JSON values."""
+    budget = programme.budget
+    pairs = budget.scenes["train"] * (len(TASKS) if budget.tasks is None else len(budget.tasks))
+    tokenizer = load_tokenizer(TokenizerConfig(path=programme.record.tokenizer), EngineConfig())
+    listed = []
+    for arm in arms(budget, programme.backbones):
+        options = train_options(arm, budget, pairs, tokenizer.tokens_per_image)["optimizer"]
+        tokens = options["steps"] * options["batch_tokens"] * len(arm.seeds)
+        listed.append(
+            {"arm": arm.name, "about": arm.about, "seeds": len(arm.seeds), "steps": options["steps"], "tokens": tokens}
+        )
+    return {"arms": listed, "tokens": sum(arm["tokens"] for arm in listed)}

@@ -1,0 +1,404 @@
+"""The page of a programme of claims: each claim with its verdict, pictures, learning curves and costs, in one file."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from covray.evaluation.claims_records import (
+    ArmEntry,
+    ClaimResult,
+    ClaimTask,
+    CurvePoint,
+    Exposure,
+    ProgrammeResults,
+    QualityWorth,
+)
+from covray.evaluation.metrics import lower_is_better
+from covray.io import storage
+from covray.report.charts import Drawing, LineChart, Point, Series, draw
+from covray.report.evaluation import Strip
+from covray.report.formatting import (
+    NONE,
+    counted,
+    duration,
+    fixed,
+    interval,
+    is_finite,
+    listed,
+    numbers,
+    plural,
+    readable,
+    short_count,
+    signed_numbers,
+)
+from covray.report.html import Link, render
+from covray.report.metrics import MetricHead, glossary, metric_head
+
+_TILE_PX = 96
+_VERDICTS = {"holds": "holds", "does not hold": "fails", "open": "", "not run": ""}
+"""The style class of each verdict."""
+_SOURCES = (
+    ("paper", "What the paper claims"),
+    ("ours", "What this project asks"),
+)
+
+
+@dataclass(frozen=True)
+class GainPlot:
+    """Where a gain and its interval lie across a drawing, in percent of its width."""
+
+    gain: float
+    whisker: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class TaskRow:
+    """A claim on one task, as it is written."""
+
+    task: str
+    metric: MetricHead
+    first: str
+    second: str
+    difference: str
+    interval: str
+    verdict: str
+    css: str
+
+
+@dataclass(frozen=True)
+class ClaimView:
+    """A claim, as it is written."""
+
+    claim: str
+    view: str
+    arms: str
+    counts: str
+    verdict: str
+    css: str
+    gain: str
+    interval: str
+    basis: str
+    """Seeds and queries."""
+    plot: GainPlot | None
+    rows: tuple[TaskRow, ...]
+
+
+@dataclass(frozen=True)
+class ClaimGroup:
+    """Claims of one source."""
+
+    title: str
+    claims: tuple[ClaimView, ...]
+
+
+@dataclass(frozen=True)
+class StripView:
+    """What one arm wrote for a query."""
+
+    arm: str
+    score: str
+    frames: tuple[np.ndarray, ...]
+    answer: np.ndarray
+
+
+@dataclass(frozen=True)
+class StripRow:
+    """The answers of several arms to one query of a task."""
+
+    task: str
+    query: np.ndarray
+    label: np.ndarray
+    answers: tuple[StripView, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Texts in rows; the first column is a name, the others are figures."""
+
+    heads: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def write_claims_page(results: ProgrammeResults, strips: Sequence[Strip], out: str) -> None:
+    """Write the page of a programme.
+
+    Args:
+        results: What the programme says so far.
+        strips: The answers to show, the arms of a query in their order.
+        out: The file to write.
+
+    Raises:
+        OSError: ``out`` cannot be written.
+    """
+    groups = [group for group in _claim_groups(results) if group.claims]
+    pictures = _strip_rows(strips)
+    charts = _charts(results.curves)
+    page = render(
+        "claims.html",
+        "Do chains of vision pay?",
+        styles=("tables.css", "evaluation.css", "sweep.css", "claims.css"),
+        tile_px=_TILE_PX if pictures else None,
+        links=_links(groups, bool(pictures), bool(charts), results),
+        results=results,
+        tiles=_tiles(results),
+        lines=_facts(results),
+        groups=groups,
+        pictures=pictures,
+        charts=charts,
+        curve_arms=list(dict.fromkeys(point.arm for point in results.curves)),
+        exposure=_exposure_table(results.exposure),
+        quality=_quality_table(results.quality),
+        scores=_score_table(results.arms),
+        cost=_cost_table(results.arms),
+        glossary=glossary([_metrics(results)]),
+    )
+    storage.write_bytes(out, page)
+
+
+def _links(groups: Sequence[ClaimGroup], pictures: bool, curves: bool, results: ProgrammeResults) -> list[Link]:
+    sections = [
+        ("claims", "Claims", bool(groups)),
+        ("pictures", "Pictures", pictures),
+        ("curves", "Learning curves", curves),
+        ("likelihood", "Likelihood", bool(results.exposure)),
+        ("quality", "Quality of chains", bool(results.quality)),
+        ("arms", "Arms", True),
+    ]
+    return [Link(target, text) for target, text, present in sections if present]
+
+
+def _tiles(results: ProgrammeResults) -> list[tuple[str, str]]:
+    """Return the large figures of the head."""
+    tokens = sum((arm.tokens or 0) * len(arm.seeds) for arm in results.arms)
+    counts: dict[str, int] = defaultdict(int)
+    for claim in results.claims:
+        counts[claim.verdict] += 1
+    return [
+        (str(counts["holds"]), f"{plural(counts['holds'], 'claim')} that hold{'s' if counts['holds'] == 1 else ''}"),
+        (str(counts["does not hold"]), "that do not"),
+        (str(counts["open"]), "open"),
+        (f"{results.arms_done} of {results.arms_planned}", "trainings done"),
+        (short_count(tokens), "tokens trained"),
+        (duration(3600 * results.hours), "of work"),
+    ]
+
+
+def _facts(results: ProgrammeResults) -> list[tuple[str, str]]:
+    """Return how the programme was made."""
+    scenes: Mapping[str, int] = results.budget["scenes"]
+    hardware: list[str] = []
+    for arm in results.arms:
+        hardware += arm.hardware
+    facts = [
+        ("Budget", results.budget_name),
+        ("Scenes", listed(f"{count:,} {split}" for split, count in scenes.items())),
+        ("Backbones", listed(f"{each['name']} ({each['path']})" for each in results.backbones)),
+        ("Hardware", listed(hardware)),
+        ("Best chains", f"{results.best or NONE}, chosen on the validation split"),
+    ]
+    if results.lengths:
+        lengths = [f"{readable(task)} {length}" for task, length in results.lengths.items()]
+        facts.append(("Best length by task", f"{listed(lengths)} (2: no frames; chosen on the validation split)"))
+    return facts
+
+
+# --- claims ----------------------------------------------------------------------------------------------------------
+
+
+def _claim_groups(results: ProgrammeResults) -> list[ClaimGroup]:
+    gains = [abs(claim.gain_percent) for claim in results.claims if is_finite(claim.gain_percent)]
+    ends = []
+    for claim in results.claims:
+        ends += [abs(end) for end in (claim.low, claim.high) if is_finite(end)]
+    # One wide interval must not make all others invisible.
+    reach = min(max([*gains, *ends], default=0.0), 2 * max(gains, default=0.0)) or 1.0
+    groups = []
+    for source, title in _SOURCES:
+        views = [_claim(claim, reach) for claim in results.claims if claim.source == source]
+        groups.append(ClaimGroup(title, tuple(views)))
+    return groups
+
+
+def _claim(claim: ClaimResult, reach: float) -> ClaimView:
+    """Write a claim; its gain is drawn from -``reach`` to +``reach`` percent."""
+    counts, gain, between, plot = "", "", "", None
+    better = [row.better for row in claim.tasks]
+    if better:
+        counts = f"{better.count(True)} of {counted(len(better), 'task')} better, {better.count(False)} worse"
+    if is_finite(claim.gain_percent):
+        gain, low, high = signed_numbers(claim.gain_percent, claim.low, claim.high)
+        whisker = None
+        if is_finite(claim.low) and is_finite(claim.high):
+            between = f"{interval(low, high)} %"
+            whisker = _place(claim.low, reach), _place(claim.high, reach)
+        plot = GainPlot(_place(claim.gain_percent, reach), whisker)
+    lower = lower_is_better()
+    return ClaimView(
+        claim=claim.claim,
+        view=claim.view,
+        arms=f"{claim.first} against {claim.second}",
+        counts=counts,
+        verdict=claim.verdict,
+        css=_VERDICTS[claim.verdict],
+        gain=gain,
+        interval=between,
+        basis=f"{counted(claim.seeds, 'seed')}, {counted(claim.queries, 'query').replace('querys', 'queries')}",
+        plot=plot,
+        rows=tuple(_task_row(row, lower) for row in claim.tasks),
+    )
+
+
+def _task_row(row: ClaimTask, lower: Sequence[str]) -> TaskRow:
+    first, second = numbers(row.first, row.second)
+    difference, low, high = signed_numbers(row.difference, row.low, row.high)
+    verdict, css = ("better", "better") if row.better else ("worse", "worse")
+    if row.better is None:
+        verdict, css = "open", "open faint"
+    between = interval(low, high) if is_finite(row.low) and is_finite(row.high) else NONE
+    return TaskRow(readable(row.task), metric_head(row.metric, lower), first, second, difference, between, verdict, css)
+
+
+def _place(gain: float, reach: float) -> float:
+    """Return where a gain lies across a drawing, in percent of its width."""
+    return round(50 + 50 * max(-1.0, min(1.0, gain / reach)), 2)
+
+
+def _metrics(results: ProgrammeResults) -> list[str]:
+    """Return the metrics of the claims, each once."""
+    names = []
+    for claim in results.claims:
+        names += [row.metric for row in claim.tasks]
+    return list(dict.fromkeys(names))
+
+
+# --- pictures and curves ---------------------------------------------------------------------------------------------
+
+
+def _strip_rows(strips: Sequence[Strip]) -> list[StripRow]:
+    """Return a row for every task, with its query and the answers of all arms."""
+    by_task: dict[str, list[Strip]] = defaultdict(list)
+    for strip in strips:
+        by_task[strip.task].append(strip)
+    rows = []
+    for task, of_task in by_task.items():
+        answers = []
+        for strip in of_task:
+            score, *_ = numbers(strip.score)
+            answers.append(StripView(strip.subject, score, tuple(strip.frames), strip.answer))
+        rows.append(StripRow(readable(task), of_task[0].query, of_task[0].label, tuple(answers)))
+    return rows
+
+
+def _charts(curves: Sequence[CurvePoint]) -> list[Drawing]:
+    """Return the learning curves: gain at equal answers and at equal tokens, and perplexity."""
+    if not curves:
+        return []
+    gain = "gain over the untuned backbone, %"
+    return [
+        _chart("At equal answers", "queries trained on", gain, curves, lambda point: point.answers),
+        _chart("At equal tokens", "tokens trained on", gain, curves, lambda point: point.tokens),
+        _chart(
+            "Perplexity after own frames", "queries trained on", "perplexity, less is better", curves,
+            lambda point: point.answers, perplexity=True,
+        ),
+    ]  # fmt: skip
+
+
+def _chart(
+    title: str,
+    x_title: str,
+    y_title: str,
+    curves: Sequence[CurvePoint],
+    x: Callable[[CurvePoint], int],
+    *,
+    perplexity: bool = False,
+) -> Drawing:
+    by_arm: dict[str, list[Point]] = defaultdict(list)
+    for point in curves:
+        y = point.perplexity_own if perplexity else point.gain_percent
+        if is_finite(y):
+            low, high = (None, None) if perplexity else (point.low, point.high)
+            text = f"{point.arm}: {fixed(y, 1)} at {short_count(x(point))} {x_title.split()[0]}"
+            by_arm[point.arm].append(Point(float(x(point)), y, low, high, text))
+    series = [Series(arm, tuple(points)) for arm, points in by_arm.items()]
+    return draw(LineChart(title, x_title, y_title, series, include_zero=not perplexity))
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def _exposure_table(entries: Sequence[Exposure]) -> Table | None:
+    """Return a row for every arm: what is not learnt, and the exposure to own frames, mean over tasks and by task."""
+    if not entries:
+        return None
+    tasks = list(dict.fromkeys(entry.task for entry in entries))
+    by_arm: dict[str, dict[str, Exposure]] = defaultdict(dict)
+    for entry in entries:
+        by_arm[entry.arm][entry.task] = entry
+    rows = []
+    for arm, by_task in by_arm.items():
+        for name, what in (("unlearnt", "not learnt"), ("exposure", "own frames")):
+            values = [getattr(by_task[task], name) if task in by_task else None for task in tasks]
+            rows.append((f"{arm}: {what}", _signed(_mean(values)), *map(_signed, values)))
+    return Table(("arm", "mean", *map(readable, tasks)), tuple(rows))
+
+
+def _quality_table(entries: Sequence[QualityWorth]) -> Table | None:
+    if not entries:
+        return None
+    lower = lower_is_better()
+    rows = []
+    for entry in entries:
+        value, low, high = signed_numbers(entry.correlation, entry.low, entry.high)
+        between = interval(low, high) if is_finite(entry.low) and is_finite(entry.high) else NONE
+        rows.append((f"{readable(entry.task)}: {metric_head(entry.worth, lower).label}", value, between))
+    return Table(("what the chain's frames are worth", "rank correlation", "95%"), tuple(rows))
+
+
+def _score_table(arms: Sequence[ArmEntry]) -> Table | None:
+    """Return the first metric of every task and the gain over the untuned backbone, a row an arm."""
+    done = [arm for arm in arms if arm.seeds]
+    if not done:
+        return None
+    tasks: dict[str, None] = {}
+    for arm in done:
+        tasks |= dict.fromkeys(arm.scores)
+    rows = []
+    for arm in done:
+        gain, low, high = signed_numbers(arm.gain_percent, arm.low, arm.high)
+        between = interval(low, high) if is_finite(arm.low) and is_finite(arm.high) else NONE
+        scores = [numbers(arm.scores.get(task))[0] for task in tasks]
+        rows.append((arm.name, f"{gain} {between}", numbers(arm.perplexity_own)[0], *scores))
+    return Table(("arm", "gain over untuned, %", "perplexity", *map(readable, tasks)), tuple(rows))
+
+
+def _cost_table(arms: Sequence[ArmEntry]) -> Table:
+    rows = []
+    for arm in arms:
+        steps = NONE if arm.steps is None else f"{arm.steps:,}"
+        tokens = NONE if arm.tokens is None else short_count(arm.tokens)
+        answers = NONE if arm.answers is None else f"{arm.answers:,}"
+        training, evaluating = duration(3600 * arm.train_hours), duration(3600 * arm.evaluate_hours)
+        if not arm.seeds:
+            training = evaluating = NONE
+        chain = "no frames" if arm.method == "none" else f"{arm.method}, {arm.length}"
+        seeds = listed(arm.seeds, "waiting")
+        rows.append((f"{arm.name}: {arm.about}", chain, seeds, steps, answers, tokens, training, evaluating))
+    heads = ("arm", "chain", "seeds", "steps", "queries", "tokens", "training", "evaluation")
+    return Table(heads, tuple(rows))
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _signed(value: float | None) -> str:
+    if value is None:
+        return NONE
+    text = fixed(value, 2)
+    return f"+{text}" if value > 0 else text
