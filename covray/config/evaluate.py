@@ -162,7 +162,8 @@ class EvaluateConfig(Section):
             return self.sampling
         own = {
             "temperature": self.votes.temperature, "top_k": self.votes.top_k, "top_p": self.votes.top_p,
-            "frames": PictureSamplingConfig(), "answer": PictureSamplingConfig(), "best_of": 1, "vote": votes,
+            "frames": PictureSamplingConfig(), "answer": PictureSamplingConfig(), "best_of": 1, "keep": 1.0,
+            "vote": votes,
         }  # fmt: skip
         return self.sampling.model_copy(update=own)
 

@@ -8,7 +8,7 @@ queries would give. With one seed they say what other queries would.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,13 +54,6 @@ class ArmScores:
         for values in self.by_seed.values():
             present.update(task for task, _ in values)
         return [task for task in TASKS if task in present]
-
-    def of_tasks(self, metrics: Mapping[str, str]) -> ArmScores:
-        """Return the scores of one metric a task, by task."""
-        kept = {}
-        for seed, values in self.by_seed.items():
-            kept[seed] = {key: queries for key, queries in values.items() if metrics.get(key[0]) == key[1]}
-        return ArmScores(kept)
 
     def mean(self, task: str, metric: str) -> float | None:
         """Return the mean over seeds and queries; None where there is no value."""
@@ -108,12 +101,12 @@ class Comparison:
 
 @dataclass(frozen=True)
 class _Resampled:
-    """Means of two arms on one task: as they are, and by resample."""
+    """Means of some arms on one task, as they are and by resample."""
 
-    first: float
-    second: float
-    first_drawn: NDArray[np.float64]
-    second_drawn: NDArray[np.float64]
+    means: NDArray[np.float64]
+    """[arms]."""
+    drawn: NDArray[np.float64]
+    """[resamples, arms]."""
     queries: int
 
 
@@ -139,32 +132,54 @@ def compare(
     Returns:
         The comparison; None where the arms have nothing in common.
     """
-    seeds = _common_seeds(first, second)
-    generator = np.random.default_rng([seed, len(seeds)])
-    drawn_seeds = _counts(generator, len(seeds), resamples)
-    lower = lower_is_better()
+    seeds, lower = _common_seeds((first, second)), lower_is_better()
     rows, logarithms, drawn_logarithms, queries = [], [], [], 0
-    for task, metric in metrics.items():
-        both = _resampled(first, second, (task, metric), seeds, drawn_seeds, generator)
-        if both is None:
-            continue
+    for task, metric, both in _by_task((first, second), metrics, seeds, seed, resamples):
         queries += both.queries
         sign = -1 if metric in lower else 1
-        difference = _estimate(both.first - both.second, both.first_drawn - both.second_drawn)
-        rows.append(TaskDifference(task, metric, both.first, both.second, difference, _side(difference, sign)))
-        ratio = _log_ratio(metric, both.first, both.second)
-        if ratio is not None:
-            logarithms.append(sign * ratio)
-            drawn_logarithms.append(sign * _drawn_ratio(metric, both))
+        ours, theirs = both.means.tolist()
+        difference = _estimate(ours - theirs, both.drawn[:, 0] - both.drawn[:, 1])
+        rows.append(TaskDifference(task, metric, ours, theirs, difference, _side(difference, sign)))
+        if _has_ratio(metric, both.means):
+            logarithms.append(sign * float(_log_ratio(metric, both.means)))
+            drawn_logarithms.append(sign * _log_ratio(metric, both.drawn))
     if not rows:
         return None
     gain = None
     if logarithms:
-        mean = _estimate(float(np.mean(logarithms)), np.mean(drawn_logarithms, axis=0))
-        gain = Estimate(_percent(mean.value), None, None)
-        if mean.low is not None and mean.high is not None:
-            gain = Estimate(gain.value, _percent(mean.low), _percent(mean.high))
+        gain = _in_percent(_estimate(float(np.mean(logarithms)), np.mean(drawn_logarithms, axis=0)))
     return Comparison(tuple(rows), gain, len(seeds), queries)
+
+
+def compare_gains(
+    ours: tuple[ArmScores, ArmScores], theirs: tuple[ArmScores, ArmScores], metrics: Mapping[str, str], seed: int = 0
+) -> Comparison | None:
+    """Return how much more one pair of arms gains than another pair: the ratio of their gains, in percent.
+
+    Args:
+        ours: An arm, and the arm that it gains over.
+        theirs: The same elsewhere, such as on another backbone.
+        metrics: By task.
+        seed: Of the resampling.
+
+    Returns:
+        The comparison, without differences by task; None where the arms have nothing in common.
+    """
+    arms = (*ours, *theirs)
+    seeds, lower = _common_seeds(arms), lower_is_better()
+    logarithms, drawn_logarithms, queries = [], [], 0
+    for _, metric, all_four in _by_task(arms, metrics, seeds, seed, RESAMPLES):
+        if _has_ratio(metric, all_four.means):
+            sign = -1 if metric in lower else 1
+            queries += all_four.queries
+            first, second = all_four.means[:2], all_four.means[2:]
+            logarithms.append(sign * float(_log_ratio(metric, first) - _log_ratio(metric, second)))
+            drawn = _log_ratio(metric, all_four.drawn[:, :2]) - _log_ratio(metric, all_four.drawn[:, 2:])
+            drawn_logarithms.append(sign * drawn)
+    if not logarithms:
+        return None
+    gain = _in_percent(_estimate(float(np.mean(logarithms)), np.mean(drawn_logarithms, axis=0)))
+    return Comparison((), gain, len(seeds), queries)
 
 
 def rank_correlation(first: Mapping[int, float], second: Mapping[int, float], seed: int = 0) -> Estimate | None:
@@ -204,38 +219,42 @@ def joined(parts: Mapping[str, ArmScores]) -> ArmScores:
     return ArmScores(by_seed)
 
 
-def _common_seeds(first: ArmScores, second: ArmScores) -> list[tuple[int, int]]:
-    """Return the pairs of seeds that are compared."""
-    ours, theirs = sorted(first.by_seed), sorted(second.by_seed)
-    if len(theirs) == 1 and theirs[0] < 0:
-        return [(seed, theirs[0]) for seed in ours]
-    if len(ours) == 1 and ours[0] < 0:
-        return [(ours[0], seed) for seed in theirs]
-    return [(seed, seed) for seed in ours if seed in second.by_seed]
+def _common_seeds(arms: Sequence[ArmScores]) -> list[tuple[int, ...]]:
+    """Return the seeds that are compared, one of each arm; an arm without training has the seed -1 alone."""
+    trained = [set(arm.by_seed) for arm in arms if set(arm.by_seed) != {-1}]
+    common = sorted(set.intersection(*trained)) if trained else [-1]
+    return [tuple(-1 if set(arm.by_seed) == {-1} else seed for arm in arms) for seed in common]
 
 
-def _resampled(
-    first: ArmScores,
-    second: ArmScores,
-    key: tuple[str, str],
-    seeds: Sequence[tuple[int, int]],
-    drawn_seeds: NDArray[np.float64],
-    generator: np.random.Generator,
-) -> _Resampled | None:
-    """Return the means of two arms by a metric of a task, over the queries that have a value by both and all seeds."""
-    columns = [(first.by_seed[ours].get(key, {}), second.by_seed[theirs].get(key, {})) for ours, theirs in seeds]
-    if not columns:
-        return None
-    common = set.intersection(*(ours.keys() & theirs.keys() for ours, theirs in columns))
-    if not common:
-        return None
-    ordered = sorted(common)
-    values = np.array([[[column[query] for query in ordered] for column in both] for both in columns])
-    counts = _counts(generator, len(ordered), len(drawn_seeds))
-    drawn = np.einsum("rq,saq->rsa", counts, values)  # [resamples, seeds, arms]
-    means = np.einsum("rs,rsa->ra", drawn_seeds, drawn)
-    whole = values.mean(axis=(0, 2))
-    return _Resampled(float(whole[0]), float(whole[1]), means[:, 0], means[:, 1], len(ordered))
+def _by_task(
+    arms: Sequence[ArmScores],
+    metrics: Mapping[str, str],
+    seeds: Sequence[tuple[int, ...]],
+    seed: int,
+    resamples: int,
+) -> Iterator[tuple[str, str, _Resampled]]:
+    """Yield task, metric and the means of ``arms``, over the queries that have a value by all arms and seeds."""
+    if not seeds:
+        return
+    generator = np.random.default_rng([seed, len(seeds)])
+    drawn_seeds = _counts(generator, len(seeds), resamples)
+    for task, metric in metrics.items():
+        columns = []
+        for of_arms in seeds:
+            columns.append([arm.by_seed[own].get((task, metric), {}) for arm, own in zip(arms, of_arms, strict=True)])
+        common = set(columns[0][0])
+        for column in columns:
+            common.intersection_update(*column)
+        if not common:
+            continue
+        ordered = sorted(common)
+        values = np.empty((len(seeds), len(arms), len(ordered)))
+        for number, column in enumerate(columns):
+            for arm_number, by_query in enumerate(column):
+                values[number, arm_number] = [by_query[query] for query in ordered]
+        counts = _counts(generator, len(ordered), resamples)
+        drawn = np.einsum("rs,rsa->ra", drawn_seeds, np.einsum("rq,saq->rsa", counts, values))
+        yield task, metric, _Resampled(values.mean(axis=(0, 2)), drawn, len(ordered))
 
 
 def _counts(generator: np.random.Generator, size: int, resamples: int) -> NDArray[np.float64]:
@@ -247,18 +266,16 @@ def _counts(generator: np.random.Generator, size: int, resamples: int) -> NDArra
     return np.asarray(counts / size)
 
 
-def _log_ratio(metric: str, first: float, second: float) -> float | None:
-    if metric in _LOGARITHMS:
-        return first - second
-    return math.log(first / second) if first > 0 and second > 0 else None
+def _has_ratio(metric: str, means: NDArray[np.float64]) -> bool:
+    """Return whether the means of a metric have ratios: logarithms always, others above 0."""
+    return metric in _LOGARITHMS or bool((means > 0).all())
 
 
-def _drawn_ratio(metric: str, both: _Resampled) -> NDArray[np.float64]:
-    """Return ``_log_ratio`` of every resample."""
-    if metric in _LOGARITHMS:
-        return both.first_drawn - both.second_drawn
-    least = 1e-12  # a resample may have nothing right at all
-    return np.log(np.maximum(both.first_drawn, least) / np.maximum(both.second_drawn, least))
+def _log_ratio(metric: str, means: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the logarithm of the first of two means over the second, of ``means`` [..., 2]."""
+    if metric not in _LOGARITHMS:
+        means = np.log(np.maximum(means, 1e-12))  # a resample may have nothing right at all
+    return np.asarray(means[..., 0] - means[..., 1])
 
 
 def _estimate(value: float, drawn: NDArray[np.float64]) -> Estimate:
@@ -272,6 +289,13 @@ def _side(difference: Estimate, sign: int) -> bool | None:
     if difference.low is None or difference.high is None or difference.low <= 0 <= difference.high:
         return None
     return sign * difference.low > 0
+
+
+def _in_percent(nats: Estimate) -> Estimate:
+    """Return a gain that is given as the logarithm of a ratio."""
+    if nats.low is None or nats.high is None:
+        return Estimate(_percent(nats.value), None, None)
+    return Estimate(_percent(nats.value), _percent(nats.low), _percent(nats.high))
 
 
 def _percent(nats: float) -> float:

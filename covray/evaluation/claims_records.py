@@ -56,6 +56,8 @@ class ArmEntry(RecordPart):
     method: str
     length: int
     """Pictures of a chain."""
+    share: float
+    """Of the queries; below 1 it is a point of a learning curve."""
     seeds: tuple[int, ...]
     """Those that are done."""
     steps: int | None
@@ -95,7 +97,8 @@ class ClaimResult(RecordPart):
 
     key: str
     claim: str
-    source: Literal["paper", "ours"]
+    group: Literal["paper", "pays", "training", "form", "decoding"]
+    """What it is about; `paper`: a claim of the paper."""
     view: str
     """What is equal."""
     first: str

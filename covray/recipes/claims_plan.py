@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 BudgetName = Literal["small", "full"]
+ClaimGroup = Literal["paper", "pays", "training", "form", "decoding"]
 MAIN_LENGTH = 4
 OWN_NOISE = {"kind": "own", "share": 0.75}
 NOISES: dict[str, dict[str, Any]] = {
@@ -160,7 +161,7 @@ class ClaimSpec:
     claim: str
     first: str
     second: str
-    source: Literal["paper", "ours"] = "ours"
+    group: ClaimGroup
     view: str = "equal answers"
     metric: Literal["primary", "perplexity_own"] = "primary"
 
@@ -301,54 +302,69 @@ def train_options(arm: Arm, budget: Budget, pairs: int, tokens_per_image: int) -
 
 
 def claims(budget: Budget, backbones: tuple[Backbone, ...]) -> list[ClaimSpec]:
-    """Return the claims of the paper, then ours."""
-    specs = [
-        ClaimSpec("diffusion_none", "Diffused frames beat no frames", "diffusion", "none", "paper"),
-        ClaimSpec("diffusion_tokens", "Diffused frames beat no frames", "diffusion", "none-tokens", "paper",
-                  "equal tokens"),
-        ClaimSpec("linear_none", "Linear frames beat no frames", "linear", "none", "paper"),
-        ClaimSpec("linear_tokens", "Linear frames beat no frames", "linear", "none-tokens", "paper", "equal tokens"),
-        ClaimSpec("diffusion_linear", "Diffused frames beat linear ones", "diffusion", "linear", "paper"),
-        ClaimSpec("perplexity", "Perplexity falls with diffused frames", "diffusion", "none", "paper",
-                  metric="perplexity_own"),
-        ClaimSpec("own_clean", "Own frames in the context beat the dataset's", "own", "diffusion"),
-        ClaimSpec("own_clean_perplexity", "Own frames in the context lower the perplexity", "own", "diffusion",
-                  metric="perplexity_own"),
-        ClaimSpec("best_none", "The best chains beat no frames", BEST, "none"),
-        ClaimSpec("best_tokens", "The best chains beat no frames", BEST, "none-tokens", view="equal tokens"),
-        ClaimSpec("best_copy", "The best chains beat copies of the query", BEST, "copy"),
-        ClaimSpec("best_coarse", "The best chains beat coarse labels", BEST, "coarse"),
-        ClaimSpec("dropped", "Without the worst fifth of the chains answers are better", "best-chains", "diffusion"),
-        ClaimSpec("adaptive", "A length for every task beats one for all", ADAPTIVE, "diffusion"),
-    ]  # fmt: skip
-    for name in ("scheduled", "random", "neighbour"):
-        specs.append(ClaimSpec(f"noise_{name}", f"Noise of the kind {name} beats none", name, "diffusion"))
-    for name in budget.spacings:
-        specs.append(ClaimSpec(f"spacing_{name}", f"Frames at {name} beat even ones", name, "diffusion"))
+    """Return all claims, group by group."""
+    return [*_paper_claims(budget), *_paying_claims(backbones), *_training_claims(), *_form_claims(budget),
+            *_decoding_claims(budget)]  # fmt: skip
+
+
+def _paper_claims(budget: Budget) -> Iterator[ClaimSpec]:
+    frames, linear = "Diffused frames beat no frames", "Linear frames beat no frames"
+    yield ClaimSpec("diffusion_none", frames, "diffusion", "none", "paper")
+    yield ClaimSpec("diffusion_tokens", frames, "diffusion", "none-tokens", "paper", "equal tokens")
+    yield ClaimSpec("linear_none", linear, "linear", "none", "paper")
+    yield ClaimSpec("linear_tokens", linear, "linear", "none-tokens", "paper", "equal tokens")
+    yield ClaimSpec("diffusion_linear", "Diffused frames beat linear ones", "diffusion", "linear", "paper")
     if budget.lengths:
         longest, shortest = max(budget.lengths), min(budget.lengths)
-        specs.insert(5, ClaimSpec(
-            "longer", f"Longer chains are better ({longest} against {shortest})", f"length-{longest}",
-            f"length-{shortest}", "paper",
-        ))  # fmt: skip
+        text = f"Longer chains are better ({longest} against {shortest})"
+        yield ClaimSpec("longer", text, f"length-{longest}", f"length-{shortest}", "paper")
+    text = "Perplexity falls with diffused frames"
+    yield ClaimSpec("perplexity", text, "diffusion", "none", "paper", metric="perplexity_own")
+
+
+def _paying_claims(backbones: tuple[Backbone, ...]) -> Iterator[ClaimSpec]:
+    yield ClaimSpec("best_none", "The best chains beat no frames", BEST, "none", "pays")
+    yield ClaimSpec("best_tokens", "The best chains beat no frames", BEST, "none-tokens", "pays", "equal tokens")
+    yield ClaimSpec("best_copy", "The best chains beat copies of the query", BEST, "copy", "pays")
+    yield ClaimSpec("best_coarse", "The best chains beat coarse labels", BEST, "coarse", "pays")
     for backbone in backbones[1:]:
         name = backbone.name
-        specs.append(ClaimSpec(f"{name}_diffusion", f"On {name}: diffused frames beat no frames",
-                               f"{name}-diffusion", f"{name}-none"))  # fmt: skip
-        specs.append(ClaimSpec(f"{name}_own", f"On {name}: own frames in the context beat no frames",
-                               f"{name}-own", f"{name}-none"))  # fmt: skip
-    return [*specs, *_decoding_claims(budget)]
+        for arm, what in (("diffusion", "diffused frames"), ("own", "own frames in the context")):
+            text = f"On {name}: {what} beat no frames"
+            yield ClaimSpec(f"{name}_{arm}", text, f"{name}-{arm}", f"{name}-none", "pays")
+
+
+def _training_claims() -> Iterator[ClaimSpec]:
+    yield ClaimSpec("own_clean", "Own frames in the context beat the dataset's", "own", "diffusion", "training")
+    text = "Own frames in the context lower the perplexity"
+    yield ClaimSpec("own_clean_perplexity", text, "own", "diffusion", "training", metric="perplexity_own")
+    for name in NOISES:
+        if name != "own":
+            text = f"Frames with noise of the kind {name} beat clean ones"
+            yield ClaimSpec(f"noise_{name}", text, name, "diffusion", "training")
+    text = "Without the worst fifth of the chains answers are better"
+    yield ClaimSpec("dropped", text, "best-chains", "diffusion", "training")
+
+
+def _form_claims(budget: Budget) -> Iterator[ClaimSpec]:
+    for name, spacing in budget.spacings.items():
+        where = "in even steps of the path" if isinstance(spacing, str) else f"at {_alphas(spacing)}"
+        text = f"Frames {where} beat those at 1/3 and 2/3"
+        yield ClaimSpec(f"spacing_{name}", text, name, "diffusion", "form")
+    text = "A length for every task beats one for all"
+    yield ClaimSpec("adaptive", text, ADAPTIVE, "diffusion", "form")
 
 
 def _decoding_claims(budget: Budget) -> Iterator[ClaimSpec]:
     for way in decodings(budget):
-        yield ClaimSpec(f"decoding_{way.name}", f"Of the best chains: {way.about} beats greedy",
-                        f"{BEST}/{way.name}", BEST, view="decoding")  # fmt: skip
+        text = f"Of the best chains: {way.about} beats greedy"
+        yield ClaimSpec(f"decoding_{way.name}", text, f"{BEST}/{way.name}", BEST, "decoding", "one training")
     for votes in budget.votes:
-        yield ClaimSpec(f"votes_{votes}", f"Votes of {votes} chains beat votes of {votes} plain answers",
-                        f"{BEST}/votes of {votes}", f"none/votes of {votes}", view="equal samples")  # fmt: skip
-        yield ClaimSpec(f"votes_{votes}_tokens", f"Votes of {votes} chains beat plain votes of as many tokens",
-                        f"{BEST}/votes of {votes}", f"none/votes of as many tokens as {votes}",
-                        view="equal tokens")  # fmt: skip
-        yield ClaimSpec(f"votes_{votes}_greedy", f"Votes of {votes} chains beat one greedy plain answer",
-                        f"{BEST}/votes of {votes}", "none", view="decoding")  # fmt: skip
+        chains = f"{BEST}/votes of {votes}"
+        text = f"Votes of {votes} chains beat votes of {votes} plain answers"
+        yield ClaimSpec(f"votes_{votes}", text, chains, f"none/votes of {votes}", "decoding", "equal samples")
+        text = f"Votes of {votes} chains beat plain votes of as many tokens"
+        plain = f"none/votes of as many tokens as {votes}"
+        yield ClaimSpec(f"votes_{votes}_tokens", text, chains, plain, "decoding", "equal tokens")
+        text = f"Votes of {votes} chains beat one greedy plain answer"
+        yield ClaimSpec(f"votes_{votes}_greedy", text, chains, "none", "decoding")

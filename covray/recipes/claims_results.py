@@ -9,7 +9,16 @@ from dataclasses import dataclass
 
 from covray.chains.dataset import ChainDataset
 from covray.chains.quality import chain_quality
-from covray.evaluation.arms import ArmScores, Comparison, compare, joined, primary_metrics, rank_correlation
+from covray.config import BackboneConfig
+from covray.evaluation.arms import (
+    ArmScores,
+    Comparison,
+    compare,
+    compare_gains,
+    joined,
+    primary_metrics,
+    rank_correlation,
+)
 from covray.evaluation.claims_records import (
     ArmEntry,
     ArmRun,
@@ -24,7 +33,9 @@ from covray.evaluation.claims_records import (
 from covray.evaluation.metrics import OWN, REFERENCE
 from covray.evaluation.probes import GAIN_OWN, GAIN_REFERENCE
 from covray.evaluation.records import EvaluationResults
-from covray.recipes.claims_plan import ADAPTIVE, BEST, Arm, ClaimSpec, claims
+from covray.models.lvm.backbone import backbone_facts
+from covray.models.lvm.scales import parameters
+from covray.recipes.claims_plan import ADAPTIVE, BEST, Arm, Backbone, ClaimSpec, claims
 from covray.recipes.claims_run import UNTUNED, Programme, ways_of
 from covray.recipes.claims_scores import best_by_task, scores_of
 
@@ -49,7 +60,8 @@ class _Summary:
         """Return all results."""
         programme = self.programme
         listed = list(self._arms.values())
-        claim_results = tuple(self._claim(spec) for spec in claims(programme.budget, programme.backbones))
+        listed_claims = [self._claim(spec) for spec in claims(programme.budget, programme.backbones)]
+        claim_results = (*listed_claims, *self._size_claims())
         entries = tuple(self._entry(arm) for arm in listed)
         exposure = tuple(self._exposures())
         hours = sum(entry.train_hours + entry.evaluate_hours for entry in entries)
@@ -154,7 +166,34 @@ class _Summary:
 
     def _claim(self, spec: ClaimSpec) -> ClaimResult:
         """Return what came of a claim."""
-        comparison = self._compare(spec.first, spec.second, None if spec.metric == "primary" else spec.metric)
+        return self._result(
+            spec, self._compare(spec.first, spec.second, None if spec.metric == "primary" else spec.metric)
+        )
+
+    def _size_claims(self) -> Iterator[ClaimResult]:
+        """Yield whether the smaller of two backbones gains more by chains."""
+        first, *others = self.programme.backbones
+        for other in others:
+            smaller, larger = sorted((first, other), key=_parameters)
+            if _parameters(smaller) == _parameters(larger):
+                continue
+            for arm in ("diffusion", "own"):
+                names = []
+                for backbone in (smaller, larger):
+                    names += [name if backbone is first else f"{backbone.name}-{name}" for name in (arm, "none")]
+                scores = [self._scores(name) for name in names]
+                comparison = None
+                if all(each is not None for each in scores):
+                    ours, our_base, theirs, their_base = (each for each in scores if each is not None)
+                    metrics = primary_metrics(ours.tasks)
+                    comparison = compare_gains((ours, our_base), (theirs, their_base), metrics)
+                text = f"The smaller backbone, {smaller.name}, gains more by {arm} than {larger.name}"
+                first_gain, second_gain = (f"{names[place]} over {names[place + 1]}" for place in (0, 2))
+                spec = ClaimSpec(f"smaller_{other.name}_{arm}", text, first_gain, second_gain, "paper", "gains")
+                yield self._result(spec, comparison)
+
+    def _result(self, spec: ClaimSpec, comparison: Comparison | None) -> ClaimResult:
+        """Return a claim with what came of it."""
         tasks, gain = [], None
         if comparison is not None:
             gain = comparison.gain
@@ -167,7 +206,7 @@ class _Summary:
                     )
                 )  # fmt: skip
         return ClaimResult(
-            key=spec.key, claim=spec.claim, source=spec.source, view=spec.view, first=self._name(spec.first),
+            key=spec.key, claim=spec.claim, group=spec.group, view=spec.view, first=self._name(spec.first),
             second=self._name(spec.second), metric=spec.metric,
             gain_percent=None if gain is None else gain.value,
             low=None if gain is None else gain.low, high=None if gain is None else gain.high,
@@ -205,6 +244,7 @@ class _Summary:
         first: ArmRun | None = runs[0] if runs else None
         return ArmEntry(
             name=arm.name, about=arm.about, method=arm.method, length=arm.pictures,
+            share=arm.share,
             seeds=tuple(run.seed for run in runs),
             steps=None if first is None else first.steps, tokens=None if first is None else first.tokens,
             answers=None if first is None else first.answers,
@@ -308,6 +348,10 @@ def conclusion(results: tuple[ClaimResult, ...], exposure: tuple[Exposure, ...],
     if none.verdict == "does not hold":
         return f"Chains make answers worse here: {gain}; own frames still cost likelihood."
     return f"Not decided: {gain}."
+
+
+def _parameters(backbone: Backbone) -> int:
+    return parameters(backbone_facts(BackboneConfig.model_validate(backbone.config())).llama)
 
 
 def _figures(result: ClaimResult) -> str:

@@ -41,9 +41,12 @@ from covray.report.metrics import MetricHead, glossary, metric_head
 _TILE_PX = 96
 _VERDICTS = {"holds": "holds", "does not hold": "fails", "open": "", "not run": ""}
 """The style class of each verdict."""
-_SOURCES = (
+_GROUPS = (
     ("paper", "What the paper claims"),
-    ("ours", "What this project asks"),
+    ("pays", "Do chains pay?"),
+    ("training", "How to train them"),
+    ("form", "Which chains"),
+    ("decoding", "How to write answers"),
 )
 
 
@@ -89,7 +92,7 @@ class ClaimView:
 
 @dataclass(frozen=True)
 class ClaimGroup:
-    """Claims of one source."""
+    """Claims about one thing."""
 
     title: str
     claims: tuple[ClaimView, ...]
@@ -217,8 +220,8 @@ def _claim_groups(results: ProgrammeResults) -> list[ClaimGroup]:
     # One wide interval must not make all others invisible.
     reach = min(max([*gains, *ends], default=0.0), 2 * max(gains, default=0.0)) or 1.0
     groups = []
-    for source, title in _SOURCES:
-        views = [_claim(claim, reach) for claim in results.claims if claim.source == source]
+    for name, title in _GROUPS:
+        views = [_claim(claim, reach) for claim in results.claims if claim.group == name]
         groups.append(ClaimGroup(title, tuple(views)))
     return groups
 
@@ -230,10 +233,10 @@ def _claim(claim: ClaimResult, reach: float) -> ClaimView:
     if better:
         counts = f"{better.count(True)} of {counted(len(better), 'task')} better, {better.count(False)} worse"
     if is_finite(claim.gain_percent):
-        gain, low, high = signed_numbers(claim.gain_percent, claim.low, claim.high)
+        gain = _percent(claim.gain_percent)
         whisker = None
         if is_finite(claim.low) and is_finite(claim.high):
-            between = f"{interval(low, high)} %"
+            between = f"{interval(_percent(claim.low), _percent(claim.high))} %"
             whisker = _place(claim.low, reach), _place(claim.high, reach)
         plot = GainPlot(_place(claim.gain_percent, reach), whisker)
     lower = lower_is_better()
@@ -361,7 +364,7 @@ def _quality_table(entries: Sequence[QualityWorth]) -> Table | None:
 
 def _score_table(arms: Sequence[ArmEntry]) -> Table | None:
     """Return the first metric of every task and the gain over the untuned backbone, a row an arm."""
-    done = [arm for arm in arms if arm.seeds]
+    done = [arm for arm in arms if arm.seeds and arm.share == 1]
     if not done:
         return None
     tasks: dict[str, None] = {}
@@ -369,8 +372,10 @@ def _score_table(arms: Sequence[ArmEntry]) -> Table | None:
         tasks |= dict.fromkeys(arm.scores)
     rows = []
     for arm in done:
-        gain, low, high = signed_numbers(arm.gain_percent, arm.low, arm.high)
-        between = interval(low, high) if is_finite(arm.low) and is_finite(arm.high) else NONE
+        gain = NONE if arm.gain_percent is None else _percent(arm.gain_percent)
+        between = ""
+        if is_finite(arm.low) and is_finite(arm.high):
+            between = interval(_percent(arm.low), _percent(arm.high))
         scores = [numbers(arm.scores.get(task))[0] for task in tasks]
         rows.append((arm.name, f"{gain} {between}", numbers(arm.perplexity_own)[0], *scores))
     return Table(("arm", "gain over untuned, %", "perplexity", *map(readable, tasks)), tuple(rows))
@@ -395,6 +400,12 @@ def _cost_table(arms: Sequence[ArmEntry]) -> Table:
 def _mean(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
+
+
+def _percent(value: float) -> str:
+    """Write a gain in percent."""
+    text = fixed(value, 1)
+    return f"+{text}" if value > 0 else text
 
 
 def _signed(value: float | None) -> str:

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from covray.evaluation.arms import ArmScores, compare, joined, primary_metrics, rank_correlation
+from covray.evaluation.arms import ArmScores, compare, compare_gains, joined, primary_metrics, rank_correlation
 from covray.evaluation.metrics import OWN
 
 IOU = {"segmentation": "iou"}
@@ -111,3 +111,15 @@ def test_a_rank_correlation_sees_order_alone() -> None:
     assert result is not None
     assert result.value == pytest.approx(1)
     assert rank_correlation({0: 1.0, 1: 1.0, 2: 1.0}, {0: 1.0, 1: 2.0, 2: 3.0}) is None
+
+
+def test_the_ratio_of_two_gains_is_what_the_one_gains_more() -> None:
+    small, small_base = arm({0: [0.6] * 5, 1: [0.6] * 5}), arm({0: [0.4] * 5, 1: [0.4] * 5})
+    large, large_base = arm({0: [0.75] * 5}), arm({0: [0.6] * 5})
+    result = compare_gains((small, small_base), (large, large_base), IOU)
+    assert result is not None
+    assert result.gain is not None
+    assert result.gain.value == pytest.approx(100 * (1.5 / 1.25 - 1))
+    assert result.gain.low == pytest.approx(20)
+    assert result.seeds == 1
+    assert compare_gains((small, small_base), (arm({7: [0.1]}), large_base), IOU) is None
