@@ -14,6 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from covray.chains.records import Audit, DatasetRecord
 from covray.distributed.lock import Claim
+from covray.evaluation.claims.records import ArmRun, ProgrammeRecord, ProgrammeResults
 from covray.evaluation.records import EvaluationRecord, EvaluationResults, VlmEvaluationRecord
 from covray.generation.records import GenerationRecord
 from covray.io.records import Record, RecordPart
@@ -28,6 +29,7 @@ RECORDS: dict[str, type[Record]] = {
     for record in (
         DatasetRecord, Audit, Claim, RunRecord, TrainResult, CheckpointRecord, GenerationRecord, EvaluationRecord,
         EvaluationResults, VlmEvaluationRecord, SweepRecord, TrialRecord, SweepResults, AlignerRecord, PairsRecord,
+        ProgrammeRecord, ArmRun, ProgrammeResults,
     )
 }  # fmt: skip
 """Every record of the page."""

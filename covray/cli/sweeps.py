@@ -64,7 +64,7 @@ def report(
     """Page and table of an evaluation, or of a sweep or a programme of claims from what is done so far."""
     from covray.distributed import evaluate as evaluations
     from covray.distributed import sweep as sweeps
-    from covray.evaluation.claims_records import ProgrammeRecord
+    from covray.evaluation.claims.records import ProgrammeRecord
     from covray.evaluation.records import EvaluationRecord
     from covray.io import storage
 

@@ -8,8 +8,8 @@ from typing import Any
 from covray.distributed.evaluate import pictures_of
 from covray.distributed.resumable import Output
 from covray.distributed.session import ray_session
-from covray.evaluation.arms import primary_metrics
-from covray.evaluation.claims_records import ProgrammeRecord, ProgrammeResults
+from covray.evaluation.claims.arms import primary_metrics
+from covray.evaluation.claims.records import ProgrammeRecord, ProgrammeResults
 from covray.progress import stage
 from covray.recipes.claims_results import summarize, to_markdown
 from covray.recipes.claims_run import Programme, Steps, read_programme, real_steps

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from covray.chains.dataset import ChainDataset
 from covray.chains.quality import chain_quality
 from covray.config import BackboneConfig
-from covray.evaluation.arms import (
+from covray.evaluation.claims.arms import (
     ArmScores,
     Comparison,
     compare,
@@ -19,7 +19,7 @@ from covray.evaluation.arms import (
     primary_metrics,
     rank_correlation,
 )
-from covray.evaluation.claims_records import (
+from covray.evaluation.claims.records import (
     ArmEntry,
     ArmRun,
     ClaimResult,

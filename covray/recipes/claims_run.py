@@ -18,7 +18,7 @@ from covray.chains.dataset import ChainDataset
 from covray.chains.records import Audit
 from covray.config import BackboneConfig, BuildConfig, EngineConfig, EvaluateConfig, TokenizerConfig, TrainConfig
 from covray.errors import ConfigError, one_line
-from covray.evaluation.claims_records import ArmRun, ProgrammeRecord
+from covray.evaluation.claims.records import ArmRun, ProgrammeRecord
 from covray.evaluation.records import EvaluationResults
 from covray.io.storage import Folder
 from covray.models.lvm.backbone import backbone_facts

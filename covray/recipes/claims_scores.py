@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from covray.evaluation.arms import ArmScores, compare, primary_metrics
+from covray.evaluation.claims.arms import ArmScores, compare, primary_metrics
 from covray.evaluation.metrics import lower_is_better
 from covray.evaluation.records import EvaluationResults
 from covray.io.storage import Folder

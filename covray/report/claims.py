@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from covray.evaluation.claims_records import (
+from covray.evaluation.claims.records import (
     ArmEntry,
     ClaimResult,
     ClaimTask,

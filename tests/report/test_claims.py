@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from covray.evaluation.claims_records import ArmEntry, ClaimResult, ClaimTask, CurvePoint, Exposure, ProgrammeResults
+from covray.evaluation.claims.records import ArmEntry, ClaimResult, ClaimTask, CurvePoint, Exposure, ProgrammeResults
 from covray.report.claims import write_claims_page
 from covray.report.evaluation import Strip
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from covray.evaluation.arms import ArmScores, compare, compare_gains, joined, primary_metrics, rank_correlation
+from covray.evaluation.claims.arms import ArmScores, compare, compare_gains, joined, primary_metrics, rank_correlation
 from covray.evaluation.metrics import OWN
 
 IOU = {"segmentation": "iou"}
