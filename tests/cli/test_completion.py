@@ -33,7 +33,7 @@ def test_commands_tasks_scales_and_other_fixed_values_are_completed() -> None:
     assert completed("covray evaluate --task depth,de") == []
     assert completed("covray pairs scenes --task seg") == ["segmentation"]
     assert completed("covray train --scale ") == ["nano", "300m", "600m", "1b", "3b", "7b", "custom"]
-    assert completed("covray build --method ") == ["linear", "diffusion"]
+    assert completed("covray build --method ") == ["linear", "diffusion", "copy", "coarse"]
     assert completed("covray evaluate --selection s") == ["similar"]
 
 
