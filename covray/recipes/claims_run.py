@@ -45,6 +45,8 @@ from covray.training.records import TrainResult
 
 PROBES = ("reference", "other", "copy", "dummy", "last_frame", "nats", "gain")
 UNTUNED = "untuned"
+_SCENE_SEED = 1
+"""Other scenes than those of seed 0, which the nano models were pre-trained on."""
 _QUIET: dict[str, Any] = {"uri": "none"}
 
 
@@ -143,9 +145,9 @@ class Programme:
             with stage("rendering the scenes"), ManifestWriter(manifest) as writer:
                 scenes = self.budget.scenes
                 splits = {name: float(count) for name, count in scenes.items()}
-                for pair in scene_pairs(sum(scenes.values()), splits=splits):
-                    if self.budget.tasks is None or pair.task in self.budget.tasks:
-                        writer.add(pair)
+                tasks = self.budget.tasks or tuple(TASKS)
+                for pair in scene_pairs(sum(scenes.values()), tasks, seed=_SCENE_SEED, splits=splits):
+                    writer.add(pair)
         except OSError as error:
             raise ConfigError(
                 f"--out {self.out}: cannot be written ({one_line(error)}); give another folder"
