@@ -87,7 +87,7 @@ class _Rows:
         for task in np.unique(self.tasks):
             of_task = np.flatnonzero(self.tasks == task)
             of_task = of_task[np.argsort(self.pair_ids[of_task])]  # of equal ones the same stay, whatever the shards
-            kept.append(of_task[best_rows([qualities[row] for row in of_task], dropped)])
+            kept.append(of_task[best_rows([qualities[row] for row in of_task.tolist()], dropped)])
         chosen = np.concatenate([np.empty(0, np.int64), *kept])
         return _Rows(self.pair_ids[chosen], self.tasks[chosen], self.parts[chosen], self.rows[chosen])
 

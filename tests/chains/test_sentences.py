@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from covray.chains.dataset import ChainDataset, alphas_of, union_alphas
+from covray.chains.mapped import MappedChains, Source, count_queries
 from covray.chains.quality import chain_quality, kept_count
 from covray.chains.sentences import (
     Chains,
@@ -403,6 +404,12 @@ def test_the_worst_chains_of_each_task_are_left_out_of_the_training_split_alone(
     places = np.searchsorted(all_chains.pair_ids[: all_chains.starts[1]], chains.pair_ids[: chains.starts[1]])
     assert (all_chains.tokens[places] == chains.tokens[: chains.starts[1]]).all()
     assert (Chains.load(dataset, some, "val").pair_ids == Chains.load(dataset, whole, "val").pair_ids).all()
+    for split in ("train", "val"):
+        mapped, loaded = MappedChains([Source(dataset)], some, split), Chains.load(dataset, some, split)
+        assert mapped.starts.tolist() == loaded.starts.tolist()
+        rows, length = np.arange(len(loaded)), 2 if method == "none" else 4
+        assert (mapped.take(rows, length) == loaded.take(rows, length)).all(), "as a training maps them"
+    assert count_queries([Source(dataset, 2.0)], some, "train") == 2 * len(chains)
 
 
 def test_without_diffused_frames_no_quality_is_known(write_dataset: Writer) -> None:
