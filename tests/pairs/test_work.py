@@ -8,7 +8,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import typer
 
+from covray.cli.app import app
+from covray.cli.cluster import require_actors
 from covray.distributed.pairs import PART_SCHEMA, PARTS, ordered_pairs, parts_folder
 from covray.errors import ConfigError, ManifestError
 from covray.io.images import Picture
@@ -109,3 +112,24 @@ def test_what_actors_cannot_make_is_refused_before_ray(tmp_path: Path) -> None:
         made_by(PairWork([], lambda: lambda items: [], {}), str(tmp_path), 2),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no such source; give one of photos, "),
+        (["absent"], "pairs absent: no such source"),
+        (["photos", "folder", "--out", "p.parquet"], "is made in one process; give --actors"),
+        (["photos", "folder", "--out", "p.parquet", "--actors", "2"], ""),
+        (["label", "a", "b", "--task", "depth", "--model", "m", "--out", "p.parquet", "--actors=2"], ""),
+        (["hub", "owner/name", "--task", "depth", "--out", "p.parquet", "--actors", "64"], ""),
+        (["scenes", "--out", "p.parquet"], "is made in one process"),
+    ],
+)
+def test_what_is_submitted_is_made_by_actors(arguments: list[str], message: str) -> None:
+    root = typer.main.get_command(app).make_context("covray", ["doctor"])
+    if not message:
+        require_actors(root, arguments)
+        return
+    with pytest.raises(ConfigError, match=message):
+        require_actors(root, arguments)
