@@ -81,6 +81,13 @@ def test_every_page_is_in_the_navigation_once() -> None:
     assert set(named) == expected
 
 
+def test_the_site_is_built_strictly_by_every_ci_run() -> None:
+    """``--quiet`` would keep warnings from being counted, so that a strict build would let broken links pass."""
+    lines = (ROOT / ".ci" / "run").read_text().splitlines()
+    (command,) = [line for line in lines if "mkdocs build" in line]
+    assert command.endswith(".venv/bin/mkdocs build --strict")
+
+
 def files_of(navigation: Any) -> Iterator[str]:
     """Yield the pages of a part of the navigation."""
     if isinstance(navigation, str):
