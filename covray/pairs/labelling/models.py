@@ -22,6 +22,7 @@ from covray.io.device import choose_device
 from covray.io.model_folders import fingerprint_folder, require_whole
 from covray.pairs.coco import KEYPOINTS, openpose
 from covray.pairs.labelling.spec import LOADED, MOST_CLASSES, LabelModel, model_folder
+from covray.progress import stage
 from covray.tasks import TASKS, depth, normals, pose
 
 Photo = NDArray[np.uint8]
@@ -45,10 +46,11 @@ def load_labeller(model: LabelModel, device: str) -> Labeller:
             f"{options.model}: this node's files differ from the driver's; give the same model everywhere"
         )
     place = choose_device(device, "--device")
+    transformers.utils.logging.disable_progress_bar()
+    make = _Marigold if model.kind == "marigold" else _LABELLERS[options.task]
     try:
-        if model.kind == "marigold":
-            return _Marigold(model, folder, place)
-        return _LABELLERS[options.task](model, folder, place)
+        with stage(f"loading {options.model}"):
+            return make(model, folder, place)
     except torch.OutOfMemoryError as error:
         raise WeightsError(f"{options.model}: does not fit in the memory of {place}; give --device cpu") from error
 
@@ -237,6 +239,7 @@ class _Marigold:
     def __init__(self, model: LabelModel, folder: Path, place: torch.device):
         import diffusers
 
+        diffusers.utils.logging.disable_progress_bar()
         name = {"depth": "MarigoldDepthPipeline", "normals": "MarigoldNormalsPipeline"}[model.options.task]
         try:
             pipeline = getattr(diffusers, name).from_pretrained(folder, use_safetensors=True, local_files_only=True)
