@@ -21,6 +21,7 @@ from covray.io.records import Record, RecordPart
 from covray.models.aligner.records import AlignerRecord
 from covray.pairs.records import PairsRecord
 from covray.sweeps.records import SweepRecord, SweepResults, TrialRecord
+from covray.thinking.records import FeaturesRecord, FeaturesResult, ReasoningRecord, ReasoningResults, ThinkAnswer
 from covray.training.records import CheckpointRecord, RunRecord, TrainResult
 
 PAGE = Path(__file__).parents[1] / "docs" / "formats.md"
@@ -30,6 +31,7 @@ RECORDS: dict[str, type[Record]] = {
         DatasetRecord, Audit, Claim, RunRecord, TrainResult, CheckpointRecord, GenerationRecord, EvaluationRecord,
         EvaluationResults, VlmEvaluationRecord, SweepRecord, TrialRecord, SweepResults, AlignerRecord, PairsRecord,
         ProgrammeRecord, ArmRun, ProgrammeResults,
+        FeaturesRecord, FeaturesResult, ReasoningRecord, ReasoningResults, ThinkAnswer,
     )
 }  # fmt: skip
 """Every record of the page."""

@@ -24,6 +24,7 @@ pytest_plugins = [
     "tests.support.photographs",
     "tests.support.priors",
     "tests.support.vlm_trainings",
+    "tests.support.thinking",
 ]
 
 

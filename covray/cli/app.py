@@ -36,6 +36,7 @@ from covray.cli import (
     sharing,
     stories,
     sweeps,
+    think,
     training,
     vlm,
 )
@@ -105,6 +106,15 @@ vlm_app.command(cls=Command)(vlm.evaluate)
 vlm_app.command(cls=Command)(vlm.compare)
 app.add_typer(vlm_app, name="vlm", rich_help_panel=MODELS)
 
+think_app = typer.Typer(
+    help="ThinkDiff: a vision-language model's thoughts, drawn by a diffusion model.", no_args_is_help=True
+)
+think_app.command(cls=Command)(think.features)
+think_app.command(cls=Command)(think.train)
+think_app.command(cls=Command)(think.generate)
+think_app.command(cls=Command)(think.evaluate)
+app.add_typer(think_app, name="think", rich_help_panel=MODELS)
+
 nano_app = typer.Typer(help="The nano family: train it, measure it, judge its tokenizer.", no_args_is_help=True)
 nano_app.command("train", cls=Command)(models.nano_train)
 nano_app.command("measure", cls=Command)(models.nano_measure)
@@ -120,6 +130,7 @@ convert_app = typer.Typer(help="Weights of other programs, written as covray rea
 convert_app.command("tokenizer", cls=Command)(models.convert_a_tokenizer)
 convert_app.command("backbone", cls=Command)(models.convert_a_backbone)
 convert_app.command("prior", cls=Command)(models.convert_a_prior)
+convert_app.command("aligner", cls=Command)(think.convert_an_aligner)
 app.add_typer(convert_app, name="convert", rich_help_panel=MODELS)
 
 

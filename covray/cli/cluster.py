@@ -16,6 +16,9 @@ from covray.cli.options import ConfigFile, Json, Sets, StepOptions, numbers
 from covray.cli.output import console, escape, figure, print_values
 from covray.cli.serve import SERVE
 from covray.cli.sweeps import SWEEP
+from covray.cli.think import EVALUATE as THINK_EVALUATE
+from covray.cli.think import FEATURES as THINK_FEATURES
+from covray.cli.think import TRAIN as THINK_TRAIN
 from covray.cli.training import TRAIN
 from covray.config import PlanConfig, Section, load_config
 from covray.errors import ConfigError
@@ -27,10 +30,15 @@ STEPS: dict[str, StepOptions[Any]] = {
     "evaluate": EVALUATE,
     "sweep": SWEEP,
     "serve": SERVE,
+    "think features": THINK_FEATURES,
+    "think train": THINK_TRAIN,
+    "think evaluate": THINK_EVALUATE,
 }
 """The steps that can be submitted, with the options that make their configuration."""
 PAIRS = "pairs"
 """Can be submitted, too; it has no configuration, and its arguments are the job's."""
+_GROUPS = ("think",)
+"""Groups of commands; the name of the command follows."""
 
 _STATUS_STYLES = {"problem": "red", "note": "yellow", "ok": "dim"}
 """Style of what the doctor finds, the worst first."""
@@ -38,7 +46,9 @@ _STATUS_STYLES = {"problem": "red", "note": "yellow", "ok": "dim"}
 
 def submit(
     context: typer.Context,
-    step: Annotated[str, typer.Argument(metavar="pairs|build|train|evaluate|sweep|serve", help="Its options follow.")],
+    step: Annotated[
+        str, typer.Argument(metavar="pairs|build|train|evaluate|sweep|serve|think", help="Its options follow.")
+    ],
     address: Annotated[
         str | None, typer.Option(help="Address of the dashboard; by default RAY_API_SERVER_ADDRESS, or this machine's.")
     ] = None,
@@ -46,9 +56,11 @@ def submit(
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Show the job's output, and end as it does.")] = True,
 ) -> None:
     """Run a step on a Ray cluster: checked here first, then sent with this very covray. Its paths are the cluster's."""
+    arguments = list(context.args)
+    if step in _GROUPS and arguments:
+        step = f"{step} {arguments.pop(0)}"
     if step not in (PAIRS, *STEPS):
         raise ConfigError(f"{step}: cannot be submitted; give one of {PAIRS}, {', '.join(STEPS)}")
-    arguments = list(context.args)
     if "--plan" in arguments:
         raise ConfigError("--plan: needs no cluster; run it here, without submit")
     if step == PAIRS:
@@ -92,7 +104,9 @@ def submitted_config(context: typer.Context, step: str, arguments: list[str]) ->
     Raises:
         ConfigError: The configuration is refused.
     """
-    command = context.find_root().command.commands[step]  # type: ignore[attr-defined]
+    command: Any = context.find_root().command
+    for name in step.split():
+        command = command.commands[name]
     parsed = command.make_context(f"covray submit {step}", list(arguments))
     if parsed.params.get("resume"):
         return None

@@ -23,6 +23,7 @@ from covray.config.plan import PlanConfig
 from covray.config.section import Section
 from covray.config.serve import ServeConfig
 from covray.config.sweep import SweepConfig
+from covray.config.think import ThinkEvaluateConfig, ThinkFeaturesConfig, ThinkGenerateConfig, ThinkTrainConfig
 from covray.config.train import TrainConfig
 from covray.config.vlm import VlmEvaluateConfig, VlmGenerateConfig, VlmTrainConfig
 
@@ -37,6 +38,10 @@ STEPS: dict[str, type[Section]] = {
     "vlm train": VlmTrainConfig,
     "vlm generate": VlmGenerateConfig,
     "vlm evaluate": VlmEvaluateConfig,
+    "think features": ThinkFeaturesConfig,
+    "think train": ThinkTrainConfig,
+    "think generate": ThinkGenerateConfig,
+    "think evaluate": ThinkEvaluateConfig,
 }
 """The configuration of every step, in the order of the page."""
 

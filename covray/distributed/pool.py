@@ -6,9 +6,9 @@ Ray Data's checkpoint commits a block when its rows are written; the rows of com
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -59,6 +59,8 @@ class RowsOut:
     name: str
     schema: pa.Schema
     partition: str
+    parquet: Mapping[str, Any] = field(default_factory=dict)
+    """How the files are written, by the names of pyarrow's writer."""
 
 
 def map_exactly_once(
@@ -118,6 +120,7 @@ def map_exactly_once(
             partition_cols=[rows_out.partition],
             ray_remote_args={"num_cpus": TASK_CPUS},
             schema=rows_out.schema,
+            **rows_out.parquet,
         )
     return before
 

@@ -57,7 +57,7 @@ def submit(
         ConfigError: The cluster does not answer, or does not take the job.
     """
     address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or ADDRESS
-    command = ["python", "-m", "covray", step]
+    command = ["python", "-m", "covray", *step.split()]
     if config is not None:
         command += ["--config", _FILE]
     command += arguments

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from covray.config import EvaluateConfig, SweepConfig, TrainConfig, leaves
+from covray.config.think import ThinkEvaluateConfig, ThinkTrainConfig
 from covray.config.vlm import VlmEvaluateConfig, VlmTrainConfig
 from covray.distributed.tracking_file import (
     ARTEFACTS,
@@ -56,7 +57,15 @@ _ENVIRONMENT = {
 _FOLDER_TAG = "covray.folder"
 """The tag of a run that tells which folder it belongs to."""
 
-Tracked = TrainConfig | EvaluateConfig | SweepConfig | VlmTrainConfig | VlmEvaluateConfig
+Tracked = (
+    TrainConfig
+    | EvaluateConfig
+    | SweepConfig
+    | VlmTrainConfig
+    | VlmEvaluateConfig
+    | ThinkTrainConfig
+    | ThinkEvaluateConfig
+)
 
 
 class Tracker:

@@ -23,6 +23,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from covray.config import TrainConfig
+from covray.config.think import ThinkTrainConfig
 from covray.config.vlm import VlmTrainConfig
 from covray.distributed.control import ControlActor
 from covray.distributed.interrupts import GracefulStop
@@ -42,6 +43,8 @@ from covray.training.metrics_log import Metrics, MetricsTail
 from covray.training.records import TrainResult
 from covray.training.zero import choose, require_whole_weights
 
+AnyTrainConfig = TrainConfig | VlmTrainConfig | ThinkTrainConfig
+"""What the workers can train."""
 POLL_S = 0.5
 _RAY_FOLDER = "_ray"
 
@@ -88,7 +91,7 @@ def train(config: TrainConfig, watch: Callable[[Metrics], None] | None = None, p
 
 
 def run_workers(
-    config: TrainConfig | VlmTrainConfig, folder: Folder, tracker: Tracker, watch: Callable[[Metrics], None] | None
+    config: AnyTrainConfig, folder: Folder, tracker: Tracker, watch: Callable[[Metrics], None] | None
 ) -> TrainResult:
     """Start the workers of a training and follow them to the end.
 
@@ -126,7 +129,7 @@ def run_workers(
     return TrainResult.read(folder)
 
 
-def _torch_trainer(config: TrainConfig | VlmTrainConfig, ray_folder: Folder, control: Any) -> TorchTrainer:
+def _torch_trainer(config: AnyTrainConfig, ray_folder: Folder, control: Any) -> TorchTrainer:
     """Return Ray Train's trainer; ``ray_folder`` is where it keeps what its nodes share."""
     workers = config.workers
     resources = {"CPU": workers.cpus, **on(workers.node_type)}
@@ -171,7 +174,7 @@ def _follow(fitting: Future[Any], progress: TrainProgress, control: Any, out: st
         return
 
 
-C = TypeVar("C", TrainConfig, VlmTrainConfig)
+C = TypeVar("C", TrainConfig, VlmTrainConfig, ThinkTrainConfig)
 
 
 def resolve_compute(config: C, cores: int, choose_stage: Callable[[C, int | None], str]) -> C:
@@ -221,7 +224,7 @@ def resolve_compute(config: C, cores: int, choose_stage: Callable[[C, int | None
     return resolved
 
 
-def _require_resources(config: TrainConfig | VlmTrainConfig, gpus: float) -> None:
+def _require_resources(config: AnyTrainConfig, gpus: float) -> None:
     """Refuse more workers, of ``gpus`` each, than this machine holds; a cluster may still grow. Raises ConfigError."""
     if "RAY_ADDRESS" in os.environ:
         return

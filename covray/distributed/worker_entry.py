@@ -14,6 +14,7 @@ import ray.train
 import ray.train.collective
 
 from covray.config import TrainConfig
+from covray.config.think import ThinkTrainConfig
 from covray.config.vlm import VlmTrainConfig
 from covray.errors import CovrayError
 
@@ -22,7 +23,7 @@ from covray.errors import CovrayError
 class WorkerSettings:
     """What the driver gives every worker."""
 
-    config: TrainConfig | VlmTrainConfig
+    config: TrainConfig | VlmTrainConfig | ThinkTrainConfig
     """The resolved configuration."""
     control: Any
     """The handle of a ``ControlActor``."""
@@ -37,6 +38,7 @@ def work(settings: dict[str, WorkerSettings]) -> None:
     import torch
     from ray.train.torch import get_device
 
+    from covray.thinking.objective import train_aligner
     from covray.training.run import train
     from covray.training.worker import Signal, WorkerContext
 
@@ -62,7 +64,10 @@ def work(settings: dict[str, WorkerSettings]) -> None:
 
     worker = WorkerContext(rank, context.get_world_size(), device, poll_signal, log)
     try:
-        train(config, worker, ray.train.report)
+        if isinstance(config, ThinkTrainConfig):
+            train_aligner(config, worker, ray.train.report)
+        else:
+            train(config, worker, ray.train.report)
     except CovrayError as error:
         ray.get(control.report_failure.remote(error))
         raise

@@ -98,11 +98,16 @@ class Episode:
 
     def prompt(self, instruction: str) -> list[str]:
         """Return the texts before, between and after the pictures of the demonstrations, as ThinkDiff writes them."""
-        texts = []
-        for number, word in enumerate(self.words, 1):
-            start = f"{instruction}\n\n" if number == 1 else "\n\n"
-            texts.append(f"{start}Word {number}: {word}, ")
-        return texts
+        return word_texts(self.words, instruction)
+
+
+def word_texts(words: Sequence[str], instruction: str) -> list[str]:
+    """Return the texts before, between and after pictures that have a word each, and one more word."""
+    texts = []
+    for number, word in enumerate(words, 1):
+        start = f"{instruction}\n\n" if number == 1 else "\n\n"
+        texts.append(f"{start}Word {number}: {word}, ")
+    return texts
 
 
 def episode_prompt(

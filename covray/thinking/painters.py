@@ -13,6 +13,7 @@ Pictures are drawn one by one from one noise, so that a picture depends on its f
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -253,6 +254,34 @@ _KINDS = {
     "pixart": (PixArtSigmaPipeline, PixArtAlphaPipeline),
     "cogvideox": (CogVideoXPipeline,),
 }
+
+
+_WIDTH_KEYS = {
+    "unet": ("unet", "cross_attention_dim"),
+    "flux": ("transformer", "joint_attention_dim"),
+    "sd3": ("transformer", "joint_attention_dim"),
+    "pixart": ("transformer", "caption_channels"),
+    "cogvideox": ("transformer", "text_embed_dim"),
+}
+"""Folder of a model and key of its ``config.json`` that says how wide the features are that it reads."""
+
+
+def painter_width(config: PainterConfig) -> int:
+    """Return the width of the features that a painter reads, without loading it.
+
+    Raises:
+        WeightsError: The folder is missing, incomplete, or of another kind.
+    """
+    name, key = _WIDTH_KEYS[config.kind]
+    nano = "prior" if config.kind == "unet" else "painter"
+    folder = resolve_folder(config.path, config.revision, nano, _PATTERNS)
+    file = folder / name / "config.json"
+    try:
+        return int(json.loads(file.read_text(encoding="utf-8"))[key])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise WeightsError(
+            f"{file}: does not say {key}, which a painter of kind {config.kind} has; give another painter.kind or path"
+        ) from error
 
 
 def painter_of(pipeline: Any, config: PainterConfig) -> PipelinePainter:

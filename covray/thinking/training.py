@@ -1,4 +1,6 @@
-"""The training of an aligner in one process: which captions a step reads, the optimizer, and a step.
+"""The training of an aligner in one process, of captions in memory: which captions a step reads, and a step.
+
+``covray.thinking.objective`` trains on features in files, by any number of workers.
 
     captions of a step: a pure function of (seed, step)  ->  their splits: of (seed, epoch, index)  ->  one batch, AdamW
 
@@ -7,13 +9,11 @@ A training that continues from a state is the uninterrupted one to the bit on a 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -21,6 +21,7 @@ from covray.config.think import AlignmentConfig, SplitConfig
 from covray.seeds import seed_of
 from covray.thinking.alignment import Alignment, AlignmentBatch, collate
 from covray.thinking.splits import SplitSeed, split_tokens, split_words
+from covray.training.optimizers import adamw, aligner_rate
 
 
 @dataclass(frozen=True)
@@ -87,46 +88,24 @@ def clip_batches(captions: Sequence[Caption], tokenizer: Any, longest: int) -> B
     return make
 
 
-def step_captions(count: int, config: AlignmentConfig, step: int) -> list[SplitSeed]:
-    """Return the captions of a step.
+def captions_at(count: int, seed: int, places: range) -> list[SplitSeed]:
+    """Return the captions at ``places`` of a training.
 
-    In every epoch each caption comes once, in an order of its own; a step may reach into the next epoch.
+    In every epoch each caption comes once, in an order of its own.
 
     Args:
         count: Captions of the data set.
-        config: The batch and the seed.
-        step: The step, counted from 0.
+        seed: The orders and splits follow from it.
+        places: Places of the training, counted through all epochs.
     """
     seeds = []
     orders: dict[int, NDArray[np.int64]] = {}
-    for place in range(step * config.batch, (step + 1) * config.batch):
+    for place in places:
         epoch, within = divmod(place, count)
         if epoch not in orders:
-            orders[epoch] = np.random.default_rng(seed_of("order", config.seed, epoch)).permutation(count)
-        seeds.append(SplitSeed(config.seed, epoch, int(orders[epoch][within])))
+            orders[epoch] = np.random.default_rng(seed_of("order", seed, epoch)).permutation(count)
+        seeds.append(SplitSeed(seed, epoch, int(orders[epoch][within])))
     return seeds
-
-
-def learning_rate(config: AlignmentConfig, step: int) -> float:
-    """Return the learning rate of a step, counted from 0: a line up, then the rest of a cosine (the authors' code)."""
-    if step < config.warmup_steps:
-        share = step / config.warmup_steps
-        return config.warmup_from + (config.learning_rate - config.warmup_from) * share
-    falls = (1 + math.cos(math.pi * min(1.0, step / config.cosine_steps))) / 2
-    return config.final + (config.learning_rate - config.final) * falls
-
-
-def make_optimizer(aligner: nn.Module, config: AlignmentConfig) -> torch.optim.AdamW:
-    """Return AdamW of the aligner; biases and the norm have no weight decay. The rate is set before every step."""
-    matrices: list[nn.Parameter] = []
-    vectors: list[nn.Parameter] = []
-    for parameter in aligner.parameters():
-        (matrices if parameter.ndim > 1 else vectors).append(parameter)
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=0.0, betas=config.betas)
 
 
 class AlignerTraining:
@@ -142,7 +121,7 @@ class AlignerTraining:
             config: The training.
         """
         self._alignment, self._batches, self._count, self._config = alignment, batches, count, config
-        self._optimizer = make_optimizer(alignment.aligner, config)
+        self._optimizer = adamw(list(alignment.aligner.parameters()), config)
         self.step = 0
         """Steps that are done."""
 
@@ -158,7 +137,8 @@ class AlignerTraining:
             FloatingPointError: The loss is not finite; the aligner is as it was before the step.
         """
         device = next(self._alignment.aligner.parameters()).device
-        batch = self._batches(step_captions(self._count, self._config, self.step)).to(device)
+        first, size = self.step * self._config.batch, self._config.batch
+        batch = self._batches(captions_at(self._count, self._config.seed, range(first, first + size))).to(device)
         self._alignment.train()
         loss = self._alignment(batch).mean()
         if not loss.isfinite():
@@ -167,7 +147,7 @@ class AlignerTraining:
         if self._config.clip is not None:
             nn.utils.clip_grad_norm_(self._alignment.aligner.parameters(), self._config.clip)
         for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate(self._config, self.step)
+            group["lr"] = aligner_rate(self._config, self.step)
         self._optimizer.step()
         self._optimizer.zero_grad()
         self.step += 1

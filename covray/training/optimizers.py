@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Generic, Protocol
+from typing import Any, Generic, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from covray.config import AdamWConfig
+from covray.config.think import AlignmentConfig
 from covray.training.objectives.base import B, B_contra, Objective
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -45,14 +46,18 @@ class Update(Protocol[B_contra]):
         """Continue from ``tensors`` after ``step`` steps."""
 
 
-def learning_rate(config: AdamWConfig, step: int, steps: int) -> float:
+def learning_rate(config: AdamWConfig | AlignmentConfig, step: int, steps: int) -> float:
     """Return the learning rate of a step: a linear warm-up, then half a cosine down to the share ``final``.
+
+    That of an aligner is ``aligner_rate``.
 
     Args:
         config: The optimizer's configuration.
         step: The step, counted from 1.
         steps: Steps of the whole training.
     """
+    if isinstance(config, AlignmentConfig):
+        return aligner_rate(config, step - 1)
     warmup = math.ceil(config.warmup * steps)
     if step <= warmup:
         return config.learning_rate * step / warmup
@@ -60,15 +65,32 @@ def learning_rate(config: AdamWConfig, step: int, steps: int) -> float:
     return config.learning_rate * (config.final + (1 - config.final) * (1 + math.cos(math.pi * progress)) / 2)
 
 
-def adamw(parameters: list[torch.nn.Parameter], config: AdamWConfig) -> torch.optim.AdamW:
-    """Return the optimizer, plain or inside DeepSpeed; the learning rate is set before every step."""
+def aligner_rate(config: AlignmentConfig, step: int) -> float:
+    """Return the learning rate of a step, counted from 0: a line up, then the rest of a cosine (ThinkDiff's code)."""
+    if step < config.warmup_steps:
+        share = step / config.warmup_steps
+        return config.warmup_from + (config.learning_rate - config.warmup_from) * share
+    falls = (1 + math.cos(math.pi * min(1.0, step / config.cosine_steps))) / 2
+    return config.final + (config.learning_rate - config.final) * falls
+
+
+def adamw(parameters: list[torch.nn.Parameter], config: AdamWConfig | AlignmentConfig) -> torch.optim.AdamW:
+    """Return the optimizer, plain or inside DeepSpeed; the learning rate is set before every step.
+
+    Biases and norms of an aligner do not decay.
+    """
+    if isinstance(config, AlignmentConfig):
+        matrices = [parameter for parameter in parameters if parameter.ndim > 1]
+        vectors = [parameter for parameter in parameters if parameter.ndim <= 1]
+        groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+        return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, weight_decay=config.weight_decay, fused=True)
     return torch.optim.AdamW(parameters, lr=0.0, betas=config.betas, weight_decay=config.weight_decay, fused=True)
 
 
 class PlainUpdate(Generic[B]):
     """Every worker holds the whole model; gradients lie in one flat buffer, which one all-reduce sums."""
 
-    def __init__(self, objective: Objective[B], config: AdamWConfig):
+    def __init__(self, objective: Objective[B], config: AdamWConfig | AlignmentConfig):
         """Make the optimizer of the trained parameters."""
         self._objective, self._clip = objective, config.clip
         self._parameters = objective.parameters()
@@ -99,8 +121,10 @@ class PlainUpdate(Generic[B]):
         if dist.is_initialized():
             dist.all_reduce(self.gradients)
         norm = torch.linalg.vector_norm(self.gradients)
-        self.gradients.mul_(torch.clamp(self._clip / (norm + 1e-6), max=1.0))
-        self._optimizer.param_groups[0]["lr"] = learning_rate
+        if self._clip is not None:
+            self.gradients.mul_(torch.clamp(self._clip / (norm + 1e-6), max=1.0))
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
         self._optimizer.step()
         self.gradients.zero_()
         return float(norm)

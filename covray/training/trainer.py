@@ -21,6 +21,7 @@ from typing import Any, Generic, Protocol
 import torch
 
 from covray.config import AdamWConfig, CheckpointsConfig
+from covray.config.think import AlignmentConfig
 from covray.errors import ConfigError
 from covray.training.checkpoints import Checkpoints, State
 from covray.training.metrics_log import Metrics, MetricsLog
@@ -45,7 +46,7 @@ class TrainerConfig(Protocol):
         """The run folder."""
 
     @property
-    def optimizer(self) -> AdamWConfig:
+    def optimizer(self) -> AdamWConfig | AlignmentConfig:
         """The optimizer and the length of the training."""
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 from covray.cli.app import app
 from covray.cli.cluster import STEPS, submitted_config
 from covray.config import BuildConfig, EvaluateConfig, TrainConfig
+from covray.config.think import ThinkFeaturesConfig
 from covray.errors import ConfigError
 
 
@@ -19,6 +21,16 @@ def parsed(*words: object) -> object:
     root = typer.main.get_command(app).make_context("covray", ["doctor"])
     step, *arguments = map(str, words)
     return submitted_config(root, step, arguments)
+
+
+def test_a_step_of_a_group_is_submitted_by_both_its_names() -> None:
+    config = parsed("think features", "--data", "d", "--vlm", "v", "--out", "o", "--max-tokens", "7")
+    assert isinstance(config, ThinkFeaturesConfig)
+    assert (config.vlm.path, config.thought.max_tokens) == ("v", 7)
+    for words in (["think", "generate"], ["think"]):
+        done = CliRunner().invoke(app, ["submit", *words])
+        assert isinstance(done.exception, ConfigError)
+        assert f"{' '.join(words)}: cannot be submitted; give one of pairs, build, train" in str(done.exception)
 
 
 @pytest.mark.parametrize(
@@ -57,10 +69,23 @@ def test_what_follows_two_dashes_is_no_option() -> None:
 
 @pytest.mark.parametrize("step", STEPS)
 def test_every_option_sets_keys_that_there_are(step: str) -> None:
-    command = typer.main.get_command(app).commands[step]  # type: ignore[attr-defined]
+    command: Any = typer.main.get_command(app)
+    for name in step.split():
+        command = command.commands[name]
     options = STEPS[step]
     own = {parameter.opts[0] for parameter in command.params}
-    beside = {"--config", "--set", "--plan", "--tokens-per-s", "--json", "--resume", "--token"}
+    beside = {
+        "--config",
+        "--set",
+        "--plan",
+        "--append",
+        "--tokens-per-s",
+        "--json",
+        "--resume",
+        "--token",
+        "--rows",
+        "--per-s",
+    } - set(STEPS[step]._settings)
     assert own - beside == set(options._settings)
 
 

@@ -22,7 +22,14 @@ from covray.config import (
     load_config,
     named_run,
 )
-from covray.config.think import AlignmentConfig, ThinkConfig
+from covray.config.think import (
+    AlignmentConfig,
+    ThinkConfig,
+    ThinkEvaluateConfig,
+    ThinkFeaturesConfig,
+    ThinkGenerateConfig,
+    ThinkTrainConfig,
+)
 from covray.config.vlm import VlmEvaluateConfig, VlmTrainConfig
 from covray.errors import ConfigError
 
@@ -38,6 +45,7 @@ MODELS: dict[str, tuple[type[Section], dict[str, Any]]] = {
     "diffusionvl-plan": (PlanConfig, {}),
     "diffusionvl-evaluate": (VlmEvaluateConfig, {"data": "words.json", "out": "scores", "run": "run"}),
     "diffusionvl-3b": (VlmTrainConfig, {"data": "words.json", "out": "run", "model": "Qwen/Qwen2.5-VL-3B-Instruct"}),
+    "think": (ThinkConfig, {"vlm": {"path": "vlm"}, "language_model": {"path": "text"}}),
     "diffusionvl": (VlmTrainConfig, {"data": "words.json", "out": "run", "model": "Qwen/Qwen2.5-VL-7B-Instruct"}),
 }
 """Folder of configs/, or name or first word of a file in configs/paper/ -> its model, and what that requires."""
@@ -201,6 +209,7 @@ def test_what_is_no_number_is_refused_wherever_one_is_asked_for(value: str) -> N
     models = MODELS | {
         "generate": (GenerateConfig, {"queries": ["a"], "out": "o"}),
         "thinkdiff": (ThinkConfig, thinking),
+        "think": (ThinkConfig, thinking),
     }
     for model, required in models.values():
         for key in numbers(model):
@@ -407,13 +416,27 @@ def test_thinkdiffs_settings_are_the_published_ones() -> None:
     loaded = {}
     for name in ("lvlm", "clip", "cobsat"):
         loaded[name] = load_config(ThinkConfig, CONFIGS / "paper" / f"thinkdiff-{name}.yaml")
-        assert loaded[name].training.model_copy(update={"steps": 25_000, "batch": 96}) == AlignmentConfig()
+        assert loaded[name].optimizer.model_copy(update={"steps": 25_000, "batch": 96}) == AlignmentConfig()
     lvlm, clip, cobsat = loaded["lvlm"], loaded["clip"], loaded["cobsat"]
-    assert (lvlm.training.steps, lvlm.training.batch) == (25_000, 96)
-    assert (clip.training.steps, clip.training.batch, clip.language_model.max_tokens) == (100_000, 168, 32)
+    assert (lvlm.optimizer.steps, lvlm.optimizer.batch) == (25_000, 96)
+    assert (clip.optimizer.steps, clip.optimizer.batch, clip.language_model.max_tokens) == (100_000, 168, 32)
     assert cobsat.thought.min_tokens == cobsat.thought.max_tokens == 128
     assert (cobsat.episodes.shots, cobsat.episodes.count) == ((2, 4), 1000)
-    with pytest.raises(ConfigError, match=r"training\.rate: no such key in ThinkConfig"):
-        load_config(ThinkConfig, CONFIGS / "paper" / "thinkdiff-lvlm.yaml", {"training.rate": 1})
+    with pytest.raises(ConfigError, match=r"optimizer\.rate: no such key in ThinkConfig"):
+        load_config(ThinkConfig, CONFIGS / "paper" / "thinkdiff-lvlm.yaml", {"optimizer.rate": 1})
     with pytest.raises(ConfigError, match="9 shots: of ten values an episode takes 1 to 8; give others"):
         load_config(ThinkConfig, CONFIGS / "paper" / "thinkdiff-lvlm.yaml", {"episodes.shots": [2, 9]})
+
+
+def test_one_file_serves_all_commands_of_thinkdiff() -> None:
+    file = CONFIGS / "paper" / "thinkdiff-lvlm.yaml"
+    features = load_config(ThinkFeaturesConfig, file, {"data": "d", "out": "o"})
+    trained = load_config(ThinkTrainConfig, file, {"data": "d", "out": "o"})
+    drawn = load_config(ThinkGenerateConfig, file, {"run": "r", "out": "o", "prompt": "what"})
+    asked = load_config(
+        ThinkEvaluateConfig, CONFIGS / "paper" / "thinkdiff-cobsat.yaml", {"out": "o", "aligners": ["r"]}
+    )
+    assert (features.thought.max_tokens, trained.optimizer.steps, drawn.painter.steps) == (256, 25_000, 28)
+    assert (asked.judge.kind, asked.episodes.count) == ("vlm", 1000)
+    with pytest.raises(ConfigError, match="thoughts: no such key in ThinkFeaturesConfig"):
+        load_config(ThinkFeaturesConfig, file, {"data": "d", "out": "o", "thoughts": 1})

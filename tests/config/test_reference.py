@@ -23,6 +23,15 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "vlm train": {"data": "words.parquet", "out": "run", "model": "checkpoint"},
     "vlm generate": {"run": "run", "prompt": "What is it?"},
     "vlm evaluate": {"run": "run", "data": "words.parquet", "out": "eval"},
+    "think features": {"data": "words.parquet", "out": "features", "vlm": {"path": "vlm"}},
+    "think train": {"data": "features", "out": "run", "language_model": {"path": "text"}},
+    "think generate": {
+        "run": "run",
+        "out": "answer",
+        "images": ["a.png"],
+        "painter": {"kind": "unet", "path": "prior"},
+    },
+    "think evaluate": {"out": "eval", "aligners": ["run"], "painter": {"kind": "unet", "path": "prior"}},
 }
 
 

@@ -15,10 +15,7 @@ from covray.thinking.training import (
     AlignerTraining,
     Caption,
     clip_batches,
-    learning_rate,
     lvlm_batches,
-    make_optimizer,
-    step_captions,
 )
 from tests.support.language_models import WORDS, language_model, language_tokenizer
 
@@ -65,37 +62,6 @@ def test_a_training_that_continues_is_the_uninterrupted_one_to_the_bit(variant: 
     assert begun + [second.run_step() for _ in range(3)] == losses
     for name, tensor in whole.aligner.state_dict().items():
         assert torch.equal(continued.aligner.state_dict()[name], tensor)
-
-
-def test_an_epoch_has_every_caption_once_in_an_order_of_its_own() -> None:
-    seeds = [seed for step in range(10) for seed in step_captions(5, CONFIG, step)]
-    orders = []
-    for epoch in range(6):
-        own = seeds[5 * epoch : 5 * epoch + 5]
-        assert {seed.epoch for seed in own} == {epoch}
-        orders.append([seed.index for seed in own])
-        assert sorted(orders[-1]) == list(range(5))
-    assert len({tuple(order) for order in orders}) > 1
-    assert step_captions(5, CONFIG, 3) == seeds[9:12]
-    assert step_captions(5, CONFIG.model_copy(update={"seed": 1}), 3) != seeds[9:12]
-
-
-def test_the_learning_rate_is_the_authors() -> None:
-    config = AlignmentConfig()
-    assert learning_rate(config, 0) == pytest.approx(1e-6)
-    assert learning_rate(config, 1000) == pytest.approx(5.05e-5)
-    assert learning_rate(config, 2000) == pytest.approx(1e-4, rel=1e-3)
-    assert learning_rate(config, 25_000) == pytest.approx(9.92e-5, rel=1e-3)
-    assert learning_rate(config, 200_000) == learning_rate(config, 300_000) == pytest.approx(8e-5)
-    assert learning_rate(AlignmentConfig(warmup_steps=0), 0) == pytest.approx(1e-4)
-
-
-def test_only_matrices_decay() -> None:
-    alignment, _ = training()
-    matrices, vectors = make_optimizer(alignment.aligner, CONFIG).param_groups
-    assert [tensor.ndim for tensor in matrices["params"]] == [2, 2]
-    assert [tensor.ndim for tensor in vectors["params"]] == [1, 1, 1]
-    assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.05, 0.0)
 
 
 def test_clipping_cuts_a_step_and_a_loss_that_is_not_finite_ends_the_training() -> None:

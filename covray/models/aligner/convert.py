@@ -3,18 +3,52 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from covray.errors import WeightsError
-from covray.io.tensor_files import read_tensors
-from covray.models.aligner.aligner import Aligner, aligner_of
+from covray.errors import ConfigError, WeightsError
+from covray.io.tensor_files import read_tensors, require_new
+from covray.models.aligner.aligner import Aligner, aligner_of, save_aligner
 from covray.models.aligner.records import AlignerRecord
 
 _PREFIX = "mm_projector."
+_TOKENS = {"lvlm": 128, "clip": 32}
+"""Of a text to write, in the authors' training files."""
 _T5_EPSILON = 1e-6
 """Of the norm in the authors' code, transformers' default."""
+
+
+def convert_aligner(
+    file: Path, out: Path, variant: str, vlm: str | None = None, language_model: str | None = None
+) -> dict[str, Any]:
+    """Write one of the authors' checkpoints as the folder of an aligner, and return what it is.
+
+    Args:
+        file: The ``.pth`` file.
+        out: Folder to write.
+        variant: ``lvlm`` or ``clip``.
+        vlm: Folder or hub id of the model whose features it reads; the folder's ``aligner.json`` will say so.
+        language_model: Folder or hub id of the language model that it was trained through.
+
+    Raises:
+        ConfigError: ``out`` exists, or there is no such variant.
+        WeightsError: The file cannot be read without running code, or holds no such aligner.
+    """
+    if variant not in ("lvlm", "clip"):
+        raise ConfigError(f"--variant {variant}: give lvlm or clip")
+    require_new(out)
+    aligner = read_pickled_aligner(file)
+    features: dict[str, Any] = {"variant": variant}
+    if vlm is not None:
+        features["vlm"] = {"path": vlm, "revision": None, "mask_id": None}
+    update: dict[str, Any] = {"features": features}
+    if language_model is not None:
+        update["trained_through"] = {"path": language_model, "revision": None, "max_tokens": _TOKENS[variant]}
+    save_aligner(out, Aligner(aligner.network, aligner.record.model_copy(update=update)))
+    return {"out": str(out), "variant": variant, "input_width": aligner.record.input_width,
+            "width": aligner.record.width}  # fmt: skip
 
 
 def read_pickled_aligner(

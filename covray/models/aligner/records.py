@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from covray.errors import WeightsError
 from covray.io.records import Record
@@ -30,3 +30,8 @@ class AlignerRecord(Record):
     """Fingerprint (SHA-256, hex) of the vision-language model; None: not known, any of this width is accepted."""
     language_model: str | None
     """Fingerprint of the language model; None: not known, any of this width is accepted."""
+    features: dict[str, Any] | None = None
+    """How the features were taken that it was trained on: `variant`, `vlm`, and `thought` and `places`, or `patches`.
+    Absent in a folder that no `covray think train` wrote."""
+    trained_through: dict[str, Any] | None = None
+    """The language model of the training: `path`, `revision` and `max_tokens`. Absent like `features`."""

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from covray.errors import ConfigError, WeightsError
 from covray.models.aligner.aligner import WEIGHTS, Aligner, load_aligner, new_aligner, save_aligner
-from covray.models.aligner.convert import read_pickled_aligner
+from covray.models.aligner.convert import convert_aligner, read_pickled_aligner
 from covray.models.aligner.records import AlignerRecord, Norm
 from tests.support.language_models import WIDTH, language_model
 
@@ -152,3 +152,22 @@ def test_a_description_that_is_none_is_refused(change: dict[str, Any], message: 
     (folder / AlignerRecord.FILE).unlink()
     with pytest.raises(WeightsError, match=r"aligner\.json: is not there; get the folder again"):
         load_aligner(folder, CPU)
+
+
+def test_a_converted_aligner_says_between_which_models_it_stands(tmp_path: Path) -> None:
+    tensors = {f"mm_projector.{name}": tensor for name, tensor in make().network.state_dict().items()}
+    torch.save({"model": tensors}, tmp_path / "theirs.pth")
+    shown = convert_aligner(tmp_path / "theirs.pth", tmp_path / "aligner", "lvlm", "Qwen/Qwen2-VL", "google/flan")
+    assert (shown["input_width"], shown["width"]) == (FEATURES, WIDTH)
+    loaded = load_aligner(tmp_path / "aligner", CPU)
+    assert loaded.record.features == {
+        "variant": "lvlm",
+        "vlm": {"path": "Qwen/Qwen2-VL", "revision": None, "mask_id": None},
+    }
+    assert loaded.record.trained_through == {"path": "google/flan", "revision": None, "max_tokens": 128}
+    states = torch.randn(3, FEATURES)
+    assert torch.equal(loaded.network(states), make().network(states))
+    with pytest.raises(ConfigError, match="already exists"):
+        convert_aligner(tmp_path / "theirs.pth", tmp_path / "aligner", "lvlm")
+    with pytest.raises(ConfigError, match="--variant vlm: give lvlm or clip"):
+        convert_aligner(tmp_path / "theirs.pth", tmp_path / "other", "vlm")

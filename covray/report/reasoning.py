@@ -1,0 +1,142 @@
+"""The page of an evaluation of reasoning: the table, differences, and episodes with every row's picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from covray.io.images import decode
+from covray.report.formatting import NONE, p_value, plural
+from covray.report.html import Link, render
+from covray.thinking.records import ReasoningResults, ReasoningScore
+from covray.thinking.results import MEAN
+
+_TILE_PX = 96
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """A row of the table, written."""
+
+    name: str
+    cells: tuple[str, ...]
+    """Shares of both sides right: the mean, then each task."""
+    intervals: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ShotTable:
+    """The table of a number of shots."""
+
+    shots: int
+    tasks: tuple[str, ...]
+    rows: tuple[ScoreRow, ...]
+    sides: tuple[tuple[str, tuple[str, ...]], ...]
+    """Of each row the shares of the sides over all tasks."""
+    differences: tuple[tuple[str, ...], ...]
+    """First, second, difference, interval, p and episodes, over all tasks."""
+
+
+@dataclass(frozen=True)
+class AnswerView:
+    """What a row of the table answered."""
+
+    row: str
+    right: bool
+    seen: str
+    picture: NDArray[np.uint8] | None
+
+
+@dataclass(frozen=True)
+class EpisodeView:
+    """An episode with its answers."""
+
+    title: str
+    words: tuple[str, ...]
+    demonstrations: tuple[NDArray[np.uint8], ...]
+    query: str
+    answer: str
+    text: str
+    answers: tuple[AnswerView, ...]
+
+
+def write_reasoning_page(results: ReasoningResults, episodes: Sequence[Mapping[str, Any]], path: str) -> bytes:
+    """Return the page.
+
+    Args:
+        results: The table.
+        episodes: Rows of the evaluation with pictures, to show.
+        path: The folder, for the head of the page.
+    """
+    shots = sorted({score.shots for score in results.scores})
+    tables = tuple(_table(results, number) for number in shots)
+    views = tuple(_episode(row) for row in episodes)
+    links = [Link(f"shots-{number}", f"{number}-shot") for number in shots]
+    return render(
+        "reasoning.html",
+        f"{results.benchmark}: reasoning",
+        styles=("tables.css", "evaluation.css", "reasoning.css"),
+        tile_px=_TILE_PX,
+        links=[*links, Link("episodes", "Episodes")],
+        path=path,
+        results=results,
+        tables=tables,
+        episodes=views,
+        failed=f"{results.failed:,} {plural(results.failed, 'episode')} without an answer",
+    )
+
+
+def _table(results: ReasoningResults, shots: int) -> ShotTable:
+    by_key = {(score.row, score.task, score.side): score for score in results.scores if score.shots == shots}
+    tasks = tuple(sorted({score.task for score in results.scores} - {MEAN}))
+    rows, sides = [], []
+    for name in results.rows:
+        own = [by_key[name, task, "both"] for task in (MEAN, *tasks)]
+        rows.append(ScoreRow(name, tuple(f"{score.mean:.3f}" for score in own), tuple(map(_interval, own))))
+        parts = [f"{by_key[name, MEAN, side].mean:.3f}" for side in ("detail", "object", "named", "hidden")]
+        sides.append((name, tuple(parts)))
+    differences = []
+    for entry in results.differences:
+        if entry.shots == shots and entry.task == MEAN:
+            differences.append(
+                (
+                    entry.first,
+                    entry.second,
+                    f"{entry.mean:+.3f}",
+                    _bounds(entry.low, entry.high, "+.3f"),
+                    p_value(entry.p_value),
+                    f"{entry.episodes:,}",
+                )
+            )
+    return ShotTable(shots, tasks, tuple(rows), tuple(sides), tuple(differences))
+
+
+def _interval(score: ReasoningScore) -> str:
+    return _bounds(score.low, score.high, ".3f")
+
+
+def _bounds(low: float | None, high: float | None, form: str) -> str:
+    if low is None or high is None:
+        return NONE
+    return f"{format(low, form)} to {format(high, form)}"
+
+
+def _episode(row: Mapping[str, Any]) -> EpisodeView:
+    answers = []
+    for answer in row["answers"]:
+        picture = None if answer["picture"] is None else decode(answer["picture"])
+        seen = " ".join(part for part in (answer["seen_detail"], answer["seen_object"]) if part)
+        answers.append(AnswerView(answer["row"], answer["detail"] and answer["object"], seen or NONE, picture))
+    return EpisodeView(
+        title=f"{row['task']}, {row['shots']}-shot, {row['number']}",
+        words=tuple(row["words"][:-1]),
+        demonstrations=tuple(decode(data) for data in row["demonstrations"]),
+        query=row["words"][-1],
+        answer=f"{row['answer_detail']} {row['answer_object']}",
+        text=row["text"],
+        answers=tuple(answers),
+    )
