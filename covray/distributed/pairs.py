@@ -8,6 +8,7 @@ continues there.
 
 from __future__ import annotations
 
+import json
 import posixpath
 import time
 from collections.abc import Callable, Iterator
@@ -71,7 +72,8 @@ def pairs_on_ray(work: PairWork, out: str, actors: int | None) -> Iterator[Itera
     """
     folder = Folder(parts_folder(absolute(out)))
     with Output(folder.path, PairsRecord, "covray pairs") as output:
-        record = PairsRecord(settings=dict(work.settings), items=len(work.items), names_sha256=work.names_sha256())
+        settings = json.loads(json.dumps(dict(work.settings)))  # as the file gives them back: lists for tuples
+        record = PairsRecord(settings=settings, items=len(work.items), names_sha256=work.names_sha256())
         if output.begun is None:
             record.write(folder)
         else:

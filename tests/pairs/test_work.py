@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import pickle
 from pathlib import Path
 
@@ -12,8 +14,9 @@ import typer
 
 from covray.cli.app import app
 from covray.cli.cluster import require_actors
-from covray.distributed.pairs import PART_SCHEMA, PARTS, ordered_pairs, parts_folder
-from covray.errors import ConfigError, ManifestError
+from covray.distributed import pairs as pool
+from covray.distributed.pairs import CHECKPOINT, PART_SCHEMA, PARTS, ordered_pairs, parts_folder
+from covray.errors import ConfigError, DatasetError, ManifestError
 from covray.io.images import Picture
 from covray.io.storage import Folder
 from covray.pairs.lol import lol_pairs
@@ -133,3 +136,39 @@ def test_what_is_submitted_is_made_by_actors(arguments: list[str], message: str)
         return
     with pytest.raises(ConfigError, match=message):
         require_actors(root, arguments)
+
+
+def test_what_was_begun_is_continued_as_it_was_begun_alone(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make(work: PairWork, folder: Folder, actors: object, cores: int) -> None:
+        """In this process; what a checkpoint has committed stays."""
+        if not (folder / CHECKPOINT).list_files():
+            rows = []
+            for number, pairs in enumerate(work.load()(work.items)):
+                rows.append({"item": number, "of": "pairs", "pairs": [manifest_row(pair, True) for pair in pairs]})
+            (folder / PARTS).create()
+            pq.write_table(pa.Table.from_pylist(rows, PART_SCHEMA), (folder / PARTS).inner_path("0.parquet"))
+            (folder / CHECKPOINT).write_bytes("0.parquet", b"committed")
+        folder.write_bytes(pool.ITEMS, b"items")
+
+    monkeypatch.setattr(pool, "_make", make)
+    monkeypatch.setattr(pool, "ray_session", lambda: contextlib.nullcontext(1))
+    work = dataclasses.replace(photo_pairs(root / "photos"), settings={"axes": ("x", "-y")})
+    out = str(tmp_path / "pairs.parquet")
+    with pytest.raises(OSError, match="no room"), pool.pairs_on_ray(work, out, 2):
+        raise OSError("no room")
+    folder = Path(parts_folder(out))
+    for other in (
+        dataclasses.replace(work, settings={"axes": ("x", "y")}),
+        dataclasses.replace(work, items=work.items[1:]),
+    ):
+        with pytest.raises(ManifestError, match="was begun with"), pool.pairs_on_ray(other, out, 2):
+            pytest.fail("other work")
+    with pool.pairs_on_ray(work, out, 2) as made:
+        assert list(made) == list(work)
+    assert not folder.exists()
+    folder.mkdir()
+    (folder / "own.txt").write_text("a stranger's")
+    with pytest.raises(DatasetError, match="holds files"), pool.pairs_on_ray(work, out, 2):
+        pytest.fail("a stranger's folder")
