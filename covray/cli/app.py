@@ -124,6 +124,7 @@ app.add_typer(nano_app, name="nano", rich_help_panel=MODELS)
 experiments_app = typer.Typer(help="Fixed experiments on the nano family.", no_args_is_help=True)
 experiments_app.command("claims", cls=Command)(experiments.claims)
 experiments_app.command("diffusionvl", cls=Command)(experiments.diffusionvl)
+experiments_app.command("thinking", cls=Command)(experiments.thinking)
 app.add_typer(experiments_app, name="experiments", rich_help_panel=SCALE)
 
 convert_app = typer.Typer(help="Weights of other programs, written as covray reads them.", no_args_is_help=True)

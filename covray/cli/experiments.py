@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from covray.cli.options import Json, OutFolder, Plan
+from covray.cli.options import Json, OutFolder, Plan, Seed
 from covray.cli.output import console, escape
 from covray.cli.results import print_sweep
 from covray.errors import ConfigError
@@ -113,3 +113,41 @@ def _print_plan(programme: Programme, json_: bool) -> None:
         table.add_row(*map(escape, row))
     console.print(table)
     console.print(f"{planned['tokens']:,} tokens to train on; best chains: all seeds besides", highlight=False)
+
+
+def thinking(
+    out: OutFolder,
+    budget: Annotated[
+        Literal["small", "full"],
+        typer.Option(help="full: the table; small: every station in about an hour, whose figures mean nothing."),
+    ] = "full",
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    seed: Seed = 0,
+    json_: Json = False,
+) -> None:
+    """ThinkDiff on rendered portraits: nano parts, aligners, the table of its ablations. The same command continues."""
+    from covray.recipes.thinking.programme import run_thinking
+
+    results = run_thinking(out, budget, threads, device, seed)
+    if json_:
+        print(json.dumps(results))
+        return
+    for shots, own in results.items():
+        _print_rows(shots, own)
+
+
+def _print_rows(shots: str, results: dict[str, Any]) -> None:
+    """Print a table of ThinkDiff's programme."""
+    from rich.table import Table
+
+    table = Table(shots, "right", "95%", "held-out cells", "below LVLM", "p", box=None, pad_edge=False)
+    for name, row in results["rows"].items():
+        right, held_out, below = row["right"], row["held_out"], row.get("below_reference")
+        cells = [name, f"{right['mean']:.3f}", f"{right['low']:.3f} to {right['high']:.3f}"]
+        cells.append("" if held_out is None else f"{held_out['mean']:.3f}")
+        if below is not None:
+            cells += [f"{below['mean']:+.3f}", f"{below['p_value']:.4f}"]
+        table.add_row(*cells)
+    table.add_row("chance", f"{results['chance']:.3f}")
+    console.print(table)

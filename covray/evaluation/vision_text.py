@@ -30,7 +30,7 @@ from covray.generation.vision_text import load_answerer
 from covray.io.storage import Folder
 from covray.models.vlm.batch import Blocks, collate
 from covray.pairs.exchanges import Exchange
-from covray.training.objectives.vision_text import pictures_of, read_data
+from covray.training.objectives.vision_text import parts_of, read_data
 
 ANSWERS_FILE = "answers.jsonl"
 RESULTS_FILE = "results.json"
@@ -85,7 +85,7 @@ class BatchAnswerer:
         texts = [instruction if exchange.prompt is None else exchange.prompt for exchange in part]
         prompts = []
         for exchange, text in zip(part, texts, strict=True):
-            prompts.append(answerer.prompt(pictures_of(exchange, self._root), text))
+            prompts.append(answerer.vlm.prompter.turn(parts_of(exchange, self._root, text)))
         started = time.monotonic()
         answers = answerer.answer(prompts, self._config.decoding)
         seconds = (time.monotonic() - started) / len(part)

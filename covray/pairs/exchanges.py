@@ -6,7 +6,7 @@
 | LLaVA's JSON | ``image`` and ``conversations``; each turn is an exchange of its own, without the turns before it |
 | COCO's captions | ``images`` and ``annotations`` with ``caption`` |
 
-No picture is opened here.
+LLaVA's ``image`` may be a list of pictures, which stand where a turn has ``<image>``. No picture is opened here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import posixpath
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,6 +49,8 @@ class Exchange:
     split: str = "train"
     attributes: Mapping[str, Any] = field(default_factory=dict)
     """What a manifest's ``attributes`` say of the picture."""
+    turn: tuple[str | Picture, ...] = ()
+    """A prompt of several pictures: they and the texts between them, in order. ``picture`` is missing then."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,9 @@ class Exchanges:
         """Return a SHA-256 (hex) of texts, splits and pictures: of bytes where the list holds them, else of URIs."""
         whole = hashlib.sha256()
         for item in self.items:
-            parts = [picture_identity(item.picture), item.prompt, item.answer, item.kind, item.split]
+            parts: list[Any] = [picture_identity(item.picture), item.prompt, item.answer, item.kind, item.split]
+            if item.turn:
+                parts.append([part if isinstance(part, str) else picture_identity(part) for part in item.turn])
             whole.update(json.dumps(parts).encode())
         return whole.hexdigest()
 
@@ -145,11 +149,11 @@ def _exchanges_of_row(file: str, where: str, row: Mapping[Any, Any], base: str) 
     values = {}
     for key, value in row.items():
         values[key.strip().lower() if isinstance(key, str) else key] = stripped(value)
-    picture = list_picture(file, where, "image", values.get("image"), base)
     split = values.get("split") or "train"
     if "conversations" in values:
-        yield from _turns(file, where, values["conversations"], picture, split)
+        yield from _turns(file, where, values, base, split)
         return
+    picture = list_picture(file, where, "image", values.get("image"), base)
     if picture == Picture():
         raise ManifestError(f"{file}, {where}: has no image; name one in the column image")
     caption, question, answer = values.get("caption"), values.get("question"), values.get("answer")
@@ -164,10 +168,13 @@ def _exchanges_of_row(file: str, where: str, row: Mapping[Any, Any], base: str) 
         yield Exchange(picture, question, answer, values.get("kind") or "question", split)
 
 
-def _turns(file: str, where: str, turns: Any, picture: Picture, split: str) -> Iterator[Exchange]:
+def _turns(file: str, where: str, values: Mapping[Any, Any], base: str, split: str) -> Iterator[Exchange]:
     """Yield the turns of a conversation of LLaVA's."""
+    turns, image = values["conversations"], values.get("image")
     if not isinstance(turns, list) or len(turns) % 2:
         raise ManifestError(f"{file}, {where}: conversations is not a list of questions, each with its answer")
+    images = image if isinstance(image, list) else [image]
+    pictures = [list_picture(file, where, "image", value, base) for value in images or [None]]
     for human, model in zip(turns[::2], turns[1::2], strict=True):
         try:
             speakers = (human["from"], model["from"])
@@ -176,7 +183,25 @@ def _turns(file: str, where: str, turns: Any, picture: Picture, split: str) -> I
             raise ManifestError(f"{file}, {where}: a turn has no {error}; it needs from and value") from error
         if speakers != ("human", "gpt") or not (isinstance(prompt, str) and isinstance(answer, str)):
             raise ManifestError(f"{file}, {where}: the turns are not of human and gpt by turns")
-        yield Exchange(picture, prompt.replace(_PLACEHOLDER, "").strip(), answer.strip(), "turn", split)
+        if len(pictures) > 1:
+            turn = _interleaved(f"{file}, {where}", prompt, pictures)
+            text = prompt.replace(_PLACEHOLDER, "").strip()
+            yield Exchange(Picture(), text, answer.strip(), "turn", split, turn=turn)
+            continue
+        yield Exchange(pictures[0], prompt.replace(_PLACEHOLDER, "").strip(), answer.strip(), "turn", split)
+
+
+def _interleaved(where: str, prompt: str, pictures: Sequence[Picture]) -> tuple[str | Picture, ...]:
+    """Return the texts of a prompt with the pictures in the places of their placeholders."""
+    texts = prompt.split(_PLACEHOLDER)
+    if len(texts) != len(pictures) + 1:
+        raise ManifestError(
+            f"{where}: a prompt has {len(texts) - 1} times {_PLACEHOLDER} for {len(pictures)} pictures; give as many"
+        )
+    turn: list[str | Picture] = []
+    for text, picture in zip(texts, [*pictures, None], strict=True):
+        turn += [part for part in (text, picture) if part]
+    return tuple(turn)
 
 
 def _json_rows(file: str) -> Iterator[tuple[str, Any]]:

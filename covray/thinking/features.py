@@ -89,7 +89,7 @@ def write_text(vlm: LoadedVlm, prompt: Prompt, config: ThoughtConfig) -> NDArray
             attention_mask=torch.ones_like(ids),
             max_new_tokens=config.max_tokens,
             min_new_tokens=config.min_tokens,
-            suppress_tokens=_never_written(vlm),
+            suppress_tokens=unwritten_ids(vlm),
             eos_token_id=sorted(vlm.stop_ids),
             pad_token_id=vlm.prompter.end_id,
             repetition_penalty=1.0,
@@ -163,7 +163,8 @@ def patch_features(tower: Any, pixels: Tensor, factor: int = 2) -> Tensor:
     return torch.cat((states[:, :1], pooled.flatten(2).transpose(1, 2)), 1)
 
 
-def _never_written(vlm: LoadedVlm) -> list[int]:
+def unwritten_ids(vlm: LoadedVlm) -> list[int]:
+    """Return the ids that no text may hold: the mask's, and placeholders of pictures."""
     config = vlm.model.model.config
     ids = {vlm.model.mask_id}
     for key in _VISION_IDS:

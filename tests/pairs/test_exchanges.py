@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from covray.errors import ManifestError
-from covray.pairs.exchanges import CAPTION, Exchange, read_exchanges
+from covray.pairs.exchanges import CAPTION, Exchange, Exchanges, read_exchanges
 from covray.pairs.manifest import ManifestWriter, Pair, Picture
 from covray.pairs.words import CAPTION_TASK, Question, Words
 
@@ -121,3 +122,22 @@ def test_an_empty_split_is_named(tmp_path: Path) -> None:
     result = read_exchanges(written(tmp_path, "a.json", [{"image": "a.png", "caption": "a ball"}]))
     with pytest.raises(ManifestError, match="split val: has nothing to use; the data has train"):
         result.of_split("val")
+
+
+def test_several_pictures_of_llava_stand_where_the_prompt_has_them(tmp_path: Path) -> None:
+    turns = [
+        {"from": "human", "value": "First <image> then <image>\nwhat comes? "},
+        {"from": "gpt", "value": " A ball."},
+    ]
+    path = tmp_path / "list.jsonl"
+    path.write_text(json.dumps({"image": ["a.png", "b.png"], "conversations": turns, "split": "val"}))
+    read = read_exchanges(str(path))
+    (item,) = read.items
+    first, second = Picture(uri="a.png"), Picture(uri="b.png")
+    assert item.turn == ("First ", first, " then ", second, "\nwhat comes? ")
+    assert (item.picture, item.answer, item.split) == (Picture(), "A ball.", "val")
+    other = Exchanges((replace(item, turn=item.turn[:-1]),), read.root)
+    assert other.fingerprint() != read.fingerprint()
+    path.write_text(json.dumps({"image": ["a.png", "b.png", "c.png"], "conversations": turns}))
+    with pytest.raises(ManifestError, match="2 times <image> for 3 pictures"):
+        read_exchanges(str(path))

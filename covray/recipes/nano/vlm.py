@@ -1,6 +1,6 @@
-"""Recipe of the nano vision-language model: a Qwen2.5-VL of 6 M parameters that describes portraits and answers.
+"""Recipe of the nano vision-language model: a Qwen2.5-VL of 6 M parameters for portraits and few-shot episodes.
 
-    portraits with words -> tokenizer of their words, random weights -> the trainer of ``covray vlm train``
+    captions and few-shot episodes -> tokenizer of their words, random weights -> the trainer of ``covray vlm train``
 
 The result is a folder of transformers, trained token by token, which ``covray vlm train --objective block_diffusion``
 converts to blocks.
@@ -30,7 +30,9 @@ from covray.io.tensor_files import new_folder
 from covray.pairs.scenes.portrait_words import portrait_words
 from covray.pairs.scenes.portraits import sample_portrait
 from covray.recipes.nano.portrait_data import SIZE_PX, portrait_manifest
+from covray.recipes.nano.vlm_list import EPISODE_INSTRUCTION, INSTRUCTIONS, sample_episode, write_vlm_list
 from covray.seeds import seed_of
+from covray.thinking.cells import answer_caption
 from covray.training.checkpoints import EXPORT
 from covray.training.metrics_log import Metrics
 from covray.training.run import train
@@ -79,7 +81,7 @@ def train_vlm(out: Path, steps: int | None, portraits: int, seed: int, device: t
     result = out / "vlm"
     if result.exists():
         raise ConfigError(f"{result}: already exists; it is finished, or give another --out")
-    data, born = portrait_manifest(out, portraits, seed), out / "vlm.start"
+    data, born = write_vlm_list(portrait_manifest(out, portraits, seed), seed), out / "vlm.start"
     if not born.exists():
         with new_folder(born) as folder:
             write_start(folder, seed)
@@ -209,6 +211,10 @@ def _texts(seed: int) -> Iterator[str]:
         for question in words.questions:
             yield question.question
             yield question.answer
+        episode = sample_episode(generator)
+        yield from episode.prompt(EPISODE_INSTRUCTION)
+        yield answer_caption(episode, generator)
+        yield INSTRUCTIONS[number % len(INSTRUCTIONS)]
 
 
 def _report(metrics: Metrics) -> None:

@@ -217,8 +217,7 @@ class VisionText:
         Raises:
             ManifestError: The picture cannot be used.
         """
-        text = self.config.texts.instruction if exchange.prompt is None else exchange.prompt
-        prompt = self._prompter.prompt(pictures_of(exchange, self._root), text)
+        prompt = self._prompter.turn(parts_of(exchange, self._root, self.config.texts.instruction))
         sample = self._prompter.sample(prompt, exchange.answer)
         if not self._uses_blocks:
             return sample
@@ -259,10 +258,29 @@ def pictures_of(exchange: Exchange, root: str | None) -> list[np.ndarray]:
     Raises:
         ManifestError: The picture cannot be used.
     """
-    if exchange.picture == Picture():
-        return []
+    return [] if exchange.picture == Picture() else [_pixels(exchange.picture, root)]
+
+
+def parts_of(exchange: Exchange, root: str | None, instruction: str) -> list[str | np.ndarray]:
+    """Return the pictures, uint8 [h, w, 3], and texts of an exchange's prompt, in order.
+
+    Args:
+        exchange: The exchange.
+        root: Folder that URIs of pictures are below.
+        instruction: The prompt of captions.
+
+    Raises:
+        ManifestError: A picture cannot be used.
+    """
+    if exchange.turn:
+        return [part if isinstance(part, str) else _pixels(part, root) for part in exchange.turn]
+    text = instruction if exchange.prompt is None else exchange.prompt
+    return [*pictures_of(exchange, root), text]
+
+
+def _pixels(picture: Picture, root: str | None) -> np.ndarray:
     try:
-        return [decode(load_picture(exchange.picture, root))]
+        return decode(load_picture(picture, root))
     except PairError as error:
         raise ManifestError(f"a picture of the data cannot be used: {error}; correct or remove its row") from error
 

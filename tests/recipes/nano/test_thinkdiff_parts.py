@@ -17,10 +17,11 @@ from covray.errors import ConfigError
 from covray.io.model_folders import NANO_FOLDER
 from covray.models.aligner.language import load_language_model
 from covray.pairs.scenes.portraits import HELD_OUT_SPLIT, sample_portrait
-from covray.recipes.nano import clip, judge, loop, painter, portrait_data, prior, recipe, text, vlm
+from covray.recipes.nano import clip, judge, loop, painter, portrait_data, recipe, text, vlm
 from covray.thinking.episodes import PORTRAITS
 from covray.thinking.judge import WEIGHTS, load_judge
 from covray.thinking.unet_painter import load_unet_painter
+from tests.support.nano import make_small
 
 CPU = torch.device("cpu")
 COUNT = 60
@@ -36,24 +37,10 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the portraits and a text model of a few steps."""
     out = tmp_path_factory.mktemp("family")
     with pytest.MonkeyPatch.context() as patched:
-        _make_small(patched)
+        make_small(patched)
         recipe.train_model("text", out, STEPS, COUNT, 1, "cpu", 0)
         portrait_data.portrait_manifest(out, COUNT, 0)
     return out
-
-
-def _make_small(patched: pytest.MonkeyPatch) -> None:
-    patched.setattr(vlm, "TOKENIZED_PORTRAITS", 50)
-    for name, value in {"WIDTH": 32, "LAYERS": 1, "INNER": 32, "BATCH": 4, "_VALIDATED": 4}.items():
-        patched.setattr(text, name, value)
-    patched.setattr(judge, "WIDTHS", (8, 16))
-    patched.setattr(prior, "CHANNELS", (16, 32))
-    for module in (judge, painter, clip):
-        patched.setattr(module, "BATCH", 4)
-    for name in ("VISION_WIDTH", "TEXT_WIDTH", "SHARED_WIDTH"):
-        patched.setattr(clip, name, 16)
-    patched.setattr(clip, "VISION_LAYERS", 1)
-    patched.setattr(clip, "TEXT_LAYERS", 1)
 
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -68,7 +55,7 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
 def test_killed_and_continued_gives_the_same_weights(
     family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    _make_small(monkeypatch)
+    make_small(monkeypatch)
     for folder in ("whole", "killed"):
         (tmp_path / folder).mkdir()
         for shared in ("data", "text"):
@@ -140,7 +127,7 @@ _CHECKS: dict[str, Callable[[Path, Path], None]] = {
 
 
 def test_a_saved_language_model_computes_what_it_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _make_small(monkeypatch)
+    make_small(monkeypatch)
     from transformers import T5ForConditionalGeneration
 
     tokenizer = text.text_tokenizer(0)

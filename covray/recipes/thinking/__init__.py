@@ -1,0 +1,1 @@
+"""The programme of ``covray experiments thinking``: ThinkDiff on rendered portraits, from nothing to the table."""

@@ -1,0 +1,154 @@
+"""All stations of the programme, each kept in a file or folder, so that the same command continues."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from covray.errors import ConfigError, one_line
+from covray.io import storage
+from covray.io.device import choose_device
+from covray.recipes.nano.clip import normed
+from covray.recipes.nano.portrait_data import PortraitVae, portrait_manifest, read_portraits
+from covray.recipes.nano.vlm_list import INSTRUCTIONS
+from covray.recipes.thinking.aligners import LVLM, VARIANTS, Lessons, Variant, trained_aligner
+from covray.recipes.thinking.budget import Budget, budget_of
+from covray.recipes.thinking.family import Family, load_family, train_family
+from covray.recipes.thinking.rows import (
+    EpisodeSet,
+    RowJudge,
+    aligned_features,
+    ceilings,
+    decoded_cells,
+    make_episodes,
+)
+from covray.recipes.thinking.table import table_of
+from covray.recipes.thinking.thoughts import BATCH, Thoughts, kept_thoughts
+from covray.seeds import seed_of
+from covray.thinking.features import patch_features
+
+RESULTS = "results.json"
+_ABOUT = "_programme.json"
+_BLOCK = 16 * BATCH
+"""Captions of a file."""
+
+
+def run_thinking(out: str, budget_name: str, threads: int, device: str = "auto", seed: int = 0) -> dict[str, Any]:
+    """Train what is missing, ask all episodes, and return the table, which is also written to ``results.json``.
+
+    Args:
+        out: Folder of the programme. ``out``/nano holds the nano parts; those that are there are used.
+        budget_name: A name of ``covray.recipes.thinking.budget.BUDGETS``.
+        threads: CPU threads.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        seed: Of everything.
+
+    Raises:
+        ConfigError: The budget or the device is not known, or the folder holds another programme.
+        WeightsError: A nano part cannot be loaded.
+    """
+    budget = budget_of(budget_name)
+    folder, chosen = Path(out).expanduser(), choose_device(device, "--device")
+    _begin(folder, {"budget": asdict(budget), "seed": seed})
+    torch.set_num_threads(threads)
+    train_family(folder / "nano", budget, threads, chosen, seed)
+    family = load_family(folder / "nano", budget, threads, chosen)
+    lessons = make_lessons(family, folder / "captions", budget, seed)
+    judging = RowJudge(family, folder / "rows")
+    rows: dict[int, dict[str, list[dict[str, Any]]]] = {}
+    proxies: dict[int, dict[str, list[dict[str, Any]]]] = {}
+    episodes = {}
+    for shots in budget.shots:
+        whole = make_episodes(family, folder / "thoughts", shots, budget.episodes, seed)
+        episodes[shots] = whole.episodes
+        rows[shots], proxies[shots] = defaultdict(list), defaultdict(list)
+        for name, make in ceilings(judging, family, whole).items():
+            slug = name.lower().replace(" ", "-")
+            rows[shots][name].append(judging.judged(f"{shots}-{slug}", whole, make))
+        for variant in VARIANTS:
+            for number in range(budget.seeds):
+                row, proxy = _aligner_row(folder, judging, family, lessons, whole, variant, budget, seed + number)
+                rows[shots][variant.name].append(row)
+                if proxy is not None:
+                    proxies[shots][variant.name].append(proxy)
+    table = table_of(rows, proxies, episodes, LVLM.name)
+    storage.write_json(str(folder / RESULTS), table)
+    return table
+
+
+def make_lessons(family: Family, folder: Path, budget: Budget, seed: int) -> Lessons:
+    """Return captions that the vision-language model writes for training portraits, with what aligners read of them.
+
+    Args:
+        family: The nano parts.
+        folder: Where the captions are kept.
+        budget: How many captions.
+        seed: Of portraits and instructions.
+    """
+    manifest = portrait_manifest(family.folder, budget.portraits, seed)
+    training = read_portraits(manifest)["train"]
+    latents = PortraitVae(family.folder, family.device).latents(f"{manifest.stem}-train", training.pictures)
+    pictures = training.pictures[: budget.captions]
+    whole = Thoughts([], [], [], [])
+    for start in range(0, len(pictures), _BLOCK):
+        part = pictures[start : start + _BLOCK]
+
+        def prompts(part: Any = part, start: int = start) -> list[Any]:
+            made = []
+            for number, picture in enumerate(part, start):
+                instruction = INSTRUCTIONS[seed_of("instruction", seed, number) % len(INSTRUCTIONS)]
+                made.append(family.vlm.prompter.prompt([picture], instruction))
+            return made
+
+        block = kept_thoughts(folder / f"{start:06d}.safetensors", family.vlm, prompts)
+        for name in ("ids", "texts", "generated", "read"):
+            getattr(whole, name).extend(getattr(block, name))
+    kept = [number for number, ids in enumerate(whole.ids) if len(ids) >= 2]  # fewer have no two parts
+    if not kept:
+        raise ConfigError(f"{family.folder}/vlm: writes no captions; train it for more steps")
+    patches = []
+    for batch in np.array_split(pictures, max(1, len(pictures) // 64)):
+        patches += list(patch_features(family.tower, normed(batch).to(family.device)).cpu())
+    thoughts = Thoughts(
+        [whole.ids[n] for n in kept], [whole.texts[n] for n in kept], [whole.generated[n] for n in kept],
+        [whole.read[n] for n in kept],
+    )  # fmt: skip
+    return Lessons(thoughts, [patches[n] for n in kept], latents[kept])
+
+
+def _aligner_row(
+    folder: Path, judging: RowJudge, family: Family, lessons: Lessons, whole: EpisodeSet, variant: Variant,
+    budget: Budget, seed: int,
+) -> tuple[dict[str, Any], dict[str, Any] | None]:  # fmt: skip
+    """Return the verdicts on an aligner's pictures, and on the texts that the frozen decoder writes from the same."""
+    aligner = trained_aligner(folder / "aligners", variant, family, lessons, budget, seed)
+    name = f"{len(whole.episodes[0].demonstrations)}-{variant.slug}-{seed}"
+    features = partial(aligned_features, family, whole, variant, aligner)
+    row = judging.judged(name, whole, lambda: judging.painted(whole, features))
+    if variant.reads == "patches":
+        return row, None
+    proxy = judging.judged(f"{name}-decoded", whole, lambda: decoded_cells(family, whole, variant, aligner))
+    return row, proxy
+
+
+def _begin(folder: Path, about: dict[str, Any]) -> None:
+    """Make the folder, or continue the same programme in it. Raises ConfigError."""
+    file = folder / _ABOUT
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "nano").mkdir(exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {folder}: cannot be written ({one_line(error)}); give another folder") from error
+    known = storage.read_json(str(file)) if file.exists() else None
+    values = {key: str(value) for key, value in about.items()}
+    if known is not None and known != values:
+        raise ConfigError(
+            f"--out {folder}: holds a programme of another budget or seed; give the same, or another --out"
+        )
+    storage.write_json(str(file), values)

@@ -1,0 +1,102 @@
+"""The programme of ThinkDiff at toy size: every row, and a killed programme continues to the same table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from covray.config.vlm import VlmDecodingConfig
+from covray.errors import ConfigError
+from covray.recipes.thinking import aligners, budget, programme, rows, table, thoughts
+from covray.thinking.episodes import PORTRAITS, Cell, make_episode, sample_orders, tasks_of
+from tests.support.nano import make_small
+
+TINY = budget.Budget(
+    portraits=30,
+    steps=dict.fromkeys(("text", "vlm", "painter", "clip", "judge"), 1),
+    captions=8,
+    aligner_steps=2,
+    aligner_batch=2,
+    episodes=2,
+    shots=(2,),
+    seeds=1,
+    painter_steps=1,
+    guidance=1.0,
+)
+
+
+class _Killed(Exception):
+    pass
+
+
+def test_killed_and_continued_gives_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_small(monkeypatch)
+    monkeypatch.setitem(budget.BUDGETS, "tiny", TINY)
+    monkeypatch.setattr(thoughts, "SAMPLING", VlmDecodingConfig(decoder="autoregressive", max_tokens=4))
+    save = aligners.save_aligner
+    saved: list[Path] = []
+
+    def killing(place: Path, aligner: object) -> None:
+        if len(saved) == 2:
+            raise _Killed
+        saved.append(place)
+        save(place, aligner)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(aligners, "save_aligner", killing)
+        with pytest.raises(_Killed):
+            programme.run_thinking(str(tmp_path / "out"), "tiny", 1, "cpu")
+    before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.safetensors")}
+    result = programme.run_thinking(str(tmp_path / "out"), "tiny", 1, "cpu")
+    assert {file: file.stat().st_mtime_ns for file in before} == before, "nothing is made twice"
+    own = result["2 shots"]["rows"]
+    expected = {variant.name for variant in aligners.VARIANTS}
+    expected |= {rows.TRUE_RENDERS, rows.TRUE_CAPTION, rows.VLM_TEXT, rows.TEXT_BRIDGE, rows.COPY}
+    assert own.keys() == expected
+    for name, row in own.items():
+        assert row["right"]["episodes"] == 2 * 2 * len(PORTRAITS)
+        assert ("below_reference" in row) == (name != aligners.LVLM.name)
+    assert "decoded_text" in own[aligners.LVLM.name]
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == result
+    with pytest.raises(ConfigError, match="another budget or seed"):
+        programme.run_thinking(str(tmp_path / "out"), "small", 1, "cpu")
+
+
+def test_a_budget_that_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--budget huge: give full or small"):
+        programme.run_thinking(str(tmp_path), "huge", 1, "cpu")
+
+
+def test_a_text_answers_with_the_one_cell_that_it_states() -> None:
+    colour = PORTRAITS[0]
+    assert rows.cell_of("A photo of a red ball. The scarlet sphere hovers.", colour) == Cell("red", "ball")
+    assert rows.cell_of("A red ball and a blue ball.", colour) is None
+    assert rows.cell_of("A red thing.", colour) is None
+
+
+def test_the_table_pairs_episodes_and_counts_tasks() -> None:
+    tasks = tasks_of(PORTRAITS)
+    orders = sample_orders(40, 0)
+    episodes = [make_episode(task, number, order, 2) for task in tasks for number, order in enumerate(orders)]
+    count = len(episodes)
+    good = {key: [True] * count for key in ("right", "named", "hidden")} | {"seconds": 1.0}
+    bad = {key: [False] * count for key in ("right", "named", "hidden")} | {"seconds": 3.0}
+    half = good | {"right": [place % 40 < 20 for place in range(count)]}
+    result = table.table_of(
+        {2: {"reference": [good, half], "bad": [bad, bad]}}, {2: {"bad": [good]}}, {2: episodes}, "reference"
+    )
+    own = result["2 shots"]["rows"]
+    assert own["reference"]["right"]["mean"] == 0.75, "an episode's score is its mean over seeds"
+    assert own["reference"]["right_by_seed"] == [1.0, 0.5]
+    assert own["reference"]["by_task"] == dict.fromkeys([task.name for task in tasks], 0.75)
+    assert own["bad"]["below_reference"]["mean"] == 0.75
+    assert own["bad"]["below_reference"]["p_value"] < 0.001
+    assert own["bad"]["tasks_below_reference"] == len(tasks)
+    assert own["bad"]["decoded_text"]["mean"] == 1.0
+    assert own["bad"]["seconds"] == 3.0
+    counts = [own["reference"][key]["episodes"] for key in ("seen", "held_out")]
+    assert sum(counts) == count
+    assert np.isclose(counts[1] / count, 0.15, atol=0.06)
