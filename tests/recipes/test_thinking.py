@@ -23,7 +23,7 @@ TINY = budget.Budget(
     episodes=2,
     shots=(2,),
     seeds=1,
-    painter_steps=1,
+    painter_steps=2,
     guidance=1.0,
 )
 

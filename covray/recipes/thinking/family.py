@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CLIPVisionModel
+from transformers import CLIPModel
 
 from covray.config import EngineConfig
 from covray.config.think import LanguageModelConfig, PainterConfig
@@ -59,7 +59,7 @@ def load_family(folder: Path, budget: Budget, threads: int, device: torch.device
     drawing = PainterConfig(
         kind="unet", path=str(folder / "painter"), steps=budget.painter_steps, guidance=budget.guidance
     )
-    tower: Any = CLIPVisionModel.from_pretrained(folder / "clip", use_safetensors=True)
+    towers: Any = CLIPModel.from_pretrained(folder / "clip", use_safetensors=True)
     return Family(
         folder=folder,
         vlm=load_vlm(facts, torch.float32, device),
@@ -67,7 +67,7 @@ def load_family(folder: Path, budget: Budget, threads: int, device: torch.device
         language=load_language_model(LanguageModelConfig(path=str(folder / "text")), torch.float32, device),
         encoder=CaptionEncoder(folder / "text", device),
         painter=load_unet_painter(drawing, EngineConfig(device=device.type, threads=threads), verify=False),
-        tower=tower.float().to(device).requires_grad_(False).eval(),
+        tower=towers.vision_model.float().to(device).requires_grad_(False).eval(),
         judge=load_judge(folder / "judge", device),
         device=device,
     )
