@@ -28,8 +28,6 @@ from covray.recipes.nano.data import kept
 from covray.seeds import seed_of
 
 SIZE_PX = 64
-PORTRAITS = 40_000
-"""Portraits of a whole recipe, a fifth of them for validation and test."""
 _SHOWN = 12
 """Digits of a fingerprint in the name of a file."""
 
