@@ -85,6 +85,18 @@ def sample_episode(numbers: np.random.Generator) -> Episode:
             return episode
 
 
+def episode_row(split: str, episode: Episode, images: Sequence[str], answer: str) -> dict[str, Any]:
+    """Return the row of an episode.
+
+    Args:
+        split: Its split.
+        episode: The episode.
+        images: The files of its demonstrations.
+        answer: The caption that answers it.
+    """
+    return _row(split, images, _PLACEHOLDER.join(episode.prompt(EPISODE_INSTRUCTION)), answer)
+
+
 def cells_of(portrait: Portrait) -> list[Key]:
     """Return the cells that a portrait of one solid lets see; none of a portrait of two."""
     if len(portrait.solids) != 1:
@@ -116,8 +128,7 @@ def _rows(split: str, names: Sequence[str], words: Sequence[Words], seed: int) -
         episode = _shown_episode(by_cell, numbers)
         if episode is not None:
             shown = _demonstrations(episode, by_cell, numbers)
-            prompt = _PLACEHOLDER.join(episode.prompt(EPISODE_INSTRUCTION))
-            yield _row(split, shown, prompt, answer_caption(episode, numbers))
+            yield episode_row(split, episode, shown, answer_caption(episode, numbers))
 
 
 _TRIALS = 50

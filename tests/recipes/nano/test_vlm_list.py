@@ -8,11 +8,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from covray.config.vlm import VlmModelConfig
 from covray.evaluation.caption_facts import stated
+from covray.io.images import encode_png
+from covray.models.vlm.checkpoint import load_prompter, vlm_facts
 from covray.pairs.exchanges import read_exchanges
-from covray.recipes.nano import portrait_data, vlm_list
+from covray.recipes.nano import portrait_data, vlm, vlm_list
 from covray.thinking.cells import has_held_out
+from covray.thinking.episodes import episode_prompt
+from covray.training.objectives.vision_text import parts_of
+from covray.training.run import train
+from covray.training.worker import WorkerContext
+from tests.support.nano import make_small
 
 COUNT = 200
 
@@ -70,3 +79,31 @@ def test_a_portrait_of_two_solids_or_a_hidden_detail_is_no_demonstration() -> No
         for theme, _, thing in cells:
             assert thing == portrait.solids[0].thing
             assert portrait.style not in ("depth", "normals", "sketch") or theme in ("style", "arrangement")
+
+
+def test_an_episode_is_learned_from_the_tokens_that_it_is_asked_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_small(monkeypatch)
+    vlm.write_start(tmp_path / "start", 0)
+    prompter = load_prompter(vlm_facts(VlmModelConfig(path=str(tmp_path / "start"))))
+    episode = vlm_list.sample_episode(np.random.default_rng(0))
+    pictures = list(np.random.default_rng(0).integers(0, 256, (len(episode.demonstrations), 64, 64, 3), np.uint8))
+    names = [f"{number}.png" for number in range(len(pictures))]
+    for name, picture in zip(names, pictures, strict=True):
+        (tmp_path / name).write_bytes(encode_png(picture))
+    (tmp_path / "list.jsonl").write_text(json.dumps(vlm_list.episode_row("train", episode, names, "A ball.")))
+    read = read_exchanges(str(tmp_path / "list.jsonl"))
+    learned = prompter.turn(parts_of(read.items[0], read.root, "Describe the picture."))
+    asked = episode_prompt(prompter, episode, pictures, vlm_list.EPISODE_INSTRUCTION)
+    assert np.array_equal(learned.ids, asked.ids)
+    assert torch.equal(learned.images["pixel_values"], asked.images["pixel_values"])
+
+
+def test_a_training_takes_episodes(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_small(monkeypatch)
+    vlm.write_start(tmp_path / "vlm.start", 0)
+    config = vlm.training(tmp_path, path, 1, 0, "cpu", 1)
+    metrics: list[dict[str, float]] = []
+    train(config, WorkerContext(device=torch.device("cpu")), lambda record: metrics.append(dict(record)))
+    assert np.isfinite(metrics[-1]["validation_loss"])
