@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from covray.config.vlm import VlmDecodingConfig
 from covray.errors import ConfigError
 from covray.recipes.thinking import aligners, budget, programme, rows, table, thoughts
 from covray.thinking.episodes import PORTRAITS, Cell, make_episode, sample_orders, tasks_of
+from tests.support.language_models import WORDS, language_model, language_tokenizer
 from tests.support.nano import make_small
 
 TINY = budget.Budget(
@@ -63,6 +68,44 @@ def test_killed_and_continued_gives_every_row(tmp_path: Path, monkeypatch: pytes
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == result
     with pytest.raises(ConfigError, match="another budget or seed"):
         programme.run_thinking(str(tmp_path / "out"), "small", 1, "cpu")
+
+
+def test_a_killed_training_of_an_aligner_gives_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    ids = [np.arange(4 + number % 3) for number in range(6)]
+    states = [torch.randn((len(own), 8), generator=generator) for own in ids]
+    known = thoughts.Thoughts(ids, ["a red ball"] * 6, states, states)
+    lessons = aligners.Lessons(known, states, torch.zeros(6, 4, 2, 2))
+    family: Any = SimpleNamespace(
+        language=SimpleNamespace(model=language_model(), tokenizer=language_tokenizer(), fingerprint="t"),
+        vlm=SimpleNamespace(prompter=SimpleNamespace(text=lambda own: " ".join(WORDS[number] for number in own))),
+        vlm_fingerprint="v", device=torch.device("cpu"),
+    )  # fmt: skip
+    small = replace(TINY, aligner_steps=4)
+    monkeypatch.setattr(aligners, "SAVE_EVERY_S", -1.0)
+    for variant in (aligners.LVLM, aligners.Variant("input tokens", reads="prompt")):
+        whole = aligners.trained_aligner(tmp_path / "whole", variant, family, lessons, small, 0)
+        take = aligners.AlignerTraining.run_step
+
+        def killing(training: Any, take: Any = take) -> float:
+            if training.step == 2:
+                raise _Killed
+            loss: float = take(training)
+            return loss
+
+        with monkeypatch.context() as patched:
+            patched.setattr(aligners.AlignerTraining, "run_step", killing)
+            with pytest.raises(_Killed):
+                aligners.trained_aligner(tmp_path / "killed", variant, family, lessons, small, 0)
+        killed = aligners.trained_aligner(tmp_path / "killed", variant, family, lessons, small, 0)
+        pairs = zip(whole.network.parameters(), killed.network.parameters(), strict=True)
+        assert all(torch.equal(*pair) for pair in pairs)
+        untrained = aligners.Variant("untrained aligner", variant.reads, loss="none")
+        begun = aligners.trained_aligner(tmp_path / "whole", untrained, family, lessons, small, 0)
+        first = zip(begun.network.parameters(), whole.network.parameters(), strict=True)
+        assert not any(torch.equal(*pair) for pair in first), "all of it is trained"
 
 
 def test_a_budget_that_is_none_is_refused(tmp_path: Path) -> None:

@@ -95,6 +95,7 @@ def trained_aligner(
         budget: Steps and batch.
         seed: Of its weights and batches.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     place = folder / f"{variant.slug}-{seed}"
     if place.is_dir():
         return load_aligner(place, family.device)

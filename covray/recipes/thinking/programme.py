@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from dataclasses import asdict
 from functools import partial
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from covray.config import differences
 from covray.errors import ConfigError, one_line
 from covray.io import storage
 from covray.io.device import choose_device
@@ -29,7 +31,7 @@ from covray.recipes.thinking.rows import (
     make_episodes,
 )
 from covray.recipes.thinking.table import table_of
-from covray.recipes.thinking.thoughts import BATCH, Thoughts, kept_thoughts
+from covray.recipes.thinking.thoughts import BATCH, joined, kept_thoughts
 from covray.seeds import seed_of
 from covray.thinking.features import patch_features
 
@@ -95,7 +97,7 @@ def make_lessons(family: Family, folder: Path, budget: Budget, seed: int) -> Les
     training = read_portraits(manifest)["train"]
     latents = PortraitVae(family.folder, family.device).latents(f"{manifest.stem}-train", training.pictures)
     pictures = training.pictures[: budget.captions]
-    whole = Thoughts([], [], [], [])
+    blocks = []
     for start in range(0, len(pictures), _BLOCK):
         part = pictures[start : start + _BLOCK]
 
@@ -106,20 +108,15 @@ def make_lessons(family: Family, folder: Path, budget: Budget, seed: int) -> Les
                 made.append(family.vlm.prompter.prompt([picture], instruction))
             return made
 
-        block = kept_thoughts(folder / f"{start:06d}.safetensors", family.vlm, prompts)
-        for name in ("ids", "texts", "generated", "read"):
-            getattr(whole, name).extend(getattr(block, name))
+        blocks.append(kept_thoughts(folder / f"{start:06d}.safetensors", family.vlm, prompts))
+    whole = joined(blocks)
     kept = [number for number, ids in enumerate(whole.ids) if len(ids) >= 2]  # fewer have no two parts
     if not kept:
         raise ConfigError(f"{family.folder}/vlm: writes no captions; train it for more steps")
     patches = []
     for batch in np.array_split(pictures, max(1, len(pictures) // 64)):
         patches += list(patch_features(family.tower, normed(batch).to(family.device)).cpu())
-    thoughts = Thoughts(
-        [whole.ids[n] for n in kept], [whole.texts[n] for n in kept], [whole.generated[n] for n in kept],
-        [whole.read[n] for n in kept],
-    )  # fmt: skip
-    return Lessons(thoughts, [patches[n] for n in kept], latents[kept])
+    return Lessons(whole.chosen(kept), [patches[number] for number in kept], latents[kept])
 
 
 def _aligner_row(
@@ -145,10 +142,11 @@ def _begin(folder: Path, about: dict[str, Any]) -> None:
         (folder / "nano").mkdir(exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out {folder}: cannot be written ({one_line(error)}); give another folder") from error
-    known = storage.read_json(str(file)) if file.exists() else None
-    values = {key: str(value) for key, value in about.items()}
-    if known is not None and known != values:
-        raise ConfigError(
-            f"--out {folder}: holds a programme of another budget or seed; give the same, or another --out"
-        )
-    storage.write_json(str(file), values)
+    if file.exists():
+        differing = differences(storage.read_json(str(file)), json.loads(json.dumps(about)))
+        if differing:
+            raise ConfigError(
+                f"--out {folder}: holds a programme of another budget or seed ({'; '.join(differing)}); give the same, "
+                "or another --out"
+            )
+    storage.write_json(str(file), about)

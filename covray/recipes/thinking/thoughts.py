@@ -40,6 +40,26 @@ class Thoughts:
     read: list[Tensor]
     """States of the prompt's tokens, float32 [P, width]."""
 
+    def chosen(self, numbers: Sequence[int]) -> Thoughts:
+        """Return those of the given numbers."""
+        return Thoughts(
+            ids=[self.ids[number] for number in numbers],
+            texts=[self.texts[number] for number in numbers],
+            generated=[self.generated[number] for number in numbers],
+            read=[self.read[number] for number in numbers],
+        )
+
+
+def joined(blocks: Sequence[Thoughts]) -> Thoughts:
+    """Return the thoughts of all blocks, in order."""
+    whole = Thoughts([], [], [], [])
+    for block in blocks:
+        whole.ids.extend(block.ids)
+        whole.texts.extend(block.texts)
+        whole.generated.extend(block.generated)
+        whole.read.extend(block.read)
+    return whole
+
 
 def kept_thoughts(file: Path, vlm: LoadedVlm, prompts: Callable[[], Sequence[Prompt]]) -> Thoughts:
     """Return the thoughts of some prompts, from ``file`` if it is there.
