@@ -21,6 +21,10 @@ METRICS_GROUP = "covray.metrics"
 """Metrics of tasks: objects as ``covray.tasks.metrics.TaskMetric``."""
 PAIRS_GROUP = "covray.pairs"
 """Sources of pairs: functions as ``covray.pairs.plugin_sources.PairSource``."""
+PRIORS_GROUP = "covray.priors"
+"""Interpolations between two pictures: objects as ``covray.methods.FrameMaker``."""
+TRACKERS_GROUP = "covray.trackers"
+"""Trackers of experiments: classes as ``covray.distributed.trackers.base.Tracker``."""
 
 _OWN = "covray"
 _covray = import_module(_OWN)  # not by a statement: to import-linter the package is all that its lazy names import
@@ -99,30 +103,34 @@ class Registry(Generic[T]):
         """What was loaded, by name."""
         self._group, self._check, self._name_of = group, check, name_of
         installed = [_installed_entry(point) for point in entry_points(group=group)]
-        self._waiting = [*own, *sorted(installed, key=lambda entry: (entry.package, entry.name))]
-        self._plugins: list[Plugin] = []
+        self._entries = [*own, *sorted(installed, key=lambda entry: (entry.package, entry.name))]
+        self._plugins: dict[int, Plugin] = {}  # what was loaded, by the place of its entry
 
     @property
     def names(self) -> list[str]:
-        """Return the names of all, of those that are not loaded yet the names of their entries."""
-        return list(dict.fromkeys([*self.objects, *(entry.name for entry in self._waiting)]))
+        """Return the names of all that can be used, of those that are not loaded yet the names of their entries."""
+        names = []
+        for place, entry in enumerate(self._entries):
+            plugin = self._plugins.get(place)
+            if plugin is None or not plugin.problem:
+                names.append(entry.name if plugin is None else plugin.name)
+        return list(dict.fromkeys(names))
 
     def load_all(self) -> list[Plugin]:
         """Load what is not loaded yet; return all, also those that cannot be used."""
-        waiting, self._waiting = self._waiting, []
-        for entry in waiting:
-            self._add(entry)
-        return self._plugins
+        for place in range(len(self._entries)):
+            self._load(place)
+        return [self._plugins[place] for place in range(len(self._entries))]
 
     def find(self, name: str) -> T:
         """Return the object called ``name``, loading no other. Raises ConfigError where it cannot be used."""
         if name not in self.objects:
-            for entry in [entry for entry in self._waiting if entry.name == name]:
-                self._waiting.remove(entry)
-                self._add(entry)
+            for place, entry in enumerate(self._entries):
+                if entry.name == name:
+                    self._load(place)
         if name in self.objects:
             return self.objects[name]
-        for plugin in self._plugins:
+        for plugin in self._plugins.values():
             if plugin.name == name:
                 raise ConfigError(f"{name}: the {self.noun} of {plugin.package} {plugin.version} {plugin.problem}")
         raise ConfigError(f"{name}: no such {self.noun}; the known ones are {', '.join(self.names)} (covray plugins)")
@@ -130,13 +138,16 @@ class Registry(Generic[T]):
     def packages(self, names: Iterable[str]) -> dict[str, str]:
         """Return which package each of the loaded ``names`` is of, without covray's own: what a description records."""
         wanted, packages = set(names), {}
-        for plugin in self._plugins:
+        for plugin in self._plugins.values():
             if plugin.name in wanted and not plugin.problem and plugin.package != _OWN:
                 packages[f"{self.noun} {plugin.name}"] = f"{plugin.package} {plugin.version}".strip()
         return packages
 
-    def _add(self, entry: Entry) -> None:
-        """Load an entry, and note it as a plug-in: registered, or with the reason why it is not."""
+    def _load(self, place: int) -> None:
+        """Load an entry once, and note it as a plug-in: registered, or with the reason why it is not."""
+        if place in self._plugins:
+            return
+        entry = self._entries[place]
         name, problem = entry.name, ""
         try:
             loaded = entry.load()
@@ -154,11 +165,11 @@ class Registry(Generic[T]):
                 "%s %s: its %s %s %s; fix or uninstall the package",
                 entry.package, entry.version, self._group, name, problem,
             )  # fmt: skip
-        self._plugins.append(Plugin(self._group, name, entry.target, entry.package, entry.version, problem))
+        self._plugins[place] = Plugin(self._group, name, entry.target, entry.package, entry.version, problem)
 
     def _require_free(self, name: str) -> None:
         """Raise Refused for a name that is taken."""
-        for plugin in self._plugins:
+        for plugin in self._plugins.values():
             if plugin.name == name and name in self.objects:
                 raise Refused(f"has the name of another {self.noun}, {name} of {plugin.package}")
 

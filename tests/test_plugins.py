@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,9 +21,11 @@ from PIL import Image
 from pydantic import ValidationError
 
 import covray.tasks as tasks
-from covray import plugins
-from covray.config import EvaluateConfig
-from covray.errors import ConfigError
+from covray import methods, plugins
+from covray.config import BuildConfig, EvaluateConfig, SentencesConfig
+from covray.distributed.plugin_checks import problem_here, used_plugins
+from covray.distributed.trackers.base import tracker_registry
+from covray.errors import ConfigError, PairError
 from covray.pairs import plugin_sources
 from covray.pairs.manifest import Pair, Picture
 from covray.tasks import metrics as task_metrics
@@ -49,7 +52,7 @@ class Point:
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Plug-ins of a test are forgotten after it."""
-    caches = (plugin_sources.pair_sources, task_metrics.metric_registry)
+    caches = (plugin_sources.pair_sources, task_metrics.metric_registry, methods.frame_makers, tracker_registry)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -228,3 +231,80 @@ def test_an_installed_package_is_listed_and_its_pairs_become_a_manifest(tmp_path
     assert [(row["task"], row["split"], row["image"]["uri"]) for row in rows] == [
         ("low_light", "val", "0.png"), ("low_light", "val", "1.png"),
     ]  # fmt: skip
+
+
+class Fade:
+    """An interpolation: cuts from the picture to the label in the middle."""
+
+    @staticmethod
+    def frames(source: np.ndarray, label: np.ndarray, alphas: Sequence[float]) -> list[np.ndarray]:
+        return [label if alpha > 0.5 else source for alpha in alphas]
+
+
+def test_an_interpolation_is_a_method_of_frames_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, Point("fade", Fade))
+    config = BuildConfig(pairs="p", out="o", methods=("linear", "fade"))
+    assert config.methods == ("fade", "linear")
+    assert SentencesConfig(method="fade").method == "fade"
+    assert methods.frame_makers().packages(config.methods) == {"method fade": "toy 1.0"}
+    black, white = np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 255, np.uint8)
+    made = methods.make_frames("fade", black, white, [0.25, 0.75])
+    assert [int(frame.mean()) for frame in made] == [0, 255]
+    assert [int(frame.mean()) for frame in methods.make_frames("linear", black, white, [0.2])] == [51]
+    for name in ("none", "lineer"):
+        with pytest.raises(
+            ValidationError, match=f"{name}: no such method; the known ones are linear, diffusion, copy, coarse, fade"
+        ):
+            BuildConfig(pairs="p", out="o", methods=(name,))
+
+
+@pytest.mark.parametrize(
+    ("entry", "maker", "problem"),
+    [
+        ("linear", Fade, "has the name of another method, linear of covray"),
+        ("none", Fade, "has the name of chains without frames, none"),
+        ("a/b", Fade, "has a name of other characters"),
+        ("fade", object(), "is no method: it lacks frames"),
+        ("fade", ImportError("no morpher"), r"cannot be loaded (no morpher)"),
+    ],
+)
+def test_an_interpolation_that_cannot_be_used_is_refused(
+    entry: str, maker: object, problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, Point(entry, maker))
+    (plugin,) = added(methods.frame_makers())
+    assert plugin.problem.startswith(problem)
+    assert BuildConfig(pairs="p", out="o").methods == ("diffusion", "linear")
+    if entry == "fade":
+        with pytest.raises(ValidationError, match=f"the method of toy 1.0 {re.escape(problem)}"):
+            BuildConfig(pairs="p", out="o", methods=("fade",))
+
+
+def raise_error(source: object, label: object, alphas: object) -> None:
+    raise ValueError("too dark\nto see")
+
+
+@pytest.mark.parametrize(
+    ("frames", "reason"),
+    [
+        (raise_error, r"fade failed \(too dark to see\)"),
+        (lambda source, label, alphas: [source], "fade returned 1 frames, not 2"),
+        (lambda source, label, alphas: [source / 255] * 2, r"fade returned a frame that is not uint8 \[4, 4, 3\]"),
+    ],
+)
+def test_frames_that_cannot_be_made_reject_their_pair(
+    frames: object, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, Point("fade", SimpleNamespace(frames=frames)))
+    black = np.zeros((4, 4, 3), np.uint8)
+    with pytest.raises(PairError, match=f"^interpolation: {reason}"):
+        methods.make_frames("fade", black, black, [0.25, 0.75])
+
+
+def test_a_node_says_which_plugin_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, Point("fade", Fade))
+    assert used_plugins(["depth"], ["linear"], []) == {}
+    monkeypatch.setattr(plugins, "version", {"toy": "1.0"}.__getitem__)
+    assert problem_here({"method fade": "toy 1.0"}) == ""
+    assert problem_here({"method fade": "toy 2.0"}).startswith("the method fade is of toy 2.0, and toy 1.0")
+    assert problem_here({"task clouds": "toy 1.0"}).startswith("clouds: no such task")

@@ -7,7 +7,7 @@ computes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +19,11 @@ from covray.chains.kept_noise import picture_digest
 from covray.chains.prepare import BuildModels, needs_prior
 from covray.chains.spacing import PROBE_ALPHAS, coarse_label, even_path_alphas
 from covray.config import BuildConfig
+from covray.errors import PairError
 from covray.io.device import resolve_device
 from covray.io.images import square
 from covray.io.pixels import path_ratio, psnr
+from covray.methods import BY_BLOCK, BY_ENGINE, make_frames, mix_pixels
 from covray.models.diffusion.engine import ChainEngine, Interpolation, Request
 from covray.models.diffusion.prior import load_prior, propose_batch
 from covray.models.tokenizer.vqgan import load_tokenizer
@@ -112,9 +114,13 @@ class BlockBuilder:
         if good:
             pairs = self._pairs(prepared.take(good))
             chains = self._interpolate(pairs, stats) if self.engine else None
-            tokens = self._tokens(pairs, chains)
+            made, errors = self._made_frames(pairs)
+            tokens = self._tokens(pairs, chains, made)
+            for number, error in errors.items():
+                rows[good[number]]["error"] = error
             for number, index in enumerate(good):
-                self._fill(rows[index], number, pairs, chains, tokens[number])
+                if number not in errors:
+                    self._fill(rows[index], number, pairs, chains, tokens[number])
         stats.rejected = sum(row["error"] is not None for row in rows)
         return pa.Table.from_pylist(rows, shard_schema(self.config.keep_noise)), stats
 
@@ -146,7 +152,7 @@ class BlockBuilder:
         """Invert every picture once, and denoise every frame once."""
         assert self.engine is not None
         noise = pairs.noise
-        alphas = self._made_at if "diffusion" in self.config.methods else ()
+        alphas = self._made_at if BY_ENGINE in self.config.methods else ()
         requests = [Request(source, label, alphas) for source, label in pairs.ends]
         if self.config.spacing == "path" and alphas:
             probes = self.engine.interpolate(
@@ -170,8 +176,37 @@ class BlockBuilder:
         path = [pairs.images[source], *probes.frames[number], pairs.images[label]]
         return Request(source, label, tuple(even_path_alphas(path, (0.0, *PROBE_ALPHAS, 1.0), self.alphas)))
 
-    def _tokens(self, pairs: _Pairs, chains: Interpolation | None) -> np.ndarray:
+    def _made_frames(self, pairs: _Pairs) -> tuple[list[dict[str, list[np.ndarray]]], dict[int, str]]:
+        """Make the frames of the methods that need no engine.
+
+        Returns:
+            Of each pair its frames by method, uint8 [h, w, 3] each, and the errors of pairs whose frames could not be
+            made, by their place; black frames stand in for theirs.
+        """
+        made: list[dict[str, list[np.ndarray]]] = []
+        errors: dict[int, str] = {}
+        for number, (source, label) in enumerate(pairs.small):
+            by_method = {}
+            for method in self.config.methods:
+                if method in BY_BLOCK:
+                    continue
+                try:
+                    by_method[method] = make_frames(method, source, label, self._made_at)
+                except PairError as error:
+                    errors.setdefault(number, str(error))
+                    by_method[method] = [np.zeros_like(source)] * len(self.alphas)
+            made.append(by_method)
+        return made, errors
+
+    def _tokens(
+        self, pairs: _Pairs, chains: Interpolation | None, made: Sequence[Mapping[str, list[np.ndarray]]]
+    ) -> np.ndarray:
         """Tokenize all pictures of the block together.
+
+        Args:
+            pairs: The good pairs of the block.
+            chains: Frames by the engine.
+            made: The other frames of each pair, by method.
 
         Returns:
             uint16 [pairs, 2 + frames, tokens per image]: of each pair source, label, then frames in ``frame_order``.
@@ -180,8 +215,8 @@ class BlockBuilder:
         for number, ends in enumerate(pairs.small):
             pictures += ends
             for method in self.config.methods:
-                if method == "linear":
-                    pictures += [mix_pixels(*ends, alpha) for alpha in self._made_at]
+                if method in made[number]:
+                    pictures += made[number][method]
                 elif method == "copy":
                     pictures += [ends[0]] * len(self.alphas)
                 elif method == "coarse":
@@ -237,11 +272,6 @@ class BlockBuilder:
         if len(chains.frames[number]):
             quality["diffusion_path"] = path_ratio([ends[0], *chains.frames[number], ends[1]])
         return quality
-
-
-def mix_pixels(source: np.ndarray, label: np.ndarray, alpha: float) -> np.ndarray:
-    """Mix the pixels of two pictures, uint8 [h, w, 3] each, linearly: the paper's baseline."""
-    return np.rint((1 - alpha) * source.astype(np.float64) + alpha * label.astype(np.float64)).astype(np.uint8)
 
 
 def is_checked(pair_id: int, share: float) -> bool:

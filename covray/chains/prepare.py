@@ -15,6 +15,7 @@ from covray.chains.kept_noise import KeptNoise, picture_digest
 from covray.config import BuildConfig
 from covray.errors import PairError
 from covray.io.images import square
+from covray.methods import BY_ENGINE
 from covray.pairs.loading import load_pair
 from covray.pairs.manifest_reading import row_dicts
 from covray.tasks import TASKS
@@ -52,7 +53,7 @@ class BuildModels:
 
 def needs_prior(config: BuildConfig) -> bool:
     """Return whether any frame or kept noise of ``config`` needs diffusion."""
-    frames = "diffusion" in config.methods and bool(union_alphas(config.lengths, config.alphas))
+    frames = BY_ENGINE in config.methods and bool(union_alphas(config.lengths, config.alphas))
     return frames or config.keep_noise
 
 

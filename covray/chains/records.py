@@ -53,6 +53,10 @@ class DatasetRecord(Record):
     """The classes of segmentation (names, numbers, void) as `meta` of the manifest has them; absent without any."""
     appended: list[AppendedPairs] | None = None
     """Later versions of the dataset, the oldest first; absent where nothing was appended. Version 1 is `pairs`."""
+    tracker_runs: dict[str, str] | None = None
+    """The runs in trackers, by tracker; absent without any."""
+    plugins: dict[str, str] | None = None
+    """The plug-ins in use, such as `task matting`, each with package and version; absent without any."""
 
     @property
     def pair_sets(self) -> list[PairSet | None]:

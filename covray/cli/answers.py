@@ -99,6 +99,7 @@ def evaluate(
     temperature: Annotated[float | None, EVALUATE.option("--temperature", "sampling.temperature")] = None,
     best_of: Annotated[int | None, EVALUATE.option("--best-of", "sampling.best_of")] = None,
     vote: Annotated[int | None, EVALUATE.option("--vote", "sampling.vote")] = None,
+    track: Annotated[str | None, EVALUATE.option("--track", "tracking.to", read=words, metavar="NAME,...")] = None,
     tracking_uri: Annotated[str | None, EVALUATE.option("--tracking-uri", "tracking.uri")] = None,
     config: ConfigFile = None,
     sets: Sets = None,

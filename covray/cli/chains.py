@@ -32,6 +32,7 @@ def build(
     append: Annotated[
         bool, typer.Option("--append", help="Add the pairs of a larger manifest to a finished dataset.")
     ] = False,
+    track: Annotated[str | None, BUILD.option("--track", "tracking.to", read=words, metavar="NAME,...")] = None,
     config: ConfigFile = None,
     sets: Sets = None,
     plan: Plan = False,

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin
 import typer
 
 from covray.config import Section
-from covray.config.fields import TaskName
+from covray.config.fields import ChainMethod, FrameMethod, TaskName
 from covray.config.reference import STEPS, all_keys, key_field, key_text
 from covray.config.shipped import shipped_files
 
@@ -21,6 +21,20 @@ def complete_tasks(incomplete: str) -> list[str]:
     from covray.tasks import TASKS  # here: the tasks import SciPy
 
     return _listed(tuple(TASKS), incomplete)
+
+
+def complete_frame_methods(incomplete: str) -> list[str]:
+    """Return what the last of comma-separated ways to make frames can become."""
+    from covray.methods import frame_makers
+
+    return _listed(frame_makers().names, incomplete)
+
+
+def complete_methods(incomplete: str) -> list[str]:
+    """Return what the last of comma-separated methods of chains can become."""
+    from covray.methods import NO_FRAMES, frame_makers
+
+    return _listed((*frame_makers().names, NO_FRAMES), incomplete)
 
 
 def complete_steps_and_files(incomplete: str) -> list[str]:
@@ -45,8 +59,12 @@ def complete_keys(context: typer.Context, incomplete: str) -> list[tuple[str, st
 def completion_of(model: type[Section], key: str) -> Completion | None:
     """Return what completes the values of a dotted key: tasks, or those of a fixed set; None where any value may be."""
     annotation = key_field(model, key).annotation
-    if _has_tasks(annotation):
+    if _has(annotation, TaskName):
         return complete_tasks
+    if _has(annotation, ChainMethod):
+        return complete_methods
+    if _has(annotation, FrameMethod):
+        return complete_frame_methods
     values = tuple(_fixed_values(annotation))
     if not values:
         return None
@@ -57,9 +75,9 @@ def completion_of(model: type[Section], key: str) -> Completion | None:
     return complete
 
 
-def _has_tasks(annotation: Any) -> bool:
-    """Return whether a field holds a task, alone or several."""
-    return annotation == TaskName or any(_has_tasks(part) for part in get_args(annotation))
+def _has(annotation: Any, kind: Any) -> bool:
+    """Return whether a field holds a ``kind`` of value, alone or several."""
+    return annotation == kind or any(_has(part, kind) for part in get_args(annotation))
 
 
 def _fixed_values(annotation: Any) -> Iterator[str]:

@@ -12,14 +12,17 @@ from covray.cli.output import console, escape
 
 
 def plugins(json_: Json = False) -> None:
-    """List tasks, metrics, sources of pairs and labellers, covray's own and those of installed packages."""
+    """List tasks, metrics, sources of pairs, labellers, interpolations and trackers, covray's and installed ones."""
+    from covray.distributed.trackers.base import tracker_registry
+    from covray.methods import frame_makers
     from covray.pairs.labelling.pairs import labellers
     from covray.pairs.plugin_sources import pair_sources
     from covray.tasks import REGISTRY
     from covray.tasks.metrics import metric_registry
 
     found = []
-    for registry in (REGISTRY, metric_registry(), pair_sources(), labellers()):
+    registries = (REGISTRY, metric_registry(), pair_sources(), labellers(), frame_makers(), tracker_registry())
+    for registry in registries:
         found += registry.load_all()
     if json_:
         print(json.dumps([asdict(plugin) for plugin in found]))

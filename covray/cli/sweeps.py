@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from covray.cli.options import ConfigFile, Json, Plan, Sets, StepOptions, TokensPerS, require_speed
+from covray.cli.options import ConfigFile, Json, Plan, Sets, StepOptions, TokensPerS, require_speed, words
 from covray.cli.output import console, print_values
 from covray.cli.results import print_evaluation, print_sweep
 from covray.config import SweepConfig
@@ -22,6 +22,7 @@ def sweep(
     data: Annotated[str | None, SWEEP.option("--data", "data")] = None,
     manifest: Annotated[str | None, SWEEP.option("--manifest", "manifest")] = None,
     concurrency: Annotated[int | None, SWEEP.option("--concurrency", "concurrency")] = None,
+    track: Annotated[str | None, SWEEP.option("--track", "tracking.to", read=words, metavar="NAME,...")] = None,
     tracking_uri: Annotated[str | None, SWEEP.option("--tracking-uri", "tracking.uri")] = None,
     config: ConfigFile = None,
     sets: Sets = None,
@@ -36,7 +37,7 @@ def sweep(
     """
     require_speed(tokens_per_s, plan)
     if resume:
-        if out is None or config or sets or data or manifest or concurrency or tracking_uri:
+        if out is None or config or sets or data or manifest or concurrency or track or tracking_uri:
             raise ConfigError("--resume: takes --out SWEEP alone; the sweep's folder has its configuration")
         from covray.distributed.sweep import resumed
 

@@ -19,6 +19,7 @@ from covray.cli.options import (
     TokensPerS,
     numbers,
     require_speed,
+    words,
 )
 from covray.cli.output import console, escape, print_values
 from covray.config import TrainConfig
@@ -80,6 +81,7 @@ def train(
     epochs: Annotated[float | None, TRAIN.option("--epochs", "optimizer.epochs")] = None,
     steps: Annotated[int | None, TRAIN.option("--steps", "optimizer.steps", min=1)] = None,
     deepspeed: Annotated[str | None, TRAIN.option("--deepspeed", "compute.deepspeed")] = None,
+    track: Annotated[str | None, TRAIN.option("--track", "tracking.to", read=words, metavar="NAME,...")] = None,
     tracking_uri: Annotated[str | None, TRAIN.option("--tracking-uri", "tracking.uri")] = None,
     config: ConfigFile = None,
     sets: Sets = None,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from covray.cli.options import ConfigFile, Json, OutFolder, Sets, StepOptions
+from covray.cli.options import ConfigFile, Json, OutFolder, Sets, StepOptions, words
 from covray.cli.output import console, escape, print_values
 from covray.cli.training import print_losses
 from covray.config.reference import key_text
@@ -33,6 +33,7 @@ def train(
     epochs: Annotated[float | None, TRAIN.option("--epochs", "optimizer.epochs")] = None,
     steps: Annotated[int | None, TRAIN.option("--steps", "optimizer.steps", min=1)] = None,
     deepspeed: Annotated[str | None, TRAIN.option("--deepspeed", "compute.deepspeed")] = None,
+    track: Annotated[str | None, TRAIN.option("--track", "tracking.to", read=words, metavar="NAME,...")] = None,
     tracking_uri: Annotated[str | None, TRAIN.option("--tracking-uri", "tracking.uri")] = None,
     config: ConfigFile = None,
     sets: Sets = None,

@@ -16,6 +16,7 @@ from covray.config.fields import (
     PriorConfig,
     Spacing,
     TokenizerConfig,
+    TrackingConfig,
 )
 from covray.config.section import Section
 
@@ -51,6 +52,7 @@ class BuildConfig(Section):
     """Keep the inverted noise in the shards, so that a later build needs no inversion."""
     noise_from: str | None = None
     """Dataset built with ``keep_noise`` and the same prior; its noise is used for pairs that have the same pixels."""
+    tracking: TrackingConfig = TrackingConfig()
     rows_per_block: int | None = Field(default=None, ge=1, le=100_000)
     """Pairs that an actor takes at a time; a kill loses at most the blocks at work. By default several blocks for every
     actor, of as many pairs as fill its batches, and of at most 64."""
@@ -83,15 +85,19 @@ class BuildConfig(Section):
 
     @model_serializer(mode="wrap")
     def _leave_out_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out even spacing, so that identities made before there was another stay the same."""
+        """Leave out even spacing and no tracking, so that files made before there was another stay the same."""
         values: dict[str, Any] = handler(self)
         if values.get("spacing") == "even":
             del values["spacing"]
+        if self.tracking == TrackingConfig():
+            values.pop("tracking", None)
         return values
 
     def identity(self) -> dict[str, Any]:
         """What decides the tokens of a pair; a resume must agree in all of it."""
-        return self.model_dump(mode="json", exclude={"out", "pairs", "actors", "rows_per_block", "noise_from"})
+        return self.model_dump(
+            mode="json", exclude={"out", "pairs", "actors", "rows_per_block", "noise_from", "tracking"}
+        )
 
 
 def with_solver(identity: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from covray.config.section import Section
+from covray.errors import ConfigError
 
 
 def _known_task(name: str) -> str:
@@ -31,9 +32,32 @@ def _known_metric(name: str) -> str:
 
 AddedMetric = Annotated[str, AfterValidator(_known_metric)]
 """A metric, ``task/name``, that another package adds to a task."""
-FrameMethod = Literal["linear", "diffusion", "copy", "coarse"]
-"""A method that makes frames; ``copy`` and ``coarse`` are controls."""
-ChainMethod = Literal["none", "linear", "diffusion", "copy", "coarse"]
+
+
+def _known_frame_method(name: str) -> str:
+    """Return ``name`` if frames can be made so. Raises ValueError."""
+    from covray.methods import frame_makers
+
+    try:
+        frame_makers().find(name)
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
+    return name
+
+
+def _known_method(name: str) -> str:
+    """Return ``name`` if it is a method of chains. Raises ValueError."""
+    from covray.methods import NO_FRAMES, frame_makers
+
+    known = [NO_FRAMES, *frame_makers().names]
+    if name not in known:
+        raise ValueError(f"no such method; the methods are {', '.join(known)}")
+    return name
+
+
+FrameMethod = Annotated[str, AfterValidator(_known_frame_method)]
+"""A method of ``covray.methods`` that makes frames, covray's own or installed; ``copy`` and ``coarse`` are controls."""
+ChainMethod = Annotated[str, AfterValidator(_known_method)]
 """How a chain's frames are made; ``none`` leaves them out."""
 Length = Annotated[int, Field(ge=2, le=64)]
 """Pictures of a chain, both ends counted."""
@@ -142,8 +166,8 @@ class EngineConfig(Section):
     threads: int = Field(default=1, ge=1, le=256)
     """CPU threads of one actor. Results are bit-identical only with one thread: with more, a picture's position in the
     batch can change its last bits. Use more actors instead."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """``auto`` takes the GPU if there is one."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """``auto`` takes an NVIDIA or AMD GPU if there is one. ``mps`` is a Mac's GPU: it has not been run."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of the networks; latents stay float32. ``auto``: bfloat16 on a GPU, float32 on a CPU."""
     compile: bool = False
@@ -295,13 +319,16 @@ class SamplingConfig(Section):
 
 
 class TrackingConfig(Section):
-    """What is logged to MLflow."""
+    """What is logged, and where."""
 
+    to: tuple[str, ...] | None = None
+    """Trackers: ``mlflow``, ``tensorboard``, ``wandb``, ``trackio``, or those of installed packages. Null: MLflow, and
+    for a build none, unless ``uri`` is given."""
     uri: str | None = None
     """MLflow server or ``sqlite:///`` file; by default ``mlflow.db`` beside the folder that is written. ``none``: no
     MLflow."""
     experiment: str = "covray"
-    """MLflow experiment."""
+    """MLflow experiment; project of Weights & Biases and of Trackio."""
     log_every_steps: int = Field(default=1, ge=1)
     """Steps between two logged values."""
     parent_run_id: str | None = None

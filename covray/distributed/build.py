@@ -29,6 +29,8 @@ from covray.chains.records import Audit, DatasetRecord
 from covray.chains.spacing import PROBES
 from covray.config import BuildConfig
 from covray.config.build import solver_text, with_solver
+from covray.distributed.metrics import DATASET_PAIRS, PAIRS, Recorder
+from covray.distributed.plugin_checks import require_on_nodes, used_plugins
 from covray.distributed.pool import (
     TASK_CPUS,
     RowsIn,
@@ -45,9 +47,10 @@ from covray.distributed.pool import (
     pool_of,
 )
 from covray.distributed.prepare import prepare
-from covray.distributed.progress import BlockReport, PoolUsage, start_progress_actor
+from covray.distributed.progress import BlockReport, PoolUsage, rows_by_task, start_progress_actor
 from covray.distributed.resumable import Output
 from covray.distributed.session import ray_session
+from covray.distributed.trackers.base import require_trackers
 from covray.distributed.versions import (
     Version,
     asked_before,
@@ -61,6 +64,7 @@ from covray.distributed.versions import (
 from covray.errors import DatasetError
 from covray.io import storage
 from covray.pairs.manifest_reading import ManifestInfo, check_manifest
+from covray.plugins import require_packages
 from covray.progress import stage
 
 if TYPE_CHECKING:
@@ -92,6 +96,7 @@ def plan_build(config: BuildConfig, append: bool = False) -> Plan:
     Raises:
         CovrayError: A manifest, model folder, configuration or output folder cannot be used.
     """
+    _require_packages(config.out)
     config = config.model_copy(update={"pairs": absolute(config.pairs)})
     info = check_manifest(config.pairs)
     output = Output(config.out, DatasetRecord, "covray build", result=Audit.FILE)
@@ -140,6 +145,7 @@ def build(config: BuildConfig, patience_s: float = 0.0, append: bool = False) ->
     """
     # A relative path means nothing in a worker's folder, nor to a later command in another folder.
     config = config.model_copy(update={"pairs": absolute(config.pairs)})
+    _require_packages(config.out)
     with stage(f"reading {config.pairs}"):
         info = check_manifest(config.pairs)
     # A finished dataset is only read; one that grows is locked like one that is begun.
@@ -156,7 +162,8 @@ def build(config: BuildConfig, patience_s: float = 0.0, append: bool = False) ->
             return Audit.read(output.folder).of_version(version.number)
         if version.is_new:
             assert output.begun is not None
-            version = replace(version, record=with_version(config, output.begun, info))
+            version = replace(version, record=_with_plugins(with_version(config, output.begun, info), config, info))
+        require_trackers(config)
         with ray_session() as cores:
             audit = _build(config, info, classes, output, version, cores)
     return audit
@@ -171,33 +178,71 @@ def _build(
     cores: int,
 ) -> Audit:
     """Build a version in a Ray session with ``cores`` cores."""
+    require_on_nodes(_plugins(config, info))
     gpus = gpus_of(config.actors, config.engine)
     with stage("loading the models, to check them"):
         config, models = _load_once(config, gpus)
     config = _with_block_size(config, info.rows, most_actors(config.actors, config.engine, cores, gpus))
-    if output.begun is None:
-        _description(config, info, models, classes).write(output.folder)
-    else:
+    record = version.record or output.begun or _description(config, info, models, classes)
+    if output.begun is not None:
         output.require_same(output.begun.identity, config.identity())
         output.require_same(output.begun.fingerprints, models.fingerprints)
-        if version.record is not None:
-            version.record.write(output.folder)
-        commit_again(output.folder, "pair_id", lambda: _written_ids(config.out, version.number))
+    with output.tracked(config, record) as (tracker, _):
+        if output.begun is not None:
+            commit_again(output.folder, "pair_id", lambda: _written_ids(config.out, version.number))
+        audit = _write_version(config, info, models, version, cores)
+        _record(config.out, audit)
+        tracker.log(0, _figures(audit))
+        tracker.artefacts(config.out, (DatasetRecord.FILE, Audit.FILE))
+    # By us and not by Ray Data at its success: a kill before the audit would else start the build afresh.
+    delete_checkpoint(output.folder)
+    return audit
+
+
+def _write_version(config: BuildConfig, info: ManifestInfo, models: BuildModels, version: Version, cores: int) -> Audit:
+    """Compute and write what a version lacks, and audit it; return the audit, as it is written.
+
+    Args:
+        config: Resolved.
+        info: The manifest.
+        models: What the actors must load.
+        version: What is written.
+        cores: Cores of the cluster.
+    """
+    folder = storage.Folder(config.out)
     noise = KeptNoise.of(config.noise_from, config, models.fingerprints["prior"]) if config.noise_from else None
     started = time.monotonic()
-    pool = pool_of(config.actors, config.engine, cores, gpus)
+    pool = pool_of(config.actors, config.engine, cores, gpus_of(config.actors, config.engine))
     usage, before = _run(config, info, models, noise, pool, version)
     seconds = round(time.monotonic() - started, 1)
     with stage("counting what was written"):
         audit = audit_dataset(config.out, info.pair_ids, info.per_task, version.number)
     figures = asdict(usage) | {"seconds": seconds, "rows_of_earlier_runs": before}
     if version.number > 1:
-        figures["versions"] = [*earlier_counts(output.folder, version.number), audit.counts()]
+        figures["versions"] = [*earlier_counts(folder, version.number), audit.counts()]
     audit = audit.model_copy(update=figures)
-    audit.write(output.folder)
-    # By us and not by Ray Data at its success: a kill before the audit would else start the build afresh.
-    delete_checkpoint(output.folder)
+    audit.write(folder)
     return audit
+
+
+def _record(out: str, audit: Audit) -> None:
+    """Set the gauges of a finished dataset."""
+    recorder = Recorder(out)
+    for task, counts in audit.per_task.items():
+        for status in ("written", "rejected"):
+            recorder.set(DATASET_PAIRS, getattr(counts, status), task=task, status=status)
+
+
+def _figures(audit: Audit) -> dict[str, float | None]:
+    """Return the figures of an audit, those of a task as ``task/figure``, for trackers."""
+    figures: dict[str, float | None] = {}
+    for name, value in audit.to_json().items():
+        if isinstance(value, int | float) and name != "version":
+            figures[name] = value
+    for task, counts in audit.per_task.items():
+        for name in ("asked", "written", "rejected"):
+            figures[f"{task}/{name}"] = getattr(counts, name)
+    return figures
 
 
 def _written_ids(out: str, version: int) -> pa.ChunkedArray:
@@ -230,7 +275,7 @@ def _run(
     Returns:
         How the actors spent their time, and the rows that earlier runs had written.
     """
-    progress = start_progress_actor()
+    progress = start_progress_actor(config.out, PAIRS)
     shared = {"config": config, "models": models}
 
     def chains(blocks: Dataset) -> Dataset:
@@ -257,7 +302,7 @@ def _run(
         total=info.rows,
         unit="pairs",
     )
-    schema = shard_schema(config.keep_noise).with_metadata(_file_metadata(config, models))
+    schema = shard_schema(config.keep_noise).with_metadata(_file_metadata(config, models, _plugins(config, info)))
     rows_out = RowsOut(storage.Folder(config.out), shard_folder(version.number), schema, partition="task")
     assert config.rows_per_block is not None
     with one_line_errors(config.out, "build"):
@@ -283,9 +328,8 @@ class ChainActor:
         """Return the shard rows of a prepared block."""
         started = time.time()
         rows, stats = self.builder.build(prepared)
-        self.progress.report.remote(
-            BlockReport(self.name, started, time.time(), stats.rows, stats.rejected, stats.evaluations, stats.padded)
-        )
+        counts = (stats.rows, stats.rejected, stats.evaluations, stats.padded)
+        self.progress.report.remote(BlockReport(self.name, started, time.time(), *counts, rows_by_task(rows)))
         return rows
 
 
@@ -343,7 +387,26 @@ def _description(
         codes=models.codes,
         pairs=pair_set(info),
     )
-    return record if classes is None else record.model_copy(update={"classes": classes})
+    described = record if classes is None else record.model_copy(update={"classes": classes})
+    return _with_plugins(described, config, info)
+
+
+def _plugins(config: BuildConfig, info: ManifestInfo) -> dict[str, str]:
+    """Return the plug-ins that the build uses, each with package and version."""
+    return used_plugins(info.per_task, config.methods)
+
+
+def _with_plugins(record: DatasetRecord, config: BuildConfig, info: ManifestInfo) -> DatasetRecord:
+    """Return a description with the plug-ins in use; without any the key is absent, as in files of earlier versions."""
+    plugins = (record.plugins or {}) | _plugins(config, info)
+    return record.model_copy(update={"plugins": plugins}) if plugins else record
+
+
+def _require_packages(out: str) -> None:
+    """Refuse a dataset begun with plug-ins that are not installed, before the manifest's tasks are unknown."""
+    begun = DatasetRecord.read_if_present(out)
+    if begun is not None:
+        require_packages(begun.plugins, out)
 
 
 def _require_same_identity(config: BuildConfig, begun: DatasetRecord, output: Output[DatasetRecord]) -> None:
@@ -360,8 +423,11 @@ def _as_recorded(config: BuildConfig, begun: DatasetRecord) -> BuildConfig:
     return config.model_copy(update=update)
 
 
-def _file_metadata(config: BuildConfig, models: BuildModels) -> dict[str, str]:
+def _file_metadata(config: BuildConfig, models: BuildModels, plugins: dict[str, str]) -> dict[str, str]:
     """Return what every shard says of itself, should it be separated from its folder."""
-    return {
-        "covray": json.dumps({"version": 1, "identity": config.identity(), "fingerprints": models.fingerprints}),
-    }
+    described: dict[str, Any] = {
+        "version": 1, "identity": config.identity(), "fingerprints": models.fingerprints,
+    }  # fmt: skip
+    if plugins:
+        described["plugins"] = plugins
+    return {"covray": json.dumps(described)}

@@ -26,6 +26,8 @@ from ray.data import Dataset
 from covray.chains.compatibility import require_same_tokens
 from covray.chains.dataset import ChainDataset
 from covray.config import BuildConfig, EvaluateConfig, load_config, named_run
+from covray.distributed.metrics import EPISODES
+from covray.distributed.plugin_checks import require_on_nodes, used_plugins
 from covray.distributed.pool import (
     CHECKPOINT,
     RowsIn,
@@ -40,10 +42,11 @@ from covray.distributed.pool import (
     one_line_errors,
     pool_of,
 )
-from covray.distributed.progress import BlockReport, start_progress_actor
-from covray.distributed.resumable import Output
+from covray.distributed.progress import BlockReport, rows_by_task, start_progress_actor
+from covray.distributed.resumable import Output, run_ids
 from covray.distributed.session import ray_session
-from covray.distributed.tracking import Tracker
+from covray.distributed.trackers.base import require_trackers
+from covray.distributed.trackers.together import RunTrackers
 from covray.errors import ConfigError, DatasetError
 from covray.evaluation.answers import EPISODE_SCHEMA, RESULT_SCHEMA
 from covray.evaluation.lpips import find_alexnet, load_lpips
@@ -55,6 +58,7 @@ from covray.evaluation.subjects import Subject, adapter_weights, subjects_of
 from covray.io import storage
 from covray.io.storage import Folder
 from covray.models.tokenizer.vqgan import load_tokenizer
+from covray.plugins import require_packages
 from covray.progress import stage
 from covray.report.evaluation import Strip, write_evaluation_page
 from covray.seeds import seed_of
@@ -80,6 +84,8 @@ def evaluate(config: EvaluateConfig, patience_s: float = 0.0) -> EvaluationResul
     """
     config = _absolute(config)
     with Output(config.out, EvaluationRecord, "covray evaluate", result=RESULTS, patience_s=patience_s) as output:
+        if output.begun is not None:
+            require_packages(output.begun.plugins, config.out)
         with stage("reading the dataset, the runs and the manifest"):
             work = _prepare(config)
         begun = output.begun
@@ -88,7 +94,9 @@ def evaluate(config: EvaluateConfig, patience_s: float = 0.0) -> EvaluationResul
             output.require_same(begun.fingerprints, work.fingerprints)
             if output.finished:
                 return _finished(work.config, output.folder, begun)
+        require_trackers(work.config)
         with ray_session() as cores, one_line_errors(config.out, "evaluation"):
+            require_on_nodes(_plugins(work.config))
             gpus = gpus_of(config.actors, config.engine)
             with stage("loading the tokenizer, to check it"):
                 _load_once(work.config, gpus)
@@ -137,6 +145,9 @@ def _evaluate(work: _Work, output: Output[EvaluationRecord], pool: dict[str, Any
         subjects=[subject.as_json() for subject in work.subjects],
         mlflow_run_id=None if output.begun is None else output.begun.mlflow_run_id,
     )
+    plugins = _plugins(config)
+    if plugins:  # else the key is absent, as in the files of earlier versions
+        record = record.model_copy(update={"plugins": plugins})
     with output.tracked(config, record) as (tracker, record):
         with stage("writing the list of episodes"):
             for name, pairs in ((_QUERIES, work.queries), (_EXAMPLES, work.examples)):
@@ -163,7 +174,7 @@ def _finished(config: EvaluateConfig, folder: Folder, record: EvaluationRecord) 
     """Return the results of a finished evaluation, and log them where it was killed before MLflow had all of them."""
     results = EvaluationResults.read(folder)
     if folder.exists(CHECKPOINT):
-        tracker = Tracker(config, record.mlflow_run_id, "covray evaluate")
+        tracker = RunTrackers(config, run_ids(record), "covray evaluate")
         tracker.start()
         _track(tracker, config, results)
         tracker.finish("FINISHED")
@@ -187,14 +198,16 @@ class EpisodeActor:
         started = time.time()
         rows = self.runner.run(episodes)
         failed = len(rows) - rows["error"].null_count
-        self.progress.report.remote(BlockReport(self.name, started, time.time(), len(rows), failed))
+        self.progress.report.remote(
+            BlockReport(self.name, started, time.time(), len(rows), failed, by_task=rows_by_task(rows))
+        )
         return rows
 
 
 def _run(work: _Work, folder: Folder, pool: dict[str, Any]) -> EvaluationTable:
     """Answer and score every episode that the checkpoint does not have; return the table of all."""
     config = work.config
-    progress = start_progress_actor()
+    progress = start_progress_actor(config.out, EPISODES)
 
     def answers(blocks: Dataset) -> Dataset:
         return blocks.map_batches(
@@ -310,13 +323,18 @@ def _runner(config: EvaluateConfig, subjects: Sequence[Subject]) -> Runner:
     return Runner(config, subjects, folder.join(_QUERIES), folder.join(_EXAMPLES))
 
 
-def _track(tracker: Tracker, config: EvaluateConfig, results: EvaluationResults) -> None:
+def _track(tracker: RunTrackers, config: EvaluateConfig, results: EvaluationResults) -> None:
     """Log figures and files to MLflow; figures that it has already stay as they are."""
     tracker.log(0, {_metric(score): score.mean for score in results.scores})
     tracker.artefacts(config.out, (RESULTS, TABLE, PAGE))
 
 
 # --- before anything expensive ---------------------------------------------------------------------------------------
+
+
+def _plugins(config: EvaluateConfig) -> dict[str, str]:
+    """Return the plug-ins that the evaluation uses, each with package and version."""
+    return used_plugins(config.tasks or (), metrics=config.metrics)
 
 
 def _absolute(config: EvaluateConfig) -> EvaluateConfig:
@@ -347,6 +365,7 @@ def _without_places(identity: Mapping[str, Any]) -> dict[str, Any]:
 def _prepare(config: EvaluateConfig) -> _Work:
     """Check all that can be wrong with the data and the runs, and list the episodes. Raises CovrayError."""
     dataset = ChainDataset(config.data)
+    require_packages(dataset.record.plugins, config.data)
     config = _resolve(config, dataset)
     subjects = subjects_of(config, dataset)
     fingerprints = _fingerprints(dataset, subjects)

@@ -37,9 +37,9 @@ from covray.distributed.pool import (
     pool_of,
 )
 from covray.distributed.progress import BlockReport, start_progress_actor
-from covray.distributed.resumable import Output
+from covray.distributed.resumable import Output, run_ids
 from covray.distributed.session import ray_session
-from covray.distributed.tracking import Tracker
+from covray.distributed.trackers.together import RunTrackers
 from covray.errors import DatasetError
 from covray.evaluation.records import VlmEvaluationRecord
 from covray.evaluation.vision_text import (
@@ -147,7 +147,7 @@ def _finished(config: VlmEvaluateConfig, output: Output[VlmEvaluationRecord]) ->
     results = dict(folder.read_json(RESULTS_FILE))
     if record is not None and folder.exists(CHECKPOINT):
         absolute_config = _absolute(config)
-        tracker = Tracker(absolute_config, record.mlflow_run_id, "covray vlm evaluate")
+        tracker = RunTrackers(absolute_config, run_ids(record), "covray vlm evaluate")
         tracker.start()
         _track(tracker, absolute_config, results)
         tracker.finish("FINISHED")
@@ -235,7 +235,7 @@ def _parquet_bytes(table: pa.Table) -> bytes:
     return data
 
 
-def _track(tracker: Tracker, config: VlmEvaluateConfig, results: dict[str, Any]) -> None:
+def _track(tracker: RunTrackers, config: VlmEvaluateConfig, results: dict[str, Any]) -> None:
     """Log figures and files to MLflow."""
     figures = {}
     for name, value in results.items():

@@ -207,7 +207,7 @@ def gpus_of(actors: ActorsConfig, engine: EngineConfig) -> float:
     """Return the GPUs of one actor."""
     if actors.gpus is not None:
         return actors.gpus
-    return 1.0 if engine.device != "cpu" and ray.cluster_resources().get("GPU", 0) else 0.0
+    return 1.0 if engine.device in ("auto", "cuda") and ray.cluster_resources().get("GPU", 0) else 0.0
 
 
 def most_actors(actors: ActorsConfig, engine: EngineConfig, cores: int, gpus: float) -> int:

@@ -6,15 +6,18 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
+import pyarrow as pa
 import ray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
+from covray.distributed.metrics import ACTORS, BUSY_SECONDS, UNET_EVALUATIONS, MetricKind, Recorder
 from covray.distributed.session import here
 from covray.progress import own_display, time_left
 
@@ -39,6 +42,16 @@ class BlockReport:
     """Forward passes of the UNet, counted by picture."""
     padded: int = 0
     """Further passes that only filled batches."""
+    by_task: Mapping[tuple[str, bool], int] = field(default_factory=dict)
+    """Rows by task, and by whether they were rejected."""
+
+
+def rows_by_task(rows: pa.Table) -> dict[tuple[str, bool], int]:
+    """Count rows with the columns ``task`` and ``error`` for a ``BlockReport``."""
+    counts: Counter[tuple[str, bool]] = Counter()
+    for task, error in zip(rows["task"].to_pylist(), rows["error"].to_pylist(), strict=True):
+        counts[task, error is not None] += 1
+    return dict(counts)
 
 
 @dataclass(frozen=True)
@@ -67,10 +80,17 @@ class PoolUsage:
 
 
 class ProgressActor:
-    """Adds up what the actors of a pool report."""
+    """Adds up what the actors of a pool report, for the driver and for Prometheus."""
 
-    def __init__(self) -> None:
-        """Begin with nothing; the time until the first block counts from now."""
+    def __init__(self, out: str | None = None, rows: MetricKind | None = None) -> None:
+        """Begin with nothing; the time until the first block counts from now.
+
+        Args:
+            out: The folder of the command.
+            rows: The counter of its rows; None records no metrics.
+        """
+        self._rows = rows
+        self._recorder = Recorder(out)
         self.created = time.time()
         self.reports: dict[str, list[BlockReport]] = {}
         self.ready: set[str] = set()
@@ -78,10 +98,18 @@ class ProgressActor:
     def join(self, actor: str) -> None:
         """Note that ``actor`` has loaded its models and takes blocks; its first may take minutes."""
         self.ready.add(actor)
+        if self._rows is not None:
+            self._recorder.set(ACTORS, len(self.ready))
 
     def report(self, block: BlockReport) -> None:
         """Note a block that was computed."""
         self.reports.setdefault(block.actor, []).append(block)
+        if self._rows is None:
+            return
+        for (task, rejected), rows in block.by_task.items():
+            self._recorder.add(self._rows, rows, task=task, status="rejected" if rejected else "written")
+        self._recorder.add(UNET_EVALUATIONS, block.evaluations)
+        self._recorder.add(BUSY_SECONDS, block.finished - block.started)
 
     def counts(self) -> PoolCounts:
         """Return what was done so far."""
@@ -137,9 +165,9 @@ class ProgressActor:
         return max(0.0, sum(loads) / len(loads))
 
 
-def start_progress_actor() -> Any:
+def start_progress_actor(out: str | None = None, rows: MetricKind | None = None) -> Any:
     """Start a ``ProgressActor`` on the driver's node, for the actors of a pool to report to; return its handle."""
-    return ray.remote(num_cpus=0)(ProgressActor).options(scheduling_strategy=here()).remote()
+    return ray.remote(num_cpus=0)(ProgressActor).options(scheduling_strategy=here()).remote(out, rows)
 
 
 class PoolProgress:

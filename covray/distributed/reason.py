@@ -37,7 +37,7 @@ from covray.distributed.pool import (
 from covray.distributed.progress import BlockReport, start_progress_actor
 from covray.distributed.resumable import Output
 from covray.distributed.session import ray_session
-from covray.distributed.tracking import store_of
+from covray.distributed.trackers.base import require_trackers
 from covray.errors import DatasetError
 from covray.io.storage import Folder
 from covray.progress import stage
@@ -78,7 +78,7 @@ def evaluate_reasoning(config: ThinkEvaluateConfig) -> ReasoningResults:
         with stage("checking models and episodes"):
             fingerprints = require_reasoning(config)
             episodes = list_episodes(config, open_world(config))
-            store_of(config)
+            require_trackers(config)
         begun = output.begun
         if begun is not None:
             output.require_same(begun.identity, config.identity())

@@ -9,14 +9,15 @@ of the description in step with how the command ends.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Generic, Literal, Protocol, Self, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 from covray.config import differences
 from covray.distributed.lock import PREFIX, FolderLock
-from covray.distributed.tracking import Tracked, Tracker
+from covray.distributed.trackers.base import MLFLOW, Status, Tracked, trackers_of
+from covray.distributed.trackers.together import RunTrackers
 from covray.errors import DatasetError
 from covray.io import storage
 from covray.io.records import Record
@@ -27,11 +28,11 @@ R = TypeVar("R", bound=Record)
 
 
 class TrackedRecord(Protocol):
-    """A description that names an MLflow run."""
+    """A description that names the runs in trackers; the MLflow run as ``mlflow_run_id``, if it has the field."""
 
     @property
-    def mlflow_run_id(self) -> str | None:
-        """Return the id of the run; None without tracking."""
+    def tracker_runs(self) -> dict[str, str] | None:
+        """Return the ids of the runs by tracker; None without any."""
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         """Return a copy with changed fields."""
@@ -41,6 +42,26 @@ class TrackedRecord(Protocol):
 
 
 T = TypeVar("T", bound=TrackedRecord)
+
+
+def run_ids(record: TrackedRecord) -> dict[str, str | None]:
+    """Return the ids of the runs that a description names, by tracker."""
+    return {MLFLOW: getattr(record, "mlflow_run_id", None)} | (record.tracker_runs or {})
+
+
+def _with_run_ids(record: T, started: Mapping[str, str]) -> T:
+    """Return a description with the ids of the runs that were ``started``, each where its format has it."""
+    others = dict(started)
+    update: dict[str, Any] = {}
+    if hasattr(record, "mlflow_run_id"):
+        update["mlflow_run_id"] = others.pop(MLFLOW, None)
+    if others:  # else the key is absent, as in the files of earlier versions
+        update["tracker_runs"] = others
+    return record.model_copy(update=update)
+
+
+def _listed(trackers: Sequence[str]) -> str:
+    return ", ".join(trackers).replace(MLFLOW, "MLflow") or "no tracker"
 
 
 class Output(Generic[R]):
@@ -129,26 +150,29 @@ class Output(Generic[R]):
             )
 
     @contextmanager
-    def tracked(self, config: Tracked, record: T) -> Iterator[tuple[Tracker, T]]:
-        """Write the description, and open the MLflow run that it names for the length of the block.
+    def tracked(self, config: Tracked, record: T) -> Iterator[tuple[RunTrackers, T]]:
+        """Write the description, and open the runs in trackers that it names for the length of the block.
 
         Args:
-            config: The resolved configuration, which says where MLflow is.
-            record: The description. A new MLflow run is begun where it names none.
+            config: The resolved configuration, which says what tracks the command.
+            record: The description. New runs are begun where it names none.
 
         Yields:
-            The tracker, and the description with the id of the run.
+            The trackers, and the description with the ids of the runs.
 
         Raises:
             ConfigError: MLflow does not answer.
         """
+        earlier = getattr(self.begun, "tracker_runs", None)
+        if earlier is not None:
+            record = record.model_copy(update={"tracker_runs": earlier})
         # Written twice: what has begun must be continued even when MLflow does not answer now.
         record.write(self.folder)
-        with stage("opening the run in MLflow"):
-            tracker = Tracker(config, record.mlflow_run_id, self._command)
-            record = record.model_copy(update={"mlflow_run_id": tracker.start()})
+        tracker = RunTrackers(config, run_ids(record), self._command)
+        with stage(f"opening the run in {_listed(trackers_of(config))}"):
+            record = _with_run_ids(record, tracker.start())
         record.write(self.folder)
-        status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
+        status: Status = "FAILED"
         try:
             yield tracker, record
             status = "FINISHED"

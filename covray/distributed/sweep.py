@@ -18,7 +18,7 @@ from covray.distributed.pool import absolute, one_line_errors
 from covray.distributed.resumable import Output
 from covray.distributed.session import ray_session
 from covray.distributed.sweep_checks import absolute_paths
-from covray.distributed.tracking import Tracker
+from covray.distributed.trackers.together import RunTrackers
 from covray.distributed.trials import Session, read_trial, run_trials
 from covray.errors import ConfigError
 from covray.evaluation.records import EvaluationResults, SubjectEntry, SubjectScore, TaskSummary
@@ -172,7 +172,7 @@ def _score(score: SubjectScore) -> TrialScore:
     return TrialScore.model_validate(score.model_dump(exclude={"subject"}))
 
 
-def _track(tracker: Tracker, config: SweepConfig, results: Mapping[str, Any]) -> None:
+def _track(tracker: RunTrackers, config: SweepConfig, results: Mapping[str, Any]) -> None:
     """Log the claims' figures and the files to MLflow."""
     gains = {}
     for claim in results["claims"]:

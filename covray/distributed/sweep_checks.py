@@ -7,7 +7,7 @@ from typing import Any
 from covray.chains.model_checks import require_models
 from covray.config import SweepConfig
 from covray.distributed.resumable import Output
-from covray.distributed.tracking import store_of
+from covray.distributed.trackers.base import require_trackers
 from covray.io import storage
 from covray.sweeps.grid import grid_of
 from covray.sweeps.plan import SweepPlan, plan_sweep
@@ -35,7 +35,7 @@ def plan_checked_sweep(config: SweepConfig, tokens_per_s: float | None = None) -
         require_models(grid.build)
     for settings in {trial.train.compute.deepspeed for trial in grid.trials} - {"auto", "none"}:
         check_settings(settings)
-    store_of(config)
+    require_trackers(config)
     return plan_sweep(config, tokens_per_s)
 
 

@@ -16,14 +16,13 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 
-from covray.config import EvaluateConfig, SweepConfig, TrainConfig, leaves
-from covray.config.think import ThinkEvaluateConfig, ThinkTrainConfig
-from covray.config.vlm import VlmEvaluateConfig, VlmTrainConfig
+from covray.config import leaves
+from covray.distributed.trackers.base import Status, Tracked
 from covray.distributed.tracking_file import (
     ARTEFACTS,
     STORE_FILE,
@@ -57,19 +56,9 @@ _ENVIRONMENT = {
 _FOLDER_TAG = "covray.folder"
 """The tag of a run that tells which folder it belongs to."""
 
-Tracked = (
-    TrainConfig
-    | EvaluateConfig
-    | SweepConfig
-    | VlmTrainConfig
-    | VlmEvaluateConfig
-    | ThinkTrainConfig
-    | ThinkEvaluateConfig
-)
 
-
-class Tracker:
-    """The MLflow run of a command.
+class MlflowTracker:
+    """The MLflow run of a command: the tracker that commands have by default.
 
     Metrics that the run already has, by name and step, are not logged again, so that after a restart all metrics may be
     handed over. With ``tracking.uri`` "none" every method does nothing.
@@ -155,7 +144,7 @@ class Tracker:
             except _errors() as error:
                 self._warn(f"files of {folder} could not be copied there ({_line(error)})")
 
-    def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> bool:
+    def finish(self, status: Status) -> bool:
         """Log the values that are left, and close the run; return whether the store has them all."""
         if self._client is None:
             return True

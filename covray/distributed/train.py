@@ -29,7 +29,7 @@ from covray.distributed.control import ControlActor
 from covray.distributed.interrupts import GracefulStop
 from covray.distributed.pool import on
 from covray.distributed.session import here, ray_session
-from covray.distributed.tracking import Tracker
+from covray.distributed.trackers.together import RunTrackers
 from covray.distributed.train_checks import absolute_paths, binding_record, check, open_run
 from covray.distributed.train_progress import TrainProgress
 from covray.distributed.worker_entry import WorkerSettings, work
@@ -91,14 +91,14 @@ def train(config: TrainConfig, watch: Callable[[Metrics], None] | None = None, p
 
 
 def run_workers(
-    config: AnyTrainConfig, folder: Folder, tracker: Tracker, watch: Callable[[Metrics], None] | None
+    config: AnyTrainConfig, folder: Folder, tracker: RunTrackers, watch: Callable[[Metrics], None] | None
 ) -> TrainResult:
     """Start the workers of a training and follow them to the end.
 
     Args:
         config: The configuration, without an ``auto``.
         folder: The run folder, which the driver has locked.
-        tracker: The MLflow run.
+        tracker: The run in its trackers.
         watch: Called with every record of ``metrics.jsonl``.
 
     Raises:

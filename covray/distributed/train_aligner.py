@@ -16,7 +16,7 @@ from covray.distributed.features import absolute_model
 from covray.distributed.pool import absolute
 from covray.distributed.resumable import Output
 from covray.distributed.session import ray_session
-from covray.distributed.tracking import store_of
+from covray.distributed.trackers.base import require_trackers
 from covray.distributed.train import resolve_compute, run_workers
 from covray.errors import ConfigError
 from covray.models.aligner.language import language_facts
@@ -110,7 +110,7 @@ def check(config: ThinkTrainConfig) -> dict[str, str | None]:
             f"workers.count: {config.workers.count} workers, but a step has {config.optimizer.batch} captions; lower "
             "--workers, or raise optimizer.batch"
         )
-    store_of(config)
+    require_trackers(config)
     data = json.dumps(dataset.fingerprint(), sort_keys=True).encode()
     return {
         "language_model": facts.fingerprint,

@@ -18,7 +18,7 @@ from covray.chains.dataset import ChainDataset
 from covray.chains.sentences import count_pairs, require_context
 from covray.config import BackboneConfig, TrainConfig
 from covray.distributed.resumable import Output
-from covray.distributed.tracking import store_of
+from covray.distributed.trackers.base import require_trackers
 from covray.errors import ConfigError, CovrayError, DatasetError
 from covray.io import storage
 from covray.io.model_folders import NANO_NAMES, is_here
@@ -47,6 +47,8 @@ class CheckedTraining:
     """SHA-256 (hex) of what is trained, and on what."""
     classes: dict[str, Any] | None
     """The user's own classes of segmentation in the dataset; None for the built-in palette."""
+    plugins: dict[str, str] | None
+    """The plug-ins that the datasets were built with; None without any."""
 
     def record(self, config: TrainConfig, begun: RunRecord | None) -> RunRecord:
         """Return the record of the run with the resolved ``config``, which continues ``begun``."""
@@ -56,8 +58,9 @@ class CheckedTraining:
             fingerprints=self.fingerprints,
             mlflow_run_id=None if begun is None else begun.mlflow_run_id,
         )
-        # Without classes of the user's own the key is absent, as in the files of earlier versions.
-        return record if self.classes is None else record.model_copy(update={"classes": self.classes})
+        # Without them the keys are absent, as in the files of earlier versions.
+        added = {"classes": self.classes, "plugins": self.plugins}
+        return record.model_copy(update={key: value for key, value in added.items() if value is not None})
 
 
 def open_run(out: str, patience_s: float = 0.0) -> Output[RunRecord]:
@@ -113,7 +116,7 @@ def check(config: TrainConfig, output: Output[RunRecord], *, without_weights: bo
         require_whole_weights(config)
     if config.lora.path is not None:
         read_start(config.lora, facts.llama)
-    store_of(config)
+    require_trackers(config)
     fingerprints = _fingerprints(config, datasets, facts)
     if begun is None:
         _require_same_classes(config, classes)
@@ -122,7 +125,7 @@ def check(config: TrainConfig, output: Output[RunRecord], *, without_weights: bo
         if unchecked:
             recorded["backbone"] = fingerprints["backbone"]
         output.require_same(recorded, fingerprints)
-    return CheckedTraining(config, facts, fingerprints, classes)
+    return CheckedTraining(config, facts, fingerprints, classes, _plugins(datasets))
 
 
 def binding_record(output: Output[RunRecord]) -> RunRecord | None:
@@ -202,6 +205,14 @@ def _require_alike(config: TrainConfig, datasets: Sequence[ChainDataset]) -> Non
             )
 
 
+def _plugins(datasets: Sequence[ChainDataset]) -> dict[str, str] | None:
+    """Return the plug-ins that any of the datasets was built with; None without any."""
+    plugins: dict[str, str] = {}
+    for dataset in datasets:
+        plugins |= dataset.record.plugins or {}
+    return plugins or None
+
+
 def _common_classes(datasets: Sequence[ChainDataset]) -> dict[str, Any] | None:
     """Return the classes of segmentation of all datasets.
 
@@ -262,6 +273,8 @@ def _data_fingerprint(dataset: ChainDataset) -> str:
     """Return the SHA-256 (hex) of what decides the chains: configuration, models, pairs and how many were good."""
     pairs = dataset.record.pairs
     parts = [dataset.identity, dataset.fingerprints, pairs and pairs.to_json(), dataset.count()]
+    if dataset.record.plugins is not None:
+        parts.append(dataset.record.plugins)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

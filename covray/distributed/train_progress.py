@@ -13,8 +13,9 @@ import ray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
+from covray.distributed.metrics import LOSS, STEP, TOKENS, VALIDATION_LOSS, Recorder
 from covray.distributed.progress import time_left
-from covray.distributed.tracking import Tracker
+from covray.distributed.trackers.together import RunTrackers
 from covray.progress import Stage, own_display, stage
 from covray.training.metrics_log import Metrics, MetricsTail
 
@@ -25,12 +26,12 @@ _STARTING = "starting workers"
 class TrainProgress:
     """Follows ``metrics.jsonl`` of a run and the messages of its workers, for the length of a ``with`` block."""
 
-    def __init__(self, out: str, tracker: Tracker, control: Any, watch: Callable[[Metrics], None] | None):
+    def __init__(self, out: str, tracker: RunTrackers, control: Any, watch: Callable[[Metrics], None] | None):
         """Follow the run folder ``out``.
 
         Args:
             out: The run folder.
-            tracker: The MLflow run.
+            tracker: The run in its trackers.
             control: The handle of the ``ControlActor`` of the workers.
             watch: Called with every record of the metrics, once.
         """
@@ -38,6 +39,7 @@ class TrainProgress:
         self._tracker, self._control, self._watch = tracker, control, watch
         self._display: _Bar | _Line = _Bar() if sys.stderr.isatty() else _Line()
         self._validation = ""
+        self._recorder = Recorder(out)
 
     def __enter__(self) -> TrainProgress:
         """Take the metrics of earlier processes of this run, which MLflow may lack; begin to show progress."""
@@ -68,11 +70,22 @@ class TrainProgress:
             self._display.show(int(last_step["step"]), int(last_step["steps"]), last_step["seconds"], text)
 
     def _take(self, record: Metrics) -> None:
-        """Log a record, and give it to whoever watches."""
+        """Log a record, and give it to Prometheus and to whoever watches."""
+        _record(self._recorder, record)
         values = {key: value for key, value in record.items() if key not in ("step", "steps")}
         self._tracker.log(int(record["step"]), values)
         if self._watch is not None:
             self._watch(record)
+
+
+def _record(recorder: Recorder, record: Metrics) -> None:
+    """Record a line of the metrics; what is said again after a restart counts in a new process, from zero."""
+    if "loss" in record:
+        recorder.add(TOKENS, record["tokens"])
+        recorder.set(STEP, record["step"])
+        recorder.set(LOSS, record["loss"])
+    if "validation_loss" in record:
+        recorder.set(VALIDATION_LOSS, record["validation_loss"])
 
 
 class _Bar:

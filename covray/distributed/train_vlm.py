@@ -12,7 +12,7 @@ from typing import Any
 from covray.config.vlm import VlmTrainConfig
 from covray.distributed.resumable import Output
 from covray.distributed.session import ray_session
-from covray.distributed.tracking import store_of
+from covray.distributed.trackers.base import require_trackers
 from covray.distributed.train import resolve_compute, run_workers
 from covray.errors import ConfigError
 from covray.models.vlm.checkpoint import VlmFacts, vlm_facts
@@ -89,7 +89,7 @@ def _check(config: VlmTrainConfig) -> tuple[dict[str, str | None], VlmFacts]:
         )
     if config.compute.deepspeed not in ("auto", "none"):
         check_settings(config.compute.deepspeed)
-    store_of(config)
+    require_trackers(config)
     return {"backbone": facts.fingerprint, "data": data.fingerprint()}, facts
 
 

@@ -33,7 +33,9 @@ from covray.config import SweepConfig
 from covray.distributed.evaluate import evaluate
 from covray.distributed.lock import STALE_S
 from covray.distributed.progress import LINE_EVERY_S, time_left
-from covray.distributed.tracking import Tracker, store_of
+from covray.distributed.resumable import run_ids
+from covray.distributed.trackers.together import RunTrackers
+from covray.distributed.tracking import store_of
 from covray.distributed.train import train
 from covray.errors import ConfigError
 from covray.evaluation.records import SubjectScore
@@ -382,7 +384,7 @@ def _write_end(
 def _close_run(
     trial: Trial, status: Literal["FINISHED", "FAILED", "KILLED"], means: Mapping[str, float | None] | None = None
 ) -> bool:
-    """Log to MLflow how the run of a trial ended; a store that is away is one line, and no more.
+    """Log how the run of a trial ended to its trackers; a store that is away is one line, and no more.
 
     Args:
         trial: The trial.
@@ -393,10 +395,10 @@ def _close_run(
         Whether the store has all of it, or is not asked to.
     """
     run = RunRecord.read_if_present(trial.train.out)
-    if run is None or run.mlflow_run_id is None:
+    if run is None or not any(run_ids(run).values()):
         return True
     try:
-        tracker = Tracker(trial.train, run.mlflow_run_id)
+        tracker = RunTrackers(trial.train, run_ids(run), "covray train")
         tracker.start()
     except ConfigError as error:
         Console(stderr=True, emoji=False).print(

@@ -65,6 +65,10 @@ def _check_package(requirement: Requirement) -> Finding | None:
     return Finding(requirement.name, "problem", f"{installed}, covray needs {requirement.specifier}", advice)
 
 
+_DRIVERS = {"11": "450.80.02", "12": "525.60.13", "13": "580.65.06"}
+"""The oldest driver on Linux by the major version of CUDA."""
+
+
 def check_processor() -> list[Finding]:
     """Report cores and memory, and whether bfloat16 is worth it without a GPU."""
     units = bfloat16_units()  # `covray train` asks the same for compute.dtype=auto
@@ -92,10 +96,27 @@ def check_gpus() -> list[Finding]:
     if build is None:
         message = f"driver {driver} is there, but torch {torch.__version__} is built without CUDA"
         return [Finding("GPU", "problem", message, "install a CUDA build of torch (pytorch.org/get-started)")]
+    needed = _needed_driver(build)
+    if needed is not None and _is_older(driver, needed):
+        message = f"driver {driver} is too old for torch {torch.__version__}, built for CUDA {build}"
+        advice = f"update the driver to {needed} or newer, or install a build of torch for an older CUDA"
+        return [Finding("GPU", "problem", message, advice)]
     reason = f" ({first_line(str(caught[-1].message).splitlines())})" if caught else ""
     message = f"driver {driver} is there, but torch, built for CUDA {build}, cannot use it{reason}"
     advice = f"update the driver to one for CUDA {build}, or install a build of torch for an older CUDA"
     return [Finding("GPU", "problem", message, advice)]
+
+
+def _needed_driver(build: str) -> str | None:
+    """Return the oldest driver on Linux for a CUDA version (release notes of CUDA 13.0, table 3); None if unknown."""
+    return _DRIVERS.get(build.partition(".")[0])
+
+
+def _is_older(driver: str, needed: str) -> bool:
+    """Return whether a version of the driver is older than another; false where it is unknown."""
+    if not re.fullmatch(r"[\d.]+", driver):
+        return False
+    return [int(part) for part in driver.split(".")] < [int(part) for part in needed.split(".")]
 
 
 def _check_gpu(index: int, driver: str | None) -> Finding:

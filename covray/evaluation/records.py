@@ -28,6 +28,10 @@ class EvaluationRecord(Record):
     """Everyone that is evaluated, in the order of the table."""
     mlflow_run_id: str | None
     """The MLflow run; null without tracking."""
+    tracker_runs: dict[str, str] | None = None
+    """The runs in other trackers than MLflow, by tracker; absent without any."""
+    plugins: dict[str, str] | None = None
+    """The plug-ins in use, such as `task matting`, each with package and version; absent without any."""
 
 
 class SubjectEntry(RecordPart):
@@ -144,3 +148,5 @@ class VlmEvaluationRecord(Record):
     """The configuration of `covray vlm evaluate`; absent in files of covray 0.1.0."""
     mlflow_run_id: str | None = None
     """The MLflow run; null without tracking."""
+    tracker_runs: dict[str, str] | None = None
+    """The runs in other trackers than MLflow, by tracker; absent without any."""

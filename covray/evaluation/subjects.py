@@ -13,6 +13,7 @@ from covray.chains.dataset import ChainDataset
 from covray.config import BackboneConfig, EvaluateConfig, TrainConfig, named_run
 from covray.errors import ConfigError, WeightsError
 from covray.io import storage
+from covray.methods import NO_FRAMES
 from covray.models.lvm.adapter import WEIGHTS_FILE, read_run, read_run_adapter
 from covray.models.lvm.backbone import BackboneFacts, backbone_facts
 from covray.models.lvm.decoding.base import require_context
@@ -256,7 +257,7 @@ def _require(subject: Subject, facts: BackboneFacts, dataset: ChainDataset) -> N
     length, size = subject.length or 2, dataset.tokens_per_image
     pictures = ((subject.pairs or 0) + 1) * length
     require_context(pictures * size, size, facts.llama.max_position_embeddings)
-    if subject.method is not None and subject.method not in ("none", SALIENCY):
+    if subject.method is not None and subject.method not in (NO_FRAMES, SALIENCY):
         # The chain of a made-up row with all that was built: the dataset refuses frames that were not.
         frames = []
         for method in dataset.methods:

@@ -35,6 +35,7 @@ from covray.generation.votes import PLAIN_TASK, draw_spread, join_answers
 from covray.io import images
 from covray.io.images import resize, square
 from covray.io.pixels import Picture
+from covray.methods import NO_FRAMES
 from covray.models.lvm.adapter import read_run, read_run_adapter
 from covray.models.lvm.backbone import backbone_facts
 from covray.models.lvm.decoding.base import Decoded, require_context
@@ -280,7 +281,7 @@ class Generator:
     def _load_builder(self) -> BlockBuilder:
         """Load what makes the examples' chains, with the prior where they have frames by it."""
         config, length = self.resolved.config, self.resolved.length
-        framed = config.method != "none" and length > 2
+        framed = config.method not in (None, NO_FRAMES) and length > 2
         build = BuildConfig.model_validate(
             {
                 "pairs": "", "out": "", "lengths": (length,), "methods": (config.method,) if framed else (),

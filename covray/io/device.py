@@ -8,13 +8,16 @@ import torch
 
 from covray.errors import ConfigError
 
+MPS = torch.device("mps")
+"""Apple's GPUs by Metal, which have no float64."""
+
 
 class Engine(Protocol):
     """What a configuration says of the device, as ``covray.config.EngineConfig`` does."""
 
     @property
     def device(self) -> str:
-        """``auto``, ``cpu`` or ``cuda``."""
+        """``auto``, ``cpu``, ``cuda`` or ``mps``."""
 
     @property
     def dtype(self) -> str:
@@ -22,10 +25,14 @@ class Engine(Protocol):
 
 
 def choose_device(wanted: str, field: str) -> torch.device:
-    """Return the device ``wanted``: ``cpu``, ``cuda``, or ``auto``, which takes the GPU if there is one.
+    """Return the device ``wanted``: ``cpu``, ``cuda``, ``mps``, or ``auto``, which takes an NVIDIA or AMD GPU if any.
 
     Raises ConfigError, naming the ``field`` of the configuration or the option, for a GPU that torch does not see.
     """
+    if wanted == "mps":
+        if not torch.backends.mps.is_available():
+            raise ConfigError(f"{field}: is mps, but torch sees no Metal GPU; set auto or cpu")
+        return MPS
     available = torch.cuda.is_available()
     if wanted == "cuda" and not available:
         raise ConfigError(f"{field}: is cuda, but torch sees no GPU; set auto or cpu")

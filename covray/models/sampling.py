@@ -131,8 +131,10 @@ def allowed(logits: Tensor, sampling: Sampling) -> Tensor:
         return scaled
     count = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
     likeliest, ids = scaled.topk(count)  # descending
-    p = likeliest.double().softmax(-1)
+    exact = likeliest.cpu() if likeliest.device.type == "mps" else likeliest  # Metal has no float64
+    p = exact.double().softmax(-1)
     before = p.cumsum(-1) - p
     kept = before < sampling.top_p
     kept[..., 0] = True  # the likeliest always stays
-    return torch.full_like(scaled, -torch.inf).scatter_(-1, ids, likeliest.masked_fill(~kept, -torch.inf))
+    left = likeliest.masked_fill(~kept.to(likeliest.device), -torch.inf)
+    return torch.full_like(scaled, -torch.inf).scatter_(-1, ids, left)

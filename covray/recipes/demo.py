@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shlex
 import shutil
 import time
@@ -12,7 +13,15 @@ from typing import Any
 
 from rich.console import Console
 
-from covray.config import BuildConfig, EvaluateConfig, OptimizerConfig, PriorConfig, SentencesConfig, TrainConfig
+from covray.config import (
+    BuildConfig,
+    EvaluateConfig,
+    OptimizerConfig,
+    PriorConfig,
+    SentencesConfig,
+    TrackingConfig,
+    TrainConfig,
+)
 from covray.distributed.build import build
 from covray.distributed.evaluate import PAGE, evaluate
 from covray.distributed.train import train
@@ -152,7 +161,7 @@ class _Demo:
         self.announce(
             "A small adapter learns to think in chains: LoRA on the nano LVM",
             f"train --scale nano --data {self.chains} --out {self.run} --length {LENGTH} "
-            f"--epochs {TRAINING['epochs']} {_set_options(options)}",
+            f"--epochs {TRAINING['epochs']} {_set_options(options)}{_untracked()}",
         )
         result = train(
             TrainConfig(
@@ -160,6 +169,7 @@ class _Demo:
                 out=str(self.run),
                 sentences=SentencesConfig(lengths=(LENGTH,)),
                 optimizer=OptimizerConfig.model_validate(TRAINING),
+                tracking=_tracking(),
             )
         )
         self.report(
@@ -172,10 +182,17 @@ class _Demo:
         """Evaluate the adapter; returns the table."""
         self.announce(
             "Its answers on scenes it has not seen, beside the untuned backbone and answers without a model",
-            f"evaluate --data {self.chains} --adapter {self.run} --out {self.scores} {_set_options(EVALUATION)}",
+            f"evaluate --data {self.chains} --adapter {self.run} --out {self.scores} {_set_options(EVALUATION)}"
+            f"{_untracked()}",
         )
         return evaluate(
-            EvaluateConfig(data=str(self.chains), out=str(self.scores), adapters=(str(self.run),), **EVALUATION)
+            EvaluateConfig(
+                data=str(self.chains),
+                out=str(self.scores),
+                adapters=(str(self.run),),
+                tracking=_tracking(),
+                **EVALUATION,
+            )
         )
 
 
@@ -212,6 +229,16 @@ def run_demo(out: Path, console: Console) -> DemoResult:
         training=training,
         scores=[score.to_json() for score in evaluation.scores],
     )
+
+
+def _tracking() -> TrackingConfig:
+    """Return the default tracking, which is MLflow, or none where MLflow is not installed."""
+    return TrackingConfig(uri=None if importlib.util.find_spec("mlflow") else "none")
+
+
+def _untracked() -> str:
+    """Return the option of a command that MLflow does not track; empty where it does."""
+    return " --tracking-uri none" if _tracking().uri == "none" else ""
 
 
 def _set_options(values: Mapping[str, Any]) -> str:

@@ -24,6 +24,7 @@ from ray.serve.config import HTTPOptions
 from ray.serve.handle import DeploymentHandle
 
 from covray.config import ServeConfig, load_config
+from covray.distributed.metrics import LATENCY, REQUESTS, Recorder
 from covray.distributed.session import ray_session
 from covray.errors import ConfigError, one_line
 from covray.generation.generator import Generator, resolve_generator
@@ -163,7 +164,7 @@ def build_application(config: ServeConfig, adapters: Adapters, token: str | None
 
     def build_door() -> Any:
         handle = serve.get_deployment_handle("Replica", app_name=APPLICATION)
-        return make_app(config, adapters, ReplicaHandle(handle), token)
+        return make_app(config, adapters, ReplicaHandle(handle), token, record_request)
 
     class Door:
         def __init__(self, replica: DeploymentHandle):
@@ -179,6 +180,15 @@ def build_application(config: ServeConfig, adapters: Adapters, token: str | None
         graceful_shutdown_timeout_s=_DRAIN_S,
     )
     return door.bind(replica.bind(config))
+
+
+def record_request(status: int, seconds: float) -> None:
+    """Record a request on the metrics port of this node's Ray."""
+    _recorder.add(REQUESTS, 1, status=str(status))
+    _recorder.observe(LATENCY, seconds, status=str(status))
+
+
+_recorder = Recorder()
 
 
 def application(arguments: dict[str, Any]) -> serve.Application:

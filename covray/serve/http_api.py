@@ -51,6 +51,10 @@ class Answerer(Protocol):
         """Yield the pictures as they are written, then the answer."""
 
 
+Observe = Callable[[int, float], None]
+"""Takes the HTTP status of a request of answers, and its seconds."""
+
+
 class _Counters:
     """The counters of ``/metrics``."""
 
@@ -66,8 +70,8 @@ class _Counters:
 class _Slots:
     """Counts the requests that are waiting or being answered, and refuses those beyond the limit."""
 
-    def __init__(self, most: int, counters: _Counters):
-        self._most = most
+    def __init__(self, most: int, counters: _Counters, observe: Observe | None):
+        self._most, self._observe = most, observe
         self._taken = 0
         self._counters = counters
 
@@ -75,6 +79,8 @@ class _Slots:
         """Take a slot; the function returned frees it, given the status. Raises RefusedError."""
         if self._taken >= self._most:
             self._counters.requests.labels("503").inc()
+            if self._observe is not None:
+                self._observe(503, 0.0)
             raise RefusedError(503, "queue_full", f"{self._most} requests are waiting already; try again later")
         self._taken += 1
         self._counters.in_flight.inc()
@@ -84,7 +90,10 @@ class _Slots:
             self._taken -= 1
             self._counters.in_flight.dec()
             self._counters.requests.labels(str(status)).inc()
-            self._counters.seconds.observe(time.monotonic() - started)
+            seconds = time.monotonic() - started
+            self._counters.seconds.observe(seconds)
+            if self._observe is not None:
+                self._observe(status, seconds)
 
         return free
 
@@ -126,7 +135,9 @@ class _RequireToken:
         await self._app(scope, receive, send)
 
 
-def make_app(config: ServeConfig, adapters: Adapters, answerer: Answerer, token: str | None) -> FastAPI:
+def make_app(
+    config: ServeConfig, adapters: Adapters, answerer: Answerer, token: str | None, observe: Observe | None = None
+) -> FastAPI:
     """Return the HTTP application.
 
     Args:
@@ -134,6 +145,7 @@ def make_app(config: ServeConfig, adapters: Adapters, answerer: Answerer, token:
         adapters: What ``/v1/adapters`` says.
         answerer: Answers the queries.
         token: That every request must bring; None: none is needed.
+        observe: Called at the end of each request of answers.
     """
     app = FastAPI(
         title="covray",
@@ -150,14 +162,16 @@ def make_app(config: ServeConfig, adapters: Adapters, answerer: Answerer, token:
     app.add_exception_handler(RefusedError, _on_refused)
     app.add_exception_handler(HTTPException, _on_http_error)
     _add_pages(app)
-    _add_answers(app, config, adapters, answerer)
+    _add_answers(app, config, adapters, answerer, observe)
     return app
 
 
-def _add_answers(app: FastAPI, config: ServeConfig, adapters: Adapters, answerer: Answerer) -> None:
+def _add_answers(
+    app: FastAPI, config: ServeConfig, adapters: Adapters, answerer: Answerer, observe: Observe | None
+) -> None:
     """Add the routes that answer."""
     counters = _Counters()
-    slots = _Slots(config.limits.queue, counters)
+    slots = _Slots(config.limits.queue, counters, observe)
     names = [adapter.name for adapter in adapters.adapters]
 
     @app.get("/v1/adapters")

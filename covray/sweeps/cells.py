@@ -53,22 +53,23 @@ class Cell:
         return values
 
 
-def sort_key(trial: TrialEntry) -> tuple[int, int, int, str]:
-    """Return all that tells a trial's cell from others, in the order of the table."""
+def sort_key(trial: TrialEntry) -> tuple[int, str, int, int, str]:
+    """Return all that tells a trial's cell from others, in the order of the table; methods of plug-ins come last."""
     rest = json.dumps([trial.tasks, trial.scale, trial.fields], sort_keys=True)
-    return METHODS.index(trial.method), trial.length, trial.pairs, rest
+    rank = METHODS.index(trial.method) if trial.method in METHODS else len(METHODS)
+    return rank, trial.method, trial.length, trial.pairs, rest
 
 
 def group_cells(trials: Iterable[TrialEntry]) -> list[Cell]:
     """Group finished trials into cells, in their order. Raises ValueError where two trials differ in nothing."""
-    grouped: dict[tuple[int, int, int, str], dict[int, TrialEntry]] = defaultdict(dict)
+    grouped: dict[tuple[int, str, int, int, str], dict[int, TrialEntry]] = defaultdict(dict)
     for trial in trials:
         other = grouped[sort_key(trial)].setdefault(trial.seed, trial)
         if other is not trial:
             raise ValueError(f"trials {other.name} and {trial.name} differ in nothing that the table shows")
     cells = []
-    for (method, length, pairs, rest), by_seed in grouped.items():
-        cells.append(Cell(METHODS[method], length, pairs, rest, tuple(by_seed.values()), _group_scores(by_seed)))
+    for (_, method, length, pairs, rest), by_seed in grouped.items():
+        cells.append(Cell(method, length, pairs, rest, tuple(by_seed.values()), _group_scores(by_seed)))
     return cells
 
 

@@ -32,6 +32,8 @@ class SweepRecord(Record):
     mlflow_run_id: str | None
     seconds: float
     """Summed over all calls of the command."""
+    tracker_runs: dict[str, str] | None = None
+    """The runs in other trackers than MLflow, by tracker; absent without any."""
 
 
 class Validation(RecordPart):

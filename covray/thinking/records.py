@@ -80,6 +80,8 @@ class ReasoningRecord(Record):
     """SHA-256 (hex) of the models, of every aligner, and of the pictures of a folder."""
     mlflow_run_id: str | None
     """The MLflow run; null without tracking."""
+    tracker_runs: dict[str, str] | None = None
+    """The runs in other trackers than MLflow, by tracker; absent without any."""
 
 
 class ReasoningScore(RecordPart):

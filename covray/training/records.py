@@ -23,8 +23,12 @@ class RunRecord(Record):
     """SHA-256 (hex) of `backbone`, `codebook` and `data`, and of the `adapter` where training starts from one."""
     mlflow_run_id: str | None
     """The MLflow run; null without tracking, and until MLflow has answered."""
+    tracker_runs: dict[str, str] | None = None
+    """The runs in other trackers than MLflow, by tracker; absent without any."""
     classes: dict[str, Any] | None = None
     """The user's own classes of segmentation that the chains were built with; absent for the built-in palette."""
+    plugins: dict[str, str] | None = None
+    """The plug-ins that the chains were built with, each with package and version; absent without any."""
 
 
 class TrainResult(Record):

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from covray.chains import build as building
-from covray.chains.build import BlockBuilder, is_checked, mix_pixels
+from covray.chains.build import BlockBuilder, is_checked
 from covray.chains.dataset import shard_schema, union_alphas
 from covray.chains.kept_noise import KeptNoise
 from covray.chains.prepare import PREPARED_SCHEMA, BuildModels, needs_prior, prepare_block
@@ -25,6 +25,7 @@ from covray.config import BuildConfig, load_config
 from covray.errors import DatasetError
 from covray.io import storage
 from covray.io.images import decode, encode_png, square
+from covray.methods import mix_pixels
 from covray.models.diffusion.engine import Request
 from covray.models.diffusion.prior import load_prior
 from covray.pairs.manifest import MANIFEST_SCHEMA

@@ -20,7 +20,7 @@ from covray.config import SweepConfig, TrackingConfig, load_config
 from covray.distributed import sweep as sweeps
 from covray.distributed import trials as running
 from covray.distributed.sweep import report, resumed, sweep
-from covray.distributed.tracking import Tracker, store_of
+from covray.distributed.tracking import MlflowTracker, store_of
 from covray.errors import ConfigError
 from covray.evaluation.records import EvaluationResults, SubjectScore
 from covray.io import storage
@@ -307,7 +307,7 @@ def test_scores_of_a_trial_that_ended_while_mlflow_was_away_are_logged_later(
 ) -> None:
     trials = {trial.name: trial for trial in grid_of(config).trials}
     name, trial = next(iter(trials.items()))
-    run_id = Tracker(trial.train, None).start()
+    run_id = MlflowTracker(trial.train, None).start()
     RunRecord(config={}, identity={}, fingerprints={}, mlflow_run_id=run_id).write(trial.train.out)
     entry = {"task": "depth", "metric": "AbsRel", "subject": "tuned", "mean": 0.25, "low": None, "high": None}
     table = {"tasks": {}, "lower_is_better": [], "scores": [entry | {"episodes": 4}]}

@@ -22,7 +22,7 @@ import pytest
 
 from covray.config import TrainConfig, load_config
 from covray.distributed import tracking
-from covray.distributed.tracking import Tracker, store_of
+from covray.distributed.tracking import MlflowTracker, store_of
 from covray.errors import ConfigError
 
 SHORT = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
@@ -64,12 +64,12 @@ def test_the_default_store_lies_beside_the_run() -> None:
 
 def test_a_remote_run_asks_for_a_store() -> None:
     with pytest.raises(ConfigError, match=r"s3://bucket/run: .*--tracking-uri"):
-        Tracker(config_of("s3://bucket/run"), None)
+        MlflowTracker(config_of("s3://bucket/run"), None)
     assert store_of(config_of("s3://bucket/run", **{"tracking.uri": "none"})) is None
 
 
 def test_without_tracking_nothing_is_written(tmp_path: Path) -> None:
-    tracker = Tracker(config_of(tmp_path / "run", **{"tracking.uri": "none"}), None)
+    tracker = MlflowTracker(config_of(tmp_path / "run", **{"tracking.uri": "none"}), None)
     assert tracker.start() is None
     tracker.log(1, {"loss": 1.0})
     tracker.artefacts(str(tmp_path), ["absent"])
@@ -83,7 +83,7 @@ def test_without_mlflow_a_store_is_refused_in_one_line_and_no_tracking_is_not(mo
     for options in ({}, {"tracking.uri": "http://host:5000"}):
         with pytest.raises(ConfigError, match=r"^tracking\.uri: MLflow is not installed; pip install mlflow"):
             store_of(config_of("/data/run", **options))
-    assert Tracker(config_of("/data/run", **{"tracking.uri": "none"}), None).start() is None
+    assert MlflowTracker(config_of("/data/run", **{"tracking.uri": "none"}), None).start() is None
 
 
 # --- mistakes ------------------------------------------------------------------------------------------------------
@@ -104,7 +104,7 @@ def test_a_store_that_does_not_answer_is_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError) as caught:
-        Tracker(config_of("run", **{"tracking.uri": uri}), None).start()
+        MlflowTracker(config_of("run", **{"tracking.uri": uri}), None).start()
     line = str(caught.value)
     assert said in line
     assert "--tracking-uri" in line
@@ -126,7 +126,7 @@ def test_the_environment_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_run_holds_parameters_metrics_and_artefacts(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     config = config_of(folder / "whole", **{"lora.rank": 7, "data": "x" * 700})
-    tracker = Tracker(config, None)
+    tracker = MlflowTracker(config, None)
     run_id = tracker.start()
     assert run_id
     tracker.log(1, {"loss": 2.5, "utilisation": None})
@@ -159,12 +159,12 @@ def test_a_run_holds_parameters_metrics_and_artefacts(folder: Path, capfd: pytes
 
 def test_a_restart_continues_the_run_and_logs_every_step_once(folder: Path) -> None:
     config = config_of(folder / "restarted")
-    first = Tracker(config, None)
+    first = MlflowTracker(config, None)
     run_id = first.start()
     assert run_id
     for step in (1, 2, 3):
         first.log(step, {"loss": 1.0 / step})
-    second = Tracker(config, run_id)  # the driver was killed after step 3, the last checkpoint is of step 1
+    second = MlflowTracker(config, run_id)  # the driver was killed after step 3, the last checkpoint is of step 1
     assert second.start() == run_id
     for step in (2, 3, 4):
         second.log(step, {"loss": 1.0 / step})
@@ -178,13 +178,13 @@ def test_a_restart_continues_the_run_and_logs_every_step_once(folder: Path) -> N
     assert curve(client, run_id, "validation_loss") == [(4, 0.5)]
 
     client.delete_run(run_id)
-    anew = Tracker(config, run_id).start()
+    anew = MlflowTracker(config, run_id).start()
     assert anew not in (None, run_id), "a run that was deleted is begun anew"
-    assert Tracker(config, "0" * 32).start() != "0" * 32
+    assert MlflowTracker(config, "0" * 32).start() != "0" * 32
 
 
 def test_only_every_nth_step_of_training_is_logged_and_all_validation(folder: Path) -> None:
-    tracker = Tracker(config_of(folder / "thin", **{"tracking.log_every_steps": 3}), None)
+    tracker = MlflowTracker(config_of(folder / "thin", **{"tracking.log_every_steps": 3}), None)
     run_id = tracker.start()
     assert run_id
     for step in range(1, 8):
@@ -197,7 +197,7 @@ def test_only_every_nth_step_of_training_is_logged_and_all_validation(folder: Pa
 
 def test_more_than_a_request_takes_is_logged_in_several(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking, "FLUSH_S", 3600.0)
-    tracker = Tracker(config_of(folder / "many"), None)
+    tracker = MlflowTracker(config_of(folder / "many"), None)
     run_id = tracker.start()
     assert run_id
     for step in range(1, 1203):
@@ -210,11 +210,11 @@ def test_more_than_a_request_takes_is_logged_in_several(folder: Path, monkeypatc
 
 def test_a_deleted_experiment_is_named(folder: Path) -> None:
     config = config_of(folder / "run", **{"tracking.experiment": "gone"})
-    assert Tracker(config, None).start()
+    assert MlflowTracker(config, None).start()
     client = client_of(folder)
     client.delete_experiment(client.get_experiment_by_name("gone").experiment_id)
     with pytest.raises(ConfigError, match=r"tracking\.experiment=gone: was deleted"):
-        Tracker(config, None).start()
+        MlflowTracker(config, None).start()
 
 
 ODD_NAMES = ["what?now", "per%20cent", "100%", "ha#sh", "two words", "früh 早", "a+b&c=d;e", "it's"]
@@ -224,7 +224,7 @@ ODD_NAMES = ["what?now", "per%20cent", "100%", "ha#sh", "two words", "früh 早"
 def empty_store(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store without runs, to copy: making its tables takes seconds."""
     place = tmp_path_factory.mktemp("store")
-    Tracker(config_of(place / "run", **{"tracking.experiment": "tables"}), None).start()
+    MlflowTracker(config_of(place / "run", **{"tracking.experiment": "tables"}), None).start()
     return place / "mlflow.db"
 
 
@@ -235,13 +235,13 @@ def test_a_folder_of_any_name_holds_its_store_and_artefacts(tmp_path: Path, empt
     (place / "run" / "file").write_text("1")
     shutil.copy(empty_store, place)
     config = config_of(place / "run")
-    tracker = Tracker(config, None)
+    tracker = MlflowTracker(config, None)
     run_id = tracker.start()
     assert run_id
     tracker.log(1, {"loss": 2.5})
     tracker.artefacts(str(place / "run"), ["file"])
     assert tracker.finish("FINISHED")
-    assert Tracker(config, run_id).start() == run_id, "the same command finds its run again"
+    assert MlflowTracker(config, run_id).start() == run_id, "the same command finds its run again"
     assert [entry.name for entry in tmp_path.iterdir()] == [name], "nothing lies beside it"
     assert sorted(entry.name for entry in place.iterdir()) == ["mlartifacts", "mlflow.db", "run"]
     assert (place / "mlartifacts" / run_id / "artifacts" / "file").read_text() == "1"
@@ -254,7 +254,7 @@ def test_a_store_that_was_moved_with_its_runs_goes_on_at_its_new_place(tmp_path:
     (old / "run").mkdir(parents=True)
     (old / "run" / "file").write_text("1")
     shutil.copy(empty_store, old)
-    first = Tracker(config_of(old / "run"), None)
+    first = MlflowTracker(config_of(old / "run"), None)
     run_id = first.start()
     assert run_id
     first.log(1, {"loss": 1.0})
@@ -263,12 +263,12 @@ def test_a_store_that_was_moved_with_its_runs_goes_on_at_its_new_place(tmp_path:
     _artifact_repos_cache.clear()  # another process would not have it
 
     (new / "run" / "later").write_text("2")
-    continued = Tracker(config_of(new / "run"), run_id)
+    continued = MlflowTracker(config_of(new / "run"), run_id)
     assert continued.start() == run_id
     continued.log(2, {"loss": 0.5})
     continued.artefacts(str(new / "run"), ["later"])
     assert continued.finish("FINISHED")
-    other = Tracker(config_of(new / "other"), None)
+    other = MlflowTracker(config_of(new / "other"), None)
     other_id = other.start()
     other.artefacts(str(new / "run"), ["file"])
     assert not old.exists()
@@ -280,9 +280,9 @@ def test_a_store_that_was_moved_with_its_runs_goes_on_at_its_new_place(tmp_path:
 
 def test_a_run_whose_process_was_killed_early_is_ended_by_the_next_start(folder: Path) -> None:
     config, neighbour = config_of(folder / "early"), config_of(folder / "neighbour")
-    lost = Tracker(config, None).start()  # killed before the id was written down
-    other = Tracker(neighbour, None).start()
-    begun = Tracker(config, None).start()
+    lost = MlflowTracker(config, None).start()  # killed before the id was written down
+    other = MlflowTracker(neighbour, None).start()
+    begun = MlflowTracker(config, None).start()
     client = client_of(folder)
     assert client.get_run(lost).info.status == "KILLED"
     assert client.get_run(begun).info.status == "RUNNING"
@@ -290,12 +290,12 @@ def test_a_run_whose_process_was_killed_early_is_ended_by_the_next_start(folder:
 
 
 def test_a_child_that_was_not_written_down_is_taken_up_again(folder: Path) -> None:
-    parent = Tracker(config_of(folder / "sweep"), None).start()
+    parent = MlflowTracker(config_of(folder / "sweep"), None).start()
     options = {"tracking.uri": f"sqlite:///{folder}/mlflow.db", "tracking.parent_run_id": parent}
     config = config_of(folder / "sweep" / "it's a trial", **options)
-    child = Tracker(config, None).start()
-    assert Tracker(config, None).start() == child
-    assert Tracker(config_of(folder / "sweep" / "another", **options), None).start() != child
+    child = MlflowTracker(config, None).start()
+    assert MlflowTracker(config, None).start() == child
+    assert MlflowTracker(config_of(folder / "sweep" / "another", **options), None).start() != child
 
 
 # --- a server ------------------------------------------------------------------------------------------------------
@@ -309,7 +309,7 @@ def server(folder: Path) -> Iterator[Callable[[], Any]]:
         port = probe.getsockname()[1]
     uri = f"http://127.0.0.1:{port}"
     running: list[subprocess.Popen[bytes]] = []
-    Tracker(config_of(folder / "tables"), None).start()
+    MlflowTracker(config_of(folder / "tables"), None).start()
 
     def stop() -> None:
         process = running.pop()
@@ -358,7 +358,7 @@ def test_a_server_that_goes_away_stops_nothing_and_misses_nothing(
 ) -> None:
     uri, stop = server()
     options = {"tracking.uri": uri, "tracking.experiment": "served"}
-    tracker = Tracker(config_of("s3://bucket/run", **options), None)
+    tracker = MlflowTracker(config_of("s3://bucket/run", **options), None)
     run_id = tracker.start()
     assert run_id
     tracker.log(1, {"loss": 1.0})
@@ -394,7 +394,7 @@ def test_a_server_that_is_slow_is_waited_for_at_the_end(
     server: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     uri, _ = server()
-    tracker = Tracker(config_of("s3://bucket/slow", **{"tracking.uri": uri}), None)
+    tracker = MlflowTracker(config_of("s3://bucket/slow", **{"tracking.uri": uri}), None)
     run_id = tracker.start()
     monkeypatch.setitem(tracking._ENVIRONMENT, "MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     (served,) = [child for child in psutil.Process().children() if "server" in child.cmdline()]
@@ -420,7 +420,7 @@ def test_a_server_that_is_slow_is_waited_for_at_the_end(
 def test_a_server_that_never_comes_back_is_told_at_the_end(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    tracker = Tracker(config_of(folder / "lost"), None)
+    tracker = MlflowTracker(config_of(folder / "lost"), None)
     assert tracker.start()
     from mlflow import MlflowClient
 

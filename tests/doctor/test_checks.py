@@ -187,6 +187,25 @@ def test_no_gpu_is_a_problem_only_where_there_is_one(
     assert only(machine.check_gpus(), "GPU").status == status
 
 
+def test_a_driver_that_is_too_old_is_named_with_the_one_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for driver, build, needed in (
+        ("470.10", "12.8", "525.60.13"), ("525.60.11", "12.8", "525.60.13"), ("570.86.15", "13.0", "580.65.06"),
+        ("580.65.06", "13.0", None), ("525.60.13", "12.1", None), ("unknown", "12.8", None),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.version, "cuda", build)
+        monkeypatch.setattr(machine, "_nvidia_driver", lambda driver=driver: driver)
+        finding = only(machine.check_gpus(), "GPU")
+        assert finding.status == "problem"
+        if needed is None:
+            assert "too old" not in finding.found
+        else:
+            assert f"driver {driver} is too old for torch {torch.__version__}, built for CUDA {build}" in finding.found
+            assert f"update the driver to {needed} or newer" in finding.advice
+
+
 def test_without_a_compiler_it_says_how_to_do_without(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(shutil, "which", lambda _: None)

@@ -1,0 +1,1 @@
+"""Alpha mattes for covray."""
