@@ -29,8 +29,9 @@ from results_file import write_result
 
 from covray.chains.audit import audit_dataset
 from covray.chains.dataset import ChainDataset, alphas_of, frame_order, shard_schema
+from covray.chains.loading import Chains
 from covray.chains.mapped import MappedChains, Source
-from covray.chains.sentences import Chains, Sentences, micro_batches, step_bounds
+from covray.chains.sentences import Sentences, micro_batches, step_bounds
 from covray.config import SentencesConfig
 from covray.io import storage
 

@@ -31,7 +31,8 @@ from results_file import write_result
 from sentences import SHAPES, write_dataset
 
 from covray.chains.dataset import ChainDataset
-from covray.chains.sentences import Chains, Sentences, step_bounds
+from covray.chains.loading import Chains
+from covray.chains.sentences import Sentences, step_bounds
 from covray.config import TrainConfig
 from covray.models.lvm.adapter import save_adapter
 from covray.models.lvm.backbone import backbone_facts, load_backbone

@@ -11,8 +11,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from covray.chains.dataset import ChainDataset
+from covray.chains.loading import count_pairs, dropped_share, kept_by_task, pictures_of, require_pairs
 from covray.chains.quality import best_rows, chain_quality
-from covray.chains.sentences import count_pairs, dropped_share, kept_by_task, pictures_of, require_pairs
 from covray.chains.token_files import picture_count, token_batches, tokens_of
 from covray.config import SentencesConfig
 

@@ -19,7 +19,8 @@ from torch.utils.data import Dataset
 
 from covray.chains.compatibility import require_same_tokens
 from covray.chains.dataset import ChainDataset, alphas_of
-from covray.chains.sentences import Chains, Sentences
+from covray.chains.loading import Chains
+from covray.chains.sentences import Sentences
 from covray.config import EngineConfig, SentencesConfig, TokenizerConfig
 from covray.io.drawing import draw_strip, html_picture
 from covray.models.tokenizer.vqgan import Tokenizer, load_tokenizer

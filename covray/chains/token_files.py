@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from pyarrow import fs
 
 from covray.chains.dataset import ChainDataset, frame_order, shard_schema, version_of
-from covray.chains.sentences import flat_tokens
+from covray.chains.loading import flat_tokens
 
 FOLDER = "_tokens"
 _TOKENS_OF_A_BATCH = 2**25

@@ -23,7 +23,8 @@ from pyarrow import fs
 
 from covray.chains.audit import audit_dataset
 from covray.chains.dataset import ChainDataset, shard_files, union_alphas
-from covray.chains.sentences import count_pairs, require_context
+from covray.chains.loading import count_pairs
+from covray.chains.sentences import require_context
 from covray.config import BuildConfig, PlanConfig, TrainConfig
 from covray.distributed.build import build
 from covray.distributed.train import train

@@ -7,13 +7,10 @@ An episode is a subject of the table and a query. What was computed before a kil
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -25,9 +22,10 @@ from ray.data import Dataset
 
 from covray.chains.compatibility import require_same_tokens
 from covray.chains.dataset import ChainDataset
-from covray.config import BuildConfig, EvaluateConfig, load_config, named_run
+from covray.config import EvaluateConfig, load_config
+from covray.distributed.evaluate_checks import Work, plugins_of, prepare, with_absolute_paths, without_places
 from covray.distributed.metrics import EPISODES
-from covray.distributed.plugin_checks import require_on_nodes, used_plugins
+from covray.distributed.plugin_checks import require_on_nodes
 from covray.distributed.pool import (
     CHECKPOINT,
     RowsIn,
@@ -49,19 +47,16 @@ from covray.distributed.trackers.base import require_trackers
 from covray.distributed.trackers.together import RunTrackers
 from covray.errors import ConfigError, DatasetError
 from covray.evaluation.answers import EPISODE_SCHEMA, RESULT_SCHEMA
-from covray.evaluation.lpips import find_alexnet, load_lpips
-from covray.evaluation.pair_files import choose_pairs, require_pairs, write_pairs
+from covray.evaluation.pair_files import write_pairs
 from covray.evaluation.records import EvaluationRecord, EvaluationResults, EvaluationTable, SubjectScore
 from covray.evaluation.results import Rank, choose_episodes, tabulate, to_csv
 from covray.evaluation.runner import Runner
-from covray.evaluation.subjects import Subject, adapter_weights, subjects_of
-from covray.io import storage
+from covray.evaluation.subjects import Subject
 from covray.io.storage import Folder
 from covray.models.tokenizer.vqgan import load_tokenizer
 from covray.plugins import require_packages
 from covray.progress import stage
 from covray.report.evaluation import Strip, write_evaluation_page
-from covray.seeds import seed_of
 
 RESULTS, TABLE, PAGE = EvaluationResults.FILE, "table.csv", "index.html"
 _EPISODES, _QUERIES, _EXAMPLES, _ROWS = "_episodes.parquet", "_queries.parquet", "_examples.parquet", "rows"
@@ -82,21 +77,21 @@ def evaluate(config: EvaluateConfig, patience_s: float = 0.0) -> EvaluationResul
     Raises:
         CovrayError: A dataset, run, backbone, manifest or configuration cannot be used; nothing has been computed.
     """
-    config = _absolute(config)
+    config = with_absolute_paths(config)
     with Output(config.out, EvaluationRecord, "covray evaluate", result=RESULTS, patience_s=patience_s) as output:
         if output.begun is not None:
             require_packages(output.begun.plugins, config.out)
         with stage("reading the dataset, the runs and the manifest"):
-            work = _prepare(config)
+            work = prepare(config)
         begun = output.begun
         if begun is not None:
-            output.require_same(_without_places(begun.identity), _without_places(work.config.identity()))
+            output.require_same(without_places(begun.identity), without_places(work.config.identity()))
             output.require_same(begun.fingerprints, work.fingerprints)
             if output.finished:
                 return _finished(work.config, output.folder, begun)
         require_trackers(work.config)
         with ray_session() as cores, one_line_errors(config.out, "evaluation"):
-            require_on_nodes(_plugins(work.config))
+            require_on_nodes(plugins_of(work.config))
             gpus = gpus_of(config.actors, config.engine)
             with stage("loading the tokenizer, to check it"):
                 _load_once(work.config, gpus)
@@ -118,23 +113,7 @@ def report(out: str) -> EvaluationResults:
     return results
 
 
-@dataclass(frozen=True)
-class _Work:
-    """What an evaluation is about to do."""
-
-    config: EvaluateConfig
-    """Resolved."""
-    subjects: tuple[Subject, ...]
-    fingerprints: dict[str, str]
-    queries: pa.Table
-    examples: pa.Table
-    root: str | None
-    """The folder of the manifest's pictures."""
-    episodes: pa.Table
-    """``EPISODE_SCHEMA``."""
-
-
-def _evaluate(work: _Work, output: Output[EvaluationRecord], pool: dict[str, Any]) -> EvaluationResults:
+def _evaluate(work: Work, output: Output[EvaluationRecord], pool: dict[str, Any]) -> EvaluationResults:
     """Evaluate in a Ray session on ``pool``, the arguments of ``map_batches``; return the results."""
     config, folder = work.config, output.folder
     assert config.manifest is not None
@@ -145,7 +124,7 @@ def _evaluate(work: _Work, output: Output[EvaluationRecord], pool: dict[str, Any
         subjects=[subject.as_json() for subject in work.subjects],
         mlflow_run_id=None if output.begun is None else output.begun.mlflow_run_id,
     )
-    plugins = _plugins(config)
+    plugins = plugins_of(config)
     if plugins:  # else the key is absent, as in the files of earlier versions
         record = record.model_copy(update={"plugins": plugins})
     with output.tracked(config, record) as (tracker, record):
@@ -204,7 +183,7 @@ class EpisodeActor:
         return rows
 
 
-def _run(work: _Work, folder: Folder, pool: dict[str, Any]) -> EvaluationTable:
+def _run(work: Work, folder: Folder, pool: dict[str, Any]) -> EvaluationTable:
     """Answer and score every episode that the checkpoint does not have; return the table of all."""
     config = work.config
     progress = start_progress_actor(config.out, EPISODES)
@@ -329,95 +308,7 @@ def _track(tracker: RunTrackers, config: EvaluateConfig, results: EvaluationResu
     tracker.artefacts(config.out, (RESULTS, TABLE, PAGE))
 
 
-# --- before anything expensive ---------------------------------------------------------------------------------------
-
-
-def _plugins(config: EvaluateConfig) -> dict[str, str]:
-    """Return the plug-ins that the evaluation uses, each with package and version."""
-    return used_plugins(config.tasks or (), metrics=config.metrics)
-
-
-def _absolute(config: EvaluateConfig) -> EvaluateConfig:
-    """Return ``config`` with paths that mean the same in a worker's folder, and with a name for every run."""
-    adapters = []
-    for entry in config.adapters:
-        name, run = named_run(entry)
-        adapters.append(f"{name}={absolute(run)}")
-    update: dict[str, Any] = {"data": absolute(config.data), "out": absolute(config.out), "adapters": tuple(adapters)}
-    if config.manifest is not None:
-        update["manifest"] = absolute(config.manifest)
-    return config.model_copy(update=update)
-
-
-def _without_places(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``identity`` without where things are: folders move, and what is in them is compared by fingerprints.
-
-    A manifest has none, but the ids of its pairs say which pictures they are, and pairs that it lacks are refused.
-    """
-    kept = {key: value for key, value in identity.items() if key not in ("data", "manifest")}
-    kept["adapters"] = [named_run(entry)[0] for entry in identity.get("adapters", ())]
-    for key in ("tokenizer", "backbone"):
-        if isinstance(identity.get(key), dict):
-            kept[key] = {name: value for name, value in identity[key].items() if name not in ("path", "revision")}
-    return kept
-
-
-def _prepare(config: EvaluateConfig) -> _Work:
-    """Check all that can be wrong with the data and the runs, and list the episodes. Raises CovrayError."""
-    dataset = ChainDataset(config.data)
-    require_packages(dataset.record.plugins, config.data)
-    config = _resolve(config, dataset)
-    subjects = subjects_of(config, dataset)
-    fingerprints = _fingerprints(dataset, subjects)
-    queries, examples = _pairs(config, dataset, subjects)
-    assert config.manifest is not None
-    root = require_pairs(config.manifest, pa.concat_tables([queries, examples]))
-    return _Work(config, subjects, fingerprints, queries, examples, root, _episodes(subjects, queries))
-
-
-def _resolve(config: EvaluateConfig, dataset: ChainDataset) -> EvaluateConfig:
-    """Return ``config`` with what the dataset decides."""
-    try:
-        keys = ("prior", "tokenizer", "pairs", "out")
-        built = BuildConfig.model_validate({key: dataset.config[key] for key in keys if key in dataset.config})
-    except ValueError as error:
-        raise DatasetError(f"{dataset.path}/_dataset.json: is no description of a build; build it again") from error
-    update: dict[str, Any] = {"manifest": config.manifest or absolute(built.pairs)}
-    if config.manifest is None and not storage.exists(update["manifest"]):
-        raise DatasetError(
-            f"{dataset.path}: was built from {built.pairs}, which is not there any more; give it as --manifest"
-        )
-    if config.tokenizer is None:
-        update["tokenizer"] = built.tokenizer
-    if config.lpips is None:
-        alexnet = find_alexnet()
-        update["lpips"] = None if alexnet is None else str(alexnet)
-    else:
-        load_lpips(Path(config.lpips))
-    if config.tasks is None:
-        tasks = dataset.table(["task"], None, config.split)["task"].to_pylist()
-        update["tasks"] = tuple(sorted(set(tasks))) or None
-    return config.model_copy(update=update)
-
-
-def _pairs(config: EvaluateConfig, dataset: ChainDataset, subjects: Sequence[Subject]) -> tuple[pa.Table, pa.Table]:
-    """Return the queries, and the examples for the baselines. Raises DatasetError where there are not enough."""
-    queries = choose_pairs(dataset, config.tasks, config.split, config.episodes, config.seed, "split")
-    examples = choose_pairs(
-        dataset, config.tasks, config.example_split, config.baseline_examples, config.seed, "example_split"
-    )
-    needed = max((subject.pairs or 0) for subject in subjects) + (config.split == config.example_split)
-    present = dataset.table(["task"], config.tasks, config.example_split)["task"].to_pylist()
-    for task in config.tasks or ():
-        if present.count(task) < needed:
-            raise DatasetError(
-                f"{dataset.path}: {task} has {present.count(task)} good pairs in split {config.example_split}, an "
-                f"episode needs {needed}; lower --example-pairs, set example_split, or name the other tasks"
-            )
-    return queries, examples
-
-
-def _with_block_size(work: _Work, actors: int) -> _Work:
+def _with_block_size(work: Work, actors: int) -> Work:
     """Return ``work`` with the rows of a block decided for a pool of ``actors``. No score depends on them."""
     config = work.config
     rows = choose_rows_per_block(config.rows_per_block, len(work.episodes), actors, fewest=config.batch)
@@ -436,36 +327,11 @@ def _load_once(config: EvaluateConfig, gpus: float) -> None:
     ray.get(load.remote(config))
 
 
-def _episodes(subjects: Sequence[Subject], queries: pa.Table) -> pa.Table:
-    """List every subject with every query (``EPISODE_SCHEMA``), sorted so that an actor seldom changes its model."""
-    pairs = queries.to_pylist()
-    rows = []
-    for subject in subjects:
-        for pair in pairs:
-            rows.append({"episode": seed_of(subject.name, pair["pair_id"]), "subject": subject.name} | pair)
-    return pa.Table.from_pylist(rows, EPISODE_SCHEMA)
-
-
 def _parquet_bytes(table: pa.Table) -> bytes:
     buffer = pa.BufferOutputStream()
     pq.write_table(table, buffer)
     data: bytes = buffer.getvalue().to_pybytes()
     return data
-
-
-def _fingerprints(dataset: ChainDataset, subjects: Sequence[Subject]) -> dict[str, str]:
-    """Return the SHA-256 (hex) of all that decides the scores beside the configuration."""
-    fingerprints = {f"dataset.{key}": value for key, value in dataset.fingerprints.items()}
-    pairs = dataset.record.pairs
-    contents = json.dumps([dataset.identity, pairs and pairs.to_json(), dataset.count()], sort_keys=True)
-    fingerprints["dataset.pairs"] = hashlib.sha256(contents.encode()).hexdigest()
-    for subject in subjects:
-        if subject.fingerprint:
-            fingerprints[f"{subject.name}.backbone"] = subject.fingerprint
-        if subject.adapter is not None:
-            weights = storage.read_bytes(adapter_weights(subject))
-            fingerprints[f"{subject.name}.adapter"] = hashlib.sha256(weights).hexdigest()
-    return fingerprints
 
 
 def _metric(score: SubjectScore) -> str:

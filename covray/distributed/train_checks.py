@@ -15,7 +15,8 @@ import numpy as np
 
 from covray.chains.compatibility import require_same_codes
 from covray.chains.dataset import ChainDataset
-from covray.chains.sentences import count_pairs, require_context
+from covray.chains.loading import count_pairs
+from covray.chains.sentences import require_context
 from covray.config import BackboneConfig, TrainConfig
 from covray.distributed.resumable import Output
 from covray.distributed.trackers.base import require_trackers

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from covray.chains.sentences import Chains
+from covray.chains.loading import Chains
 from covray.errors import DatasetError
 
 Selection = Literal["random", "similar", "focus"]

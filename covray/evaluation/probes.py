@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from covray.chains.sentences import Chains
+from covray.chains.loading import Chains
 from covray.evaluation.answers import EpisodeResult
 from covray.generation.models import LoadedModel
 from covray.seeds import seed_of

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from covray.chains.compatibility import require_same_tokens
 from covray.chains.dataset import ChainDataset
-from covray.chains.sentences import Chains
+from covray.chains.loading import Chains
 from covray.config import BackboneConfig, EvaluateConfig, SamplingConfig, SentencesConfig
 from covray.errors import DatasetError, PairError
 from covray.evaluation.answers import (

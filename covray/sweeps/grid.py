@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 from transformers import LlamaConfig
 
 from covray.chains.dataset import ChainDataset, union_alphas
-from covray.chains.sentences import count_pairs, require_context
+from covray.chains.loading import count_pairs
+from covray.chains.sentences import require_context
 from covray.config import (
     BackboneConfig,
     BuildConfig,

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from covray.chains.sentences import Chains, Sentences
+from covray.chains.loading import Chains
+from covray.chains.sentences import Sentences
 from covray.chains.table import load_chains
 from covray.config import EngineConfig, SentencesConfig, TokenizerConfig
 from covray.errors import DatasetError

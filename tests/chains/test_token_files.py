@@ -12,8 +12,9 @@ import pytest
 
 from covray.chains import token_files
 from covray.chains.dataset import ChainDataset
+from covray.chains.loading import Chains
 from covray.chains.mapped import MappedChains, Source
-from covray.chains.sentences import Chains, Sentences
+from covray.chains.sentences import Sentences
 from covray.chains.token_files import FOLDER, token_file
 from covray.config import SentencesConfig
 from covray.errors import DatasetError

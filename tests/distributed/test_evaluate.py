@@ -17,7 +17,8 @@ import pytest
 from covray.chains.dataset import ChainDataset
 from covray.cli import app as cli
 from covray.config import EvaluateConfig
-from covray.distributed.evaluate import _episodes, _metric, _prepare, evaluate, read_rows
+from covray.distributed.evaluate import _metric, evaluate, read_rows
+from covray.distributed.evaluate_checks import list_episodes, prepare
 from covray.errors import ConfigError
 from covray.evaluation.answers import RESULT_SCHEMA
 from covray.evaluation.pair_files import choose_pairs
@@ -165,7 +166,7 @@ def test_an_evaluation_whose_folders_have_moved_continues(
         values = {"data": dataset, "adapters": [run], "manifest": manifest, "split": "val", "out": str(root / "out")}
         return EvaluateConfig.model_validate(values | changes)
 
-    work = _prepare(config_below(tmp_path))
+    work = prepare(config_below(tmp_path))
     record = EvaluationRecord(
         config={}, identity=work.config.identity(), fingerprints=work.fingerprints, subjects=[], mlflow_run_id=None
     )
@@ -192,9 +193,9 @@ def test_every_subject_and_query_is_one_episode_with_an_id_of_its_own(write_data
     data, _ = write_dataset({"depth": 40, "edges": 40})
     queries = choose_pairs(ChainDataset(data), None, "val", None, 0, "split")
     subjects = [Subject(name, "adapter", "") for name in ("one", "two", "three")]
-    episodes = _episodes(subjects, queries)
+    episodes = list_episodes(subjects, queries)
     assert len(set(episodes["episode"].to_pylist())) == len(episodes) == 3 * len(queries) == 60
-    alone = _episodes(subjects[1:2], queries.slice(3, 1)).to_pylist()
+    alone = list_episodes(subjects[1:2], queries.slice(3, 1)).to_pylist()
     assert alone[0] in episodes.to_pylist(), "an id depends on nothing but subject and pair"
     order = [(row["subject"], row["task"]) for row in episodes.to_pylist()]
     changes = sum(first != second for first, second in itertools.pairwise(order))

@@ -8,7 +8,7 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from covray.chains.sentences import Chains
+from covray.chains.loading import Chains
 from covray.errors import DatasetError
 from covray.evaluation.episodes import Episodes, Selection, entropy
 

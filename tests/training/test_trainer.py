@@ -16,7 +16,8 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from covray.chains.dataset import ChainDataset
-from covray.chains.sentences import Chains, Sentences, loss_tokens, micro_batches, step_bounds
+from covray.chains.loading import Chains
+from covray.chains.sentences import Sentences, loss_tokens, micro_batches, step_bounds
 from covray.config import TrainConfig
 from covray.errors import ConfigError
 from covray.models.lvm.model import Batch

@@ -110,6 +110,19 @@ def train_painter(out: Path, steps: int | None, portraits: int, seed: int, devic
     model = train(
         new_painter(encoder.width), loss_of, Run("painter", out, steps or STEPS, seed, device, 6e-4), measure=measure
     )
+    _save(result, model, vae, scheduler, encoder)
+
+
+def _save(result: Path, model: Any, vae: PortraitVae, scheduler: Any, encoder: CaptionEncoder) -> None:
+    """Save the folder of a prior that captions condition.
+
+    Args:
+        result: The folder, which does not exist.
+        model: The UNet.
+        vae: Of its latents.
+        scheduler: Of its noise.
+        encoder: Which reads the captions.
+    """
     with new_folder(result) as folder:
         model.half().save_pretrained(folder / "unet", safe_serialization=True)
         vae.model.half().save_pretrained(folder / "vae", safe_serialization=True)
