@@ -142,7 +142,8 @@ class StepOptions(Generic[C]):
         for parameter in context.command.params:
             value = context.params.get(parameter.name)
             name = parameter.opts[0]
-            if value is None or name not in self._settings:
+            # An option that may be given several times and was not is an empty tuple.
+            if value is None or value == () or name not in self._settings:
                 continue
             setting = self._settings[name]
             options |= dict.fromkeys(setting.keys, setting.read(name, value) if setting.read else value)
