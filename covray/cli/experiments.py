@@ -70,10 +70,10 @@ def diffusionvl(
     json_: Json = False,
 ) -> None:
     """Blocks against the model tuned as long token by token: quality, speed, ablations. The same command continues."""
-    from covray.recipes.diffusionvl import run_diffusionvl, tables
+    from covray.recipes.diffusionvl import as_markdown, run_diffusionvl
 
     results = run_diffusionvl(out, model, data, budget)
-    print(json.dumps(results) if json_ else tables(results))
+    print(json.dumps(results.to_json()) if json_ else as_markdown(results))
 
 
 def print_claims(results: dict[str, Any], out: str, json_: bool) -> None:

@@ -25,7 +25,7 @@ from covray.errors import ConfigError
 from covray.evaluation.bleu import corpus_bleu
 from covray.evaluation.caption_facts import right_facts
 from covray.evaluation.records import VlmEvaluationRecord
-from covray.evaluation.statistics import mean_interval, paired_difference
+from covray.evaluation.statistics import Difference, mean_interval, paired_difference
 from covray.generation.vision_text import load_answerer
 from covray.io.storage import Folder
 from covray.models.vlm.batch import Blocks, collate
@@ -184,7 +184,7 @@ def caption_chrf(written: Sequence[str], expected: Sequence[str]) -> list[float]
     return [float(score) for score in each]
 
 
-def compare_rows(first: Sequence[Sequence[Row]], second: Sequence[Sequence[Row]]) -> dict[str, Any]:
+def compare_rows(first: Sequence[Sequence[Row]], second: Sequence[Sequence[Row]]) -> dict[str, Difference | None]:
     """Return the mean differences of two models over the same prompts, first less second, by score.
 
     Each has its 95% bootstrap interval and the p value of a sign-flip test; None where no prompt has the score.
@@ -194,11 +194,7 @@ def compare_rows(first: Sequence[Sequence[Row]], second: Sequence[Sequence[Row]]
         second: The same of the second model.
     """
     of_first, of_second = _mean_scores(first), _mean_scores(second)
-    differences: dict[str, Any] = {}
-    for name, values in of_first.items():
-        difference = paired_difference(values, of_second[name])
-        differences[name] = None if difference is None else asdict(difference)
-    return differences
+    return {name: paired_difference(values, of_second[name]) for name, values in of_first.items()}
 
 
 def _mean_scores(rows_by_seed: Sequence[Sequence[Row]]) -> dict[str, NDArray[np.float64]]:
@@ -242,7 +238,8 @@ def compare_evaluations(first: str, second: str) -> dict[str, Any]:
             f"{first} and {second}: answered different prompts; evaluate both with the same --data, --split, --samples "
             "and texts"
         )
-    return compare_rows(rows[:1], rows[1:])
+    differences = compare_rows(rows[:1], rows[1:])
+    return {name: difference and asdict(difference) for name, difference in differences.items()}
 
 
 def finished_rows(out: str) -> list[Row]:

@@ -22,8 +22,10 @@ from covray.distributed.evaluate_vlm import evaluate_vlm
 from covray.distributed.session import ray_session
 from covray.distributed.train_vlm import train_vlm
 from covray.errors import ConfigError, one_line
+from covray.evaluation.statistics import Difference
 from covray.evaluation.vision_text import Row, compare_rows, finished_rows
 from covray.io import storage
+from covray.io.records import Record, RecordPart
 from covray.io.storage import Folder
 from covray.pairs.manifest import ManifestWriter
 from covray.pairs.scenes.portraits import portrait_pairs
@@ -39,7 +41,7 @@ BLOCK = 8
 WHOLE = 96
 """Tokens of the one block of full-sequence diffusion: the longest caption fits."""
 SCORES = ("questions", "facts", "chrf")
-RESULTS, TABLES = "results.json", "tables.md"
+TABLES = "tables.md"
 _LEARNING_RATE = 3e-4
 _DIFFUSIONVL = {"blocks.preset": "diffusionvl"}
 
@@ -65,6 +67,52 @@ class Budget:
     """Captions whose speed is measured, one at a time."""
     validated: int = 512
     """Samples of a validation."""
+
+
+class Quality(RecordPart):
+    """Blocks against the twin, over the same prompts and all seeds."""
+
+    passes: int
+    """Of a block of 8."""
+    tokens_per_pass: float
+    differences: dict[str, Difference | None]
+    """Scores of the blocks less those of the twin."""
+
+
+class Speed(RecordPart):
+    """A decoder at batch 1."""
+
+    decoder: str
+    tokens_per_s: float
+    over_autoregressive: float
+    tokens_per_pass: float
+    facts: float | None
+    chrf: float | None
+
+
+class Ablation(RecordPart):
+    """A variant of the blocks."""
+
+    variant: str
+    nelbo_perplexity: float | None
+    all_passes: dict[str, float | None]
+    """Scores with as many passes as tokens."""
+    quarter: dict[str, float | None]
+    """Scores with a quarter of the passes."""
+
+
+class Tables(Record):
+    """What the programme found."""
+
+    FILE = "results.json"
+    FIX = "run the programme again"
+
+    budget: str
+    quality: list[Quality]
+    speed: list[Speed]
+    ablations: list[Ablation]
+    claims: dict[str, bool | None]
+    """Whether the claims of DiffusionVL hold here; null: not measured."""
 
 
 BUDGETS = {
@@ -126,7 +174,7 @@ def ablations(budget: Budget) -> list[Variant]:
 
 def run_diffusionvl(
     out: str, model: str, data: str | None = None, budget: str = "full", pretrained_samples: int = PRETRAINED_SAMPLES
-) -> dict[str, Any]:
+) -> Tables:
     """Run the programme, or continue it.
 
     Args:
@@ -149,15 +197,14 @@ def run_diffusionvl(
     folder = storage.join(out, budget)
     programme = Programme(folder, model, data or _render(folder, chosen.portraits), chosen)
     with ray_session():
-        results: dict[str, Any] = {
-            "budget": budget,
-            "quality": _quality(programme, pretrained_samples),
-            "speed": _speed(programme, pretrained_samples),
-            "ablations": _ablate(programme, pretrained_samples),
-        }
-    results["claims"] = _claims(results)
-    Folder(folder).write_bytes(TABLES, tables(results).encode())
-    storage.write_json(storage.join(folder, RESULTS), results)
+        quality = _quality(programme, pretrained_samples)
+        speed = _speed(programme, pretrained_samples)
+        ablated = _ablate(programme, pretrained_samples)
+    results = Tables(
+        budget=budget, quality=quality, speed=speed, ablations=ablated, claims=check_claims(quality, speed)
+    )
+    Folder(folder).write_bytes(TABLES, as_markdown(results).encode())
+    results.write(Folder(folder))
     return results
 
 
@@ -240,7 +287,7 @@ def _rows(programme: Programme, names: Sequence[str]) -> list[list[Row]]:
 # --- the three tables ------------------------------------------------------------------------------------------------
 
 
-def _quality(programme: Programme, pretrained_samples: int) -> list[dict[str, Any]]:
+def _quality(programme: Programme, pretrained_samples: int) -> list[Quality]:
     """Return the twin's scores, and the paired differences of blocks from it by passes, over all seeds."""
     of_twin = []
     by_passes: dict[int, list[str]] = {passes: [] for passes in programme.budget.passes}
@@ -257,10 +304,13 @@ def _quality(programme: Programme, pretrained_samples: int) -> list[dict[str, An
     for passes, names in by_passes.items():
         rows = _rows(programme, names)
         differences = compare_rows(rows, twin_rows)
-        line: dict[str, Any] = {"passes": passes, "tokens_per_pass": _tokens_per_pass(rows)}
-        for score in SCORES:
-            line[score] = differences[score]
-        table.append(line)
+        table.append(
+            Quality(
+                passes=passes,
+                tokens_per_pass=_tokens_per_pass(rows),
+                differences={score: differences[score] for score in SCORES},
+            )
+        )
     return table
 
 
@@ -270,7 +320,7 @@ def _tokens_per_pass(rows_by_seed: Sequence[Sequence[Row]]) -> float:
     return tokens / passes
 
 
-def _speed(programme: Programme, pretrained_samples: int) -> list[dict[str, Any]]:
+def _speed(programme: Programme, pretrained_samples: int) -> list[Speed]:
     """Return the speed at batch 1 of the first seed's models: the twin, blocks by passes, and without blocks."""
     seed = programme.budget.seeds[0]
     runs = {}
@@ -282,35 +332,46 @@ def _speed(programme: Programme, pretrained_samples: int) -> list[dict[str, Any]
     asked.append(("speculative", BLOCKS.name, {"decoder": "speculative"}))
     asked.append(("full sequence, no cache", FULL_SEQUENCE.name, {"cache": False}))
     asked.append(("full sequence in half the passes, no cache", FULL_SEQUENCE.name, {"cache": False, "passes": 48}))
-    table = []
+    table: list[Speed] = []
     for title, name, decoding in asked:
         file_name = "timed-" + title.replace(",", "").replace(" ", "-")
         result = _evaluate(programme, runs[name], file_name, decoding, timed=True)
-        line: dict[str, Any] = {"decoder": title}
-        for key in ("tokens_per_s", "tokens_per_pass", "facts", "chrf"):
-            line[key] = _mean_of(result[key])
-        table.append(line)
-    first = table[0]["tokens_per_s"]
-    for line in table:
-        line["over_autoregressive"] = None if not first else (line["tokens_per_s"] or 0.0) / first
+        rate = _mean_of(result["tokens_per_s"]) or 0.0
+        first = table[0].tokens_per_s if table else rate
+        table.append(
+            Speed(
+                decoder=title,
+                tokens_per_s=rate,
+                over_autoregressive=rate / first if first else 0.0,
+                tokens_per_pass=_mean_of(result["tokens_per_pass"]) or 0.0,
+                facts=_mean_of(result["facts"]),
+                chrf=_mean_of(result["chrf"]),
+            )
+        )
     return table
 
 
-def _ablate(programme: Programme, pretrained_samples: int) -> list[dict[str, Any]]:
+def _ablate(programme: Programme, pretrained_samples: int) -> list[Ablation]:
     """Return what each variant scores with as many passes as tokens, and with a quarter of them."""
     seed = programme.budget.seeds[0]
     table = []
     for variant in (BLOCKS, *ablations(programme.budget)):
         run = _train(programme, variant, seed, pretrained_samples)
-        line: dict[str, Any] = {"variant": variant.name, "nelbo_perplexity": _nelbo_perplexity(run)}
+        scores = []
         for passes in (variant.block, max(1, variant.block // 4)):
             name = f"{_folder_name(variant, seed)}-of-{passes}"
             if variant is BLOCKS and passes not in programme.budget.passes:
                 name += "-ablation"
             result = _evaluate(programme, run, name, {"passes": passes}, timed=False)
-            key = "all_passes" if passes == variant.block else "quarter"
-            line[key] = {score: _mean_of(result[score]) for score in SCORES}
-        table.append(line)
+            scores.append({score: _mean_of(result[score]) for score in SCORES})
+        table.append(
+            Ablation(
+                variant=variant.name,
+                nelbo_perplexity=_nelbo_perplexity(run),
+                all_passes=scores[0],
+                quarter=scores[1],
+            )
+        )
     return table
 
 
@@ -321,21 +382,19 @@ def _nelbo_perplexity(run: str) -> float | None:
     return values[-1] if values else None
 
 
-def _mean_of(score: Any) -> Any:
-    return score["mean"] if isinstance(score, dict) else score
+def _mean_of(score: float | Mapping[str, float] | None) -> float | None:
+    return score["mean"] if isinstance(score, Mapping) else score
 
 
-def _claims(results: Mapping[str, Any]) -> dict[str, bool | None]:
-    """Return whether the seed's claims hold here; None: not measured."""
-    of_all = results["quality"][0]
-    speeds = {line["decoder"]: line["tokens_per_s"] for line in results["speed"]}
-    best = max(speeds[f"blocks of {BLOCK} in {line['passes']}"] or 0.0 for line in results["quality"])
-    whole = speeds["full sequence, no cache"]
+def check_claims(quality: Sequence[Quality], speed: Sequence[Speed]) -> dict[str, bool | None]:
+    """Return whether DiffusionVL's claims hold here; None: not measured."""
+    rates = {line.decoder: line.tokens_per_s for line in speed}
+    best = max(rates[f"blocks of {BLOCK} in {line.passes}"] for line in quality)
+    whole = rates["full sequence, no cache"]
     claims: dict[str, bool | None] = {}
-    for score in SCORES:
-        difference = of_all[score]
-        known = difference is not None and difference["high"] is not None
-        claims[f"{score}: with all passes no worse than autoregressive"] = difference["high"] >= 0 if known else None
+    for score, difference in quality[0].differences.items():
+        high = None if difference is None else difference.high
+        claims[f"{score}: with all passes no worse than autoregressive"] = None if high is None else high >= 0
     claims["at least twice the speed of full-sequence diffusion without cache"] = best >= 2 * whole if whole else None
     return claims
 
@@ -343,25 +402,25 @@ def _claims(results: Mapping[str, Any]) -> dict[str, bool | None]:
 # --- as text ---------------------------------------------------------------------------------------------------------
 
 
-def tables(results: Mapping[str, Any]) -> str:
+def as_markdown(results: Tables) -> str:
     """Return the tables as Markdown."""
     quality = [["passes", "tokens a pass", *(f"{score}, less autoregressive" for score in SCORES)]]
-    for line in results["quality"]:
-        cells = [str(line["passes"]), f"{line['tokens_per_pass']:.2f}"]
-        quality.append(cells + [_difference(line[score]) for score in SCORES])
+    for of_passes in results.quality:
+        cells = [str(of_passes.passes), f"{of_passes.tokens_per_pass:.2f}"]
+        quality.append(cells + [_difference(of_passes.differences[score]) for score in SCORES])
     speed = [["decoder, batch 1", "tokens/s", "over autoregressive", "tokens a pass", "facts", "chrf"]]
-    for line in results["speed"]:
-        keys = ("tokens_per_s", "over_autoregressive", "tokens_per_pass", "facts", "chrf")
-        speed.append([line["decoder"], *(_number(line[key]) for key in keys)])
+    for line in results.speed:
+        figures = (line.tokens_per_s, line.over_autoregressive, line.tokens_per_pass, line.facts, line.chrf)
+        speed.append([line.decoder, *map(_number, figures)])
     ablated = [["variant", "NELBO perplexity"]]
     ablated[0] += [f"{score}, S = {share}" for share in ("D", "D/4") for score in SCORES]
-    for line in results["ablations"]:
-        cells = [line["variant"], _number(line["nelbo_perplexity"])]
-        for key in ("all_passes", "quarter"):
-            cells += [_number(line[key][score]) for score in SCORES]
+    for variant in results.ablations:
+        cells = [variant.variant, _number(variant.nelbo_perplexity)]
+        for scores in (variant.all_passes, variant.quarter):
+            cells += [_number(scores[score]) for score in SCORES]
         ablated.append(cells)
     claims = [["claim", "holds"]]
-    for claim, holds in results["claims"].items():
+    for claim, holds in results.claims.items():
         claims.append([claim, "not measured" if holds is None else str(holds).lower()])
     named = {"Quality": quality, "Speed": speed, "Ablations": ablated, "Claims": claims}
     return "\n".join(f"## {title}\n{_markdown(table)}" for title, table in named.items())
@@ -376,9 +435,9 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
 
-def _difference(value: Mapping[str, Any] | None) -> str:
+def _difference(value: Difference | None) -> str:
     if value is None:
         return ""
-    if value["low"] is None:
-        return f"{value['mean']:+.3f}"
-    return f"{value['mean']:+.3f} ({value['low']:+.3f} to {value['high']:+.3f})"
+    if value.low is None:
+        return f"{value.mean:+.3f}"
+    return f"{value.mean:+.3f} ({value.low:+.3f} to {value.high:+.3f})"

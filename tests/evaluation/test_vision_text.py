@@ -81,13 +81,13 @@ def test_two_models_are_compared_prompt_by_prompt() -> None:
         row("caption", "a ball", "a box", facts={"object": False, "colour": True}, **captions),
     ]
     differences = compare_rows([first], [second])
-    assert (differences["questions"]["mean"], differences["questions"]["episodes"]) == (0.5, 2)
-    assert (differences["facts"]["mean"], differences["captions_with_all_facts"]["mean"]) == (0.5, 1)
+    assert (differences["questions"].mean, differences["questions"].episodes) == (0.5, 2)
+    assert (differences["facts"].mean, differences["captions_with_all_facts"].mean) == (0.5, 1)
     same, other = caption_chrf(["a ball", "a box"], ["a ball", "a ball"])
-    assert (differences["chrf"]["mean"], differences["chrf"]["episodes"]) == (pytest.approx(same - other), 1)
-    assert differences["answer_nats"]["mean"] == 0
+    assert (differences["chrf"].mean, differences["chrf"].episodes) == (pytest.approx(same - other), 1)
+    assert differences["answer_nats"].mean == 0
     seeds = compare_rows([first, first], [first, second])
-    assert (seeds["questions"]["mean"], seeds["questions"]["episodes"]) == (0.25, 2), "a prompt's mean over seeds"
+    assert (seeds["questions"].mean, seeds["questions"].episodes) == (0.25, 2), "a prompt's mean over seeds"
     assert compare_rows([first[:2]], [second[:2]])["facts"] is None
 
 

@@ -87,25 +87,28 @@ def test_all_are_tuned_on_the_same_samples_and_held_against_the_twin(commands: C
     for out, config in commands.trained.items():
         assert config.seed == int(out[-1])
         assert config.optimizer.batch_samples == 64
-    quality = {line["passes"]: line for line in results["quality"]}
-    assert quality[8]["questions"]["mean"] == 0
-    assert quality[4]["questions"]["mean"] == -0.5, "one of two questions, by both seeds"
-    assert quality[4]["tokens_per_pass"] == 2
-    speeds = {line["decoder"]: line["over_autoregressive"] for line in results["speed"]}
+    quality = {line.passes: line for line in results.quality}
+    of_questions = {passes: line.differences["questions"] for passes, line in quality.items()}
+    assert of_questions[8].mean == 0
+    assert of_questions[4].mean == -0.5, "one of two questions, by both seeds"
+    assert quality[4].tokens_per_pass == 2
+    speeds = {line.decoder: line.over_autoregressive for line in results.speed}
     assert speeds["autoregressive"] == 1
     assert speeds["blocks of 8 in 2"] == 4
     assert speeds["full sequence, no cache"] == pytest.approx(1 / 3)
-    names = [line["variant"] for line in results["ablations"]]
+    names = [line.variant for line in results.ablations]
     assert {"blocks", "size 4", "size 16", "size 32", "clean half by blocks", "shifted", "diffusionvl"} < set(names)
-    assert all(line["nelbo_perplexity"] == 2 for line in results["ablations"])
-    assert list(results["claims"].values()) == [True, True, True, True]
-    worse = [quality[8] | {"facts": {"low": -0.3, "high": -0.1}, "chrf": None}, *results["quality"][1:]]
-    claims = diffusionvl._claims(results | {"quality": worse})
+    assert all(line.nelbo_perplexity == 2 for line in results.ablations)
+    assert list(results.claims.values()) == [True, True, True, True]
+    worse = replace(of_questions[8], low=-0.3, high=-0.1)
+    differences = quality[8].differences | {"facts": worse, "chrf": None}
+    lines = [quality[8].model_copy(update={"differences": differences}), *results.quality[1:]]
+    claims = diffusionvl.check_claims(lines, results.speed)
     assert list(claims.values()) == [True, False, None, True]
     text = (tmp_path / "full" / "tables.md").read_text()
-    assert text == diffusionvl.tables(results)
+    assert text == diffusionvl.as_markdown(results)
     assert "| 8 | 1.00 | +0.000 (+0.000 to +0.000) |" in text
-    assert json.loads((tmp_path / "full" / "results.json").read_text()) == results
+    assert diffusionvl.Tables.read(str(tmp_path / "full")) == results
     before = dict(commands.trained)
     assert diffusionvl.run_diffusionvl(str(tmp_path), "model", "words.parquet") == results
     assert commands.trained == before, "the same command continues in the same folders"
