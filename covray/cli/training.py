@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -34,10 +35,10 @@ TRAIN = StepOptions(TrainConfig)
 
 
 def _weighted(entry: str) -> tuple[str, float]:
-    """Return the path and the weight of a dataset; a folder of that very name is itself."""
-    from covray.io import storage
-
-    return (entry, 1.0) if storage.exists(entry) else weighted_path(entry)
+    """Return the path and the weight of a dataset; a folder here of that very name is itself."""
+    path, weight = weighted_path(entry)
+    is_folder = path != entry and Path(entry).exists()  # an address is not asked for: a command is only parsed here
+    return (entry, 1.0) if is_folder else (path, weight)
 
 
 def _first_path(option: str, entries: list[str]) -> str:
