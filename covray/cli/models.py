@@ -152,12 +152,16 @@ def nano_probe(
     if json_:
         print(json.dumps(asdict(result)))
         return
-    table = Table("", "read from the query", "label through the tokenizer", "perplexity", box=None, pad_edge=False)
+    titles = ("", "read from the query", "label through the tokenizer", "perplexity", "nats to write a label")
+    table = Table(*titles, box=None, pad_edge=False)
     for task, scores in result.scores.items():
         for number, (metric, value) in enumerate(scores.items()):
             ceiling = result.ceiling.get(task, {}).get(metric)
-            perplexity = f"{result.perplexity[task]:.1f}" if number == 0 else ""
-            table.add_row(f"{task} {metric}", f"{value:.3f}", "" if ceiling is None else f"{ceiling:.3f}", perplexity)
+            cells = [f"{task} {metric}", f"{value:.3f}", "" if ceiling is None else f"{ceiling:.3f}"]
+            if number == 0:
+                nats = result.label_nats.get(task)
+                cells += [f"{result.perplexity[task]:.1f}", "" if nats is None else f"{nats:.0f}"]
+            table.add_row(*cells)
     console.print(table)
 
 

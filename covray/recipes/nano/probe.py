@@ -3,7 +3,8 @@
 A bidirectional transformer of the nano LVM's size sees one query, as pixels or as the tokens of a candidate, and a
 task, and predicts all tokens of the label at once. The label's tokens are those of one judge for all candidates, so
 that rows differ only in how the query comes in. The answers are decoded by the judge and scored as an evaluation
-scores. A query of pixels shows what there is to read; a candidate is judged by the share of it that its tokens leave.
+scores. A query of pixels shows what there is to read; a candidate is judged by the share of it that its tokens leave,
+and by what its tokens of a label cost to write (``writing``).
 
 ``covray nano probe --tokenizer nano/vqgan``: 1,500 steps of 64 pairs, 25 minutes on two cores.
 """
@@ -26,6 +27,7 @@ from covray.pairs.scenes import CLASSES
 from covray.recipes.nano.data import KINDS
 from covray.recipes.nano.loop import highest_rates, muon_and_adamw, set_rates
 from covray.recipes.nano.lvm import ADAMW_RATE, MUON_RATE, TASK_PICTURES
+from covray.recipes.nano.writing import neighbour_nats
 from covray.tasks import TASKS
 
 WIDTH, LAYERS, HEADS, INNER = 256, 6, 4, 704
@@ -35,6 +37,8 @@ CELLS = 8
 QUERY_KINDS = ("colour", "grey", "dark")
 META = {"classes": ["sky", *CLASSES]}
 REPORT_EVERY_STEPS = 50
+COUNTED_SCENES = 2000
+"""Training scenes whose labels are counted for ``label_nats``."""
 
 
 @dataclass(frozen=True)
@@ -201,6 +205,8 @@ class ProbeResult:
     """Of the label's tokens, by task."""
     ceiling: dict[str, dict[str, float]]
     """Scores of the labels themselves after the candidate has written and read them; empty for pixels."""
+    label_nats: dict[str, float]
+    """What the candidate's tokens of a label cost to write, in nats a picture, by task; empty for pixels."""
     seconds: float
 
 
@@ -228,15 +234,20 @@ def run_probe(
     reader = QueryReader(None if candidate is None else candidate.codes, grid, judge.codes)
     train_reader(reader, probe_data(train, label_tokens(train, judge), candidate), steps, seed)
     answers, perplexity = read_answers(reader, probe_data(test, label_tokens(test, judge), candidate))
-    ceiling = {}
+    ceiling, nats = {}, {}
     if candidate is not None:
         ceiling = _scores(test, lambda labels, _: candidate.decode(candidate.encode(labels)))
+        written = [label_tokens(scenes, candidate) for scenes in (train[:COUNTED_SCENES], test)]
+        for index, task in enumerate(TASKS):
+            of_train, of_test = (tokens[:, index].reshape(-1, *candidate.grid) for tokens in written)
+            nats[task] = neighbour_nats(of_train, of_test, candidate.codes)
     return ProbeResult(
         query="pixels" if candidate is None else "tokens",
         tokens_per_image=None if candidate is None else candidate.tokens_per_image,
         scores=_scores(test, lambda _, index: judge.decode(answers[:, index])),
         perplexity=perplexity,
         ceiling=ceiling,
+        label_nats=nats,
         seconds=round(time.monotonic() - started, 1),
     )
 
