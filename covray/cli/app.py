@@ -47,6 +47,7 @@ from covray.errors import CovrayError
 
 STEPS = "Step by step"
 MODELS = "Models and data"
+SISTERS = "Vision-language models"
 SCALE = "Before it starts, and at scale"
 
 _STOPPED = "stopped; run the same command again to continue"
@@ -104,7 +105,7 @@ vlm_app.command(cls=Command)(vlm.convert)
 vlm_app.command(cls=Command)(vlm.generate)
 vlm_app.command(cls=Command)(vlm.evaluate)
 vlm_app.command(cls=Command)(vlm.compare)
-app.add_typer(vlm_app, name="vlm", rich_help_panel=MODELS)
+app.add_typer(vlm_app, name="vlm", rich_help_panel=SISTERS)
 
 think_app = typer.Typer(
     help="ThinkDiff: a vision-language model's thoughts, drawn by a diffusion model.", no_args_is_help=True
@@ -113,7 +114,7 @@ think_app.command(cls=Command)(think.features)
 think_app.command(cls=Command)(think.train)
 think_app.command(cls=Command)(think.generate)
 think_app.command(cls=Command)(think.evaluate)
-app.add_typer(think_app, name="think", rich_help_panel=MODELS)
+app.add_typer(think_app, name="think", rich_help_panel=SISTERS)
 
 nano_app = typer.Typer(help="The nano family: train it, measure it, judge its tokenizer.", no_args_is_help=True)
 nano_app.command("train", cls=Command)(models.nano_train)
