@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import sys
 import tempfile
@@ -28,7 +29,7 @@ def execute(notebook: NotebookNode, folder: Path) -> NotebookNode:
         # Sockets that are files: a free port can be taken before the kernel binds it.
         kernel = AsyncKernelManager(kernel_name="python3", transport="ipc", ip=f"{sockets}/kernel")
         client = NotebookClient(
-            notebook.copy(),
+            copy.deepcopy(notebook),  # it writes outputs into the cells
             km=kernel,
             timeout=CELL_TIMEOUT_S,
             startup_timeout=START_TIMEOUT_S,
