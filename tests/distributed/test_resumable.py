@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ class Description(Record):
 
     identity: dict[str, Any]
     mlflow_run_id: str | None
+    tracker_runs: dict[str, str] | None = None
 
 
 def open_output(folder: Path, **options: Any) -> Output[Description]:
@@ -143,19 +144,21 @@ def test_another_configuration_is_refused_with_what_differs(tmp_path: Path) -> N
         output.require_same({"a": 1}, {"a": None})
 
 
-class FakeTracker:
+class FakeTrackers:
+    """The trackers of a command, of which MLflow is the only one."""
+
     ended: list[tuple[str | None, str]]
 
-    def __init__(self, config: TrainConfig, run_id: str | None, command: str):
-        self.run_id = run_id or "new"
+    def __init__(self, config: TrainConfig, run_ids: Mapping[str, str | None], command: str):
+        self.run_id = run_ids.get("mlflow") or "new"
 
-    def start(self) -> str:
-        written = Description.read(FakeTracker.folder)
-        FakeTracker.written_before_start = written.mlflow_run_id
-        return self.run_id
+    def start(self) -> dict[str, str]:
+        written = Description.read(FakeTrackers.folder)
+        FakeTrackers.written_before_start = written.mlflow_run_id
+        return {"mlflow": self.run_id}
 
     def finish(self, status: str) -> bool:
-        FakeTracker.ended.append((self.run_id, status))
+        FakeTrackers.ended.append((self.run_id, status))
         return True
 
     folder: str
@@ -173,8 +176,8 @@ def test_the_run_of_mlflow_is_written_down_and_ends_as_the_command_does(
     status: str,
     run_id: str | None,
 ) -> None:
-    monkeypatch.setattr(resumable, "Tracker", FakeTracker)
-    FakeTracker.ended, FakeTracker.folder = [], str(tmp_path)
+    monkeypatch.setattr(resumable, "RunTrackers", FakeTrackers)
+    FakeTrackers.ended, FakeTrackers.folder = [], str(tmp_path)
     config = TrainConfig(data="data", out=str(tmp_path), tracking=TrackingConfig(uri="none"))
     description = Description(identity={}, mlflow_run_id=run_id)
 
@@ -193,5 +196,5 @@ def test_the_run_of_mlflow_is_written_down_and_ends_as_the_command_does(
     else:
         with pytest.raises(ending):
             work(fail)
-    assert FakeTracker.written_before_start == run_id
-    assert FakeTracker.ended == [(run_id or "new", status)]
+    assert FakeTrackers.written_before_start == run_id
+    assert FakeTrackers.ended == [(run_id or "new", status)]

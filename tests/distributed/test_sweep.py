@@ -272,7 +272,7 @@ def test_a_trial_s_scores_reach_mlflow_however_seldom_steps_are_logged_and_befor
         def set_terminated(self, run_id: str, status: str) -> None:
             assert status == "FINISHED"
 
-    monkeypatch.setattr(running.Tracker, "start", lambda tracker: setattr(tracker, "_client", Store()))
+    monkeypatch.setattr(MlflowTracker, "start", lambda tracker: setattr(tracker, "_client", Store()))
     running.TrialDriver().run(trial, config.out)
     assert logged == {"depth/abs_rel": 0.25}
 

@@ -144,9 +144,9 @@ def test_auto_takes_the_fastest_window_and_never_less_than_one_token_a_pass(
     chosen = []
     write = decoder_module.write_jacobi
 
-    def spy(reader: Any, pending: Any, window: int) -> Any:
+    def spy(reader: Any, pending: Any, window: int, relaxation: Any) -> Any:
         chosen.append(window)
-        return write(reader, pending, window)
+        return write(reader, pending, window, relaxation)
 
     monkeypatch.setattr(decoder_module, "write_jacobi", spy)
     decoder = LvmDecoder(model, CODES, TOKENS, batch=4)
