@@ -33,6 +33,8 @@ from covray.distributed.metrics import DATASET_PAIRS, PAIRS, Recorder
 from covray.distributed.plugin_checks import require_on_nodes, used_plugins
 from covray.distributed.pool import (
     TASK_CPUS,
+    Pool,
+    PoolActor,
     RowsIn,
     RowsOut,
     absolute,
@@ -47,7 +49,7 @@ from covray.distributed.pool import (
     pool_of,
 )
 from covray.distributed.prepare import prepare
-from covray.distributed.progress import BlockReport, PoolUsage, rows_by_task, start_progress_actor
+from covray.distributed.progress import PoolUsage, rows_by_task, start_progress_actor
 from covray.distributed.resumable import Output
 from covray.distributed.session import ray_session
 from covray.distributed.trackers.base import require_trackers
@@ -275,6 +277,8 @@ def _run(
     Returns:
         How the actors spent their time, and the rows that earlier runs had written.
     """
+    assert config.rows_per_block is not None
+    rows_per_block = config.rows_per_block
     progress = start_progress_actor(config.out, PAIRS)
     shared = {"config": config, "models": models}
 
@@ -282,17 +286,11 @@ def _run(
         prepared = blocks.map_batches(
             prepare,
             batch_format="pyarrow",
-            batch_size=config.rows_per_block,
+            batch_size=rows_per_block,
             num_cpus=TASK_CPUS,
             fn_kwargs=shared | {"root": info.root, "noise": ray.put(noise)},
         )
-        return prepared.map_batches(
-            ChainActor,
-            fn_constructor_kwargs=shared | {"progress": progress},
-            batch_format="pyarrow",
-            batch_size=config.rows_per_block,
-            **pool,
-        )
+        return Pool(ChainActor, shared, pool, rows_per_block).map(prepared, progress)
 
     rows_in = RowsIn(
         filesystem=storage.resolve(config.pairs)[0],
@@ -304,14 +302,13 @@ def _run(
     )
     schema = shard_schema(config.keep_noise).with_metadata(_file_metadata(config, models, _plugins(config, info)))
     rows_out = RowsOut(storage.Folder(config.out), shard_folder(version.number), schema, partition="task")
-    assert config.rows_per_block is not None
     with one_line_errors(config.out, "build"):
-        before = map_exactly_once(rows_in, rows_out, chains, config.rows_per_block, progress)
+        before = map_exactly_once(rows_in, rows_out, chains, rows_per_block, progress)
     usage: PoolUsage = ray.get(progress.usage.remote())
     return usage, before
 
 
-class ChainActor:
+class ChainActor(PoolActor):
     """One worker of the pool: holds the models, turns prepared blocks into shard rows, reports what it did."""
 
     def __init__(self, config: BuildConfig, models: BuildModels, progress: Any):
@@ -320,16 +317,14 @@ class ChainActor:
         loaded = self.builder.models()
         if loaded != models:
             raise DatasetError(f"this node's weights differ from the driver's: {loaded}, not {models}")
-        self.progress = progress
-        self.name = ray.get_runtime_context().get_actor_id()
-        progress.join.remote(self.name)
+        super().__init__(progress)
 
     def __call__(self, prepared: pa.Table) -> pa.Table:
         """Return the shard rows of a prepared block."""
         started = time.time()
         rows, stats = self.builder.build(prepared)
-        counts = (stats.rows, stats.rejected, stats.evaluations, stats.padded)
-        self.progress.report.remote(BlockReport(self.name, started, time.time(), *counts, rows_by_task(rows)))
+        counts = {"evaluations": stats.evaluations, "padded": stats.padded, "by_task": rows_by_task(rows)}
+        self.report(started, stats.rows, stats.rejected, **counts)
         return rows
 
 

@@ -15,10 +15,8 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.dataset as ds
-import pyarrow.parquet as pq
 import ray
 import torch
-from ray.data import Dataset
 
 from covray.chains.compatibility import require_same_tokens
 from covray.chains.dataset import ChainDataset
@@ -28,19 +26,22 @@ from covray.distributed.metrics import EPISODES
 from covray.distributed.plugin_checks import require_on_nodes
 from covray.distributed.pool import (
     CHECKPOINT,
+    Pool,
+    PoolActor,
     RowsIn,
     RowsOut,
     absolute,
     choose_rows_per_block,
     delete_checkpoint,
     gpus_of,
-    map_exactly_once,
     most_actors,
     on,
     one_line_errors,
+    parquet_bytes,
     pool_of,
+    run_pool,
 )
-from covray.distributed.progress import BlockReport, rows_by_task, start_progress_actor
+from covray.distributed.progress import rows_by_task, start_progress_actor
 from covray.distributed.resumable import Output, run_ids
 from covray.distributed.session import ray_session
 from covray.distributed.trackers.base import require_trackers
@@ -133,7 +134,7 @@ def _evaluate(work: Work, output: Output[EvaluationRecord], pool: dict[str, Any]
                 if not folder.exists(name):
                     write_pairs(folder.join(name), config.manifest, work.root, pairs)
             if not folder.exists(_EPISODES):
-                folder.write_bytes(_EPISODES, _parquet_bytes(work.episodes))
+                folder.write_bytes(_EPISODES, parquet_bytes(work.episodes))
         started = time.monotonic()
         table = _run(work, folder, pool)
         results = EvaluationResults(
@@ -161,25 +162,20 @@ def _finished(config: EvaluateConfig, folder: Folder, record: EvaluationRecord) 
     return results
 
 
-class EpisodeActor:
+class EpisodeActor(PoolActor):
     """One worker of the pool: holds tokenizer and model, answers and scores."""
 
     def __init__(self, config: EvaluateConfig, subjects: Sequence[Subject], progress: Any):
         """Load the tokenizer; models are loaded when an episode asks for them."""
         torch.set_num_threads(config.engine.threads)
         self.runner = _runner(config, subjects)
-        self.progress = progress
-        self.name = ray.get_runtime_context().get_actor_id()
-        progress.join.remote(self.name)
+        super().__init__(progress)
 
     def __call__(self, episodes: pa.Table) -> pa.Table:
         """Return the rows (``RESULT_SCHEMA``) of a block of episodes."""
         started = time.time()
         rows = self.runner.run(episodes)
-        failed = len(rows) - rows["error"].null_count
-        self.progress.report.remote(
-            BlockReport(self.name, started, time.time(), len(rows), failed, by_task=rows_by_task(rows))
-        )
+        self.report(started, len(rows), len(rows) - rows["error"].null_count, by_task=rows_by_task(rows))
         return rows
 
 
@@ -187,16 +183,6 @@ def _run(work: Work, folder: Folder, pool: dict[str, Any]) -> EvaluationTable:
     """Answer and score every episode that the checkpoint does not have; return the table of all."""
     config = work.config
     progress = start_progress_actor(config.out, EPISODES)
-
-    def answers(blocks: Dataset) -> Dataset:
-        return blocks.map_batches(
-            EpisodeActor,
-            fn_constructor_kwargs={"config": config, "subjects": work.subjects, "progress": progress},
-            batch_format="pyarrow",
-            batch_size=config.rows_per_block,
-            **pool,
-        )
-
     rows_in = RowsIn(
         filesystem=folder.filesystem,
         files=[folder.inner_path(_EPISODES)],
@@ -207,7 +193,8 @@ def _run(work: Work, folder: Folder, pool: dict[str, Any]) -> EvaluationTable:
     )
     assert config.rows_per_block is not None
     rows_out = RowsOut(folder, _ROWS, RESULT_SCHEMA, partition="task")
-    map_exactly_once(rows_in, rows_out, answers, config.rows_per_block, progress)
+    arguments = {"config": config, "subjects": work.subjects}
+    run_pool(Pool(EpisodeActor, arguments, pool, config.rows_per_block), rows_in, rows_out, progress)
     rows = read_rows(config.out)
     if sorted(row["episode"] for row in rows) != sorted(work.episodes["episode"].to_pylist()):
         raise DatasetError(
@@ -325,13 +312,6 @@ def _load_once(config: EvaluateConfig, gpus: float) -> None:
         require_same_tokens(ChainDataset(config.data), tokenizer, config.tokenizer.path)
 
     ray.get(load.remote(config))
-
-
-def _parquet_bytes(table: pa.Table) -> bytes:
-    buffer = pa.BufferOutputStream()
-    pq.write_table(table, buffer)
-    data: bytes = buffer.getvalue().to_pybytes()
-    return data
 
 
 def _metric(score: SubjectScore) -> str:

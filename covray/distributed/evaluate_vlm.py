@@ -15,15 +15,14 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.dataset as ds
-import pyarrow.parquet as pq
-import ray
 import torch
-from ray.data import Dataset
 
 from covray.config import EngineConfig
 from covray.config.vlm import VlmEvaluateConfig
 from covray.distributed.pool import (
     CHECKPOINT,
+    Pool,
+    PoolActor,
     RowsIn,
     RowsOut,
     absolute,
@@ -31,12 +30,13 @@ from covray.distributed.pool import (
     commit_again,
     delete_checkpoint,
     gpus_of,
-    map_exactly_once,
     most_actors,
     one_line_errors,
+    parquet_bytes,
     pool_of,
+    run_pool,
 )
-from covray.distributed.progress import BlockReport, start_progress_actor
+from covray.distributed.progress import start_progress_actor
 from covray.distributed.resumable import Output, run_ids
 from covray.distributed.session import ray_session
 from covray.distributed.trackers.together import RunTrackers
@@ -102,22 +102,20 @@ class _Work:
         return -(-self.prompts // self.config.batch)
 
 
-class AnswerActor:
+class AnswerActor(PoolActor):
     """One worker of the pool: holds data and model, answers and scores."""
 
     def __init__(self, config: VlmEvaluateConfig, progress: Any):
         """Read the data and load the model."""
         torch.set_num_threads(config.threads)
         self.answerer = BatchAnswerer(config)
-        self.progress = progress
-        self.name = ray.get_runtime_context().get_actor_id()
-        progress.join.remote(self.name)
+        super().__init__(progress)
 
     def __call__(self, batches: pa.Table) -> pa.Table:
         """Return the answers (``_ANSWER_SCHEMA``) of a block of batches."""
         started = time.time()
         lines = [row_lines(self.answerer.answer(number)) for number in batches["batch"].to_pylist()]
-        self.progress.report.remote(BlockReport(self.name, started, time.time(), len(batches), 0))
+        self.report(started, len(batches), 0)
         return batches.append_column("lines", pa.array(lines, _ANSWER_SCHEMA.field("lines").type))
 
 
@@ -164,18 +162,7 @@ def _answer(work: _Work, folder: Folder, cores: int) -> list[Row]:
     pool = pool_of(config.actors, engine, cores, gpus)
     if not folder.exists(_BATCHES):
         numbers = [{"batch": number, "split": config.split} for number in range(work.batches)]
-        folder.write_bytes(_BATCHES, _parquet_bytes(pa.Table.from_pylist(numbers, _BATCH_SCHEMA)))
-    progress = start_progress_actor()
-
-    def answers(blocks: Dataset) -> Dataset:
-        return blocks.map_batches(
-            AnswerActor,
-            fn_constructor_kwargs={"config": config, "progress": progress},
-            batch_format="pyarrow",
-            batch_size=per_block,
-            **pool,
-        )
-
+        folder.write_bytes(_BATCHES, parquet_bytes(pa.Table.from_pylist(numbers, _BATCH_SCHEMA)))
     rows_in = RowsIn(
         filesystem=folder.filesystem,
         files=[folder.inner_path(_BATCHES)],
@@ -184,7 +171,8 @@ def _answer(work: _Work, folder: Folder, cores: int) -> list[Row]:
         total=work.batches,
         unit=f"batches of {config.batch} prompts",
     )
-    map_exactly_once(rows_in, RowsOut(folder, _ANSWERS, _ANSWER_SCHEMA, "split"), answers, per_block, progress)
+    rows_out = RowsOut(folder, _ANSWERS, _ANSWER_SCHEMA, "split")
+    run_pool(Pool(AnswerActor, {"config": config}, pool, per_block), rows_in, rows_out, start_progress_actor())
     return _read_answers(folder, work)
 
 
@@ -215,7 +203,7 @@ def _keep_earlier_answers(folder: Folder, config: VlmEvaluateConfig) -> None:
     table = pa.Table.from_pylist(_batches_of(rows, config), _ANSWER_SCHEMA)
     if len(table):
         # Under a name of its own: a kill before the commit leaves a file that is written again.
-        (folder / _ANSWERS).write_bytes("earlier.parquet", _parquet_bytes(table))
+        (folder / _ANSWERS).write_bytes("earlier.parquet", parquet_bytes(table))
         commit_again(folder, "batch", lambda: table["batch"])
 
 
@@ -226,13 +214,6 @@ def _batches_of(rows: Sequence[Row], config: VlmEvaluateConfig) -> list[dict[str
         lines = row_lines(rows[first : first + config.batch])
         batches.append({"batch": number, "split": config.split, "lines": lines})
     return batches
-
-
-def _parquet_bytes(table: pa.Table) -> bytes:
-    buffer = pa.BufferOutputStream()
-    pq.write_table(table, buffer)
-    data: bytes = buffer.getvalue().to_pybytes()
-    return data
 
 
 def _track(tracker: RunTrackers, config: VlmEvaluateConfig, results: dict[str, Any]) -> None:

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 import torch
-from ray.data import Dataset
 
 from covray.config.think import LanguageModelConfig, PainterConfig, ThinkFeaturesConfig
 from covray.config.vlm import VlmModelConfig
 from covray.distributed.pool import (
+    Pool,
+    PoolActor,
     RowsIn,
     RowsOut,
     absolute,
@@ -29,13 +29,14 @@ from covray.distributed.pool import (
     commit_again,
     delete_checkpoint,
     gpus_of,
-    map_exactly_once,
     most_actors,
     on,
     one_line_errors,
+    parquet_bytes,
     pool_of,
+    run_pool,
 )
-from covray.distributed.progress import BlockReport, start_progress_actor
+from covray.distributed.progress import start_progress_actor
 from covray.distributed.resumable import Output
 from covray.distributed.session import ray_session
 from covray.errors import DatasetError
@@ -148,17 +149,6 @@ def _take(
 def _run(config: ThinkFeaturesConfig, samples: Samples, rows_per_block: int, pool: dict[str, Any]) -> None:
     """Compute and write every row that the checkpoint does not have."""
     folder = Folder(config.out)
-    progress = start_progress_actor()
-
-    def features(blocks: Dataset) -> Dataset:
-        return blocks.map_batches(
-            FeatureActor,
-            fn_constructor_kwargs={"config": config, "root": samples.root, "progress": progress},
-            batch_format="pyarrow",
-            batch_size=rows_per_block,
-            **pool,
-        )
-
     rows_in = RowsIn(
         filesystem=folder.filesystem,
         files=[folder.inner_path(_SAMPLES)],
@@ -168,26 +158,24 @@ def _run(config: ThinkFeaturesConfig, samples: Samples, rows_per_block: int, poo
         unit="pictures",
     )
     rows_out = RowsOut(folder, SHARDS, FEATURE_SCHEMA, partition="split", parquet=PARQUET)
-    map_exactly_once(rows_in, rows_out, features, rows_per_block, progress)
+    arguments = {"config": config, "root": samples.root}
+    run_pool(Pool(FeatureActor, arguments, pool, rows_per_block), rows_in, rows_out, start_progress_actor())
 
 
-class FeatureActor:
+class FeatureActor(PoolActor):
     """One worker of the pool: holds the model, turns blocks of pictures into rows, reports what it did."""
 
     def __init__(self, config: ThinkFeaturesConfig, root: str | None, progress: Any):
         """Load the model."""
         torch.set_num_threads(config.engine.threads)
         self.builder = FeatureBuilder(config, root)
-        self.progress = progress
-        self.name = ray.get_runtime_context().get_actor_id()
-        progress.join.remote(self.name)
+        super().__init__(progress)
 
     def __call__(self, samples: pa.Table) -> pa.Table:
         """Return the rows (``FEATURE_SCHEMA``) of a block of samples."""
         started = time.time()
         rows = self.builder.build(samples)
-        failed = len(rows) - rows["error"].null_count
-        self.progress.report.remote(BlockReport(self.name, started, time.time(), len(rows), failed))
+        self.report(started, len(rows), len(rows) - rows["error"].null_count)
         return rows
 
 
@@ -238,11 +226,3 @@ def _count(config: ThinkFeaturesConfig, samples: Samples, seconds: float) -> Fea
         bytes=size,
         seconds=seconds,
     )
-
-
-def parquet_bytes(table: pa.Table) -> bytes:
-    """Return the table as a Parquet file."""
-    buffer = pa.BufferOutputStream()
-    pq.write_table(table, buffer)
-    data: bytes = buffer.getvalue().to_pybytes()
-    return data

@@ -19,22 +19,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
-from ray.data import Dataset
 
 from covray.config import ActorsConfig, EngineConfig
 from covray.distributed.pool import (
     CHECKPOINT,
+    Pool,
+    PoolActor,
     RowsIn,
     RowsOut,
     absolute,
     choose_rows_per_block,
     gpus_of,
-    map_exactly_once,
     most_actors,
     one_line_errors,
+    parquet_bytes,
     pool_of,
+    run_pool,
 )
-from covray.distributed.progress import BlockReport, start_progress_actor
+from covray.distributed.progress import start_progress_actor
 from covray.distributed.resumable import Output
 from covray.distributed.session import ray_session
 from covray.errors import ManifestError
@@ -121,24 +123,15 @@ def _make(work: PairWork, folder: Folder, actors: ActorsConfig, cores: int) -> N
         if work.loads_model:
             _load_once(work.load, gpus)
     _write_items(folder, len(work.items))
-    progress = start_progress_actor()
     chunks = []
     for start in range(0, len(work.items), _ITEMS_PER_CHUNK):
         chunks.append(ray.put(list(work.items[start : start + _ITEMS_PER_CHUNK])))
 
-    def made(blocks: Dataset) -> Dataset:
-        return blocks.map_batches(
-            PairActor,
-            fn_constructor_kwargs={"load": work.load, "chunks": chunks, "progress": progress},
-            batch_format="pyarrow",
-            batch_size=rows,
-            **pool_of(actors, engine, cores, gpus),
-        )
-
     rows_in = RowsIn(folder.filesystem, [folder.inner_path(ITEMS)], [_ITEM], _ITEM, len(work.items), work.unit)
     rows_out = RowsOut(folder, PARTS, PART_SCHEMA, partition=_PARTITION)
+    pool = Pool(PairActor, {"load": work.load, "chunks": chunks}, pool_of(actors, engine, cores, gpus), rows)
     with one_line_errors(folder.path, "making of pairs"):
-        map_exactly_once(rows_in, rows_out, made, rows, progress)
+        run_pool(pool, rows_in, rows_out, start_progress_actor())
 
 
 def _load_once(load: Callable[[], Any], gpus: float) -> None:
@@ -153,22 +146,18 @@ def _load_once(load: Callable[[], Any], gpus: float) -> None:
 
 
 def _write_items(folder: Folder, items: int) -> None:
-    buffer = pa.BufferOutputStream()
-    pq.write_table(pa.table({_ITEM: np.arange(items, dtype=np.int64)}), buffer)
-    folder.write_bytes(ITEMS, buffer.getvalue().to_pybytes())
+    folder.write_bytes(ITEMS, parquet_bytes(pa.table({_ITEM: np.arange(items, dtype=np.int64)})))
 
 
-class PairActor:
+class PairActor(PoolActor):
     """One worker of the pool: makes the pairs of blocks of items."""
 
     def __init__(self, load: Callable[[], Any], chunks: list[Any], progress: Any):
         """Load what makes the pairs; ``chunks`` are references to the items."""
         self.make = load()
         self.chunks = chunks
-        self.progress = progress
-        self.name = ray.get_runtime_context().get_actor_id()
         self._held: tuple[int, list[Item]] = (-1, [])  # the chunk that was used last
-        progress.join.remote(self.name)
+        super().__init__(progress)
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """Return the parts' rows of a block of items."""
@@ -178,7 +167,7 @@ class PairActor:
         for number, pairs in zip(numbers, self.make([self._item(number) for number in numbers]), strict=True):
             rejected += sum("error" in pair.meta for pair in pairs)
             rows.append({_ITEM: number, _PARTITION: "pairs", "pairs": [manifest_row(pair, True) for pair in pairs]})
-        self.progress.report.remote(BlockReport(self.name, started, time.time(), len(rows), rejected))
+        self.report(started, len(rows), rejected)
         return pa.Table.from_pylist(rows, PART_SCHEMA)
 
     def _item(self, number: int) -> Item:

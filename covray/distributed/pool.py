@@ -6,6 +6,7 @@ Ray Data's checkpoint commits a block when its rows are written; the rows of com
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from ray.data.checkpoint import CheckpointConfig
 
 from covray.config import ActorsConfig, EngineConfig
 from covray.config.fields import MOST_ROWS_PER_BLOCK
-from covray.distributed.progress import PoolCounts, PoolProgress
+from covray.distributed.progress import BlockReport, PoolCounts, PoolProgress
 from covray.distributed.session import READING_CPUS
 from covray.errors import CovrayError, DatasetError, last_line
 from covray.io import storage
@@ -61,6 +62,58 @@ class RowsOut:
     partition: str
     parquet: Mapping[str, Any] = field(default_factory=dict)
     """How the files are written, by the names of pyarrow's writer."""
+
+
+class PoolActor:
+    """What the actors of all pools do beside their work: they join the progress, and report each block."""
+
+    def __init__(self, progress: Any):
+        """Join ``progress``, the handle of the ``ProgressActor``, once the actor is ready to work."""
+        self._progress = progress
+        self._name = ray.get_runtime_context().get_actor_id()
+        progress.join.remote(self._name)
+
+    def report(self, started: float, rows: int, rejected: int, **counts: Any) -> None:
+        """Report a block that is done.
+
+        Args:
+            started: When it was begun, in seconds since the epoch.
+            rows: Its rows.
+            rejected: How many of them have an error.
+            counts: Further fields of ``BlockReport``.
+        """
+        self._progress.report.remote(BlockReport(self._name, started, time.time(), rows, rejected, **counts))
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The actors that map blocks of rows."""
+
+    actor: type[PoolActor]
+    """Called with a block, it returns a row for each, with its id. Its class takes ``arguments`` and ``progress``."""
+    arguments: Mapping[str, Any]
+    options: Mapping[str, Any]
+    """As ``pool_of`` returns them."""
+    rows_per_block: int
+
+    def map(self, blocks: Dataset, progress: Any) -> Dataset:
+        """Return ``blocks`` as the actors map them, which report to ``progress``."""
+        return blocks.map_batches(
+            self.actor,
+            fn_constructor_kwargs={**self.arguments, "progress": progress},
+            batch_format="pyarrow",
+            batch_size=self.rows_per_block,
+            **self.options,
+        )
+
+
+def run_pool(pool: Pool, rows_in: RowsIn, rows_out: RowsOut, progress: Any) -> int:
+    """Map rows by the actors of ``pool``; see ``map_exactly_once``."""
+
+    def mapping(blocks: Dataset) -> Dataset:
+        return pool.map(blocks, progress)
+
+    return map_exactly_once(rows_in, rows_out, mapping, pool.rows_per_block, progress)
 
 
 def map_exactly_once(
@@ -178,9 +231,7 @@ def commit_again(output: Folder, id_column: str, ids: Callable[[], pa.ChunkedArr
         return
     present = ids()
     if len(present):
-        buffer = pa.BufferOutputStream()
-        pq.write_table(pa.table({id_column: present}), buffer)
-        (output / CHECKPOINT).write_bytes(f"standing{_COMMITTED}", buffer.getvalue().to_pybytes())
+        (output / CHECKPOINT).write_bytes(f"standing{_COMMITTED}", parquet_bytes(pa.table({id_column: present})))
 
 
 def delete_checkpoint(output: Folder) -> None:
@@ -291,3 +342,11 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         seen.add(id(current))
         yield current
         queue += [getattr(current, "cause", None), current.__cause__, current.__context__]
+
+
+def parquet_bytes(table: pa.Table) -> bytes:
+    """Return a small table as the content of a Parquet file."""
+    buffer = pa.BufferOutputStream()
+    pq.write_table(table, buffer)
+    data: bytes = buffer.getvalue().to_pybytes()
+    return data

@@ -16,25 +16,27 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import ray
 import torch
-from ray.data import Dataset
 
 from covray.config.evaluate import named_run
 from covray.config.think import ThinkEvaluateConfig
-from covray.distributed.features import absolute_model, absolute_path, parquet_bytes
+from covray.distributed.features import absolute_model, absolute_path
 from covray.distributed.pool import (
+    Pool,
+    PoolActor,
     RowsIn,
     RowsOut,
     absolute,
     choose_rows_per_block,
     delete_checkpoint,
     gpus_of,
-    map_exactly_once,
     most_actors,
     on,
     one_line_errors,
+    parquet_bytes,
     pool_of,
+    run_pool,
 )
-from covray.distributed.progress import BlockReport, start_progress_actor
+from covray.distributed.progress import start_progress_actor
 from covray.distributed.resumable import Output
 from covray.distributed.session import ray_session
 from covray.distributed.trackers.base import require_trackers
@@ -158,17 +160,6 @@ def _evaluate(config: ThinkEvaluateConfig, record: ReasoningRecord, episodes: pa
 def _run(config: ThinkEvaluateConfig, total: int, rows_per_block: int, pool: dict[str, Any]) -> None:
     """Answer and judge every episode that the checkpoint does not have."""
     folder = Folder(config.out)
-    progress = start_progress_actor()
-
-    def answers(blocks: Dataset) -> Dataset:
-        return blocks.map_batches(
-            ReasonActor,
-            fn_constructor_kwargs={"config": config, "progress": progress},
-            batch_format="pyarrow",
-            batch_size=rows_per_block,
-            **pool,
-        )
-
     rows_in = RowsIn(
         filesystem=folder.filesystem,
         files=[folder.inner_path(_EPISODES)],
@@ -177,28 +168,24 @@ def _run(config: ThinkEvaluateConfig, total: int, rows_per_block: int, pool: dic
         total=total,
         unit="episodes",
     )
-    map_exactly_once(
-        rows_in, RowsOut(folder, _ROWS, RESULT_SCHEMA, partition="task"), answers, rows_per_block, progress
-    )
+    rows_out = RowsOut(folder, _ROWS, RESULT_SCHEMA, partition="task")
+    run_pool(Pool(ReasonActor, {"config": config}, pool, rows_per_block), rows_in, rows_out, start_progress_actor())
 
 
-class ReasonActor:
+class ReasonActor(PoolActor):
     """One worker of the pool: holds the models, answers and judges episodes."""
 
     def __init__(self, config: ThinkEvaluateConfig, progress: Any):
         """Load the models."""
         torch.set_num_threads(config.engine.threads)
         self.reasoner = Reasoner(config)
-        self.progress = progress
-        self.name = ray.get_runtime_context().get_actor_id()
-        progress.join.remote(self.name)
+        super().__init__(progress)
 
     def __call__(self, episodes: pa.Table) -> pa.Table:
         """Return the rows (``RESULT_SCHEMA``) of a block of episodes."""
         started = time.time()
         rows = self.reasoner.run(episodes)
-        failed = len(rows) - rows["error"].null_count
-        self.progress.report.remote(BlockReport(self.name, started, time.time(), len(rows), failed))
+        self.report(started, len(rows), len(rows) - rows["error"].null_count)
         return rows
 
 
