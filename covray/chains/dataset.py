@@ -95,7 +95,7 @@ class ChainDataset:
             version: Which version, counted from 1; None: the one that ``path`` names, else the newest finished one.
 
         Raises:
-            DatasetError: There is no dataset, it is unfinished, it has no such version, or its description cannot be
+            DatasetError: The dataset is absent, unfinished or without this version, or its description cannot be
                 used.
         """
         path, named = split_version(path)

@@ -78,8 +78,12 @@ class _Rows:
     @classmethod
     def joined(cls, pieces: Sequence[_Rows]) -> _Rows:
         """Return the rows of all ``pieces``, at least one."""
-        columns = [[getattr(piece, name) for piece in pieces] for name in ("pair_ids", "tasks", "parts", "rows")]
-        return cls(*(np.concatenate(column) for column in columns))
+        return cls(
+            pair_ids=np.concatenate([piece.pair_ids for piece in pieces]),
+            tasks=np.concatenate([piece.tasks for piece in pieces]),
+            parts=np.concatenate([piece.parts for piece in pieces]),
+            rows=np.concatenate([piece.rows for piece in pieces]),
+        )
 
     def best(self, qualities: Sequence[float | None], dropped: float) -> _Rows:
         """Return the rows without the share ``dropped`` of each task that has the lowest of ``qualities``."""

@@ -85,7 +85,7 @@ def require_actors(context: typer.Context, arguments: list[str]) -> None:
     """Parse ``covray pairs ARGUMENTS``, and refuse what would not be made by actors.
 
     Raises:
-        ConfigError: There is no such source, or ``--actors`` is missing.
+        ConfigError: The source is unknown, or ``--actors`` is missing.
     """
     sources = context.find_root().command.commands[PAIRS].commands  # type: ignore[attr-defined]
     source = arguments[0] if arguments else ""

@@ -306,7 +306,7 @@ class VlmEvaluateConfig(VlmSourceConfig):
     tracking: TrackingConfig = TrackingConfig()
 
     def identity(self) -> dict[str, Any]:
-        """What decides the answers, beside data and model, of which the evaluation keeps the fingerprints."""
+        """The settings that decide the answers; data and model are compared by their fingerprints."""
         left_out: dict[str, Any] = {
             **dict.fromkeys(("out", "device", "data", "model", "revision"), True),
             **dict.fromkeys(("threads", "actors", "tracking"), True),

@@ -200,7 +200,11 @@ def compare_rows(first: Sequence[Sequence[Row]], second: Sequence[Sequence[Row]]
 def _mean_scores(rows_by_seed: Sequence[Sequence[Row]]) -> dict[str, NDArray[np.float64]]:
     """Return the scores of every prompt, the mean over seeds, by name; NaN where it has none."""
     by_seed = [_prompt_scores(rows) for rows in rows_by_seed]
-    return {name: np.array([scores[name] for scores in by_seed], np.float64).mean(0) for name in by_seed[0]}
+    means = {}
+    for name in by_seed[0]:
+        values = np.array([scores[name] for scores in by_seed], np.float64)  # [seeds, prompts]
+        means[name] = values.mean(0)
+    return means
 
 
 def _prompt_scores(rows: Sequence[Row]) -> dict[str, list[float | None]]:
@@ -231,7 +235,9 @@ def compare_evaluations(first: str, second: str) -> dict[str, Any]:
         ConfigError: One is not finished, or they answered different prompts.
     """
     rows = [finished_rows(out) for out in (first, second)]
-    asked = [[(row.prompt, row.expected) for row in own] for own in rows]
+    asked = []
+    for own in rows:
+        asked.append([(row.prompt, row.expected) for row in own])
     data = [VlmEvaluationRecord.read(Folder(out)).identity["data"] for out in (first, second)]
     if asked[0] != asked[1] or data[0] != data[1]:
         raise ConfigError(

@@ -180,8 +180,9 @@ def _tiles(results: ProgrammeResults) -> list[tuple[str, str]]:
     counts: dict[str, int] = defaultdict(int)
     for claim in results.claims:
         counts[claim.verdict] += 1
+    verb = "holds" if counts["holds"] == 1 else "hold"
     return [
-        (str(counts["holds"]), f"{plural(counts['holds'], 'claim')} that hold{'s' if counts['holds'] == 1 else ''}"),
+        (str(counts["holds"]), f"{plural(counts['holds'], 'claim')} that {verb}"),
         (str(counts["does not hold"]), "that do not"),
         (str(counts["open"]), "open"),
         (f"{results.arms_done} of {results.arms_planned}", "trainings done"),

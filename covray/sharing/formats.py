@@ -120,8 +120,7 @@ class _DatasetsWriter:
         self._folder.mkdir(exist_ok=True)
 
     def write(self, rows: list[dict[str, Any]]) -> None:
-        columns = {name: [row[name] for row in rows] for name in self._schema.names}
-        table = pa.Table.from_pydict(columns, self._schema)
+        table = pa.Table.from_pylist(rows, self._schema)
         pq.write_table(table, self._folder / f"{self._split}-{self._files:05}.parquet")
         self._files += 1
 

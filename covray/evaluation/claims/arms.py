@@ -7,6 +7,7 @@ queries would give. With one seed they say what other queries would.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ class ArmScores:
         return [task for task in TASKS if task in present]
 
     def mean(self, task: str, metric: str) -> float | None:
-        """Return the mean over seeds and queries; None where there is no value."""
+        """Return the mean over seeds and queries; None without values."""
         means = []
         for values in self.by_seed.values():
             queries = values.get((task, metric))
@@ -221,9 +222,13 @@ def joined(parts: Mapping[str, ArmScores]) -> ArmScores:
 
 def _common_seeds(arms: Sequence[ArmScores]) -> list[tuple[int, ...]]:
     """Return the seeds that are compared, one of each arm; an arm without training has the seed -1 alone."""
-    trained = [set(arm.by_seed) for arm in arms if set(arm.by_seed) != {-1}]
+    is_trained = [set(arm.by_seed) != {-1} for arm in arms]
+    trained = [set(arm.by_seed) for arm in itertools.compress(arms, is_trained)]
     common = sorted(set.intersection(*trained)) if trained else [-1]
-    return [tuple(-1 if set(arm.by_seed) == {-1} else seed for arm in arms) for seed in common]
+    compared = []
+    for seed in common:
+        compared.append(tuple(seed if each else -1 for each in is_trained))
+    return compared
 
 
 def _by_task(

@@ -167,7 +167,7 @@ class ProgrammeResults(Record):
     best: str | None
     """The arm of chains with the best answers on the validation split."""
     lengths: dict[str, int]
-    """The best length of each task on the validation split; 2 is no frames."""
+    """The best length of each task on the validation split; 2 means without frames."""
     claims: tuple[ClaimResult, ...]
     arms: tuple[ArmEntry, ...]
     curves: tuple[CurvePoint, ...]
