@@ -14,6 +14,7 @@ import yaml
 
 import covray
 from covray.cli.app import app
+from covray.cli.reference import commands_page
 from covray.config import BuildConfig, EvaluateConfig, Section, SweepConfig
 from covray.config.reference import STEPS, key_text, reference_page
 from scripts import docs_site
@@ -144,6 +145,13 @@ def options_of(command: Any) -> set[str]:
     for inner in getattr(command, "commands", {}).values():
         options |= options_of(inner)
     return options
+
+
+def test_the_page_of_the_commands_is_what_their_help_says() -> None:
+    page = (ROOT / "docs" / "commands.md").read_text()
+    assert page == commands_page(), "python -m covray.cli.reference > docs/commands.md"
+    options = {name for name in options_of(typer.main.get_command(app)) if name.startswith("--")}
+    assert [name for name in sorted(options) if name not in page] == ["--show-completion"]
 
 
 def test_every_option_that_a_message_names_exists() -> None:
