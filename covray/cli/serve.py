@@ -21,6 +21,13 @@ def serve(
             "--adapter", "adapters", text="Finished run of covray train, or NAME=RUN; repeatable.", metavar="RUN"
         ),
     ] = None,
+    think: Annotated[
+        str | None,
+        SERVE.option(
+            "--think", "think.folder", text="Folder with ThinkDiff's parts: aligner, painter, text, vlm or clip.",
+            metavar="FOLDER",
+        ),
+    ] = None,
     host: Annotated[str | None, SERVE.option("--host", "host")] = None,
     port: Annotated[int | None, SERVE.option("--port", "port")] = None,
     token: Annotated[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -51,6 +52,25 @@ class ReplicasConfig(Section):
         return self
 
 
+class ThinkServeConfig(Section):
+    """ThinkDiff beside the adapters: pictures and words in, a model's text and the drawn answer out."""
+
+    folder: str | None = None
+    """Folder with the parts ``aligner`` (an aligner's folder or a finished run of ``covray think train``), ``painter``,
+    ``text``, and the model that the aligner reads: ``vlm``, or ``clip`` of a vision tower. Null: none answers."""
+    kind: Literal["unet", "flux", "sd3", "pixart", "cogvideox"] = "unet"
+    """Kind of the painter."""
+    steps: int = Field(default=25, ge=1, le=1000)
+    """Steps of a picture. With ``unet`` they must divide the model's training steps."""
+    guidance: float = Field(default=3.0, ge=1.0, le=100.0)
+    """Scale of the guidance; 1: none."""
+    seed: int = Field(default=42, ge=0)
+    """Of the noise that every picture begins with."""
+    instruction: str = "Describe the next picture."
+    """What the vision-language model reads before words; the default is the nano model's, the published one is that of
+    ``paper/thinkdiff-cobsat``."""
+
+
 class ServeConfig(Section):
     """``covray serve``: answer queries over HTTP with trained adapters."""
 
@@ -66,6 +86,7 @@ class ServeConfig(Section):
     """Seconds that a query waits for others which can share its batch of at most ``generator.batch`` rows."""
     limits: LimitsConfig = LimitsConfig()
     replicas: ReplicasConfig = ReplicasConfig()
+    think: ThinkServeConfig = ThinkServeConfig()
 
     @field_validator("adapters")
     @classmethod

@@ -31,7 +31,8 @@ from covray.generation.generator import Generator, resolve_generator
 from covray.progress import stage
 from covray.serve.answering import Query, answer_together, group, stream_answer
 from covray.serve.http_api import LOOPBACK, Event, make_app
-from covray.serve.schemas import AdapterInfo, Adapters, AnswerResponse, Refusal
+from covray.serve.schemas import AdapterInfo, Adapters, AnswerResponse, Refusal, ThoughtResponse
+from covray.serve.thinking import ThoughtModels, ThoughtQuery, open_parts
 from covray.tasks import TASKS
 
 APPLICATION = "covray"
@@ -141,6 +142,41 @@ class ReplicaHandle:
                     raise
 
 
+class ThinkReplica:
+    """ThinkDiff's models; all computing is done by one thread, which also loads them, as in ``Replica``."""
+
+    def __init__(self, config: ServeConfig):
+        """Load the models."""
+        self._thread = ThreadPoolExecutor(1, "covray-thinker")
+        self._models = self._thread.submit(self._load, config).result()
+
+    @staticmethod
+    def _load(config: ServeConfig) -> ThoughtModels:
+        return ThoughtModels(open_parts(config.think, config.generator.engine))
+
+    async def think(self, query: ThoughtQuery) -> ThoughtResponse | Refusal:
+        """Return what is thought and drawn."""
+        return await asyncio.wrap_future(self._thread.submit(self._models.think, query))
+
+
+class ThinkHandle:
+    """The thinking replica as a ``ThoughtAnswerer``: a query whose replica dies is sent to the next one."""
+
+    def __init__(self, handle: DeploymentHandle, variant: str):
+        self._handle, self.variant = handle, variant
+
+    async def think(self, query: ThoughtQuery) -> ThoughtResponse | Refusal:
+        """Return what is thought and drawn."""
+        for _ in range(_ATTEMPTS - 1):
+            try:
+                result: ThoughtResponse | Refusal = await self._handle.think.remote(query)
+                return result
+            except RayActorError:
+                continue
+        last: ThoughtResponse | Refusal = await self._handle.think.remote(query)
+        return last
+
+
 def build_application(config: ServeConfig, adapters: Adapters, token: str | None, gpus: float) -> serve.Application:
     """Return the deployments.
 
@@ -162,13 +198,29 @@ def build_application(config: ServeConfig, adapters: Adapters, token: str | None
         graceful_shutdown_timeout_s=_DRAIN_S,
     )  # fmt: skip
 
+    variant = None
+    deployed = [replica.bind(config)]
+    if config.think.folder is not None:
+        variant = open_parts(config.think, config.generator.engine).aligner.variant
+        thinker = serve.deployment(
+            ThinkReplica,
+            name="Thinker",
+            max_ongoing_requests=config.limits.queue,
+            ray_actor_options={"num_cpus": replicas.cpus, "num_gpus": gpus},
+            graceful_shutdown_timeout_s=_DRAIN_S,
+        )
+        deployed.append(thinker.bind(config))
+
     def build_door() -> Any:
-        handle = serve.get_deployment_handle("Replica", app_name=APPLICATION)
-        return make_app(config, adapters, ReplicaHandle(handle), token, record_request)
+        handle = ReplicaHandle(serve.get_deployment_handle("Replica", app_name=APPLICATION))
+        thinker = None
+        if variant is not None:
+            thinker = ThinkHandle(serve.get_deployment_handle("Thinker", app_name=APPLICATION), variant)
+        return make_app(config, adapters, handle, token, record_request, thinker)
 
     class Door:
-        def __init__(self, replica: DeploymentHandle):
-            pass  # it is here so that Ray Serve deploys the replicas
+        def __init__(self, *replicas: DeploymentHandle):
+            pass  # they are here so that Ray Serve deploys them
 
     door = serve.deployment(
         serve.ingress(build_door)(Door),
@@ -179,7 +231,7 @@ def build_application(config: ServeConfig, adapters: Adapters, token: str | None
         ray_actor_options={"num_cpus": 0},
         graceful_shutdown_timeout_s=_DRAIN_S,
     )
-    return door.bind(replica.bind(config))
+    return door.bind(*deployed)
 
 
 def record_request(status: int, seconds: float) -> None:
@@ -224,6 +276,8 @@ def require_servable(config: ServeConfig, token: str | None) -> Adapters:
             f"--host {config.host}: others can reach it; set a token in COVRAY_SERVE_TOKEN, or leave --host out"
         )
     adapters = _adapters(config)
+    if config.think.folder is not None:
+        open_parts(config.think, config.generator.engine)
     _require_free(config.host, config.port)
     return adapters
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import hmac
 import html
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from importlib.resources import files
@@ -16,7 +15,7 @@ from typing import Any, Protocol
 
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, PlainTextResponse, Response, StreamingResponse
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import generate_latest
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -27,12 +26,13 @@ from covray.config import ServeConfig
 from covray.serve.answering import Query
 from covray.serve.reading import RefusedError, read_query
 from covray.serve.schemas import Adapters, AnswerRequest, AnswerResponse, Frame, Refusal
+from covray.serve.slots import CLIENT_LEFT, Counters, InTime, Observe, Slots
+from covray.serve.think_api import ThoughtAnswerer, add_thoughts
 
 Event = Frame | AnswerResponse | Refusal
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _OPEN = frozenset(("/", "/healthz"))
 """Paths that need no token: they say nothing of the models."""
-_CLIENT_LEFT = 499
 _REASONS = {404: "not_found", 405: "method"}
 _PAGE_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src blob: data:; "
@@ -51,53 +51,6 @@ class Answerer(Protocol):
         """Yield the pictures as they are written, then the answer."""
 
 
-Observe = Callable[[int, float], None]
-"""Takes the HTTP status of a request of answers, and its seconds."""
-
-
-class _Counters:
-    """The counters of ``/metrics``."""
-
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        options: dict[str, Any] = {"registry": self.registry}
-        self.requests = Counter("covray_requests", "Requests of answers, by status.", ["status"], **options)
-        self.answers = Counter("covray_answers", "Answers, by adapter.", ["adapter"], **options)
-        self.in_flight = Gauge("covray_requests_in_flight", "Requests that wait or are answered.", **options)
-        self.seconds = Histogram("covray_request_seconds", "Seconds from a request to its answer's end.", **options)
-
-
-class _Slots:
-    """Counts the requests that are waiting or being answered, and refuses those beyond the limit."""
-
-    def __init__(self, most: int, counters: _Counters, observe: Observe | None):
-        self._most, self._observe = most, observe
-        self._taken = 0
-        self._counters = counters
-
-    def take(self) -> Callable[[int], None]:
-        """Take a slot; the function returned frees it, given the status. Raises RefusedError."""
-        if self._taken >= self._most:
-            self._counters.requests.labels("503").inc()
-            if self._observe is not None:
-                self._observe(503, 0.0)
-            raise RefusedError(503, "queue_full", f"{self._most} requests are waiting already; try again later")
-        self._taken += 1
-        self._counters.in_flight.inc()
-        started = time.monotonic()
-
-        def free(status: int) -> None:
-            self._taken -= 1
-            self._counters.in_flight.dec()
-            self._counters.requests.labels(str(status)).inc()
-            seconds = time.monotonic() - started
-            self._counters.seconds.observe(seconds)
-            if self._observe is not None:
-                self._observe(status, seconds)
-
-        return free
-
-
 class _EventStream(StreamingResponse):
     """Server-Sent Events; frees the request's slot however it ends, also where the client leaves at once."""
 
@@ -108,7 +61,7 @@ class _EventStream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events."""
-        status = _CLIENT_LEFT
+        status = CLIENT_LEFT
         try:
             await super().__call__(scope, receive, send)
             status = 200
@@ -136,8 +89,9 @@ class _RequireToken:
 
 
 def make_app(
-    config: ServeConfig, adapters: Adapters, answerer: Answerer, token: str | None, observe: Observe | None = None
-) -> FastAPI:
+    config: ServeConfig, adapters: Adapters, answerer: Answerer, token: str | None, observe: Observe | None = None,
+    thinker: ThoughtAnswerer | None = None,
+) -> FastAPI:  # fmt: skip
     """Return the HTTP application.
 
     Args:
@@ -146,6 +100,7 @@ def make_app(
         answerer: Answers the queries.
         token: That every request must bring; None: none is needed.
         observe: Called at the end of each request of answers.
+        thinker: Answers by ThinkDiff; None: neither its route nor its tab is there.
     """
     app = FastAPI(
         title="covray",
@@ -161,17 +116,20 @@ def make_app(
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]"])
     app.add_exception_handler(RefusedError, _on_refused)
     app.add_exception_handler(HTTPException, _on_http_error)
-    _add_pages(app)
-    _add_answers(app, config, adapters, answerer, observe)
+    counters = Counters()
+    slots = Slots(config.limits.queue, counters, observe)
+    _add_pages(app, read_page("think.html") if thinker else "")
+    _add_answers(app, config, adapters, answerer, counters, slots)
+    if thinker is not None:
+        add_thoughts(app, config.limits, thinker, slots)
     return app
 
 
 def _add_answers(
-    app: FastAPI, config: ServeConfig, adapters: Adapters, answerer: Answerer, observe: Observe | None
+    app: FastAPI, config: ServeConfig, adapters: Adapters, answerer: Answerer, counters: Counters, slots: Slots
 ) -> None:
     """Add the routes that answer."""
-    counters = _Counters()
-    slots = _Slots(config.limits.queue, counters, observe)
+    seconds = config.limits.time_s
     names = [adapter.name for adapter in adapters.adapters]
 
     @app.get("/v1/adapters")
@@ -193,17 +151,17 @@ def _add_answers(
     async def answer(request: Request) -> Response:
         """Answer a query. With ``accept: text/event-stream`` each picture is sent as soon as it is written."""
         free = slots.take()
-        status = _CLIENT_LEFT
+        status = CLIENT_LEFT
         try:
             query = await read_query(request, config, names)
-            deadline = asyncio.get_running_loop().time() + config.limits.time_s
+            deadline = asyncio.get_running_loop().time() + seconds
             if "text/event-stream" in request.headers.get("accept", ""):
-                events = await _started(answerer.stream(query), deadline, config)
+                events = await _started(answerer.stream(query), deadline, seconds)
                 counters.answers.labels(query.adapter).inc()
                 response = _EventStream(events, free)
                 status = 0  # the slot is the response's now
                 return response
-            async with _in_time(deadline, config):
+            async with InTime(deadline, seconds):
                 result = await answerer.answer(query)
             if isinstance(result, Refusal):
                 raise RefusedError(422, result.reason, result.message)
@@ -221,44 +179,23 @@ def _add_answers(
                 free(status)
 
 
-class _in_time:
-    """``asyncio.timeout_at`` that refuses a request which is late."""
-
-    def __init__(self, deadline: float, config: ServeConfig):
-        self._timeout = asyncio.timeout_at(deadline)
-        self._seconds = config.limits.time_s
-
-    async def __aenter__(self) -> None:
-        await self._timeout.__aenter__()
-
-    async def __aexit__(self, *error: Any) -> None:
-        try:
-            await self._timeout.__aexit__(*error)
-        except TimeoutError as late:
-            raise RefusedError(
-                504, "too_late", f"no answer in {self._seconds:g} s; try again later, or ask for fewer candidates"
-            ) from late
-
-
-async def _started(events: AsyncIterator[Event], deadline: float, config: ServeConfig) -> AsyncIterator[str]:
+async def _started(events: AsyncIterator[Event], deadline: float, seconds: float) -> AsyncIterator[str]:
     """Return the rest of a stream whose first event is no refusal. Raises RefusedError."""
-    async with _in_time(deadline, config):
+    async with InTime(deadline, seconds):
         first = await anext(events)
     if isinstance(first, Refusal):
         raise RefusedError(422, first.reason, first.message)
-    return _as_text(first, events, deadline, config)
+    return _as_text(first, events, deadline, seconds)
 
 
-async def _as_text(
-    first: Event, events: AsyncIterator[Event], deadline: float, config: ServeConfig
-) -> AsyncIterator[str]:
+async def _as_text(first: Event, events: AsyncIterator[Event], deadline: float, seconds: float) -> AsyncIterator[str]:
     """Yield each event as Server-Sent Events write it."""
     async with aclosing(events):  # type: ignore[type-var]
         event: Event | None = first
         while event is not None:
             yield _event_text(event)
             try:
-                async with _in_time(deadline, config):
+                async with InTime(deadline, seconds):
                     event = await anext(events, None)
             except RefusedError as error:
                 yield _event_text(error.refusal)
@@ -287,9 +224,14 @@ def _request_body() -> dict[str, Any]:
     }
 
 
-def _add_pages(app: FastAPI) -> None:
-    """Add the pages for people; they load nothing from elsewhere."""
-    page = files("covray.serve").joinpath("web/index.html").read_text(encoding="utf-8")
+def read_page(name: str) -> str:
+    """Return a file of ``web/``."""
+    return files("covray.serve").joinpath("web", name).read_text(encoding="utf-8")
+
+
+def _add_pages(app: FastAPI, tabs: str) -> None:
+    """Add the pages for people, which load nothing from elsewhere; ``tabs`` is HTML at the end of the first."""
+    page = read_page("index.html") + tabs
 
     @app.get("/", include_in_schema=False)
     async def show_page() -> HTMLResponse:

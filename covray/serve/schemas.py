@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -87,6 +87,42 @@ class AnswerResponse(Section):
     """Number of the likeliest candidate; null in a stream."""
     log_likelihood: tuple[float, ...] | None
     """Of each picture, the answer last, in nats; null in a stream."""
+
+
+class ThoughtSettings(Section):
+    """What is said beside the pictures of a thought: the part ``settings`` of a multipart request."""
+
+    words: tuple[Annotated[str, Field(max_length=200)], ...] = ()
+    """A word for each picture and one more, which asks for the next picture; for a vision-language model."""
+    prompt: str = Field(default="", max_length=2000)
+    """In place of words: what a vision-language model is asked about the pictures, or, with a vision tower, what the
+    painter reads after their features."""
+    route: Literal["aligned", "text"] = "aligned"
+    """What is drawn: the model's aligned features, or its text, through the encoder of the language model."""
+
+
+class ThoughtRequest(ThoughtSettings):
+    """Pictures and words to think about."""
+
+    pictures: tuple[PictureFile, ...] = ()
+
+
+class ThoughtResponse(Section):
+    """What a vision-language model wrote, and what was drawn of it."""
+
+    text: str | None
+    """Null with a vision tower, which writes none."""
+    pictures: tuple[str, ...]
+    """The drawn picture, or the frames of a video."""
+
+
+class ThinkInfo(Section):
+    """The models that think."""
+
+    variant: str
+    """``lvlm``: a vision-language model; ``clip``: a vision tower."""
+    pictures: int
+    """Pictures that a request may show."""
 
 
 class Refusal(Section):

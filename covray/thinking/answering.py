@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,12 +14,28 @@ from covray.errors import ConfigError, DatasetError, PairError
 from covray.io import storage
 from covray.io.images import decode, encode_png
 from covray.io.storage import Folder
+from covray.models.aligner.aligner import Aligner
 from covray.models.vlm.prompts import Prompt, Prompter
 from covray.thinking.episodes import word_texts
 from covray.thinking.records import ThinkAnswer
 from covray.thinking.thinker import AlignerFolder, Thinker, open_aligner, require_models
+from covray.thinking.unet_painter import UnetPainter
 
 _TEXT_FILE = "text.txt"
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is said beside the pictures."""
+
+    words: tuple[str, ...]
+    """A word for each picture and one more, which asks for the next picture; or none."""
+    prompt: str
+    """Text beside the pictures, in place of words."""
+    instruction: str
+    """What a vision-language model reads before the words."""
+    is_bridge: bool = False
+    """Whether the model's text is drawn, through the encoder of the language model, in place of its features."""
 
 
 def generate(config: ThinkGenerateConfig) -> ThinkAnswer:
@@ -35,13 +52,14 @@ def generate(config: ThinkGenerateConfig) -> ThinkAnswer:
     """
     aligner = open_aligner(config.run)
     pictures = read_pictures(config.images)
+    question = Question(config.words, config.prompt, config.instruction, config.route == "text")
     _require_use(config, aligner)
     folder = Folder(config.out)
     _require_folder(folder)
     words = _needs_encoder(config, aligner)
     fingerprints = require_models(config, aligner, words=words)
     thinker = Thinker(config, aligner, words=words)
-    text, frames = answer(thinker, aligner, config, pictures)
+    text, frames = answer(thinker, aligner, thinker.load(aligner), question, pictures)
     files = write_frames(folder, frames)
     if text is not None:
         folder.write_bytes(_TEXT_FILE, f"{text}\n".encode())
@@ -54,32 +72,32 @@ def generate(config: ThinkGenerateConfig) -> ThinkAnswer:
 
 
 def answer(
-    thinker: Thinker, aligner: AlignerFolder, config: ThinkGenerateConfig, pictures: Sequence[NDArray[np.uint8]]
-) -> tuple[str | None, NDArray[np.uint8]]:
+    thinker: Thinker, folder: AlignerFolder, aligner: Aligner, question: Question,
+    pictures: Sequence[NDArray[np.uint8]],
+) -> tuple[str | None, NDArray[np.uint8]]:  # fmt: skip
     """Return the model's text, and what is drawn.
 
     Args:
         thinker: The models, loaded.
-        aligner: The aligner between them.
-        config: Words, prompt and route.
+        folder: Of the aligner.
+        aligner: The aligner, loaded.
+        question: What is said beside the pictures.
         pictures: uint8 [h, w, 3] each.
 
     Returns:
         The text, None with a vision tower; and frames, uint8 [f, h, w, 3].
     """
-    loaded = thinker.load(aligner)
-    if aligner.variant == "clip":
-        features = thinker.align_pictures(loaded, pictures, aligner.patches)
-        if not config.prompt:
+    if folder.variant == "clip":
+        features = thinker.align_pictures(aligner, pictures, folder.patches)
+        if not question.prompt:
             return None, thinker.painter.paint([features])[0]
-        if config.painter.kind == "unet":  # it has no encoder of its own
-            features = torch.cat((features, thinker.encode(config.prompt).to(features)))
+        if isinstance(thinker.painter, UnetPainter):  # it has no encoder of its own
+            features = torch.cat((features, thinker.encode(question.prompt).to(features)))
             return None, thinker.painter.paint([features])[0]
-        return None, thinker.painter.paint([features], [config.prompt])[0]
+        return None, thinker.painter.paint([features], [question.prompt])[0]
     assert thinker.vlm is not None
-    thought = thinker.think(_prompt(thinker.vlm.prompter, config, pictures), aligner.places)
-    is_bridge = config.route == "text"
-    features = thinker.encode(thought.text) if is_bridge else thinker.align(loaded, thought.features)
+    thought = thinker.think(_prompt(thinker.vlm.prompter, question, pictures), folder.places)
+    features = thinker.encode(thought.text) if question.is_bridge else thinker.align(aligner, thought.features)
     return thought.text, thinker.painter.paint([features])[0]
 
 
@@ -108,11 +126,11 @@ def write_frames(folder: Folder, frames: NDArray[np.uint8]) -> list[str]:
     return names
 
 
-def _prompt(prompter: Prompter, config: ThinkGenerateConfig, pictures: Sequence[NDArray[np.uint8]]) -> Prompt:
+def _prompt(prompter: Prompter, question: Question, pictures: Sequence[NDArray[np.uint8]]) -> Prompt:
     """Return the prompt of a vision-language model."""
-    if not config.words:
-        return prompter.prompt(pictures, config.prompt)
-    *before, last = word_texts(config.words, config.instruction)
+    if not question.words:
+        return prompter.prompt(pictures, question.prompt)
+    *before, last = word_texts(question.words, question.instruction)
     parts: list[str | NDArray[np.uint8]] = []
     for text, picture in zip(before, pictures, strict=True):
         parts += [text, picture]

@@ -22,6 +22,7 @@ from PIL import Image
 from ray import serve
 
 from covray.config import EngineConfig, GenerateConfig, GeneratorConfig, SamplingConfig, ServeConfig, load_config
+from covray.config.serve import ThinkServeConfig
 from covray.errors import ConfigError
 from covray.generation.files import generate
 from covray.generation.generator import Generator
@@ -30,7 +31,9 @@ from covray.io.images import decode
 from covray.serve.answering import Query, answer_together, stream_answer
 from covray.serve.app import TOKEN_VARIABLE, application, require_servable
 from covray.serve.schemas import AnswerResponse, Frame
+from covray.serve.thinking import ThoughtModels, ThoughtQuery, open_parts
 from tests.support.commands import COVRAY, environment, error_line, free_port, kill_all, run, wait_for
+from tests.support.thinking import write_parts
 
 SETTINGS = ("--set", "generator.engine.device=cpu", "--set", "generator.batch=4")
 ENGINE = EngineConfig(device="cpu", batch=4, image_batch=4)
@@ -158,13 +161,16 @@ def answers(address: str, route: str) -> bool:
 @pytest.mark.ray
 @pytest.mark.end_to_end
 def test_a_server_answers_as_generate_does_and_leaves_nothing_behind(
-    write_run: Run, pictures: Pictures, tmp_path: Path
+    write_run: Run, pictures: Pictures, think_folders: dict[str, str], tmp_path: Path
 ) -> None:
     run_folder, paths = write_run(method="linear", lengths=[4]), pictures(4)
+    (tmp_path / "parts").mkdir()
+    parts = str(write_parts(tmp_path / "parts", think_folders, "clip"))
+    thinking = ("--think", parts, "--set", "think.steps=4")
     port = free_port()
     address = f"http://127.0.0.1:{port}"
     command = [COVRAY, "serve", "--adapter", run_folder, "--adapter", f"second={run_folder}", "--port", str(port)]
-    server = subprocess.Popen([*command, *SETTINGS], env=environment(), stderr=subprocess.PIPE, text=True)
+    server = subprocess.Popen([*command, *thinking, *SETTINGS], env=environment(), stderr=subprocess.PIPE, text=True)
     try:
         wait_for(lambda: answers(address, "/healthz"), "it answers", server)
         started = psutil.Process(server.pid).children(recursive=True)
@@ -204,6 +210,10 @@ def test_a_server_answers_as_generate_does_and_leaves_nothing_behind(
         assert len(events) == 4
         assert events[-1]["picture"] == responses[0].json()["picture"]
         assert [event["picture"] for event in events[:2]] == responses[0].json()["frames"]
+        thought = httpx.post(f"{address}/v1/thoughts", json={"pictures": [query], "prompt": "a box"}, timeout=300)
+        models = ThoughtModels(open_parts(ThinkServeConfig(folder=parts, steps=4), EngineConfig(device="cpu")))
+        expected_thought = models.think(ThoughtQuery((decode(Path(paths[0]).read_bytes()),), prompt="a box"))
+        assert thought.json() == expected_thought.model_dump(mode="json"), thought.text
         server.send_signal(signal.SIGTERM)
         _, shown = server.communicate(timeout=120)
         assert server.returncode == 143, shown

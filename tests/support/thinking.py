@@ -14,10 +14,15 @@ from safetensors.torch import save_file
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
 from covray.config import load_config
-from covray.config.think import ThinkFeaturesConfig, ThinkTrainConfig
+from covray.config.think import LanguageModelConfig, ThinkFeaturesConfig, ThinkTrainConfig
+from covray.config.vlm import VlmModelConfig
 from covray.io.images import Picture, encode_png
+from covray.models.aligner.aligner import Aligner, new_aligner, save_aligner
+from covray.models.aligner.language import load_language_model
+from covray.models.vlm.checkpoint import vlm_facts
 from covray.pairs.manifest import ManifestWriter, Pair
 from covray.pairs.words import CAPTION_TASK, Words
+from covray.thinking.towers import tower_facts
 from tests.support.language_models import WIDTH, language_model, language_tokenizer
 from tests.support.priors import write_prior
 from tests.support.vlms import picture, write_vlm
@@ -130,4 +135,25 @@ def write_painter(folder: Path, width: int = WIDTH) -> Path:
     write_prior(folder, "v_prediction")  # what a UNet of random weights is taken for
     unet.save_pretrained(folder / "unet")
     save_file({"context": context}, folder / "empty_prompt.safetensors")
+    return folder
+
+
+def write_parts(folder: Path, think_folders: dict[str, str], variant: str) -> Path:
+    """A folder of parts for ``covray serve --think``, its aligner as it is before any training."""
+    model = "clip" if variant == "clip" else "vlm"
+    for name in (model, "text"):
+        (folder / name).symlink_to(think_folders[name])
+    write_painter(folder / "painter")
+    language = load_language_model(LanguageModelConfig(path=think_folders["text"]), torch.float32, torch.device("cpu"))
+    if variant == "clip":
+        tower = tower_facts(VlmModelConfig(path=think_folders["clip"]))
+        width, fingerprint = tower.width, tower.fingerprint
+    else:
+        facts = vlm_facts(VlmModelConfig(path=think_folders["vlm"]))
+        width, fingerprint = int(facts.config.get_text_config().hidden_size), facts.fingerprint
+    aligner = new_aligner(
+        width, language.model, "encoder", 0, vlm_fingerprint=fingerprint, language_fingerprint=language.fingerprint
+    )
+    features = {"variant": variant, "thought": {"max_tokens": 6, "min_tokens": 2}}
+    save_aligner(folder / "aligner", Aligner(aligner.network, aligner.record.model_copy(update={"features": features})))
     return folder

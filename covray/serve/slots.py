@@ -1,0 +1,86 @@
+"""Slots, counters and deadlines of requests: what all routes that answer share. Knows no ray."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from covray.serve.reading import RefusedError
+
+CLIENT_LEFT = 499
+Observe = Callable[[int, float], None]
+"""Takes the HTTP status of a request of answers, and its seconds."""
+
+
+class Counters:
+    """The counters of ``/metrics``."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        options: dict[str, Any] = {"registry": self.registry}
+        self.requests = Counter("covray_requests", "Requests of answers, by status.", ["status"], **options)
+        self.answers = Counter("covray_answers", "Answers, by adapter.", ["adapter"], **options)
+        self.in_flight = Gauge("covray_requests_in_flight", "Requests that wait or are answered.", **options)
+        self.seconds = Histogram("covray_request_seconds", "Seconds from a request to its answer's end.", **options)
+
+
+class Slots:
+    """Counts the requests that are waiting or being answered, and refuses those beyond the limit."""
+
+    def __init__(self, most: int, counters: Counters, observe: Observe | None):
+        self._most, self._observe = most, observe
+        self._taken = 0
+        self._counters = counters
+
+    def take(self) -> Callable[[int], None]:
+        """Take a slot; the function returned frees it, given the status. Raises RefusedError."""
+        if self._taken >= self._most:
+            self._counters.requests.labels("503").inc()
+            if self._observe is not None:
+                self._observe(503, 0.0)
+            raise RefusedError(503, "queue_full", f"{self._most} requests are waiting already; try again later")
+        self._taken += 1
+        self._counters.in_flight.inc()
+        started = time.monotonic()
+
+        def free(status: int) -> None:
+            self._taken -= 1
+            self._counters.in_flight.dec()
+            self._counters.requests.labels(str(status)).inc()
+            seconds = time.monotonic() - started
+            self._counters.seconds.observe(seconds)
+            if self._observe is not None:
+                self._observe(status, seconds)
+
+        return free
+
+
+class InTime:
+    """``asyncio.timeout_at`` that refuses a request which is late."""
+
+    def __init__(self, deadline: float, seconds: float, advice: str = "ask for fewer candidates"):
+        """Give up at ``deadline`` of the loop's clock, ``seconds`` after the beginning.
+
+        Args:
+            deadline: When.
+            seconds: What the client is told.
+            advice: What the client may do besides trying again.
+        """
+        self._timeout = asyncio.timeout_at(deadline)
+        self._seconds, self._advice = seconds, advice
+
+    async def __aenter__(self) -> None:
+        """Begin."""
+        await self._timeout.__aenter__()
+
+    async def __aexit__(self, *error: Any) -> None:
+        """End. Raises RefusedError where it was too late."""
+        try:
+            await self._timeout.__aexit__(*error)
+        except TimeoutError as late:
+            message = f"no answer in {self._seconds:g} s; try again later, or {self._advice}"
+            raise RefusedError(504, "too_late", message) from late
