@@ -188,9 +188,7 @@ class ChainDataset:
             DatasetError: A shard cannot be read.
         """
         for batch in self._batches(columns, tasks, split, errors):
-            values = {name: _python_values(batch.column(name)) for name in batch.schema.names}
-            for index in range(len(batch)):
-                yield {name: column[index] for name, column in values.items()}
+            yield from python_rows(batch)
 
     def table(
         self,
@@ -217,6 +215,21 @@ class ChainDataset:
             DatasetError: A shard cannot be read, is lost or was copied.
         """
         yield from self._batches(columns, None, split, False, version)
+
+    def shard_batches(self, shard: str, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+        """Yield the rows of one shard, rejected ones too.
+
+        Args:
+            shard: One of ``shards``.
+            columns: Only these columns; None: all.
+
+        Raises:
+            DatasetError: A shard of a finished dataset cannot be read. Of an unfinished one nothing is yielded then,
+                and ``unreadable`` lists it.
+        """
+        schema = self._schema()
+        narrow = pa.schema([schema.field(name) for name in columns or schema.names])
+        yield from self._file_batches(shard, task_of(shard), narrow)
 
     def chain(self, row: Mapping[str, Any], length: int, method: str) -> np.ndarray:
         """Return the chain of a row of ``rows``, from the source to the label.
@@ -380,6 +393,13 @@ def task_of(shard: str) -> str:
         if part.startswith("task="):
             return part.removeprefix("task=")
     raise DatasetError(f"{shard}: is not below a folder task=...; it is no shard of this dataset, move it away")
+
+
+def python_rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
+    """Yield the rows of ``batch`` as dicts, with tokens as uint16 arrays."""
+    values = {name: _python_values(batch.column(name)) for name in batch.schema.names}
+    for index in range(len(batch)):
+        yield {name: column[index] for name, column in values.items()}
 
 
 def _python_values(column: pa.Array) -> list[Any]:

@@ -11,6 +11,7 @@ from rich.table import Table
 from covray.cli.options import ConfigFile, Json, Plan, Sets, StepOptions, numbers, require_folder_name, words
 from covray.cli.output import console, escape, print_values
 from covray.config import BuildConfig
+from covray.errors import ConfigError
 
 BUILD = StepOptions(BuildConfig)
 
@@ -80,22 +81,54 @@ def view(
         ),
     ] = None,
     limit: Annotated[int, typer.Option(min=1, help="Chains or pairs shown of every task.")] = 12,
+    pair: Annotated[
+        list[int] | None,
+        typer.Option("--pair", help="Show this pair of a dataset; repeatable.", metavar="ID"),
+    ] = None,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Write nothing, and serve the page until Ctrl-C, live while a build runs.")
+    ] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of --serve; 0 takes a free one.")] = 8033,
     json_: Json = False,
 ) -> None:
-    """Contact sheets: every frame of a dataset's chains, with a page; or the pairs of a manifest, before a build."""
+    """Look at a dataset: a page that lists its pairs, with sheets of chains; or at a manifest, before a build."""
     from covray.report.pairs_sheet import is_manifest, view_pairs
 
+    if serve:
+        _serve_view(dataset, out, port, pair or [], json_)
+        return
     if is_manifest(dataset):
+        if pair:
+            raise ConfigError(f"--pair: {dataset} is a manifest; give a dataset of covray build, or leave it out")
         paths = view_pairs(dataset, out or f"{dataset.rstrip('/').removesuffix('.parquet')}-view", limit)
     else:
         from covray.report.dataset import view as write_view
 
-        paths = write_view(dataset, out or f"{dataset.rstrip('/')}/view", limit_per_task=limit)
+        paths = write_view(dataset, out or f"{dataset.rstrip('/')}/view", limit_per_task=limit, pair_ids=pair or [])
     if json_:
         print(json.dumps({"written": paths}))
         return
     for path in paths:
         console.print(escape(path), highlight=False, soft_wrap=True)
+
+
+def _serve_view(dataset: str, out: str | None, port: int, pair_ids: list[int], json_: bool) -> None:
+    """Serve the page of a dataset until Ctrl-C; the address that is printed selects the pair of ``pair_ids``."""
+    from covray.report.dataset_server import serve_dataset
+
+    if out is not None:
+        raise ConfigError("--out and --serve: --serve writes nothing; leave one out")
+    if len(pair_ids) > 1:
+        raise ConfigError("--pair and --serve: the served page shows every pair; give one --pair to begin with")
+
+    def ready(address: str) -> None:
+        address += f"#id={pair_ids[0]}" if pair_ids else ""
+        if json_:
+            print(json.dumps({"address": address}), flush=True)
+        else:
+            console.print(f"{address}  (Ctrl-C ends it)", highlight=False, soft_wrap=True)
+
+    serve_dataset(dataset, port, ready)
 
 
 def inspect(dataset: Annotated[str, typer.Argument(help="Dataset folder.")], json_: Json = False) -> None:

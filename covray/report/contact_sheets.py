@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -58,6 +58,11 @@ def decode_chains(
     rows: list[dict[str, Any]] = []
     for task in sorted(chosen):
         rows += islice(dataset.rows(tasks=[task]), limit_per_task)
+    return decode_rows(dataset, tokenizer, rows)
+
+
+def decode_rows(dataset: ChainDataset, tokenizer: Tokenizer, rows: Sequence[Mapping[str, Any]]) -> list[ChainPictures]:
+    """Decode good rows of ``dataset``, as its ``rows`` yields them, with all their frames."""
     if not rows:
         return []
     methods, alphas = dataset.methods, dataset.alphas

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from operator import itemgetter
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from covray.chains.compatibility import require_same_tokens
 from covray.chains.dataset import ChainDataset
 from covray.config import EngineConfig, TokenizerConfig
 from covray.config.build import solver_text
-from covray.errors import ConfigError, one_line
+from covray.errors import ConfigError, DatasetError, one_line
 from covray.io import storage
 from covray.models.tokenizer.vqgan import load_tokenizer
 from covray.progress import stage
-from covray.report.contact_sheets import ChainPictures, decode_chains, draw_sheet, quality_lines
+from covray.report.contact_sheets import ChainPictures, decode_chains, decode_rows, draw_sheet, quality_lines
 from covray.report.formatting import NONE, duration, listed, readable
 from covray.report.html import TILE_MIN_PX, Link, render
+from covray.report.live_rows import find_row
+from covray.report.pair_rows import COLUMNS, packed_rows
 
 PAGE = "index.html"
 _MAX_EXAMPLES = 20
@@ -29,6 +36,15 @@ _TILE_MAX_PX = 128
 _STRIP_PX = 840
 """The width that is left for a chain and its cross-fade."""
 _GAP_PX = 6
+_FIGURE_NAMES = {
+    "quality": ("quality", "1 is a straight path between two typical noises; sentences.drop_worst goes by it"),
+    "diffusion_path": ("path", "the way through the diffused frames over the direct way; 1 is straight"),
+    "linear_path": ("linear path", "the same of the linear frames"),
+    "end_psnr": ("end PSNR, dB", "the round trip of the end that is worse"),
+    "source_noise_rms": ("source noise", "|z|/√d of the inverted source; 1 is typical"),
+    "label_noise_rms": ("label noise", "|z|/√d of the inverted label; 1 is typical"),
+}
+"""A heading and an explanation for each of ``pair_rows.FIGURES``."""
 
 
 @dataclass(frozen=True)
@@ -73,31 +89,43 @@ class Reject:
 
 
 def view(
-    dataset_path: str, out: str, *, limit_per_task: int = 8, tokenizer: TokenizerConfig | None = None
+    dataset_path: str,
+    out: str,
+    *,
+    limit_per_task: int = 8,
+    tokenizer: TokenizerConfig | None = None,
+    pair_ids: Sequence[int] = (),
 ) -> list[str]:
     """Write ``index.html`` and, for each task, a contact sheet ``TASK.png``.
+
+    The page lists all pairs, and holds the pictures of some.
 
     Args:
         dataset_path: A dataset folder, finished or not.
         out: The folder to write to.
         limit_per_task: The number of chains to show of each task.
         tokenizer: Where the dataset's tokenizer is now, if it has moved.
+        pair_ids: Show these pairs, whatever their task, and no others.
 
     Returns:
         The paths of the files.
 
     Raises:
-        DatasetError: There is no dataset, or the tokenizer has another codebook.
+        DatasetError: There is no dataset or no such pair, the pair was rejected, or the tokenizer has another codebook.
         WeightsError: The tokenizer cannot be loaded.
         ConfigError: ``out`` cannot be written.
     """
     dataset = ChainDataset(dataset_path, unfinished=True)
     storage.require_writable(out)
+    chosen = [_good_row(dataset, pair_id) for pair_id in pair_ids]
     config = tokenizer or TokenizerConfig.model_validate(dataset.config["tokenizer"])
     vqgan = load_tokenizer(config, EngineConfig())
     require_same_tokens(dataset, vqgan, config.path)
     with stage(f"decoding chains of {dataset_path}"):
-        chains = decode_chains(dataset, vqgan, limit_per_task)
+        if chosen:
+            chains = decode_rows(dataset, vqgan, sorted(chosen, key=itemgetter("task")))
+        else:
+            chains = decode_chains(dataset, vqgan, limit_per_task)
     written = []
     try:
         for task, group in groupby(chains, lambda chain: chain.task):
@@ -113,6 +141,14 @@ def view(
     return written
 
 
+def _good_row(dataset: ChainDataset, pair_id: int) -> dict[str, Any]:
+    """Return the row of a pair. Raises DatasetError where there is none, or it was rejected."""
+    row = find_row(dataset, pair_id)
+    if row["error"] is not None:
+        raise DatasetError(f"{dataset.path}: pair {pair_id} was rejected ({row['error']}); it has no chain to show")
+    return row
+
+
 def write_page(dataset: ChainDataset, chains: Sequence[ChainPictures], out: str) -> None:
     """Write the page of a dataset.
 
@@ -123,21 +159,34 @@ def write_page(dataset: ChainDataset, chains: Sequence[ChainPictures], out: str)
         chains: The chains to show, grouped by task.
         out: The file to write.
     """
+    storage.write_bytes(out, render_page(dataset, chains, dataset.table(COLUMNS, errors=True)))
+
+
+def render_page(dataset: ChainDataset, chains: Sequence[ChainPictures], rows: pa.Table | None) -> bytes:
+    """Return the page of a dataset.
+
+    Args:
+        dataset: The dataset, finished or not.
+        chains: The chains to show, grouped by task.
+        rows: The columns ``pair_rows.COLUMNS`` of all pairs; None: of a page that asks its server for them.
+    """
     # The pictures are as large as lets the longest chain be seen from end to end.
     columns = len(dataset.alphas) + 3
     tile_px = max(TILE_MIN_PX, min(_TILE_MAX_PX, _STRIP_PX // columns - _GAP_PX))
     groups = []
     for task, of_task in groupby(chains, lambda chain: chain.task):
         groups.append(_group(dataset, task, list(of_task)))
-    rejects = _rejects(dataset)
-    links = [Link(group.task, readable(group.task)) for group in groups]
+    rejects = [] if rows is None else _rejects(rows)
+    links = [Link("pairs", "All pairs")]
+    links += [Link(group.task, readable(group.task)) for group in groups]
     if rejects:
         links.append(Link("rejected", "Rejected"))
-    page = render(
+    return render(
         "dataset.html",
         f"Chains of {dataset.path}",
         styles=["dataset.css"],
-        scripts=["dataset.js"],
+        scripts=["dataset.js", "pair_rows.js", "pair_list.js"],
+        served=rows is None,
         tile_px=tile_px,
         links=links,
         path=dataset.path,
@@ -147,8 +196,9 @@ def write_page(dataset: ChainDataset, chains: Sequence[ChainPictures], out: str)
         fingerprints=[(f"{readable(name)} fingerprint", value) for name, value in dataset.fingerprints.items()],
         groups=groups,
         rejects=rejects,
+        figures_of_pairs=_FIGURE_NAMES,
+        rows=None if rows is None else json.dumps(packed_rows(rows), allow_nan=False),
     )
-    storage.write_bytes(out, page)
 
 
 def _tiles(dataset: ChainDataset) -> list[tuple[str, str]]:
@@ -189,10 +239,11 @@ def _group(dataset: ChainDataset, task: str, chains: Sequence[ChainPictures]) ->
     count = f"{len(chains)} shown"
     if dataset.audit is not None and task in dataset.audit.per_task:
         count += f" of {dataset.audit.per_task[task].written:,}"
-    return TaskGroup(task, count, tuple(map(_view_of, chains)))
+    return TaskGroup(task, count, tuple(map(view_of, chains)))
 
 
-def _view_of(chain: ChainPictures) -> ChainView:
+def view_of(chain: ChainPictures) -> ChainView:
+    """Return a decoded chain as the page shows it."""
     return ChainView(
         pair_id=chain.pair_id,
         split=chain.split,
@@ -205,13 +256,12 @@ def _view_of(chain: ChainPictures) -> ChainView:
     )
 
 
-def _rejects(dataset: ChainDataset) -> list[Reject]:
+def _rejects(rows: pa.Table) -> list[Reject]:
     """Return the rejected pairs by task and reason."""
     counts: Counter[tuple[str, str]] = Counter()
     examples: dict[tuple[str, str], list[tuple[int, str]]] = {}
-    for row in dataset.rows(["pair_id", "task", "error"], errors=True):
-        if row["error"] is None:
-            continue
+    rejected = rows.select(["pair_id", "task", "error"]).filter(pc.is_valid(rows["error"]))
+    for row in rejected.to_pylist():
         reason, _, detail = row["error"].partition(":")
         key = (row["task"], reason)
         counts[key] += 1

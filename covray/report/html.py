@@ -41,7 +41,7 @@ class Link:
 
 def render(
     template: str, title: str, *, styles: Sequence[str], scripts: Sequence[str] = (), tile_px: int | None = None,
-    **values: Any,
+    served: bool = False, **values: Any,
 ) -> bytes:  # fmt: skip
     """Return the file of a page.
 
@@ -53,10 +53,14 @@ def render(
         styles: Names of files of ``static`` to add to ``page.css``.
         scripts: Names of files of ``static`` to add to ``page.js``.
         tile_px: The size of the page's pictures at first; None for a page without pictures.
+        served: Whether a server shows the page, which may then ask that server for more; a file asks nobody.
         values: What the template shows.
     """
     script = "".join(_static(name) for name in ("page.js", *scripts))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    if served:
+        policy += "; connect-src 'self'"
     text = (
         _environment()
         .get_template(template)
@@ -65,7 +69,7 @@ def render(
             # Markup: these texts are files of the package, and must not be escaped.
             style=Markup("".join(_static(name) for name in ("page.css", *styles))),
             script=Markup(script),
-            policy=f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'",
+            policy=policy,
             tile_px=tile_px,
             tile_min_px=TILE_MIN_PX,
             tile_max_px=TILE_MAX_PX,
@@ -73,6 +77,12 @@ def render(
         )
     )
     return text.encode()
+
+
+def render_part(template: str, macro: str, *values: Any) -> bytes:
+    """Return what ``macro`` of ``template`` makes of ``values``: a part of a page, for its server."""
+    part = getattr(_environment().get_template(template).module, macro)
+    return str(part(*values)).encode()
 
 
 def data_uri(picture: np.ndarray) -> str:

@@ -1,5 +1,5 @@
 // The slider of a chain cross-fades between the two frames nearest to its alpha, for every method at once.
-document.querySelectorAll('.chain').forEach((chain) => {
+function startSlider(chain) {
   const slider = chain.querySelector('.fade input');
   const stops = slider.dataset.stops.split(',').map(Number);
   slider.oninput = () => {
@@ -16,4 +16,5 @@ document.querySelectorAll('.chain').forEach((chain) => {
     chain.querySelector('.fade output').textContent = 'α = ' + alpha.toFixed(2);
   };
   slider.oninput();
-});
+}
+document.querySelectorAll('.chain').forEach(startSlider);

@@ -1,0 +1,102 @@
+"""The rows of a dataset that may still be built: which are new since a page last asked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+
+from covray.chains.dataset import ChainDataset, python_rows
+from covray.errors import DatasetError
+from covray.report.pair_rows import COLUMNS, packed_rows
+
+
+class LiveRows:
+    """The list of a dataset's pairs, read again shard by shard as a build writes them.
+
+    Shards are only added, but a build that continues deletes those that it had not committed: then ``generation``
+    grows, and a page starts its list again.
+    """
+
+    def __init__(self, path: str):
+        """Open the dataset ``path``. Raises DatasetError for none."""
+        self.path = path
+        self.dataset = ChainDataset(path, unfinished=True)
+        self.generation = 0
+        self._shards: dict[str, pa.Table] = {}
+        """By shard, in the order in which they were read."""
+
+    def refresh(self) -> None:
+        """Read what was written since the last time.
+
+        Raises:
+            DatasetError: The dataset is gone, or a shard of a finished one cannot be read.
+        """
+        self.dataset = ChainDataset(self.path, unfinished=True)
+        present = self.dataset.shards
+        if not set(self._shards) <= set(present):
+            self.generation += 1
+            self._shards.clear()
+        for shard in present:
+            if shard not in self._shards:
+                batches = list(self.dataset.shard_batches(shard, COLUMNS))
+                # A shard that is being written has no footer yet, and is read the next time.
+                if shard not in self.dataset.unreadable and batches:
+                    self._shards[shard] = pa.Table.from_batches(batches)
+
+    def since(self, generation: int, shards: int) -> dict[str, Any]:
+        """Return the rows that a page lacks, as an object for JSON.
+
+        Args:
+            generation: The ``generation`` of what the page has.
+            shards: The ``shards`` of what the page has.
+
+        Returns:
+            ``packed_rows`` of the others, with ``generation`` and ``shards`` to ask with next time, ``again`` where the
+            page must drop its rows first, and ``finished``.
+        """
+        again = generation != self.generation or shards > len(self._shards)
+        tables = list(self._shards.values())[0 if again else shards :]
+        rows = packed_rows(pa.concat_tables(tables)) if tables else {"count": 0}
+        return {
+            "generation": self.generation,
+            "shards": len(self._shards),
+            "again": again,
+            "finished": self.dataset.audit is not None,
+            "rows": rows,
+        }
+
+    def row(self, pair_id: int) -> dict[str, Any]:
+        """Return a row with all its columns. Raises DatasetError where there is none of this id."""
+        for shard, table in self._shards.items():
+            if (table["pair_id"].to_numpy() == pair_id).any():
+                return find_row(self.dataset, pair_id, [shard])
+        raise no_such_pair(self.dataset, pair_id)
+
+
+def find_row(dataset: ChainDataset, pair_id: int, shards: list[str] | None = None) -> dict[str, Any]:
+    """Return the row of a pair with all its columns.
+
+    Args:
+        dataset: The dataset, finished or not.
+        pair_id: The id.
+        shards: Where to look; None: in all shards.
+
+    Raises:
+        DatasetError: There is none.
+    """
+    for shard in dataset.shards if shards is None else shards:
+        ids = [batch.column("pair_id").to_numpy() for batch in dataset.shard_batches(shard, ["pair_id"])]
+        if not any((part == pair_id).any() for part in ids):
+            continue
+        for batch in dataset.shard_batches(shard):
+            for row in python_rows(batch.filter(pa.array(batch.column("pair_id").to_numpy() == pair_id))):
+                return row
+    raise no_such_pair(dataset, pair_id)
+
+
+def no_such_pair(dataset: ChainDataset, pair_id: int) -> DatasetError:
+    """Return the refusal of an id that no row has."""
+    return DatasetError(
+        f"{dataset.path}: has no pair {pair_id}; covray view {dataset.path} lists the ids of all its pairs"
+    )

@@ -1,0 +1,73 @@
+"""All pairs of a dataset as the page's list shows them: what to filter and to sort by, without tokens."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from covray.chains.dataset import QUALITY
+from covray.chains.quality import chain_quality
+
+COLUMNS = ("pair_id", "task", "split", "quality", "error")
+"""The columns of a shard that a list needs."""
+FIGURES = ("quality", "diffusion_path", "linear_path", "end_psnr", "source_noise_rms", "label_noise_rms")
+"""Figures of a pair, in the order of the list. ``quality`` is that of ``sentences.drop_worst``; ``end_psnr`` is that of
+the end which is worse after a round trip."""
+
+
+def packed_rows(rows: pa.Table) -> dict[str, Any]:
+    """Return rows as an object for JSON: a text of base64 a column, so that 100,000 pairs are some 4 MB.
+
+    Args:
+        rows: The columns of ``COLUMNS``.
+
+    Returns:
+        ``count``; ``pair_id`` as int64; ``task``, ``split`` and ``reason`` as uint16 indices of the lists ``tasks``,
+        ``splits`` and ``reasons``; ``figures`` by name as float32 with NaN where unknown; ``details``, by row, what the
+        error of a rejected pair adds to its reason. Numbers are little-endian. A good pair has the reason "".
+    """
+    errors = pc.fill_null(rows["error"], "")
+    reasons = pc.replace_substring_regex(errors, r"(?s):.*", "")
+    packed: dict[str, Any] = {"count": len(rows), "pair_id": _base64(rows["pair_id"].to_numpy().astype("<i8"))}
+    for name, values in (("task", rows["task"]), ("split", pc.fill_null(rows["split"], "")), ("reason", reasons)):
+        coded = pc.dictionary_encode(values).combine_chunks()
+        packed[f"{name}s"] = coded.dictionary.to_pylist()
+        packed[name] = _base64(coded.indices.to_numpy().astype("<u2"))
+    packed["figures"] = {name: _base64(values) for name, values in _figures(rows).items()}
+    packed["details"] = _details(errors.to_pylist())
+    return packed
+
+
+def _figures(rows: pa.Table) -> dict[str, NDArray[np.float32]]:
+    """Return the figures of all rows by name, float32 [rows]."""
+    stored = {}
+    for name in QUALITY:
+        column = pc.fill_null(pc.struct_field(rows["quality"], name), float("nan"))
+        stored[name] = column.to_numpy().astype("<f4")
+    stored["end_psnr"] = np.fmin(stored["source_psnr"], stored["label_psnr"])
+    qualities = np.full(len(rows), np.nan, "<f4")
+    for index, figures in enumerate(rows["quality"].to_pylist()):
+        quality = chain_quality(figures)
+        if quality is not None:
+            qualities[index] = quality
+    stored["quality"] = qualities
+    return {name: stored[name] for name in FIGURES}
+
+
+def _details(errors: Sequence[str]) -> dict[int, str]:
+    details = {}
+    for index, error in enumerate(errors):
+        detail = error.partition(":")[2].strip()
+        if detail:
+            details[index] = detail
+    return details
+
+
+def _base64(values: NDArray[Any]) -> str:
+    return base64.b64encode(values.tobytes()).decode()
