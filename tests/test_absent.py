@@ -5,8 +5,20 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+
+from covray.config import BuildConfig, EvaluateConfig, TrainConfig
+from covray.distributed.trackers.base import require_trackers
+from covray.recipes import demo
+from covray.training.records import TrainResult
+from covray.training.run import train as train_in_process
+from covray.training.zero import choose
 from tests.support.blocked import block
 
 ROOT = Path(__file__).parents[1]
@@ -53,3 +65,40 @@ def test_without_them_covray_works_or_says_what_to_install(tmp_path: Path) -> No
     mlflow, deepspeed = done.stdout.splitlines()
     assert mlflow.startswith("tracking.uri: MLflow is not installed; pip install mlflow")
     assert "pip install deepspeed" in deepspeed
+
+
+@pytest.mark.parametrize("package", ["embreex", "deepspeed", "mlflow"])
+def test_the_demo_runs_without_it(
+    package: str, tiny_config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its steps without Ray: the pairs of one scene, a training of tiny chains, and the checks before each step."""
+    for name in [package, *sys.modules]:
+        if name == package or name.startswith(f"{package}."):
+            monkeypatch.setitem(sys.modules, name, None)  # so that Python neither finds nor imports it
+    pairs = 0
+
+    def build(config: BuildConfig) -> SimpleNamespace:
+        nonlocal pairs
+        require_trackers(config)
+        pairs = pq.read_metadata(Path(config.pairs) / "scenes.parquet").num_rows
+        return SimpleNamespace(written=7, rejected=0, chains_per_s=None, to_json=dict)
+
+    def train(config: TrainConfig) -> TrainResult:
+        require_trackers(config)
+        assert choose(config, SimpleNamespace(), None) == "none"  # type: ignore[arg-type]
+        result = train_in_process(tiny_config(optimizer__steps=1))
+        assert isinstance(result, TrainResult)
+        return result
+
+    def evaluate(config: EvaluateConfig) -> SimpleNamespace:
+        require_trackers(config)
+        return SimpleNamespace(scores=[])
+
+    monkeypatch.setattr(demo, "PHOTOGRAPHS", demo.PHOTOGRAPHS[:1])
+    monkeypatch.setattr(demo, "SCENES", {"train": 1})
+    monkeypatch.setattr(demo, "view", lambda *_, **__: ["index.html"])
+    for step in (build, train, evaluate):
+        monkeypatch.setattr(demo, step.__name__, step)
+    result = demo.run_demo(tmp_path / "demo", Console(quiet=True))
+    assert pairs == 7
+    assert result.training["steps"] == 1

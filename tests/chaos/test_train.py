@@ -42,7 +42,7 @@ def test_a_killed_training_equals_an_undisturbed_one(
     tmp_path: Path,
     rng: random.Random,
 ) -> None:
-    long = {"optimizer__steps": 400, "validate_every_steps": 50, "checkpoints__every_steps": 10, "workers__count": 2}
+    long = {"optimizer__steps": 240, "validate_every_steps": 50, "checkpoints__every_steps": 10, "workers__count": 2}
     store = f"sqlite:///{tmp_path}/mlflow.db"
     whole, killed = tiny_config("whole", **long), tiny_config("killed", tracking__uri=store, **long)
     finish_training(start_training(whole))

@@ -21,7 +21,7 @@ from covray.distributed import sweep as sweeps
 from covray.distributed import trials as running
 from covray.distributed.sweep import report, resumed, sweep
 from covray.distributed.tracking import MlflowTracker, store_of
-from covray.errors import ConfigError
+from covray.errors import ConfigError, WeightsError
 from covray.evaluation.records import EvaluationResults, SubjectScore
 from covray.io import storage
 from covray.sweeps.grid import Trial, grid_of
@@ -195,7 +195,7 @@ def test_why_a_trial_failed_is_its_last_error(tmp_path: Path, text: str, line: s
 class Ended:
     """A trial of Tune that is over, as far as a callback looks at it."""
 
-    error_file = None
+    error_file: str | None = None
 
     def __init__(self, name: str):
         self.config = {"trial": name}
@@ -335,25 +335,34 @@ class FakeTuner:
             ended: Any = Ended(name)
             self._progress.on_trial_start(0, [], ended)
             driver = running.TrialDriver()
-            driver.run(self._trials[name], self._out)
+            try:
+                driver.run(self._trials[name], self._out)
+            except WeightsError as error:
+                ended.error_file = f"{self._out}.error.txt"
+                Path(ended.error_file).write_text(f"covray.errors.WeightsError: {error}\n")
+                self._progress.on_trial_error(0, [], ended)
+                continue
             for validation in driver.take():
                 self._progress.on_trial_result(0, [], ended, validation)
             self._progress.on_trial_complete(0, [], ended)
 
 
-def test_a_killed_sweep_continues_with_the_trials_that_are_not_done(
-    config: SweepConfig, monkeypatch: pytest.MonkeyPatch
+def test_a_killed_sweep_continues_with_the_trials_that_are_not_done_or_failed(
+    config: SweepConfig, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Trainings and evaluations are quick fakes, and so are Ray and Tune; all the rest is the command's own."""
     score = {"task": "depth", "metric": "abs_rel", "mean": 0.25, "low": 0.2, "high": 0.3, "episodes": 4}
     tasks = {"depth": {"episodes": 4, "primary": "abs_rel", "metrics": ["abs_rel"]}}
     trained: list[str] = []
     kill_after = 1
+    without_weights = ""
 
     def fake_train(config: Any, watch: Any, patience_s: float) -> Any:
         assert patience_s > 0
         if len(trained) == kill_after:
             raise KeyboardInterrupt
+        if config.out == without_weights:
+            raise WeightsError(f"{config.out}: has no weights")
         trained.append(config.out)
         RunRecord(config={}, identity={}, fingerprints={}, mlflow_run_id=None).write(config.out)
         watch({"step": 0, "validation_loss": 1.0, "answer_perplexity": 9.0})
@@ -380,15 +389,23 @@ def test_a_killed_sweep_continues_with_the_trials_that_are_not_done(
     monkeypatch.setattr(running, "evaluate", fake_evaluate)
     monkeypatch.setattr(sweeps, "evaluate", fake_evaluate)
     config = config.model_copy(update={"tracking": TrackingConfig(uri="none")})
-    names = [trial.name for trial in grid_of(config).trials]
+    trials = grid_of(config).trials
 
     with pytest.raises(KeyboardInterrupt):
         sweep(config)
     assert [trial["status"] for trial in report(config.out)["trials"]] == ["finished", "waiting", "waiting"]
     seconds = SweepRecord.read(config.out).seconds
-    kill_after = 99
+    kill_after, without_weights = 99, trials[1].train.out
+    code, printed, message = run("sweep", "--resume", "--out", config.out, "--json")
+    assert code == 0, "a trial that failed ends no sweep"
+    assert "Traceback" not in message
+    results = json.loads(printed)
+    assert results == json.loads(Path(config.out, "results.json").read_text())
+    assert [trial["status"] for trial in results["trials"]] == ["finished", "failed", "finished"]
+    assert results["trials"][1]["error"] == f"{without_weights}: has no weights"
+    without_weights = ""
     results = sweep(config)
-    assert len(trained) == len(set(trained)) == len(names) == 3, "no trial is trained twice"
+    assert len(trained) == len(set(trained)) == len(trials) == 3, "no trial is trained twice"
     assert [trial["status"] for trial in results["trials"]] == ["finished"] * 3
     assert results["trials"][0]["validation"] == [{"tokens": 0, "answer_perplexity": 9.0}]
     assert results["seconds"] > seconds > 0

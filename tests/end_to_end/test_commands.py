@@ -15,12 +15,12 @@ import pytest
 from PIL import Image
 
 from covray.chains.dataset import ChainDataset
-from covray.cli.app import main
 from covray.pairs.manifest import ManifestWriter, Pair, Picture
 from covray.recipes.nano.recipe import WEIGHTS
 from tests.support.commands import FAST, environment, error_line, tokens_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.end_to_end]
+Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def hostile_files(folder: Path) -> dict[str, str]:
@@ -48,9 +48,7 @@ def hostile_files(folder: Path) -> dict[str, str]:
     }  # fmt: skip
 
 
-def test_bad_pairs_are_rows_with_their_reason(
-    tmp_path: Path, run_on_ray: Callable[..., subprocess.CompletedProcess[str]]
-) -> None:
+def test_bad_pairs_are_rows_with_their_reason(tmp_path: Path, run_on_ray: Run, run_here: Run) -> None:
     root = tmp_path / "root"
     root.mkdir()
     (tmp_path / "outside.png").write_bytes(b"secret")
@@ -58,7 +56,7 @@ def test_bad_pairs_are_rows_with_their_reason(
     lines = ["image,label,task"] + [f"{name},good.png,pose" for name in expected]
     (root / "list.csv").write_text("\n".join(lines) + "\n")
     pairs, out = tmp_path / "pairs.parquet", tmp_path / "chains"
-    run_on_ray("pairs", "manifest", str(root / "list.csv"), "--out", str(pairs))
+    run_here("pairs", "manifest", str(root / "list.csv"), "--out", str(pairs))
     done = run_on_ray("build", "--pairs", str(pairs), "--out", str(out), *FAST)
     assert "Traceback" not in done.stderr
     rows = list(ChainDataset(str(out)).rows(errors=True))
@@ -71,10 +69,9 @@ def test_bad_pairs_are_rows_with_their_reason(
 
 
 def test_from_photographs_to_the_page(
-    tmp_path: Path,
-    scenes_manifest: Callable[..., Path],
-    run_on_ray: Callable[..., subprocess.CompletedProcess[str]],
+    tmp_path: Path, scenes_manifest: Callable[..., Path], run_on_ray: Run, run_here: Run
 ) -> None:
+    """By commands alone; those that need no Ray run in this process."""
     photographs = tmp_path / "photographs"
     photographs.mkdir()
     rng = np.random.default_rng(0)
@@ -82,7 +79,7 @@ def test_from_photographs_to_the_page(
         Image.fromarray(rng.integers(0, 255, (90, 120, 3), dtype=np.uint8)).save(photographs / f"{number}.png")
     pairs = tmp_path / "pairs"
     pairs.mkdir()
-    run_on_ray("pairs", "photos", str(photographs), "--out", str(pairs / "photos.parquet"))
+    run_here("pairs", "photos", str(photographs), "--out", str(pairs / "photos.parquet"))
     shutil.move(scenes_manifest(1), pairs / "scenes.parquet")
     out = tmp_path / "chains"
     done = run_on_ray("build", "--pairs", str(pairs), "--out", str(out), *FAST, "--keep-noise", "--json")
@@ -90,7 +87,7 @@ def test_from_photographs_to_the_page(
     assert audit["written"] == 13
     assert audit["rejected"] == 0
 
-    again = run_on_ray("build", "--pairs", str(pairs), "--out", str(out), *FAST, "--keep-noise", "--json")
+    again = run_here("build", "--pairs", str(pairs), "--out", str(out), *FAST, "--keep-noise", "--json")
     assert json.loads(again.stdout.splitlines()[-1]) == audit, "a finished build is left as it is"
     whole = tokens_of(out)
     (shard,) = (out / "shards" / "task=depth").glob("*.parquet")
@@ -99,7 +96,7 @@ def test_from_photographs_to_the_page(
     fixed = run_on_ray("build", "--pairs", str(pairs), "--out", str(out), *FAST, "--keep-noise", "--json")
     assert json.loads(fixed.stdout.splitlines()[-1])["rows_of_earlier_runs"] == 12
     assert tokens_of(out) == whole, "what was lost is made again, and nothing else"
-    refused = run_on_ray("build", "--pairs", str(pairs), "--out", str(out), "--lengths", "5", "--keep-noise", code=2)
+    refused = run_here("build", "--pairs", str(pairs), "--out", str(out), "--lengths", "5", "--keep-noise", code=2)
     assert "lengths was [3], is [5]" in " ".join(refused.stderr.split())
 
     longer, fresh = tmp_path / "longer", tmp_path / "fresh"
@@ -112,11 +109,11 @@ def test_from_photographs_to_the_page(
     evaluations = [json.loads(d.stdout.splitlines()[-1])["unet_evaluations"] for d in (from_noise, no_noise)]
     assert evaluations[0] < evaluations[1], "and costs no inversions"
 
-    run_on_ray("view", str(out))
+    run_here("view", str(out))
     page = (out / "view" / "index.html").read_text()
     assert "data:image" in page
     assert "http://" not in page.replace("http://www.w3.org", "")
-    described = json.loads(run_on_ray("inspect", str(out), "--json").stdout.splitlines()[-1])
+    described = json.loads(run_here("inspect", str(out), "--json").stdout.splitlines()[-1])
     assert (
         described["fingerprints"]["codebook"]
         == json.loads((out / "_dataset.json").read_text())["fingerprints"]["codebook"]
@@ -144,11 +141,7 @@ def test_a_ray_of_our_own_listens_to_this_machine_only() -> None:
 
 
 def test_a_bad_command_is_one_line_before_anything_starts(
-    tmp_path: Path,
-    scenes_manifest: Callable[..., Path],
-    run_on_ray: Callable[..., subprocess.CompletedProcess[str]],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, scenes_manifest: Callable[..., Path], run_on_ray: Run, run_here: Run
 ) -> None:
     pairs = str(scenes_manifest(1))
     incomplete = tmp_path / "prior"
@@ -175,21 +168,13 @@ def test_a_bad_command_is_one_line_before_anything_starts(
         assert says in error_line(done.stderr)
 
     def refused_at_once(*arguments: str, says: str) -> None:
-        """In this process: no Ray is asked."""
-        monkeypatch.setattr(sys, "argv", ["covray", "build", *arguments])
-        with pytest.raises(SystemExit) as end:
-            main()
-        assert end.value.code == 2
-        assert says in error_line(capsys.readouterr().err)
-
-    def no_ray() -> None:
-        raise AssertionError("Ray was started")
+        """No Ray is asked."""
+        assert says in error_line(run_here("build", *arguments, code=2).stderr)
 
     out = str(tmp_path / "out")
     refused("--pairs", pairs, "--out", out, "--prior", str(incomplete), says="diffusion_pytorch_model.safetensors")
     refused("--pairs", pairs, "--out", out, "--tokenizer", str(pickled), says="safetensors")
     refused("--pairs", pairs, "--out", out, "--prior", str(disguised), says="v_prediction")
-    monkeypatch.setattr("covray.distributed.build.ray_session", no_ray)
     refused_at_once("--pairs", str(folder), "--out", out, says="twice")
     refused_at_once("--pairs", pairs, "--out", str(tmp_path / "file" / "out"), says="cannot be written")
     assert not os.path.exists(out), "nothing was begun"

@@ -44,7 +44,8 @@ def wait_for_rows(evaluation: subprocess.Popen[bytes], out: Path, rows: int) -> 
 
 def test_a_killed_evaluation_gives_the_table_of_an_undisturbed_one(
     tmp_path: Path, write_dataset: Callable[..., Any], write_manifest: Callable[..., str],
-    write_run: Callable[..., str], monkeypatch: pytest.MonkeyPatch,
+    write_run: Callable[..., str], run_here: Callable[..., subprocess.CompletedProcess[str]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     data, pairs = write_dataset({"depth": 40, "edges": 40})
     manifest = write_manifest(pairs)
@@ -74,7 +75,7 @@ def test_a_killed_evaluation_gives_the_table_of_an_undisturbed_one(
     assert 60 <= committed(killed) < EPISODES
     assert not (killed / RESULTS).exists()
 
-    refused = run(*again, "--seed", "1", code=2)
+    refused = run_here(*again, "--seed", "1", code=2)
     assert "was begun with another configuration: seed was 0, is 1" in error_line(refused.stderr)
     run(*again)
 

@@ -18,14 +18,14 @@ from covray.tasks.segmentation import read
 from tests.support.photographs import photo, save
 
 pytestmark = [pytest.mark.ray, pytest.mark.end_to_end]
+Run = Callable[..., subprocess.CompletedProcess[str]]
 
 NUMBERS, VOID_NUMBER = (0, 3, 4, 7, 100, 200), 33
 COLOURS, VOID_COLOUR = ((10, 10, 10), (255, 0, 0), (0, 255, 0), (70, 70, 70), (0, 0, 255), (250, 250, 0)), (255, 0, 255)
 
 
-def test_own_classes_come_back_with_their_numbers(
-    tmp_path: Path, run_on_ray: Callable[..., subprocess.CompletedProcess[str]]
-) -> None:
+def test_own_classes_come_back_with_their_numbers(tmp_path: Path, run_on_ray: Run, run_here: Run) -> None:
+    """By commands alone; those that need no Ray run in this process."""
     (tmp_path / "classes.yaml").write_text(
         json.dumps(
             {
@@ -54,7 +54,7 @@ def test_own_classes_come_back_with_their_numbers(
         lines.append(f"{number}.png,mask{number}.png")
     (tmp_path / "list.csv").write_text("\n".join(lines) + "\n")
     pairs, chains, adapter = (str(tmp_path / name) for name in ("pairs.parquet", "chains", "run"))
-    run_on_ray(
+    run_here(
         "pairs", "manifest", str(tmp_path / "list.csv"), "--task", "segmentation", "--out", pairs,
         "--classes", str(tmp_path / "classes.yaml"),
     )  # fmt: skip
@@ -67,7 +67,7 @@ def test_own_classes_come_back_with_their_numbers(
     )  # fmt: skip
     save(tmp_path / "no_mask.png", photo(9, 48, 72))
     for mask, code in (("no_mask.png", 2), ("mask0.png", 0)):
-        done = run_on_ray(
+        done = run_here(
             "generate", "--adapter", adapter, "--example", str(tmp_path / "0.png"), str(tmp_path / mask),
             "--query", str(tmp_path / "1.png"), "--task", "segmentation", "--out", str(tmp_path / "answers"), code=code,
         )  # fmt: skip

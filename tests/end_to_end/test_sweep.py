@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import subprocess
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -39,19 +39,39 @@ def start(tmp_path: Path) -> Iterator[Callable[[list[str]], subprocess.Popen[byt
     kill_all(processes)
 
 
-def wait_for_trials(sweep: subprocess.Popen[bytes], out: Path, count: int) -> dict[str, str]:
-    """Wait until so many trials are done; gives their files' content."""
+def trials_in(out: Path) -> dict[str, str]:
+    """The content of the files of the trials that have ended, by name; a trial that is tried again loses its file."""
+    texts = {}
+    for path in (out / "trials").glob("*.json"):
+        with contextlib.suppress(FileNotFoundError):
+            texts[path.name] = path.read_text()
+    return texts
+
+
+def of_status(trials: dict[str, str], status: str) -> dict[str, str]:
+    """Those of ``trials`` that ended so."""
+    return {name: text for name, text in trials.items() if json.loads(text)["status"] == status}
+
+
+def kill_when_ended(sweep: subprocess.Popen[bytes], out: Path, **counts: int) -> dict[str, str]:
+    """Kill a sweep when so many trials of each status have ended; gives their files' content."""
     deadline = time.monotonic() + 600
-    while len(done := {path.name: path.read_text() for path in (out / "trials").glob("*.json")}) < count:
+    while True:
+        done = trials_in(out)
+        if all(len(of_status(done, status)) >= count for status, count in counts.items()):
+            break
         assert sweep.poll() is None, (out.parent / "said").read_text()
         assert time.monotonic() < deadline, f"{len(done)} trials, and no more for ten minutes"
         time.sleep(0.05)
+    sweep.kill()
+    sweep.wait()
     return done
 
 
 def test_a_sweep_killed_twice_repeats_nothing_and_loses_nothing(
     tmp_path: Path, write_dataset: Callable[..., Any], write_manifest: Callable[..., str], llama_folder: Path,
     server: Callable[[], Any], start: Callable[[list[str]], subprocess.Popen[bytes]],
+    run_here: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:  # fmt: skip
     data, pairs = write_dataset({"depth": 24, "edges": 24}, lengths=(3,))
     uri, _ = server()
@@ -64,7 +84,7 @@ def test_a_sweep_killed_twice_repeats_nothing_and_loses_nothing(
         "out": str(tmp_path / "sweep"),
         "grid": {
             "methods": ["diffusion"], "lengths": [3], "pairs": [1],
-            "fields": {"backbone.path": [str(llama_folder), str(copied), str(lost)]},
+            "fields": {"backbone.path": [str(lost), str(llama_folder), str(copied)]},
         },
         "train": {
             "backbone": {"scale": "custom"}, "optimizer": {"steps": 6, "batch_tokens": 512},
@@ -82,31 +102,22 @@ def test_a_sweep_killed_twice_repeats_nothing_and_loses_nothing(
     file.write_text(yaml.safe_dump(config))
     out, command = tmp_path / "sweep", ["sweep", "--config", str(file)]
 
-    first = start(command)
-    done = wait_for_trials(first, out, 1)
-    first.kill()
-    first.wait()
-    second = start(["sweep", "--resume", "--out", str(out)])
-    done |= wait_for_trials(second, out, len(done) + 1)
-    second.kill()
-    second.wait()
-    finished = {name for name, text in done.items() if json.loads(text)["status"] == "finished"}
-
-    said = run("sweep", "--resume", "--out", str(out), "--json")
-    results = json.loads(said.stdout.splitlines()[-1])
-    assert results == json.loads((out / RESULTS).read_text())
-    assert {name: (out / "trials" / name).read_text() for name in finished} == {name: done[name] for name in finished}
+    done = kill_when_ended(start(command), out, failed=1, finished=1)
     # Without its weights one of the three failed, with its one line.
-    assert Counter(trial["status"] for trial in results["trials"]) == {"finished": 2, "failed": 1}
-    (failed,) = [trial for trial in results["trials"] if trial["status"] == "failed"]
+    (failed,) = (json.loads(text) for text in of_status(done, "failed").values())
     assert str(lost) in failed["error"]
     assert "\n" not in failed["error"]
-    assert "Traceback" not in said.stderr
-    assert {path.name for path in out.iterdir()} >= {RESULTS, TABLE, PAGE}
-
+    assert "Traceback" not in (tmp_path / "said").read_text()
     for weights in llama_folder.glob("*.safetensors"):
         shutil.copy(weights, lost)
-    results = json.loads(run(*command, "--json").stdout.splitlines()[-1])
+    finished = of_status(done, "finished")
+    done = kill_when_ended(start(command), out, finished=len(finished) + 1)
+    finished |= of_status(done, "finished")
+
+    results = json.loads(run("sweep", "--resume", "--out", str(out), "--json").stdout.splitlines()[-1])
+    assert results == json.loads((out / RESULTS).read_text())
+    assert {path.name for path in out.iterdir()} >= {RESULTS, TABLE, PAGE}
+    assert {name: text for name, text in trials_in(out).items() if name in finished} == finished
     assert [trial["status"] for trial in results["trials"]] == ["finished"] * 3
     assert {trial["name"] for trial in results["trials"]} == {path.stem for path in (out / "trials").iterdir()}
     # The same weights in three folders: trials that shared nothing came to the same, killed or not.
@@ -126,5 +137,5 @@ def test_a_sweep_killed_twice_repeats_nothing_and_loses_nothing(
         for name, mean in means.items():
             assert child.data.metrics.get(name) == (None if mean is None else pytest.approx(mean))
 
-    refused = run(*command, "--set", "train.optimizer.steps=7", code=2)
+    refused = run_here(*command, "--set", "train.optimizer.steps=7", code=2)
     assert "train.optimizer.steps was 6, is 7" in error_line(refused.stderr)

@@ -30,8 +30,10 @@ def rows_of(out: str) -> list[dict[str, Any]]:
 
 
 def test_from_pictures_to_a_table_of_reasoning(
-    think_folders: dict[str, str], features_config: Callable[..., ThinkFeaturesConfig], tmp_path: Path, run_on_ray: Any
-) -> None:
+    think_folders: dict[str, str], features_config: Callable[..., ThinkFeaturesConfig], tmp_path: Path, run_on_ray: Any,
+    run_here: Run,
+) -> None:  # fmt: skip
+    """By commands alone; those that need no Ray run in this process."""
     features, run, painter = (str(tmp_path / name) for name in ("features", "run", "painter"))
     write_painter(Path(painter))
     command = [
@@ -50,7 +52,7 @@ def test_from_pictures_to_a_table_of_reasoning(
     samples = read_samples(config)
     expected = FeatureBuilder(config, samples.root).build(samples.rows).drop_columns(["count"]).to_pylist()
     assert rows_of(features) == sorted(expected, key=lambda row: row["sample"])
-    refused = run_on_ray(*command, "--set", "thought.seed=1", code=2)
+    refused = run_here(*command, "--set", "thought.seed=1", code=2)
     assert "thought.seed was 0, is 1" in error_line(refused.stderr)
 
     small = ("--steps", "3", "--tracking-uri", "none", "--set", "optimizer.batch=4", "--set", "workers.cpus=0.5")
@@ -61,7 +63,7 @@ def test_from_pictures_to_a_table_of_reasoning(
     Image.fromarray(picture(0)).save(tmp_path / "a.png")
     draw = ("--kind", "unet", "--painter", painter, "--set", "painter.steps=2")
     asked = ("--image", str(tmp_path / "a.png"), "--word", "red", "--word", "blue")
-    answer = run_on_ray("think", "generate", "--run", run, *draw, *asked, "--out", str(tmp_path / "answer"), "--json")
+    answer = run_here("think", "generate", "--run", run, *draw, *asked, "--out", str(tmp_path / "answer"), "--json")
     assert json.loads(answer.stdout)["files"] == ["answer.png", "text.txt"]
 
     evaluate = [
@@ -73,6 +75,6 @@ def test_from_pictures_to_a_table_of_reasoning(
     assert results["rows"][-1] == "ours"
     assert {score["episodes"] for score in results["scores"] if score["task"] == "mean"} == {2}
     assert (tmp_path / "eval" / "index.html").exists()
-    again = json.loads(run_on_ray(*evaluate, "--json").stdout.splitlines()[-1])
+    again = json.loads(run_here(*evaluate, "--json").stdout.splitlines()[-1])
     assert again == results, "a finished evaluation only gives its results again"
     assert "answers" in RESULT_SCHEMA.names

@@ -26,6 +26,7 @@ import yaml
 
 from covray.chains.dataset import ChainDataset
 from covray.chains.prepare import prepare_block
+from covray.cli.app import main
 from covray.config import BuildConfig, TrainConfig, load_config
 from covray.pairs.manifest import ManifestWriter
 from covray.pairs.scenes import scene_pairs
@@ -61,6 +62,29 @@ def run(*arguments: str, code: int = 0, **changes: str) -> subprocess.CompletedP
     )
     assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
+
+
+@pytest.fixture
+def run_here(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """``run`` in this process, for commands that start no Ray: here, what takes seconds to import is there already."""
+
+    def no_ray(*_: Any, **__: Any) -> None:
+        raise AssertionError("Ray was started")
+
+    def run_main(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+        capsys.readouterr()
+        with monkeypatch.context() as changed:
+            changed.setattr("ray.init", no_ray)
+            changed.setattr(sys, "argv", ["covray", *arguments])
+            with pytest.raises(SystemExit) as end:
+                main()
+        stdout, stderr = capsys.readouterr()
+        assert (end.value.code or 0) == code, f"exit {end.value.code}\n{stdout}\n{stderr}"
+        return subprocess.CompletedProcess(["covray", *arguments], code, stdout, stderr)
+
+    return run_main
 
 
 def error_line(stderr: str) -> str:
