@@ -127,14 +127,17 @@ def thinking(
     json_: Json = False,
 ) -> None:
     """ThinkDiff on rendered portraits: nano parts, aligners, the table of its ablations. The same command continues."""
-    from covray.recipes.thinking.programme import run_thinking
+    from covray.recipes.thinking.programme import COMPOSITIONS, run_thinking
 
     results = run_thinking(out, budget, threads, device, seed)
     if json_:
         print(json.dumps(results))
         return
+    composed = results.pop(COMPOSITIONS)
     for shots, own in results.items():
         _print_rows(shots, own)
+    for kind, own in composed.items():
+        _print_compositions(kind, own)
 
 
 def _print_rows(shots: str, results: dict[str, Any]) -> None:
@@ -150,4 +153,14 @@ def _print_rows(shots: str, results: dict[str, Any]) -> None:
             cells += [f"{below['mean']:+.3f}", f"{below['p_value']:.4f}"]
         table.add_row(*cells)
     table.add_row("chance", f"{results['chance']:.3f}")
+    console.print(table)
+
+
+def _print_compositions(kind: str, rows: dict[str, Any]) -> None:
+    """Print a table of ThinkDiff-CLIP's compositions."""
+    from rich.table import Table
+
+    table = Table(kind, "facts kept", "all kept", "obeyed", "both", box=None, pad_edge=False)
+    for name, row in rows.items():
+        table.add_row(name, *(f"{row[key]['mean']:.3f}" for key in ("facts", "kept", "obeyed", "both")))
     console.print(table)

@@ -14,7 +14,8 @@ import torch
 
 from covray.config.vlm import VlmDecodingConfig
 from covray.errors import ConfigError
-from covray.recipes.thinking import aligners, budget, programme, rows, table, thoughts
+from covray.evaluation.caption_facts import stated
+from covray.recipes.thinking import aligners, budget, compositions, programme, rows, table, thoughts
 from covray.thinking.episodes import PORTRAITS, Cell, make_episode, sample_orders, tasks_of
 from tests.support.language_models import WORDS, language_model, language_tokenizer
 from tests.support.nano import make_small
@@ -40,7 +41,8 @@ class _Killed(Exception):
 def test_killed_and_continued_gives_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_small(monkeypatch)
     monkeypatch.setitem(budget.BUDGETS, "tiny", TINY)
-    monkeypatch.setattr(thoughts, "SAMPLING", VlmDecodingConfig(decoder="autoregressive", max_tokens=4))
+    for module, name in ((thoughts, "SAMPLING"), (compositions, "READING")):
+        monkeypatch.setattr(module, name, VlmDecodingConfig(decoder="autoregressive", max_tokens=4))
     save = aligners.save_aligner
     saved: list[Path] = []
 
@@ -57,6 +59,12 @@ def test_killed_and_continued_gives_every_row(tmp_path: Path, monkeypatch: pytes
     before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.safetensors")}
     result = programme.run_thinking(str(tmp_path / "out"), "tiny", 1, "cpu")
     assert {file: file.stat().st_mtime_ns for file in before} == before, "nothing is made twice"
+    for kind in compositions.KINDS:
+        composed = result["compositions"][kind]
+        assert composed.keys() == {compositions.TRUE, compositions.COPY, "ThinkDiff-CLIP", "IP-Adapter-like"}
+        for name, row in composed.items():
+            assert row["both"]["episodes"] == 3
+            assert ("below_reference" in row) == (name != "ThinkDiff-CLIP")
     own = result["2 shots"]["rows"]
     expected = {variant.name for variant in aligners.VARIANTS}
     expected |= {rows.TRUE_RENDERS, rows.TRUE_CAPTION, rows.VLM_TEXT, rows.TEXT_BRIDGE, rows.COPY}
@@ -76,8 +84,9 @@ def test_a_killed_training_of_an_aligner_gives_the_same_weights(
     generator = torch.Generator().manual_seed(0)
     ids = [np.arange(4 + number % 3) for number in range(6)]
     states = [torch.randn((len(own), 8), generator=generator) for own in ids]
+    patches = [torch.randn((3, 8), generator=generator) for _ in ids]
     known = thoughts.Thoughts(ids, ["a red ball"] * 6, states, states)
-    lessons = aligners.Lessons(known, states, torch.zeros(6, 4, 2, 2))
+    lessons = aligners.Lessons(known, patches, torch.zeros(6, 4, 2, 2))
     family: Any = SimpleNamespace(
         language=SimpleNamespace(model=language_model(), tokenizer=language_tokenizer(), fingerprint="t"),
         vlm=SimpleNamespace(prompter=SimpleNamespace(text=lambda own: " ".join(WORDS[number] for number in own))),
@@ -85,7 +94,7 @@ def test_a_killed_training_of_an_aligner_gives_the_same_weights(
     )  # fmt: skip
     small = replace(TINY, aligner_steps=4)
     monkeypatch.setattr(aligners, "SAVE_EVERY_S", -1.0)
-    for variant in (aligners.LVLM, aligners.Variant("input tokens", reads="prompt")):
+    for variant in (aligners.LVLM, aligners.Variant("input tokens", reads="prompt"), aligners.CLIP):
         whole = aligners.trained_aligner(tmp_path / "whole", variant, family, lessons, small, 0)
         take = aligners.AlignerTraining.run_step
 
@@ -143,3 +152,29 @@ def test_the_table_pairs_episodes_and_counts_tasks() -> None:
     counts = [own["reference"][key]["episodes"] for key in ("seen", "held_out")]
     assert sum(counts) == count
     assert np.isclose(counts[1] / count, 0.15, atol=0.06)
+
+
+@pytest.mark.parametrize("kind", compositions.KINDS)
+def test_a_composition_asks_for_what_is_shown_in_the_place_that_is_named(kind: str) -> None:
+    cases = compositions.make_cases(kind, 20, 3)
+    assert cases == compositions.make_cases(kind, 20, 3) != compositions.make_cases(kind, 20, 4)
+    for case in cases:
+        assert len(case.shown) == 1 + kind.startswith("2I")
+        assert tuple(portrait.solids[0] for portrait in case.shown) == case.expected.solids
+        assert bool(case.words) == kind.endswith("T")
+        moved = {portrait.background for portrait in case.shown} != {case.expected.background}
+        assert moved == bool(case.words), "words ask for another place, which no picture shows"
+        assert not any(portrait.held_out_themes() for portrait in (*case.shown, case.expected))
+        assert stated(case.words)["background"] == case.obeyed.get("background", set())
+        assert compositions.true_render(case).shape == compositions.renders(case)[0].shape == (64, 64, 3)
+
+
+def test_a_composition_is_right_if_all_is_kept_and_obeyed() -> None:
+    (case,) = compositions.make_cases("2I + T", 1, 0)
+    exact = case.kept | case.obeyed
+    one_lost = exact | {"object": {case.expected.solids[0].thing}}
+    disobedient = exact | {"background": {case.shown[0].background}}
+    columns = compositions.verdicts([case] * 3, [exact, one_lost, disobedient])
+    assert columns == {
+        "facts": [1.0, 0.5, 1.0], "kept": [1.0, 0.0, 1.0], "obeyed": [1.0, 1.0, 0.0], "both": [1.0, 0.0, 0.0],
+    }  # fmt: skip

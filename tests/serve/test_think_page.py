@@ -125,8 +125,8 @@ def test_words_and_pictures_give_a_text_and_a_picture(page: Page, thinker: Think
             page.screenshot(path=tmp_path / f"{scheme}-{width}.png", full_page=True)
             assert np.array(Image.open(tmp_path / f"{scheme}-{width}.png").convert("L")).std() > 5
 
-    page.get_by_label("Ask by").select_option("prompt")
-    page.get_by_label("Draw", exact=True).select_option("text")
+    page.get_by_role("combobox", name="Ask by").select_option("prompt")
+    page.get_by_role("combobox", name="Draw").select_option("text")
     page.get_by_label("Question").fill("no")
     think.click()
     expect(status).to_have_text("<b>not</b> this")

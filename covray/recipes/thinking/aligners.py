@@ -24,7 +24,7 @@ from covray.recipes.thinking.family import Family
 from covray.recipes.thinking.thoughts import Thoughts
 from covray.thinking.alignment import Alignment, AlignmentBatch, collate
 from covray.thinking.splits import SplitMode, SplitSeed
-from covray.thinking.training import AlignerTraining, Batches, Caption, lvlm_batches
+from covray.thinking.training import AlignerTraining, Batches, Caption, clip_batches, lvlm_batches
 
 LONGEST = 96
 """Tokens of a text to write, at most."""
@@ -52,6 +52,10 @@ class Variant:
 
 
 LVLM = Variant("ThinkDiff-LVLM")
+CLIP = Variant("ThinkDiff-CLIP", reads="patches")
+IP_ADAPTER = Variant("IP-Adapter-like", reads="patches", loss="diffusion")
+COMPOSERS = (CLIP, IP_ADAPTER)
+"""Those whose compositions are judged."""
 VARIANTS = (
     LVLM,
     Variant("without masking", split="none"),
@@ -60,7 +64,7 @@ VARIANTS = (
     Variant("no norm", norm="none"),
     Variant("input tokens", reads="prompt"),
     Variant("diffusion loss", loss="diffusion"),
-    Variant("IP-Adapter-like", reads="patches", loss="diffusion"),
+    IP_ADAPTER,
     Variant("untrained aligner", loss="none"),
 )
 
@@ -138,6 +142,10 @@ def _learn_text(
         captions = [Caption(own, ids) for own, ids in zip(thoughts.generated, thoughts.ids, strict=True)]
         split = SplitConfig(mode=variant.split)
         batches = lvlm_batches(captions, split, family.vlm.prompter.text, language.tokenizer, LONGEST)
+    elif variant.reads == "patches":
+        pairs = zip(lessons.patches, thoughts.ids, thoughts.texts, strict=True)
+        captions = [Caption(own, ids, text) for own, ids, text in pairs]
+        batches = clip_batches(captions, language.tokenizer, LONGEST)
     else:
         batches = _whole_texts(lessons.features(variant), thoughts.texts, language.tokenizer)
     training = AlignerTraining(Alignment(aligner.network, language.model), batches, len(thoughts.ids), settings)

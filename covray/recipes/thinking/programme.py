@@ -19,8 +19,9 @@ from covray.io.device import choose_device
 from covray.recipes.nano.clip import normed
 from covray.recipes.nano.portrait_data import PortraitVae, portrait_manifest, read_portraits
 from covray.recipes.nano.vlm_list import INSTRUCTIONS
-from covray.recipes.thinking.aligners import LVLM, VARIANTS, Lessons, Variant, trained_aligner
+from covray.recipes.thinking.aligners import CLIP, COMPOSERS, LVLM, VARIANTS, Lessons, Variant, trained_aligner
 from covray.recipes.thinking.budget import Budget, budget_of
+from covray.recipes.thinking.compositions import compositions
 from covray.recipes.thinking.family import Family, load_family, train_family
 from covray.recipes.thinking.rows import (
     EpisodeSet,
@@ -36,6 +37,8 @@ from covray.seeds import seed_of
 from covray.thinking.features import patch_features
 
 RESULTS = "results.json"
+COMPOSITIONS = "compositions"
+"""Of ThinkDiff-CLIP: a key of the results, and a folder."""
 _ABOUT = "_programme.json"
 _BLOCK = 16 * BATCH
 """Captions of a file."""
@@ -80,6 +83,14 @@ def run_thinking(out: str, budget_name: str, threads: int, device: str = "auto",
                 if proxy is not None:
                     proxies[shots][variant.name].append(proxy)
     table = table_of(rows, proxies, episodes, LVLM.name)
+    composers = {}
+    for variant in COMPOSERS:
+        own = []
+        for number in range(budget.seeds):
+            own.append(trained_aligner(folder / "aligners", variant, family, lessons, budget, seed + number))
+        composers[variant.name] = own
+    count = budget.episodes * 3 // 2
+    table[COMPOSITIONS] = compositions(family, folder / COMPOSITIONS, composers, count, seed, CLIP.name)
     storage.write_json(str(folder / RESULTS), table)
     return table
 
