@@ -185,7 +185,7 @@ def compositions(
         }
         for name, own in aligners.items():
             draws[name] = [lambda part, one=one: drawn(family, one, part) for one in own]  # type: ignore[misc]
-        rows = {}
+        rows: dict[str, list[dict[str, list[float]]]] = {}
         for name, by_seed in draws.items():
             rows[name] = []
             for number, draw in enumerate(by_seed):
