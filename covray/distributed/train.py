@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
 import ray.exceptions
@@ -28,9 +28,10 @@ from covray.config.vlm import VlmTrainConfig
 from covray.distributed.control import ControlActor
 from covray.distributed.interrupts import GracefulStop
 from covray.distributed.pool import on
+from covray.distributed.resumable import Output
 from covray.distributed.session import here, ray_session
 from covray.distributed.trackers.together import RunTrackers
-from covray.distributed.train_checks import absolute_paths, binding_record, check, open_run
+from covray.distributed.train_checks import C, CheckedRun, absolute_paths, binding_record, check, open_run
 from covray.distributed.train_progress import TrainProgress
 from covray.distributed.worker_entry import WorkerSettings, work
 from covray.errors import ConfigError, last_line
@@ -38,10 +39,8 @@ from covray.io.storage import Folder
 from covray.models.lvm.model import bfloat16_units
 from covray.progress import stage
 from covray.training.checkpoints import EXPORT
-from covray.training.data import write_token_files
 from covray.training.metrics_log import Metrics, MetricsTail
-from covray.training.records import TrainResult
-from covray.training.zero import choose, require_whole_weights
+from covray.training.records import RunRecord, TrainResult
 
 AnyTrainConfig = TrainConfig | VlmTrainConfig | ThinkTrainConfig
 """What the workers can train."""
@@ -67,26 +66,47 @@ def train(config: TrainConfig, watch: Callable[[Metrics], None] | None = None, p
         KeyboardInterrupt: After SIGINT or SIGTERM, once a checkpoint is written.
     """
     config = absolute_paths(config)
-    with open_run(config.out, patience_s) as output:
-        with stage("checking data and backbone"):
-            checked = check(config, output)
+    output = open_run(config.out, patience_s)
+    return run_training(output, "data and backbone", lambda: check(config, output), watch)
+
+
+def run_training(
+    output: Output[RunRecord],
+    subjects: str,
+    check: Callable[[], CheckedRun[C]],
+    watch: Callable[[Metrics], None] | None,
+) -> TrainResult:
+    """Check, start and follow a training of any command to its end.
+
+    Args:
+        output: The run folder, not yet opened.
+        subjects: What is checked, for the line of progress.
+        check: Checks the training against its data, its models and the run that it continues, which ``output`` then
+            holds. Raises CovrayError.
+        watch: Called with every record of ``metrics.jsonl``.
+
+    Returns:
+        The figures of ``_result.json``; of a finished run at once.
+    """
+    with output:
+        with stage(f"checking {subjects}"):
+            checked = check()
+        out = checked.config.out
         if output.finished:
             if watch is not None:
-                for metrics in MetricsTail(config.out).read_new():
+                for metrics in MetricsTail(out).read_new():
                     watch(metrics)
             return TrainResult.read(output.folder)
         begun = binding_record(output)
-        with stage("writing the token files, once for all trainings"):
-            write_token_files(checked.config)
+        checked.prepare()
         with ray_session() as cores:
-            facts = checked.facts
-            config = resolve_compute(checked.config, cores, lambda config, gpu: choose(config, facts.llama, gpu))
+            config = checked.settle(resolve_compute(checked.config, cores, checked.choose_stage))
             if begun is not None:
                 output.require_same(begun.identity, config.identity())
             with output.tracked(config, checked.record(config, begun)) as (tracker, _):
                 result = run_workers(config, output.folder, tracker, watch)
                 names = (output.folder / EXPORT).list_files()
-                tracker.artefacts(config.out, [f"{EXPORT}/{name}" for name in names])
+                tracker.artefacts(out, [f"{EXPORT}/{name}" for name in names])
     return result
 
 
@@ -174,9 +194,6 @@ def _follow(fitting: Future[Any], progress: TrainProgress, control: Any, out: st
         return
 
 
-C = TypeVar("C", TrainConfig, VlmTrainConfig, ThinkTrainConfig)
-
-
 def resolve_compute(config: C, cores: int, choose_stage: Callable[[C, int | None], str]) -> C:
     """Return ``config`` with every ``auto`` decided for the cluster.
 
@@ -213,15 +230,12 @@ def resolve_compute(config: C, cores: int, choose_stage: Callable[[C, int | None
     if threads is None:
         threads = max(1, cores // workers.count) if device == "cpu" else max(1, int(workers.cpus))
     chosen = {"device": device, "dtype": dtype, "deepspeed": deepspeed, "threads": threads}
-    resolved = config.model_copy(
+    return config.model_copy(
         update={
             "workers": workers.model_copy(update={"gpus": gpus}),
             "compute": compute.model_copy(update=chosen),
         }
     )
-    if isinstance(resolved, TrainConfig):
-        require_whole_weights(resolved)
-    return resolved
 
 
 def _require_resources(config: AnyTrainConfig, gpus: float) -> None:

@@ -9,23 +9,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from typing import Any
 
 from covray.config.think import ThinkTrainConfig
 from covray.distributed.features import absolute_model
 from covray.distributed.pool import absolute
 from covray.distributed.resumable import Output
-from covray.distributed.session import ray_session
 from covray.distributed.trackers.base import require_trackers
-from covray.distributed.train import resolve_compute, run_workers
+from covray.distributed.train import run_training
+from covray.distributed.train_checks import CheckedRun, binding_record, open_run, with_recorded_dtype
 from covray.errors import ConfigError
 from covray.models.aligner.language import language_facts
-from covray.progress import stage
 from covray.thinking.dataset import FeatureDataset
 from covray.thinking.objective import open_captions
 from covray.thinking.plan import AlignerPlan, plan_aligner
-from covray.training.checkpoints import EXPORT
-from covray.training.metrics_log import METRICS_FILE, Metrics, MetricsTail
+from covray.training.metrics_log import Metrics
 from covray.training.records import RunRecord, TrainResult
 
 COMMAND = "covray think train"
@@ -48,36 +45,8 @@ def train_aligner(config: ThinkTrainConfig, watch: Callable[[Metrics], None] | N
         KeyboardInterrupt: After SIGINT or SIGTERM, once a checkpoint is written.
     """
     config = _absolute_paths(config)
-    with Output(config.out, RunRecord, COMMAND, result=TrainResult.FILE) as output:
-        # Workers write the metrics first: a run without them has learned nothing that another one would spoil.
-        begun = output.begun if output.folder.exists(METRICS_FILE) else None
-        if begun is not None:
-            output.require_same(begun.identity, config.identity(), open_matches=True)
-            config = _with_recorded_dtype(config, begun)
-        with stage("checking features and language model"):
-            fingerprints = check(config)
-        if begun is not None:
-            output.require_same(begun.fingerprints, fingerprints)
-        if output.finished:
-            if watch is not None:
-                for metrics in MetricsTail(config.out).read_new():
-                    watch(metrics)
-            return TrainResult.read(output.folder)
-        with ray_session() as cores:
-            config = resolve_compute(config, cores, lambda config, gpu: "none")
-            if begun is not None:
-                output.require_same(begun.identity, config.identity())
-            record = RunRecord(
-                config=config.model_dump(mode="json"),
-                identity=config.identity(),
-                fingerprints=fingerprints,
-                mlflow_run_id=None if begun is None else begun.mlflow_run_id,
-            )
-            with output.tracked(config, record) as (tracker, _):
-                result = run_workers(config, output.folder, tracker, watch)
-                names = (output.folder / EXPORT).list_files()
-                tracker.artefacts(config.out, [f"{EXPORT}/{name}" for name in names])
-    return result
+    output = open_run(config.out, command=COMMAND)
+    return run_training(output, "features and language model", lambda: _check(config, output), watch)
 
 
 def plan_train(config: ThinkTrainConfig) -> AlignerPlan:
@@ -87,19 +56,23 @@ def plan_train(config: ThinkTrainConfig) -> AlignerPlan:
         CovrayError: The features or the run folder cannot be used, or the size of the language model is not known.
     """
     config = _absolute_paths(config)
-    Output(config.out, RunRecord, COMMAND, result=TrainResult.FILE).inspect()
+    open_run(config.out, command=COMMAND).inspect()
     dataset = FeatureDataset(config.data)
     open_captions(config, dataset, config.train_split)
     longest = dataset.longest(config.train_split)
     return plan_aligner(config, dataset.record.width, longest, encoder=dataset.variant == "clip")
 
 
-def check(config: ThinkTrainConfig) -> dict[str, str | None]:
-    """Check features and language model; return the fingerprints of what the run is trained from.
+def _check(config: ThinkTrainConfig, output: Output[RunRecord]) -> CheckedRun[ThinkTrainConfig]:
+    """Check features and language model, and that the run of ``output`` was begun with them.
 
     Raises:
         CovrayError: One of them cannot be used, or there are more workers than captions in a step.
     """
+    begun = binding_record(output)
+    if begun is not None:
+        output.require_same(begun.identity, config.identity(), open_matches=True)
+        config = with_recorded_dtype(config, begun)
     dataset = FeatureDataset(config.data)
     open_captions(config, dataset, config.train_split)
     if config.validation_split is not None:
@@ -112,25 +85,21 @@ def check(config: ThinkTrainConfig) -> dict[str, str | None]:
         )
     require_trackers(config)
     data = json.dumps(dataset.fingerprint(), sort_keys=True).encode()
-    return {
+    fingerprints: dict[str, str | None] = {
         "language_model": facts.fingerprint,
         "vlm": dataset.record.fingerprints["vlm"],
         "data": hashlib.sha256(data).hexdigest(),
     }
+    if begun is not None:
+        output.require_same(begun.fingerprints, fingerprints)
+    return CheckedRun(config, fingerprints)
 
 
 def _absolute_paths(config: ThinkTrainConfig) -> ThinkTrainConfig:
-    update: dict[str, Any] = {
-        "data": absolute(config.data),
-        "out": absolute(config.out),
-        "language_model": absolute_model(config.language_model),
-    }
-    return config.model_copy(update=update)
-
-
-def _with_recorded_dtype(config: ThinkTrainConfig, begun: RunRecord) -> ThinkTrainConfig:
-    """Return ``config`` with the arithmetic of the run that is continued, where it is left open."""
-    if config.compute.dtype != "auto":
-        return config
-    compute = config.compute.model_copy(update={"dtype": begun.config["compute"]["dtype"]})
-    return config.model_copy(update={"compute": compute})
+    return config.model_copy(
+        update={
+            "data": absolute(config.data),
+            "out": absolute(config.out),
+            "language_model": absolute_model(config.language_model),
+        }
+    )

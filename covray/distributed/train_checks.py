@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -18,6 +18,8 @@ from covray.chains.dataset import ChainDataset
 from covray.chains.loading import count_pairs
 from covray.chains.sentences import require_context
 from covray.config import BackboneConfig, TrainConfig
+from covray.config.think import ThinkTrainConfig
+from covray.config.vlm import VlmTrainConfig
 from covray.distributed.resumable import Output
 from covray.distributed.trackers.base import require_trackers
 from covray.errors import ConfigError, CovrayError, DatasetError
@@ -27,49 +29,87 @@ from covray.io.storage import Folder
 from covray.models.lvm.adapter import WEIGHTS_FILE, read_start
 from covray.models.lvm.backbone import BackboneFacts, backbone_facts
 from covray.models.tokenizer.vqgan import require_same_codebook
+from covray.progress import stage
 from covray.tasks import segmentation
-from covray.training.data import sources_of
+from covray.training.data import sources_of, write_token_files
 from covray.training.memory import TrainPlan, architecture, plan
 from covray.training.metrics_log import METRICS_FILE
 from covray.training.objectives.block_diffusion import require_blocks
 from covray.training.objectives.frame_noise import load_codebook
 from covray.training.records import RunRecord, TrainResult
-from covray.training.zero import check_settings, require_whole_weights
+from covray.training.zero import check_settings, choose, require_whole_weights
+
+C = TypeVar("C", TrainConfig, VlmTrainConfig, ThinkTrainConfig)
 
 
 @dataclass(frozen=True)
-class CheckedTraining:
-    """A training that has passed the checks."""
+class CheckedRun(Generic[C]):
+    """A training that has passed the checks of its command: what the driver of all trainings asks it."""
 
-    config: TrainConfig
+    config: C
     """The configuration; what the begun run has recorded is filled in, ``auto`` may be left."""
-    facts: BackboneFacts
     fingerprints: dict[str, str | None]
     """SHA-256 (hex) of what is trained, and on what."""
-    classes: dict[str, Any] | None
-    """The user's own classes of segmentation in the dataset; None for the built-in palette."""
-    plugins: dict[str, str] | None
-    """The plug-ins that the datasets were built with; None without any."""
 
-    def record(self, config: TrainConfig, begun: RunRecord | None) -> RunRecord:
+    def prepare(self) -> None:
+        """Write what all workers read; called once, before Ray starts."""
+
+    def choose_stage(self, config: C, gpu_bytes: int | None) -> str:
+        """Return what ``compute.deepspeed: auto`` means for a GPU of so many bytes, or None without GPUs."""
+        return "none"
+
+    def settle(self, config: C) -> C:
+        """Return ``config``, in which no ``auto`` is left, with what follows from the choices."""
+        return config
+
+    def record(self, config: C, begun: RunRecord | None) -> RunRecord:
         """Return the record of the run with the resolved ``config``, which continues ``begun``."""
-        record = RunRecord(
+        return RunRecord(
             config=config.model_dump(mode="json"),
             identity=config.identity(),
             fingerprints=self.fingerprints,
             mlflow_run_id=None if begun is None else begun.mlflow_run_id,
         )
+
+
+@dataclass(frozen=True)
+class CheckedTraining(CheckedRun[TrainConfig]):
+    """A training of ``covray train`` that has passed the checks."""
+
+    facts: BackboneFacts
+    classes: dict[str, Any] | None
+    """The user's own classes of segmentation in the dataset; None for the built-in palette."""
+    plugins: dict[str, str] | None
+    """The plug-ins that the datasets were built with; None without any."""
+
+    def prepare(self) -> None:
+        """Write the token files."""
+        with stage("writing the token files, once for all trainings"):
+            write_token_files(self.config)
+
+    def choose_stage(self, config: TrainConfig, gpu_bytes: int | None) -> str:
+        """Return the fastest stage of DeepSpeed that fits."""
+        return choose(config, self.facts.llama, gpu_bytes)
+
+    def settle(self, config: TrainConfig) -> TrainConfig:
+        """Refuse a stage that shares out weights which must be whole. Raises ConfigError."""
+        require_whole_weights(config)
+        return config
+
+    def record(self, config: TrainConfig, begun: RunRecord | None) -> RunRecord:
+        """Return the record of the run with the resolved ``config``, which continues ``begun``."""
+        record = super().record(config, begun)
         # Without them the keys are absent, as in the files of earlier versions.
         added = {"classes": self.classes, "plugins": self.plugins}
         return record.model_copy(update={key: value for key, value in added.items() if value is not None})
 
 
-def open_run(out: str, patience_s: float = 0.0) -> Output[RunRecord]:
-    """Return the run folder ``out`` as the output of ``covray train``; nothing is read or written yet.
+def open_run(out: str, patience_s: float = 0.0, *, command: str = "covray train") -> Output[RunRecord]:
+    """Return the run folder ``out`` as the output of ``command``; nothing is read or written yet.
 
     ``patience_s``: seconds to wait for another command that is at work in the folder.
     """
-    return Output(out, RunRecord, "covray train", result=TrainResult.FILE, patience_s=patience_s)
+    return Output(out, RunRecord, command, result=TrainResult.FILE, patience_s=patience_s)
 
 
 def plan_train(config: TrainConfig, tokens_per_s: float | None = None) -> TrainPlan:
@@ -105,7 +145,7 @@ def check(config: TrainConfig, output: Output[RunRecord], *, without_weights: bo
     if begun is not None:
         config = config.with_defaults_of_run(begun.config)
         output.require_same(begun.identity, config.identity(), open_matches=True)
-        config = _with_recorded_dtype(config, begun.config)
+        config = with_recorded_dtype(config, begun)
     config = _with_recorded_versions(config, begun)
     datasets = [source.dataset for source in sources_of(config)]
     classes = _common_classes(datasets)
@@ -126,7 +166,7 @@ def check(config: TrainConfig, output: Output[RunRecord], *, without_weights: bo
         if unchecked:
             recorded["backbone"] = fingerprints["backbone"]
         output.require_same(recorded, fingerprints)
-    return CheckedTraining(config, facts, fingerprints, classes, _plugins(datasets))
+    return CheckedTraining(config, fingerprints, facts, classes, _plugins(datasets))
 
 
 def binding_record(output: Output[RunRecord]) -> RunRecord | None:
@@ -300,11 +340,11 @@ def _require_same_classes(config: TrainConfig, classes: dict[str, Any] | None) -
         )
 
 
-def _with_recorded_dtype(config: TrainConfig, recorded: Mapping[str, Any]) -> TrainConfig:
+def with_recorded_dtype(config: C, begun: RunRecord) -> C:
     """Return ``config`` with the arithmetic of the run that is continued, where it is left open."""
     if config.compute.dtype != "auto":
         return config
-    compute = config.compute.model_copy(update={"dtype": recorded["compute"]["dtype"]})
+    compute = config.compute.model_copy(update={"dtype": begun.config["compute"]["dtype"]})
     return config.model_copy(update={"compute": compute})
 
 

@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from covray.config.vlm import VlmTrainConfig
 from covray.distributed.resumable import Output
-from covray.distributed.session import ray_session
 from covray.distributed.trackers.base import require_trackers
-from covray.distributed.train import resolve_compute, run_workers
+from covray.distributed.train import run_training
+from covray.distributed.train_checks import CheckedRun, binding_record, open_run, with_recorded_dtype
 from covray.errors import ConfigError
 from covray.models.vlm.checkpoint import VlmFacts, vlm_facts
 from covray.pairs.values import absolute
-from covray.progress import stage
-from covray.training.checkpoints import EXPORT
-from covray.training.metrics_log import METRICS_FILE, Metrics, MetricsTail
+from covray.training.metrics_log import Metrics
 from covray.training.objectives.vision_text import read_data
 from covray.training.records import RunRecord, TrainResult
 from covray.training.zero import check_settings
@@ -42,41 +41,31 @@ def train_vlm(config: VlmTrainConfig, watch: Callable[[Metrics], None] | None = 
         KeyboardInterrupt: After SIGINT or SIGTERM, once a checkpoint is written.
     """
     config = _absolute_paths(config)
-    with Output(config.out, RunRecord, "covray vlm train", result=TrainResult.FILE) as output:
-        # Workers write the metrics first: a run without them has learned nothing that another one would spoil.
-        begun = output.begun if output.folder.exists(METRICS_FILE) else None
-        if begun is not None:
-            output.require_same(begun.identity, config.identity(), open_matches=True)
-            config = _with_recorded_dtype(config, begun)
-        with stage("checking data and model"):
-            fingerprints, facts = _check(config)
-        if begun is not None:
-            output.require_same(begun.fingerprints, fingerprints)
-        if output.finished:
-            if watch is not None:
-                for metrics in MetricsTail(config.out).read_new():
-                    watch(metrics)
-            return TrainResult.read(output.folder)
-        with ray_session() as cores:
-            resolved = resolve_compute(config, cores, lambda config, gpu: _choose_stage(config, facts, gpu))
-            config = with_trainable_dtype(resolved, config.compute.dtype)
-            if begun is not None:
-                output.require_same(begun.identity, config.identity())
-            record = RunRecord(
-                config=config.model_dump(mode="json"),
-                identity=config.identity(),
-                fingerprints=fingerprints,
-                mlflow_run_id=None if begun is None else begun.mlflow_run_id,
-            )
-            with output.tracked(config, record) as (tracker, _):
-                result = run_workers(config, output.folder, tracker, watch)
-                names = (output.folder / EXPORT).list_files()
-                tracker.artefacts(config.out, [f"{EXPORT}/{name}" for name in names])
-    return result
+    output = open_run(config.out, command="covray vlm train")
+    return run_training(output, "data and model", lambda: _check(config, output), watch)
 
 
-def _check(config: VlmTrainConfig) -> tuple[dict[str, str | None], VlmFacts]:
-    """Check data and model; return the fingerprints of what the run is trained from, and the model's facts."""
+@dataclass(frozen=True)
+class _CheckedVlm(CheckedRun[VlmTrainConfig]):
+    """A training of ``covray vlm train`` that has passed the checks."""
+
+    facts: VlmFacts
+
+    def choose_stage(self, config: VlmTrainConfig, gpu_bytes: int | None) -> str:
+        """Return the fastest stage of DeepSpeed that fits."""
+        return _choose_stage(config, self.facts, gpu_bytes)
+
+    def settle(self, config: VlmTrainConfig) -> VlmTrainConfig:
+        """Return ``config`` with the number format that its weights can be trained in. Raises ConfigError."""
+        return with_trainable_dtype(config, self.config.compute.dtype)
+
+
+def _check(config: VlmTrainConfig, output: Output[RunRecord]) -> _CheckedVlm:
+    """Check data and model, and that the run of ``output`` was begun with them. Raises CovrayError."""
+    begun = binding_record(output)
+    if begun is not None:
+        output.require_same(begun.identity, config.identity(), open_matches=True)
+        config = with_recorded_dtype(config, begun)
     data = read_data(config.data, config.texts)
     data.of_split(config.texts.split)
     if config.texts.validation_split is not None:
@@ -90,7 +79,10 @@ def _check(config: VlmTrainConfig) -> tuple[dict[str, str | None], VlmFacts]:
     if config.compute.deepspeed not in ("auto", "none"):
         check_settings(config.compute.deepspeed)
     require_trackers(config)
-    return {"backbone": facts.fingerprint, "data": data.fingerprint()}, facts
+    fingerprints: dict[str, str | None] = {"backbone": facts.fingerprint, "data": data.fingerprint()}
+    if begun is not None:
+        output.require_same(begun.fingerprints, fingerprints)
+    return _CheckedVlm(config, fingerprints, facts)
 
 
 def _choose_stage(config: VlmTrainConfig, facts: VlmFacts, gpu_bytes: int | None) -> str:
@@ -142,11 +134,3 @@ def _absolute_paths(config: VlmTrainConfig) -> VlmTrainConfig:
         path = absolute(config.compute.deepspeed)
         update["compute"] = config.compute.model_copy(update={"deepspeed": path})
     return config.model_copy(update=update)
-
-
-def _with_recorded_dtype(config: VlmTrainConfig, begun: RunRecord) -> VlmTrainConfig:
-    """Return ``config`` with the arithmetic of the run that is continued, where it is left open."""
-    if config.compute.dtype != "auto":
-        return config
-    compute = config.compute.model_copy(update={"dtype": begun.config["compute"]["dtype"]})
-    return config.model_copy(update={"compute": compute})
