@@ -22,7 +22,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("Ray was started")
 
     monkeypatch.setattr("covray.distributed.features.ray_session", started)
-    monkeypatch.setattr("covray.distributed.train_aligner.ray_session", started)
+    monkeypatch.setattr("covray.distributed.train.ray_session", started)
 
 
 @pytest.mark.parametrize(

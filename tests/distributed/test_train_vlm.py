@@ -18,7 +18,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     def started() -> None:
         raise AssertionError("Ray was started")
 
-    monkeypatch.setattr("covray.distributed.train_vlm.ray_session", started)
+    monkeypatch.setattr("covray.distributed.train.ray_session", started)
 
 
 @pytest.mark.parametrize(
