@@ -12,6 +12,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
+from pydantic import JsonValue
+
 from covray.chains.records import Audit, DatasetRecord
 from covray.distributed.lock import Claim
 from covray.evaluation.claims.records import ArmRun, ProgrammeRecord, ProgrammeResults
@@ -36,7 +38,10 @@ RECORDS: dict[str, type[Record]] = {
 }  # fmt: skip
 """Every record of the page."""
 _TABLE = re.compile(r"(<!-- record (\w+) -->\n).*?(<!-- end -->\n)", re.DOTALL)
-_PLAIN = {str: "text", int: "integer", float: "number", bool: "true or false", NoneType: "null", Any: "any value"}
+_PLAIN = {
+    str: "text", int: "integer", float: "number", bool: "true or false", NoneType: "null", Any: "any value",
+    JsonValue: "any value",
+}  # fmt: skip
 
 
 def update_page(page: str) -> str:
@@ -96,7 +101,7 @@ def _type_name(annotation: Any) -> str:
         return " or ".join(f"`{value}`" for value in arguments)
     if origin in (Union, UnionType):
         return " or ".join(_type_name(argument) for argument in arguments)
-    if origin is dict and arguments[1] is Any:
+    if origin is dict and arguments[1] in (Any, JsonValue):
         return "object"
     if origin is dict:
         return f"object of {_plural(arguments[1])}"

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from covray.chains.records import Audit, DatasetRecord
+from covray.config.section import JsonObject
 from covray.errors import ConfigError, DatasetError, one_line
 from covray.io.storage import Folder
 
@@ -128,7 +129,7 @@ class ChainDataset:
         return self.record.config
 
     @property
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> JsonObject:
         """Return the part of the configuration that decides the tokens."""
         return self.record.identity
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import field_validator
 
+from covray.config.section import JsonObject
 from covray.io.records import Record, RecordPart
 
 
@@ -33,9 +34,9 @@ class DatasetRecord(Record):
     FILE = "_dataset.json"
     FIX = "build the dataset again, into another folder"
 
-    config: dict[str, Any]
+    config: JsonObject
     """The resolved configuration of `covray build`."""
-    identity: dict[str, Any]
+    identity: JsonObject
     """The part of the configuration that decides the tokens."""
     fingerprints: dict[str, str]
     """SHA-256 (hex) of `prior` (empty where no frame needs it), `tokenizer` and `codebook`."""

@@ -19,7 +19,7 @@ from covray.config.fields import (
 )
 from covray.config.generate import GenerateConfig, GeneratorConfig
 from covray.config.plan import AssumedConfig, NodesConfig, PlanConfig
-from covray.config.section import Section, differences, leaves, load_config, read_yaml
+from covray.config.section import JsonObject, Section, differences, leaves, load_config, read_yaml, recorded_section
 from covray.config.serve import LimitsConfig, ReplicasConfig, ServeConfig
 from covray.config.sweep import GridConfig, SweepConfig
 from covray.config.train import (
@@ -37,9 +37,9 @@ from covray.config.train import (
 __all__ = [
     "ActorsConfig", "AdamWConfig", "AssumedConfig", "BackboneConfig", "BuildConfig", "CheckpointsConfig",
     "ComputeConfig", "EngineConfig", "EvaluateConfig", "FormConfig", "FrameNoiseConfig", "GenerateConfig",
-    "GeneratorConfig", "GridConfig", "LimitsConfig", "LoraConfig", "NodesConfig", "OptimizerConfig",
+    "GeneratorConfig", "GridConfig", "JsonObject", "LimitsConfig", "LoraConfig", "NodesConfig", "OptimizerConfig",
     "PictureSamplingConfig", "PlanConfig", "PriorConfig", "ReplicasConfig", "SamplingConfig", "Section",
     "SentencesConfig", "ServeConfig", "SweepConfig", "TokenizerConfig", "TrackingConfig", "TrainConfig",
     "VotesConfig", "WorkersConfig", "differences", "leaves", "load_config", "named_run", "read_yaml",
-    "require_compiler",
+    "recorded_section", "require_compiler",
 ]  # fmt: skip

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from covray.config.fields import (
     MOST_ROWS_PER_BLOCK,
@@ -18,10 +19,10 @@ from covray.config.fields import (
     TokenizerConfig,
     TrackingConfig,
 )
-from covray.config.section import Section
+from covray.config.section import GrownSection, JsonObject
 
 
-class BuildConfig(Section):
+class BuildConfig(GrownSection):
     """``covray build``: turn a manifest into shards of tokens."""
 
     pairs: str
@@ -83,17 +84,14 @@ class BuildConfig(Section):
             )
         return self
 
-    @model_serializer(mode="wrap")
-    def _leave_out_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out even spacing and no tracking, so that files made before there was another stay the same."""
-        values: dict[str, Any] = handler(self)
-        if values.get("spacing") == "even":
-            del values["spacing"]
+    def unused_fields(self) -> Iterator[str]:
+        """Yield even spacing and no tracking."""
+        if self.spacing == "even":
+            yield "spacing"
         if self.tracking == TrackingConfig():
-            values.pop("tracking", None)
-        return values
+            yield "tracking"
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> JsonObject:
         """What decides the tokens of a pair; a resume must agree in all of it."""
         return self.model_dump(
             mode="json", exclude={"out", "pairs", "actors", "rows_per_block", "noise_from", "tracking"}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer
+from pydantic import Field, field_validator
 
 from covray.config.fields import (
     ActorsConfig,
@@ -20,7 +21,7 @@ from covray.config.fields import (
     TokenizerConfig,
     TrackingConfig,
 )
-from covray.config.section import Section
+from covray.config.section import GrownSection, JsonObject, Section
 
 
 class FormConfig(Section):
@@ -68,7 +69,7 @@ class VotesConfig(Section):
         return tuple(sorted(set(value)))
 
 
-class EvaluateConfig(Section):
+class EvaluateConfig(GrownSection):
     """``covray evaluate``: score adapters, their backbone and baselines on the same queries."""
 
     data: str
@@ -144,17 +145,14 @@ class EvaluateConfig(Section):
     def _distinct(cls, value: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
         return None if value is None else tuple(dict.fromkeys(value))
 
-    @model_serializer(mode="wrap")
-    def _leave_out_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out younger fields where they ask for nothing, so that identities made before them stay the same."""
-        values: dict[str, Any] = handler(self)
+    def unused_fields(self) -> Iterator[str]:
+        """Yield the younger fields that are empty."""
         asked = {
             "probes": self.probes, "votes": self.votes.samples, "lengths": self.lengths, "metrics": self.metrics,
         }  # fmt: skip
-        for key, value in asked.items():
-            if not value:
-                values.pop(key, None)
-        return values
+        for name, values in asked.items():
+            if not values:
+                yield name
 
     def sampling_of(self, votes: int) -> SamplingConfig:
         """Return how a row is answered: by ``sampling``, or for more than one of ``votes`` by ``votes``."""
@@ -167,6 +165,6 @@ class EvaluateConfig(Section):
         }  # fmt: skip
         return self.sampling.model_copy(update=own)
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> JsonObject:
         """What decides the scores; a resume must agree in all of it."""
         return self.model_dump(mode="json", exclude={"out", "actors", "rows_per_block", "tracking"})

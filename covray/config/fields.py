@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from covray.config.section import Section
+from covray.config.section import GrownSection, Section
 from covray.errors import ConfigError
 
 
@@ -78,7 +79,7 @@ DPM_STEPS = 12
 return pictures better than DDIM of 50 steps (docs/datasets.md)."""
 
 
-class PriorConfig(Section):
+class PriorConfig(GrownSection):
     """The pretrained diffusion model that interpolates."""
 
     path: str = "nano"
@@ -113,15 +114,12 @@ class PriorConfig(Section):
             raise ValueError(f"evaluations: {self.evaluations} is more than steps, {self.steps}; set fewer")
         return self
 
-    @model_serializer(mode="wrap")
-    def _leave_out_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out DDIM with an evaluation a step, so that identities made before other ways existed stay the same."""
-        values: dict[str, Any] = handler(self)
-        if values.get("solver") == "ddim":
-            del values["solver"]
-        if values.get("evaluations") in (None, values.get("steps")):
-            values.pop("evaluations", None)
-        return values
+    def unused_fields(self) -> Iterator[str]:
+        """Yield what is as in DDIM with an evaluation a step."""
+        if self.solver == "ddim":
+            yield "solver"
+        if self.evaluations in (None, self.steps):
+            yield "evaluations"
 
     @property
     def evaluations_each_way(self) -> int:
@@ -222,7 +220,7 @@ class PictureSamplingConfig(Section):
         return self.model_dump(exclude_none=True)
 
 
-class SamplingConfig(Section):
+class SamplingConfig(GrownSection):
     """How the model's next token is chosen."""
 
     temperature: float = Field(default=0.0, ge=0.0, le=100.0)
@@ -281,17 +279,15 @@ class SamplingConfig(Section):
             )
         return self
 
-    @model_serializer(mode="wrap")
-    def _leave_out_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Write younger fields only where they are set, so that identities made before they existed stay the same."""
-        values: dict[str, Any] = handler(self)
-        for key, default in _YOUNGER_SAMPLING.items():
-            if values.get(key) == default:
-                values.pop(key, None)
-        for key in ("frames", "answer"):
-            if not getattr(self, key).changes():
-                values.pop(key, None)
-        return values
+    def unused_fields(self) -> Iterator[str]:
+        """Yield the younger fields that are not set."""
+        for name, default in _YOUNGER_SAMPLING.items():
+            if getattr(self, name) == default:
+                yield name
+        if not self.frames.changes():
+            yield "frames"
+        if not self.answer.changes():
+            yield "answer"
 
     @property
     def for_frames(self) -> SamplingConfig:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, JsonValue, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from covray.config.shipped import find_config
 from covray.errors import ConfigError, one_line
@@ -23,7 +23,29 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
+class GrownSection(Section):
+    """A section that has got fields since it was first written, which files leave out where they ask for nothing.
+
+    Identities made before these fields existed so stay the same.
+    """
+
+    def unused_fields(self) -> Iterable[str]:
+        """Return the younger fields that ask for nothing."""
+        raise NotImplementedError
+
+    @model_serializer(mode="wrap")
+    def _leave_out_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = handler(self)
+        for name in self.unused_fields():
+            values.pop(name, None)
+        return values
+
+
 C = TypeVar("C", bound=Section)
+JsonObject = dict[str, JsonValue]
+"""A configuration, or what decides the results of one, as a file holds it; compared as a whole, not looked into."""
+LeftOut = dict[str, bool | set[str]]
+"""Which keys of a configuration decide nothing: the whole key, or some keys of that section."""
 
 
 def load_config(
@@ -67,6 +89,13 @@ def load_config(
         raise ConfigError("; ".join(_describe(model, entry) for entry in error.errors())) from error
 
 
+def recorded_section(config: JsonObject, name: str) -> dict[str, Any]:
+    """Return the section ``name`` of a configuration that a file holds; empty where it has none."""
+    section = config.get(name, {})
+    assert isinstance(section, dict), name
+    return section
+
+
 def read_yaml(text: str) -> Any:
     """The value that ``text`` is in YAML. Raises ValueError, in one line: no YAML, or nested too deeply."""
     try:
@@ -77,7 +106,7 @@ def read_yaml(text: str) -> Any:
         raise ValueError("nested too deeply") from error
 
 
-def differences(theirs: dict[str, Any], ours: dict[str, Any], *, open_matches: bool = False) -> list[str]:
+def differences(theirs: JsonObject, ours: JsonObject, *, open_matches: bool = False) -> list[str]:
     """Keys in which two identities differ, each as ``key was X, is Y``.
 
     ``open_matches``: what ours leaves open (null or ``auto``) agrees with anything.
@@ -90,7 +119,7 @@ def differences(theirs: dict[str, Any], ours: dict[str, Any], *, open_matches: b
     ]
 
 
-def leaves(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(value: JsonObject, prefix: str = "") -> Iterator[tuple[str, JsonValue]]:
     """Every value of nested dictionaries with its dotted key. Raises ConfigError for one that holds itself."""
     if prefix.count(".") > _DEEPEST:  # with an alias, YAML can put a section into itself
         raise ConfigError(f"{prefix.partition('.')[0]}: is nested too deeply, or in itself; give the section's keys")
@@ -101,14 +130,14 @@ def leaves(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield f"{prefix}{key}", inner
 
 
-def _without_null(values: dict[str, Any]) -> dict[str, Any]:
+def _without_null(values: JsonObject) -> JsonObject:
     """``values`` without sections that are null: their keys are all commented out."""
     return {key: value for key, value in values.items() if value is not None or "." in str(key)}
 
 
-def _without_empty_sections(model: type[Section], values: dict[str, Any]) -> dict[str, Any]:
+def _without_empty_sections(model: type[Section], values: JsonObject) -> JsonObject:
     """Return ``values`` of a file without sections within sections whose keys are all commented out."""
-    kept = {}
+    kept: JsonObject = {}
     for key, value in values.items():
         default = model.model_fields[key].default if key in model.model_fields else None
         if isinstance(default, Section) and isinstance(value, dict):

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from covray.config.fields import BackboneConfig, ChainMethod, ExamplePairs, Length, TaskName, TrackingConfig
-from covray.config.section import Section
+from covray.config.section import JsonObject, Section
 
 
 class GridConfig(Section):
@@ -79,7 +79,7 @@ class SweepConfig(Section):
             raise ValueError("give data, a dataset of chains, or manifest, the pairs to build one from")
         return self
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> JsonObject:
         """What all trials share; the grid may grow, as every trial is checked by itself."""
         shared = {"data", "manifest", "build", "train", "evaluate", "stopping", "grace"}
         return self.model_dump(mode="json", include=shared)

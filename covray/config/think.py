@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from covray.config.evaluate import named_run
 from covray.config.fields import ActorsConfig, EngineConfig, TrackingConfig
-from covray.config.section import Section
+from covray.config.section import JsonObject, LeftOut, Section
 from covray.config.train import CheckpointsConfig, ComputeConfig, WorkersConfig
 from covray.config.vlm import VlmModelConfig
 
@@ -252,9 +252,9 @@ class ThinkFeaturesConfig(ThinkStep):
                 raise ValueError("one is empty; write what the model is asked")
         return instructions
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> JsonObject:
         """What decides the features; a resume must agree in all of it."""
-        left_out: dict[str, Any] = {
+        left_out: LeftOut = {
             **dict.fromkeys(("out", "actors", "rows_per_block"), True),
             # Of what lies there, the folder keeps the fingerprint.
             **dict.fromkeys(("data", "root", "vlm"), True),
@@ -300,9 +300,9 @@ class ThinkTrainConfig(ThinkStep):
             raise ValueError("compute.deepspeed: an aligner is small and needs none; give none")
         return self
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> JsonObject:
         """What decides the losses; a resume must agree in all of it."""
-        left_out: dict[str, Any] = {
+        left_out: LeftOut = {
             **dict.fromkeys(("out", "workers", "checkpoints", "tracking", "validate_every_steps"), True),
             # Of what lies there, the run keeps the fingerprint.
             "data": True,
@@ -402,9 +402,9 @@ class ThinkEvaluateConfig(ThinkModelsConfig):
             return self.model_copy(update={"rows": tuple(row for row in self.rows if row != "untrained")})
         return self
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> JsonObject:
         """What decides the scores; a resume must agree in all of it."""
-        left_out: dict[str, Any] = {
+        left_out: LeftOut = {
             **dict.fromkeys(("out", "actors", "rows_per_block", "tracking"), True),
             # Of what lies there, the evaluation keeps the fingerprints.
             **dict.fromkeys(("vlm", "language_model", "cobsat", "aligners"), True),

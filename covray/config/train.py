@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from covray.config.fields import BackboneConfig, ChainMethod, ExamplePairs, Length, Target, TaskName, TrackingConfig
-from covray.config.section import Section
+from covray.config.section import GrownSection, JsonObject, LeftOut, Section
 
 
 class LoraConfig(Section):
@@ -54,7 +54,7 @@ class FrameNoiseConfig(Section):
         return self.kind in ("scheduled", "own")
 
 
-class SentencesConfig(Section):
+class SentencesConfig(GrownSection):
     """Which visual sentences are made of the chains."""
 
     method: ChainMethod = "diffusion"
@@ -85,15 +85,12 @@ class SentencesConfig(Section):
             raise ValueError("give at least one")
         return None if value is None else tuple(sorted(set(value)))
 
-    @model_serializer(mode="wrap")
-    def _leave_out_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out younger fields that ask for nothing, so that identities made before they existed stay the same."""
-        values: dict[str, Any] = handler(self)
+    def unused_fields(self) -> Iterator[str]:
+        """Yield the younger fields that ask for nothing."""
         if self.frame_noise.kind == "none":
-            values.pop("frame_noise", None)
+            yield "frame_noise"
         if not self.drop_worst:
-            values.pop("drop_worst", None)
-        return values
+            yield "drop_worst"
 
 
 class AdamWConfig(Section):
@@ -303,12 +300,12 @@ class TrainConfig(Section):
         optimizer.model_fields_set.difference_update(values)
         return self.model_copy(update={"optimizer": optimizer})
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> JsonObject:
         """What decides the losses; a resume must agree in all of it.
 
         Left out is what only changes the order in which floats are added: workers, micro-batches, threads, ZeRO stage.
         """
-        left_out: dict[str, Any] = {
+        left_out: LeftOut = {
             **dict.fromkeys(("data", "out", "workers", "checkpoints", "tracking", "validate_every_steps"), True),
             "compute": {"device", "threads", "recompute", "compile", "deepspeed"},
             "optimizer": {"micro_batch_tokens"},

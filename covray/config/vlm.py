@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, model_validator
 
 from covray.config.fields import ActorsConfig, TrackingConfig
-from covray.config.section import Section
+from covray.config.section import GrownSection, JsonObject, LeftOut, Section
 from covray.config.train import AdamWConfig, CheckpointsConfig, ComputeConfig, WorkersConfig
 
 DIFFUSIONVL: dict[str, Any] = {
@@ -29,7 +30,7 @@ class VlmModelConfig(Section):
     that the tokenizer does not use, else one new row."""
 
 
-class VlmDecodingConfig(Section):
+class VlmDecodingConfig(GrownSection):
     """How an answer is written."""
 
     decoder: Literal["autoregressive", "block_diffusion", "speculative"] | None = None
@@ -59,13 +60,10 @@ class VlmDecodingConfig(Section):
     seed: int = Field(default=0, ge=0)
     """Everything random follows from it and from the prompt's tokens."""
 
-    @model_serializer(mode="wrap")
-    def _leave_out_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out the cache where there is one, so that identities made before it was a choice stay the same."""
-        values: dict[str, Any] = handler(self)
+    def unused_fields(self) -> Iterator[str]:
+        """Yield the cache where there is one."""
         if self.cache:
-            values.pop("cache", None)
-        return values
+            yield "cache"
 
 
 class VlmTextsConfig(Section):
@@ -96,7 +94,7 @@ class VlmTrainTextsConfig(VlmTextsConfig):
     """Split for the validation loss; null: no validation."""
 
 
-class VlmBlocksConfig(Section):
+class VlmBlocksConfig(GrownSection):
     """What ``objective: block_diffusion`` learns: to fill blocks of masked tokens of an answer."""
 
     preset: Literal["default", "diffusionvl"] = "default"
@@ -140,15 +138,12 @@ class VlmBlocksConfig(Section):
             raise ValueError("weight: must be level with start=sequence, as a block can hold tokens of the prompt")
         return self
 
-    @model_serializer(mode="wrap")
-    def _leave_out_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out younger fields that are not set, so that identities made before they existed stay the same."""
-        values: dict[str, Any] = handler(self)
+    def unused_fields(self) -> Iterator[str]:
+        """Yield the younger fields that are not set."""
         if not self.shift:
-            values.pop("shift", None)
+            yield "shift"
         if not self.anneal:
-            values.pop("anneal", None)
-        return values
+            yield "anneal"
 
 
 class VlmLoraConfig(Section):
@@ -228,9 +223,9 @@ class VlmTrainConfig(Section):
         """Return the checkpoint that is trained."""
         return VlmModelConfig(path=self.model, revision=self.revision, mask_id=self.mask_id)
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> JsonObject:
         """What decides the losses; a resume must agree in all of it."""
-        left_out: dict[str, Any] = {
+        left_out: LeftOut = {
             **dict.fromkeys(("out", "workers", "checkpoints", "tracking", "validate_every_steps"), True),
             # Of what lies there, the run keeps the fingerprint.
             **dict.fromkeys(("data", "model", "revision"), True),
@@ -305,9 +300,9 @@ class VlmEvaluateConfig(VlmSourceConfig):
     actors: ActorsConfig = ActorsConfig()
     tracking: TrackingConfig = TrackingConfig()
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> JsonObject:
         """The settings that decide the answers; data and model are compared by their fingerprints."""
-        left_out: dict[str, Any] = {
+        left_out: LeftOut = {
             **dict.fromkeys(("out", "device", "data", "model", "revision"), True),
             **dict.fromkeys(("threads", "actors", "tracking"), True),
             "texts": {"root"},

@@ -27,7 +27,7 @@ from covray.chains.model_checks import require_models
 from covray.chains.prepare import BuildModels, needs_prior
 from covray.chains.records import Audit, DatasetRecord
 from covray.chains.spacing import PROBES
-from covray.config import BuildConfig
+from covray.config import BuildConfig, recorded_section
 from covray.config.build import solver_text, with_solver
 from covray.distributed.metrics import DATASET_PAIRS, PAIRS, Recorder
 from covray.distributed.plugin_checks import require_on_nodes, used_plugins
@@ -411,18 +411,16 @@ def _require_same_identity(config: BuildConfig, begun: DatasetRecord, output: Ou
 
 def _as_recorded(config: BuildConfig, begun: DatasetRecord) -> BuildConfig:
     """Return ``config`` with what the begun build decided: a probe of today might propose another batch."""
-    batch = begun.config["engine"]["batch"]
-    update: dict[str, Any] = {"engine": config.engine.model_copy(update={"batch": batch})}
-    if config.rows_per_block is None:
-        update["rows_per_block"] = begun.config["rows_per_block"]
-    return config.model_copy(update=update)
+    batch = recorded_section(begun.config, "engine")["batch"]
+    config = config.model_copy(update={"engine": config.engine.model_copy(update={"batch": batch})})
+    if config.rows_per_block is not None:
+        return config
+    return config.model_copy(update={"rows_per_block": begun.config["rows_per_block"]})
 
 
 def _file_metadata(config: BuildConfig, models: BuildModels, plugins: dict[str, str]) -> dict[str, str]:
     """Return what every shard says of itself, should it be separated from its folder."""
-    described: dict[str, Any] = {
-        "version": 1, "identity": config.identity(), "fingerprints": models.fingerprints,
-    }  # fmt: skip
+    described = {"version": 1, "identity": config.identity(), "fingerprints": models.fingerprints}
     if plugins:
         described["plugins"] = plugins
     return {"covray": json.dumps(described)}

@@ -17,7 +17,7 @@ from covray.chains.compatibility import require_same_codes
 from covray.chains.dataset import ChainDataset
 from covray.chains.loading import count_pairs
 from covray.chains.sentences import require_context
-from covray.config import BackboneConfig, TrainConfig
+from covray.config import BackboneConfig, TrainConfig, recorded_section
 from covray.config.think import ThinkTrainConfig
 from covray.config.vlm import VlmTrainConfig
 from covray.distributed.resumable import Output
@@ -344,7 +344,7 @@ def with_recorded_dtype(config: C, begun: RunRecord) -> C:
     """Return ``config`` with the arithmetic of the run that is continued, where it is left open."""
     if config.compute.dtype != "auto":
         return config
-    compute = config.compute.model_copy(update={"dtype": begun.config["compute"]["dtype"]})
+    compute = config.compute.model_copy(update={"dtype": recorded_section(begun.config, "compute")["dtype"]})
     return config.model_copy(update={"compute": compute})
 
 

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
+from covray.config.section import JsonObject
 from covray.errors import ConfigError, CovrayError
 from covray.evaluation.subjects import Kind
 from covray.io.records import Record, RecordPart
@@ -18,9 +19,9 @@ class EvaluationRecord(Record):
     FIX: ClassVar[str] = "give another --out"
     ERROR: ClassVar[type[CovrayError]] = ConfigError
 
-    config: dict[str, Any]
+    config: JsonObject
     """The resolved configuration of `covray evaluate`."""
-    identity: dict[str, Any]
+    identity: JsonObject
     """The part of the configuration that decides the scores."""
     fingerprints: dict[str, str]
     """SHA-256 (hex) of the dataset's models and pairs, and of every subject's backbone and adapter."""
@@ -132,7 +133,7 @@ class EvaluationResults(EvaluationTable, Record):
     ERROR: ClassVar[type[CovrayError]] = ConfigError
 
     seconds: float
-    config: dict[str, Any]
+    config: JsonObject
     fingerprints: dict[str, str]
 
 
@@ -142,9 +143,9 @@ class VlmEvaluationRecord(Record):
     FILE: ClassVar[str] = "_evaluation.json"
     FIX: ClassVar[str] = "give another --out"
 
-    identity: dict[str, Any]
+    identity: JsonObject
     """What decides the answers: the configuration, and SHA-256 (hex) of `data` and `model`."""
-    config: dict[str, Any] = Field(default_factory=dict)
+    config: JsonObject = Field(default_factory=dict)
     """The configuration of `covray vlm evaluate`; absent in files of covray 0.1.0."""
     mlflow_run_id: str | None = None
     """The MLflow run; null without tracking."""

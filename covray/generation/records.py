@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from covray.config.section import JsonObject
 from covray.errors import ConfigError
 from covray.io.records import Record, RecordPart
 
@@ -41,7 +40,7 @@ class GenerationRecord(Record):
     FIX = "run its covray generate again"
     ERROR = ConfigError
 
-    config: dict[str, Any]
+    config: JsonObject
     """The resolved configuration."""
     fingerprints: dict[str, str | None]
     """SHA-256 (hex) of ``prior`` (empty where no example needed it), ``tokenizer``, ``codebook``, ``backbone`` and

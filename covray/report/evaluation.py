@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from covray.config import SamplingConfig, leaves
+from covray.config import SamplingConfig, leaves, recorded_section
 from covray.evaluation.records import Difference, EvaluationResults, SubjectEntry, SubjectScore
 from covray.io import storage
 from covray.report.dots import Dot, DotPlot, draw_dots
@@ -214,7 +214,7 @@ def _facts(results: EvaluationResults) -> list[tuple[str, str]]:
     """Return how the evaluation was made."""
     config = results.config
     pairs = sorted({subject.pairs for subject in results.subjects if subject.pairs is not None})
-    sampling = config.get("sampling", {})
+    sampling = recorded_section(config, "sampling")
     how = "greedy"
     if not SamplingConfig.model_validate(sampling).is_greedy:
         values = [(key.replace(".", " "), value) for key, value in leaves(sampling) if value is not None]

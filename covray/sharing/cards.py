@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import yaml
+from pydantic import JsonValue
 
 from covray.chains.dataset import ChainDataset
+from covray.config import JsonObject, recorded_section
 from covray.errors import ConfigError
 from covray.evaluation.records import EvaluationResults
 from covray.training.records import RunRecord, TrainResult
@@ -50,16 +51,17 @@ def dataset_card(
     audit = dataset.audit
     assert audit is not None
     tasks = sorted(audit.per_task)
-    head: dict[str, Any] = {"tags": ["covray", "chain-of-vision"], "pretty_name": "Chains of vision"}
+    head: JsonObject = {"tags": ["covray", "chain-of-vision"], "pretty_name": "Chains of vision"}
     if licence is not None:
         head["license"] = licence
     if form is None:
-        head["configs"] = [
-            {"config_name": task, "data_files": [{"split": "all", "path": f"shards/**/task={task}/*.parquet"}]}
-            for task in tasks
-        ]
+        configs: list[JsonValue] = []
+        for task in tasks:
+            shards: list[JsonValue] = [{"split": "all", "path": f"shards/**/task={task}/*.parquet"}]
+            configs.append({"config_name": task, "data_files": shards})
+        head["configs"] = configs
     elif form == "datasets":
-        files = [{"split": split, "path": f"data/{split}-*.parquet"} for split in splits]
+        files: list[JsonValue] = [{"split": split, "path": f"data/{split}-*.parquet"} for split in splits]
         head["configs"] = [{"config_name": "default", "data_files": files}]
     lines = [
         "# Chains of vision",
@@ -110,13 +112,13 @@ def model_card(
         licence: The hub's name of the licence.
         scores: A table of an evaluation, as ``score_table`` makes it.
     """
-    head: dict[str, Any] = {"library_name": "peft", "tags": ["covray", "chain-of-vision", "lora"]}
+    head: JsonObject = {"library_name": "peft", "tags": ["covray", "chain-of-vision", "lora"]}
     if licence is not None:
         head["license"] = licence
-    backbone = record.config["backbone"]
+    backbone = recorded_section(record.config, "backbone")
     if base_model is not None:
         head |= {"base_model": base_model, "base_model_relation": "adapter"}
-    sentences = record.config["sentences"]
+    sentences = recorded_section(record.config, "sentences")
     lines = [
         "# A LoRA adapter for chains of vision",
         "",
@@ -142,7 +144,7 @@ def model_card(
 
 def evaluation_card(results: EvaluationResults, fingerprints: dict[str, str], licence: str | None) -> str:
     """Return the card of an evaluation."""
-    head: dict[str, Any] = {"tags": ["covray", "chain-of-vision", "evaluation"]}
+    head: JsonObject = {"tags": ["covray", "chain-of-vision", "evaluation"]}
     if licence is not None:
         head["license"] = licence
     lines = [
@@ -180,9 +182,9 @@ def score_table(results: EvaluationResults) -> str:
     return "\n".join(lines)
 
 
-def without_places(config: dict[str, Any]) -> dict[str, Any]:
+def without_places(config: JsonObject) -> JsonObject:
     """Return a configuration without the paths of the machine that it ran on."""
-    kept: dict[str, Any] = {}
+    kept: JsonObject = {}
     for key, value in config.items():
         if key in _PLACES:
             continue
@@ -193,7 +195,7 @@ def without_places(config: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _configuration(config: dict[str, Any]) -> list[str]:
+def _configuration(config: JsonObject) -> list[str]:
     text = yaml.safe_dump(without_places(config), sort_keys=False, allow_unicode=True)
     return ["## Configuration", "```yaml", text.rstrip(), "```"]
 
@@ -208,7 +210,7 @@ def _cell(text: str) -> str:
     return re.sub(r"[|\r\n`]", " ", text)
 
 
-def _card(head: dict[str, Any], lines: list[str]) -> str:
+def _card(head: JsonObject, lines: list[str]) -> str:
     front = yaml.safe_dump(head, sort_keys=False, allow_unicode=True)
     body = "\n".join(lines).rstrip()
     return f"---\n{front}---\n\n{body}\n"

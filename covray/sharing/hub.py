@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from covray.chains.dataset import ChainDataset
 from covray.chains.records import Audit, DatasetRecord
+from covray.config import recorded_section
 from covray.errors import ConfigError, CovrayError, one_line
 from covray.evaluation.records import EvaluationRecord, EvaluationResults
 from covray.io.model_folders import NANO_NAMES
@@ -113,7 +114,7 @@ def _run(folder: Folder, licence: str, base_model: str | None, scores: str | Non
 
 def _base_model(folder: Folder, record: RunRecord, base_model: str | None) -> str | None:
     """Return the hub's name of the backbone. Raises ConfigError where it has none, and is not the nano one."""
-    path = base_model or record.config["backbone"].get("path")
+    path = base_model or recorded_section(record.config, "backbone").get("path")
     if path is None or path in NANO_NAMES:
         return None
     if _is_repository_name(path) and not Folder(path).exists():

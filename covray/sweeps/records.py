@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
+from covray.config.section import JsonObject
 from covray.errors import ConfigError, CovrayError
 from covray.evaluation.records import SubjectScore, TaskSummary
 from covray.io.records import Record, RecordPart
@@ -25,9 +26,9 @@ class SweepRecord(Record):
     FIX: ClassVar[str] = "give the --out of a covray sweep"
     ERROR: ClassVar[type[CovrayError]] = ConfigError
 
-    config: dict[str, Any]
+    config: JsonObject
     """The whole configuration."""
-    identity: dict[str, Any]
+    identity: JsonObject
     """The part of the configuration that all trials share, and that cannot change when the sweep is continued."""
     mlflow_run_id: str | None
     seconds: float
@@ -247,7 +248,7 @@ class SweepResults(Record):
     FIX: ClassVar[str] = "write it again with covray report"
     ERROR: ClassVar[type[CovrayError]] = ConfigError
 
-    config: dict[str, Any]
+    config: JsonObject
     seconds: float
     left_out: tuple[LeftOut, ...]
     lower_is_better: tuple[str, ...]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
+from covray.config.section import JsonObject
 from covray.errors import ConfigError, CovrayError
 from covray.io.records import Record, RecordPart
 
@@ -14,9 +15,9 @@ class FeaturesRecord(Record):
     FILE: ClassVar[str] = "_features.json"
     FIX: ClassVar[str] = "take the features again into another folder"
 
-    config: dict[str, Any]
+    config: JsonObject
     """The resolved configuration of `covray think features`."""
-    identity: dict[str, Any]
+    identity: JsonObject
     """The part of the configuration that decides the features."""
     fingerprints: dict[str, str]
     """SHA-256 (hex) of `vlm`, the model, and of `data`: pictures, captions and splits."""
@@ -55,7 +56,7 @@ class ThinkAnswer(Record):
     FIX: ClassVar[str] = "generate again into another folder"
     ERROR: ClassVar[type[CovrayError]] = ConfigError
 
-    config: dict[str, Any]
+    config: JsonObject
     """The resolved configuration."""
     fingerprints: dict[str, str]
     """SHA-256 (hex) of the models that were loaded, and of the aligner."""
@@ -72,9 +73,9 @@ class ReasoningRecord(Record):
     FIX: ClassVar[str] = "give another --out"
     ERROR: ClassVar[type[CovrayError]] = ConfigError
 
-    config: dict[str, Any]
+    config: JsonObject
     """The resolved configuration of `covray think evaluate`."""
-    identity: dict[str, Any]
+    identity: JsonObject
     """The part of the configuration that decides the scores."""
     fingerprints: dict[str, str]
     """SHA-256 (hex) of the models, of every aligner, and of the pictures of a folder."""
@@ -137,5 +138,5 @@ class ReasoningResults(Record):
     """Episodes without an answer, which count as wrong."""
     seconds: float
     """Of the command that finished."""
-    config: dict[str, Any]
+    config: JsonObject
     fingerprints: dict[str, str]

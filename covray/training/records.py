@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from covray.config.section import JsonObject
 from covray.errors import ConfigError
 from covray.io.records import Record, RecordPart
 
@@ -15,9 +16,9 @@ class RunRecord(Record):
     FIX = "give another --out"
     ERROR = ConfigError
 
-    config: dict[str, Any]
+    config: JsonObject
     """The resolved configuration of `covray train`."""
-    identity: dict[str, Any]
+    identity: JsonObject
     """The part of the configuration that decides the losses."""
     fingerprints: dict[str, str | None]
     """SHA-256 (hex) of `backbone`, `codebook` and `data`, and of the `adapter` where training starts from one."""
@@ -83,9 +84,9 @@ class CheckpointRecord(Record):
     cursor: int
     """Sentences that the steps took, counted through all epochs: the next step begins there."""
     best: BestValidation | None
-    how: dict[str, Any]
+    how: JsonObject
     """The settings that decide the order in which floats are added; in the code they are called numerics."""
-    identity: dict[str, Any]
+    identity: JsonObject
     """The part of the configuration that decides the losses."""
     files: dict[str, str]
     """SHA-256 (hex) of the other files of the checkpoint, by name."""

@@ -21,6 +21,7 @@ from typing import Any, Generic, Protocol
 import torch
 
 from covray.config import AdamWConfig, CheckpointsConfig
+from covray.config.section import JsonObject
 from covray.config.think import AlignmentConfig
 from covray.errors import ConfigError
 from covray.training.checkpoints import Checkpoints, State
@@ -57,7 +58,7 @@ class TrainerConfig(Protocol):
     def validate_every_steps(self) -> int:
         """Steps between two validations."""
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> JsonObject:
         """Return what decides the losses."""
 
 

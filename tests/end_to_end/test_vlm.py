@@ -60,7 +60,7 @@ def test_two_workers_with_zero_make_the_losses_of_one_without(
     result = json.loads(run_on_ray(*command, "--json").stdout.splitlines()[-1])
     losses = [[record["loss"] for record in curve(run) if "loss" in record] for run in (alone, shared)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
-    monkeypatch.setattr("covray.distributed.train_vlm.ray_session", lambda: pytest.fail("Ray was started"))
+    monkeypatch.setattr("covray.distributed.train.ray_session", lambda: pytest.fail("Ray was started"))
     assert train_vlm(shared).to_json() == result, "a finished run only gives its result again"
     with pytest.raises(ConfigError, match=r"blocks\.size was 4, is 2"):
         train_vlm(vlm_config("shared", **case, blocks__size=2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
+from covray.config.section import JsonObject
 from covray.errors import ConfigError, CovrayError
 from covray.io.records import Record, RecordPart
 
@@ -24,7 +25,7 @@ class ProgrammeRecord(Record):
     """Name and path of each; all arms but those of the others start from the first."""
     tokenizer: str
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> JsonObject:
         """What decides the arms; a resume must agree in all of it."""
         return self.model_dump(mode="json")
 
