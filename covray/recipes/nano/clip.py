@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
-from covray.errors import ConfigError
 from covray.io.tensor_files import new_folder
-from covray.recipes.nano.loop import Run, train
+from covray.recipes.nano.loop import Run, new_part, train
 from covray.recipes.nano.portrait_data import (
     SIZE_PX,
     Portraits,
@@ -49,9 +48,7 @@ def train_clip(out: Path, steps: int | None, portraits: int, seed: int, device: 
     Raises:
         ConfigError: ``out``/clip exists.
     """
-    result = out / "clip"
-    if result.exists():
-        raise ConfigError(f"{result}: already exists; it is finished, or give another --out")
+    result = new_part(out, "clip")
     parts = read_portraits(portrait_manifest(out, portraits, seed))
     tokenizer = AutoTokenizer.from_pretrained(out / "text")
     torch.manual_seed(seed)

@@ -13,11 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from covray.errors import ConfigError
 from covray.io import storage
 from covray.pairs.scenes.portrait_values import OBJECTS, held_out, hidden_themes
 from covray.pairs.scenes.portraits import HELD_OUT_SPLIT, Portrait
-from covray.recipes.nano.loop import Run, train
+from covray.recipes.nano.loop import Run, new_part, train
 from covray.recipes.nano.portrait_data import SIZE_PX, Portraits, PortraitVae, portrait_manifest, read_portraits
 from covray.thinking.episodes import PORTRAITS
 from covray.thinking.judge import JudgeNetwork, JudgeRecord, save_judge
@@ -61,9 +60,7 @@ def train_judge(out: Path, steps: int | None, portraits: int, seed: int, device:
     Raises:
         ConfigError: ``out``/judge exists.
     """
-    result = out / "judge"
-    if result.exists():
-        raise ConfigError(f"{result}: already exists; it is finished, or give another --out")
+    result = new_part(out, "judge")
     manifest = portrait_manifest(out, portraits, seed)
     vae = PortraitVae(out, device)
     lessons = {}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from covray.errors import ConfigError
 from covray.progress import own_display
 
 SAVE_EVERY_S = 120.0
@@ -34,6 +35,14 @@ class Run:
     device: torch.device
     learning_rate: float
     """Highest learning rate of the one AdamW that is used where ``train`` gets no ``optimizers``."""
+
+
+def new_part(out: Path, name: str) -> Path:
+    """Return the folder of the model ``name`` in the folder of the family. Raises ConfigError where it exists."""
+    part = out / name
+    if part.exists():
+        raise ConfigError(f"{part}: already exists; it is finished, or give another --out")
+    return part
 
 
 class _State:

@@ -18,11 +18,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoTokenizer, T5EncoderModel
 
-from covray.errors import ConfigError
 from covray.io.model_folders import NANO_FOLDER
 from covray.io.tensor_files import new_folder
 from covray.pairs.scenes.portraits import Portrait
-from covray.recipes.nano.loop import Run, train
+from covray.recipes.nano.loop import Run, new_part, train
 from covray.recipes.nano.portrait_data import PortraitVae, describe, numbers_of, portrait_manifest, read_portraits
 from covray.recipes.nano.prior import new_scheduler, new_unet
 
@@ -69,9 +68,7 @@ def train_painter(out: Path, steps: int | None, portraits: int, seed: int, devic
     Raises:
         ConfigError: ``out``/painter exists.
     """
-    result = out / "painter"
-    if result.exists():
-        raise ConfigError(f"{result}: already exists; it is finished, or give another --out")
+    result = new_part(out, "painter")
     manifest = portrait_manifest(out, portraits, seed)
     vae = PortraitVae(out, device)
     encoder = CaptionEncoder(out / "text", device)

@@ -20,11 +20,10 @@ from tokenizers import Tokenizer, pre_tokenizers, processors
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
-from covray.errors import ConfigError
 from covray.io.tensor_files import new_folder
 from covray.pairs.scenes.portrait_words import portrait_words
 from covray.pairs.scenes.portraits import Portrait, sample_portrait
-from covray.recipes.nano.loop import Run, train
+from covray.recipes.nano.loop import Run, new_part, train
 from covray.recipes.nano.portrait_data import numbers_of, unseen_captions
 from covray.recipes.nano.vlm import new_tokenizer
 
@@ -54,9 +53,7 @@ def train_text(out: Path, steps: int | None, portraits: int, seed: int, device: 
     Raises:
         ConfigError: ``out``/text exists.
     """
-    result = out / "text"
-    if result.exists():
-        raise ConfigError(f"{result}: already exists; it is finished, or give another --out")
+    result = new_part(out, "text")
     tokenizer = text_tokenizer(seed)
     torch.manual_seed(seed)
 

@@ -25,10 +25,10 @@ from transformers import (
 
 from covray.config import load_config
 from covray.config.vlm import VlmTrainConfig
-from covray.errors import ConfigError
 from covray.io.tensor_files import new_folder
 from covray.pairs.scenes.portrait_words import portrait_words
 from covray.pairs.scenes.portraits import sample_portrait
+from covray.recipes.nano.loop import new_part
 from covray.recipes.nano.portrait_data import SIZE_PX, portrait_manifest
 from covray.recipes.nano.vlm_list import EPISODE_INSTRUCTION, INSTRUCTIONS, sample_episode, write_vlm_list
 from covray.seeds import seed_of
@@ -78,9 +78,7 @@ def train_vlm(out: Path, steps: int | None, portraits: int, seed: int, device: t
     Raises:
         ConfigError: ``out``/vlm is there already.
     """
-    result = out / "vlm"
-    if result.exists():
-        raise ConfigError(f"{result}: already exists; it is finished, or give another --out")
+    result = new_part(out, "vlm")
     data, born = write_vlm_list(portrait_manifest(out, portraits, seed), seed), out / "vlm.start"
     if not born.exists():
         with new_folder(born) as folder:
