@@ -18,6 +18,7 @@ from covray.io.images import square
 from covray.methods import BY_ENGINE
 from covray.pairs.loading import load_pair
 from covray.pairs.manifest_reading import row_dicts
+from covray.pairs.rows import PairRow
 from covray.tasks import TASKS
 from covray.tasks.base import Resample
 
@@ -84,7 +85,7 @@ def prepare_block(
     return pa.Table.from_pylist(rows, PREPARED_SCHEMA)
 
 
-def _prepare_pair(row: dict[str, Any], config: BuildConfig, models: BuildModels, root: str | None) -> dict[str, bytes]:
+def _prepare_pair(row: PairRow, config: BuildConfig, models: BuildModels, root: str | None) -> dict[str, bytes]:
     pair = load_pair(row, root)
     resamples: dict[str, Resample] = {"source": "bicubic", "label": TASKS[row["task"]].resample}
     prepared: dict[str, bytes] = {}

@@ -43,6 +43,7 @@ from covray.errors import ManifestError
 from covray.io.storage import Folder
 from covray.pairs.manifest import MANIFEST_SCHEMA, Pair, manifest_row, pair_of_row
 from covray.pairs.records import PairsRecord
+from covray.pairs.rows import PairRow
 from covray.pairs.words import WORD_FIELDS
 from covray.pairs.work import Item, PairWork
 from covray.progress import stage
@@ -213,9 +214,9 @@ class _PartReader:
 
     def __init__(self, folder: Folder):
         self._folder = folder
-        self._open: dict[str, dict[int, list[dict[str, Any]]]] = {}
+        self._open: dict[str, dict[int, list[PairRow]]] = {}
 
-    def take(self, part: str, number: int) -> list[dict[str, Any]]:
+    def take(self, part: str, number: int) -> list[PairRow]:
         """Return the rows of item ``number``, which ``part`` holds."""
         if part not in self._open:
             rows = _read_part(self._folder, part, [_ITEM, "pairs"]).to_pylist()

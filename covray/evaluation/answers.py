@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from covray.io.pixels import Picture
+from covray.tasks.base import Meta
 
 EPISODE_SCHEMA = pa.schema(
     [("episode", pa.int64()), ("subject", pa.string()), ("task", pa.string()), ("pair_id", pa.int64())]
@@ -82,7 +82,7 @@ class Asked:
     result: EpisodeResult
     """With the tokens that a model wrote."""
     label: Picture
-    meta: Mapping[str, Any]
+    meta: Meta
     """Of the pair's manifest row."""
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +15,7 @@ from covray.chains.dataset import ChainDataset
 from covray.errors import DatasetError
 from covray.io import storage
 from covray.pairs.manifest_reading import check_manifest, read_manifest, row_dicts
+from covray.pairs.rows import PairRow
 from covray.seeds import seed_of
 
 PAIR_SCHEMA = pa.schema(
@@ -52,7 +52,7 @@ class PairFile:
         ids: list[int] = self._ids[of_task].tolist()
         return ids
 
-    def read(self, pair_ids: Iterable[int]) -> list[dict[str, Any]]:
+    def read(self, pair_ids: Iterable[int]) -> list[PairRow]:
         """Return the rows (``PAIR_SCHEMA``) of ``pair_ids``. Raises KeyError for one that is not in the file."""
         rows = []
         for pair_id in pair_ids:
@@ -60,7 +60,7 @@ class PairFile:
             rows.append(self._group(group)[row])
         return rows
 
-    def _read_group(self, number: int) -> list[dict[str, Any]]:
+    def _read_group(self, number: int) -> list[PairRow]:
         filesystem, inner = storage.resolve(self.path)
         with pq.ParquetFile(inner, filesystem=filesystem) as file:
             return row_dicts(file.read_row_group(number))

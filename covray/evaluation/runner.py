@@ -11,7 +11,7 @@ import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -44,15 +44,17 @@ from covray.evaluation.scores import score
 from covray.evaluation.subjects import SALIENCY, Subject
 from covray.generation.models import LoadedModel, ModelSource
 from covray.generation.votes import join_answers
-from covray.io.images import decode, load_picture, resize, square
+from covray.io.images import decode, load_picture, picture_of, resize, square
 from covray.io.pixels import Picture
 from covray.models.lvm.adapter import read_run_adapter
 from covray.models.lvm.backbone import backbone_facts
 from covray.models.lvm.decoding.base import Decoded
 from covray.models.tokenizer.vqgan import load_tokenizer
 from covray.pairs.manifest_reading import read_meta
+from covray.pairs.rows import PairRow
 from covray.seeds import seed_of
 from covray.tasks import TASKS
+from covray.tasks.base import Meta
 from covray.tasks.metrics import added_values
 
 
@@ -342,7 +344,7 @@ class Runner:
             return self._picture(self._queries.read([result.pair_id])[0], "image")
         return self._answer_from_labels(subject, result, asked.meta)
 
-    def _answer_from_labels(self, subject: Subject, result: EpisodeResult, meta: Mapping[str, Any]) -> Picture:
+    def _answer_from_labels(self, subject: Subject, result: EpisodeResult, meta: Meta) -> Picture:
         """Return the mean label or the nearest label; a pair is no example of its own."""
         labels = self._labels(result.task)
         others = labels.pair_ids != result.pair_id
@@ -380,10 +382,10 @@ class Runner:
             np.array(labels, np.uint8).reshape(shape),
         )
 
-    def _picture(self, pair: Mapping[str, Any], name: str) -> Picture:
+    def _picture(self, pair: PairRow, name: Literal["image", "label"]) -> Picture:
         """Return a picture of the pair, of which with fit ``crop`` the centre square."""
         try:
-            picture = decode(load_picture(pair[name] or {}, self._queries.root))
+            picture = decode(load_picture(picture_of(pair[name]), self._queries.root))
         except PairError as error:
             reason, _, detail = str(error).partition(": ")
             raise PairError(reason, f"{name}: {detail}") from error

@@ -13,9 +13,8 @@ import os
 import posixpath
 import stat
 import urllib.parse
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -40,7 +39,19 @@ class Picture:
     bytes: bytes | None = None
 
 
-def load_picture(picture: Mapping[str, Any] | Picture, root: str | None) -> bytes:
+class PictureColumn(TypedDict, total=False):
+    """A picture of a manifest as pyarrow gives it."""
+
+    uri: str | None
+    bytes: bytes | None
+
+
+def picture_of(column: PictureColumn | None) -> Picture:
+    """Return the picture that a manifest's row names; a missing one for null."""
+    return Picture() if column is None else Picture(column.get("uri"), column.get("bytes"))
+
+
+def load_picture(picture: PictureColumn | Picture, root: str | None) -> bytes:
     """Return the encoded bytes of ``picture``, a ``Picture`` or a manifest's struct of ``uri`` and ``bytes``.
 
     Bytes win over the URI. A relative URI is taken below ``root``; an absolute one must lie below it. ``root`` is a
@@ -50,10 +61,9 @@ def load_picture(picture: Mapping[str, Any] | Picture, root: str | None) -> byte
     Raises:
         PairError: ``missing``, ``outside_root``, ``unreadable``, ``empty``, ``too_large`` (the file, in bytes).
     """
-    if isinstance(picture, Picture):
-        uri, data = picture.uri, picture.bytes
-    else:
-        uri, data = picture.get("uri"), picture.get("bytes")
+    if not isinstance(picture, Picture):
+        picture = picture_of(picture)
+    uri, data = picture.uri, picture.bytes
     if data is None:
         if not uri:
             raise PairError("missing", "the manifest names neither a URI nor bytes")

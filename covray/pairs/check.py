@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from covray.errors import PairError
+from covray.io.images import picture_of
 from covray.pairs.loading import LoadedPair, load_pair
 from covray.pairs.manifest_reading import ManifestInfo, check_manifest, read_manifest, read_meta, row_dicts
+from covray.pairs.rows import PairRow
 from covray.progress import stage
 from covray.tasks import TASKS, depth, pose, segmentation
+from covray.tasks.base import Meta
 
 COLUMNS = ("pair_id", "task", "split", "image", "label", "meta")
 """Columns of a manifest that ``check_block`` reads."""
@@ -94,13 +97,26 @@ def check_block(table: pa.Table, root: str | None) -> pa.Table:
     return pa.Table.from_pylist([_checked(row, root) for row in row_dicts(table)], CHECKED_SCHEMA)
 
 
-def _checked(row: dict[str, Any], root: str | None) -> dict[str, Any]:
-    checked: dict[str, Any] = {name: row[name] for name in ("pair_id", "task", "split")}
-    checked["name"] = name_of_pair(row)
+class CheckedRow(TypedDict, total=False):
+    """A row of ``CHECKED_SCHEMA``."""
+
+    pair_id: int
+    task: str
+    split: str
+    name: str
+    error: str
+    image_px: list[int]
+    label_px: list[int]
+    figures: str
+
+
+def _checked(row: PairRow, root: str | None) -> CheckedRow:
+    checked = CheckedRow(pair_id=row["pair_id"], task=row["task"], split=row["split"], name=name_of_pair(row))
     try:
         pair = load_pair(row, root)
     except PairError as error:
-        return checked | {"error": str(error)}
+        checked["error"] = str(error)
+        return checked
     figures = figures_of(row["task"], pair, read_meta(row["meta"]))
     checked["image_px"] = [pair.image.shape[1], pair.image.shape[0]]
     checked["label_px"] = [pair.label.shape[1], pair.label.shape[0]]
@@ -108,21 +124,21 @@ def _checked(row: dict[str, Any], root: str | None) -> dict[str, Any]:
     return checked
 
 
-def figures_of(task: str, pair: LoadedPair, meta: Mapping[str, Any]) -> LabelFigures:
+def figures_of(task: str, pair: LoadedPair, meta: Meta) -> LabelFigures:
     """Return what the label of ``pair`` consists of; of a plug-in's task, nothing."""
     return _FIGURES.get(task, _no_figures)(pair, meta)
 
 
-def name_of_pair(row: Mapping[str, Any]) -> str:
+def name_of_pair(row: PairRow) -> str:
     """Return what people know a manifest's ``row`` by: its image's URI, its photograph, or its id."""
     meta = read_meta(row["meta"])
-    name = (row["image"] or {}).get("uri") or meta.get("photo")
+    name = picture_of(row["image"]).uri or meta.get("photo")
     if name is None and "scene" in meta:
         name = f"scene {meta['scene']}"
     return str(name or row["pair_id"])
 
 
-def _segmentation_figures(pair: LoadedPair, meta: Mapping[str, Any]) -> LabelFigures:
+def _segmentation_figures(pair: LoadedPair, meta: Meta) -> LabelFigures:
     """Pixels by class; a colour that is not near its nearest class is counted apart."""
     classes = segmentation.class_table(meta)
     indices = segmentation.read(pair.label, meta)
@@ -137,7 +153,7 @@ def _segmentation_figures(pair: LoadedPair, meta: Mapping[str, Any]) -> LabelFig
     return LabelFigures(pixels | unusual, unusual)
 
 
-def _depth_figures(pair: LoadedPair, meta: Mapping[str, Any]) -> LabelFigures:
+def _depth_figures(pair: LoadedPair, meta: Meta) -> LabelFigures:
     metres = depth.read(pair.label)
     known = (metres >= depth.MIN_M) & (metres < depth.MAX_M)
     pixels = {
@@ -152,7 +168,7 @@ def _depth_figures(pair: LoadedPair, meta: Mapping[str, Any]) -> LabelFigures:
     return LabelFigures(pixels, unusual, ranges)
 
 
-def _normals_figures(pair: LoadedPair, meta: Mapping[str, Any]) -> LabelFigures:
+def _normals_figures(pair: LoadedPair, meta: Meta) -> LabelFigures:
     vectors = pair.label.astype(np.float32) / 127.5 - 1
     length = np.linalg.norm(vectors, axis=2)
     known = pair.label.any(axis=2)
@@ -160,7 +176,7 @@ def _normals_figures(pair: LoadedPair, meta: Mapping[str, Any]) -> LabelFigures:
     return LabelFigures({"direction": int(known.sum()), "no direction": int((~known).sum())}, unusual)
 
 
-def _edges_figures(pair: LoadedPair, meta: Mapping[str, Any]) -> LabelFigures:
+def _edges_figures(pair: LoadedPair, meta: Meta) -> LabelFigures:
     strength = TASKS["edges"].read(pair.label, meta)
     pixels = {
         "edge": int((strength >= 0.5).sum()),
@@ -170,14 +186,14 @@ def _edges_figures(pair: LoadedPair, meta: Mapping[str, Any]) -> LabelFigures:
     return LabelFigures(pixels, {"coloured": int(_colourful(pair.label).sum())})
 
 
-def _pose_figures(pair: LoadedPair, meta: Mapping[str, Any]) -> LabelFigures:
+def _pose_figures(pair: LoadedPair, meta: Meta) -> LabelFigures:
     drawn = pair.label.any(axis=2)
     keypoints = float(pose.read(pair.label)[:, 2].sum())
     pixels = {"drawn": int(drawn.sum()), "ground": int((~drawn).sum())}
     return LabelFigures(pixels, ranges={"keypoints": (keypoints, keypoints)})
 
 
-def _photograph_figures(pair: LoadedPair, meta: Mapping[str, Any]) -> LabelFigures:
+def _photograph_figures(pair: LoadedPair, meta: Meta) -> LabelFigures:
     """Of colorization and low light, whose labels are photographs: their colours, and how bright both ends are."""
     coloured = _colourful(pair.label)
     pixels = {"coloured": int(coloured.sum()), "grey": int((~coloured).sum())}
@@ -186,11 +202,11 @@ def _photograph_figures(pair: LoadedPair, meta: Mapping[str, Any]) -> LabelFigur
     return LabelFigures(pixels, ranges=levels)
 
 
-def _no_figures(pair: LoadedPair, meta: Mapping[str, Any]) -> LabelFigures:
+def _no_figures(pair: LoadedPair, meta: Meta) -> LabelFigures:
     return LabelFigures({})
 
 
-_FIGURES: dict[str, Callable[[LoadedPair, Mapping[str, Any]], LabelFigures]] = {
+_FIGURES: dict[str, Callable[[LoadedPair, Meta], LabelFigures]] = {
     "segmentation": _segmentation_figures,
     "depth": _depth_figures,
     "normals": _normals_figures,

@@ -7,7 +7,7 @@ colour that is none of the classes, is an error: the nearest class would be a wr
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -22,6 +22,7 @@ from covray.io.codecs.raster import turned
 from covray.io.images import decode, encode_png
 from covray.pairs.label_files import LabelFile, read_label_file
 from covray.tasks import segmentation
+from covray.tasks.base import Meta
 from covray.tasks.segmentation import class_table, palette
 
 VOID = 255
@@ -220,7 +221,7 @@ def painter_coding(classes: int, steps: int) -> MaskCoding:
     return MaskCoding(names, None, colours, meta)
 
 
-def coding_of(meta: Mapping[str, Any]) -> MaskCoding:
+def coding_of(meta: Meta) -> MaskCoding:
     """Return the coding of the user's own masks that ``meta`` of a manifest's row describes."""
     table = class_table(meta)
     levels = {number: index for index, number in enumerate(table.numbers)}
@@ -234,7 +235,7 @@ def coding_of(meta: Mapping[str, Any]) -> MaskCoding:
     return MaskCoding(table.names, levels, colours, dict(meta))
 
 
-def draw_mask(data: bytes, meta: Mapping[str, Any]) -> bytes:
+def draw_mask(data: bytes, meta: Meta) -> bytes:
     """Return a mask in the user's own coding as the picture that a build reads; one that is drawn already as it is.
 
     Args:

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from covray.errors import ManifestError
 from covray.io import storage
-from covray.io.images import Picture, picture_identity
+from covray.io.images import Picture, picture_identity, picture_of
 from covray.pairs.user_lists import list_picture, list_root, numbered_lines, rows_of, stripped
 from covray.pairs.values import parsed_json, reading
 from covray.pairs.words import Words, read_captioned
@@ -127,7 +127,7 @@ def _manifest_root(path: str) -> str | None:
 
 def _manifest_exchanges(path: str) -> Iterator[Exchange]:
     for row, words in read_captioned(path):
-        picture = Picture(**row["image"])
+        picture = picture_of(row["image"])
         yield from _exchanges_of_words(picture, words, str(row["split"]))
 
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from covray.errors import PairError
-from covray.io.images import decode, load_picture
+from covray.io.images import PictureColumn, decode, load_picture, picture_of
 from covray.pairs.label_files import ASPECT_TOLERANCE
 from covray.pairs.manifest_reading import is_damaged, read_meta
+from covray.pairs.rows import PairRow
 from covray.tasks import TASKS, segmentation
+from covray.tasks.base import Meta
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +24,7 @@ class LoadedPair:
     label: NDArray[np.uint8]
 
 
-def load_pair(row: Mapping[str, Any], root: str | None) -> LoadedPair:
+def load_pair(row: PairRow, root: str | None) -> LoadedPair:
     """Return the pictures of a manifest's ``row``.
 
     Raises:
@@ -45,7 +45,7 @@ def load_pair(row: Mapping[str, Any], root: str | None) -> LoadedPair:
     return LoadedPair(image, label)
 
 
-def _meta(row: Mapping[str, Any]) -> dict[str, Any]:
+def _meta(row: PairRow) -> Meta:
     """Return the row's ``meta``, of a segmentation with classes that can be read. Raises PairError.
 
     A mask whose classes are read by another list than the one it was drawn with is wrong, without a word.
@@ -60,7 +60,7 @@ def _meta(row: Mapping[str, Any]) -> dict[str, Any]:
     return meta
 
 
-def _raise_noted_error(meta: Mapping[str, Any]) -> None:
+def _raise_noted_error(meta: Meta) -> None:
     """Raise the PairError for which ``covray pairs`` could not draw a label, if the manifest has noted one."""
     error = meta.get("error")
     if isinstance(error, str):
@@ -68,9 +68,9 @@ def _raise_noted_error(meta: Mapping[str, Any]) -> None:
         raise PairError(reason, f"label: {detail}")
 
 
-def _decoded(picture: Mapping[str, Any] | None, name: str, root: str | None) -> NDArray[np.uint8]:
+def _decoded(picture: PictureColumn | None, name: str, root: str | None) -> NDArray[np.uint8]:
     try:
-        return decode(load_picture(picture or {}, root))
+        return decode(load_picture(picture_of(picture), root))
     except PairError as error:
         reason, _, detail = str(error).partition(": ")
         raise PairError(reason, f"{name}: {detail}") from error

@@ -14,10 +14,8 @@ import os
 import posixpath
 import shutil
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,7 +23,8 @@ from pyarrow import fs
 
 from covray.errors import ManifestError
 from covray.io import storage
-from covray.io.images import Picture, picture_identity
+from covray.io.images import Picture, picture_identity, picture_of
+from covray.pairs.rows import PairRow
 from covray.pairs.values import (
     absolute,
     plain,
@@ -35,6 +34,7 @@ from covray.pairs.values import (
 )
 from covray.pairs.words import CAPTION_TASK, NO_WORDS, WORD_FIELDS, Words, words_of
 from covray.tasks import TASKS
+from covray.tasks.base import Meta
 
 __all__ = ["MANIFEST_SCHEMA", "ManifestWriter", "Pair", "Picture"]
 
@@ -69,7 +69,7 @@ class Pair:
     split: str
     image: Picture
     label: Picture
-    meta: dict[str, Any] = field(default_factory=dict)
+    meta: Meta = field(default_factory=dict)
     """What else is known; written as JSON. Of segmentation the class table (``covray.tasks.segmentation``)."""
     words: Words | None = None
     """Caption, attributes and questions; the only label of a row of the task ``caption``."""
@@ -96,9 +96,9 @@ def known_tasks(captions: bool) -> set[str]:
     return {*TASKS, CAPTION_TASK} if captions else set(TASKS)
 
 
-def manifest_row(pair: Pair, captions: bool) -> dict[str, Any]:
+def manifest_row(pair: Pair, captions: bool) -> PairRow:
     """Return the row of a pair, by column; with ``captions`` the columns of words, too."""
-    row = {
+    row: PairRow = {
         "pair_id": pair.pair_id,
         "task": pair.task,
         "split": storable(pair.split),
@@ -107,14 +107,14 @@ def manifest_row(pair: Pair, captions: bool) -> dict[str, Any]:
         "meta": json.dumps(plain(pair.meta), sort_keys=True),
     }
     if captions:
-        row |= NO_WORDS if pair.words is None else pair.words.columns()
+        row.update(NO_WORDS if pair.words is None else pair.words.columns())
     return row
 
 
-def pair_of_row(row: Mapping[str, Any]) -> Pair:
+def pair_of_row(row: PairRow) -> Pair:
     """Return the pair of a row that ``manifest_row`` has made with the columns of words."""
-    image, label = Picture(**row["image"]), Picture(**row["label"])
-    return Pair(row["task"], row["split"], image, label, json.loads(row["meta"]), words_of(dict(row)))
+    image, label = picture_of(row["image"]), picture_of(row["label"])
+    return Pair(row["task"], row["split"], image, label, json.loads(row["meta"] or "{}"), words_of(row))
 
 
 def manifest_place(path: str) -> tuple[fs.FileSystem, str]:
@@ -158,7 +158,7 @@ class ManifestWriter:
         self.duplicates = 0
         """Pairs that were left out because their ``pair_id`` had been added before."""
         self._seen: set[int] = set()
-        self._buffer: list[dict[str, Any]] = []
+        self._buffer: list[PairRow] = []
         self._buffer_bytes = 0
         self._aside = ""
 
@@ -194,7 +194,7 @@ class ManifestWriter:
         self._seen.add(pair.pair_id)
         row = manifest_row(pair, self._captions)
         self._buffer.append(row)
-        self._buffer_bytes += len(pair.image.bytes or b"") + len(pair.label.bytes or b"") + len(row["meta"])
+        self._buffer_bytes += len(pair.image.bytes or b"") + len(pair.label.bytes or b"") + len(row["meta"] or "")
         self.rows += 1
         if self._buffer_bytes >= ROW_GROUP_BYTES or len(self._buffer) >= ROW_GROUP_ROWS:
             self._flush()

@@ -19,9 +19,11 @@ from pyarrow import fs
 from covray.errors import ManifestError
 from covray.io import storage
 from covray.pairs.manifest import ENDING, MANIFEST_SCHEMA, METADATA_KEY, VERSION, known_tasks
+from covray.pairs.rows import PairRow
 from covray.pairs.values import absolute, fits_type, parsed_json, plain_type, reading, unknown_task
 from covray.pairs.words import CAPTION_TASK, WORD_FIELDS
 from covray.tasks import segmentation
+from covray.tasks.base import Meta
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ def read_classes(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     return json.loads(next(iter(tables))) if tables else None
 
 
-def _described(meta: dict[str, Any]) -> str:
+def _described(meta: Meta) -> str:
     """Return how a message calls the classes of a row."""
     names = meta.get("classes")
     source = str(meta.get("source", "a list"))[:40]
@@ -160,17 +162,17 @@ def _described(meta: dict[str, Any]) -> str:
     return f"{len(names)} from {str(names[0])[:40]!r} to {str(names[-1])[:40]!r} ({source})"
 
 
-def row_dicts(table: pa.Table) -> list[dict[str, Any]]:
+def row_dicts(table: pa.Table) -> list[PairRow]:
     """Return the rows of a manifest's ``table``. Parquet may call text what is not UTF-8: that becomes U+FFFD."""
     try:
-        return cast(list[dict[str, Any]], table.to_pylist())
+        return cast(list[PairRow], table.to_pylist())
     except UnicodeDecodeError:
         kinds = {field.name: field.type for field in table.schema}
         raw = table.cast(pa.schema([(name, _undecoded(kind)) for name, kind in kinds.items()])).to_pylist()
         rows = []
         for row in raw:
             rows.append({name: _replaced(value, kinds[name]) for name, value in row.items()})
-        return rows
+        return cast(list[PairRow], rows)
 
 
 def _undecoded(kind: pa.DataType) -> pa.DataType:
@@ -187,7 +189,7 @@ def _replaced(value: Any, kind: pa.DataType) -> Any:
     return value
 
 
-def read_meta(text: str | None) -> dict[str, Any]:
+def read_meta(text: str | None) -> Meta:
     """Return a row's ``meta``; empty where another program's is no JSON object."""
     try:
         values = json.loads(text or "{}")

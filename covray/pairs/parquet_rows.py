@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,6 +17,7 @@ from covray.pairs.user_labels import LabelRules, check_pair, in_order
 from covray.pairs.user_lists import list_picture
 from covray.pairs.values import reading
 from covray.pairs.work import Item, PairWork
+from covray.tasks.base import Meta
 
 ROWS_PER_ITEM = 128
 """Rows of a row group that are made at a time."""
@@ -31,7 +31,7 @@ class RowSource:
     split: str
     image_column: str
     label_column: str
-    meta: Mapping[str, Any]
+    meta: Meta
     """What all rows keep."""
 
 

@@ -11,6 +11,7 @@ from covray.errors import ManifestError
 from covray.pairs.manifest import MANIFEST_SCHEMA, Pair, pair_of_row
 from covray.pairs.manifest_reading import ManifestInfo, check_manifest, read_manifest, read_meta, row_dicts
 from covray.pairs.user_labels import LabelRules, check_pair, in_order
+from covray.tasks.base import Meta
 
 
 def retried_pairs(manifest: str, reasons: Collection[str], rules: LabelRules) -> tuple[ManifestInfo, Iterator[Pair]]:
@@ -41,11 +42,11 @@ def retried_pairs(manifest: str, reasons: Collection[str], rules: LabelRules) ->
     return info, in_order(made_again, _pairs(manifest))
 
 
-def _is_due(meta: dict[str, object], reasons: Collection[str]) -> bool:
+def _is_due(meta: Meta, reasons: Collection[str]) -> bool:
     return str(meta.get("error", "")).partition(":")[0] in reasons
 
 
-def _metas(manifest: str) -> Iterator[dict[str, object]]:
+def _metas(manifest: str) -> Iterator[Meta]:
     for batch in read_manifest(manifest, ["meta"]):
         for row in batch.to_pylist():
             yield read_meta(row["meta"])

@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +25,7 @@ from covray.pairs.label_files import Orientation, align, read_layout
 from covray.pairs.manifest import Pair, Picture
 from covray.pairs.values import plain
 from covray.pairs.work import PairWork, one_by_one
+from covray.tasks.base import Meta
 
 _LOG = logging.getLogger("covray")
 
@@ -43,7 +43,7 @@ class Entry:
 
     label: Callable[[], NDArray[np.uint8]]
     """Reads the label and draws it [h, w, 3]; raises PairError where it cannot."""
-    meta: Mapping[str, Any]
+    meta: Meta
     label_uri: str | None = None
     """Where the label's file already is as the label is drawn: the pair names it instead of holding its bytes."""
     orientation: Orientation = "stored"

@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from covray.errors import ManifestError
+from covray.pairs.rows import PairRow, QuestionColumn, WordColumns
 
 CAPTION_TASK = "caption"
 """Task of a row that has an image and words, but no label picture. No chains are built for it."""
@@ -46,26 +47,30 @@ class Words:
     attributes: dict[str, Any] = field(default_factory=dict)
     questions: tuple[Question, ...] = ()
 
-    def columns(self) -> dict[str, Any]:
+    def columns(self) -> WordColumns:
         """Return the values of the optional columns."""
+        questions: list[QuestionColumn] = []
+        for item in self.questions:
+            questions.append({"kind": item.kind, "question": item.question, "answer": item.answer})
         return {
             "caption": self.caption,
             "attributes": json.dumps(self.attributes, sort_keys=True),
-            "questions": [vars(question) for question in self.questions],
+            "questions": questions,
         }
 
 
-NO_WORDS: dict[str, Any] = {"caption": None, "attributes": None, "questions": None}
+NO_WORDS: WordColumns = {"caption": None, "attributes": None, "questions": None}
 """The values of a row without words in a manifest that has the columns."""
 
 
-def words_of(row: dict[str, Any]) -> Words | None:
+def words_of(row: PairRow) -> Words | None:
     """Return the words of a manifest's ``row``, a dict by column; None where it has no caption.
 
     Raises:
         ManifestError: ``attributes`` is no JSON object.
     """
-    if row.get("caption") is None:
+    caption = row.get("caption")
+    if caption is None:
         return None
     try:
         attributes = json.loads(row.get("attributes") or "{}")
@@ -76,10 +81,10 @@ def words_of(row: dict[str, Any]) -> Words | None:
     questions = []
     for item in row.get("questions") or []:
         questions.append(Question(item["kind"], item["question"], item["answer"]))
-    return Words(row["caption"], attributes, tuple(questions))
+    return Words(caption, attributes, tuple(questions))
 
 
-def read_captioned(path: str | os.PathLike[str]) -> Iterator[tuple[dict[str, Any], Words]]:
+def read_captioned(path: str | os.PathLike[str]) -> Iterator[tuple[PairRow, Words]]:
     """Yield the rows of a manifest that have a caption, with their words; ``image`` is a dict of ``uri`` and ``bytes``.
 
     Raises:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import heapq
 import io
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -21,6 +20,7 @@ from covray.io.images import resize
 from covray.pairs.check import COLUMNS, figures_of, name_of_pair
 from covray.pairs.loading import LoadedPair, load_pair
 from covray.pairs.manifest_reading import ManifestInfo, check_manifest, read_manifest, read_meta, row_dicts
+from covray.pairs.rows import PairRow
 from covray.progress import stage
 from covray.tasks import TASKS
 
@@ -77,7 +77,7 @@ def view_pairs(manifest: str, out: str, limit_per_task: int = 12) -> list[str]:
     return paths
 
 
-def shown_pair(row: Mapping[str, Any], root: str | None) -> ShownPair:
+def shown_pair(row: PairRow, root: str | None) -> ShownPair:
     """Return a manifest's ``row`` as a row of a sheet."""
     name, split = name_of_pair(row), row["split"]
     try:
@@ -148,7 +148,7 @@ def _tiles(pair: LoadedPair) -> list[Image.Image]:
     return tiles
 
 
-def _sampled_rows(manifest: str, limit_per_task: int) -> dict[str, list[dict[str, Any]]]:
+def _sampled_rows(manifest: str, limit_per_task: int) -> dict[str, list[PairRow]]:
     """The rows of the smallest ids of each task, by task and id."""
     ids_by_task: dict[str, list[int]] = {}
     for batch in read_manifest(manifest, ["pair_id", "task"]):
@@ -157,7 +157,7 @@ def _sampled_rows(manifest: str, limit_per_task: int) -> dict[str, list[dict[str
     wanted: set[int] = set()
     for pair_ids in ids_by_task.values():
         wanted.update(heapq.nsmallest(limit_per_task, pair_ids))
-    rows_by_task: dict[str, list[dict[str, Any]]] = {}
+    rows_by_task: dict[str, list[PairRow]] = {}
     for batch in read_manifest(manifest, COLUMNS):
         keep = np.isin(batch.column("pair_id").to_numpy(), list(wanted))
         for row in row_dicts(batch.filter(keep)):

@@ -23,6 +23,7 @@ from covray.pairs.work import Maker, PairWork, one_by_one
 from covray.plugins import Refused, Registry
 from covray.seeds import hash_number
 from covray.tasks import TASKS
+from covray.tasks.base import Meta
 
 LABELLERS_GROUP = "covray.labellers"
 """Entry points of labellers: functions as ``PluginLabeller``."""
@@ -140,7 +141,7 @@ def _labelled(
     draw_label: Callable[[NDArray[np.uint8], int], NDArray[np.uint8]],
     rules: PhotoRules,
     options: LabelOptions,
-    meta: Mapping[str, Any],
+    meta: Meta,
     name: str,
     _: None,
 ) -> list[Pair]:

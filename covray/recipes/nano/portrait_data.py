@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 from torch import Tensor
 
-from covray.io.images import decode
+from covray.io.images import decode, load_picture, picture_of
 from covray.io.model_folders import NANO_FOLDER, fingerprint_folder
 from covray.pairs.manifest import ManifestWriter
 from covray.pairs.scenes.portrait_words import portrait_words
@@ -59,7 +59,7 @@ def read_portraits(manifest: Path) -> dict[str, Portraits]:
     contents: dict[str, list[Portrait]] = {}
     for row, words in read_captioned(manifest):
         split = str(row["split"])
-        pictures.setdefault(split, []).append(decode(row["image"]["bytes"]))
+        pictures.setdefault(split, []).append(decode(load_picture(picture_of(row["image"]), None)))
         contents.setdefault(split, []).append(portrait_of(words.attributes))
     return {split: Portraits(np.stack(own), contents[split]) for split, own in pictures.items()}
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from covray.io.images import load_picture, picture_of
 from covray.pairs.scenes.portrait_values import hidden_themes
 from covray.pairs.scenes.portraits import HELD_OUT_SPLIT, Portrait
 from covray.pairs.words import Words, read_captioned
@@ -62,7 +63,7 @@ def write_vlm_list(manifest: Path, seed: int) -> Path:
         if split == HELD_OUT_SPLIT:
             continue
         name = f"{pictures.name}/{number:06d}.png"
-        (manifest.parent / name).write_bytes(row["image"]["bytes"])
+        (manifest.parent / name).write_bytes(load_picture(picture_of(row["image"]), None))
         names[split].append(name)
         words[split].append(own)
     aside = path.with_suffix(".part")
