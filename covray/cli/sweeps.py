@@ -91,7 +91,7 @@ def _print_sweep_plan(planned: dict[str, Any], json_: bool) -> None:
         print(json.dumps(planned))
         return
     trials, total = planned["trials"], planned["total"]
-    shown: dict[str, Any] = {"trials": f"{len(trials):,}", "left out": f"{len(planned['left_out']):,}"}
+    shown = {"trials": f"{len(trials):,}", "left out": f"{len(planned['left_out']):,}"}
     shown |= {key: f"{value:,.1f}" if isinstance(value, float) else f"{value:,}" for key, value in total.items()}
     if planned["builds"] is not None:
         lengths = ", ".join(map(str, planned["builds"]["lengths"]))

@@ -144,7 +144,7 @@ class OptimizerConfig(AdamWConfig):
         return "optimizer.batch_tokens (configs/train/nano.yaml has 8192)"
 
 
-_NANO_OPTIMIZER: dict[str, Any] = {
+_NANO_OPTIMIZER = {
     "learning_rate": 1e-3, "epochs": 4.0, "batch_tokens": 8192, "micro_batch_tokens": 4096,
 }  # fmt: skip
 """Defaults of ``covray train --scale nano``, for small data; configs/train/nano.yaml says why."""

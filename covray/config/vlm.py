@@ -11,7 +11,7 @@ from covray.config.fields import ActorsConfig, TrackingConfig
 from covray.config.section import GrownSection, JsonObject, LeftOut, Section
 from covray.config.train import AdamWConfig, CheckpointsConfig, ComputeConfig, WorkersConfig
 
-DIFFUSIONVL: dict[str, Any] = {
+DIFFUSIONVL = {
     "size": 8, "context": "block", "start": "sequence", "low": 0.001, "high": 1.0, "weight": "level",
     "autoregressive": 0.0, "mean": "samples",
 }  # fmt: skip

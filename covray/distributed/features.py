@@ -99,7 +99,7 @@ def check(config: ThinkFeaturesConfig, output: Output[FeaturesRecord]) -> tuple[
 
 def absolute_paths(config: ThinkFeaturesConfig) -> ThinkFeaturesConfig:
     """Return ``config`` with paths that mean the same in a worker's folder. A model without a folder is a hub id."""
-    update: dict[str, Any] = {"data": absolute(config.data), "out": absolute(config.out)}
+    update = {"data": absolute(config.data), "out": absolute(config.out)}
     if config.root is not None:
         update["root"] = absolute(config.root)
     return config.model_copy(update=update | {"vlm": absolute_model(config.vlm)})

@@ -288,7 +288,7 @@ def pool_of(actors: ActorsConfig, engine: EngineConfig, cores: int, gpus: float)
         cpus = min(float(engine.threads), int(100 * spare / most) / 100)
     # The pool begins whole: actors that wait are what an autoscaler brings nodes for.
     strategy = ActorPoolStrategy(min_size=actors.min, max_size=most, initial_size=most)
-    pool: dict[str, Any] = {"compute": strategy, "num_cpus": cpus, "resources": on(actors.node_type)}
+    pool = {"compute": strategy, "num_cpus": cpus, "resources": on(actors.node_type)}
     if gpus:
         pool["num_gpus"] = gpus
     return pool

@@ -255,7 +255,7 @@ def _absolute_paths(config: ThinkEvaluateConfig) -> ThinkEvaluateConfig:
     for entry in config.aligners:
         name, path = named_run(entry)
         aligners.append(f"{name}={absolute(path)}")
-    update: dict[str, Any] = {
+    update = {
         "out": absolute(config.out),
         "aligners": tuple(aligners),
         "painter": absolute_model(config.painter),

@@ -175,7 +175,7 @@ def _scores(task: str, subject: _SubjectRows, seed: int) -> list[SubjectScore]:
     for metric in (*metrics_of(task), *MODEL_METRICS):
         name = metric.name
         if name in of_set:
-            figures: dict[str, Any] = {"mean": of_set[name], "low": None, "high": None, "episodes": len(counted)}
+            figures = {"mean": of_set[name], "low": None, "high": None, "episodes": len(counted)}
         elif name in subject.columns:
             figures = _interval(subject.columns[name], seed, exponent=name in _LOGARITHMS)
         else:

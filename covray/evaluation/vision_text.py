@@ -144,7 +144,7 @@ def summarize_rows(rows: Sequence[Row]) -> dict[str, Any]:
     tokens, passes = sum(row.tokens for row in rows), sum(row.passes for row in rows)
     likelihood_tokens = sum(row.likelihood_tokens for row in rows)
     answered = [row for own in questions.values() for row in own]
-    results: dict[str, Any] = {
+    results = {
         "prompts": len(rows),
         "questions": _mean([float(bool(row.right)) for row in answered]),
         "questions_by_kind": {kind: _accuracy(own) for kind, own in sorted(questions.items())},

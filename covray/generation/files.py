@@ -94,7 +94,7 @@ def _read_example(image: str, label: str) -> Example:
 def _resolved_values(config: GenerateConfig, generator: Generator) -> dict[str, Any]:
     """Return ``config`` with all that the run decided, as JSON values."""
     resolved = generator.resolved
-    update: dict[str, Any] = {name: getattr(resolved.config, name) for name in type(resolved.config).model_fields}
+    update = {name: getattr(resolved.config, name) for name in type(resolved.config).model_fields}
     update["task"] = config.task or resolved.task
     return config.model_copy(update=update).model_dump(mode="json")
 

@@ -316,7 +316,7 @@ def resolve_generator(config: GeneratorConfig) -> ResolvedGenerator:
     """
     run = None if config.adapter is None else _read_trained(config.adapter)
     if run is None:
-        defaults: dict[str, Any] = {
+        defaults = {
             "backbone": BackboneConfig(), "length": 4, "method": "diffusion", "prior": PriorConfig(),
             "tokenizer": TokenizerConfig(), "fit": "stretch", "spacing": "even",
         }  # fmt: skip
@@ -391,7 +391,7 @@ def _read_trained(adapter: str) -> _Trained:
 def _run_defaults(config: GeneratorConfig, run: _Trained) -> tuple[dict[str, Any], int | None]:
     """Return what the run decides where ``config`` says nothing, and its tokens per image if they are known."""
     chosen = run.config.sentences
-    defaults: dict[str, Any] = {"backbone": run.config.backbone, "method": chosen.method}
+    defaults = {"backbone": run.config.backbone, "method": chosen.method}
     if config.length is None and (config.method or chosen.method) != "none":
         if len(chosen.lengths) > 1:
             lengths = " and ".join(map(str, chosen.lengths))

@@ -7,7 +7,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -250,7 +250,7 @@ def _stuff(root: str, folder: str, kind: str) -> dict[str, Entry]:
     labels = list_below(root, place, hint)
     if kind == "stuff":
         kind = _kind_of_maps(root, place, labels)
-    meta: dict[str, Any] = {"source": "coco stuff", "classes": list(STUFF_CLASSES), "void": 0}
+    meta = {"source": "coco stuff", "classes": list(STUFF_CLASSES), "void": 0}
     if kind == "pixelmaps":
         meta = {"source": "coco pixelmaps", "classes": [*STUFF_CLASSES, "other"], "void": 0}
     render = _draw_pixelmap if kind == "pixelmaps" else _draw_stuffthingmap

@@ -8,7 +8,6 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -120,7 +119,7 @@ class _Recipe:
 
 def _pairs_of_photo(recipe: _Recipe, name: str, _: None) -> list[Pair]:
     """Return the pairs of the photograph ``name``, one for each task."""
-    meta: dict[str, Any] = {"source": "photos", "photo": name}
+    meta = {"source": "photos", "photo": name}
     identity = f"uri:{name}"
     try:
         data = load_picture(Picture(uri=name), recipe.root)

@@ -14,7 +14,7 @@ from covray.pairs.scenes import scene_pairs
 
 SCENES = 240
 SPLITS = {"train": 17.0, "val": 2.0, "test": 5.0}
-CLAIMS: dict[str, Any] = {
+CLAIMS = {
     "grid": {"methods": ["none", "linear", "diffusion"], "lengths": [4], "pairs": [1], "seeds": [0, 1, 2]},
     "build": {"prior": {"steps": 20}, "check_endpoints": 0.0},
     "train": {

@@ -47,7 +47,7 @@ PROBES = ("reference", "other", "copy", "dummy", "last_frame", "nats", "gain")
 UNTUNED = "untuned"
 _SCENE_SEED = 1
 """Other scenes than those of seed 0, which the nano models were pre-trained on."""
-_QUIET: dict[str, Any] = {"uri": "none"}
+_QUIET = {"uri": "none"}
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class Programme:
     def _build(self, dataset: Dataset, manifest: str) -> None:
         """Build a dataset; all but the first take the noise of the first."""
         assert self.steps is not None
-        options: dict[str, Any] = {
+        options = {
             "pairs": manifest, "out": self.chains(dataset.name), "check_endpoints": 0.0,
             "prior": {"steps": self.budget.prior_steps}, "tokenizer": {"path": self.record.tokenizer},
         }  # fmt: skip
@@ -203,7 +203,7 @@ class Programme:
         """Evaluate an arm on a split; return the seconds it took."""
         assert self.steps is not None
         folder = self.evaluation(arm.name, seed, split)
-        options: dict[str, Any] = {
+        options = {
             "data": self.chains(arm.dataset), "out": folder.path, "split": split, "episodes": episodes,
             "adapters": (f"{arm.name}={self.run_folder(arm.name, seed)}",), "untuned": False, "baselines": (),
             "probes": () if arm.method == "none" else PROBES, "tracking": _QUIET, "tasks": self.budget.tasks,
@@ -214,7 +214,7 @@ class Programme:
         """Evaluate the backbones without training, and the answers without a model beside the first."""
         assert self.steps is not None
         for number, backbone in enumerate(self.backbones):
-            options: dict[str, Any] = {
+            options = {
                 "data": self.chains("main"), "out": self.evaluation(f"{UNTUNED}-{backbone.name}", -1).path,
                 "backbone": backbone.config(), "episodes": self.budget.episodes, "tracking": _QUIET,
                 "baselines": ("copy", "mean", "nearest", "ceiling") if number == 0 else (),
@@ -232,7 +232,7 @@ class Programme:
                 adapters = [f"best={self.run_folder(best.name, seed)}"]
                 if way.name == "votes":
                     adapters.append(f"none={self.run_folder('none', seed)}")
-                options: dict[str, Any] = {
+                options = {
                     "data": self.chains(best.dataset), "out": self.evaluation(f"decoding-{way.name}", seed).path,
                     "adapters": tuple(adapters), "untuned": False, "baselines": (), "tracking": _QUIET,
                     "episodes": self.budget.episodes, "tasks": self.budget.tasks, **way.options,

@@ -47,7 +47,7 @@ STEPS = 25
 BUILD = {"fit": "crop", "rows_per_block": 8}
 TRAINING = {"epochs": 4.0, "batch_tokens": 6144, "learning_rate": 1e-3}
 """Some twenty short steps: enough to see the model learn chains, on so few pairs."""
-EVALUATION: dict[str, Any] = {"batch": 4, "rows_per_block": 14}
+EVALUATION = {"batch": 4, "rows_per_block": 14}
 """Small batches, for few queries."""
 
 

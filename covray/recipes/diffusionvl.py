@@ -231,7 +231,7 @@ def _train(programme: Programme, variant: Variant, seed: int, pretrained_samples
     share = programme.budget.share if variant.share is None else variant.share
     steps = max(1, round(share * pretrained_samples / BATCH))
     run = programme.folder("runs", _folder_name(variant, seed))
-    options: dict[str, Any] = {
+    options = {
         "data": programme.data,
         "model": programme.model,
         "out": run,
@@ -262,7 +262,7 @@ def _evaluate(programme: Programme, run: str, name: str, decoding: Mapping[str, 
         decoding: How answers are written.
         timed: Whether the speed is asked for: of captions, one at a time, by one actor.
     """
-    options: dict[str, Any] = {
+    options = {
         "run": run,
         "data": programme.data,
         "out": programme.folder("scores", name),

@@ -114,7 +114,7 @@ class FeatureBuilder:
             self._vlm.prompter.tokenizer.save_pretrained(folder)
 
     def _row(self, sample: dict[str, Any]) -> dict[str, Any]:
-        row: dict[str, Any] = {"sample": sample["sample"], "split": sample["split"], "count": 0}
+        row = {"sample": sample["sample"], "split": sample["split"], "count": 0}
         try:
             picture = decode(load_picture(Picture(sample["uri"], sample["bytes"]), self._root))
         except PairError as error:

@@ -251,7 +251,7 @@ def train_aligner(
     worker = worker or WorkerContext()
     objective = AlignerObjective(config, worker.device)
     update = PlainUpdate(objective, config.optimizer)
-    numerics: dict[str, Any] = {
+    numerics = {
         "workers": worker.world_size,
         "micro_batch": config.optimizer.micro_batch,
         **config.compute.model_dump(include={"device", "threads"}),

@@ -307,7 +307,7 @@ class Reasoner:
     def _row(self, about: Mapping[str, Any]) -> dict[str, Any]:
         order = Order(tuple(about["named"]), tuple(about["hidden"]))
         episode = make_episode(self._tasks[about["task"]], about["number"], order, about["shots"])
-        row: dict[str, Any] = {key: about[key] for key in ("episode", "task", "shots", "number")}
+        row = {key: about[key] for key in ("episode", "task", "shots", "number")}
         row |= {
             "words": episode.words,
             "answer_detail": episode.answer.detail,

@@ -27,7 +27,7 @@ _INDEX = f"{_WEIGHTS}.index.json"
 _PROCESSOR = "preprocessor_config.json"
 _FILES = (_CONFIG, _WEIGHTS, "model-*-of-*.safetensors", _INDEX, _PROCESSOR)
 _PREFIX = "vision_model."
-_CLASSES: dict[str, Any] = {
+_CLASSES = {
     "clip": CLIPVisionModel,
     "clip_vision_model": CLIPVisionModel,
     "blip-2": Blip2VisionModel,

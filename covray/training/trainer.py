@@ -324,7 +324,7 @@ def summarize(records: list[Metrics]) -> dict[str, Any]:
     validations = [record for record in records if "validation_loss" in record]
     seconds = sum(record["seconds"] for record in steps)
     tokens = sum(record["tokens"] for record in steps)
-    figures: dict[str, Any] = {
+    figures = {
         "steps": steps[-1]["step"],
         "tokens": tokens,
         "sentences": sum(record["sentences"] for record in steps),

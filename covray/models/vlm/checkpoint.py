@@ -161,7 +161,7 @@ def load_prompter(facts: VlmFacts) -> Prompter:
 
 def blocks_file(mask_id: int, blocks: Blocks | None) -> bytes:
     """Return ``block_diffusion.json``; without blocks, that of a model with a mask that is not trained for it yet."""
-    about: dict[str, Any] = {"version": 1, "objective": "block_diffusion", "mask_id": mask_id}
+    about = {"version": 1, "objective": "block_diffusion", "mask_id": mask_id}
     if blocks is None:
         about["trained"] = False
     else:

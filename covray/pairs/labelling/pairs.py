@@ -83,7 +83,7 @@ def label_pairs(
     if labeller is None:
         model = find_model(options)
         load: Callable[[], Maker] = functools.partial(_load_model, model, rules, device)
-        settings: dict[str, Any] = {"fingerprint": model.fingerprint}
+        settings = {"fingerprint": model.fingerprint}
     else:
         labellers().find(labeller)
         if options.task not in TASKS:

@@ -6,7 +6,6 @@ Everything is read from what was drawn and from the pixels that show it; no rand
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,7 +77,7 @@ def scene_words(view: View, rng: np.random.Generator) -> Words:
     person = next((thing for thing in things if thing.kind == "person"), None)
     doing = what_person_does(view.keypoints) if person else None
     indoors = bool((view.classes == CLASSES.index("wall") + 1).mean() > MIN_SHARE)
-    attributes: dict[str, Any] = {
+    attributes = {
         "solids": [{"object": thing.kind, "colour": COLOURS[thing.kind], "place": thing.place} for thing in solids],
         "person": None if person is None else {"place": person.place, "does": doing},
         "wall": indoors,

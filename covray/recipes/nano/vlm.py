@@ -92,7 +92,7 @@ def train_vlm(out: Path, steps: int | None, portraits: int, seed: int, device: t
 
 def training(out: Path, data: Path, steps: int, seed: int, device: str, threads: int) -> VlmTrainConfig:
     """Return the configuration of the training."""
-    options: dict[str, Any] = {
+    options = {
         "data": str(data),
         "model": str(out / "vlm.start"),
         "out": str(out / "vlm.run"),
