@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import numpy as np
 import pyarrow as pa
@@ -81,6 +81,31 @@ def frame_order(methods: Iterable[str], alphas: Iterable[float]) -> list[tuple[s
     """Return the (method, alpha) of a row's frames in their fixed order: by method, then by alpha."""
     ascending = sorted(alphas)
     return [(method, alpha) for method in sorted(methods) for alpha in ascending]
+
+
+Tokens = np.ndarray | list[int]
+"""The tokens of a picture, uint16 [tokens_per_image] as rows are read; their numbers where a row is made up."""
+
+
+class FrameColumn(TypedDict):
+    """A frame of a row."""
+
+    method: str
+    alpha: float
+    tokens: Tokens
+
+
+class ShardRow(TypedDict, total=False):
+    """A row of ``ChainDataset.rows``: those columns of ``shard_schema`` that were asked for."""
+
+    pair_id: int
+    task: str
+    split: str
+    source: Tokens
+    label: Tokens
+    frames: list[FrameColumn]
+    quality: dict[str, float | None] | None
+    error: str | None
 
 
 class ChainDataset:
@@ -176,7 +201,7 @@ class ChainDataset:
         split: str | None = None,
         *,
         errors: bool = False,
-    ) -> Iterator[dict[str, Any]]:
+    ) -> Iterator[ShardRow]:
         """Yield the rows in the order of the files, with tokens as uint16 arrays; memory is that of a thousand rows.
 
         Args:
@@ -232,7 +257,7 @@ class ChainDataset:
         narrow = pa.schema([schema.field(name) for name in columns or schema.names])
         yield from self._file_batches(shard, task_of(shard), narrow)
 
-    def chain(self, row: Mapping[str, Any], length: int, method: str) -> np.ndarray:
+    def chain(self, row: ShardRow, length: int, method: str) -> np.ndarray:
         """Return the chain of a row of ``rows``, from the source to the label.
 
         Args:
@@ -396,11 +421,11 @@ def task_of(shard: str) -> str:
     raise DatasetError(f"{shard}: is not below a folder task=...; it is no shard of this dataset, move it away")
 
 
-def python_rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
+def python_rows(batch: pa.RecordBatch) -> Iterator[ShardRow]:
     """Yield the rows of ``batch`` as dicts, with tokens as uint16 arrays."""
     values = {name: _python_values(batch.column(name)) for name in batch.schema.names}
     for index in range(len(batch)):
-        yield {name: column[index] for name, column in values.items()}
+        yield cast(ShardRow, {name: column[index] for name, column in values.items()})
 
 
 def _python_values(column: pa.Array) -> list[Any]:

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from covray.chains.dataset import ChainDataset, frame_order, task_of
+from covray.chains.dataset import ChainDataset, FrameColumn, ShardRow, frame_order, task_of
 from covray.chains.quality import best_rows, chain_quality, kept_count
 from covray.config import SentencesConfig
 from covray.errors import DatasetError
@@ -197,10 +197,10 @@ def pictures_of(dataset: ChainDataset, config: SentencesConfig) -> dict[int, np.
     were not built.
     """
     order = frame_order(dataset.methods, dataset.alphas)
-    frames = []
+    frames: list[FrameColumn] = []
     for number, (method, alpha) in enumerate(order, 1):
         frames.append({"method": method, "alpha": alpha, "tokens": [number]})
-    row = {"source": [0], "frames": frames, "label": [len(order) + 1]}
+    row: ShardRow = {"source": [0], "frames": frames, "label": [len(order) + 1]}
     return {length: dataset.chain(row, length, config.method)[:, 0] for length in lengths_of(config)}
 
 

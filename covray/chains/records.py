@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from pydantic import field_validator
 
 from covray.config.section import JsonObject
@@ -50,7 +48,7 @@ class DatasetRecord(Record):
     """Codes of the tokenizer's codebook; absent in datasets of early versions."""
     pairs: PairSet | None = None
     """The manifest's pairs; absent in datasets of early versions."""
-    classes: dict[str, Any] | None = None
+    classes: JsonObject | None = None
     """The classes of segmentation (names, numbers, void) as `meta` of the manifest has them; absent without any."""
     appended: list[AppendedPairs] | None = None
     """Later versions of the dataset, the oldest first; absent where nothing was appended. Version 1 is `pairs`."""
@@ -73,7 +71,7 @@ class DatasetRecord(Record):
 
     @field_validator("config")
     @classmethod
-    def _has_chains(cls, config: dict[str, Any]) -> dict[str, Any]:
+    def _has_chains(cls, config: JsonObject) -> JsonObject:
         """Without these keys nobody can tell which chains the rows hold."""
         for key in ("methods", "lengths", "alphas"):
             if key not in config:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import html
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from covray.chains.compatibility import require_same_tokens
-from covray.chains.dataset import ChainDataset, alphas_of
+from covray.chains.dataset import ChainDataset, ShardRow, alphas_of
 from covray.chains.loading import Chains
 from covray.chains.sentences import Sentences
 from covray.config import EngineConfig, SentencesConfig, TokenizerConfig
@@ -149,7 +149,7 @@ class ChainRow:
     """The chains of one pair."""
 
     table: ChainTable
-    values: Mapping[str, Any]
+    values: ShardRow
     """The columns of its row, with tokens as uint16 arrays."""
 
     @property

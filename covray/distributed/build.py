@@ -35,6 +35,7 @@ from covray.distributed.pool import (
     TASK_CPUS,
     Pool,
     PoolActor,
+    PoolOptions,
     RowsIn,
     RowsOut,
     absolute,
@@ -68,6 +69,7 @@ from covray.io import storage
 from covray.pairs.manifest_reading import ManifestInfo, check_manifest
 from covray.plugins import require_packages
 from covray.progress import stage
+from covray.tasks.base import Meta
 
 if TYPE_CHECKING:
     from covray.chains.build import BlockBuilder
@@ -174,7 +176,7 @@ def build(config: BuildConfig, patience_s: float = 0.0, append: bool = False) ->
 def _build(
     config: BuildConfig,
     info: ManifestInfo,
-    classes: dict[str, Any] | None,
+    classes: Meta | None,
     output: Output[DatasetRecord],
     version: Version,
     cores: int,
@@ -261,7 +263,7 @@ def _run(
     info: ManifestInfo,
     models: BuildModels,
     noise: KeptNoise | None,
-    pool: dict[str, Any],
+    pool: PoolOptions,
     version: Version,
 ) -> tuple[PoolUsage, int]:
     """Compute and write every pair that the checkpoint does not have.
@@ -369,9 +371,7 @@ def _with_block_size(config: BuildConfig, pairs: int, actors: int) -> BuildConfi
     return config.model_copy(update={"rows_per_block": rows})
 
 
-def _description(
-    config: BuildConfig, info: ManifestInfo, models: BuildModels, classes: dict[str, Any] | None
-) -> DatasetRecord:
+def _description(config: BuildConfig, info: ManifestInfo, models: BuildModels, classes: Meta | None) -> DatasetRecord:
     record = DatasetRecord(
         config=config.model_dump(mode="json"),
         identity=config.identity(),

@@ -28,6 +28,7 @@ from covray.distributed.pool import (
     CHECKPOINT,
     Pool,
     PoolActor,
+    PoolOptions,
     RowsIn,
     RowsOut,
     absolute,
@@ -50,7 +51,7 @@ from covray.errors import ConfigError, DatasetError
 from covray.evaluation.answers import EPISODE_SCHEMA, RESULT_SCHEMA
 from covray.evaluation.pair_files import write_pairs
 from covray.evaluation.records import EvaluationRecord, EvaluationResults, EvaluationTable, SubjectScore
-from covray.evaluation.results import Rank, choose_episodes, tabulate, to_csv
+from covray.evaluation.results import Rank, Row, choose_episodes, tabulate, to_csv
 from covray.evaluation.runner import Runner
 from covray.evaluation.subjects import Subject
 from covray.io.storage import Folder
@@ -114,7 +115,7 @@ def report(out: str) -> EvaluationResults:
     return results
 
 
-def _evaluate(work: Work, output: Output[EvaluationRecord], pool: dict[str, Any]) -> EvaluationResults:
+def _evaluate(work: Work, output: Output[EvaluationRecord], pool: PoolOptions) -> EvaluationResults:
     """Evaluate in a Ray session on ``pool``, the arguments of ``map_batches``; return the results."""
     config, folder = work.config, output.folder
     assert config.manifest is not None
@@ -179,7 +180,7 @@ class EpisodeActor(PoolActor):
         return rows
 
 
-def _run(work: Work, folder: Folder, pool: dict[str, Any]) -> EvaluationTable:
+def _run(work: Work, folder: Folder, pool: PoolOptions) -> EvaluationTable:
     """Answer and score every episode that the checkpoint does not have; return the table of all."""
     config = work.config
     progress = start_progress_actor(config.out, EPISODES)
@@ -203,7 +204,7 @@ def _run(work: Work, folder: Folder, pool: dict[str, Any]) -> EvaluationTable:
     return tabulate(rows, work.subjects, config.seed)
 
 
-def read_rows(out: str, pair_ids: Collection[int] | None = None) -> list[dict[str, Any]]:
+def read_rows(out: str, pair_ids: Collection[int] | None = None) -> list[Row]:
     """Return the rows (``RESULT_SCHEMA``) of the evaluation ``out``, by task, subject and pair.
 
     Without ``pair_ids`` all of them, but not their ``images``, which are most of their size; else those of these pairs,
@@ -217,7 +218,7 @@ def read_rows(out: str, pair_ids: Collection[int] | None = None) -> list[dict[st
     else:
         table = dataset.to_table(columns=RESULT_SCHEMA.names, filter=ds.field("pair_id").isin(list(pair_ids)))
     ordered = table.sort_by([("task", "ascending"), ("subject", "ascending"), ("pair_id", "ascending")])
-    rows: list[dict[str, Any]] = ordered.to_pylist()
+    rows: list[Row] = ordered.to_pylist()
     return rows
 
 
@@ -261,13 +262,13 @@ def _pictures(
     pair_ids: set[int] = set()
     for ranks in chosen.values():
         pair_ids.update(ranks.values())
-    rows: dict[tuple[str, int, str], dict[str, Any]] = {}
+    rows: dict[tuple[str, int, str], Row] = {}
     for row in read_rows(config.out, pair_ids):
         if row["error"] is None:
             rows[row["task"], row["pair_id"], row["subject"]] = row
     engine = config.engine.model_copy(update={"device": "cpu"})  # the driver's machine may have no GPU
     runner = _runner(config.model_copy(update={"engine": engine}), subjects)
-    shown: list[tuple[str, Rank, dict[str, Any]]] = []  # task, rank and row
+    shown: list[tuple[str, Rank, Row]] = []  # task, rank and row
     for task, ranks in chosen.items():
         for rank, pair_id in ranks.items():
             for subject in subjects:

@@ -22,6 +22,7 @@ from covray.config.vlm import VlmModelConfig
 from covray.distributed.pool import (
     Pool,
     PoolActor,
+    PoolOptions,
     RowsIn,
     RowsOut,
     absolute,
@@ -146,7 +147,7 @@ def _take(
     return result
 
 
-def _run(config: ThinkFeaturesConfig, samples: Samples, rows_per_block: int, pool: dict[str, Any]) -> None:
+def _run(config: ThinkFeaturesConfig, samples: Samples, rows_per_block: int, pool: PoolOptions) -> None:
     """Compute and write every row that the checkpoint does not have."""
     folder = Folder(config.out)
     rows_in = RowsIn(

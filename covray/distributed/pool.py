@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -92,7 +92,7 @@ class Pool:
     actor: type[PoolActor]
     """Called with a block, it returns a row for each, with its id. Its class takes ``arguments`` and ``progress``."""
     arguments: Mapping[str, Any]
-    options: Mapping[str, Any]
+    options: PoolOptions
     """As ``pool_of`` returns them."""
     rows_per_block: int
 
@@ -276,7 +276,16 @@ def most_actors(actors: ActorsConfig, engine: EngineConfig, cores: int, gpus: fl
     return max(fit, actors.min, 1)
 
 
-def pool_of(actors: ActorsConfig, engine: EngineConfig, cores: int, gpus: float) -> dict[str, Any]:
+class PoolOptions(TypedDict, total=False):
+    """The arguments of Ray Data's ``map_batches`` that say which actors there are, and what each takes."""
+
+    compute: ActorPoolStrategy
+    num_cpus: float
+    num_gpus: float
+    resources: dict[str, float]
+
+
+def pool_of(actors: ActorsConfig, engine: EngineConfig, cores: int, gpus: float) -> PoolOptions:
     """Return the arguments of ``map_batches`` for a pool of ``most_actors`` actors, which has the same arguments."""
     most = most_actors(actors, engine, cores, gpus)
     if actors.cpus is not None:
@@ -288,7 +297,7 @@ def pool_of(actors: ActorsConfig, engine: EngineConfig, cores: int, gpus: float)
         cpus = min(float(engine.threads), int(100 * spare / most) / 100)
     # The pool begins whole: actors that wait are what an autoscaler brings nodes for.
     strategy = ActorPoolStrategy(min_size=actors.min, max_size=most, initial_size=most)
-    pool = {"compute": strategy, "num_cpus": cpus, "resources": on(actors.node_type)}
+    pool: PoolOptions = {"compute": strategy, "num_cpus": cpus, "resources": on(actors.node_type)}
     if gpus:
         pool["num_gpus"] = gpus
     return pool

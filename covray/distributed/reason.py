@@ -23,6 +23,7 @@ from covray.distributed.features import absolute_model, absolute_path
 from covray.distributed.pool import (
     Pool,
     PoolActor,
+    PoolOptions,
     RowsIn,
     RowsOut,
     absolute,
@@ -157,7 +158,7 @@ def _evaluate(config: ThinkEvaluateConfig, record: ReasoningRecord, episodes: pa
     return results
 
 
-def _run(config: ThinkEvaluateConfig, total: int, rows_per_block: int, pool: dict[str, Any]) -> None:
+def _run(config: ThinkEvaluateConfig, total: int, rows_per_block: int, pool: PoolOptions) -> None:
     """Answer and judge every episode that the checkpoint does not have."""
     folder = Folder(config.out)
     rows_in = RowsIn(

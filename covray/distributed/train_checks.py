@@ -31,6 +31,7 @@ from covray.models.lvm.backbone import BackboneFacts, backbone_facts
 from covray.models.tokenizer.vqgan import require_same_codebook
 from covray.progress import stage
 from covray.tasks import segmentation
+from covray.tasks.base import Meta
 from covray.training.data import sources_of, write_token_files
 from covray.training.memory import TrainPlan, architecture, plan
 from covray.training.metrics_log import METRICS_FILE
@@ -77,7 +78,7 @@ class CheckedTraining(CheckedRun[TrainConfig]):
     """A training of ``covray train`` that has passed the checks."""
 
     facts: BackboneFacts
-    classes: dict[str, Any] | None
+    classes: Meta | None
     """The user's own classes of segmentation in the dataset; None for the built-in palette."""
     plugins: dict[str, str] | None
     """The plug-ins that the datasets were built with; None without any."""
@@ -254,7 +255,7 @@ def _plugins(datasets: Sequence[ChainDataset]) -> dict[str, str] | None:
     return plugins or None
 
 
-def _common_classes(datasets: Sequence[ChainDataset]) -> dict[str, Any] | None:
+def _common_classes(datasets: Sequence[ChainDataset]) -> Meta | None:
     """Return the classes of segmentation of all datasets.
 
     Raises:
@@ -319,7 +320,7 @@ def _data_fingerprint(dataset: ChainDataset) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _require_same_classes(config: TrainConfig, classes: dict[str, Any] | None) -> None:
+def _require_same_classes(config: TrainConfig, classes: Meta | None) -> None:
     """Refuse to start from an adapter whose run was trained on other classes of segmentation, if it says so.
 
     Raises:

@@ -20,6 +20,7 @@ from covray.errors import DatasetError
 from covray.io.storage import Folder
 from covray.pairs.manifest_reading import ManifestInfo, read_classes
 from covray.tasks import segmentation
+from covray.tasks.base import Meta
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def pair_set(info: ManifestInfo) -> PairSet:
     return PairSet(rows=info.rows, sha256=hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest())
 
 
-def classes_of(config: BuildConfig, info: ManifestInfo) -> dict[str, Any] | None:
+def classes_of(config: BuildConfig, info: ManifestInfo) -> Meta | None:
     """Return the classes of the manifest's segmentation; ManifestError where one colour would stand for two."""
     return read_classes(config.pairs) if segmentation.name in info.per_task else None
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -40,6 +40,7 @@ from covray.evaluation.lpips import LEAST_PX, load_lpips
 from covray.evaluation.metrics import OWN, REFERENCE
 from covray.evaluation.pair_files import PairFile
 from covray.evaluation.probes import FRAMES, GAIN, LAST_FRAME, NATS, frame_gains, picture_nats, probe_frames
+from covray.evaluation.results import Row
 from covray.evaluation.scores import score
 from covray.evaluation.subjects import SALIENCY, Subject
 from covray.generation.models import LoadedModel, ModelSource
@@ -101,7 +102,7 @@ class Runner:
             self._score(group)
         return pa.Table.from_pylist([vars(result) for result in results], RESULT_SCHEMA)
 
-    def pictures_of(self, rows: Sequence[Mapping[str, Any]]) -> list[Strip | None]:
+    def pictures_of(self, rows: Sequence[Row]) -> list[Strip | None]:
         """Return the pictures of rows of ``run``, for people to look at; None where a picture cannot be read."""
         results = []
         for row in rows:

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import ValidationError
 
 from covray.chains.compatibility import require_same_codes
-from covray.chains.dataset import ChainDataset
+from covray.chains.dataset import ChainDataset, FrameColumn
 from covray.config import BackboneConfig, EvaluateConfig, TrainConfig, named_run
 from covray.errors import ConfigError, WeightsError
 from covray.io import storage
@@ -259,7 +259,7 @@ def _require(subject: Subject, facts: BackboneFacts, dataset: ChainDataset) -> N
     require_context(pictures * size, size, facts.llama.max_position_embeddings)
     if subject.method is not None and subject.method not in (NO_FRAMES, SALIENCY):
         # The chain of a made-up row with all that was built: the dataset refuses frames that were not.
-        frames = []
+        frames: list[FrameColumn] = []
         for method in dataset.methods:
             for alpha in dataset.alphas:
                 frames.append({"method": method, "alpha": alpha, "tokens": [0]})

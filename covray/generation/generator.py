@@ -44,7 +44,7 @@ from covray.pairs.classes import draw_mask
 from covray.pairs.manifest import MANIFEST_SCHEMA, Pair
 from covray.seeds import seed_of
 from covray.tasks import TASKS, segmentation
-from covray.tasks.base import Resample
+from covray.tasks.base import Meta, Resample
 
 _PROMPTS = 8
 """Prompts whose tokens a generator keeps: the chains of their examples need not be made again."""
@@ -63,7 +63,7 @@ class ResolvedGenerator:
     """Fingerprint of the codebook that the model was trained on, if it is known."""
     tokens_per_image: int | None
     """If it is known before the tokenizer is loaded."""
-    classes: dict[str, Any] | None = None
+    classes: Meta | None = None
     """The classes of segmentation that the run was trained on, as a manifest's ``meta`` has them."""
 
     @property
@@ -294,7 +294,7 @@ class Generator:
         return builder
 
 
-def answer_meta(request: Request, trained: dict[str, Any] | None) -> dict[str, Any]:
+def answer_meta(request: Request, trained: Meta | None) -> Meta:
     """Return the ``meta`` by which the answers of ``request`` are read, as a manifest's row would have it.
 
     That are the classes that the run was ``trained`` on, unless the request asks for another number of them.
@@ -365,7 +365,7 @@ class _Trained:
     """Fingerprint of its backbone."""
     codebook: str
     """Fingerprint of the codebook of its data."""
-    classes: dict[str, Any] | None
+    classes: Meta | None
     """The classes of its data's segmentation."""
 
     @property

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pyarrow import fs
 
+from covray.config.section import JsonObject
 from covray.errors import ManifestError
 from covray.io import storage
 from covray.pairs.manifest import ENDING, MANIFEST_SCHEMA, METADATA_KEY, VERSION, known_tasks
@@ -122,7 +123,7 @@ def read_manifest(path: str | os.PathLike[str], columns: Sequence[str]) -> Itera
                 yield batch.select(list(columns)).cast(schema)
 
 
-def read_classes(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+def read_classes(path: str | os.PathLike[str]) -> JsonObject | None:
     """Return the class table of a manifest's segmentation: the keys ``meta_keys`` of its ``meta``.
 
     None where it has no segmentation. Rows that cannot be used do not count.

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from covray.chains.dataset import ChainDataset, task_of
+from covray.chains.dataset import ChainDataset, ShardRow, task_of
 from covray.io.drawing import FAINT, GAP_PX, PAPER, TILE_PX, load_font
 from covray.models.tokenizer.vqgan import Tokenizer
 
@@ -55,13 +54,13 @@ def decode_chains(
         The pairs, grouped by task.
     """
     chosen = set(tasks) if tasks is not None else {task_of(shard) for shard in dataset.shards}
-    rows: list[dict[str, Any]] = []
+    rows: list[ShardRow] = []
     for task in sorted(chosen):
         rows += islice(dataset.rows(tasks=[task]), limit_per_task)
     return decode_rows(dataset, tokenizer, rows)
 
 
-def decode_rows(dataset: ChainDataset, tokenizer: Tokenizer, rows: Sequence[Mapping[str, Any]]) -> list[ChainPictures]:
+def decode_rows(dataset: ChainDataset, tokenizer: Tokenizer, rows: Sequence[ShardRow]) -> list[ChainPictures]:
     """Decode good rows of ``dataset``, as its ``rows`` yields them, with all their frames."""
     if not rows:
         return []

@@ -8,14 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from covray.chains.compatibility import require_same_tokens
-from covray.chains.dataset import ChainDataset
+from covray.chains.dataset import ChainDataset, ShardRow
 from covray.config import EngineConfig, TokenizerConfig
 from covray.config.build import solver_text
 from covray.errors import ConfigError, DatasetError, one_line
@@ -141,7 +140,7 @@ def view(
     return written
 
 
-def _good_row(dataset: ChainDataset, pair_id: int) -> dict[str, Any]:
+def _good_row(dataset: ChainDataset, pair_id: int) -> ShardRow:
     """Return the row of a pair. Raises DatasetError where there is none, or it was rejected."""
     row = find_row(dataset, pair_id)
     if row["error"] is not None:

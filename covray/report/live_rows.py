@@ -6,7 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from covray.chains.dataset import ChainDataset, python_rows
+from covray.chains.dataset import ChainDataset, ShardRow, python_rows
 from covray.errors import DatasetError
 from covray.report.pair_rows import COLUMNS, packed_rows
 
@@ -66,7 +66,7 @@ class LiveRows:
             "rows": rows,
         }
 
-    def row(self, pair_id: int) -> dict[str, Any]:
+    def row(self, pair_id: int) -> ShardRow:
         """Return a row with all its columns. Raises DatasetError where there is none of this id."""
         for shard, table in self._shards.items():
             if (table["pair_id"].to_numpy() == pair_id).any():
@@ -74,7 +74,7 @@ class LiveRows:
         raise no_such_pair(self.dataset, pair_id)
 
 
-def find_row(dataset: ChainDataset, pair_id: int, shards: list[str] | None = None) -> dict[str, Any]:
+def find_row(dataset: ChainDataset, pair_id: int, shards: list[str] | None = None) -> ShardRow:
     """Return the row of a pair with all its columns.
 
     Args:

@@ -13,6 +13,7 @@ from covray.chains.dataset import ChainDataset
 from covray.config import JsonObject, recorded_section
 from covray.errors import ConfigError
 from covray.evaluation.records import EvaluationResults
+from covray.tasks.base import Meta
 from covray.training.records import RunRecord, TrainResult
 
 _VERSION = str(vars(sys.modules["covray"])["__version__"])  # an import of the package's names would reach Ray
@@ -82,8 +83,9 @@ def dataset_card(
         f"- Chain lengths: {', '.join(map(str, dataset.config['lengths']))}. Frames: {frames}.",
         f"- Licence: {licence or _NOT_STATED}.",
     ]
-    if dataset.record.classes is not None:
-        lines.append(f"- Classes of segmentation: {', '.join(map(str, dataset.record.classes.get('classes', ())))}.")
+    classes: Meta | None = dataset.record.classes
+    if classes is not None:
+        lines.append(f"- Classes of segmentation: {', '.join(map(str, classes.get('classes', ())))}.")
     lines += ["", *_fingerprints(dataset.fingerprints), "", *_configuration(dataset.config)]
     return _card(head, [*lines, scores])
 

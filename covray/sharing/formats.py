@@ -10,15 +10,16 @@ import io
 import json
 import re
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from covray.chains.dataset import ChainDataset, frame_order, shard_schema
+from covray.chains.dataset import ChainDataset, ShardRow, frame_order, shard_schema
+from covray.config.section import JsonObject
 from covray.errors import ConfigError
 from covray.io.tensor_files import new_folder, require_new
 from covray.progress import stage
@@ -32,7 +33,7 @@ _ROWS_OF_A_FILE = 4096
 class _Writer(Protocol):
     """Writes the rows of one split below a folder, some at a time."""
 
-    def write(self, rows: list[dict[str, Any]]) -> None:
+    def write(self, rows: list[ShardRow]) -> None:
         """Write a file of ``rows``."""
 
     def close(self) -> None:
@@ -76,9 +77,9 @@ def export_chains(path: str, out: str, form: str, licence: str | None = None) ->
     return counts
 
 
-def _files(dataset: ChainDataset) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+def _files(dataset: ChainDataset) -> Iterator[tuple[str, list[ShardRow]]]:
     """Yield the rows of every file with their split, in the order of the shards."""
-    waiting: dict[str, list[dict[str, Any]]] = {}
+    waiting: dict[str, list[ShardRow]] = {}
     for row in dataset.rows():
         split = file_name(row["split"] or "all")
         rows = waiting.setdefault(split, [])
@@ -96,16 +97,16 @@ def file_name(split: str) -> str:
     return re.sub(r"\W", "_", split, flags=re.ASCII)
 
 
-def sample_of(row: Mapping[str, Any], dataset: ChainDataset) -> tuple[dict[str, Any], np.ndarray]:
+def sample_of(row: ShardRow, dataset: ChainDataset) -> tuple[JsonObject, np.ndarray]:
     """Return what a row says beside its tokens, and the tokens, uint16 [pictures, tokens of a picture]."""
     frames = row["frames"] or []
-    about = {
+    about: JsonObject = {
         "pair_id": row["pair_id"],
         "task": row["task"],
         "split": row["split"],
         "frames": [[frame["method"], frame["alpha"]] for frame in frames],
-        "quality": row["quality"],
     }
+    about["quality"] = None if row["quality"] is None else dict(row["quality"])
     tokens = np.stack([row["source"], *(frame["tokens"] for frame in frames), row["label"]])
     return about, tokens.astype("<u2", copy=False)
 
@@ -119,7 +120,7 @@ class _DatasetsWriter:
         self._schema = schema.remove(schema.get_field_index("error"))
         self._folder.mkdir(exist_ok=True)
 
-    def write(self, rows: list[dict[str, Any]]) -> None:
+    def write(self, rows: list[ShardRow]) -> None:
         table = pa.Table.from_pylist(rows, self._schema)
         pq.write_table(table, self._folder / f"{self._split}-{self._files:05}.parquet")
         self._files += 1
@@ -134,7 +135,7 @@ class _WebDatasetWriter:
     def __init__(self, folder: Path, split: str, dataset: ChainDataset):
         self._folder, self._split, self._dataset, self._files = folder, split, dataset, 0
 
-    def write(self, rows: list[dict[str, Any]]) -> None:
+    def write(self, rows: list[ShardRow]) -> None:
         with tarfile.open(
             self._folder / f"{self._split}-{self._files:06}.tar", "w", format=tarfile.USTAR_FORMAT
         ) as tar:
@@ -167,7 +168,7 @@ class _MdsWriter:
         shape = f"{pictures},{dataset.tokens_per_image}"
         encodings = {"about": ("json", None), "pair_id": ("int", 8), "task": ("str", None)}
         encodings["tokens"] = (f"ndarray:uint16:{shape}", 2 * pictures * dataset.tokens_per_image)
-        self._columns: dict[str, Any] = {
+        self._columns: JsonObject = {
             "column_encodings": [encoding for encoding, _ in encodings.values()],
             "column_names": list(encodings),
             "column_sizes": [size for _, size in encodings.values()],
@@ -177,9 +178,9 @@ class _MdsWriter:
             "size_limit": None,
             "version": 2,
         }
-        self._shards: list[dict[str, Any]] = []
+        self._shards: list[JsonObject] = []
 
-    def write(self, rows: list[dict[str, Any]]) -> None:
+    def write(self, rows: list[ShardRow]) -> None:
         samples = [self._sample(row) for row in rows]
         description = json.dumps(self._columns, sort_keys=True).encode()
         start = 4 + 4 * (len(samples) + 1) + len(description)
@@ -187,10 +188,11 @@ class _MdsWriter:
         data = np.uint32(len(samples)).tobytes() + offsets.astype("<u4").tobytes() + description + b"".join(samples)
         name = f"shard.{len(self._shards):05}.mds"
         (self._folder / name).write_bytes(data)
-        raw = {"basename": name, "bytes": len(data), "hashes": {}}
-        self._shards.append(self._columns | {"raw_data": raw, "samples": len(samples), "zip_data": None})
+        raw: JsonObject = {"basename": name, "bytes": len(data), "hashes": {}}
+        about: JsonObject = {"raw_data": raw, "samples": len(samples), "zip_data": None}
+        self._shards.append(self._columns | about)
 
-    def _sample(self, row: Mapping[str, Any]) -> bytes:
+    def _sample(self, row: ShardRow) -> bytes:
         about, tokens = sample_of(row, self._dataset)
         text, task = json.dumps(about).encode(), row["task"].encode()
         sizes = np.array([len(text), len(task)], "<u4").tobytes()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from covray.config.section import JsonObject
 from covray.errors import ConfigError
 from covray.io.records import Record, RecordPart
@@ -26,7 +24,7 @@ class RunRecord(Record):
     """The MLflow run; null without tracking, and until MLflow has answered."""
     tracker_runs: dict[str, str] | None = None
     """The runs in other trackers than MLflow, by tracker; absent without any."""
-    classes: dict[str, Any] | None = None
+    classes: JsonObject | None = None
     """The user's own classes of segmentation that the chains were built with; absent for the built-in palette."""
     plugins: dict[str, str] | None = None
     """The plug-ins that the chains were built with, each with package and version; absent without any."""
