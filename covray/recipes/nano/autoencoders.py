@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 from covray.recipes.nano.data import CROPS, Pictures
 from covray.recipes.nano.loop import Run, draw, psnr, train
+from covray.recipes.nano.patches import PatchEncoder, write_encoder
 
 VAE_CHANNELS = (32, 64, 64)
 VQGAN_CHANNELS = (24, 64, 96)
 CODES = 2048
 CODE_WIDTH = 8
 VQGAN_BATCH = 16
+NORM_GROUPS = 8
 CODEBOOK_BATCHES = 64
 """Batches of 64 pictures whose latents the codebook's k-means sees: 512 latents a code."""
 UNQUANTISED_SHARE = 0.3
@@ -95,7 +97,7 @@ def new_vqgan() -> VQModel:
         vq_embed_dim=CODE_WIDTH,
         num_vq_embeddings=CODES,
         layers_per_block=1,
-        norm_num_groups=8,
+        norm_num_groups=NORM_GROUPS,
         mid_block_add_attention=False,
         lookup_from_codebook=True,
         sample_size=64,
@@ -134,12 +136,20 @@ class SceneReader(nn.Module):
 
 
 class TokenizerTraining(nn.Module):
-    """The VQGAN and the reader that is trained beside it."""
+    """The VQGAN, the encoder that is written into it at the end, and the reader that is trained beside it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.vqgan = new_vqgan()
+        self.encoder = PatchEncoder(VQGAN_CHANNELS[-1], NORM_GROUPS, CODE_WIDTH)
+        for unused in (self.vqgan.encoder, self.vqgan.quant_conv):
+            unused.requires_grad_(False)
         self.reader = SceneReader(CODE_WIDTH, 2 ** (len(VQGAN_CHANNELS) - 1))
+
+    def finished(self) -> VQModel:
+        """Return the VQGAN with the encoder as it is now."""
+        write_encoder(self.encoder, self.vqgan)
+        return self.vqgan
 
 
 def train_vqgan(pictures: Tensor, validation: Tensor, out: Path, steps: int, seed: int, device: torch.device) -> None:
@@ -165,7 +175,7 @@ def train_vqgan(pictures: Tensor, validation: Tensor, out: Path, steps: int, see
 
     def loss_of(model: TokenizerTraining, step: int, generator: torch.Generator) -> Tensor:
         pixels, labels = corpus.batch(VQGAN_BATCH, generator, device)
-        latents = model.vqgan.encode(pixels).latents.float()
+        latents = model.encoder(pixels)
         if step < quantised_from:
             pull = 0.2 * (latents.abs() - 1).clamp_min(0).square().mean()
             through = latents + 0.05 * torch.randn(latents.shape, generator=generator).to(device)
@@ -185,13 +195,13 @@ def train_vqgan(pictures: Tensor, validation: Tensor, out: Path, steps: int, see
 
     def on_step(model: TokenizerTraining, step: int) -> None:
         if step == quantised_from:
-            model.vqgan.quantize.embedding.weight.data.copy_(_codebook(model.vqgan, corpus, seed, device))
+            model.vqgan.quantize.embedding.weight.data.copy_(_codebook(model.encoder, corpus, seed, device))
 
     model = train(
         TokenizerTraining(), loss_of, Run("vqgan", out, steps, seed, device, 1e-3), on_step=on_step,
-        measure=lambda average: describe_vqgan(average.vqgan, validation),
+        measure=lambda average: describe_vqgan(average.finished(), validation),
     )  # fmt: skip
-    model.vqgan.half().save_pretrained(out / "vqgan", safe_serialization=True)
+    model.finished().half().save_pretrained(out / "vqgan", safe_serialization=True)
 
 
 def decode_latents(model: Any, latents: Tensor) -> Tensor:
@@ -234,12 +244,12 @@ def batches(pictures: Tensor, device: torch.device, size: int = 64) -> Iterable[
         yield chunk.to(device).permute(0, 3, 1, 2).float() / 255
 
 
-def _codebook(model: Any, corpus: Pictures, seed: int, device: torch.device) -> Tensor:
+def _codebook(encoder: PatchEncoder, corpus: Pictures, seed: int, device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     latents = []
     with torch.inference_mode():
         for _ in range(CODEBOOK_BATCHES):
-            encoded = model.encode(corpus.batch(64, generator, device)[0]).latents
+            encoded = encoder(corpus.batch(64, generator, device)[0])
             latents.append(encoded.permute(0, 2, 3, 1).reshape(-1, CODE_WIDTH).float().cpu())
     clusters = MiniBatchKMeans(CODES, random_state=seed, batch_size=8192, n_init=1, max_iter=30, reassignment_ratio=0.0)
     return torch.from_numpy(clusters.fit(torch.cat(latents).numpy()).cluster_centers_).float()

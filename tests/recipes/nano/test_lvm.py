@@ -167,7 +167,7 @@ def _random_pictures() -> torch.Tensor:
 
 def _prepare_family(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Train a tiny VQGAN into ``out``, and make the stages of the LVM small."""
-    monkeypatch.setattr(autoencoders, "VQGAN_CHANNELS", (8, 8, 8))
+    monkeypatch.setattr(autoencoders, "VQGAN_CHANNELS", (16, 48, 32))
     monkeypatch.setattr(autoencoders, "CROPS", 1)
     monkeypatch.setattr(autoencoders, "CODES", 64)
     monkeypatch.setattr(autoencoders, "CODEBOOK_BATCHES", 1)

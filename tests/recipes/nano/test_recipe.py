@@ -33,7 +33,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("family")
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(autoencoders, "VAE_CHANNELS", (8, 8, 8))
-        patched.setattr(autoencoders, "VQGAN_CHANNELS", (8, 8, 8))
+        patched.setattr(autoencoders, "VQGAN_CHANNELS", (16, 48, 32))
         patched.setattr(autoencoders, "CROPS", 0)
         patched.setattr(autoencoders, "CODES", 64)
         patched.setattr(autoencoders, "CODEBOOK_BATCHES", 2)
@@ -79,7 +79,7 @@ def test_the_tokenizer_reads_the_vqgan_that_was_trained(family: Path) -> None:
 
 def test_a_killed_vqgan_ends_where_it_would_have(family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed after the codebook was set: k-means is not done again, and every weight is the same to the bit."""
-    monkeypatch.setattr(autoencoders, "VQGAN_CHANNELS", (8, 8, 8))
+    monkeypatch.setattr(autoencoders, "VQGAN_CHANNELS", (16, 48, 32))
     monkeypatch.setattr(autoencoders, "CROPS", 0)
     monkeypatch.setattr(autoencoders, "CODES", 64)
     monkeypatch.setattr(autoencoders, "CODEBOOK_BATCHES", 2)
