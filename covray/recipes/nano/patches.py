@@ -2,8 +2,8 @@
 
 A convolutional encoder writes into each token what lies up to three tokens around it, and its group norms something of
 the whole picture. A decoder does not mind; a model that writes tokens one by one does: it has to say every contour
-several times (``covray.recipes.nano.writing``). Here a token is a function of its patch of 4 x 4 pixels alone, a network
-of one hidden layer. The decoder still looks around.
+several times (``covray.recipes.nano.writing``). Here a token is a function of its patch of 4 x 4 pixels alone, by a
+network of one hidden layer. The decoder still looks around.
 
 ``write_encoder`` puts that network into the layers that a ``VQModel`` has, so that what is shipped needs no code of its
 own. Three things make that possible:
@@ -11,8 +11,8 @@ own. Three things make that possible:
 - A residual block whose second convolution is zero is its shortcut, which is linear; a convolution that halves the size
   can gather 2 x 2 pixels into channels. So the encoder up to its last norm can be any linear map of a patch.
 - The last group norm takes the mean and the variance of a group of channels over the whole picture. Every feature is
-  there twice, with both signs, so that the mean is 0; two channels of each group hold a constant of either sign which is
-  so large that the variance is the constant's. So the norm does nothing but scale.
+  there twice, with both signs, so that the mean is 0; two channels of each group hold a constant of either sign, so
+  large that the variance is the constant's. So the norm does nothing but scale.
 - The activation and the convolution after it are the hidden layer.
 """
 
@@ -57,50 +57,53 @@ class PatchEncoder(nn.Module):
             signed = torch.cat((features, -features), -1)
             return self.latent(F.silu(signed * self.gain + self.offset)).permute(0, 3, 1, 2)
 
-    def _by_group(self, values: Tensor) -> Tensor:
-        """Values of the features with either sign, [2 * features, ...] -> [groups, features of a group, ...]."""
-        positive, negative = values.unflatten(0, (2, self.groups, -1))
-        return torch.cat((positive, negative), 1)
-
 
 @torch.no_grad()
 def write_encoder(encoder: PatchEncoder, model: Any) -> None:
     """Make the encoder of ``model``, a ``VQModel`` of three levels without attention, compute what ``encoder`` does."""
-    target = model.encoder
-    for module in target.modules():
-        if isinstance(module, nn.Conv2d):
-            module.weight.zero_()
-            module.bias.zero_()
-    centre = target.conv_in.weight[..., 1, 1]
-    centre[:_COLOURS] = torch.eye(_COLOURS)
+    for parameter in model.encoder.parameters():
+        parameter.zero_()
+    _gather_patches(model.encoder)
+    groups, size = encoder.groups, model.encoder.conv_norm_out.num_channels // encoder.groups
+    last = model.encoder.down_blocks[2].resnets[0].conv_shortcut
+    weight = torch.cat((encoder.features.weight, -encoder.features.weight))[:, _pixels_as_gathered()]
+    bias = torch.cat((encoder.features.bias, -encoder.features.bias))
+    last.weight[:, :_PIXELS, 0, 0] = _by_group(weight, torch.zeros(groups, 2, _PIXELS))
+    last.bias.copy_(_by_group(bias, torch.tensor([_CONSTANT, -_CONSTANT]).expand(groups, 2)))
+    norm, unused = model.encoder.conv_norm_out, torch.zeros(groups, 2)
+    norm.weight.copy_(_by_group(encoder.gain * _CONSTANT * (2 / size) ** 0.5, unused))  # the group's deviation
+    norm.bias.copy_(_by_group(encoder.offset, unused))
+    width = encoder.latent.out_features
+    model.encoder.conv_out.weight[..., 1, 1] = _by_group(encoder.latent.weight.T, torch.zeros(groups, 2, width)).T
+    model.encoder.conv_out.bias.copy_(encoder.latent.bias)
+    model.quant_conv.weight.copy_(torch.eye(width)[..., None, None])
+    model.quant_conv.bias.zero_()
+
+
+def _gather_patches(target: Any) -> None:
+    """Make the first two levels of an encoder that is all zero gather the 48 values of a patch into channels."""
+    target.conv_in.weight[:_COLOURS, :, 1, 1] = torch.eye(_COLOURS)
     for level, block in enumerate(target.down_blocks[:2]):
         before = _COLOURS * 4**level
         resnet, halving = block.resnets[0], block.downsamplers[0].conv
         if resnet.conv_shortcut is not None:
             resnet.conv_shortcut.weight[:before, :before, 0, 0] = torch.eye(before)
-        gathered = torch.eye(4 * before).unflatten(1, (before, 2, 2))  # channel, row, column as pixel_unshuffle's
-        halving.weight[: 4 * before, :before, :2, :2] = gathered
-    last = target.down_blocks[2].resnets[0].conv_shortcut
-    signs = torch.tensor([1.0, -1.0])
-    weight = torch.cat([sign * encoder.features.weight for sign in signs])
-    bias = torch.cat([sign * encoder.features.bias for sign in signs])
-    constants = (_CONSTANT * signs).expand(encoder.groups, 2)
-    order = _pixels_as_gathered()
-    nothing = torch.zeros(encoder.groups, 2, _PIXELS)
-    last.weight[:, :_PIXELS, 0, 0] = torch.cat((encoder._by_group(weight[:, order]), nothing), 1).flatten(0, 1)
-    last.bias.copy_(torch.cat((encoder._by_group(bias), constants), 1).flatten())
-    size = target.conv_norm_out.num_channels // encoder.groups
-    deviation = _CONSTANT * (2 / size) ** 0.5
-    unused = torch.zeros(encoder.groups, 2)
-    target.conv_norm_out.weight.copy_(torch.cat((encoder._by_group(encoder.gain * deviation), unused), 1).flatten())
-    target.conv_norm_out.bias.copy_(torch.cat((encoder._by_group(encoder.offset), unused), 1).flatten())
-    hidden = torch.cat(
-        (encoder._by_group(encoder.latent.weight.T), unused[..., None].expand(-1, -1, len(encoder.latent.bias))), 1
-    )
-    target.conv_out.weight[..., 1, 1] = hidden.flatten(0, 1).T
-    target.conv_out.bias.copy_(encoder.latent.bias)
-    model.quant_conv.weight.copy_(torch.eye(len(encoder.latent.bias))[..., None, None])
-    model.quant_conv.bias.zero_()
+        # Channel, row, column, as pixel_unshuffle has them.
+        halving.weight[: 4 * before, :before, :2, :2] = torch.eye(4 * before).unflatten(1, (before, 2, 2))
+
+
+def _by_group(values: Tensor, constant: Tensor) -> Tensor:
+    """Put what belongs to the features in the order of the channels.
+
+    Args:
+        values: Of the features with the one sign, then with the other, [2 * features, ...].
+        constant: Of each group's two constant channels, [groups, 2, ...].
+
+    Returns:
+        Of all channels, [channels, ...]: group by group, its features, the same with the other sign, its constants.
+    """
+    positive, negative = values.unflatten(0, (2, len(constant), -1))
+    return torch.cat((positive, negative, constant), 1).flatten(0, 1)
 
 
 def _pixels_as_gathered() -> Tensor:
