@@ -8,28 +8,27 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL, VQModel
-from sklearn.cluster import MiniBatchKMeans
-from torch import Tensor, nn
+from sklearn.cluster import KMeans
+from torch import Tensor
 
-from covray.recipes.nano.data import CROPS, Pictures
+from covray.recipes.nano.data import CROPS, KINDS, Pictures
 from covray.recipes.nano.loop import Run, draw, psnr, train
-from covray.recipes.nano.patches import PatchEncoder, write_encoder
+from covray.recipes.nano.patches import VALUES, patches, write_encoder
 
 VAE_CHANNELS = (32, 64, 64)
-VQGAN_CHANNELS = (24, 64, 96)
+VQGAN_CHANNELS = (24, 64, 112)
 CODES = 2048
-CODE_WIDTH = 8
 VQGAN_BATCH = 16
 NORM_GROUPS = 8
-CODEBOOK_BATCHES = 64
-"""Batches of 64 pictures whose latents the codebook's k-means sees: 512 latents a code."""
-UNQUANTISED_SHARE = 0.3
-READER_WIDTH = 128
-READER_LOSS = 0.2
-READ_KINDS = ("colour", "segmentation", "pose", "normals", "edges", "depth")
-"""What ``SceneReader`` predicts; a grey or dark input has the colour picture as its label."""
+CODEBOOK_PICTURES = 500
+"""Pictures of each kind whose patches are clustered."""
+KIND_WEIGHTS = {
+    "colour": 1.0, "grey": 0.5, "dark": 0.5, "segmentation": 2.0, "pose": 1.5, "normals": 2.0, "edges": 4.0,
+    "depth": 0.5, "photographs": 1.0,
+}  # fmt: skip
+"""Share of each kind of picture in the error that the codebook makes small. By counts alone nearly all codes would be
+spent on the textures of photographs; labels have few distinct patches, and a wrong one shows."""
 
 
 def new_vae() -> AutoencoderKL:
@@ -89,12 +88,12 @@ def reconstruct_vae(model: Any, pictures: Tensor) -> Tensor:
 def new_vqgan() -> VQModel:
     """Return an untrained nano VQGAN: 64 px to 16 x 16 tokens of a codebook."""
     levels = len(VQGAN_CHANNELS)
-    return VQModel(
+    model = VQModel(
         block_out_channels=VQGAN_CHANNELS,
         down_block_types=["DownEncoderBlock2D"] * levels,
         up_block_types=["UpDecoderBlock2D"] * levels,
-        latent_channels=CODE_WIDTH,
-        vq_embed_dim=CODE_WIDTH,
+        latent_channels=VALUES,
+        vq_embed_dim=VALUES,
         num_vq_embeddings=CODES,
         layers_per_block=1,
         norm_num_groups=NORM_GROUPS,
@@ -102,106 +101,74 @@ def new_vqgan() -> VQModel:
         lookup_from_codebook=True,
         sample_size=64,
     )
-
-
-class SceneReader(nn.Module):
-    """Predict a scene's colour picture and its five labels from the latents of one of its inputs.
-
-    It is trained beside the VQGAN and then discarded. Reconstruction alone spends the few bits of a cell on brightness;
-    what the answers are made of (which object, which way a surface faces, where it ends) changes few pixels and is lost
-    in the quantisation. A loss on the labels, read from the codes by a small network, keeps it in the codes.
-    """
-
-    def __init__(self, width: int, cell_px: int) -> None:
-        """Make an untrained reader.
-
-        Args:
-            width: Channels of the latents.
-            cell_px: Side of the cell of the picture that one latent stands for, in pixels.
-        """
-        super().__init__()
-        hidden = READER_WIDTH
-        self.cell_px = cell_px
-        self.first = nn.Conv2d(width, hidden, 3, padding=1)
-        self.middle = nn.ModuleList(nn.Conv2d(hidden, hidden, 3, padding=1) for _ in range(3))
-        self.last = nn.Conv2d(hidden, len(READ_KINDS) * 3 * cell_px**2, 1)
-
-    def forward(self, latents: Tensor) -> Tensor:
-        """Latents [n, width, h, w] -> pictures in [0, 1] [n, kinds, 3, h * cell_px, w * cell_px]."""
-        x = F.silu(self.first(latents))
-        for layer in self.middle:
-            x = x + F.silu(layer(x))
-        pictures = F.pixel_shuffle(self.last(x), self.cell_px)
-        return pictures.unflatten(1, (len(READ_KINDS), 3))
-
-
-class TokenizerTraining(nn.Module):
-    """The VQGAN, the encoder that is written into it at the end, and the reader that is trained beside it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.vqgan = new_vqgan()
-        self.encoder = PatchEncoder(VQGAN_CHANNELS[-1], NORM_GROUPS, CODE_WIDTH)
-        for unused in (self.vqgan.encoder, self.vqgan.quant_conv):
-            unused.requires_grad_(False)
-        self.reader = SceneReader(CODE_WIDTH, 2 ** (len(VQGAN_CHANNELS) - 1))
-
-    def finished(self) -> VQModel:
-        """Return the VQGAN with the encoder as it is now."""
-        write_encoder(self.encoder, self.vqgan)
-        return self.vqgan
+    write_encoder(model)
+    return model
 
 
 def train_vqgan(pictures: Tensor, validation: Tensor, out: Path, steps: int, seed: int, device: torch.device) -> None:
-    """Train the VQGAN and save it as ``out``/vqgan.
+    """Cluster the patches of the pictures, train a decoder on the codes, and save both as ``out``/vqgan.
 
-    A plain VQ of this size collapses to a few codes. So the first third of the steps is without quantisation (latents
-    are kept near the unit ball, with a little noise, so that they cluster), then the codebook is set by mini-batch
-    k-means on the latents, and the remaining steps are with quantisation, straight through, codebook and encoder drawn
-    to each other (van den Oord et al. 2017). The loss of ``SceneReader`` is added wherever a picture is the input of a
-    task.
+    A token is the nearest of ``CODES`` patches (``covray.recipes.nano.patches``), so that only the decoder is trained,
+    on the squared error of pixels.
 
     Args:
         pictures: The training pictures, uint8 [scenes * 8 + CROPS * 3, 64, 64, 3], of ``covray.recipes.nano.data``.
         validation: uint8 [n, 64, 64, 3], measured at every save.
         out: Folder of the family; ``out``/vqgan.state.pt keeps the state of a training that was stopped.
         steps: Optimizer steps of ``VQGAN_BATCH`` pictures.
-        seed: Seed of weights and batches.
+        seed: Seed of codebook, weights and batches.
         device: Where to train.
     """
     torch.manual_seed(seed)
-    quantised_from = int(steps * UNQUANTISED_SHARE)
     corpus = Pictures.of(pictures.numpy(), CROPS)
 
-    def loss_of(model: TokenizerTraining, step: int, generator: torch.Generator) -> Tensor:
-        pixels, labels = corpus.batch(VQGAN_BATCH, generator, device)
-        latents = model.encoder(pixels)
-        if step < quantised_from:
-            pull = 0.2 * (latents.abs() - 1).clamp_min(0).square().mean()
-            through = latents + 0.05 * torch.randn(latents.shape, generator=generator).to(device)
-        else:
-            quantised, _ = nearest(model.vqgan, latents)
-            codebook_loss = (quantised - latents.detach()).square().mean()
-            pull = codebook_loss + 0.25 * (quantised.detach() - latents).square().mean()
-            through = latents + (quantised - latents).detach()
-        decoded = decode_latents(model.vqgan, through)
-        inputs = len(labels)  # the batch begins with the pictures that are inputs of a task
-        read = model.reader(through[:inputs])
-        return (
-            (decoded.float() - pixels).square().mean()
-            + 0.05 * pull
-            + READER_LOSS * (read.float() - labels).square().mean()
-        )
+    def loss_of(model: Any, step: int, generator: torch.Generator) -> Tensor:
+        pixels = corpus.batch(VQGAN_BATCH, generator, device)
+        quantised, _ = nearest(model, patches(pixels).permute(0, 3, 1, 2))
+        return (decode_latents(model, quantised).float() - pixels).square().mean()
 
-    def on_step(model: TokenizerTraining, step: int) -> None:
-        if step == quantised_from:
-            model.vqgan.quantize.embedding.weight.data.copy_(_codebook(model.encoder, corpus, seed, device))
+    def on_step(model: Any, step: int) -> None:
+        if step == 0:
+            model.quantize.embedding.weight.data.copy_(patch_codes(corpus, seed))
 
+    model = new_vqgan()
+    for part in (model.encoder, model.quant_conv, model.quantize):
+        part.requires_grad_(False)
     model = train(
-        TokenizerTraining(), loss_of, Run("vqgan", out, steps, seed, device, 1e-3), on_step=on_step,
-        measure=lambda average: describe_vqgan(average.finished(), validation),
+        model, loss_of, Run("vqgan", out, steps, seed, device, 1e-3), on_step=on_step,
+        measure=lambda average: describe_vqgan(average, validation),
     )  # fmt: skip
-    model.finished().half().save_pretrained(out / "vqgan", safe_serialization=True)
+    model.half().save_pretrained(out / "vqgan", safe_serialization=True)
+
+
+def patch_codes(corpus: Pictures, seed: int) -> Tensor:
+    """Return the codebook: k-means of patches, each kind of picture with its share of ``KIND_WEIGHTS``.
+
+    Args:
+        corpus: The training pictures.
+        seed: Seed of what is drawn and of the clusters.
+
+    Returns:
+        float [CODES, patches.VALUES], rounded to float16 as it is saved.
+    """
+    rng = np.random.default_rng(seed)
+    distinct, weights = [], []
+    for kind, weight in KIND_WEIGHTS.items():
+        of_kind = corpus.crops.reshape(-1, *corpus.crops.shape[2:])
+        if kind != "photographs":
+            of_kind = corpus.scenes[:, KINDS.index(kind)]
+        chosen = np.sort(rng.permutation(len(of_kind))[:CODEBOOK_PICTURES])
+        if len(chosen):
+            pixels = torch.from_numpy(np.array(of_kind[chosen])).permute(0, 3, 1, 2)
+            values, counts = np.unique(patches(pixels).flatten(0, 2).numpy(), axis=0, return_counts=True)
+            distinct.append(values)
+            weights.append(weight * counts)
+    points, mass = np.concatenate(distinct).astype(np.float32) / 255, np.concatenate(weights)
+    # Where plain patches are most of the mass, k-means++ and plain draws begin with many equal ones.
+    share = np.sqrt(mass)
+    first = points[rng.choice(len(points), CODES, replace=False, p=share / share.sum())]
+    clusters = KMeans(CODES, init=first, n_init=1, max_iter=30, random_state=seed).fit(points, sample_weight=mass)
+    return torch.from_numpy(clusters.cluster_centers_).half().float()
 
 
 def decode_latents(model: Any, latents: Tensor) -> Tensor:
@@ -242,14 +209,3 @@ def batches(pictures: Tensor, device: torch.device, size: int = 64) -> Iterable[
     """``pictures`` uint8 [n, h, w, 3] as float [<= size, 3, h, w] in [0, 1], in order."""
     for chunk in pictures.split(size):
         yield chunk.to(device).permute(0, 3, 1, 2).float() / 255
-
-
-def _codebook(encoder: PatchEncoder, corpus: Pictures, seed: int, device: torch.device) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    latents = []
-    with torch.inference_mode():
-        for _ in range(CODEBOOK_BATCHES):
-            encoded = encoder(corpus.batch(64, generator, device)[0])
-            latents.append(encoded.permute(0, 2, 3, 1).reshape(-1, CODE_WIDTH).float().cpu())
-    clusters = MiniBatchKMeans(CODES, random_state=seed, batch_size=8192, n_init=1, max_iter=30, reassignment_ratio=0.0)
-    return torch.from_numpy(clusters.fit(torch.cat(latents).numpy()).cluster_centers_).float()

@@ -85,47 +85,36 @@ class Pictures:
         size = flat.shape[1:]
         return cls(scenes.reshape(-1, len(KINDS), *size), photographs.reshape(-1, 3, *size))
 
-    def batch(self, size: int, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return random pictures, and the labels of those that are inputs of a scene's tasks.
+    def batch(self, size: int, generator: torch.Generator, device: torch.device) -> Tensor:
+        """Return random pictures in [0, 1], float [size, 3, h, w].
 
         Args:
             size: Pictures in the batch. Three in eight are inputs of scenes (colour as often as grey and dark
                 together), four in eight are labels of scenes, the rest are crops of photographs of any kind.
             generator: Source of all randomness.
-            device: Where the tensors are wanted.
-
-        Returns:
-            Pictures in [0, 1], float [size, 3, h, w], inputs of scenes first; and for each of these inputs the pictures
-            of ``LABEL_KINDS``, float [inputs, 6, 3, h, w].
+            device: Where the tensor is wanted.
         """
         inputs, labels = 3 * size // 8, size // 2
-        chosen, read = [], []
+        chosen = []
         for number in range(size):
             if number < inputs:
                 scene = self.scenes[_draw(len(self.scenes), generator)]
                 chosen.append(scene[INPUT_KINDS[_draw(len(INPUT_KINDS), generator)]])
-                read.append(scene[list(LABEL_KINDS)])
             elif number < inputs + labels or not len(self.crops):
                 scene = self.scenes[_draw(len(self.scenes), generator)]
                 chosen.append(scene[3 + _draw(len(KINDS) - 3, generator)])
             else:
                 chosen.append(self.crops[_draw(len(self.crops), generator), _draw(3, generator)])
-        return _floats(np.stack(chosen), device), _floats(np.stack(read), device)
+        # Strides of channels last.
+        return torch.from_numpy(np.stack(chosen)).to(device).movedim(-1, -3).float().div_(255)
 
 
 INPUT_KINDS = (0, 0, 1, 2)
 """Of ``KINDS``, what a task's input is drawn from: colour twice, grey, dark."""
-LABEL_KINDS = (0, 3, 4, 5, 6, 7)
-"""Of ``KINDS``: the colour picture and the five drawn labels."""
 
 
 def _draw(population: int, generator: torch.Generator) -> int:
     return int(torch.randint(population, (), generator=generator))
-
-
-def _floats(pictures: NDArray[np.uint8], device: torch.device) -> Tensor:
-    """uint8 [..., h, w, 3] -> float [..., 3, h, w] in [0, 1], with the strides of channels last."""
-    return torch.from_numpy(pictures).to(device).movedim(-1, -3).float().div_(255)
 
 
 def pictures(folder: Path, split: str, scenes: int, crops: int, seed: int) -> NDArray[np.uint8]:

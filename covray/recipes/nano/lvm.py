@@ -56,6 +56,8 @@ HEADS = 2
 with two a step is 1.3 times as fast as with four of 64."""
 MUON_RATE, ADAMW_RATE = 4e-3, 3e-3
 VIEW_SCENES = 1500
+KERNEL_DIMENSIONS = 8
+"""A codebook's vectors lie as far apart as if they had so few dimensions, however many there are."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Stage:
     """Scenes to train on, the first ones; None is all. No stage sees a pair more than about twice."""
 
 
-STAGES = (Stage(4000, 4, 1.0, 15_000), Stage(1400, 1, 0.7))
+STAGES = (Stage(2000, 4, 1.0), Stage(900, 1, 0.7))
 
 
 @dataclass(frozen=True)
@@ -252,11 +254,12 @@ def new_lvm(seed: int, context: int, codebook: NDArray[np.float32]) -> Lvm:
 def _code_features(codebook: Tensor, width: int, generator: torch.Generator) -> Tensor:
     """Return features of every code, [codes, width], whose products are large between codes that look alike.
 
-    Random Fourier features (Rahimi & Recht 2007) of a Gaussian kernel as wide as the codebook's standard deviation;
-    mean 0 and deviation 1.
+    Random Fourier features (Rahimi & Recht 2007) of a Gaussian kernel whose width is the codebook's standard deviation
+    over ``KERNEL_DIMENSIONS`` dimensions; mean 0 and deviation 1.
     """
-    points = (codebook - codebook.mean(0)) / codebook.std()
-    frequencies = torch.randn(points.shape[1], width, generator=generator)
+    dimensions = codebook.shape[1]
+    points = (codebook - codebook.mean(0)) / codebook.std() * (KERNEL_DIMENSIONS / dimensions) ** 0.5
+    frequencies = torch.randn(dimensions, width, generator=generator)
     phases = 2 * torch.pi * torch.rand(width, generator=generator)
     features = torch.cos(points @ frequencies + phases)
     features = features - features.mean(0)

@@ -1,19 +1,18 @@
-"""An encoder whose tokens describe their own pixels and nothing else, written as that of a stock ``VQModel``.
+"""A ``VQModel`` whose latents are the pixels of patches: a token describes its own 4 x 4 pixels and nothing else.
 
 A convolutional encoder writes into each token what lies up to three tokens around it, and its group norms something of
 the whole picture. A decoder does not mind; a model that writes tokens one by one does: it has to say every contour
-several times (``covray.recipes.nano.writing``). Here a token is a function of its patch of 4 x 4 pixels alone, by a
-network of one hidden layer. The decoder still looks around.
+several times, and errs several times (``covray.recipes.nano.writing``). So the codebook is that of patches themselves,
+and what a decoder learns is to see a picture in them.
 
-``write_encoder`` puts that network into the layers that a ``VQModel`` has, so that what is shipped needs no code of its
-own. Three things make that possible:
+``write_encoder`` makes a stock ``VQModel`` do this, so that what is shipped needs no code of its own:
 
 - A residual block whose second convolution is zero is its shortcut, which is linear; a convolution that halves the size
-  can gather 2 x 2 pixels into channels. So the encoder up to its last norm can be any linear map of a patch.
-- The last group norm takes the mean and the variance of a group of channels over the whole picture. Every feature is
+  can gather 2 x 2 pixels into channels. So the encoder up to its last norm can hand a patch on.
+- The last group norm takes the mean and the variance of a group of channels over the whole picture. Every value is
   there twice, with both signs, so that the mean is 0; two channels of each group hold a constant of either sign, so
   large that the variance is the constant's. So the norm does nothing but scale.
-- The activation and the convolution after it are the hidden layer.
+- silu(x) - silu(-x) = x: the last convolution takes the activation back.
 """
 
 from __future__ import annotations
@@ -22,69 +21,51 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 PATCH_PX = 4
-_COLOURS = 3
-_PIXELS = _COLOURS * PATCH_PX**2
-_CONSTANT = 1024.0
-"""Features are of the order of 1: what they add to a group's variance is some 1e-6 of it. Exact in float16."""
+COLOURS = 3
+VALUES = COLOURS * PATCH_PX**2
+"""Values of a patch, and width of a latent."""
+_CONSTANT = 1012.0
+"""So large that a picture's own part of a group's variance is some 1e-6 of it. It is exact in float16, and what a norm
+divides by for groups of 14 channels nearly so."""
 
 
-class PatchEncoder(nn.Module):
-    """A network of one hidden layer from a patch to its latent."""
-
-    def __init__(self, channels: int, groups: int, width: int) -> None:
-        """Make an untrained encoder.
-
-        Args:
-            channels: Channels of the ``VQModel``'s last level.
-            groups: Groups of its norms.
-            width: Channels of the latents.
-        """
-        super().__init__()
-        self.groups = groups
-        self.features = nn.Linear(_PIXELS, groups * (channels // groups - 2) // 2)
-        self.gain = nn.Parameter(torch.ones(2 * self.features.out_features))
-        self.offset = nn.Parameter(torch.zeros(2 * self.features.out_features))
-        self.latent = nn.Linear(2 * self.features.out_features, width)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Pixels in [0, 1], float [n, 3, h, w] -> latents, float32 [n, width, h / 4, w / 4]."""
-        with torch.autocast(pixels.device.type, enabled=False):
-            patches = F.pixel_unshuffle(pixels.float(), PATCH_PX).permute(0, 2, 3, 1)
-            features = self.features(patches)
-            signed = torch.cat((features, -features), -1)
-            return self.latent(F.silu(signed * self.gain + self.offset)).permute(0, 3, 1, 2)
+def patches(pictures: Tensor) -> Tensor:
+    """Pictures, [n, 3, h, w] -> their patches, [n, h / 4, w / 4, 48]: what the encoder computes."""
+    return F.pixel_unshuffle(pictures, PATCH_PX).permute(0, 2, 3, 1)
 
 
 @torch.no_grad()
-def write_encoder(encoder: PatchEncoder, model: Any) -> None:
-    """Make the encoder of ``model``, a ``VQModel`` of three levels without attention, compute what ``encoder`` does."""
+def write_encoder(model: Any) -> None:
+    """Make the encoder of ``model`` compute ``patches``.
+
+    Args:
+        model: A ``VQModel`` of three levels without attention, with latents of ``VALUES`` channels. The groups of the
+            norms on its last level have 2 * VALUES / groups + 2 channels.
+    """
     for parameter in model.encoder.parameters():
         parameter.zero_()
     _gather_patches(model.encoder)
-    groups, size = encoder.groups, model.encoder.conv_norm_out.num_channels // encoder.groups
+    norm = model.encoder.conv_norm_out
+    groups, size = norm.num_groups, norm.num_channels // norm.num_groups
+    identity = torch.eye(VALUES)
+    signed = torch.cat((identity, -identity))
     last = model.encoder.down_blocks[2].resnets[0].conv_shortcut
-    weight = torch.cat((encoder.features.weight, -encoder.features.weight))[:, _pixels_as_gathered()]
-    bias = torch.cat((encoder.features.bias, -encoder.features.bias))
-    last.weight[:, :_PIXELS, 0, 0] = _by_group(weight, torch.zeros(groups, 2, _PIXELS))
-    last.bias.copy_(_by_group(bias, torch.tensor([_CONSTANT, -_CONSTANT]).expand(groups, 2)))
-    norm, unused = model.encoder.conv_norm_out, torch.zeros(groups, 2)
-    norm.weight.copy_(_by_group(encoder.gain * _CONSTANT * (2 / size) ** 0.5, unused))  # the group's deviation
-    norm.bias.copy_(_by_group(encoder.offset, unused))
-    width = encoder.latent.out_features
-    model.encoder.conv_out.weight[..., 1, 1] = _by_group(encoder.latent.weight.T, torch.zeros(groups, 2, width)).T
-    model.encoder.conv_out.bias.copy_(encoder.latent.bias)
-    model.quant_conv.weight.copy_(torch.eye(width)[..., None, None])
+    last.weight[:, :VALUES, 0, 0] = _by_group(signed[:, _unshuffled_twice()], torch.zeros(groups, 2, VALUES))
+    last.bias.copy_(_by_group(torch.zeros(2 * VALUES), torch.tensor([_CONSTANT, -_CONSTANT]).expand(groups, 2)))
+    norm.weight.fill_(_CONSTANT * (2 / size) ** 0.5)  # what the norm divides by
+    model.encoder.conv_out.weight[..., 1, 1] = _by_group(signed, torch.zeros(groups, 2, VALUES)).T
+    model.quant_conv.weight.copy_(identity[..., None, None])
     model.quant_conv.bias.zero_()
 
 
-def _gather_patches(target: Any) -> None:
-    """Make the first two levels of an encoder that is all zero gather the 48 values of a patch into channels."""
-    target.conv_in.weight[:_COLOURS, :, 1, 1] = torch.eye(_COLOURS)
-    for level, block in enumerate(target.down_blocks[:2]):
-        before = _COLOURS * 4**level
+def _gather_patches(encoder: Any) -> None:
+    """Make the first two levels of an encoder that is all zero gather the values of a patch into channels."""
+    encoder.conv_in.weight[:COLOURS, :, 1, 1] = torch.eye(COLOURS)
+    for level, block in enumerate(encoder.down_blocks[:2]):
+        before = COLOURS * 4**level
         resnet, halving = block.resnets[0], block.downsamplers[0].conv
         if resnet.conv_shortcut is not None:
             resnet.conv_shortcut.weight[:before, :before, 0, 0] = torch.eye(before)
@@ -93,21 +74,21 @@ def _gather_patches(target: Any) -> None:
 
 
 def _by_group(values: Tensor, constant: Tensor) -> Tensor:
-    """Put what belongs to the features in the order of the channels.
+    """Put what belongs to the values of a patch in the order of the channels.
 
     Args:
-        values: Of the features with the one sign, then with the other, [2 * features, ...].
+        values: Of the values with the one sign, then with the other, [2 * VALUES, ...].
         constant: Of each group's two constant channels, [groups, 2, ...].
 
     Returns:
-        Of all channels, [channels, ...]: group by group, its features, the same with the other sign, its constants.
+        Of all channels, [channels, ...]: group by group, its values, the same with the other sign, its constants.
     """
     positive, negative = values.unflatten(0, (2, len(constant), -1))
     return torch.cat((positive, negative, constant), 1).flatten(0, 1)
 
 
-def _pixels_as_gathered() -> Tensor:
-    """Which of ``pixel_unshuffle``'s values of a patch each channel holds after two halvings, int64 [48]."""
-    numbers = torch.arange(_PIXELS).view(1, _PIXELS, 1, 1).float()
+def _unshuffled_twice() -> Tensor:
+    """Which value of a patch each channel holds after its pixels are gathered twice, int64 [48]."""
+    numbers = torch.arange(VALUES).view(1, VALUES, 1, 1).float()
     gathered = F.pixel_unshuffle(F.pixel_unshuffle(F.pixel_shuffle(numbers, PATCH_PX), 2), 2)
     return gathered.flatten().long()

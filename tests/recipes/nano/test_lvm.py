@@ -167,10 +167,9 @@ def _random_pictures() -> torch.Tensor:
 
 def _prepare_family(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Train a tiny VQGAN into ``out``, and make the stages of the LVM small."""
-    monkeypatch.setattr(autoencoders, "VQGAN_CHANNELS", (16, 48, 32))
+    monkeypatch.setattr(autoencoders, "VQGAN_CHANNELS", (16, 48, 112))
     monkeypatch.setattr(autoencoders, "CROPS", 1)
     monkeypatch.setattr(autoencoders, "CODES", 64)
-    monkeypatch.setattr(autoencoders, "CODEBOOK_BATCHES", 1)
     monkeypatch.setattr(lvm, "CROPS", 1)
     monkeypatch.setattr(lvm, "VIEW_SCENES", 2)
     monkeypatch.setattr(lvm, "BATCH_TOKENS", 1)

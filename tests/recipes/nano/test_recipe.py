@@ -17,6 +17,7 @@ from covray.models.tokenizer.vqgan import load_tokenizer
 from covray.recipes.nano import autoencoders, loop, recipe
 from covray.recipes.nano import prior as nano_prior
 from covray.recipes.nano.data import Pictures
+from covray.recipes.nano.patches import VALUES
 
 CPU = torch.device("cpu")
 ENGINE = EngineConfig(device="cpu")
@@ -33,10 +34,9 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("family")
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(autoencoders, "VAE_CHANNELS", (8, 8, 8))
-        patched.setattr(autoencoders, "VQGAN_CHANNELS", (16, 48, 32))
+        patched.setattr(autoencoders, "VQGAN_CHANNELS", (16, 48, 112))
         patched.setattr(autoencoders, "CROPS", 0)
         patched.setattr(autoencoders, "CODES", 64)
-        patched.setattr(autoencoders, "CODEBOOK_BATCHES", 2)
         patched.setattr(nano_prior, "CHANNELS", (16, 16))
         pictures, held_out = _pictures(40), _pictures(4)
         autoencoders.train_vae(pictures, held_out, out, 3, 0, CPU)
@@ -79,23 +79,22 @@ def test_the_tokenizer_reads_the_vqgan_that_was_trained(family: Path) -> None:
 
 def test_a_killed_vqgan_ends_where_it_would_have(family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed after the codebook was set: k-means is not done again, and every weight is the same to the bit."""
-    monkeypatch.setattr(autoencoders, "VQGAN_CHANNELS", (16, 48, 32))
+    monkeypatch.setattr(autoencoders, "VQGAN_CHANNELS", (16, 48, 112))
     monkeypatch.setattr(autoencoders, "CROPS", 0)
     monkeypatch.setattr(autoencoders, "CODES", 64)
-    monkeypatch.setattr(autoencoders, "CODEBOOK_BATCHES", 2)
     monkeypatch.setattr(loop, "SAVE_EVERY_S", -1)
     batch, calls = Pictures.batch, [0]
-    codebook, clustered = autoencoders._codebook, [0]
+    codebook, clustered = autoencoders.patch_codes, [0]
 
     def counting(*arguments):  # type: ignore[no-untyped-def]
         clustered[0] += 1
         return codebook(*arguments)
 
-    monkeypatch.setattr(autoencoders, "_codebook", counting)
+    monkeypatch.setattr(autoencoders, "patch_codes", counting)
 
     def killing(*arguments):  # type: ignore[no-untyped-def]
         calls[0] += 1
-        if calls[0] == 1 + 2 + 1 + 1:  # a step, the two batches of k-means, a step, and the step that is killed
+        if calls[0] == 3:  # two steps, and the one that is killed
             raise KeyboardInterrupt
         return batch(*arguments)
 
@@ -116,7 +115,7 @@ def test_the_shipped_networks_have_their_shapes_and_fit_in_the_package() -> None
         vae, vqgan, unet = autoencoders.new_vae(), autoencoders.new_vqgan(), nano_prior.new_unet()
         pictures = torch.zeros(1, 3, 64, 64)
         assert vae.encode(pictures).latent_dist.mean.shape == (1, 4, 16, 16)
-        assert vqgan.encode(pictures).latents.shape == (1, autoencoders.CODE_WIDTH, 16, 16)
+        assert vqgan.encode(pictures).latents.shape == (1, VALUES, 16, 16)
         context = torch.zeros(1, *nano_prior.CONTEXT)
         answer = unet(torch.zeros(1, 4, 16, 16), 0, encoder_hidden_states=context).sample
         assert answer.shape == (1, 4, 16, 16)
@@ -134,13 +133,13 @@ def test_an_untrained_vae_does_not_drown_its_means_in_noise() -> None:
 
 def test_nearest_codes_are_the_nearest() -> None:
     model = autoencoders.new_vqgan()
-    latents = torch.randn(2, autoencoders.CODE_WIDTH, 4, 4, generator=torch.Generator().manual_seed(0))
+    latents = torch.randn(2, VALUES, 4, 4, generator=torch.Generator().manual_seed(0))
     quantised, ids = autoencoders.nearest(model, latents)
     codes = model.quantize.embedding.weight
-    rows = latents.permute(0, 2, 3, 1).reshape(-1, autoencoders.CODE_WIDTH)
+    rows = latents.permute(0, 2, 3, 1).reshape(-1, VALUES)
     distance = torch.cdist(rows.double(), codes.double())
     assert torch.allclose(distance.gather(1, ids.reshape(-1, 1))[:, 0], distance.min(1).values, atol=1e-5)
-    assert torch.equal(quantised.permute(0, 2, 3, 1).reshape(-1, autoencoders.CODE_WIDTH), codes[ids.flatten()])
+    assert torch.equal(quantised.permute(0, 2, 3, 1).reshape(-1, VALUES), codes[ids.flatten()])
 
 
 def test_batches_are_all_pictures_in_order() -> None:
