@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Generic, Protocol, Self, TypeVar
 
+from pydantic import JsonValue
+
 from covray.config import differences
 from covray.distributed.lock import PREFIX, FolderLock
 from covray.distributed.trackers.base import MLFLOW, Status, Tracked, trackers_of
@@ -130,7 +132,7 @@ class Output(Generic[R]):
         self._lock.__exit__(kind, error, trace)
 
     def require_same(
-        self, recorded: Mapping[str, Any], current: Mapping[str, Any], *, open_matches: bool = False
+        self, recorded: Mapping[str, JsonValue], current: Mapping[str, JsonValue], *, open_matches: bool = False
     ) -> None:
         """Refuse to continue with another configuration, and say which keys differ.
 

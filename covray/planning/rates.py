@@ -11,6 +11,7 @@ import yaml
 from pydantic import Field
 
 from covray.config import BuildConfig, Section, TrainConfig, differences, load_config, read_yaml
+from covray.config.section import JsonObject
 from covray.errors import ConfigError, one_line
 from covray.io import storage
 
@@ -33,7 +34,7 @@ Step = Literal["build", "train"]
 class BuildRates(Section):
     """The rates of a build."""
 
-    identity: dict[str, Any]
+    identity: JsonObject
     """The part of the configuration that they hold for; empty where they are assumed."""
     rows_per_block: int = Field(ge=1)
     actors: int = Field(ge=1)
@@ -58,7 +59,7 @@ class BuildRates(Section):
 class TrainRates(Section):
     """The rates of a training."""
 
-    identity: dict[str, Any]
+    identity: JsonObject
     """The part of the configuration that they hold for; empty where they are assumed."""
     workers: int = Field(ge=1)
     start_s: Seconds
@@ -217,13 +218,13 @@ def _train_rates(calibration: Calibration) -> TrainRates:
     return calibration.train
 
 
-def _require_measured(measured: dict[str, Any], planned: dict[str, Any], step: Step) -> None:
+def _require_measured(measured: JsonObject, planned: JsonObject, step: Step) -> None:
     differing = differences(measured, identity_of(step, planned), open_matches=True)
     if differing:
         raise ConfigError(f"calibration: {step} {'; '.join(differing)}; run covray benchmark with what is planned")
 
 
-def _difference_notes(measured: dict[str, Any], planned: dict[str, Any], step: Step) -> list[str]:
+def _difference_notes(measured: JsonObject, planned: JsonObject, step: Step) -> list[str]:
     differing = differences(measured, identity_of(step, planned), open_matches=True)
     if not differing:
         return []

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from covray.config import SweepConfig, load_config
+from covray.config.section import JsonObject
 from covray.distributed.sweep import sweep
 from covray.errors import ConfigError, one_line
 from covray.io import storage
@@ -32,7 +32,7 @@ that is best on the validation split, 24 queries a task of scenes that no traini
 sees the same pairs equally often, so a chain of 4 is trained on twice the tokens of a plain pair, as in the paper."""
 
 
-def run_claims(out: str, data: str | None = None) -> dict[str, Any]:
+def run_claims(out: str, data: str | None = None) -> JsonObject:
     """Run the experiment of the claims, or continue it.
 
     Args:

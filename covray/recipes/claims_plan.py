@@ -13,11 +13,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from covray.config import JsonObject
+
 BudgetName = Literal["small", "full"]
 ClaimGroup = Literal["paper", "pays", "training", "form", "decoding"]
 MAIN_LENGTH = 4
-OWN_NOISE = {"kind": "own", "share": 0.75}
-NOISES: dict[str, dict[str, Any]] = {
+OWN_NOISE: JsonObject = {"kind": "own", "share": 0.75}
+NOISES: dict[str, JsonObject] = {
     "own": OWN_NOISE,
     "scheduled": {"kind": "scheduled", "share": 0.5},
     "random": {"kind": "random", "share": 0.25},
@@ -96,7 +98,7 @@ class Backbone:
     name: str
     path: str
 
-    def config(self) -> dict[str, Any]:
+    def config(self) -> JsonObject:
         """Return it as a ``BackboneConfig``."""
         shipped = re.fullmatch(r"nano(-\d+)?", self.path)
         return {"scale": "nano" if shipped else "custom", "path": self.path}
@@ -125,7 +127,7 @@ class Arm:
     method: str
     length: int = MAIN_LENGTH
     dataset: str = "main"
-    noise: Mapping[str, Any] | None = None
+    noise: JsonObject | None = None
     share: float = 1.0
     """Of the queries."""
     steps_factor: float = 1.0
@@ -262,7 +264,7 @@ def decodings(budget: Budget) -> list[Decoding]:
     return ways
 
 
-def _frames(temperature: float) -> dict[str, Any]:
+def _frames(temperature: float) -> Mapping[str, Any]:
     return {"sampling": {"frames": {"temperature": temperature}}}
 
 
@@ -282,7 +284,7 @@ def train_options(arm: Arm, budget: Budget, pairs: int, tokens_per_image: int) -
     """
     steps = steps_of(arm, budget, pairs)
     sentence = 2 * arm.pictures * tokens_per_image  # an example chain, and the query's
-    noise: dict[str, Any] = dict(arm.noise or {})
+    noise: JsonObject = dict(arm.noise or {})
     if noise.get("kind") == "own":
         noise["refresh_tokens"] = max(1, steps * budget.sentences * sentence // (budget.refreshes + 1))
     sentences: dict[str, Any] = {

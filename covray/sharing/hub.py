@@ -14,6 +14,7 @@ from typing import Any, Literal
 from covray.chains.dataset import ChainDataset
 from covray.chains.records import Audit, DatasetRecord
 from covray.config import recorded_section
+from covray.config.section import JsonObject
 from covray.errors import ConfigError, CovrayError, one_line
 from covray.evaluation.records import EvaluationRecord, EvaluationResults
 from covray.io.model_folders import NANO_NAMES
@@ -50,7 +51,7 @@ def push(
     public: bool = False,
     base_model: str | None = None,
     scores: str | None = None,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Upload a finished run, dataset or evaluation.
 
     Args:
@@ -146,7 +147,7 @@ def _evaluation(folder: Folder, licence: str) -> Upload:
     return Upload("dataset", card, folder, files)
 
 
-def _send(upload: Upload, repository: str, public: bool) -> dict[str, Any]:
+def _send(upload: Upload, repository: str, public: bool) -> JsonObject:
     """Make the repository if it is absent, and commit all files at once."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 

@@ -12,13 +12,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from covray.config import differences
+from covray.config.section import JsonObject
 from covray.errors import ConfigError, DatasetError
 from covray.io.storage import Folder
 from covray.training.records import BestValidation, CheckpointRecord
@@ -40,7 +40,7 @@ class State:
     """For every trained parameter, by name: ``NAME`` its float32 value, ``NAME.exp_avg`` and ``NAME.exp_avg_sq`` the
     moments of Adam. Beside them what the objective's ``Rewriter`` wrote."""
     best: BestValidation | None
-    numerics: Mapping[str, Any]
+    numerics: JsonObject
     """The settings that change the order in which floats are added, and so the last bits, but not the result."""
 
 
@@ -52,7 +52,7 @@ def checkpoint_name(step: int) -> str:
 class Checkpoints:
     """The checkpoints of one run folder."""
 
-    def __init__(self, out: str, identity: Mapping[str, Any], keep: int):
+    def __init__(self, out: str, identity: JsonObject, keep: int):
         """Open the checkpoints; nothing is read yet.
 
         Args:
@@ -133,9 +133,7 @@ class Checkpoints:
             folder.delete()
 
 
-def require_same(
-    path: str, recorded: Mapping[str, Any], current: Mapping[str, Any], *, open_matches: bool = False
-) -> None:
+def require_same(path: str, recorded: JsonObject, current: JsonObject, *, open_matches: bool = False) -> None:
     """Refuse to continue with another configuration. Raises ConfigError, which says what differs.
 
     Args:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from covray.config import TrainConfig
+from covray.config.section import JsonObject
 from covray.config.vlm import VlmTrainConfig
 from covray.models.lvm.model import Batch
 from covray.models.vlm.batch import VlmBatch
@@ -64,7 +64,7 @@ def _train(
     return Trainer(config, objective, update, worker, numerics=numerics, report=report).run()
 
 
-def numerics_of(config: TrainConfig | VlmTrainConfig, world_size: int) -> dict[str, Any]:
+def numerics_of(config: TrainConfig | VlmTrainConfig, world_size: int) -> JsonObject:
     """Return the settings that may change between a run and its continuation, at the price of equality to the bit."""
     compute = config.compute.model_dump(include={"device", "threads", "recompute", "compile", "deepspeed"})
     micro_batch = config.optimizer.model_dump(include={"micro_batch_tokens", "micro_batch_samples"})

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from covray.config.section import JsonObject
 from covray.errors import ConfigError, WeightsError
 from covray.io.tensor_files import read_tensors, require_new
 from covray.models.aligner.aligner import Aligner, aligner_of, save_aligner
@@ -22,7 +22,7 @@ _T5_EPSILON = 1e-6
 
 def convert_aligner(
     file: Path, out: Path, variant: str, vlm: str | None = None, language_model: str | None = None
-) -> dict[str, Any]:
+) -> JsonObject:
     """Write one of the authors' checkpoints as the folder of an aligner, and return what it is.
 
     Args:
@@ -40,10 +40,10 @@ def convert_aligner(
         raise ConfigError(f"--variant {variant}: give lvlm or clip")
     require_new(out)
     aligner = read_pickled_aligner(file)
-    features: dict[str, Any] = {"variant": variant}
+    features: JsonObject = {"variant": variant}
     if vlm is not None:
         features["vlm"] = {"path": vlm, "revision": None, "mask_id": None}
-    update: dict[str, Any] = {"features": features}
+    update: JsonObject = {"features": features}
     if language_model is not None:
         update["trained_through"] = {"path": language_model, "revision": None, "max_tokens": _TOKENS[variant]}
     save_aligner(out, Aligner(aligner.network, aligner.record.model_copy(update=update)))

@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors import SafetensorError
 
 from covray.config import EngineConfig, PriorConfig, require_compiler
+from covray.config.section import JsonObject
 from covray.errors import ConfigError, WeightsError, one_line
 from covray.io.device import resolve_device
 from covray.io.model_folders import fingerprint_folder, require_files, require_whole, resolve_folder
@@ -304,7 +305,7 @@ def read_schedule(folder: Path, config: PriorConfig) -> Schedule:
     return make_schedule(scheduler, config.steps, config.solver, config.evaluations)
 
 
-def read_config(file: Path) -> dict[str, Any]:
+def read_config(file: Path) -> JsonObject:
     """Return the keys and values of a JSON file. Raises WeightsError for a file of anything else."""
     try:
         config = json.loads(file.read_text(encoding="utf-8"))

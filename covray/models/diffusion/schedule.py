@@ -7,11 +7,12 @@ Timesteps and noise levels are those of diffusers' ``DDIMScheduler`` (denoising)
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from diffusers import DDIMScheduler
 
+from covray.config.section import JsonObject
 from covray.errors import ConfigError, WeightsError
 from covray.models.diffusion.solvers import (
     Levels,
@@ -92,7 +93,7 @@ class Schedule:
 
 
 def make_schedule(
-    config: dict[str, Any], steps: int, solver: Literal["ddim", "dpm"] = "ddim", evaluations: int | None = None
+    config: JsonObject, steps: int, solver: Literal["ddim", "dpm"] = "ddim", evaluations: int | None = None
 ) -> Schedule:
     """Return the schedule for a diffusers scheduler configuration (``scheduler_config.json``).
 
@@ -172,7 +173,7 @@ def _dpm(scheduler: DDIMScheduler, steps: int) -> tuple[Tables, Tables]:
     return denoise, invert
 
 
-def _refuse_unknown(config: dict[str, Any]) -> None:
+def _refuse_unknown(config: JsonObject) -> None:
     # Key, diffusers' default for an absent key, and what is implemented. clip_sample's default would ruin latents
     # without an error.
     supported = {

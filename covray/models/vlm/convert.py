@@ -7,10 +7,10 @@ vocabulary other programs read without resizing it.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from covray.config.section import JsonObject
 from covray.config.vlm import VlmModelConfig
 from covray.errors import WeightsError
 from covray.io.tensor_files import new_folder, require_new
@@ -20,7 +20,7 @@ from covray.models.vlm.checkpoint import BLOCKS_FILE, blocks_file, load_vlm, vlm
 _SHARD = "5GB"
 
 
-def convert_vlm(config: VlmModelConfig, out: str) -> dict[str, Any]:
+def convert_vlm(config: VlmModelConfig, out: str) -> JsonObject:
     """Write a checkpoint with a mask token to the folder ``out``.
 
     The mask's row of the embedding is the mean of all tokens' rows, as a training begins with; all other weights stay.

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from covray.config.section import JsonObject
 from covray.errors import ConfigError, WeightsError, one_line
 from covray.io.model_folders import NANO_NAMES, fingerprint_folder, is_hub_id, resolve_folder
 from covray.tasks import TASKS
@@ -120,9 +120,9 @@ class LabelModel:
     classes: tuple[str, ...] = ()
     """Of a segmentation, by index."""
 
-    def meta(self) -> dict[str, Any]:
+    def meta(self) -> JsonObject:
         """Return what rows keep of the model."""
-        meta: dict[str, Any] = {
+        meta: JsonObject = {
             "source": "label",
             "model": self.options.model,
             "revision": self.commit,
@@ -190,7 +190,7 @@ def _require_options(options: LabelOptions) -> None:
         raise ConfigError("--confidence: is for --task segmentation and pose; leave it out")
 
 
-def _config(folder: Path) -> tuple[Mapping[str, Any], Kind]:
+def _config(folder: Path) -> tuple[JsonObject, Kind]:
     """Return the configuration of a model, and which library loads it. Raises WeightsError."""
     pipeline = folder / "model_index.json"
     file = pipeline if pipeline.is_file() else folder / "config.json"
@@ -203,7 +203,7 @@ def _config(folder: Path) -> tuple[Mapping[str, Any], Kind]:
     return config, "marigold" if file == pipeline else "transformers"
 
 
-def _misfit(options: LabelOptions, config: Mapping[str, Any], kind: Kind) -> str | None:
+def _misfit(options: LabelOptions, config: JsonObject, kind: Kind) -> str | None:
     """Return why the model does not label the task; None where it does."""
     task = options.task
     if kind == "marigold":
@@ -227,11 +227,11 @@ def _misfit(options: LabelOptions, config: Mapping[str, Any], kind: Kind) -> str
     return None
 
 
-def _is_metric(config: Mapping[str, Any]) -> bool:
+def _is_metric(config: JsonObject) -> bool:
     return config.get("depth_estimation_type") == "metric" or config.get("model_type") in _METRIC_TYPES
 
 
-def _classes(model: str, config: Mapping[str, Any]) -> tuple[str, ...]:
+def _classes(model: str, config: JsonObject) -> tuple[str, ...]:
     """Return the names of a segmentation model's classes. Raises ConfigError where they do not fit the palette."""
     names = config.get("id2label")
     if not isinstance(names, dict) or not names:

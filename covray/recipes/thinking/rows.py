@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from covray.config.section import JsonObject
 from covray.evaluation.caption_facts import stated
 from covray.io import storage
 from covray.models.aligner.aligner import Aligner
@@ -89,7 +90,7 @@ class RowJudge:
         """Take the nano parts; files are written to ``folder``."""
         self._family, self._folder = family, folder
 
-    def judged(self, name: str, whole: EpisodeSet, make: Callable[[], Sequence[Cell | None]]) -> dict[str, Any]:
+    def judged(self, name: str, whole: EpisodeSet, make: Callable[[], Sequence[Cell | None]]) -> JsonObject:
         """Return a row's verdicts and seconds.
 
         Args:
@@ -104,7 +105,7 @@ class RowJudge:
             row = _columns(verdicts) | {"seconds": round(time.monotonic() - started, 1)}
             storage.write_json(str(file), row)
             print(f"{name}: {np.mean(row['right']):.3f} right", flush=True)
-        result: dict[str, Any] = storage.read_json(str(file))
+        result: JsonObject = storage.read_json(str(file))
         return result
 
     def of_pictures(self, whole: EpisodeSet, draw: Callable[[range], Pictures]) -> list[Cell]:
