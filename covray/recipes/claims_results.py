@@ -180,7 +180,8 @@ class _Summary:
             for arm in ("diffusion", "own"):
                 names = []
                 for backbone in (smaller, larger):
-                    names += [name if backbone is first else f"{backbone.name}-{name}" for name in (arm, "none")]
+                    prefix = "" if backbone is first else f"{backbone.name}-"
+                    names += [f"{prefix}{arm}", f"{prefix}none"]
                 scores = [self._scores(name) for name in names]
                 comparison = None
                 if all(each is not None for each in scores):

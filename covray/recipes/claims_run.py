@@ -287,9 +287,10 @@ def read_programme(out: str) -> Programme:
     values = dict(record.budget)
     for key in ("seeds", "shares", "lengths", "votes"):
         values[key] = tuple(values[key])
-    values["spacings"] = {
-        name: spacing if isinstance(spacing, str) else tuple(spacing) for name, spacing in values["spacings"].items()
-    }
+    values["spacings"] = dict(values["spacings"])
+    for name, spacing in values["spacings"].items():
+        if not isinstance(spacing, str):
+            values["spacings"][name] = tuple(spacing)
     values["tasks"] = None if values["tasks"] is None else tuple(values["tasks"])
     return Programme(out, record, Budget(**values), tuple(Backbone(**each) for each in record.backbones))
 

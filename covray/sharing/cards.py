@@ -75,7 +75,8 @@ def dataset_card(
         "|---|---|---|",
     ]
     lines += [f"| {task} | {audit.per_task[task].written} | {audit.per_task[task].rejected} |" for task in tasks]
-    frames = f"{', '.join(dataset.methods) or 'none'}, at alpha {', '.join(f'{alpha:.4g}' for alpha in dataset.alphas)}"
+    alphas = ", ".join(f"{alpha:.4g}" for alpha in dataset.alphas)
+    frames = f"{', '.join(dataset.methods) or 'none'}, at alpha {alphas}"
     lines += [
         "",
         f"- A picture has {dataset.tokens_per_image} tokens and {dataset.record.tokenizer_size_px} px a side; the "

@@ -82,9 +82,10 @@ def train_painter(out: Path, steps: int | None, portraits: int, seed: int, devic
 
     def error(model: Any, split: str, index: Tensor, generator: torch.Generator) -> Tensor:
         contents: list[Portrait] = [parts[split].contents[number] for number in index.tolist()]
-        captions = describe(contents, numbers_of(generator))
-        empty = torch.rand(len(captions), generator=generator) < EMPTY
-        texts = ["" if left_out else caption for caption, left_out in zip(captions, empty.tolist(), strict=True)]
+        texts = describe(contents, numbers_of(generator))
+        empty = torch.rand(len(texts), generator=generator) < EMPTY
+        for place in torch.nonzero(empty)[:, 0].tolist():
+            texts[place] = ""
         states, mask = encoder.encode(texts)
         timesteps = torch.randint(1000, (len(index),), generator=generator).to(device)
         clean = latents[split][index].to(device).float()
