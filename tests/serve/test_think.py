@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from ray import serve
 
 from covray.config import EngineConfig, ServeConfig, load_config
 from covray.config.serve import ThinkServeConfig
 from covray.config.think import ThinkGenerateConfig
 from covray.errors import ConfigError, CovrayError, WeightsError
-from covray.serve.app import require_servable
+from covray.serve.app import TOKEN_VARIABLE, application, require_servable
 from covray.serve.schemas import Refusal, ThoughtResponse
 from covray.serve.thinking import ThoughtModels, ThoughtQuery, open_parts
 from covray.thinking.answering import generate
@@ -107,3 +108,13 @@ def test_a_part_that_is_missing_is_named_before_the_server_starts(
 def test_the_painters_settings_are_checked() -> None:
     with pytest.raises(ConfigError, match=r"think\.steps"):
         load_config(ServeConfig, None, {"adapters": ["run"], "think.steps": 0})
+
+
+def test_a_cluster_serves_the_parts_too(
+    parts: Parts, write_run: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(TOKEN_VARIABLE, "0123456789abcdef")
+    arguments = {"adapters": [write_run(method="none")], "replicas.gpus": 0.5, "think.folder": parts("clip")}
+    assert isinstance(application(arguments), serve.Application)
+    with pytest.raises(WeightsError, match="aligner: is neither a finished run"):
+        application(arguments | {"think.folder": "/absent"})

@@ -127,7 +127,7 @@ def test_words_and_pictures_give_a_text_and_a_picture(page: Page, thinker: Think
 
     page.get_by_role("combobox", name="Ask by").select_option("prompt")
     page.get_by_role("combobox", name="Draw").select_option("text")
-    page.get_by_label("Question").fill("no")
+    page.get_by_role("textbox", name="Question").fill("no")
     think.click()
     expect(status).to_have_text("<b>not</b> this")
     assert (thinker.asked[-1].words, thinker.asked[-1].is_bridge) == ((), True)
