@@ -16,7 +16,7 @@ from covray.chains.compatibility import require_same_tokens
 from covray.config import EngineConfig, TokenizerConfig
 from covray.errors import ConfigError, CovrayError, DatasetError, one_line
 from covray.models.tokenizer.vqgan import load_tokenizer
-from covray.progress import stage
+from covray.progress import own_display, stage
 from covray.report.contact_sheets import decode_rows
 from covray.report.dataset import render_page, view_of
 from covray.report.html import render_part
@@ -116,7 +116,7 @@ def serve_dataset(path: str, port: int, ready: Callable[[str], None]) -> None:
     """
     server = DatasetServer(path, port)
     ready(server.address)
-    with contextlib.suppress(KeyboardInterrupt):
+    with own_display(), contextlib.suppress(KeyboardInterrupt):
         server.run()
 
 
