@@ -192,7 +192,9 @@ def render_page(dataset: ChainDataset, chains: Sequence[ChainPictures], rows: pa
         unfinished=dataset.audit is None,
         tiles=_tiles(dataset),
         lines=_facts(dataset),
-        fingerprints=[(f"{readable(name)} fingerprint", value) for name, value in dataset.fingerprints.items()],
+        fingerprints=[
+            (f"{readable(name)} fingerprint", value) for name, value in dataset.fingerprints.items() if value
+        ],
         groups=groups,
         rejects=rejects,
         figures_of_pairs=_FIGURE_NAMES,
@@ -219,16 +221,25 @@ def _tiles(dataset: ChainDataset) -> list[tuple[str, str]]:
     return tiles
 
 
+def _fingerprints(dataset: ChainDataset) -> list[tuple[str, str]]:
+    """Return the fingerprints by name; pairs without frames have none of a prior."""
+    known = filter(itemgetter(1), dataset.fingerprints.items())
+    return [(f"{readable(name)} fingerprint", value) for name, value in known]
+
+
 def _facts(dataset: ChainDataset) -> list[tuple[str, str]]:
     """Return how the chains were made."""
     config = dataset.config
-    lines = [
-        ("Chain lengths", listed(config["lengths"])),
-        ("Methods", listed(dataset.methods)),
-        ("Alphas", listed((f"{alpha:.3g}" for alpha in dataset.alphas), empty="none")),
-        ("Prior", f"{config['prior']['path']}, {solver_text(config['prior'])}"),
-        ("Tokenizer", config["tokenizer"]["path"]),
-    ]
+    if dataset.methods:
+        lines = [
+            ("Chain lengths", listed(config["lengths"])),
+            ("Methods", listed(dataset.methods)),
+            ("Alphas", listed((f"{alpha:.3g}" for alpha in dataset.alphas), empty="none")),
+            ("Prior", f"{config['prior']['path']}, {solver_text(config['prior'])}"),
+        ]
+    else:
+        lines = [("Frames", "none, pairs alone")]
+    lines.append(("Tokenizer", config["tokenizer"]["path"]))
     if dataset.unreadable:
         lines.append(("Left out", f"{len(dataset.unreadable)} shards that cannot be read"))
     return lines
@@ -251,7 +262,7 @@ def view_of(chain: ChainPictures) -> ChainView:
         label=chain.label,
         methods=tuple(chain.frames) or ("none",),
         frames=chain.frames,
-        alphas=chain.alphas,
+        alphas=chain.alphas if chain.frames else (),
     )
 
 

@@ -1,10 +1,11 @@
-"""The list of all pairs in a real browser: filters and orders, 100,000 rows, and what a row opens to."""
+"""The list of all pairs in a real browser: filters, orders, 100,000 rows, what a row opens to, a build that goes on."""
 
 from __future__ import annotations
 
 import math
 import random
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from covray.chains.dataset import ChainDataset, shard_schema
 from covray.report.dataset import render_page, view
+from covray.report.dataset_server import DatasetServer
 from covray.report.pair_rows import COLUMNS
 
 pytestmark = pytest.mark.end_to_end
@@ -46,7 +48,7 @@ def page(browser: Browser) -> Iterator[Page]:
     opened.on("pageerror", lambda error: errors.append(error))
     yield opened
     opened.close()
-    assert [url for url in requests if not url.startswith(("file:", "data:"))] == []
+    assert [url for url in requests if not url.startswith(("file:", "data:", "http://127.0.0.1:"))] == []
     assert errors == []
 
 
@@ -195,6 +197,16 @@ def test_a_hundred_thousand_rows_keep_the_page_small(page: Page, write_dataset: 
     expect(page.locator("#shown")).to_have_text("11 of 100,000 pairs")
 
 
+def test_pairs_without_frames_are_listed_and_fade(page: Page, write_dataset: Writer, tmp_path: Path) -> None:
+    out, written = write_dataset({"depth": 2}, methods=())
+    page.goto(Path(view(out, str(tmp_path / "view"))[-1]).as_uri())
+    assert ids(page) == [str(row["pair_id"]) for row in written]
+    fade = page.locator(".chain .fade").first
+    shown = [picture.get_attribute("src") for picture in fade.locator("img").all()]
+    ends = [page.locator(f".chain img[data-at='{end}']").first for end in ("0.0", "1.0")]
+    assert shown == [picture.get_attribute("src") for picture in ends]
+
+
 def test_a_row_opens_to_its_pictures_or_its_reason(page: Page, write_dataset: Writer, tmp_path: Path) -> None:
     out, written = write_dataset({"depth": 12, "edges": 2}, rejects={1: "missing: <script>document.title='x'</script>"})
     page.goto(Path(view(out, str(tmp_path / "view"), limit_per_task=4)[-1]).as_uri())
@@ -222,3 +234,26 @@ def test_a_row_opens_to_its_pictures_or_its_reason(page: Page, write_dataset: Wr
             assert page.evaluate("document.documentElement.scrollWidth") <= width, "nothing is cut off"
             page.screenshot(path=tmp_path / f"{scheme}-{width}.png")
             assert np.array(Image.open(tmp_path / f"{scheme}-{width}.png").convert("L")).std() > 5
+
+
+def test_rows_appear_while_a_dataset_is_built(page: Page, write_dataset: Writer) -> None:
+    out, written = write_dataset({"depth": 4, "edges": 2}, finished=False)
+    later = Path(out, "shards", "task=edges", "part-1.parquet")
+    later.rename(later.with_suffix(".later"))
+    server = DatasetServer(out)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        page.goto(server.address)
+        expect(page.locator("#live")).to_have_text("live: 5 written, 0 rejected so far")
+        expect(page.locator("#rows .detail img").first).to_be_visible()
+        pair = page.get_by_role("button", name=str(written[0]["pair_id"]), exact=True)
+        pair.focus()
+        later.with_suffix(".later").rename(later)
+        expect(page.locator("#live")).to_have_text("live: 6 written, 0 rejected so far", timeout=20_000)
+        assert str(written[-1]["pair_id"]) in ids(page)
+        assert pair.evaluate("(button) => button === document.activeElement"), "new rows do not take the focus"
+        expect(page.locator(".badge")).to_have_text("unfinished")
+    finally:
+        server.close()
+        thread.join(20)
