@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from covray.models.lvm.scales import SPECIAL_IDS, llama_config
 from covray.models.tokenizer.vqgan import Tokenizer, load_tokenizer
 from covray.recipes.nano.data import CROPS, KINDS, VIEWS, views
 from covray.recipes.nano.loop import Run, muon_and_adamw, train
+from covray.recipes.nano.patches import patch_tokens
 
 TASK_PICTURES = {
     "segmentation": ("colour", "segmentation"), "pose": ("colour", "pose"), "colorization": ("grey", "colour"),
@@ -45,8 +46,6 @@ PAIRS_OF_A_STEP = (2, 2, 2, 2, 3, 3, 4, 8)
 """Pairs of a sentence, drawn for each step; the sentences of a step are equally long."""
 BATCH_TOKENS = 6144
 """Tokens of a step, about; one sentence where it is longer."""
-ENCODE_BATCH = 8
-"""Pictures that are encoded at a time: few enough for a core's cache, which is 1.25 times as fast as 64."""
 PAIRS_SHARE, VIEWS_SHARE = 0.9, 0.05
 IMAGES_LOSS = 0.25
 """Share of the tokens of images that carry loss; all of a label's do. Most of an image nobody can foretell, and the
@@ -72,8 +71,6 @@ class Stage:
     """Tokens that are read and written as one position; 1 is the model as it is used."""
     rate: float
     """Highest learning rate, as a share of ``MUON_RATE`` and ``ADAMW_RATE``."""
-    scenes: int | None = None
-    """Scenes to train on, the first ones; None is all. No stage sees a pair more than about twice."""
 
 
 STAGES = (Stage(2000, 4, 1.0), Stage(900, 1, 0.7))
@@ -149,7 +146,7 @@ def train_lvm(
         device: Where to train.
     """
     torch.manual_seed(seed)
-    tokenizer = load_tokenizer(TokenizerConfig(path=str(out / "vqgan")), EngineConfig(image_batch=ENCODE_BATCH))
+    tokenizer = load_tokenizer(TokenizerConfig(path=str(out / "vqgan")), EngineConfig())
     corpus = _corpus(pictures, tokenizer, out, seed)
     validation = scenes_alone(_tokens(held_out, tokenizer, out / "data" / "held-out"))
     size = tokenizer.tokens_per_image
@@ -162,10 +159,9 @@ def train_lvm(
     for number, stage in enumerate(STAGES, 1):
         ended = out / f"lvm-{number}"
         if not ended.is_dir():
-            stage_corpus = replace(corpus, scenes=corpus.scenes[: stage.scenes])
             run = Run(f"lvm-{number}", out, steps or stage.steps, seed + number, device, ADAMW_RATE)
             model = train(
-                model, _loss(stage_corpus, size, stage.patch, device), run, measure=measure,
+                model, _loss(corpus, size, stage.patch, device), run, measure=measure,
                 optimizers=partial(_optimizers, rate=stage.rate),
             )  # fmt: skip
             save_lvm(model, ended, tokenizer.codebook_fingerprint, size)
@@ -384,10 +380,10 @@ def _corpus(pictures: Tensor, tokenizer: Tokenizer, out: Path, seed: int) -> Cor
 
 
 def _tokens(pictures: Tensor, tokenizer: Tokenizer, path: Path) -> Tensor:
-    """Tokens uint16 [n, tokens] of ``pictures``, kept beside ``path``: a continued training need not encode again."""
-    kept = path.with_name(f"{path.name}-tokens-{len(pictures)}-{tokenizer.fingerprint[:12]}.npy")
+    """Tokens uint16 [n, tokens] of ``pictures``, kept beside ``path`` for a training that goes on."""
+    kept = path.with_name(f"{path.name}-tokens-{len(pictures)}-{tokenizer.codebook_fingerprint[:12]}.npy")
     if not kept.exists():
         aside = kept.with_suffix(".part.npy")
-        np.save(aside, tokenizer.encode(pictures.numpy()))
+        np.save(aside, patch_tokens(pictures.numpy(), tokenizer.codebook))
         aside.rename(kept)
     return torch.from_numpy(np.load(kept))

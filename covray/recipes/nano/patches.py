@@ -19,14 +19,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 PATCH_PX = 4
 COLOURS = 3
 VALUES = COLOURS * PATCH_PX**2
 """Values of a patch, and width of a latent."""
+TOKENS_BATCH = 8
+"""Pictures whose distances to all codes are in memory at a time: few enough for a core's cache."""
 _CONSTANT = 1012.0
 """So large that a picture's own part of a group's variance is some 1e-6 of it. It is exact in float16, and what a norm
 divides by for groups of 14 channels nearly so."""
@@ -35,6 +39,30 @@ divides by for groups of 14 channels nearly so."""
 def patches(pictures: Tensor) -> Tensor:
     """Pictures, [n, 3, h, w] -> their patches, [n, h / 4, w / 4, 48]: what the encoder computes."""
     return F.pixel_unshuffle(pictures, PATCH_PX).permute(0, 2, 3, 1)
+
+
+@torch.inference_mode()
+def patch_tokens(pictures: NDArray[np.uint8], codebook: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """Return the tokens of pictures as the tokenizer would, five times as fast: its encoder is left out.
+
+    Of two codes that are equally near but for rounding the tokenizer may take the other, for one token in a thousand.
+
+    Args:
+        pictures: uint8 [n, h, w, 3].
+        codebook: The patch of every code, [codes, VALUES].
+
+    Returns:
+        Ids, [n, h * w / 16].
+    """
+    codes = torch.from_numpy(codebook.copy())
+    squares = codes.square().sum(1)
+    tokens = []
+    for start in range(0, len(pictures), TOKENS_BATCH):
+        pixels = torch.from_numpy(np.array(pictures[start : start + TOKENS_BATCH])).permute(0, 3, 1, 2).float() / 255
+        points = patches(pixels).flatten(1, 2)
+        distances = squares - 2 * points @ codes.T  # but for the square of the patch
+        tokens.append(distances.argmin(-1).numpy().astype(np.uint16))
+    return np.concatenate(tokens)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from covray.models.tokenizer.vqgan import load_tokenizer
 from covray.recipes.nano import autoencoders, loop, recipe
 from covray.recipes.nano import prior as nano_prior
 from covray.recipes.nano.data import Pictures
-from covray.recipes.nano.patches import VALUES
+from covray.recipes.nano.patches import VALUES, patch_tokens
 
 CPU = torch.device("cpu")
 ENGINE = EngineConfig(device="cpu")
@@ -71,6 +71,7 @@ def test_the_tokenizer_reads_the_vqgan_that_was_trained(family: Path) -> None:
         batch = next(iter(autoencoders.batches(torch.from_numpy(pictures), CPU)))
         _, expected = autoencoders.nearest(model, model.encode(batch).latents)
     assert np.mean(ids == expected.numpy()) > 0.98  # another batch shape: a tie may fall otherwise
+    assert np.mean(ids == patch_tokens(pictures, tokenizer.codebook)) > 0.98
     found, used = autoencoders.reconstruct_vqgan(model, torch.from_numpy(pictures))
     assert used.sum() == ids.size
     errors = (tokenizer.decode(ids).astype(float) - pictures) / 255
