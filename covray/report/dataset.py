@@ -192,9 +192,7 @@ def render_page(dataset: ChainDataset, chains: Sequence[ChainPictures], rows: pa
         unfinished=dataset.audit is None,
         tiles=_tiles(dataset),
         lines=_facts(dataset),
-        fingerprints=[
-            (f"{readable(name)} fingerprint", value) for name, value in dataset.fingerprints.items() if value
-        ],
+        fingerprints=_fingerprints(dataset),
         groups=groups,
         rejects=rejects,
         figures_of_pairs=_FIGURE_NAMES,

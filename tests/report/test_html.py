@@ -32,6 +32,9 @@ def page_of(text: str) -> str:
         fingerprints=[(text, text)],
         groups=[],
         rejects=[],
+        served=False,
+        rows=text,
+        figures_of_pairs={text: (text, text)},
     )
     return page.decode()
 
@@ -41,7 +44,7 @@ def test_a_page_runs_its_own_script_and_no_other() -> None:
     page.require_self_contained()
     assert page.texts_in("title") == [HOSTILE]
     assert "cross-fade" in page.texts_in("script")[0]
-    assert page.texts.count(HOSTILE) == 9
+    assert page.texts.count(HOSTILE) == 13
     injected = page_of("").replace("</main>", "<script>alert(1)</script></main>")
     with pytest.raises(ValueError):  # two scripts, one hash: the browser runs one of them
         Page(injected).require_self_contained()
