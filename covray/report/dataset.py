@@ -110,7 +110,7 @@ def view(
         The paths of the files.
 
     Raises:
-        DatasetError: There is no dataset or no such pair, the pair was rejected, or the tokenizer has another codebook.
+        DatasetError: The dataset or the pair is absent, the pair was rejected, or the tokenizer has another codebook.
         WeightsError: The tokenizer cannot be loaded.
         ConfigError: ``out`` cannot be written.
     """

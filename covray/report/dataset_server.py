@@ -39,7 +39,7 @@ class DatasetServer:
             port: The port; 0: a free one.
 
         Raises:
-            DatasetError: There is no dataset, or its tokenizer has another codebook.
+            DatasetError: The dataset is absent, or its tokenizer has another codebook.
             WeightsError: The tokenizer cannot be loaded.
             ConfigError: The port is taken.
         """

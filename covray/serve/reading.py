@@ -149,7 +149,7 @@ async def read_parts(
         size: Bytes of a field, at most.
 
     Raises:
-        RefusedError: There is another part, or one is no file, or too many.
+        RefusedError: A part has an unknown name or is not a file, or there are too many.
     """
 
     async def receive() -> Message:

@@ -67,7 +67,7 @@ class InTime:
 
         Args:
             deadline: When.
-            seconds: What the client is told.
+            seconds: The time limit that the refusal names.
             advice: What the client may do besides trying again.
         """
         self._timeout = asyncio.timeout_at(deadline)

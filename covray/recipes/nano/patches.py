@@ -43,7 +43,7 @@ def patches(pictures: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def patch_tokens(pictures: NDArray[np.uint8], codebook: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """Return the tokens of pictures as the tokenizer would, five times as fast: its encoder is left out.
+    """Return the tokens of pictures as the tokenizer would, without the cost of its encoder.
 
     Of two codes that are equally near but for rounding the tokenizer may take the other, for one token in a thousand.
 
