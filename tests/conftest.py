@@ -33,7 +33,6 @@ _LANES = {
     "tests/end_to_end/test_sweep.py": "ray",
     "tests/end_to_end/test_evaluate.py": "ray of end to end",
     "tests/end_to_end/test_job.py": "ray of end to end",
-    "tests/end_to_end/test_train.py": "ray of end to end",
     "tests/end_to_end/test_notebooks.py": "ray of end to end",
     "tests/serve/": "ray of end to end",
     "tests/end_to_end/": "shared ray",
