@@ -32,6 +32,10 @@ def features(
     out: Annotated[str | None, FEATURES.option("--out", "out")] = None,
     variant: Annotated[str | None, FEATURES.option("--variant", "variant", metavar="lvlm|clip")] = None,
     places: Annotated[str | None, FEATURES.option("--places", "places", metavar="text|prompt")] = None,
+    of: Annotated[str | None, FEATURES.option("--of", "of", metavar="pictures|episodes")] = None,
+    cobsat: Annotated[str | None, FEATURES.option("--cobsat", "cobsat")] = None,
+    shots: Annotated[str | None, FEATURES.option("--shots", "episodes.shots", read=numbers, metavar="2,4")] = None,
+    episodes: Annotated[int | None, FEATURES.option("--episodes", "episodes.count", min=1)] = None,
     max_tokens: Annotated[int | None, FEATURES.option("--max-tokens", "thought.max_tokens", min=1)] = None,
     samples: Annotated[int | None, FEATURES.option("--samples", "samples", min=1)] = None,
     actors: Annotated[
@@ -69,9 +73,10 @@ def features(
     shown = {key: value for key, value in result.items() if key != "version"}
     print_values(shown, False)
     where = escape(resolved.out.rstrip("/"))
-    console.print(
-        f"next: covray think train --data {where} --language-model T5 --out RUN", highlight=False, soft_wrap=True
-    )
+    following = f"train --data {where} --language-model T5 --out RUN"
+    if resolved.of == "episodes":
+        following = f"evaluate --features {where} --aligner RUN --painter PAINTER --out EVAL"
+    console.print(f"next: covray think {following}", highlight=False, soft_wrap=True)
 
 
 def train(
@@ -174,6 +179,7 @@ def evaluate(
     cobsat: Annotated[str | None, EVALUATE.option("--cobsat", "cobsat")] = None,
     shots: Annotated[str | None, EVALUATE.option("--shots", "episodes.shots", read=numbers, metavar="2,4")] = None,
     episodes: Annotated[int | None, EVALUATE.option("--episodes", "episodes.count", min=1)] = None,
+    features: Annotated[str | None, EVALUATE.option("--features", "features")] = None,
     judge: Annotated[str | None, EVALUATE.option("--judge", "judge.path")] = None,
     out: Annotated[str | None, EVALUATE.option("--out", "out")] = None,
     vlm: Annotated[str | None, EVALUATE.option("--vlm", "vlm.path")] = None,

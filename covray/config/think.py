@@ -211,11 +211,11 @@ class ThinkStep(Section):
 
 
 class ThinkFeaturesConfig(ThinkStep):
-    """``covray think features``: captioned pictures to the features that an aligner reads."""
+    """``covray think features``: captioned pictures, or reasoning episodes, to the features that an aligner reads."""
 
-    data: str
+    data: str | None = None
     """Manifest with words (``covray pairs portraits``), or a list of one's own: LLaVA's or COCO's JSON, JSON lines, CSV
-    or Parquet with the columns image and caption."""
+    or Parquet with the columns image and caption. Required with pictures; episodes have none."""
     out: str
     """Folder to write."""
     vlm: VlmModelConfig
@@ -223,6 +223,15 @@ class ThinkFeaturesConfig(ThinkStep):
     variant: Literal["lvlm", "clip"] = "lvlm"
     """Whose features are taken: a vision-language model's of the text that it writes of a picture, or a vision tower's
     of the picture."""
+    of: Literal["pictures", "episodes"] = "pictures"
+    """``pictures``: captioned pictures, for trainings. ``episodes``: the few-shot episodes of an evaluation, with
+    ``lvlm`` only; ``covray think evaluate --features`` reads them, and no training does."""
+    episodes: EpisodesConfig = EpisodesConfig()
+    """With ``of: episodes``: how many, of how many shots, and what is asked."""
+    cobsat: str | None = None
+    """With ``of: episodes``: copy of CoBSAT's repository with its data set; null: rendered portraits."""
+    tasks: tuple[str, ...] | None = None
+    """With ``of: episodes``: tasks to use, such as ``Colour-I``; null: all ten."""
     thought: ThoughtConfig = ThoughtConfig()
     """With ``lvlm`` only."""
     places: Literal["text", "prompt"] = "text"
@@ -242,7 +251,7 @@ class ThinkFeaturesConfig(ThinkStep):
     """Pictures that an actor takes at a time; a kill loses at most the blocks at work. By default several blocks for
     every actor, of at most 64."""
     seed: int = Field(default=0, ge=0)
-    """Which instruction a picture gets follows from it."""
+    """Which instruction a picture gets follows from it, or how the pictures of episodes are rendered."""
 
     @field_validator("instructions")
     @classmethod
@@ -252,15 +261,26 @@ class ThinkFeaturesConfig(ThinkStep):
                 raise ValueError("one is empty; write what the model is asked")
         return instructions
 
+    @model_validator(mode="after")
+    def _asks_for_something(self) -> Self:
+        if self.of == "pictures" and self.data is None:
+            raise ValueError("data: is required; give a manifest with words, or of: episodes")
+        if self.of == "episodes" and self.data is not None:
+            raise ValueError("data: episodes have none; leave it out, and give cobsat for CoBSAT's own")
+        if self.of == "episodes" and (self.variant != "lvlm" or self.places != "text"):
+            raise ValueError("of: episodes are answered by a text; leave variant at lvlm and places at text")
+        return self
+
     def identity(self) -> JsonObject:
         """What decides the features; a resume must agree in all of it."""
         left_out: LeftOut = {
             **dict.fromkeys(("out", "actors", "rows_per_block"), True),
             # Of what lies there, the folder keeps the fingerprint.
-            **dict.fromkeys(("data", "root", "vlm"), True),
+            **dict.fromkeys(("data", "root", "vlm", "cobsat"), True),
             "engine": {"device", "compile", "image_batch"},
         }
-        unused = ("patches",) if self.variant == "lvlm" else ("thought", "places", "instructions", "seed")
+        unused = ["patches"] if self.variant == "lvlm" else ["thought", "places", "instructions", "seed"]
+        unused += ["places", "instructions", "samples"] if self.of == "episodes" else ["of", "episodes", "tasks"]
         return self.model_dump(mode="json", exclude=left_out | dict.fromkeys(unused, True))
 
 
@@ -376,6 +396,9 @@ class ThinkEvaluateConfig(ThinkModelsConfig):
     """Copy of CoBSAT's repository with its data set; null: rendered portraits."""
     tasks: tuple[str, ...] | None = None
     """Tasks to use, such as ``Colour-I``; null: all ten."""
+    features: str | None = None
+    """Features of the same episodes, the ``--out`` of a ``covray think features --of episodes``: their texts and states
+    are read, and the vision-language model is not loaded. Null: it writes them here."""
     judge: JudgeConfig = JudgeConfig()
     actors: ActorsConfig = ActorsConfig()
     rows_per_block: int | None = Field(default=None, ge=1, le=100_000)
@@ -407,7 +430,7 @@ class ThinkEvaluateConfig(ThinkModelsConfig):
         left_out: LeftOut = {
             **dict.fromkeys(("out", "actors", "rows_per_block", "tracking"), True),
             # Of what lies there, the evaluation keeps the fingerprints.
-            **dict.fromkeys(("vlm", "language_model", "cobsat", "aligners"), True),
+            **dict.fromkeys(("vlm", "language_model", "cobsat", "aligners", "features"), True),
             "painter": {"path", "revision"},
             "judge": {"path", "revision"},
             "engine": {"device", "compile"},

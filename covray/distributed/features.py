@@ -1,4 +1,4 @@
-"""``covray think features``: captioned pictures to features, on a Ray Data actor pool, exactly once.
+"""``covray think features``: pictures or episodes to features, on a Ray Data actor pool, exactly once.
 
     samples -> repartition -> FeatureActor (actor pool) -> Parquet shards by split
 
@@ -45,7 +45,7 @@ from covray.io.model_folders import NANO_NAMES, is_here
 from covray.io.storage import Folder
 from covray.progress import stage
 from covray.thinking.building import FeatureBuilder, Samples, facts_of, feature_width, read_samples
-from covray.thinking.dataset import FEATURE_SCHEMA, PARQUET, SAMPLE_SCHEMA, SHARDS, TOKENIZER, read_table
+from covray.thinking.dataset import FEATURE_SCHEMA, PARQUET, SHARDS, TOKENIZER, read_table
 from covray.thinking.records import FeaturesRecord, FeaturesResult
 
 COMMAND = "covray think features"
@@ -53,7 +53,7 @@ _SAMPLES = "_samples.parquet"
 
 
 def take_features(config: ThinkFeaturesConfig) -> FeaturesResult:
-    """Take the features of the pictures of ``config.data``.
+    """Take the features of the pictures of ``config.data``, or of episodes.
 
     Called again on an unfinished folder it continues it; on a finished one it returns the result at once.
 
@@ -68,7 +68,7 @@ def take_features(config: ThinkFeaturesConfig) -> FeaturesResult:
     """
     config = absolute_paths(config)
     with Output(config.out, FeaturesRecord, COMMAND, result=FeaturesResult.FILE) as output:
-        with stage(f"reading {config.data}"):
+        with stage(f"reading {config.data or 'episodes'}"):
             samples, record = check(config, output)
         if output.finished:
             return FeaturesResult.read(output.folder)
@@ -78,7 +78,7 @@ def take_features(config: ThinkFeaturesConfig) -> FeaturesResult:
 
 
 def check(config: ThinkFeaturesConfig, output: Output[FeaturesRecord]) -> tuple[Samples, FeaturesRecord]:
-    """Return the pictures and the description of the folder, after all checks that need no weights in memory.
+    """Return the samples and the description of the folder, after all checks that need no weights in memory.
 
     Raises:
         CovrayError: Data or model cannot be used, or the folder was begun with others.
@@ -100,9 +100,11 @@ def check(config: ThinkFeaturesConfig, output: Output[FeaturesRecord]) -> tuple[
 
 def absolute_paths(config: ThinkFeaturesConfig) -> ThinkFeaturesConfig:
     """Return ``config`` with paths that mean the same in a worker's folder. A model without a folder is a hub id."""
-    update = {"data": absolute(config.data), "out": absolute(config.out)}
-    if config.root is not None:
-        update["root"] = absolute(config.root)
+    update = {"out": absolute(config.out)}
+    for key in ("data", "root", "cobsat"):
+        value = getattr(config, key)
+        if value is not None:
+            update[key] = absolute(value)
     return config.model_copy(update=update | {"vlm": absolute_model(config.vlm)})
 
 
@@ -153,10 +155,10 @@ def _run(config: ThinkFeaturesConfig, samples: Samples, rows_per_block: int, poo
     rows_in = RowsIn(
         filesystem=folder.filesystem,
         files=[folder.inner_path(_SAMPLES)],
-        columns=SAMPLE_SCHEMA.names,
+        columns=samples.rows.column_names,
         id_column="sample",
         total=len(samples.rows),
-        unit="pictures",
+        unit=config.of,
     )
     rows_out = RowsOut(folder, SHARDS, FEATURE_SCHEMA, partition="split", parquet=PARQUET)
     arguments = {"config": config, "root": samples.root}
@@ -198,13 +200,14 @@ def _count(config: ThinkFeaturesConfig, samples: Samples, seconds: float) -> Fea
     """Compare what was written with what was asked for; return the figures.
 
     Raises:
-        DatasetError: A picture is missing, doubled, or none of the data.
+        DatasetError: A sample is missing, doubled, or none of the data.
     """
     folder = Folder(config.out)
     rows = read_table(config.out, ["sample", "split", "count", "error"])
     if sorted(rows["sample"].to_pylist()) != sorted(samples.rows["sample"].to_pylist()):
         raise DatasetError(
-            f"{config.out}: has {len(rows)} rows, not one for each of {len(samples.rows)} pictures; give another --out"
+            f"{config.out}: has {len(rows)} rows, not one for each of {len(samples.rows)} {config.of}; give another "
+            "--out"
         )
     reasons: Counter[str] = Counter()
     per_split: Counter[str] = Counter()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -45,17 +45,10 @@ from covray.errors import DatasetError
 from covray.io.storage import Folder
 from covray.progress import stage
 from covray.report.reasoning import write_reasoning_page
-from covray.thinking.reasoning import (
-    EPISODE_SCHEMA,
-    RESULT_SCHEMA,
-    Reasoner,
-    list_episodes,
-    open_world,
-    require_reasoning,
-    row_names,
-)
+from covray.thinking.reasoning import RESULT_SCHEMA, Reasoner, require_reasoning, row_names
 from covray.thinking.records import ReasoningRecord, ReasoningResults
 from covray.thinking.results import CHANCE, tabulate, to_csv
+from covray.thinking.worlds import EPISODE_SCHEMA, list_episodes, open_world
 
 COMMAND = "covray think evaluate"
 TABLE, PAGE = "table.csv", "index.html"
@@ -85,7 +78,9 @@ def evaluate_reasoning(config: ThinkEvaluateConfig) -> ReasoningResults:
         begun = output.begun
         if begun is not None:
             output.require_same(begun.identity, config.identity())
-            output.require_same(begun.fingerprints, fingerprints)
+            # Evaluations that were begun by an earlier version have no fingerprint of CoBSAT's pictures.
+            unknown = {"cobsat"} - begun.fingerprints.keys()
+            output.require_same(begun.fingerprints, _without(fingerprints, unknown))
         if output.finished:
             return ReasoningResults.read(output.folder)
         record = ReasoningRecord(
@@ -240,6 +235,10 @@ def _load_once(config: ThinkEvaluateConfig) -> None:
     ray.get(load.remote(config))
 
 
+def _without(fingerprints: Mapping[str, str], names: Collection[str]) -> dict[str, str]:
+    return {name: value for name, value in fingerprints.items() if name not in names}
+
+
 def _metrics(results: ReasoningResults) -> Mapping[str, float | None]:
     """Return the scores by names that MLflow takes."""
     metrics = {}
@@ -261,8 +260,10 @@ def _absolute_paths(config: ThinkEvaluateConfig) -> ThinkEvaluateConfig:
         "aligners": tuple(aligners),
         "painter": absolute_model(config.painter),
     }
-    if config.cobsat is not None:
-        update["cobsat"] = absolute(config.cobsat)
+    for key in ("cobsat", "features"):
+        value = getattr(config, key)
+        if value is not None:
+            update[key] = absolute(value)
     if config.vlm is not None:
         update["vlm"] = absolute_model(config.vlm)
     if config.language_model is not None:

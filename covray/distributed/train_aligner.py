@@ -6,8 +6,6 @@ The driver checks features and language model, writes ``_run.json`` and starts R
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
 
 from covray.config.think import ThinkTrainConfig
@@ -84,11 +82,10 @@ def _check(config: ThinkTrainConfig, output: Output[RunRecord]) -> CheckedRun[Th
             "--workers, or raise optimizer.batch"
         )
     require_trackers(config)
-    data = json.dumps(dataset.fingerprint(), sort_keys=True).encode()
     fingerprints: dict[str, str | None] = {
         "language_model": facts.fingerprint,
         "vlm": dataset.record.fingerprints["vlm"],
-        "data": hashlib.sha256(data).hexdigest(),
+        "data": dataset.digest(),
     }
     if begun is not None:
         output.require_same(begun.fingerprints, fingerprints)

@@ -1,8 +1,8 @@
-"""A block of captioned pictures to rows of features; what ``covray think features`` computes, without Ray."""
+"""Blocks of pictures or episodes to rows of features; what ``covray think features`` computes, without Ray."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,34 +16,44 @@ from covray.errors import PairError
 from covray.io.device import resolve_device
 from covray.io.images import Picture, decode, load_picture, picture_identity
 from covray.models.vlm.checkpoint import VlmFacts, load_vlm, vlm_facts
+from covray.models.vlm.prompts import Prompt
 from covray.pairs.exchanges import Exchanges, read_exchanges
 from covray.seeds import seed_of
 from covray.thinking.dataset import FEATURE_SCHEMA, SAMPLE_SCHEMA, pack
+from covray.thinking.episodes import episode_prompt
 from covray.thinking.features import think
 from covray.thinking.towers import Tower, TowerFacts, tower_facts
+from covray.thinking.worlds import World, episode_of, fingerprint_episodes, list_episodes, open_world, tasks_in
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Captioned pictures, each with an id of its own."""
+    """Captioned pictures or episodes, each with an id of its own."""
 
     rows: pa.Table
-    """``SAMPLE_SCHEMA``."""
+    """Pictures: ``SAMPLE_SCHEMA``. Episodes: ``EPISODE_SCHEMA``, whose id is called ``sample``, and whose task is the
+    ``split``."""
     root: str | None
     """Folder that the pictures' URIs are below."""
     fingerprint: str
-    """SHA-256 (hex) of pictures, captions and splits."""
+    """SHA-256 (hex) of pictures, captions and splits, or of episodes."""
 
 
 def read_samples(config: ThinkFeaturesConfig) -> Samples:
-    """Return the pictures of a configuration.
+    """Return the pictures or the episodes of a configuration.
 
     Raises:
-        ManifestError: The data cannot be read, or has no captions.
+        CovrayError: The data cannot be read or has no captions, or there are no such episodes.
     """
+    if config.of == "episodes":
+        world = open_world(config)
+        episodes = list_episodes(config, world)
+        rows = episodes.rename_columns({"episode": "sample", "task": "split"})
+        return Samples(rows, None, fingerprint_episodes(episodes, world))
+    assert config.data is not None
     exchanges = read_exchanges(config.data, config.root, questions=False)
-    rows = list(_rows(exchanges, config.samples))
-    return Samples(pa.Table.from_pylist(rows, SAMPLE_SCHEMA), exchanges.root, exchanges.fingerprint())
+    pictures = list(_rows(exchanges, config.samples))
+    return Samples(pa.Table.from_pylist(pictures, SAMPLE_SCHEMA), exchanges.root, exchanges.fingerprint())
 
 
 def _rows(exchanges: Exchanges, most: int | None) -> Iterator[dict[str, Any]]:
@@ -81,7 +91,7 @@ def feature_width(facts: VlmFacts | TowerFacts) -> int:
 class FeatureBuilder:
     """Holds the model, and turns samples into rows of features.
 
-    A picture is computed alone, so that its features depend on it and on the configuration only.
+    A sample is computed alone, so that its features depend on it and on the configuration only.
     """
 
     def __init__(self, config: ThinkFeaturesConfig, root: str | None):
@@ -103,9 +113,12 @@ class FeatureBuilder:
             self._tower = Tower(self.facts, dtype, device)
         else:
             self._vlm = load_vlm(self.facts, dtype, device)
+        if config.of == "episodes":
+            self._world: World = open_world(config)
+            self._tasks = {task.name: task for task in tasks_in(config, self._world)}
 
     def build(self, samples: pa.Table) -> pa.Table:
-        """Return the rows (``FEATURE_SCHEMA``) of a block of samples (``SAMPLE_SCHEMA``)."""
+        """Return the rows (``FEATURE_SCHEMA``) of a block of samples, as ``read_samples`` returns them."""
         return pa.Table.from_pylist([self._row(sample) for sample in samples.to_pylist()], FEATURE_SCHEMA)
 
     def save_tokenizer(self, folder: str) -> None:
@@ -116,19 +129,31 @@ class FeatureBuilder:
     def _row(self, sample: dict[str, Any]) -> dict[str, Any]:
         row = {"sample": sample["sample"], "split": sample["split"], "count": 0}
         try:
+            if self._config.of == "episodes":
+                return row | self._thought(self._asked(sample))
             picture = decode(load_picture(Picture(sample["uri"], sample["bytes"]), self._root))
         except PairError as error:
             return row | {"error": error.reason}
         if self._tower is not None:
             features = self._tower.features([picture], self._config.patches)[0]
             return row | {"text": sample["caption"], "features": pack(features), "count": len(features)}
-        return row | self._thought(sample["sample"], picture)
+        return row | self._thought(self._instructed(sample["sample"], picture))
 
-    def _thought(self, sample: int, picture: NDArray[np.uint8]) -> dict[str, Any]:
+    def _asked(self, about: Mapping[str, Any]) -> Prompt:
+        """Return the prompt of an episode. Raises PairError for a picture that cannot be used."""
+        episode = episode_of(self._tasks, {**about, "task": about["split"]})
+        shown = self._world.demonstrations(episode)
+        return episode_prompt(self._vlm.prompter, episode, shown, self._config.episodes.instruction)
+
+    def _instructed(self, sample: int, picture: NDArray[np.uint8]) -> Prompt:
+        """Return the prompt of a picture, with the instruction that it draws."""
+        instructions = self._config.instructions
+        generator = np.random.default_rng(seed_of("instruction", self._config.seed, sample))
+        instruction = instructions[int(generator.integers(len(instructions)))]
+        return self._vlm.prompter.prompt([picture], instruction)
+
+    def _thought(self, prompt: Prompt) -> dict[str, Any]:
         config = self._config
-        generator = np.random.default_rng(seed_of("instruction", config.seed, sample))
-        instruction = config.instructions[int(generator.integers(len(config.instructions)))]
-        prompt = self._vlm.prompter.prompt([picture], instruction)
         with torch.inference_mode():
             (thought,) = think(self._vlm, [prompt], config.thought, config.places)
         features = thought.features

@@ -7,6 +7,8 @@ A shard has a row group for each picture, so that a training reads the few of a 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import tempfile
 import threading
 from collections import OrderedDict
@@ -98,6 +100,11 @@ class FeatureDataset:
         """Whose states the features are: those of the ``text``, or of the ``prompt``."""
         return str(self.record.identity.get("places", "text"))
 
+    @property
+    def of(self) -> str:
+        """What the features are of: ``pictures`` or ``episodes``."""
+        return str(self.record.identity.get("of", "pictures"))
+
     def about(self) -> dict[str, Any]:
         """Return how the features were taken, as an aligner's record has it."""
         keys = ("variant", "vlm", "patches") if self.variant == "clip" else ("variant", "vlm", "thought", "places")
@@ -106,6 +113,10 @@ class FeatureDataset:
     def fingerprint(self) -> dict[str, Any]:
         """Return what decides the features."""
         return {"identity": self.record.identity, "fingerprints": self.record.fingerprints}
+
+    def digest(self) -> str:
+        """Return a SHA-256 (hex) of what decides the features."""
+        return hashlib.sha256(json.dumps(self.fingerprint(), sort_keys=True).encode()).hexdigest()
 
     def tokenizer(self) -> Any:
         """Return the tokenizer of the vision-language model, which wrote the texts; None of a vision tower.
@@ -189,6 +200,10 @@ class FeatureRows:
     def __len__(self) -> int:
         """Return the number of rows."""
         return len(self._rows)
+
+    def numbers(self) -> dict[int, int]:
+        """Return the number of each row by its id."""
+        return {sample: number for number, sample in enumerate(self._rows["sample"].to_pylist())}
 
     def text(self, number: int) -> str:
         """Return the text of a row."""

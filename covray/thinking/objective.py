@@ -20,6 +20,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from covray.config.think import SplitConfig, ThinkTrainConfig
+from covray.errors import DatasetError
 from covray.models.aligner.aligner import WEIGHTS, new_aligner
 from covray.models.aligner.language import load_language_model
 from covray.models.aligner.records import AlignerRecord
@@ -102,8 +103,13 @@ def open_captions(config: ThinkTrainConfig, dataset: FeatureDataset, split: str,
         most: Captions at most.
 
     Raises:
-        DatasetError: There are none.
+        DatasetError: There are none, or they are of episodes.
     """
+    if dataset.of == "episodes":
+        raise DatasetError(
+            f"{dataset.path}: holds features of episodes, which evaluations read; ThinkDiff trains on captions only: "
+            "give features of pictures"
+        )
     parted = dataset.places == "text" and config.split.mode != "none"
     rows = dataset.of_split(split, 2 if parted else 1, most)
     return Captions(rows, dataset, config.split, dataset.tokenizer())

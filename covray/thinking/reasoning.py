@@ -8,11 +8,9 @@ drawn together, whatever else an actor draws.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,45 +18,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from covray.config.evaluate import named_run
-from covray.config.think import EpisodesConfig, ThinkEvaluateConfig
+from covray.config.think import ThinkEvaluateConfig
 from covray.errors import ConfigError, PairError
-from covray.evaluation.caption_facts import stated
 from covray.io.device import resolve_device
-from covray.io.images import decode, encode_png
+from covray.io.images import encode_png
 from covray.models.aligner.aligner import Aligner, new_aligner
-from covray.seeds import seed_of
-from covray.thinking.cells import answer_caption, answer_picture, demonstration_pictures
-from covray.thinking.episodes import (
-    COBSAT,
-    PORTRAITS,
-    Cell,
-    CobsatFolder,
-    Episode,
-    Order,
-    Task,
-    Theme,
-    episode_prompt,
-    judge,
-    make_episode,
-    open_cobsat,
-    sample_orders,
-    tasks_of,
-)
+from covray.thinking.episode_features import EpisodeFeatures
+from covray.thinking.episodes import Cell, Episode, episode_prompt, judge
 from covray.thinking.features import Places, Thought, read_features, write_text
 from covray.thinking.judging import Judge, judge_fingerprint, load_judge
-from covray.thinking.thinker import AlignerFolder, Thinker, open_aligner, require_models
+from covray.thinking.thinker import AlignerFolder, FeatureSource, Thinker, open_aligner, require_models
+from covray.thinking.worlds import episode_of, fingerprint_episodes, list_episodes, open_world, tasks_in
 
-EPISODE_SCHEMA = pa.schema(
-    [
-        pa.field("episode", pa.int64(), False),
-        pa.field("task", pa.string(), False),
-        pa.field("shots", pa.int32(), False),
-        pa.field("number", pa.int32(), False),
-        pa.field("named", pa.list_(pa.int32()), False),
-        pa.field("hidden", pa.list_(pa.int32()), False),
-    ]
-)
-"""What the actors read: an episode by its task, its shots and its order."""
 _ANSWER = pa.struct(
     [
         pa.field("row", pa.string(), False),
@@ -90,144 +61,6 @@ RESULT_SCHEMA = pa.schema(
 _NEEDS_ENCODER = ("caption", "bridge", "untrained")
 
 
-class World(Protocol):
-    """Where the pictures of episodes are from."""
-
-    @property
-    def themes(self) -> tuple[Theme, ...]:
-        """The themes of its tasks."""
-
-    @property
-    def benchmark(self) -> str:
-        """What results are called."""
-
-    def orders(self, config: EpisodesConfig) -> list[Order]:
-        """Return the orders of the episodes. Raises ConfigError where there are too few."""
-
-    def demonstrations(self, episode: Episode) -> list[NDArray[np.uint8]]:
-        """Return the pictures that are shown. Raises PairError."""
-
-    def truth(self, episode: Episode) -> NDArray[np.uint8]:
-        """Return a picture of the answer. Raises PairError."""
-
-    def caption(self, episode: Episode) -> str:
-        """Return a caption of the answer."""
-
-    def stated(self, theme: Theme, text: str) -> Cell | None:
-        """Return the one detail and the one object of a theme that a text names; None if it names none or several."""
-
-
-class RenderedWorld:
-    """covray's portraits."""
-
-    themes = PORTRAITS
-    benchmark = "CoBSAT-style, rendered"
-
-    def __init__(self, seed: int):
-        """Render with random numbers that follow from ``seed``."""
-        self._seed = seed
-
-    def orders(self, config: EpisodesConfig) -> list[Order]:
-        """See ``World``."""
-        return sample_orders(config.count, config.seed)
-
-    def demonstrations(self, episode: Episode) -> list[NDArray[np.uint8]]:
-        """See ``World``."""
-        return demonstration_pictures(episode, self._seed)
-
-    def truth(self, episode: Episode) -> NDArray[np.uint8]:
-        """See ``World``."""
-        return answer_picture(episode, self._seed)
-
-    def caption(self, episode: Episode) -> str:
-        """See ``World``."""
-        seed = seed_of("true caption", self._seed, episode.task.name, len(episode.demonstrations), episode.number)
-        return answer_caption(episode, np.random.default_rng(seed))
-
-    def stated(self, theme: Theme, text: str) -> Cell | None:
-        """See ``World``: by the words that captions of portraits are made of."""
-        values = stated(text)
-        details, things = values.get(theme.name, set()), values["object"]
-        if len(details) != 1 or len(things) != 1:
-            return None
-        return Cell(*details, *things)
-
-
-class CobsatWorld:
-    """A copy of CoBSAT's repository with its pictures."""
-
-    themes = COBSAT
-    benchmark = "CoBSAT"
-
-    def __init__(self, folder: CobsatFolder):
-        """Take an opened copy."""
-        self._folder = folder
-        self._captions = {theme.name: folder.captions(theme) for theme in COBSAT}
-
-    def orders(self, config: EpisodesConfig) -> list[Order]:
-        """See ``World``: those of CoBSAT's own file."""
-        if config.count > len(self._folder.orders):
-            raise ConfigError(
-                f"episodes.count: {config.count}, but CoBSAT's file has {len(self._folder.orders)}; give fewer"
-            )
-        return self._folder.orders[: config.count]
-
-    def demonstrations(self, episode: Episode) -> list[NDArray[np.uint8]]:
-        """See ``World``."""
-        return [self._picture(episode.task.theme, cell) for cell in episode.demonstrations]
-
-    def truth(self, episode: Episode) -> NDArray[np.uint8]:
-        """See ``World``."""
-        return self._picture(episode.task.theme, episode.answer)
-
-    def caption(self, episode: Episode) -> str:
-        """See ``World``."""
-        theme, cell = episode.task.theme, episode.answer
-        name = self._folder.picture(theme, cell).name
-        return self._captions[theme.name].get(name, f"{theme.word(cell.detail)} {theme.word(cell.object)}")
-
-    def stated(self, theme: Theme, text: str) -> Cell | None:
-        """See ``World``: by the names of the values."""
-        return named_cell(theme, text)
-
-    def _picture(self, theme: Theme, cell: Cell) -> NDArray[np.uint8]:
-        return decode(self._folder.picture(theme, cell).read_bytes())
-
-
-def open_world(config: ThinkEvaluateConfig) -> World:
-    """Return where the episodes are from. Raises DatasetError for an incomplete copy of CoBSAT."""
-    return RenderedWorld(config.seed) if config.cobsat is None else CobsatWorld(open_cobsat(Path(config.cobsat)))
-
-
-def tasks_in(config: ThinkEvaluateConfig, world: World) -> list[Task]:
-    """Return the tasks of an evaluation. Raises ConfigError for a name that no task has."""
-    tasks = {task.name: task for task in tasks_of(world.themes)}
-    for name in config.tasks or ():
-        if name not in tasks:
-            raise ConfigError(f"tasks: {name} is none of {', '.join(tasks)}; give one of them")
-    return [task for name, task in tasks.items() if config.tasks is None or name in config.tasks]
-
-
-def list_episodes(config: ThinkEvaluateConfig, world: World) -> pa.Table:
-    """Return the episodes (``EPISODE_SCHEMA``) of an evaluation. Raises ConfigError."""
-    rows = []
-    orders = world.orders(config.episodes)
-    for task in tasks_in(config, world):
-        for shots in config.episodes.shots:
-            for number, order in enumerate(orders):
-                rows.append(
-                    {
-                        "episode": seed_of("reasoning", task.name, shots, number),
-                        "task": task.name,
-                        "shots": shots,
-                        "number": number,
-                        "named": order.named,
-                        "hidden": order.hidden,
-                    }
-                )
-    return pa.Table.from_pylist(rows, EPISODE_SCHEMA)
-
-
 def row_names(config: ThinkEvaluateConfig) -> tuple[str, ...]:
     """Return the rows of the table in their order."""
     return (*config.rows, *(named_run(entry)[0] for entry in config.aligners))
@@ -257,14 +90,24 @@ def require_reasoning(config: ThinkEvaluateConfig) -> dict[str, str]:
     aligners = open_aligners(config)
     if not aligners:
         raise ConfigError("aligners: name at least one, which says the models of the other rows")
+    world = open_world(config)
+    tasks_in(config, world)
+    kept: dict[str, str] = {}
+    source = None
+    if config.cobsat is not None:
+        kept["cobsat"] = fingerprint_episodes(list_episodes(config, world), world)
+    if config.features is not None:
+        features = EpisodeFeatures(config.features)
+        features.require_fit(config, aligners)
+        kept["features"] = features.fingerprint()
+        source = FeatureSource(config.features, features.width, features.vlm)
     words = bool(set(config.rows) & set(_NEEDS_ENCODER))
     fingerprints: dict[str, str] = {}
     for name, aligner in aligners.items():
-        own = require_models(config, aligner, words=words)
+        own = require_models(config, aligner, words=words, source=source)
         fingerprints |= {key: value for key, value in own.items() if key != "aligner"}
         fingerprints[f"{name}.aligner"] = own["aligner"]
-    tasks_in(config, open_world(config))
-    return fingerprints | {"judge": judge_fingerprint(config.judge)}
+    return fingerprints | kept | {"judge": judge_fingerprint(config.judge)}
 
 
 @dataclass(frozen=True)
@@ -293,7 +136,8 @@ class Reasoner:
         self._folders = open_aligners(config)
         first = next(iter(self._folders.values()))
         words = bool(set(config.rows) & set(_NEEDS_ENCODER))
-        self._thinker = Thinker(config, first, words=words)
+        self._features = None if config.features is None else EpisodeFeatures(config.features)
+        self._thinker = Thinker(config, first, words=words, features=self._features is None)
         self._aligners = {name: self._thinker.load(folder) for name, folder in self._folders.items()}
         if "untrained" in config.rows:
             self._aligners["untrained"] = self._untrained(self._aligners[next(iter(self._folders))])
@@ -305,8 +149,7 @@ class Reasoner:
         return pa.Table.from_pylist([self._row(row) for row in episodes.to_pylist()], RESULT_SCHEMA)
 
     def _row(self, about: Mapping[str, Any]) -> dict[str, Any]:
-        order = Order(tuple(about["named"]), tuple(about["hidden"]))
-        episode = make_episode(self._tasks[about["task"]], about["number"], order, about["shots"])
+        episode = episode_of(self._tasks, about)
         row = {key: about[key] for key in ("episode", "task", "shots", "number")}
         row |= {
             "words": episode.words,
@@ -315,7 +158,8 @@ class Reasoner:
         }
         try:
             shown = self._world.demonstrations(episode)
-            text, answers = self._answers(episode, shown)
+            thoughts = self._think(about["episode"], episode, shown)
+            text, answers = self._answers(episode, shown, thoughts)
         except PairError as error:
             return row | {"error": error.reason}
         return row | {
@@ -324,9 +168,16 @@ class Reasoner:
             "answers": [_as_row(episode, name, answer) for name, answer in answers.items()],
         }
 
-    def _answers(self, episode: Episode, shown: Sequence[NDArray[np.uint8]]) -> tuple[str, dict[str, _Answer]]:
-        """Return the model's text, and the answer of every row of the table."""
-        thoughts = self._think(episode, shown)
+    def _answers(
+        self, episode: Episode, shown: Sequence[NDArray[np.uint8]], thoughts: Mapping[Places, Thought]
+    ) -> tuple[str, dict[str, _Answer]]:
+        """Return the model's text, and the answer of every row of the table.
+
+        Args:
+            episode: The episode.
+            shown: Pictures of its demonstrations.
+            thoughts: What the model thought of it.
+        """
         text = thoughts["text"].text
         theme, rows = episode.task.theme, self._config.rows
         pictures: dict[str, NDArray[np.uint8]] = {}
@@ -357,8 +208,19 @@ class Reasoner:
             contexts[name] = self._thinker.align(aligner, thoughts[places].features)
         return contexts
 
-    def _think(self, episode: Episode, shown: Sequence[NDArray[np.uint8]]) -> dict[Places, Thought]:
-        """Return the text that the model writes once, with the states of its places that aligners read."""
+    def _think(self, number: int, episode: Episode, shown: Sequence[NDArray[np.uint8]]) -> dict[Places, Thought]:
+        """Return the text that the model writes once, with the states of its places that aligners read.
+
+        Args:
+            number: Id of the episode.
+            episode: The episode.
+            shown: Pictures of its demonstrations.
+
+        Raises:
+            PairError: The features of the evaluation have none of the episode.
+        """
+        if self._features is not None:
+            return {"text": self._features.thought(episode.task.name, number)}
         vlm = self._thinker.vlm
         assert vlm is not None
         prompt = episode_prompt(vlm.prompter, episode, shown, self._config.episodes.instruction)
@@ -378,18 +240,6 @@ class Reasoner:
         device, _ = resolve_device(self._config.engine)
         aligner = new_aligner(trained.record.input_width, language.model, "encoder", self._config.seed)
         return Aligner(aligner.network.to(device), aligner.record)
-
-
-def named_cell(theme: Theme, text: str) -> Cell | None:
-    """Return the one detail and the one object that a text names in whole words; None if it names none or several."""
-    spoken = f" {' '.join(re.findall('[a-z0-9]+', text.lower()))} "
-    named = []
-    for values in (theme.details, theme.objects):
-        present = [value for value in values if f" {theme.word(value).lower()} " in spoken]
-        if len(present) != 1:
-            return None
-        named.append(present[0])
-    return Cell(*named)
 
 
 def _as_row(episode: Episode, name: str, answer: _Answer) -> dict[str, Any]:

@@ -20,11 +20,11 @@ class FeaturesRecord(Record):
     identity: JsonObject
     """The part of the configuration that decides the features."""
     fingerprints: dict[str, str]
-    """SHA-256 (hex) of `vlm`, the model, and of `data`: pictures, captions and splits."""
+    """SHA-256 (hex) of `vlm`, the model, and of `data`: pictures, captions and splits, or episodes."""
     width: int
     """Numbers of a feature."""
     samples: int
-    """Pictures."""
+    """Pictures, or episodes."""
 
 
 class FeaturesResult(Record):
@@ -34,15 +34,15 @@ class FeaturesResult(Record):
     FIX: ClassVar[str] = "run the same covray think features again to continue it"
 
     samples: int
-    """Pictures, those with an error among them."""
+    """Pictures or episodes, those with an error among them."""
     failed: int
-    """Pictures without features."""
+    """Those without features."""
     reasons: dict[str, int]
-    """Pictures without features, by reason."""
+    """Those without features, by reason."""
     per_split: dict[str, int]
-    """Pictures with features, by split."""
+    """Those with features, by split; of episodes, by task."""
     features: int
-    """Features of all pictures."""
+    """Features of all of them."""
     bytes: int
     """Of all shards."""
     seconds: float
@@ -78,7 +78,7 @@ class ReasoningRecord(Record):
     identity: JsonObject
     """The part of the configuration that decides the scores."""
     fingerprints: dict[str, str]
-    """SHA-256 (hex) of the models, of every aligner, and of the pictures of a folder."""
+    """SHA-256 (hex) of the models, of every aligner, of CoBSAT's pictures, and of features of episodes."""
     mlflow_run_id: str | None
     """The MLflow run; null without tracking."""
     tracker_runs: dict[str, str] | None = None

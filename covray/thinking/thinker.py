@@ -109,35 +109,55 @@ def models_around(config: ThinkModelsConfig, aligner: AlignerFolder) -> ModelsAr
     return ModelsAround(vlm, language_model, thought)
 
 
-def require_models(config: ThinkModelsConfig, aligner: AlignerFolder, *, words: bool) -> dict[str, str]:
+@dataclass(frozen=True)
+class FeatureSource:
+    """What features are of."""
+
+    name: str
+    """What it is called in messages."""
+    width: int
+    """Numbers of a feature."""
+    fingerprint: str
+    """Of the model."""
+
+
+def feature_source(config: ThinkModelsConfig, aligner: AlignerFolder) -> FeatureSource:
+    """Return the model whose features an aligner reads, without loading weights. Raises CovrayError."""
+    vlm = models_around(config, aligner).vlm
+    if aligner.variant == "clip":
+        tower = tower_facts(vlm)
+        return FeatureSource(vlm.path, tower.width, tower.fingerprint)
+    facts = vlm_facts(vlm)
+    return FeatureSource(vlm.path, int(facts.config.get_text_config().hidden_size), facts.fingerprint)
+
+
+def require_models(
+    config: ThinkModelsConfig, aligner: AlignerFolder, *, words: bool, source: FeatureSource | None = None
+) -> dict[str, str]:
     """Check that the models fit the aligner, without loading weights; return their fingerprints.
 
     Args:
         config: The models.
         aligner: The aligner between them.
         words: Whether the encoder of the language model is needed.
+        source: What the features are of; None: the model of the configuration.
 
     Raises:
         CovrayError: A model cannot be used, or is not the one that the aligner was trained with.
     """
     around, record, where = models_around(config, aligner), aligner.record, str(aligner.path)
-    if aligner.variant == "clip":
-        tower = tower_facts(around.vlm)
-        width, fingerprint = tower.width, tower.fingerprint
-    else:
-        facts = vlm_facts(around.vlm)
-        width, fingerprint = int(facts.config.get_text_config().hidden_size), facts.fingerprint
-    fingerprints = {"vlm": fingerprint, "aligner": aligner.fingerprint}
+    source = source or feature_source(config, aligner)
+    fingerprints = {"vlm": source.fingerprint, "aligner": aligner.fingerprint}
     if words:
         if around.language_model is None:
             raise ConfigError(f"{where}: does not say which language model it was trained with; give --language-model")
         fingerprints["language_model"] = language_facts(around.language_model).fingerprint
     Aligner(torch.nn.Sequential(), record).require_fit(
-        where, vlm=fingerprint, language_model=fingerprints.get("language_model")
+        where, vlm=source.fingerprint, language_model=fingerprints.get("language_model")
     )
-    if width != record.input_width:
+    if source.width != record.input_width:
         raise WeightsError(
-            f"{around.vlm.path}: its features are {width} wide, {where} reads {record.input_width}; give the model "
+            f"{source.name}: its features are {source.width} wide, {where} reads {record.input_width}; give the model "
             "that it was trained with"
         )
     drawn = painter_width(config.painter)
@@ -152,13 +172,14 @@ def require_models(config: ThinkModelsConfig, aligner: AlignerFolder, *, words: 
 class Thinker:
     """The models around aligners, loaded once."""
 
-    def __init__(self, config: ThinkModelsConfig, aligner: AlignerFolder, *, words: bool):
+    def __init__(self, config: ThinkModelsConfig, aligner: AlignerFolder, *, words: bool, features: bool = True):
         """Load the models.
 
         Args:
             config: The models.
             aligner: The aligner that says which they are by default.
             words: Whether the language model is loaded, for its encoder.
+            features: Whether the model is loaded that features are of.
 
         Raises:
             CovrayError: A model or the device cannot be used.
@@ -170,9 +191,9 @@ class Thinker:
         """How texts are written."""
         self.vlm: LoadedVlm | None = None
         self.tower: Tower | None = None
-        if aligner.variant == "clip":
+        if features and aligner.variant == "clip":
             self.tower = Tower(tower_facts(around.vlm), dtype, device)
-        else:
+        elif features:
             self.vlm = load_vlm(vlm_facts(around.vlm), dtype, device)
         self.language: LanguageModel | None = None
         if words and around.language_model is not None:

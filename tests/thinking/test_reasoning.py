@@ -17,13 +17,15 @@ from covray.config.think import ThinkEvaluateConfig, ThinkFeaturesConfig, ThinkT
 from covray.errors import ConfigError, CovrayError, DatasetError, WeightsError
 from covray.io.images import decode
 from covray.report.reasoning import write_reasoning_page
+from covray.thinking.building import FeatureBuilder, read_samples
 from covray.thinking.cells import demonstration_pictures
 from covray.thinking.episodes import COBSAT, PORTRAITS, Order, make_episode, tasks_of
 from covray.thinking.judge import JudgeNetwork, JudgeRecord, load_judge, save_judge
 from covray.thinking.objective import train_aligner
-from covray.thinking.reasoning import Reasoner, list_episodes, named_cell, open_world, require_reasoning
+from covray.thinking.reasoning import Reasoner, require_reasoning
 from covray.thinking.records import ReasoningResults
 from covray.thinking.results import CHANCE, tabulate, to_csv
+from covray.thinking.worlds import list_episodes, named_cell, open_world
 from tests.support.thinking import write_features, write_painter
 from tests.support.vlms import picture
 
@@ -183,21 +185,26 @@ def test_rows_of_the_table_have_names_of_their_own(make: Make, parts: dict[str, 
         make(aligners=[f"a={parts['text']}", f"a={parts['prompt']}"])
 
 
-def test_cobsats_own_folder_is_read_with_its_orders(make: Make, tmp_path: Path) -> None:
-    folder = tmp_path / "cobsat"
+def write_cobsat(folder: Path, pixels: np.ndarray) -> Path:
+    """A copy of CoBSAT's repository with three orders, of which all pictures are ``pixels``."""
     orders = [{"x_list": list(range(10)), "theta_list": list(reversed(range(10)))}] * 3
     (folder / "load_datasets").mkdir(parents=True)
     (folder / "load_datasets" / "prompts_list_default.json").write_text(json.dumps(orders))
-    pixels = Image.fromarray(picture(0, 64, 64))
+    drawn = Image.fromarray(pixels)
     for theme in COBSAT:
         lines = ["image,caption"]
         for thing in theme.objects:
             place = folder / "datasets" / f"{theme.name}_{thing}"
             place.mkdir(parents=True, exist_ok=True)
             for detail in theme.details:
-                pixels.save(place / f"{detail}_{thing}.jpg")
+                drawn.save(place / f"{detail}_{thing}.jpg")
                 lines.append(f"{theme.name}_{thing}/{detail}_{thing}.jpg,a {detail} {thing}")
         (folder / "datasets" / f"{theme.name}_{theme.object_kind}.csv").write_text("\n".join(lines))
+    return folder
+
+
+def test_cobsats_own_folder_is_read_with_its_orders(make: Make, tmp_path: Path) -> None:
+    folder = write_cobsat(tmp_path / "cobsat", picture(0, 64, 64))
     config = make(cobsat=str(folder), tasks=["Color-I"], episodes__count=3)
     world = open_world(config)
     assert world.benchmark == "CoBSAT"
@@ -209,3 +216,111 @@ def test_cobsats_own_folder_is_read_with_its_orders(make: Make, tmp_path: Path) 
     assert world.caption(episode) == f"a {episode.answer.detail} {episode.answer.object}"
     with pytest.raises(ConfigError, match=r"episodes.count: 4, but CoBSAT's file has 3; give fewer"):
         list_episodes(make(cobsat=str(folder), episodes__count=4), world)
+
+
+@pytest.fixture
+def of_episodes(think_folders: dict[str, str], tmp_path: Path) -> Callable[..., ThinkFeaturesConfig]:
+    """Gives configurations of features of the episodes of ``make``, with dotted keys on top."""
+
+    def config(**changes: Any) -> ThinkFeaturesConfig:
+        options: dict[str, Any] = {
+            "of": "episodes", "out": str(tmp_path / "thoughts"), "vlm.path": think_folders["vlm"],
+            "thought.max_tokens": 6, "thought.min_tokens": 2, "engine.device": "cpu", "episodes.count": 2,
+            "episodes.shots": [2], "episodes.instruction": "what is it", "tasks": ["Colour-I", "Style-II"],
+        }  # fmt: skip
+        options |= {key.replace("__", "."): value for key, value in changes.items()}
+        return load_config(ThinkFeaturesConfig, None, options)
+
+    return config
+
+
+def test_features_of_an_episode_are_those_of_its_evaluation_in_whatever_block(
+    of_episodes: Callable[..., ThinkFeaturesConfig], make: Make
+) -> None:
+    """So that what is computed after a kill is what would have been computed before it."""
+    config = of_episodes()
+    samples = read_samples(config)
+    together = FeatureBuilder(config, None).build(samples.rows)
+    again = FeatureBuilder(config, None)
+    for number in (3, 0):
+        assert again.build(samples.rows.slice(number, 1)) == together.slice(number, 1)
+    evaluation = make()
+    asked = list_episodes(evaluation, open_world(evaluation))
+    assert together["sample"] == asked["episode"]
+    assert together["split"] == asked["task"]
+    online = Reasoner(evaluation).run(asked)
+    assert together["text"] == online["text"]
+
+
+def test_an_evaluation_reads_texts_and_states_without_the_model(
+    of_episodes: Callable[..., ThinkFeaturesConfig], make: Make, parts: dict[str, str]
+) -> None:
+    ours = [f"ours={parts['text']}"]
+    features = write_features(of_episodes())
+    config = make(features=features, aligners=ours, vlm__path="/absent")
+    fingerprints = require_reasoning(config)
+    assert fingerprints.keys() == require_reasoning(make(aligners=ours)).keys() | {"features"}
+    assert config.identity() == make(aligners=ours).identity()
+    episodes = list_episodes(config, open_world(config))
+    reasoner = Reasoner(config)
+    assert reasoner._thinker.vlm is None
+    kept, online = reasoner.run(episodes).to_pylist(), Reasoner(make(aligners=ours)).run(episodes).to_pylist()
+    for row, expected in zip(kept, online, strict=True):
+        assert row["text"] == expected["text"]
+        for answer, other in zip(row["answers"], expected["answers"], strict=True):
+            assert answer["row"] == other["row"]
+            if answer["picture"] is not None:
+                first, second = decode(answer["picture"]).astype(int), decode(other["picture"]).astype(int)
+                assert np.abs(first - second).max() <= 2, "states in float16 move a picture by its last bits at most"
+
+
+@pytest.mark.parametrize(
+    ("changes", "evaluation", "message"),
+    [
+        ({}, {"episodes__count": 1}, "holds features of other episodes: episodes.count was 2, is 1; give the same"),
+        ({"seed": 1}, {}, "holds features of other episodes: seed was 1, is 0"),
+        ({}, {"thought__max_tokens": 7}, "thought.max_tokens was 6, is 7"),
+        ({}, {"names": ("ours", "input")}, "the aligner input reads those of prompts; evaluate it without --features"),
+    ],
+)
+def test_features_of_other_episodes_are_refused_in_one_line(
+    changes: dict[str, Any], evaluation: dict[str, Any], message: str,
+    of_episodes: Callable[..., ThinkFeaturesConfig], make: Make, parts: dict[str, str],
+) -> None:  # fmt: skip
+    features = write_features(of_episodes(**changes))
+    names = evaluation.pop("names", ("ours",))
+    aligners = {"ours": f"ours={parts['text']}", "input": f"input={parts['prompt']}"}
+    config = make(features=features, aligners=[aligners[name] for name in names], **evaluation)
+    with pytest.raises(DatasetError, match=message) as error:
+        require_reasoning(config)
+    assert "\n" not in str(error.value)
+
+
+def test_features_of_pictures_and_of_episodes_are_not_taken_for_each_other(
+    of_episodes: Callable[..., ThinkFeaturesConfig], features_config: Callable[..., ThinkFeaturesConfig],
+    aligner_config: Callable[..., ThinkTrainConfig], make: Make, parts: dict[str, str],
+) -> None:  # fmt: skip
+    pictures = features_config()
+    assert not {"of", "episodes", "tasks", "cobsat"} & pictures.identity().keys(), "what folders have recorded"
+    with pytest.raises(
+        DatasetError, match="holds features of pictures; give the --out of a covray think features --of"
+    ):
+        require_reasoning(make(features=write_features(pictures), aligners=[f"ours={parts['text']}"]))
+    training = aligner_config(write_features(of_episodes()), train_split="Colour-I")
+    with pytest.raises(DatasetError, match="holds features of episodes, which evaluations read; ThinkDiff trains on"):
+        train_aligner(training)
+    for changes, message in (
+        ({"data": "a.csv"}, "data: episodes have none"),
+        ({"variant": "clip"}, "episodes are answered by a text; leave variant at lvlm and places at text"),
+        ({"of": "pictures"}, "data: is required; give a manifest with words, or of: episodes"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            of_episodes(**changes)
+
+
+def test_another_copy_of_cobsat_is_told_from_the_first(make: Make, tmp_path: Path) -> None:
+    prints = []
+    for number in range(2):
+        folder = write_cobsat(tmp_path / str(number), picture(number, 64, 64))
+        prints.append(require_reasoning(make(cobsat=str(folder), tasks=["Color-I"], episodes__count=3))["cobsat"])
+    assert prints[0] != prints[1]
