@@ -15,6 +15,7 @@ from xdist.scheduler import LoadScopeScheduling
 # A plugin comes after those that it imports: pytest rewrites the assertions of a module only before its first import.
 pytest_plugins = [
     "tests.support.backbones",
+    "tests.support.browser",
     "tests.support.commands",
     "tests.support.chaos",
     "tests.support.datasets",

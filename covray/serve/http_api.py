@@ -150,33 +150,19 @@ def _add_answers(
     @app.post("/v1/answers", response_model=AnswerResponse, openapi_extra={"requestBody": _request_body()})
     async def answer(request: Request) -> Response:
         """Answer a query. With ``accept: text/event-stream`` each picture is sent as soon as it is written."""
-        free = slots.take()
-        status = CLIENT_LEFT
-        try:
+        with slots.take() as slot:
             query = await read_query(request, config, names)
             deadline = asyncio.get_running_loop().time() + seconds
             if "text/event-stream" in request.headers.get("accept", ""):
                 events = await _started(answerer.stream(query), deadline, seconds)
                 counters.answers.labels(query.adapter).inc()
-                response = _EventStream(events, free)
-                status = 0  # the slot is the response's now
-                return response
+                return _EventStream(events, slot.keep())
             async with InTime(deadline, seconds):
                 result = await answerer.answer(query)
             if isinstance(result, Refusal):
                 raise RefusedError(422, result.reason, result.message)
             counters.answers.labels(query.adapter).inc()
-            status = 200
             return _json(result)
-        except RefusedError as error:
-            status = error.status
-            raise
-        except HTTPException as error:
-            status = error.status_code
-            raise
-        finally:
-            if status:
-                free(status)
 
 
 async def _started(events: AsyncIterator[Event], deadline: float, seconds: float) -> AsyncIterator[str]:

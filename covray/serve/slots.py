@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from starlette.exceptions import HTTPException
 
 from covray.serve.reading import RefusedError
 
@@ -36,8 +37,8 @@ class Slots:
         self._taken = 0
         self._counters = counters
 
-    def take(self) -> Callable[[int], None]:
-        """Take a slot; the function returned frees it, given the status. Raises RefusedError."""
+    def take(self) -> Slot:
+        """Take a slot; the end of its block frees it. Raises RefusedError."""
         if self._taken >= self._most:
             self._counters.requests.labels("503").inc()
             if self._observe is not None:
@@ -56,7 +57,37 @@ class Slots:
             if self._observe is not None:
                 self._observe(status, seconds)
 
-        return free
+        return Slot(free)
+
+
+class Slot:
+    """The slot of one request. The end of its block frees it with the status that the request ended with."""
+
+    def __init__(self, free: Callable[[int], None]):
+        self._free = free
+        self._kept = False
+
+    def keep(self) -> Callable[[int], None]:
+        """Return what frees the slot, given the status; the end of the block then leaves it taken."""
+        self._kept = True
+        return self._free
+
+    def __enter__(self) -> Slot:
+        """Begin."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """End; an error that is no refusal means that the client left."""
+        if self._kept:
+            return
+        status = CLIENT_LEFT
+        if error is None:
+            status = 200
+        elif isinstance(error, RefusedError):
+            status = error.status
+        elif isinstance(error, HTTPException):
+            status = error.status_code
+        self._free(status)
 
 
 class InTime:

@@ -7,12 +7,11 @@ from typing import Any, Protocol
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
-from starlette.exceptions import HTTPException
 
 from covray.config.serve import LimitsConfig
 from covray.serve.reading import RefusedError, read_asked, read_parts, read_picture
 from covray.serve.schemas import Refusal, ThinkInfo, ThoughtRequest, ThoughtResponse, ThoughtSettings
-from covray.serve.slots import CLIENT_LEFT, InTime, Slots
+from covray.serve.slots import InTime, Slots
 from covray.serve.thinking import ThoughtQuery
 
 
@@ -44,25 +43,14 @@ def add_thoughts(app: FastAPI, limits: LimitsConfig, thinker: ThoughtAnswerer, s
     @app.post("/v1/thoughts", response_model=ThoughtResponse, openapi_extra={"requestBody": _request_body()})
     async def think(request: Request) -> Response:
         """Let a vision-language model think about pictures and words, and draw what it thought."""
-        free = slots.take()
-        status = CLIENT_LEFT
-        try:
+        with slots.take():
             query = await read_thought(request, limits, thinker.variant)
             deadline = asyncio.get_running_loop().time() + limits.time_s
             async with InTime(deadline, limits.time_s, "send fewer pictures"):
                 result = await thinker.think(query)
             if isinstance(result, Refusal):
                 raise RefusedError(422, result.reason, result.message)
-            status = 200
             return Response(result.model_dump_json() + "\n", media_type="application/json")
-        except RefusedError as error:
-            status = error.status
-            raise
-        except HTTPException as error:
-            status = error.status_code
-            raise
-        finally:
-            free(status)
 
 
 async def read_thought(request: Request, limits: LimitsConfig, variant: str) -> ThoughtQuery:

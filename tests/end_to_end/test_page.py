@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ from covray.report.evaluation import Strip, write_evaluation_page
 from covray.report.sweep import write_sweep_page
 from covray.sweeps.records import SweepResults
 from tests.report.test_sweep import sweep_results
+from tests.support.browser import chromium_path
 
 pytestmark = pytest.mark.end_to_end
 QUIET = (
@@ -31,9 +31,7 @@ QUIET = (
 
 
 def browse(page: str, profile: Path, *options: str) -> str:
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    assert chromium, "the page test needs Chromium: apt install chromium"
-    command = [chromium, *QUIET, f"--user-data-dir={profile}", *options, Path(page).as_uri()]
+    command = [chromium_path(), *QUIET, f"--user-data-dir={profile}", *options, Path(page).as_uri()]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,12 +13,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 from covray.chains.dataset import ChainDataset, shard_schema
 from covray.report.dataset import render_page, view
 from covray.report.dataset_server import DatasetServer
 from covray.report.pair_rows import COLUMNS
+from tests.support.browser import watched_tab
 
 pytestmark = pytest.mark.end_to_end
 Writer = Callable[..., tuple[str, list[dict[str, Any]]]]
@@ -28,28 +28,11 @@ REASONS = (None, None, None, "missing: <b>gone</b>", "no_person")
 FIGURES = ("diffusion_path", "end_psnr", "label_noise_rms")
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    assert chromium, "the page test needs Chromium: apt install chromium"
-    with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield launched
-        launched.close()
-
-
 @pytest.fixture
 def page(browser: Browser) -> Iterator[Page]:
     """A tab from which no request may leave the machine, and whose script may not fail."""
-    requests: list[str] = []
-    errors: list[object] = []
-    opened = browser.new_page(viewport={"width": 1200, "height": 900})
-    opened.on("request", lambda request: requests.append(request.url))
-    opened.on("pageerror", lambda error: errors.append(error))
-    yield opened
-    opened.close()
-    assert [url for url in requests if not url.startswith(("file:", "data:", "http://127.0.0.1:"))] == []
-    assert errors == []
+    with watched_tab(browser, "file:", "http://127.0.0.1:", viewport={"width": 1200, "height": 900}) as tab:
+        yield tab
 
 
 def random_rows(count: int) -> list[dict[str, Any]]:

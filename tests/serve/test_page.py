@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import base64
-import shutil
 import threading
-import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import anyio
 import numpy as np
 import pytest
-import uvicorn
 from PIL import Image
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 from covray.config import ServeConfig
 from covray.io.images import encode_png
@@ -22,6 +19,7 @@ from covray.serve.answering import Query
 from covray.serve.http_api import Event, make_app
 from covray.serve.schemas import AdapterInfo, Adapters, AnswerResponse, Frame, Refusal
 from covray.tasks import TASKS, depth
+from tests.support.browser import served, watched_tab
 from tests.support.commands import free_port
 
 pytestmark = pytest.mark.end_to_end
@@ -80,34 +78,17 @@ def address(painter: Painter) -> Iterator[str]:
         adapters=(AdapterInfo(name="run", task="depth", pictures=4, classes=None),), tasks=tuple(TASKS)
     )  # fmt: skip
     app = make_app(config, adapters, painter, None)
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.05)
-    yield f"http://127.0.0.1:{port}/"
-    painter.seen.set()
-    server.should_exit = True
-    thread.join(20)
+    with served(app, port) as address:
+        yield address
+        painter.seen.set()
 
 
 @pytest.fixture
-def page(address: str) -> Iterator[Page]:
+def page(address: str, browser: Browser) -> Iterator[Page]:
     """The page, from which no request may leave for another host."""
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    assert chromium, "the page test needs Chromium: apt install chromium"
-    requests: list[str] = []
-    errors: list[object] = []
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        opened = browser.new_page()
-        opened.on("request", lambda request: requests.append(request.url))
-        opened.on("pageerror", lambda error: errors.append(error))
-        opened.goto(address)
-        yield opened
-        browser.close()
-    assert [url for url in requests if not url.startswith((address, "data:", "blob:"))] == []
-    assert errors == []
+    with watched_tab(browser, address) as tab:
+        tab.goto(address)
+        yield tab
 
 
 def test_frames_show_before_the_answer_is_written(page: Page, painter: Painter, tmp_path: Path) -> None:

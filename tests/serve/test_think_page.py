@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import uvicorn
 from PIL import Image
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 from covray.config import ServeConfig
 from covray.io.images import decode
@@ -21,6 +17,7 @@ from covray.serve.schemas import Refusal, ThoughtResponse
 from covray.serve.thinking import ThoughtQuery
 from tests.serve.test_http import ADAPTERS, TOKEN, Echo
 from tests.serve.test_page import png
+from tests.support.browser import served, watched_tab
 from tests.support.commands import free_port
 
 pytestmark = pytest.mark.end_to_end
@@ -49,33 +46,14 @@ def thinker(request: pytest.FixtureRequest) -> Thinker:
 
 
 @pytest.fixture
-def page(thinker: Thinker) -> Iterator[Page]:
+def page(thinker: Thinker, browser: Browser) -> Iterator[Page]:
     """The page of a server with a token, from which no request may leave for another host."""
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    assert chromium, "the page test needs Chromium: apt install chromium"
     port = free_port()
     config = ServeConfig.model_validate({"adapters": ["run"], "port": port, "limits": {"examples": 3}})
     app = make_app(config, ADAPTERS, Echo(), TOKEN, thinker=thinker)
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.05)
-    address = f"http://127.0.0.1:{port}/"
-    requests: list[str] = []
-    errors: list[object] = []
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        opened = browser.new_page()
-        opened.on("request", lambda request: requests.append(request.url))
-        opened.on("pageerror", lambda error: errors.append(error))
-        opened.goto(address)
-        yield opened
-        browser.close()
-    server.should_exit = True
-    thread.join(20)
-    assert [url for url in requests if not url.startswith((address, "data:", "blob:"))] == []
-    assert errors == []
+    with served(app, port) as address, watched_tab(browser, address) as tab:
+        tab.goto(address)
+        yield tab
 
 
 def open_tab(page: Page) -> None:
