@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from results_file import write_result
 
-from covray.chains.dataset import frame_order, shard_schema, union_alphas
+from covray.chains.shard_rows import frame_order, shard_schema, union_alphas
 from covray.config import BuildConfig, load_config
 from covray.distributed import build as building
 from covray.io.images import Picture

@@ -28,10 +28,11 @@ import torch
 from results_file import write_result
 
 from covray.chains.audit import audit_dataset
-from covray.chains.dataset import ChainDataset, alphas_of, frame_order, shard_schema
+from covray.chains.dataset import ChainDataset
 from covray.chains.loading import Chains
 from covray.chains.mapped import MappedChains, Source
 from covray.chains.sentences import Sentences, micro_batches, step_bounds
+from covray.chains.shard_rows import alphas_of, frame_order, shard_schema
 from covray.config import SentencesConfig
 from covray.io import storage
 

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from covray.chains.dataset import frame_order, shard_schema, union_alphas
 from covray.chains.kept_noise import picture_digest
 from covray.chains.prepare import BuildModels, needs_prior
+from covray.chains.shard_rows import frame_order, shard_schema, union_alphas
 from covray.chains.spacing import PROBE_ALPHAS, coarse_label, even_path_alphas
 from covray.config import BuildConfig
 from covray.errors import PairError

@@ -1,7 +1,7 @@
-"""Shards: the Parquet rows that hold chains as tokens, and how to read them.
+"""A dataset of chains: its folder, its versions, and how its shards are read (a row: ``shard_rows.py``).
 
 A dataset folder holds ``_dataset.json`` (written first), ``shards/task=<task>/*.parquet`` and ``_audit.json`` (written
-last). A row is a pair; its frames serve every method and every length that was built.
+last).
 
 ``covray build --append`` adds versions: the rows that version n has beyond the one before it are below
 ``shards/version=<n>/``. So a version is all shards up to its own, and an older one stays as it was.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypedDict, cast
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,91 +21,13 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from covray.chains.records import Audit, DatasetRecord
+from covray.chains.shard_rows import ShardRow, alphas_of, python_rows, shard_schema, union_alphas
 from covray.config.section import JsonObject
-from covray.errors import ConfigError, DatasetError, one_line
+from covray.errors import DatasetError, one_line
 from covray.io.storage import Folder
 
-QUALITY = ("source_noise_rms", "label_noise_rms", "source_psnr", "label_psnr", "diffusion_path", "linear_path")
-"""Figures of a row: ``*_noise_rms`` is |z_T|/sqrt(d), expected 1; ``*_psnr`` the round trip of an end in dB, null where
-it was not checked; ``*_path`` the way through the frames over the direct way, as RMS pixel distances (linear: 1)."""
-
-_TOKENS = pa.list_(pa.uint16())
 _UNREADABLE = (OSError, pa.ArrowInvalid)  # an incomplete file has no footer, a damaged one a wrong footer
 _ROWS_AT_ONCE = 1024  # rows of 256 tokens and a dozen frames: some 7 MB
-
-
-def shard_schema(keep_noise: bool) -> pa.Schema:
-    """Return the schema of a shard.
-
-    ``keep_noise`` adds the inverted noise of both ends (float32 little-endian bytes), and the BLAKE2b digests (16
-    bytes) of the pixels that were inverted.
-    """
-    frame = pa.struct([("method", pa.string()), ("alpha", pa.float32()), ("tokens", _TOKENS)])
-    fields = [
-        ("pair_id", pa.int64()),
-        ("task", pa.string()),
-        ("split", pa.string()),
-        ("source", _TOKENS),
-        ("label", _TOKENS),
-        ("frames", pa.list_(frame)),
-        ("quality", pa.struct([(name, pa.float32()) for name in QUALITY])),
-        ("error", pa.string()),
-    ]
-    if keep_noise:
-        for name in ("source_noise", "label_noise", "source_pixels", "label_pixels"):
-            fields.append((name, pa.binary()))
-    return pa.schema(fields)
-
-
-def alphas_of(length: int) -> tuple[float, ...]:
-    """Return the alphas k/(length-1), k = 1..length-2, of a chain of ``length`` pictures, as float32 stores them."""
-    return tuple(float(np.float32(k / (length - 1))) for k in range(1, length - 1))
-
-
-def union_alphas(lengths: Iterable[int], alphas: Iterable[float] = ()) -> tuple[float, ...]:
-    """Return all alphas that chains of ``lengths`` need, and ``alphas``: distinct as float32, ascending.
-
-    Raises ConfigError for an alpha that float32 cannot tell from an end of the chain.
-    """
-    union = {float(np.float32(alpha)) for alpha in alphas}
-    if any(not 0.0 < alpha < 1.0 for alpha in union):
-        raise ConfigError(
-            "alphas: an alpha is not between 0 and 1 as float32; leave it out, a chain always has both ends"
-        )
-    for length in lengths:
-        union.update(alphas_of(length))
-    return tuple(sorted(union))
-
-
-def frame_order(methods: Iterable[str], alphas: Iterable[float]) -> list[tuple[str, float]]:
-    """Return the (method, alpha) of a row's frames in their fixed order: by method, then by alpha."""
-    ascending = sorted(alphas)
-    return [(method, alpha) for method in sorted(methods) for alpha in ascending]
-
-
-Tokens = np.ndarray | list[int]
-"""The tokens of a picture, uint16 [tokens_per_image] as rows are read; their numbers where a row is made up."""
-
-
-class FrameColumn(TypedDict):
-    """A frame of a row."""
-
-    method: str
-    alpha: float
-    tokens: Tokens
-
-
-class ShardRow(TypedDict, total=False):
-    """A row of ``ChainDataset.rows``: those columns of ``shard_schema`` that were asked for."""
-
-    pair_id: int
-    task: str
-    split: str
-    source: Tokens
-    label: Tokens
-    frames: list[FrameColumn]
-    quality: dict[str, float | None] | None
-    error: str | None
 
 
 class ChainDataset:
@@ -419,43 +341,6 @@ def task_of(shard: str) -> str:
         if part.startswith("task="):
             return part.removeprefix("task=")
     raise DatasetError(f"{shard}: is not below a folder task=...; it is no shard of this dataset, move it away")
-
-
-def python_rows(batch: pa.RecordBatch) -> Iterator[ShardRow]:
-    """Yield the rows of ``batch`` as dicts, with tokens as uint16 arrays."""
-    values = {name: _python_values(batch.column(name)) for name in batch.schema.names}
-    for index in range(len(batch)):
-        yield cast(ShardRow, {name: column[index] for name, column in values.items()})
-
-
-def _python_values(column: pa.Array) -> list[Any]:
-    """Return the values of a column, with lists of tokens as uint16 arrays."""
-    if column.type == _TOKENS:
-        return _token_arrays(column)
-    if pa.types.is_list(column.type):
-        flat = column.flatten()
-        tokens = _token_arrays(flat.field("tokens"))
-        methods, alphas = flat.field("method").to_pylist(), flat.field("alpha").to_pylist()
-        frames = []
-        for method, alpha, ids in zip(methods, alphas, tokens, strict=True):
-            frames.append({"method": method, "alpha": alpha, "tokens": ids})
-        return [None if part is None else frames[part] for part in _list_slices(column)]
-    return list(column.to_pylist())
-
-
-def _token_arrays(column: pa.Array) -> list[np.ndarray | None]:
-    flat = column.flatten().to_numpy(zero_copy_only=False)
-    return [None if part is None else flat[part] for part in _list_slices(column)]
-
-
-def _list_slices(column: pa.Array) -> list[slice | None]:
-    """Return where each list of ``column`` is in ``column.flatten()``, which leaves out what is below null lists."""
-    slices: list[slice | None] = []
-    start = 0
-    for length in column.value_lengths().to_pylist():
-        slices.append(None if length is None else slice(start, start + length))
-        start += length or 0
-    return slices
 
 
 def _rounded(alphas: Iterable[float]) -> str:

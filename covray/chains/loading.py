@@ -12,8 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from covray.chains.dataset import ChainDataset, FrameColumn, ShardRow, frame_order, task_of
+from covray.chains.dataset import ChainDataset, task_of
 from covray.chains.quality import best_rows, chain_quality, kept_count
+from covray.chains.shard_rows import FrameColumn, ShardRow, frame_order
 from covray.config import SentencesConfig
 from covray.errors import DatasetError
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from covray.chains.dataset import union_alphas
 from covray.chains.kept_noise import KeptNoise, picture_digest
+from covray.chains.shard_rows import union_alphas
 from covray.config import BuildConfig
 from covray.errors import PairError
 from covray.io.images import square

@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from covray.chains.compatibility import require_same_tokens
-from covray.chains.dataset import ChainDataset, ShardRow, alphas_of
+from covray.chains.dataset import ChainDataset
 from covray.chains.loading import Chains
 from covray.chains.sentences import Sentences
+from covray.chains.shard_rows import ShardRow, alphas_of
 from covray.config import EngineConfig, SentencesConfig, TokenizerConfig
 from covray.io.drawing import draw_strip, html_picture
 from covray.models.tokenizer.vqgan import Tokenizer, load_tokenizer

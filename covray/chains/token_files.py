@@ -25,8 +25,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pyarrow import fs
 
-from covray.chains.dataset import ChainDataset, frame_order, shard_schema, version_of
+from covray.chains.dataset import ChainDataset, version_of
 from covray.chains.loading import flat_tokens
+from covray.chains.shard_rows import frame_order, shard_schema
 
 FOLDER = "_tokens"
 _TOKENS_OF_A_BATCH = 2**25

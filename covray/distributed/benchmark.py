@@ -22,9 +22,10 @@ import torch
 from pyarrow import fs
 
 from covray.chains.audit import audit_dataset
-from covray.chains.dataset import ChainDataset, shard_files, union_alphas
+from covray.chains.dataset import ChainDataset, shard_files
 from covray.chains.loading import count_pairs
 from covray.chains.sentences import require_context
+from covray.chains.shard_rows import union_alphas
 from covray.config import BuildConfig, PlanConfig, TrainConfig
 from covray.distributed.build import build
 from covray.distributed.train import train

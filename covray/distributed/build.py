@@ -21,11 +21,12 @@ import ray
 from ray.data import Dataset
 
 from covray.chains.audit import audit_dataset
-from covray.chains.dataset import ChainDataset, shard_folder, shard_schema, union_alphas
+from covray.chains.dataset import ChainDataset, shard_folder
 from covray.chains.kept_noise import KeptNoise
 from covray.chains.model_checks import require_models
 from covray.chains.prepare import BuildModels, needs_prior
 from covray.chains.records import Audit, DatasetRecord
+from covray.chains.shard_rows import shard_schema, union_alphas
 from covray.chains.spacing import PROBES
 from covray.config import BuildConfig, recorded_section
 from covray.config.build import solver_text, with_solver

@@ -9,7 +9,8 @@ from typing import Any, Literal, NamedTuple
 from pydantic import ValidationError
 
 from covray.chains.compatibility import require_same_codes
-from covray.chains.dataset import ChainDataset, FrameColumn
+from covray.chains.dataset import ChainDataset
+from covray.chains.shard_rows import FrameColumn
 from covray.config import BackboneConfig, EvaluateConfig, TrainConfig, named_run
 from covray.errors import ConfigError, WeightsError
 from covray.io import storage

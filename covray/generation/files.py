@@ -7,7 +7,7 @@ import posixpath
 from collections.abc import Sequence
 from typing import Any
 
-from covray.chains.dataset import alphas_of
+from covray.chains.shard_rows import alphas_of
 from covray.config import GenerateConfig
 from covray.errors import ConfigError, PairError, one_line
 from covray.generation.generator import Generator, resolve_generator

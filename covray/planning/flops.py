@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import LlamaConfig
 
-from covray.chains.dataset import QUALITY, frame_order, shard_schema, union_alphas
 from covray.chains.prepare import needs_prior
+from covray.chains.shard_rows import QUALITY, frame_order, shard_schema, union_alphas
 from covray.chains.spacing import PROBES
 from covray.config import AssumedConfig, BuildConfig, TrainConfig
 from covray.errors import ConfigError

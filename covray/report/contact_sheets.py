@@ -11,7 +11,8 @@ from itertools import islice
 import numpy as np
 from PIL import Image, ImageDraw
 
-from covray.chains.dataset import ChainDataset, ShardRow, task_of
+from covray.chains.dataset import ChainDataset, task_of
+from covray.chains.shard_rows import ShardRow
 from covray.io.drawing import FAINT, GAP_PX, PAPER, TILE_PX, load_font
 from covray.models.tokenizer.vqgan import Tokenizer
 

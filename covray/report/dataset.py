@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from covray.chains.compatibility import require_same_tokens
-from covray.chains.dataset import ChainDataset, ShardRow
+from covray.chains.dataset import ChainDataset
+from covray.chains.shard_rows import ShardRow
 from covray.config import EngineConfig, TokenizerConfig
 from covray.config.build import solver_text
 from covray.errors import ConfigError, DatasetError, one_line

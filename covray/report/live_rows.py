@@ -6,7 +6,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from covray.chains.dataset import ChainDataset, ShardRow, python_rows
+from covray.chains.dataset import ChainDataset
+from covray.chains.shard_rows import ShardRow, python_rows
 from covray.errors import DatasetError
 from covray.report.pair_rows import COLUMNS, packed_rows
 

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from covray.chains.dataset import QUALITY
 from covray.chains.quality import chain_quality
+from covray.chains.shard_rows import QUALITY
 
 COLUMNS = ("pair_id", "task", "split", "quality", "error")
 """The columns of a shard that a list needs."""

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from covray.chains.dataset import QUALITY, ChainDataset, shard_schema
+from covray.chains.dataset import ChainDataset
+from covray.chains.shard_rows import QUALITY, shard_schema
 from covray.io.records import RecordPart
 from covray.report.formatting import NONE, listed
 

@@ -18,7 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from covray.chains.dataset import ChainDataset, ShardRow, frame_order, shard_schema
+from covray.chains.dataset import ChainDataset
+from covray.chains.shard_rows import ShardRow, frame_order, shard_schema
 from covray.config.section import JsonObject
 from covray.errors import ConfigError
 from covray.io.tensor_files import new_folder, require_new

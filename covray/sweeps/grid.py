@@ -10,9 +10,10 @@ from typing import Any, TypeVar
 
 from transformers import LlamaConfig
 
-from covray.chains.dataset import ChainDataset, union_alphas
+from covray.chains.dataset import ChainDataset
 from covray.chains.loading import count_pairs
 from covray.chains.sentences import require_context
+from covray.chains.shard_rows import union_alphas
 from covray.config import (
     BackboneConfig,
     BuildConfig,

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from covray.chains.dataset import frame_order, shard_schema
+from covray.chains.shard_rows import frame_order, shard_schema
 
 
 def validate_rows(

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from covray.chains.audit import audit_dataset
-from covray.chains.dataset import shard_schema
+from covray.chains.shard_rows import shard_schema
 from covray.errors import DatasetError
 
 Writer = Callable[..., tuple[str, list[dict[str, Any]]]]

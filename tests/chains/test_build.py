@@ -16,10 +16,10 @@ from PIL import Image
 
 from covray.chains import build as building
 from covray.chains.build import BlockBuilder, is_checked
-from covray.chains.dataset import shard_schema, union_alphas
 from covray.chains.kept_noise import KeptNoise
 from covray.chains.prepare import PREPARED_SCHEMA, BuildModels, needs_prior, prepare_block
 from covray.chains.records import Audit, DatasetRecord
+from covray.chains.shard_rows import shard_schema, union_alphas
 from covray.chains.spacing import PROBE_ALPHAS, coarse_label, even_path_alphas
 from covray.config import BuildConfig, load_config
 from covray.errors import DatasetError

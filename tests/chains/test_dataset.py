@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from covray.chains.dataset import ChainDataset, alphas_of, frame_order, shard_schema, union_alphas
+from covray.chains.dataset import ChainDataset
+from covray.chains.shard_rows import alphas_of, frame_order, shard_schema, union_alphas
 from covray.errors import ConfigError, DatasetError
 from covray.io import storage
 from tests.chains.contract import validate_rows

@@ -12,11 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from covray.chains.dataset import ChainDataset, alphas_of, union_alphas
+from covray.chains.dataset import ChainDataset
 from covray.chains.loading import Chains, count_pairs
 from covray.chains.mapped import MappedChains, Source, count_queries
 from covray.chains.quality import chain_quality, kept_count
 from covray.chains.sentences import Sentences, loss_tokens, micro_batches, require_context, step_bounds
+from covray.chains.shard_rows import alphas_of, union_alphas
 from covray.config import SentencesConfig
 from covray.errors import ConfigError, CovrayError, DatasetError
 

@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from covray.chains.audit import audit_dataset
-from covray.chains.dataset import ChainDataset, shard_folder, shard_schema
+from covray.chains.dataset import ChainDataset, shard_folder
 from covray.chains.records import AppendedPairs, Audit, DatasetRecord
+from covray.chains.shard_rows import shard_schema
 from covray.config import BuildConfig
 from covray.distributed.build import plan_build
 from covray.distributed.resumable import Output

@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
-from covray.chains.dataset import ChainDataset, shard_schema
+from covray.chains.dataset import ChainDataset
+from covray.chains.shard_rows import shard_schema
 from covray.report.dataset import render_page, view
 from covray.report.dataset_server import DatasetServer
 from covray.report.pair_rows import COLUMNS

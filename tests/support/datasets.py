@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from covray.chains.dataset import frame_order, shard_schema, union_alphas
+from covray.chains.shard_rows import frame_order, shard_schema, union_alphas
 from covray.io import storage
 
 CODES = 64
