@@ -112,8 +112,10 @@ class ChainDataset:
 
     def count(self, *, errors: bool = False) -> int:
         """Return how many rows are good, or with ``errors`` how many there are; a finished dataset's audit knows."""
+        if self.audit is not None and errors:
+            return self.audit.written + self.audit.rejected
         if self.audit is not None:
-            return self.audit.written + (self.audit.rejected if errors else 0)
+            return self.audit.written
         return sum(len(batch) for batch in self._batches(["pair_id"], None, None, errors))
 
     def rows(
@@ -202,16 +204,20 @@ class ChainDataset:
                 f"{self.path}: has no frames by {method}, only by {', '.join(self.methods) or 'none'}; "
                 f"build with --method {','.join((*self.methods, method))}"
             )
-        frames = {frame["alpha"]: frame["tokens"] for frame in row["frames"] if frame["method"] == method}
-        alphas = alphas_of(length)
-        missing = [alpha for alpha in alphas if alpha not in frames]
+        by_alpha = {frame["alpha"]: frame["tokens"] for frame in row["frames"] if frame["method"] == method}
+        pictures, missing = [row["source"]], []
+        for alpha in alphas_of(length):
+            if alpha in by_alpha:
+                pictures.append(by_alpha[alpha])
+            else:
+                missing.append(alpha)
         if missing:
             lengths = ",".join(str(known) for known in sorted({*self.config["lengths"], length}))
             raise DatasetError(
                 f"{self.path}: a chain of {length} needs alpha {_rounded(missing)}, "
-                f"the dataset has {_rounded(frames)}; build with --length {lengths}"
+                f"the dataset has {_rounded(by_alpha)}; build with --length {lengths}"
             )
-        return np.stack([row["source"], *(frames[alpha] for alpha in alphas), row["label"]])
+        return np.stack([*pictures, row["label"]])
 
     def _batches(
         self,

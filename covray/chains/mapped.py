@@ -32,12 +32,14 @@ def count_queries(sources: Sequence[Source], config: SentencesConfig, split: str
     Raises:
         DatasetError: As ``count_pairs``.
     """
-    datasets = [source.dataset for source in sources]
-    pairs = sum(count_pairs(datasets[0], config, split, *datasets[1:]).values())
+    first, *others = [source.dataset for source in sources]
+    pairs = sum(count_pairs(first, config, split, *others).values())
     if _is_natural(sources):
         return pairs
-    rows = [kept_by_task(dataset, config, split).total() for dataset in datasets]
-    return sum(_queries(source, count) for source, count in zip(sources, rows, strict=True))
+    queries = 0
+    for source in sources:
+        queries += _queries(source, kept_by_task(source.dataset, config, split).total())
+    return queries
 
 
 _Views = dict[int, list[NDArray[np.uint16]]]
@@ -139,13 +141,16 @@ class MappedChains:
     @property
     def epoch_queries(self) -> int:
         """The queries of an epoch."""
-        return sum(share.queries for share in self._shares) if self._shares else len(self)
+        if not self._shares:
+            return len(self)
+        return sum(share.queries for share in self._shares)
 
     def queries(self, seed: int, epoch: int) -> NDArray[np.int32] | None:
         """Return the rows that are queries of an epoch, [epoch_queries], in any order; None: each row once."""
         if not self._shares:
             return None
-        return np.concatenate([share.dealt(seed, number, epoch) for number, share in enumerate(self._shares)])
+        dealt = [share.dealt(seed, number, epoch) for number, share in enumerate(self._shares)]
+        return np.concatenate(dealt)
 
     def take(self, rows: NDArray[np.int64], length: int) -> NDArray[np.uint16]:
         """Return the chains of ``rows``, uint16 [rows, length, tokens per picture]."""
@@ -222,4 +227,6 @@ def _is_natural(sources: Sequence[Source]) -> bool:
 
 def _queries(source: Source, rows: int) -> int:
     """Return how many of a dataset's rows are queries in an epoch."""
-    return max(1, round(source.weight * rows)) if rows else 0
+    if not rows:
+        return 0
+    return max(1, round(source.weight * rows))

@@ -17,8 +17,10 @@ console = Console(emoji=False)  # a path may hold ":car:"
 
 def escape(text: str) -> str:
     """Return one printable line without rich's markup: messages may quote hostile file names."""
-    line = " ".join(text.split())
-    return rich.markup.escape("".join(c if c.isprintable() else "?" for c in line))
+    printable = ""
+    for character in " ".join(text.split()):
+        printable += character if character.isprintable() else "?"
+    return rich.markup.escape(printable)
 
 
 def print_values(values: Mapping[str, Any], json_: bool) -> None:
@@ -38,8 +40,10 @@ def figure(value: Any) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, dict):
-        mean, low, high = (figure(value[key]) for key in ("mean", "low", "high"))
-        return mean if low == high else f"{mean}  ({low} to {high})"
+        mean, low, high = figure(value["mean"]), figure(value["low"]), figure(value["high"])
+        if low == high:
+            return mean
+        return f"{mean}  ({low} to {high})"
     if isinstance(value, float) and abs(value) < 100:
         return f"{value:.3g}"
     return f"{value:,.0f}"

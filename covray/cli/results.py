@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -55,9 +56,12 @@ def print_sweep(results: dict[str, Any], out: str, json_: bool) -> None:
         table.add_row(escape(claim["claim"]), f"{overall['gain_percent']:+.1f}%", interval, overall["verdict"])
     if table.row_count:
         console.print(table)
-    ended = [trial["status"] for trial in results["trials"]]
-    counts = [f"{ended.count(status)} {status}" for status in ("finished", "stopped", "failed", "waiting")]
-    console.print(", ".join(count for count in counts if not count.startswith("0 ")), highlight=False)
+    ended = Counter(trial["status"] for trial in results["trials"])
+    counts = []
+    for status in ("finished", "stopped", "failed", "waiting"):
+        if ended[status]:
+            counts.append(f"{ended[status]} {status}")
+    console.print(", ".join(counts), highlight=False)
     for trial in results["trials"]:
         if trial["status"] == "failed":
             why = f"[yellow]{escape(trial['name'])} failed[/yellow]: {escape(str(trial['error']))}"

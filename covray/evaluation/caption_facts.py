@@ -62,13 +62,10 @@ def right_facts(caption: str, attributes: Mapping[str, Any]) -> dict[str, bool]:
         caption: The caption to judge.
         attributes: Of the portrait, as its manifest has them.
     """
-    expected: dict[str, set[str]] = {
-        "object": {solid["object"] for solid in attributes["solids"]},
-        "colour": {solid["colour"] for solid in attributes["solids"]},
-        "texture": {solid["texture"] for solid in attributes["solids"]},
-        "background": {attributes["background"]},
-        "style": {attributes["style"]},
-        "arrangement": {attributes["arrangement"]},
-    }
+    expected: dict[str, set[str]] = {}
+    for theme in ("object", "colour", "texture"):
+        expected[theme] = {solid[theme] for solid in attributes["solids"]}
+    for theme in ("background", "style", "arrangement"):
+        expected[theme] = {attributes[theme]}
     values = stated(caption)
     return {theme: values[theme] == expected[theme] for theme in expected if theme in attributes["visible"]}

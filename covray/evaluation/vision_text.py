@@ -34,6 +34,8 @@ from covray.training.objectives.vision_text import parts_of, read_data
 
 ANSWERS_FILE = "answers.jsonl"
 RESULTS_FILE = "results.json"
+PROMPT_SCORES = ("questions", "facts", "captions_with_all_facts", "chrf", "answer_nats")
+"""The scores that two models are compared by, prompt by prompt."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,12 @@ class Row:
     seconds: float
     """The share of the batch's time for writing."""
 
+    def fact_scores(self) -> tuple[float, float]:
+        """Return the share of its facts that the caption states, and 1 where it states all of them, else 0."""
+        assert self.facts
+        stated = self.facts.values()
+        return sum(stated) / len(stated), float(all(stated))
+
 
 class BatchAnswerer:
     """Answers the prompts of an evaluation, a batch at a time, and scores the answers."""
@@ -81,10 +89,13 @@ class BatchAnswerer:
 
     def _rows(self, part: Sequence[Exchange], first: int) -> Iterator[Row]:
         """Yield the rows of one batch; they are numbered from ``first``."""
-        answerer, instruction = self._answerer, self._config.texts.instruction
-        texts = [instruction if exchange.prompt is None else exchange.prompt for exchange in part]
-        prompts = []
-        for exchange, text in zip(part, texts, strict=True):
+        answerer = self._answerer
+        texts, prompts = [], []
+        for exchange in part:
+            text = exchange.prompt
+            if text is None:  # a caption is asked for in the same words everywhere
+                text = self._config.texts.instruction
+            texts.append(text)
             prompts.append(answerer.vlm.prompter.turn(parts_of(exchange, self._root, text)))
         started = time.monotonic()
         answers = answerer.answer(prompts, self._config.decoding)
@@ -95,21 +106,34 @@ class BatchAnswerer:
             with torch.no_grad():
                 batch = collate([sample], None, Blocks(1)).to(answerer.vlm.model.device)
                 loss, each = answerer.vlm.model(batch)
-            is_caption = exchange.prompt is None
             yield Row(
                 number=first + place,
                 kind=exchange.kind,
                 prompt=texts[place],
                 expected=exchange.answer,
                 answer=text,
-                right=None if is_caption else text.casefold() == exchange.answer.strip().casefold(),
-                facts=right_facts(text, exchange.attributes) if "solids" in exchange.attributes else None,
+                right=_is_right(exchange, text),
+                facts=_facts(exchange, text),
                 log_likelihood=-float(loss),
                 likelihood_tokens=len(each),
                 tokens=len(answers[place].ids),
                 passes=answers[place].passes,
                 seconds=seconds,
             )
+
+
+def _is_right(exchange: Exchange, answer: str) -> bool | None:
+    """Return whether a question's answer is the expected one, but for capitals; None for a caption."""
+    if exchange.prompt is None:
+        return None
+    return answer.casefold() == exchange.answer.strip().casefold()
+
+
+def _facts(exchange: Exchange, answer: str) -> dict[str, bool] | None:
+    """Return whether each fact of a portrait is stated; None where the picture is no portrait."""
+    if "solids" not in exchange.attributes:
+        return None
+    return right_facts(answer, exchange.attributes)
 
 
 def row_lines(rows: Iterable[Row]) -> list[str]:
@@ -140,26 +164,34 @@ def summarize_rows(rows: Sequence[Row]) -> dict[str, Any]:
             captions.append(row)
         for theme, right in (row.facts or {}).items():
             facts[theme].append(float(right))
-    seconds = sum(row.seconds for row in rows)
-    tokens, passes = sum(row.tokens for row in rows), sum(row.passes for row in rows)
-    likelihood_tokens = sum(row.likelihood_tokens for row in rows)
-    answered = [row for own in questions.values() for row in own]
+    answered: list[Row] = []  # kind by kind: the bootstrap of their mean draws by place
+    for of_kind in questions.values():
+        answered += of_kind
+    shares, complete = [], []
+    for row in captions:
+        if row.facts:
+            share, is_complete = row.fact_scores()
+            shares.append(share)
+            complete.append(is_complete)
+    tokens = sum(row.tokens for row in rows)
+    log_likelihood = sum(row.log_likelihood for row in rows)
     results = {
         "prompts": len(rows),
-        "questions": _mean([float(bool(row.right)) for row in answered]),
-        "questions_by_kind": {kind: _accuracy(own) for kind, own in sorted(questions.items())},
-        "facts": _mean([sum(row.facts.values()) / len(row.facts) for row in captions if row.facts]),
+        "questions": _mean_right(answered),
+        "questions_by_kind": {kind: _accuracy(of_kind) for kind, of_kind in sorted(questions.items())},
+        "facts": _mean(shares),
         "facts_by_theme": {theme: _mean(values) for theme, values in sorted(facts.items())},
-        "captions_with_all_facts": _mean([float(all(row.facts.values())) for row in captions if row.facts]),
+        "captions_with_all_facts": _mean(complete),
         "bleu": None,
         "chrf": None,
-        "answer_perplexity": math.exp(-sum(row.log_likelihood for row in rows) / likelihood_tokens),
-        "tokens_per_s": tokens / seconds if seconds else None,
-        "tokens_per_pass": tokens / passes if passes else None,
+        "answer_perplexity": math.exp(-log_likelihood / sum(row.likelihood_tokens for row in rows)),
+        "tokens_per_s": _ratio(tokens, sum(row.seconds for row in rows)),
+        "tokens_per_pass": _ratio(tokens, sum(row.passes for row in rows)),
     }
     if captions:
-        results["bleu"] = corpus_bleu([row.answer for row in captions], [row.expected for row in captions])
-        chrf = caption_chrf([row.answer for row in captions], [row.expected for row in captions])
+        written, expected = _texts(captions)
+        results["bleu"] = corpus_bleu(written, expected)
+        chrf = caption_chrf(written, expected)
         if chrf is None:
             results["absent"] = {"chrf": "needs torchmetrics: pip install 'covray[captions]'"}
         else:
@@ -210,18 +242,25 @@ def _mean_scores(rows_by_seed: Sequence[Sequence[Row]]) -> dict[str, NDArray[np.
 def _prompt_scores(rows: Sequence[Row]) -> dict[str, list[float | None]]:
     """Return the scores of every prompt, by name; None where it has none."""
     captions = [row for row in rows if row.right is None]
-    chrf = caption_chrf([row.answer for row in captions], [row.expected for row in captions]) if captions else None
-    of_captions = iter([None] * len(captions) if chrf is None else chrf)
+    chrf = caption_chrf(*_texts(captions)) if captions else None
+    of_captions = iter(chrf or ())
     scores: dict[str, list[float | None]] = defaultdict(list)
     for row in rows:
-        facts = list((row.facts or {}).values())
-        has_facts = row.right is None and bool(facts)
-        scores["questions"].append(None if row.right is None else float(row.right))
-        scores["facts"].append(sum(facts) / len(facts) if has_facts else None)
-        scores["captions_with_all_facts"].append(float(all(facts)) if has_facts else None)
-        scores["chrf"].append(next(of_captions) if row.right is None else None)
-        scores["answer_nats"].append(-row.log_likelihood / row.likelihood_tokens)
+        own: dict[str, float | None] = {"answer_nats": -row.log_likelihood / row.likelihood_tokens}
+        if row.right is not None:
+            own["questions"] = float(row.right)
+        else:
+            own["chrf"] = next(of_captions, None)  # nothing follows where torchmetrics is not installed
+            if row.facts:
+                own["facts"], own["captions_with_all_facts"] = row.fact_scores()
+        for name in PROMPT_SCORES:
+            scores[name].append(own.get(name))
     return dict(scores)
+
+
+def _texts(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
+    """Return the answers that were written, and those that were expected."""
+    return [row.answer for row in rows], [row.expected for row in rows]
 
 
 def compare_evaluations(first: str, second: str) -> dict[str, Any]:
@@ -234,12 +273,12 @@ def compare_evaluations(first: str, second: str) -> dict[str, Any]:
     Raises:
         ConfigError: One is not finished, or they answered different prompts.
     """
-    rows = [finished_rows(out) for out in (first, second)]
-    asked = []
-    for own in rows:
-        asked.append([(row.prompt, row.expected) for row in own])
-    data = [VlmEvaluationRecord.read(Folder(out)).identity["data"] for out in (first, second)]
-    if asked[0] != asked[1] or data[0] != data[1]:
+    rows, questions = [], []
+    for out in (first, second):
+        rows.append(finished_rows(out))
+        data = VlmEvaluationRecord.read(Folder(out)).identity["data"]
+        questions.append((data, [(row.prompt, row.expected) for row in rows[-1]]))
+    if questions[0] != questions[1]:
         raise ConfigError(
             f"{first} and {second}: answered different prompts; evaluate both with the same --data, --split, --samples "
             "and texts"
@@ -259,9 +298,18 @@ def finished_rows(out: str) -> list[Row]:
 def _accuracy(rows: Sequence[Row]) -> dict[str, Any]:
     """Return the accuracy of one kind of question, and that of always giving the most frequent answer."""
     counts = Counter(row.expected.casefold() for row in rows)
-    accuracy = _mean([float(bool(row.right)) for row in rows])
+    accuracy = _mean_right(rows)
     assert accuracy is not None
     return accuracy | {"most_frequent": counts.most_common(1)[0][1] / len(rows)}
+
+
+def _mean_right(rows: Sequence[Row]) -> dict[str, Any] | None:
+    """Return the share of questions that were answered as expected, with its interval."""
+    return _mean([float(bool(row.right)) for row in rows])
+
+
+def _ratio(amount: float, divisor: float) -> float | None:
+    return amount / divisor if divisor else None
 
 
 def _mean(values: Sequence[float]) -> dict[str, Any] | None:

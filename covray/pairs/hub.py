@@ -43,8 +43,8 @@ def find_dataset(name: str, split: str, subset: str | None = None, revision: str
         licence = licence or converted_licence
     if not paths:
         raise ManifestError(f"{name}: holds no Parquet files; download it, and make a list for covray pairs manifest")
-    chosen = _chosen(name, paths, split, subset)
-    return HubDataset(name, commit, licence, tuple(f"hf://datasets/{name}@{commit}/{path}" for path in chosen))
+    files = [f"hf://datasets/{name}@{commit}/{path}" for path in _chosen(name, paths, split, subset)]
+    return HubDataset(name, commit, licence, tuple(files))
 
 
 def _listed(name: str, revision: str | None) -> tuple[str, list[str], str | None]:
@@ -74,9 +74,11 @@ def _listed(name: str, revision: str | None) -> tuple[str, list[str], str | None
         raise ManifestError(
             f"{name}: the hub does not answer ({one_line(error)}); run the same command again"
         ) from error
-    licence = None if info.card_data is None else info.card_data.get("license")
-    files = sorted(file.rfilename for file in info.siblings or [] if file.rfilename.endswith(".parquet"))
-    return str(info.sha), files, None if licence is None else str(licence)
+    licence = info.card_data.get("license") if info.card_data is not None else None
+    if licence is not None:
+        licence = str(licence)
+    files = [file.rfilename for file in info.siblings or [] if file.rfilename.endswith(".parquet")]
+    return str(info.sha), sorted(files), licence
 
 
 _TIMEOUT_S = 20.0
@@ -94,11 +96,11 @@ def _chosen(name: str, paths: Sequence[str], split: str, subset: str | None) -> 
     elif len(subsets) > 1:
         raise ManifestError(f"{name}: has the subsets {', '.join(subsets[:10])}; choose one by --subset")
     if not chosen:
+        sought = f"split {split}"
+        if subset:
+            sought += f" and subset {subset}"
         shown = ", ".join(paths[:3])
-        raise ManifestError(
-            f"{name}: no Parquet file is of split {split}" + (f" and subset {subset}" if subset else "") + f"; it has "
-            f"{len(paths)} files, such as {shown}"
-        )
+        raise ManifestError(f"{name}: no Parquet file is of {sought}; it has {len(paths)} files, such as {shown}")
     return chosen
 
 

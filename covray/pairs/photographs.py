@@ -28,7 +28,7 @@ def find_photographs(places: Sequence[str]) -> tuple[str, list[str]]:
         ConfigError: The places have no common root.
     """
     folders = [_fixed_part(place) for place in places]
-    root = folders[0] if len(folders) == 1 else common_root(folders)
+    root = _root(folders)
     names: set[str] = set()
     for place, folder in zip(places, folders, strict=True):
         pictures = list_pictures(folder)
@@ -37,15 +37,21 @@ def find_photographs(places: Sequence[str]) -> tuple[str, list[str]]:
             pictures = [name for name in pictures if matches(name)]
         if not pictures:
             raise ManifestError(f"{place}: holds no photographs ({', '.join(ENDINGS)})")
-        prefix = "" if len(folders) == 1 else path_below(folder, root)
+        prefix = path_below(folder, root) if len(folders) > 1 else ""
         names.update(prefix + name for name in pictures)
     return root, sorted(names)
 
 
 def root_of(places: Sequence[str]) -> str:
     """Return the root that ``find_photographs`` returns; no folder is listed."""
-    folders = [_fixed_part(place) for place in places]
-    return folders[0] if len(folders) == 1 else common_root(folders)
+    return _root([_fixed_part(place) for place in places])
+
+
+def _root(folders: Sequence[str]) -> str:
+    """Return a single folder as it is given, of several their common root."""
+    if len(folders) == 1:
+        return folders[0]
+    return common_root(folders)
 
 
 def common_root(folders: Sequence[str]) -> str:

@@ -29,7 +29,9 @@ def absolute(path: str) -> str:
 
 def storable(value: Any) -> Any:
     """Return text as Parquet can hold it: a file name of broken UTF-8 loses the broken part, and is then rejected."""
-    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    return value.encode("utf-8", "replace").decode()
 
 
 def plain(value: Any) -> Any:
@@ -38,13 +40,15 @@ def plain(value: Any) -> Any:
         return {str(key): plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [plain(inner) for inner in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     if isinstance(value, np.generic | np.ndarray):
         return plain(value.tolist())
     if isinstance(value, bytes):
         return f"{len(value)} bytes"
-    return value if value is None or isinstance(value, bool | int | str) else str(value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return str(value)
 
 
 def plain_type(kind: pa.DataType) -> pa.DataType:
@@ -56,15 +60,20 @@ def plain_type(kind: pa.DataType) -> pa.DataType:
     if pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind):
         return pa.binary()
     if pa.types.is_struct(kind):
-        return pa.struct(sorted(((part.name, plain_type(part.type)) for part in kind), reverse=True))
+        fields = [(part.name, plain_type(part.type)) for part in kind]
+        return pa.struct(sorted(fields, reverse=True))
     return kind
 
 
 def fits_type(kind: pa.DataType, expected: pa.DataType) -> bool:
     """Whether a column can be read as ``expected``: pandas writes fields without a value as of type null."""
     if pa.types.is_struct(kind) and pa.types.is_struct(expected):
-        fields = [part.name for part in kind] == [part.name for part in expected]
-        return fields and all(fits_type(part.type, other.type) for part, other in zip(kind, expected, strict=True))
+        if kind.num_fields != expected.num_fields:
+            return False
+        for part, other in zip(kind, expected, strict=True):
+            if part.name != other.name or not fits_type(part.type, other.type):
+                return False
+        return True
     return bool(kind == expected or pa.types.is_null(kind))
 
 
@@ -80,11 +89,12 @@ def parsed_json(where: str, text: str | bytes, *, unique_keys: bool = False) -> 
 
 
 def _unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(items)
-    if len(values) < len(items):
-        names = [name for name, _ in items]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice[:80]!r} has two values")
+    """Return an object's values by key. Raises ValueError for a key that it has twice."""
+    values: dict[str, Any] = {}
+    for name, value in items:
+        if name in values:
+            raise ValueError(f"{name[:80]!r} has two values")
+        values[name] = value
     return values
 
 

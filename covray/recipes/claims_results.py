@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from covray.chains.dataset import ChainDataset
 from covray.chains.quality import chain_quality
@@ -95,7 +96,9 @@ class _Summary:
         """Return the scores of an arm by its name in a claim; None where it is not done."""
         programme = self.programme
         if name == BEST:
-            return None if self._best is None else self._scores(self._best)
+            if self._best is None:
+                return None
+            return self._scores(self._best)
         if name == ADAPTIVE:
             return self._adaptive()
         whose, _, way = name.partition("/")
@@ -166,9 +169,8 @@ class _Summary:
 
     def _claim(self, spec: ClaimSpec) -> ClaimResult:
         """Return what came of a claim."""
-        return self._result(
-            spec, self._compare(spec.first, spec.second, None if spec.metric == "primary" else spec.metric)
-        )
+        metric = spec.metric if spec.metric != "primary" else None
+        return self._result(spec, self._compare(spec.first, spec.second, metric))
 
     def _size_claims(self) -> Iterator[ClaimResult]:
         """Yield whether the smaller of two backbones gains more by chains."""
@@ -178,43 +180,58 @@ class _Summary:
             if _parameters(smaller) == _parameters(larger):
                 continue
             for arm in ("diffusion", "own"):
-                names = []
-                for backbone in (smaller, larger):
-                    prefix = "" if backbone is first else f"{backbone.name}-"
-                    names += [f"{prefix}{arm}", f"{prefix}none"]
-                scores = [self._scores(name) for name in names]
-                comparison = None
-                if all(each is not None for each in scores):
-                    ours, our_base, theirs, their_base = (each for each in scores if each is not None)
-                    metrics = primary_metrics(ours.tasks)
-                    comparison = compare_gains((ours, our_base), (theirs, their_base), metrics)
-                text = f"The smaller backbone, {smaller.name}, gains more by {arm} than {larger.name}"
-                first_gain, second_gain = (f"{names[place]} over {names[place + 1]}" for place in (0, 2))
-                spec = ClaimSpec(f"smaller_{other.name}_{arm}", text, first_gain, second_gain, "paper", "gains")
+                ours, theirs = self._prefix(smaller), self._prefix(larger)
+                comparison = self._compare_gains((f"{ours}{arm}", f"{ours}none"), (f"{theirs}{arm}", f"{theirs}none"))
+                spec = ClaimSpec(
+                    f"smaller_{other.name}_{arm}",
+                    f"The smaller backbone, {smaller.name}, gains more by {arm} than {larger.name}",
+                    f"{ours}{arm} over {ours}none",
+                    f"{theirs}{arm} over {theirs}none",
+                    "paper",
+                    "gains",
+                )
                 yield self._result(spec, comparison)
+
+    def _prefix(self, backbone: Backbone) -> str:
+        """Return how the names of a backbone's arms begin: only the first backbone's have no prefix."""
+        if backbone is self.programme.backbones[0]:
+            return ""
+        return f"{backbone.name}-"
+
+    def _compare_gains(self, ours: tuple[str, str], theirs: tuple[str, str]) -> Comparison | None:
+        """Compare the gains of two pairs: an arm, and the one that it gains over. None until all four are done."""
+        first, first_base = self._scores(ours[0]), self._scores(ours[1])
+        second, second_base = self._scores(theirs[0]), self._scores(theirs[1])
+        if first is None or first_base is None or second is None or second_base is None:
+            return None
+        return compare_gains((first, first_base), (second, second_base), primary_metrics(first.tasks))
 
     def _result(self, spec: ClaimSpec, comparison: Comparison | None) -> ClaimResult:
         """Return a claim with what came of it."""
-        tasks, gain = [], None
-        if comparison is not None:
-            gain = comparison.gain
-            for row in comparison.rows:
-                tasks.append(
-                    ClaimTask(
-                        task=row.task, metric=row.metric, first=row.first, second=row.second,
-                        difference=row.difference.value, low=row.difference.low, high=row.difference.high,
-                        better=row.better,
-                    )
-                )  # fmt: skip
-        return ClaimResult(
+        result = ClaimResult(
             key=spec.key, claim=spec.claim, group=spec.group, view=spec.view, first=self._name(spec.first),
-            second=self._name(spec.second), metric=spec.metric,
-            gain_percent=None if gain is None else gain.value,
-            low=None if gain is None else gain.low, high=None if gain is None else gain.high,
-            seeds=0 if comparison is None else comparison.seeds,
-            queries=0 if comparison is None else comparison.queries,
-            verdict=_verdict(comparison), tasks=tuple(tasks),
+            second=self._name(spec.second), metric=spec.metric, gain_percent=None, low=None, high=None, seeds=0,
+            queries=0, verdict="not run", tasks=(),
         )  # fmt: skip
+        if comparison is None:
+            return result
+        tasks = []
+        for row in comparison.rows:
+            tasks.append(
+                ClaimTask(
+                    task=row.task, metric=row.metric, first=row.first, second=row.second,
+                    difference=row.difference.value, low=row.difference.low, high=row.difference.high,
+                    better=row.better,
+                )
+            )  # fmt: skip
+        reached: dict[str, Any] = {
+            "seeds": comparison.seeds, "queries": comparison.queries, "tasks": tuple(tasks),
+            "verdict": _verdict(comparison),
+        }  # fmt: skip
+        gain = comparison.gain
+        if gain is not None:
+            reached |= {"gain_percent": gain.value, "low": gain.low, "high": gain.high}
+        return result.model_copy(update=reached)
 
     def _name(self, name: str) -> str:
         """Return an arm's name for people: which arm the best one is."""
@@ -227,7 +244,9 @@ class _Summary:
     def _compare(self, first: str, second: str, metric: str | None = None) -> Comparison | None:
         """Compare two arms by their tasks' first metrics, or by one ``metric`` of all tasks."""
         ours, theirs = self._scores(first), self._scores(second)
-        return None if ours is None or theirs is None else _compared(ours, theirs, metric)
+        if ours is None or theirs is None:
+            return None
+        return _compared(ours, theirs, metric)
 
     def _entry(self, arm: Arm) -> ArmEntry:
         """Return an arm with what it took."""
@@ -369,8 +388,8 @@ def _compared(first: ArmScores, second: ArmScores, metric: str | None) -> Compar
     return compare(first, second, metrics)
 
 
-def _verdict(comparison: Comparison | None) -> ClaimVerdict:
-    if comparison is None or comparison.gain is None:
+def _verdict(comparison: Comparison) -> ClaimVerdict:
+    if comparison.gain is None:
         return "not run"
     gain = comparison.gain
     if gain.low is None or gain.high is None or gain.low <= 0 <= gain.high:
@@ -382,9 +401,14 @@ def _perplexity(scores: ArmScores | None) -> float | None:
     """Return the geometric mean over tasks of the perplexity after own frames."""
     if scores is None:
         return None
-    nats = [scores.mean(task, OWN) for task in scores.tasks]
-    known = [value for value in nats if value is not None]
-    return math.exp(sum(known) / len(known)) if known else None
+    known = []
+    for task in scores.tasks:
+        nats = scores.mean(task, OWN)
+        if nats is not None:
+            known.append(nats)
+    if not known:
+        return None
+    return math.exp(sum(known) / len(known))
 
 
 def to_markdown(results: ProgrammeResults) -> str:

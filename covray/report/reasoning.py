@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from covray.io.images import decode
 from covray.report.formatting import NONE, p_value, plural
 from covray.report.html import Link, render
-from covray.thinking.records import ReasoningResults, ReasoningScore
+from covray.thinking.records import ReasoningResults
 from covray.thinking.results import MEAN
 
 _TILE_PX = 96
@@ -95,28 +95,21 @@ def _table(results: ReasoningResults, shots: int) -> ShotTable:
     tasks = tuple(sorted({score.task for score in results.scores} - {MEAN}))
     rows, sides = [], []
     for name in results.rows:
-        own = [by_key[name, task, "both"] for task in (MEAN, *tasks)]
-        rows.append(ScoreRow(name, tuple(f"{score.mean:.3f}" for score in own), tuple(map(_interval, own))))
-        parts = [f"{by_key[name, MEAN, side].mean:.3f}" for side in ("detail", "object", "named", "hidden")]
-        sides.append((name, tuple(parts)))
+        shares, intervals = [], []
+        for task in (MEAN, *tasks):
+            score = by_key[name, task, "both"]
+            shares.append(f"{score.mean:.3f}")
+            intervals.append(_bounds(score.low, score.high, ".3f"))
+        rows.append(ScoreRow(name, tuple(shares), tuple(intervals)))
+        of_sides = [f"{by_key[name, MEAN, side].mean:.3f}" for side in ("detail", "object", "named", "hidden")]
+        sides.append((name, tuple(of_sides)))
     differences = []
     for entry in results.differences:
         if entry.shots == shots and entry.task == MEAN:
-            differences.append(
-                (
-                    entry.first,
-                    entry.second,
-                    f"{entry.mean:+.3f}",
-                    _bounds(entry.low, entry.high, "+.3f"),
-                    p_value(entry.p_value),
-                    f"{entry.episodes:,}",
-                )
-            )
+            interval = _bounds(entry.low, entry.high, "+.3f")
+            figures = (f"{entry.mean:+.3f}", interval, p_value(entry.p_value), f"{entry.episodes:,}")
+            differences.append((entry.first, entry.second, *figures))
     return ShotTable(shots, tasks, tuple(rows), tuple(sides), tuple(differences))
-
-
-def _interval(score: ReasoningScore) -> str:
-    return _bounds(score.low, score.high, ".3f")
 
 
 def _bounds(low: float | None, high: float | None, form: str) -> str:
@@ -128,8 +121,10 @@ def _bounds(low: float | None, high: float | None, form: str) -> str:
 def _episode(row: Mapping[str, Any]) -> EpisodeView:
     answers = []
     for answer in row["answers"]:
-        picture = None if answer["picture"] is None else decode(answer["picture"])
-        seen = " ".join(part for part in (answer["seen_detail"], answer["seen_object"]) if part)
+        picture = None
+        if answer["picture"] is not None:
+            picture = decode(answer["picture"])
+        seen = " ".join(filter(None, (answer["seen_detail"], answer["seen_object"])))
         answers.append(AnswerView(answer["row"], answer["detail"] and answer["object"], seen or NONE, picture))
     return EpisodeView(
         title=f"{row['task']}, {row['shots']}-shot, {row['number']}",

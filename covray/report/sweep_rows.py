@@ -23,8 +23,12 @@ class Fixed(NamedTuple):
 
     def name(self, axis: Axis) -> str:
         """Return its name where ``axis`` varies."""
-        name = counted(self.number, "pair") if axis == "length" else f"L={self.number}"
-        return f"{name}, {self.variant}" if self.variant else name
+        name = f"L={self.number}"
+        if axis == "length":
+            name = counted(self.number, "pair")
+        if self.variant:
+            name += f", {self.variant}"
+        return name
 
 
 def fixed(axis: Axis, row: CellEntry | TrialEntry, variant: str) -> Fixed:
@@ -39,7 +43,10 @@ def sort_rows(rows: Iterable[Row]) -> list[Row]:
 
 def method_rank(method: str) -> tuple[int, str]:
     """Return the place of a method in legends and tables; those that covray does not know come last."""
-    return (METHODS.index(method) if method in METHODS else len(METHODS)), method
+    rank = len(METHODS)
+    if method in METHODS:
+        rank = METHODS.index(method)
+    return rank, method
 
 
 def variants(rows: Sequence[CellEntry] | Sequence[TrialEntry]) -> dict[str, str]:

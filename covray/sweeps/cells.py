@@ -56,7 +56,9 @@ class Cell:
 def sort_key(trial: TrialEntry) -> tuple[int, str, int, int, str]:
     """Return all that tells a trial's cell from others, in the order of the table; methods of plug-ins come last."""
     rest = json.dumps([trial.tasks, trial.scale, trial.fields], sort_keys=True)
-    rank = METHODS.index(trial.method) if trial.method in METHODS else len(METHODS)
+    rank = len(METHODS)
+    if trial.method in METHODS:
+        rank = METHODS.index(trial.method)
     return rank, trial.method, trial.length, trial.pairs, rest
 
 
@@ -89,7 +91,9 @@ def vary_length_from_none(cells: Sequence[Cell]) -> list[list[Cell]]:
     groups = []
     for group in vary([cell for cell in cells if cell.method != "none"], "length"):
         start = without_frames.get((group[0].pairs, group[0].rest))
-        groups.append(group if start is None else [start, *group])
+        if start is not None:
+            group = [start, *group]
+        groups.append(group)
     return groups
 
 

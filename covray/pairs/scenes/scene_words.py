@@ -73,32 +73,34 @@ def scene_words(view: View, rng: np.random.Generator) -> Words:
         rng: chooses among the questions' forms; a generator of its own, none of the scene's.
     """
     things = things_seen(view)
-    solids = [thing for thing in things if thing.kind != "person"]
-    person = next((thing for thing in things if thing.kind == "person"), None)
-    doing = what_person_does(view.keypoints) if person else None
+    solids, described = [], []
+    person, doing, person_attributes = None, None, None
+    for thing in things:
+        if thing.kind == "person":
+            person, doing = thing, what_person_does(view.keypoints)
+            person_attributes = {"place": thing.place, "does": doing}
+        else:
+            solids.append(thing)
+            described.append({"object": thing.kind, "colour": COLOURS[thing.kind], "place": thing.place})
     indoors = bool((view.classes == CLASSES.index("wall") + 1).mean() > MIN_SHARE)
-    attributes = {
-        "solids": [{"object": thing.kind, "colour": COLOURS[thing.kind], "place": thing.place} for thing in solids],
-        "person": None if person is None else {"place": person.place, "does": doing},
-        "wall": indoors,
-        "kinds": len(solids),
-    }
+    attributes = {"solids": described, "person": person_attributes, "wall": indoors, "kinds": len(solids)}
     return Words(_caption(solids, person, doing, indoors), attributes, tuple(_questions(things, doing, rng)))
 
 
 def _caption(solids: list[Seen], person: Seen | None, doing: str | None, indoors: bool) -> str:
+    """Return three sentences: the person, the solids, and both again in other words."""
     where = "before a wall" if indoors else "in the open"
-    first = f"Nobody is seen {where}." if person is None else f"A person {where} is {doing} {PLACES[person.place]}."
-    named, renamed = [], []
-    for thing in solids:
-        named.append(f"{COLOURS[thing.kind]} {thing.kind} {PLACES[thing.place]}")
-        renamed.append(OTHER[thing.kind])
-    second = f"There is {_listed(named)}." if named else "There are no solids."
-    third = f"From left to right one finds {_listed(renamed, 'the')}." if renamed else "Nothing else is there."
-    sentences = [first, second, third]
+    first, second, third = f"Nobody is seen {where}.", "There are no solids.", "Nothing else is there."
+    if person is not None:
+        first = f"A person {where} is {doing} {PLACES[person.place]}."
+    if solids:
+        named = [f"{COLOURS[thing.kind]} {thing.kind} {PLACES[thing.place]}" for thing in solids]
+        second = f"There is {_listed(named)}."
+        renamed = [OTHER[thing.kind] for thing in solids]
+        third = f"From left to right one finds {_listed(renamed, 'the')}."
     if doing is not None:
-        sentences[2] = f"{third[:-1]}, and the figure {DOING[doing]}."
-    return " ".join(sentences)
+        third = f"{third[:-1]}, and the figure {DOING[doing]}."
+    return f"{first} {second} {third}"
 
 
 def _listed(items: list[str], article: str = "a") -> str:
@@ -120,9 +122,9 @@ def _questions(things: list[Seen], doing: str | None, rng: np.random.Generator) 
     absent = [kind for kind in SOLIDS if kind not in present]
     # More than half, for scenes without any solid can only be asked for what is absent.
     true = bool(present) and (not absent or rng.random() < 0.62)
-    kinds = present if true else absent
+    kinds, answer = (present, "yes") if true else (absent, "no")
     kind = kinds[int(rng.integers(len(kinds)))]
-    asked.append(Question("is there", f"Is there a {kind}?", "yes" if true else "no"))
+    asked.append(Question("is there", f"Is there a {kind}?", answer))
     if solids:
         thing = solids[int(rng.integers(len(solids)))]
         asked.append(Question("colour", f"What colour is the {thing.kind}?", COLOURS[thing.kind]))
