@@ -154,16 +154,22 @@ class EvaluateConfig(GrownSection):
             if not values:
                 yield name
 
-    def sampling_of(self, votes: int) -> SamplingConfig:
-        """Return how a row is answered: by ``sampling``, or for more than one of ``votes`` by ``votes``."""
+    def sampling_of(self, votes: int, *, has_drafts: bool = True) -> SamplingConfig:
+        """Return how a row is answered: by ``sampling``, or for more than one of ``votes`` by ``votes``.
+
+        A model without drafts decodes one by one in place of ``speculative``: the tokens are the same.
+        """
+        sampling = self.sampling
+        if sampling.decoder == "speculative" and not has_drafts:
+            sampling = sampling.model_copy(update={"decoder": "sequential"})
         if votes == 1:
-            return self.sampling
+            return sampling
         own = {
             "temperature": self.votes.temperature, "top_k": self.votes.top_k, "top_p": self.votes.top_p,
             "frames": PictureSamplingConfig(), "answer": PictureSamplingConfig(), "best_of": 1, "keep": 1.0,
             "vote": votes,
         }  # fmt: skip
-        return self.sampling.model_copy(update=own)
+        return sampling.model_copy(update=own)
 
     def identity(self) -> JsonObject:
         """What decides the scores; a resume must agree in all of it."""

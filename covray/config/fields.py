@@ -244,13 +244,15 @@ class SamplingConfig(GrownSection):
     vote: int = Field(default=1, ge=1, le=1024)
     """Candidates per query whose answers are joined into one: the most frequent class, the median of keypoints and
     metres, the mean of directions, edges and pictures. 1, no vote, is the way of LVM and of the paper."""
-    decoder: Literal["sequential", "jacobi", "block_diffusion"] | None = None
+    decoder: Literal["sequential", "jacobi", "speculative", "block_diffusion"] | None = None
     """How tokens are computed: one a pass (``sequential``), several a pass, exactly the same tokens in float32
-    (``jacobi``), or whole blocks in a few passes, which are other tokens (``block_diffusion``). Null: blocks for a run
-    that was trained with ``objective: block_diffusion``, else ``sequential``."""
+    (``jacobi``; ``speculative`` with the drafts of a run that was trained with ``objective: draft``), or whole blocks
+    in a few passes, which are other tokens (``block_diffusion``). Null: blocks for a run that was trained with
+    ``objective: block_diffusion``, else ``sequential``."""
     window: Literal["auto"] | Annotated[int, Field(ge=2, le=1024)] = "auto"
-    """Tokens that ``jacobi`` reads a pass. ``auto`` times a few passes and takes the fastest; where that is the
-    sequential decoder, it is used."""
+    """Tokens that ``jacobi`` and ``speculative`` read a pass. ``auto``: ``jacobi`` times a few passes and takes the
+    fastest; where that is the sequential decoder, it is used. ``speculative`` takes one more than drafts were
+    trained."""
     relax: float = Field(default=0.0, ge=0.0, le=1.0)
     """Probability that a draft of ``jacobi`` may take over from codes that look like it (LANTERN): fewer passes, other
     tokens. 0: the tokens of ``sequential``."""

@@ -215,6 +215,19 @@ class BlockDiffusionConfig(Section):
         return self
 
 
+class DraftConfig(Section):
+    """What ``objective: draft`` learns: a second adapter, which drafts what the model with ``lora.path`` writes."""
+
+    tokens: int = Field(default=3, ge=1, le=64)
+    """Tokens that are drafted in a pass."""
+    rank: int = Field(default=32, ge=1, le=1024)
+    """Rank of the draft adapter, on the targets of ``lora``."""
+    alpha: float = Field(default=64.0, gt=0)
+    """Scale of its update, before it is divided by the rank."""
+    share: float = Field(default=0.25, gt=0, le=1)
+    """Share of the places with loss behind which drafts are learned, drawn anew for every sentence."""
+
+
 class TrainConfig(Section):
     """``covray train``: turn shards of tokens into a PEFT adapter."""
 
@@ -229,9 +242,11 @@ class TrainConfig(Section):
     """Run folder to write."""
     backbone: BackboneConfig = BackboneConfig()
     lora: LoraConfig = LoraConfig()
-    objective: Literal["autoregressive", "block_diffusion"] = "autoregressive"
-    """What is learned: the next token, or blocks of masked tokens, which converts an autoregressive model."""
+    objective: Literal["autoregressive", "block_diffusion", "draft"] = "autoregressive"
+    """What is learned: the next token; blocks of masked tokens, which converts an autoregressive model; or a draft
+    adapter, which makes ``sampling.decoder: speculative`` faster and leaves the adapter ``lora.path`` as it is."""
     block_diffusion: BlockDiffusionConfig = BlockDiffusionConfig()
+    draft: DraftConfig = DraftConfig()
     sentences: SentencesConfig = SentencesConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     compute: ComputeConfig = ComputeConfig()
@@ -261,6 +276,13 @@ class TrainConfig(Section):
             if not path or not 0 < weight <= 1000:
                 raise ValueError(f"{entry}: give PATH or PATH=WEIGHT, with a weight above 0 and up to 1000")
         return value
+
+    @property
+    def trained_lora(self) -> LoraConfig:
+        """Return the sizes of the adapter that is trained: ``lora``, or a draft adapter on the same targets."""
+        if self.objective != "draft":
+            return self.lora
+        return self.lora.model_copy(update={"rank": self.draft.rank, "alpha": self.draft.alpha})
 
     @property
     def weighted_data(self) -> tuple[tuple[str, float], ...]:
@@ -312,7 +334,8 @@ class TrainConfig(Section):
             "lora": {"path"},  # of what lies there, the run keeps the fingerprint
         }
         if self.objective == "autoregressive":  # runs begun before there was a choice have no such keys
-            left_out |= dict.fromkeys(("objective", "block_diffusion"), True)
+            left_out["objective"] = True
+        left_out |= dict.fromkeys({"block_diffusion", "draft"} - {self.objective}, True)
         identity = self.model_dump(mode="json", exclude=left_out | {"mix": True, "data_weight": True})
         weights = [weight for _, weight in self.weighted_data]
         if weights != [1.0]:  # nor have runs on one dataset

@@ -36,6 +36,7 @@ from covray.training.data import sources_of, write_token_files
 from covray.training.memory import TrainPlan, architecture, plan
 from covray.training.metrics_log import METRICS_FILE
 from covray.training.objectives.block_diffusion import require_blocks
+from covray.training.objectives.drafts import require_drafts
 from covray.training.objectives.frame_noise import load_codebook
 from covray.training.records import RunRecord, TrainResult
 from covray.training.zero import check_settings, choose, require_whole_weights
@@ -201,6 +202,8 @@ def _check_data(config: TrainConfig, datasets: Sequence[ChainDataset], facts: Ba
     _require_alike(config, datasets)
     if config.objective == "block_diffusion":
         require_blocks(config, facts, dataset.tokens_per_image)
+    if config.objective == "draft":
+        require_drafts(config, facts, dataset.tokens_per_image)
     if chosen.frame_noise.kind == "neighbour":
         load_codebook(dataset)
     tokens = require_context(chosen, dataset.tokens_per_image, facts.llama.max_position_embeddings)

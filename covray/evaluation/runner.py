@@ -140,7 +140,7 @@ class Runner:
             result.prompt = np.concatenate([chains.reshape(-1), result.chain[0]])
         seeds = [seed_of(self.config.seed, result.pair_id) for result in group]
         prompts = np.stack([result.prompt for result in group if result.prompt is not None])
-        sampling, images = self.config.sampling_of(subject.votes), subject.length - 1
+        sampling, images = self._sampling(subject), subject.length - 1
         decoded = model.decoder.decode(np.empty(0, np.uint16), prompts, images, sampling, seeds)
         for number, result in enumerate(group):
             candidates, likelihood = _candidates(decoded, number, sampling)
@@ -182,11 +182,14 @@ class Runner:
         if not asked:
             return
         seeds = [seed_of(self.config.seed, result.pair_id) for result in asked]
-        sampling = self.config.sampling_of(subject.votes)
+        sampling = self._sampling(subject)
         decoded = model.decoder.decode(np.empty(0, np.uint16), np.stack(prompts), 1, sampling, seeds)
         for number, result in enumerate(asked):
             candidates, _ = _candidates(decoded, number, sampling)
             result.probes[f"after_{probe}"] = candidates[:, 0]
+
+    def _sampling(self, subject: Subject) -> SamplingConfig:
+        return self.config.sampling_of(subject.votes, has_drafts=subject.adapter is not None)
 
     def _load_episodes(self, name: str) -> tuple[Episodes, dict[tuple[str, int], int]]:
         """Return the episodes of a subject, and which row of the queries each (task, pair) is."""

@@ -19,6 +19,7 @@ from covray.io.images import decode, encode_png
 from covray.io.pixels import Picture
 from covray.io.storage import Folder
 from covray.models.lvm.adapter import WEIGHTS_FILE
+from covray.models.lvm.decoding.speculative import require_drafts_for
 from covray.progress import stage
 
 
@@ -40,6 +41,8 @@ def generate(config: GenerateConfig) -> GenerationRecord:
     examples = tuple(_read_example(image, label) for image, label in config.examples)
     resolved = resolve_generator(config.generator())
     resolved.require_context(len(examples))
+    adapter = resolved.source.adapter
+    require_drafts_for(config.sampling, None if adapter is None else adapter[0], config.adapter)
     with stage("loading the models"):
         generator = Generator(resolved)
     request = Request(queries, examples, config.task, config.classes, config.sampling, config.seed)

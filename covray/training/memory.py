@@ -153,7 +153,7 @@ def plan_training(
     hours = None if tokens_per_s is None else tokens / (tokens_per_s * workers) / 3600
     return TrainPlan(
         parameters=parameters(llama),
-        trainable=adapter_parameters(llama, config.lora),
+        trainable=adapter_parameters(llama, config.trained_lora),
         pairs=pairs,
         tokens_per_sentence=mean_tokens,
         epochs=sentences / pairs,
@@ -213,7 +213,7 @@ def memory(config: TrainConfig, llama: LlamaConfig, stage: int, tokens: int, rec
     else:
         activations = tokens * (layers * layer + ends)
         backward = s * tokens * (f + 2 * h)
-    adapter = _adapter_bytes(adapter_parameters(llama, lora), stage, workers)
+    adapter = _adapter_bytes(adapter_parameters(llama, config.trained_lora), stage, workers)
     return Memory(stage, weights, adapter, activations, max(loss, backward), recompute)
 
 

@@ -12,6 +12,7 @@ from covray.models.vlm.batch import VlmBatch
 from covray.training.metrics_log import Metrics
 from covray.training.objectives.base import B, Objective
 from covray.training.objectives.block_diffusion import BlockDiffusion
+from covray.training.objectives.drafts import Drafts
 from covray.training.objectives.vision_text import VisionText
 from covray.training.objectives.visual_sentences import VisualSentences
 from covray.training.optimizers import PlainUpdate, Update
@@ -19,6 +20,13 @@ from covray.training.records import TrainResult
 from covray.training.trainer import Trainer
 from covray.training.worker import WorkerContext
 from covray.training.zero import ZeroUpdate, read_settings
+
+_SENTENCES: dict[str, type[VisualSentences]] = {
+    "autoregressive": VisualSentences,
+    "block_diffusion": BlockDiffusion,
+    "draft": Drafts,
+}
+"""Objectives over visual sentences, by ``TrainConfig.objective``."""
 
 
 def train(
@@ -43,8 +51,7 @@ def train(
     if isinstance(config, VlmTrainConfig):
         vision_text: Objective[VlmBatch] = VisionText(config, worker.device)
         return _train(config, vision_text, worker, report)
-    chosen = BlockDiffusion if config.objective == "block_diffusion" else VisualSentences
-    sentences: Objective[Batch] = chosen(config, worker.device)
+    sentences: Objective[Batch] = _SENTENCES[config.objective](config, worker.device)
     return _train(config, sentences, worker, report)
 
 

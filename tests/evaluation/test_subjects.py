@@ -202,3 +202,15 @@ def test_a_name_stands_once(refused: Callable[..., None], write_dataset: Write, 
 def test_nothing_to_evaluate_is_refused(refused: Callable[..., None], write_dataset: Write) -> None:
     data, _ = write_dataset({"depth": 4})
     refused(ConfigError, "nothing to evaluate: give --adapter RUN", data, untuned=False, baselines=())
+
+
+def test_drafts_are_asked_of_runs_that_have_them(subjects: Write, write_dataset: Write, write_run: Write) -> None:
+    data, _ = write_dataset({"depth": 4})
+    run = write_run(data, "plain", method="none")
+    with pytest.raises(ConfigError, match=f"speculative needs a run trained with objective=draft, which {run} is not"):
+        subjects(data, adapters=(run,), sampling={"decoder": "speculative"})
+    with pytest.raises(ConfigError, match="speculative needs a run trained with objective=draft; take jacobi"):
+        subjects(data, sampling={"decoder": "speculative"})
+    config = EvaluateConfig.model_validate({"data": data, "out": "o", "sampling": {"decoder": "speculative"}})
+    assert config.sampling_of(1).decoder == "speculative"
+    assert config.sampling_of(3, has_drafts=False).decoder == "sequential", "of a backbone without an adapter"

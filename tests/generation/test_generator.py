@@ -25,7 +25,7 @@ from covray.config import (
     SamplingConfig,
     load_config,
 )
-from covray.errors import CovrayError
+from covray.errors import ConfigError, CovrayError
 from covray.generation import models
 from covray.generation.files import generate
 from covray.generation.generator import Generator
@@ -34,6 +34,7 @@ from covray.io import storage
 from covray.io.images import square
 from covray.models.lvm.adapter import save_adapter
 from covray.models.lvm.decoding.decoder import LvmDecoder
+from covray.models.lvm.draft import Draft
 from covray.models.lvm.model import Diffusion, Lora
 from covray.pairs.manifest import MANIFEST_SCHEMA
 from covray.tasks import TASKS, pose, segmentation
@@ -244,6 +245,25 @@ def test_a_run_of_blocks_is_answered_by_blocks(
     assert decoder.passes == 3 * 2 * 2, "three pictures of two blocks, each written and kept"
     generator.answer(Request(queries, sampling=SamplingConfig(decoder="sequential")))
     assert decoder.passes == 12 + 3 * TOKENS - 1
+
+
+def test_a_run_with_drafts_is_answered_by_them_and_one_without_is_refused(
+    answered: Generate, write_run: Callable[..., str], pictures: Any, llama_folder: Path
+) -> None:
+    run = write_run(method="linear")
+    options = {"adapter": run, "queries": pictures(1)}
+    with pytest.raises(ConfigError, match=f"speculative needs a run trained with objective=draft, which {run} is not"):
+        answered(sampling={"decoder": "speculative"}, **options)
+    plain = answered(**options)
+    record = storage.read_json(f"{run}/_run.json")
+    trained = {"objective": "draft", "draft": {"rank": 2, "alpha": 4.0, "tokens": 3}}
+    storage.write_json(f"{run}/_run.json", record | {"config": record["config"] | trained})
+    lora = Lora(LORA.rank, LORA.alpha, LORA.targets, draft=Draft(2, 4.0, LORA.targets, CODES + 1, 3))
+    save_adapter(load(llama_folder, lora), f"{run}/adapter", str(llama_folder))
+    drafted = answered(sampling={"decoder": "speculative"}, **options)
+    assert drafted["fingerprints"] == plain["fingerprints"]
+    likelihoods = [each["answers"][0]["log_likelihood"]["answer"] for each in (plain, drafted)]
+    assert likelihoods[0] == pytest.approx(likelihoods[1], rel=1e-4)
 
 
 # --- votes ---------------------------------------------------------------------------------------------------------

@@ -22,6 +22,8 @@ from covray.io import storage
 from covray.io.storage import Folder
 from covray.io.tensor_files import new_folder, require_finite, require_new
 from covray.models.lvm.backbone import BackboneFacts, backbone_facts, stored_tensors, write_backbone
+from covray.models.lvm.draft import Draft
+from covray.models.lvm.draft_files import DRAFT_FILE, DRAFT_PREFIX, draft_files, read_draft
 from covray.models.lvm.model import TARGETS, Diffusion, Lora, Lvm
 from covray.progress import stage
 
@@ -77,7 +79,7 @@ def adapter_tensors(model: Lvm) -> dict[str, Tensor]:
     """Return copies of the adapter's matrices on the CPU, float32, by their names in PEFT's files.
 
     ``base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`` is [rank, inputs], ``...lora_B.weight`` is
-    [outputs, rank].
+    [outputs, rank]. Those of a draft adapter begin with ``DRAFT_PREFIX``.
     """
     copies = {}
     for name, tensor in _views(model).items():
@@ -86,10 +88,12 @@ def adapter_tensors(model: Lvm) -> dict[str, Tensor]:
 
 
 def _views(model: Lvm) -> dict[str, Tensor]:
-    """Return views of the adapter's tensors by their names in PEFT's files, the mask's row of the embedding too."""
+    """Return views of the adapter's tensors by their names in its files, the mask's row of the embedding too."""
     views = {f"{_PREFIX}{name}.weight": view for name, view in model.lora_tensors().items()}
+    views |= {f"{DRAFT_PREFIX}{name}": view for name, view in model.draft_tensors().items()}
     if model.mask_row is not None:
-        views[MASK_ROW] = model.mask_row.detach()[None]
+        name = f"{DRAFT_PREFIX}mask" if model.lora is not None and model.lora.draft is not None else MASK_ROW
+        views[name] = model.mask_row.detach()[None]
     return views
 
 
@@ -108,7 +112,8 @@ def load_adapter_tensors(model: Lvm, tensors: Mapping[str, Tensor]) -> None:
 def adapter_files(model: Lvm, base_model_name: str) -> dict[str, bytes]:
     """Return the files of the adapter by name: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-    One of block diffusion also has ``block_diffusion.json``, which PEFT does not read.
+    One of block diffusion also has ``block_diffusion.json``, and one with a draft adapter ``draft.json`` and
+    ``draft_model.safetensors``, which PEFT does not read.
 
     ``base_model_name`` is the folder or hub id of the backbone, by which ``peft`` finds it.
     """
@@ -124,7 +129,14 @@ def adapter_files(model: Lvm, base_model_name: str) -> dict[str, bytes]:
         "target_modules": list(model.lora.targets),
         "inference_mode": True,
     }
-    files = {WEIGHTS_FILE: save(adapter_tensors(model), {"format": "pt"})}
+    drafts: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in adapter_tensors(model).items():
+        target = drafts if name.startswith(DRAFT_PREFIX) else tensors
+        target[name] = tensor
+    files = {WEIGHTS_FILE: save(tensors, {"format": "pt"})}
+    if model.lora.draft is not None:
+        files |= draft_files(model.lora.draft, drafts)
     diffusion = model.lora.diffusion
     if diffusion is not None:
         config["trainable_token_indices"] = {"embed_tokens": [diffusion.mask_id]}
@@ -142,7 +154,7 @@ def save_adapter(model: Lvm, folder: str, base_model_name: str) -> None:
 
 
 def read_adapter(folder: str) -> tuple[Lora, dict[str, Tensor]]:
-    """Return rank, alpha and targets of a PEFT folder, and its tensors by their names in the file.
+    """Return rank, alpha and targets of a PEFT folder, and its tensors by their names in the file; a draft's too.
 
     The alpha of a rank-stabilised adapter (rsLoRA), which scales by alpha / sqrt(rank), is returned as the one that
     gives the same scale over the rank.
@@ -164,6 +176,9 @@ def read_adapter(folder: str) -> tuple[Lora, dict[str, Tensor]]:
         lora = replace(lora, diffusion=_read_diffusion(source, values["trainable_token_indices"]))
     for name, tensor in tensors.items():
         require_finite(source.join(WEIGHTS_FILE), name, tensor)
+    if source.exists(DRAFT_FILE):
+        draft, drafts = read_draft(source)
+        lora, tensors = replace(lora, draft=draft), tensors | drafts
     return lora, tensors
 
 
@@ -261,11 +276,27 @@ def read_run_adapter(run: str) -> tuple[Lora, dict[str, Tensor]]:
             f"{run}/{ADAPTER}/{DIFFUSION_FILE}: is not what the run trained: block is {lora.diffusion.block}, was "
             f"{trained_block}; restore the file"
         )
+    if lora.draft is not None:
+        _require_trained_draft(run, lora.draft, config)
     return lora, tensors
+
+
+def _require_trained_draft(run: str, draft: Draft, config: Any) -> None:
+    """Check that the draft adapter of ``run`` is the one that it trained with ``config``. Raises WeightsError."""
+    trained = config.get("draft") if isinstance(config, dict) else None
+    expected = trained if isinstance(trained, dict) else {}
+    for key in ("rank", "alpha", "tokens"):
+        if getattr(draft, key) != expected.get(key):
+            raise WeightsError(
+                f"{run}/{ADAPTER}/{DRAFT_FILE}: is not what the run trained: {key} is {getattr(draft, key)}, was "
+                f"{expected.get(key)}; restore the file"
+            )
 
 
 def read_start(config: LoraConfig, llama: LlamaConfig) -> dict[str, Tensor]:
     """Return the matrices of the adapter ``config.path`` to continue from, by their names in the file.
+
+    A draft adapter beside it is left out: it drafts for the adapter as it is.
 
     Raises:
         ConfigError: Its rank, alpha or targets are not those of ``config``.
@@ -277,7 +308,7 @@ def read_start(config: LoraConfig, llama: LlamaConfig) -> dict[str, Tensor]:
     if changed:
         raise ConfigError(f"lora.path: {config.path}: {'; '.join(changed)}; set them as the adapter has them")
     _require_backbone(tensors, stored, llama, config.path)
-    return tensors
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(DRAFT_PREFIX)}
 
 
 def _sizes(lora: Lora | LoraConfig) -> dict[str, Any]:

@@ -139,7 +139,7 @@ def load_backbone(
     Args:
         facts: The backbone, as ``backbone_facts`` returns it.
         config: The configuration that ``facts`` were made from.
-        lora: Rank, alpha and targets of the adapter; None for none.
+        lora: Rank, alpha and targets of the adapter, and its draft adapter; None for none.
         dtype: Type of the frozen weights.
         device: Where the model is put.
         seed: Decides the adapter, and the weights where they are random.
@@ -154,17 +154,19 @@ def load_backbone(
         model = Lvm(facts.llama, lora, recompute)
     model.to(dtype)
     for name, parameter in model.named_parameters():
-        adapts = ".lora_" in name or name == "mask_row"
-        if adapts:
+        is_draft = ".draft." in name or name == "mask_row"
+        if is_draft or ".lora_" in name:
             parameter.data = parameter.data.float()
-        parameter.requires_grad_(adapts)
+        # A draft adapter is learned alone, for the model that it finds.
+        parameter.requires_grad_(is_draft or (".lora_" in name and (lora is None or lora.draft is None)))
     model.to_empty(device=device)
     tensors = model.backbone_tensors()
     if facts.folder is None:
         _fill_randomly(tensors, facts.llama.initializer_range, seed, device)
     else:
         _fill_from(facts.folder, facts.llama, tensors)
-    for name, tensor in model.lora_tensors().items():
+    drafts = {f"draft.{name}": tensor for name, tensor in model.draft_tensors().items()}
+    for name, tensor in (model.lora_tensors() | drafts).items():
         if name.endswith("lora_A"):
             bound = tensor.shape[1] ** -0.5
             tensor.copy_(torch.empty(tensor.shape).uniform_(-bound, bound, generator=_generator(seed, name, "cpu")))

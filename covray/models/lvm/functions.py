@@ -73,11 +73,13 @@ class AdaptedLinear(torch.autograd.Function):
             if has:
                 up = next(ups)
                 to_lows.append(above @ up.to(x.dtype))  # [T, rank]
-                to_b.append((above.t() @ next(lows)).to(up.dtype))
+                low_of_part = next(lows)
+                to_b.append((above.t() @ low_of_part).to(up.dtype) if ctx.needs_input_grad[6] else None)
         to_low = torch.cat(to_lows, -1).mul_(ctx.scale)
         if to_x is not None:
             to_x.addmm_(to_low, lora_a.to(x.dtype))
-        return to_x, None, None, None, None, None, (to_low.t() @ x).to(lora_a.dtype), *to_b
+        to_a = (to_low.t() @ x).to(lora_a.dtype) if ctx.needs_input_grad[6] else None  # None beside a draft adapter
+        return to_x, None, None, None, None, None, to_a, *to_b
 
 
 class FrozenRmsNorm(torch.autograd.Function):

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig
 
+from covray.models.lvm.draft import Draft, MaskRows, draft_update
 from covray.models.lvm.functions import AdaptedLinear, ChunkedLoss, FrozenRmsNorm, Rotate, rotated_pairs
 from covray.models.lvm.noisy import NoisyAttention, NoisyBlocks
 
@@ -95,6 +96,14 @@ class Lora:
     targets: tuple[str, ...] = TARGETS
     diffusion: Diffusion | None = None
     """Of an adapter that was trained by block diffusion."""
+    draft: Draft | None = None
+    """A draft adapter beside it."""
+
+    @property
+    def mask_id(self) -> int | None:
+        """The special id of a mask; None where there are no masks."""
+        known = self.diffusion or self.draft
+        return None if known is None else known.mask_id
 
 
 class Projection(nn.Module):
@@ -117,6 +126,7 @@ class Projection(nn.Module):
         self.weight = nn.Parameter(torch.empty(sum(sizes.values()), width))
         self.bias = nn.Parameter(torch.empty(sum(sizes.values()))) if bias else None
         self.adapted = tuple(name for name in sizes if lora and name in lora.targets)
+        self.draft = None if lora is None else draft_update(width, sizes, lora.draft)
         if lora and self.adapted:
             self.requires_grad_(False)  # an adapted map is frozen: its backward pass gives the base no gradient
             self.rank, self.scale = lora.rank, lora.alpha / lora.rank
@@ -125,8 +135,12 @@ class Projection(nn.Module):
                 {name: nn.Parameter(torch.empty(sizes[name], lora.rank)) for name in self.adapted}
             )
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Map ``x`` [T, width] to one output [T, size] for each of ``sizes``."""
+    def forward(self, x: Tensor, masks: MaskRows | None = None) -> tuple[Tensor, ...]:
+        """Map ``x`` [T, width] to one output [T, size] for each of ``sizes``; ``masks`` get the draft's update, too."""
+        parts = self._map(x)
+        return parts if masks is None or self.draft is None else self.draft.add_to(parts, x, masks)
+
+    def _map(self, x: Tensor) -> tuple[Tensor, ...]:
         sizes = tuple(self.sizes.values())
         if not self.adapted:
             whole: Tensor = F.linear(x, self.weight, self.bias)
@@ -187,22 +201,55 @@ class Layer(nn.Module):
             lengths: Clean tokens of each sentence; they sum to T.
             beside: The attention of noisy tokens behind the clean ones, if there are any.
         """
+        if beside is not None and beside.drafts:
+            return self._forward_drafts(x, rotation, lengths, beside)
         parts = self.project(x, rotation)
         if beside is None:
             return self.finish(x, attend(*parts, lengths))
         query, key, value = (part[: sum(lengths)] for part in parts)
         return self.finish(x, torch.cat((attend(query, key, value, lengths), beside.attend(*parts))))
 
-    def project(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries and keys, both rotated, and values of ``x`` [T, width], each [T, heads, d]."""
-        query, key, value = (part.view(len(x), self.heads, -1) for part in self.qkv(self.input_norm(x)))
+    def _forward_drafts(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], lengths: tuple[int, ...], beside: NoisyAttention
+    ) -> Tensor:
+        """Compute what ``forward`` does for masks of a draft, of which alone anything is learned.
+
+        Clean tokens know nothing of the draft adapter, so they are read without a gradient.
+        """
+        clean = sum(lengths)
+        cosine, sine = rotation
+        with torch.no_grad():
+            known = self.project(x[:clean], (cosine[:clean], sine[:clean]))
+            read = self.finish(x[:clean], attend(*known, lengths))
+        drafts, masks = x[clean:], MaskRows(1, 0)
+        own = self.project(drafts, (cosine[clean:], sine[clean:]), masks)
+        query, key, value = (torch.cat(both) for both in zip(known, own, strict=True))
+        return torch.cat((read, self.finish(drafts, beside.attend(query, key, value), masks)))
+
+    def project(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], masks: MaskRows | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries and keys, both rotated, and values, each [T, heads, d].
+
+        Args:
+            x: [T, width].
+            rotation: Of the tokens; see ``rotary``.
+            masks: Which of the tokens are masks of a draft.
+        """
+        query, key, value = (part.view(len(x), self.heads, -1) for part in self.qkv(self.input_norm(x), masks))
         return rotate(query, rotation), rotate(key, rotation), value
 
-    def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
-        """Return the layer's output [T, width] from its input ``x`` and the attention's ``mixed`` [T, heads * d]."""
-        x = x + self.out(mixed)[0]
-        gate, up = self.gate_up(self.mlp_norm(x))
-        return x + self.down(F.silu(gate) * up)[0]
+    def finish(self, x: Tensor, mixed: Tensor, masks: MaskRows | None = None) -> Tensor:
+        """Return the layer's output [T, width].
+
+        Args:
+            x: The layer's input, [T, width].
+            mixed: Of the attention, [T, heads * d].
+            masks: Which of the tokens are masks of a draft.
+        """
+        x = x + self.out(mixed, masks)[0]
+        gate, up = self.gate_up(self.mlp_norm(x), masks)
+        return x + self.down(F.silu(gate) * up, masks)[0]
 
 
 class Head(nn.Module):
@@ -241,7 +288,7 @@ class Lvm(nn.Module):
         self.config, self.lora, self.recompute = config, lora, recompute
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.mask_row: nn.Parameter | None = None
-        if lora is not None and lora.diffusion is not None:
+        if lora is not None and lora.mask_id is not None:
             self.mask_row = nn.Parameter(torch.empty(config.hidden_size))
         self.layers = nn.ModuleList(Layer(config, lora) for _ in range(config.num_hidden_layers))
         self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps)
@@ -250,9 +297,9 @@ class Lvm(nn.Module):
     def embed_ids(self, ids: Tensor) -> Tensor:
         """Return the embeddings of ``ids`` [...], with the adapter's row for the mask, [..., width]."""
         x: Tensor = self.embed(ids)
-        if self.mask_row is None or self.lora is None or self.lora.diffusion is None:
+        if self.mask_row is None or self.lora is None or self.lora.mask_id is None:
             return x
-        return torch.where((ids == self.lora.diffusion.mask_id)[..., None], self.mask_row.to(x.dtype), x)
+        return torch.where((ids == self.lora.mask_id)[..., None], self.mask_row.to(x.dtype), x)
 
     def hidden(self, ids: Tensor, lengths: tuple[int, ...], noisy: NoisyBlocks | None = None) -> Tensor:
         """Return the hidden states after the last norm of sentences laid flat (see ``Batch``).
@@ -291,7 +338,7 @@ class Lvm(nn.Module):
             return self.head(hidden[batch.positions], batch.targets)
         noisy = batch.noisy
         rows = torch.cat((batch.positions, len(batch.ids) + noisy.masked))
-        targets = torch.cat((batch.targets, batch.ids[noisy.places[noisy.masked]]))
+        targets = torch.cat((batch.targets, batch.ids[noisy.predicted]))
         clean_weights = noisy.weights.new_full(batch.positions.shape, noisy.clean_weight)
         return self.head(hidden[rows], targets, torch.cat((clean_weights, noisy.weights)))
 
@@ -332,6 +379,17 @@ class Lvm(nn.Module):
                 for name, low in zip(projection.adapted, rows, strict=True):
                     tensors[f"{block}.{name}.lora_A"] = low
                     tensors[f"{block}.{name}.lora_B"] = projection.lora_B[name].detach()
+        return tensors
+
+    def draft_tensors(self) -> dict[str, Tensor]:
+        """Return the draft adapter's matrices by names like ``lora_tensors``'; without a draft adapter there are none.
+
+        They are detached views, as in ``backbone_tensors``.
+        """
+        tensors: dict[str, Tensor] = {}
+        for block, projection in self._projections():
+            if projection.draft is not None:
+                tensors |= {f"{block}.{name}": view for name, view in projection.draft.views().items()}
         return tensors
 
     def _projections(self) -> Iterator[tuple[str, Projection]]:

@@ -45,6 +45,15 @@ class NoisyBlocks:
     """What the cross-entropy of each of ``masked`` weighs, float32 [K]."""
     clean_weight: float
     """What the cross-entropy of each of the batch's own ``positions`` weighs."""
+    drafts: bool = False
+    """Whether they are masks of a draft adapter: a mask sees those of its block before it, not those behind it, and
+    predicts the token after its place, not at its place."""
+
+    @property
+    def predicted(self) -> Tensor:
+        """Where in the batch's ``ids`` the token stands that each of ``masked`` predicts, int64 [K]."""
+        places = self.places[self.masked]
+        return places + 1 if self.drafts else places
 
     def to(self, device: torch.device) -> NoisyBlocks:
         """Return the same blocks on ``device``."""
@@ -56,6 +65,7 @@ class NoisyBlocks:
             masked=self.masked.to(device),
             weights=self.weights.to(device),
             clean_weight=self.clean_weight,
+            drafts=self.drafts,
         )
 
 
@@ -65,6 +75,8 @@ class NoisyAttention:
 
     groups: tuple[tuple[int, int, int, Tensor], ...]
     """Sentences, clean and noisy tokens of each, and their mask, bool [sentences, 1, noisy, clean + noisy]."""
+    drafts: bool
+    """Of the noisy tokens."""
 
     @classmethod
     def of(cls, noisy: NoisyBlocks, lengths: Sequence[int]) -> NoisyAttention:
@@ -80,13 +92,13 @@ class NoisyAttention:
             masks = []
             for _ in same:
                 places = noisy.places[first_noisy : first_noisy + count] - first_clean
-                masks.append(visible(places, length, noisy.block))
+                masks.append(visible(places, length, noisy.block, noisy.drafts))
                 first_clean, first_noisy = first_clean + length, first_noisy + count
             if count:
                 groups.append((len(masks), length, count, torch.stack(masks)[:, None]))
             else:
                 groups.append((len(masks), length, 0, noisy.places.new_zeros(0, dtype=torch.bool)))
-        return cls(tuple(groups))
+        return cls(tuple(groups), noisy.drafts)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attend with the noisy tokens.
@@ -116,16 +128,19 @@ class NoisyAttention:
         return torch.cat(mixed)
 
 
-def visible(places: Tensor, clean: int, block: int) -> Tensor:
+def visible(places: Tensor, clean: int, block: int, causal: bool = False) -> Tensor:
     """Return what the noisy tokens of one sentence see, bool [M, clean + M]; see the module.
 
     Args:
         places: Where each noisy token stands in its sentence, int64 [M], in whole blocks.
         clean: Clean tokens of the sentence.
         block: Tokens of a block.
+        causal: Whether a token sees only those of its block that stand before it.
     """
     number = torch.arange(len(places), device=places.device) // block
     start = places[number * block]
     before = torch.arange(clean, device=places.device) < start[:, None]
     same_block = number[:, None] == number
+    if causal:
+        same_block = same_block.tril()
     return torch.cat((before, same_block), 1)

@@ -167,14 +167,20 @@ def require_blocks(config: TrainConfig, facts: BackboneFacts, tokens_per_image: 
     Raises:
         ConfigError: Blocks would cross pictures, or the backbone has no special id that can be a mask.
     """
-    block, mask_id = config.block_diffusion.block, facts.codes + 1  # the first special id is padding
+    block = config.block_diffusion.block
     if tokens_per_image % block:
         raise ConfigError(
             f"block_diffusion.block: {block} does not divide the {tokens_per_image} tokens of a picture; give a divisor"
         )
+    return Diffusion(require_mask(config, facts), block)
+
+
+def require_mask(config: TrainConfig, facts: BackboneFacts) -> int:
+    """Return the special id of a mask. Raises ConfigError where the backbone has none."""
+    mask_id = facts.codes + 1  # the first special id is padding
     if mask_id >= facts.llama.vocab_size:
         raise ConfigError(
-            f"objective: block_diffusion needs a special id for the mask, the backbone has {facts.codes} codes and "
+            f"objective: {config.objective} needs a special id for the mask, the backbone has {facts.codes} codes and "
             f"{facts.llama.vocab_size} ids; give a backbone of LVM's layout"
         )
-    return Diffusion(mask_id, block)
+    return mask_id

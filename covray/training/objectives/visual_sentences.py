@@ -17,8 +17,10 @@ from covray.chains.dataset import ChainDataset
 from covray.chains.mapped import MappedChains, Source
 from covray.chains.sentences import Sentences, loss_tokens, micro_batches, step_bounds
 from covray.config import TrainConfig, require_compiler
-from covray.models.lvm.adapter import MASK_ROW, adapter_files, load_adapter_tensors, read_start
+from covray.models.lvm.adapter import MASK_ROW, adapter_files, adapter_tensors, load_adapter_tensors, read_start
 from covray.models.lvm.backbone import BackboneFacts, backbone_facts, load_backbone
+from covray.models.lvm.draft import Draft
+from covray.models.lvm.draft_files import DRAFT_PREFIX
 from covray.models.lvm.model import Batch, Diffusion, Lora, Lvm
 from covray.models.lvm.scales import parameters
 from covray.training.data import sources_of
@@ -56,7 +58,7 @@ class VisualSentences:
             self.validation = _sentences(unweighted, config, self._facts, chosen.validation_split)
         self.steps = count_steps(self.training, config)
         self.flops_per_token = _flops_per_token(self._facts.llama, self.training)
-        chosen_lora = Lora(config.lora.rank, config.lora.alpha, config.lora.targets, self._diffusion())
+        chosen_lora = Lora(config.lora.rank, config.lora.alpha, config.lora.targets, self._diffusion(), self._draft())
         self.model = _load_model(config, self._facts, chosen_lora, device)
         self._noise = self._frame_noise(dataset)
         no_ids = torch.zeros(2, dtype=torch.int64, device=device)
@@ -64,6 +66,10 @@ class VisualSentences:
 
     def _diffusion(self) -> Diffusion | None:
         """Return what the adapter knows of masks; None where it knows nothing."""
+        return None
+
+    def _draft(self) -> Draft | None:
+        """Return the draft adapter that is trained; None where the adapter itself is."""
         return None
 
     def _frame_noise(self, dataset: ChainDataset) -> FrameNoise | None:
@@ -155,7 +161,12 @@ class VisualSentences:
         with torch.device("meta"):  # the names and shapes of the model, without its memory
             model = Lvm(self._facts.llama, self.model.lora)
         model.load_state_dict(dict(tensors), strict=False, assign=True)
-        return adapter_files(model, self.config.backbone.path or "nano")
+        return adapter_files(model, self._base_model_name)
+
+    @property
+    def _base_model_name(self) -> str:
+        """The folder or hub id by which PEFT finds the backbone."""
+        return self.config.backbone.path or "nano"
 
 
 def count_steps(sentences: Sentences, config: TrainConfig) -> int:
@@ -212,8 +223,9 @@ def _load_model(config: TrainConfig, facts: BackboneFacts, lora: Lora, device: t
     )
     if config.lora.path is not None:
         start = read_start(config.lora, facts.llama)
-        if model.mask_row is not None and MASK_ROW not in start:  # an autoregressive adapter is converted
-            start[MASK_ROW] = model.mask_row.detach()[None].cpu().clone()
+        for name, tensor in adapter_tensors(model).items():
+            if name == MASK_ROW or name.startswith(DRAFT_PREFIX):  # an autoregressive adapter gets masks
+                start.setdefault(name, tensor)
         load_adapter_tensors(model, start)
     if config.compute.compile:
         for layer in model.layers:

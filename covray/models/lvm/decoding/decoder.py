@@ -36,6 +36,7 @@ from covray.models.lvm.decoding.block_diffusion import require_block_diffusion, 
 from covray.models.lvm.decoding.jacobi import WIDTHS, Relaxation, fastest_window, write_jacobi
 from covray.models.lvm.decoding.reader import KeysValues, Reader
 from covray.models.lvm.decoding.sequential import write_sequentially
+from covray.models.lvm.decoding.speculative import require_draft, window_of, window_slots, write_speculatively
 from covray.models.lvm.model import Lvm
 from covray.models.sampling import BatchNoise, RowNoise
 from covray.models.tokenizer.vqgan import codebook_neighbours
@@ -74,6 +75,7 @@ class LvmDecoder:
         self.codes, self.tokens_per_image, self.batch = codes, tokens_per_image, batch
         self._reader = Reader(model, codes, batch)
         self._diffusion = None if model.lora is None else model.lora.diffusion
+        self._draft = None if model.lora is None else model.lora.draft
         self.context_tokens = self._reader.context_tokens
         self._codebook = codebook
         self._windows: dict[tuple[int, int, bool], int] = {}
@@ -161,6 +163,8 @@ class LvmDecoder:
             ahead = max(WIDTHS) if sampling.window == "auto" else sampling.window
         elif strategy == "block_diffusion":
             ahead = 1
+        elif strategy == "speculative":
+            ahead = window_slots(require_draft(self._draft), sampling)
         buffer = reader.take_buffer(own + steps - 1 + ahead)
         caches = reader.read_prompt(prompt, buffer)
 
@@ -205,6 +209,8 @@ class LvmDecoder:
             strategy = "sequential" if self._diffusion is None else "block_diffusion"
         if strategy == "block_diffusion":
             require_block_diffusion(self._diffusion, sampling, self.tokens_per_image)
+        if strategy == "speculative":
+            require_draft(self._draft)
         return strategy
 
     def _write(self, pending: PendingRows) -> Iterator[FinishedImage]:
@@ -213,6 +219,9 @@ class LvmDecoder:
         if strategy == "block_diffusion":
             diffusion = require_block_diffusion(self._diffusion, pending.sampling, self.tokens_per_image)
             return write_blocks(self._reader, pending, diffusion)
+        if strategy == "speculative":
+            draft = require_draft(self._draft)
+            return write_speculatively(self._reader, pending, window_of(draft, pending.sampling), draft)
         window = self._window(pending) if strategy == "jacobi" else 1
         if window == 1:
             return write_sequentially(self._reader, pending)

@@ -71,7 +71,11 @@ def write_jacobi(
         window: Tokens of a row that are read in a pass, at least 2.
         relaxation: When a draft may stand for another token; None: never.
     """
-    rows = _Rows(reader, pending, window, relaxation)
+    yield from write_windows(Rows(reader, pending, window, relaxation), pending)
+
+
+def write_windows(rows: Rows, pending: PendingRows) -> Iterator[FinishedImage]:
+    """Write the pictures of a batch window by window, and yield each once its row has finished it."""
     size = pending.tokens_per_image
     while True:
         before = [count // size for count in rows.final]
@@ -85,10 +89,11 @@ def write_jacobi(
         rows.read()
 
 
-class _Rows:
+class Rows:
     """How far each row is, its tokens, and the logits of its window."""
 
-    def __init__(self, reader: Reader, pending: PendingRows, window: int, relaxation: Relaxation | None):
+    def __init__(self, reader: Reader, pending: PendingRows, window: int, relaxation: Relaxation | None = None):
+        """Begin where the queries end; see ``write_jacobi``."""
         self._reader, self._pending, self._window = reader, pending, window
         self._relaxation = relaxation
         batch, device = reader.batch, reader.device
@@ -121,7 +126,7 @@ class _Rows:
         counts: Sequence[int] = accepted[: pending.rows].tolist()
         for row, count in enumerate(counts):
             self.final[row] = min(pending.steps, self.final[row] + count)
-        self._draft_behind(first + width)
+        self._draft_behind(first + width, accepted)
 
     def read(self) -> None:
         """Read the window of every row: its last final token and the drafts behind it."""
@@ -142,8 +147,13 @@ class _Rows:
         padding = [0] * (self._reader.batch - self._pending.rows)
         return torch.tensor(self._starts() + padding, device=self._reader.device)
 
-    def _draft_behind(self, known: Tensor) -> None:
-        """Draft the places from ``known`` [batch] on by the token before them: a flat surface goes on."""
+    def _draft_behind(self, known: Tensor, accepted: Tensor) -> None:
+        """Draft the places from ``known`` on by the token before them: a flat surface goes on.
+
+        Args:
+            known: The first place of each row that has no draft, int64 [batch].
+            accepted: How many tokens of each row the pass has made final, int64 [batch].
+        """
         end = self.ids.shape[1]
         behind = known[:, None] + torch.arange(self._window, device=known.device)
         repeated = self.ids[self._number, known[:, None] - 1].expand(-1, self._window)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from covray.models.lvm.cache import LayerCache, Window
+from covray.models.lvm.draft import MaskRows
 from covray.models.lvm.model import Lvm, attend, rotary
+
+
+@dataclass(frozen=True)
+class WindowMasks:
+    """The masks of a draft behind the tokens of a window, the same in all rows."""
+
+    offsets: Tensor
+    """Places of all tokens and masks of the window from its first one, int64 [W]."""
+    first: int
+    """The first mask."""
+
 
 KeysValues = tuple[Tensor, Tensor]
 """Of one layer and n tokens, each [heads, n, head width]."""
@@ -134,7 +147,9 @@ class Reader:
         hidden: Tensor = self._model.norm(x)
         return hidden
 
-    def read_window(self, caches: list[LayerCache], ids: Tensor, own: Tensor, visible: Tensor) -> Tensor:
+    def read_window(
+        self, caches: list[LayerCache], ids: Tensor, own: Tensor, visible: Tensor, masks: WindowMasks | None = None
+    ) -> Tensor:
         """Read W tokens a row in one pass, each row at a place of its own.
 
         Every token sees the prompt, the first ``own`` tokens of its row's own part, and what ``visible`` says of its
@@ -145,6 +160,7 @@ class Reader:
             ids: int64 [batch, W].
             own: Tokens of each row's own part that count, int64 [batch].
             visible: Which tokens of the window (columns) each of its tokens (rows) sees, bool [W, W].
+            masks: The masks of a draft at the window's end, if there are any.
 
         Returns:
             Hidden states [batch, W, width].
@@ -152,13 +168,15 @@ class Reader:
         prompt, length = caches[0].shared_keys.shape[1], caches[0].keys.shape[2]
         window = Window.at(own, visible, length)
         # Drafts of a window may lie behind the context's end; they are never accepted.
-        positions = (prompt + window.slots).clamp(max=self.context_tokens - 1).flatten()
+        places = window.slots if masks is None else own[:, None] + masks.offsets
+        positions = (prompt + places).clamp(max=self.context_tokens - 1).flatten()
+        gate = None if masks is None else MaskRows(self.batch, masks.first)
         rotation = self._rotation[0][positions], self._rotation[1][positions]
         self.passes += 1
         x = self._model.embed_ids(ids.flatten())
         for layer, cache in zip(self._layers, caches, strict=True):
-            query, key, value = layer.project(x, rotation)  # [batch * W, heads, head width]
-            x = layer.finish(x, cache.attend_window(query, key, value, window))
+            query, key, value = layer.project(x, rotation, gate)  # [batch * W, heads, head width]
+            x = layer.finish(x, cache.attend_window(query, key, value, window), gate)
         hidden: Tensor = self._model.norm(x)
         return hidden.view(*ids.shape, -1)
 
@@ -171,10 +189,11 @@ class Reader:
 
 @torch.no_grad()
 def _merged(model: Lvm) -> Lvm:
-    """Return a copy of ``model`` without its adapter, whose update is added to the weights."""
+    """Return a copy of ``model`` without its adapter, whose update is added to the weights; a draft adapter stays."""
     assert model.lora is not None
+    kept = None if model.lora.draft is None else replace(model.lora, targets=())
     with torch.device("meta"):
-        plain = Lvm(model.config).to(model.embed.weight.dtype)
+        plain = Lvm(model.config, kept).to(model.embed.weight.dtype)
     plain.to_empty(device=model.embed.weight.device)
     weights = plain.backbone_tensors()
     for name, tensor in model.backbone_tensors().items():
@@ -185,6 +204,10 @@ def _merged(model: Lvm) -> Lvm:
             projection = name.removesuffix(".lora_A")
             high = updates[f"{projection}.lora_B"]
             weights[f"{projection}.weight"].addmm_(high, low, alpha=model.lora.alpha / model.lora.rank)
-    if model.mask_row is not None and model.lora.diffusion is not None:
+    for name, tensor in plain.draft_tensors().items():
+        tensor.copy_(model.draft_tensors()[name])
+    if plain.mask_row is not None and model.mask_row is not None:
+        plain.mask_row.copy_(model.mask_row)
+    elif model.mask_row is not None and model.lora.diffusion is not None:
         plain.embed.weight[model.lora.diffusion.mask_id] = model.mask_row
     return plain.requires_grad_(False)
