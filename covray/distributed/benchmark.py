@@ -13,7 +13,7 @@ import datetime
 import itertools
 import platform
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +69,18 @@ def calibrate(config: PlanConfig, out: str, pairs: list[int] | None = None, trai
     small, large = _sizes(pairs, chosen)
     if "vlm" in config.steps:
         raise ConfigError("steps: vlm is not measured by a benchmark; name build, or build and train")
-    training = _training(config, chosen, folder, train_steps) if "train" in config.steps else None
+    training = None
+    if "train" in config.steps:
+        training = _training(config, chosen, folder, train_steps)
     _require_out(out, folder)
+    trained = None
     try:
-        builds = [_measure_build(chosen, storage.join(folder, name), n) for name, n in (("a", small), ("b", large))]
-        trained = None if training is None else _measure_training(training)
+        builds = [
+            _measure_build(chosen, storage.join(folder, "a"), small),
+            _measure_build(chosen, storage.join(folder, "b"), large),
+        ]
+        if training is not None:
+            trained = _measure_training(training)
     finally:
         filesystem, inner = storage.resolve(folder)
         if storage.exists(folder):
@@ -91,12 +98,15 @@ def calibrate(config: PlanConfig, out: str, pairs: list[int] | None = None, trai
 def build_rates(config: BuildConfig, builds: list[dict[str, Any]]) -> BuildRates:
     """Return the rates that follow from what ``_measure_build`` returned; those of a row are the last build's."""
     last = builds[-1]
+    starts = []
+    for measured in builds:
+        starts.append(max(0.0, measured["wall_s"] - measured["last_block_s"] - measured["audit_s"]))
     return BuildRates(
         identity=identity_of("build", config.identity()),
         rows_per_block=config.most_rows_per_block,
         actors=last["actors"],
-        start_s=_mean(max(0.0, found["wall_s"] - found["last_block_s"] - found["audit_s"]) for found in builds),
-        load_s=_mean(found["load_s"] for found in builds),
+        start_s=_mean(starts),
+        load_s=_mean([measured["load_s"] for measured in builds]),
         row_s=last["row_s"] / last["busy_share"],
         evaluations=last["unet_evaluations"] / last["rows"],
         pictures=pictures_per_pair(config),
@@ -149,7 +159,9 @@ def train_rates(
 
 
 def _sizes(pairs: list[int] | None, config: BuildConfig) -> tuple[int, int]:
-    sizes = [blocks * config.most_rows_per_block for blocks in _BLOCKS] if pairs is None else pairs
+    sizes = pairs
+    if sizes is None:
+        sizes = [blocks * config.most_rows_per_block for blocks in _BLOCKS]
     if len(sizes) != 2 or not 0 < sizes[0] < sizes[1] or sizes[1] < _FEWEST:
         raise ConfigError(
             f"--pairs {','.join(map(str, sizes))}: give two numbers, the second the larger and {_FEWEST} at least"
@@ -217,11 +229,13 @@ def _training(config: PlanConfig, build: BuildConfig, folder: str, steps: int) -
     if training.compute.deepspeed not in ("auto", "none"):
         read_settings(training.compute.deepspeed)
     sentences = training.sentences
-    needed = set() if sentences.method == "none" else set(union_alphas(sentences.lengths))
-    if needed and (sentences.method not in build.methods or needed - set(union_alphas(build.lengths, build.alphas))):
-        raise ConfigError(
-            "train.sentences: has lengths or a method that build does not make; set build.lengths, .methods"
-        )
+    needed = set(union_alphas(sentences.lengths))
+    if needed and sentences.method != "none":  # else no frames are read
+        built = set(union_alphas(build.lengths, build.alphas))
+        if sentences.method not in build.methods or not needed <= built:
+            raise ConfigError(
+                "train.sentences: has lengths or a method that build does not make; set build.lengths, .methods"
+            )
     for split in (sentences.split, sentences.validation_split):
         if split not in (*_SPLITS, None):
             raise ConfigError(f"train.sentences: a benchmark has the splits {' and '.join(_SPLITS)}, not {split}")
@@ -272,14 +286,20 @@ def _file_bytes(path: str) -> tuple[int, int]:
     return parquet_bytes(size, pq.read_metadata(inner, filesystem=filesystem))
 
 
-def _mean(values: Iterable[float]) -> float:
-    numbers = list(values)
-    return float(sum(numbers) / len(numbers))
+def _mean(values: Sequence[float]) -> float:
+    return float(sum(values) / len(values))
 
 
 def hardware() -> str:
     """Return processor, cores and GPU of this machine."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    gpus = f", {torch.cuda.device_count()} x {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{names[0] if names else platform.processor()}, {len(names) or 1} cores{gpus}"
+    names = []
+    file = Path("/proc/cpuinfo")  # on Linux; it has a line for each core
+    if file.exists():
+        for line in file.read_text().splitlines():
+            if line.startswith("model name"):
+                names.append(line.split(":")[1].strip())
+    processor = names[0] if names else platform.processor()
+    text = f"{processor}, {len(names) or 1} cores"
+    if torch.cuda.is_available():
+        text += f", {torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return text

@@ -116,11 +116,12 @@ class _Fetching:
 
     def summary(self) -> dict[str, Any]:
         """Return what is in the folder now, and what was done."""
-        sources = list(self.sources.values())
-        files = [file for source in sources for file in source.files.values()]
+        files: list[File] = []
+        for source in self.sources.values():
+            files += source.files.values()
         return {
-            "origin": [source.origin for source in sources],
-            "revision": sources[0].revision,
+            "origin": list(self.sources),
+            "revision": next(iter(self.sources.values())).revision,
             "files": len(files),
             "bytes": sum(file.bytes or 0 for file in files),
             "fetched": self.fetched,
@@ -133,7 +134,9 @@ class _Fetching:
         if source is None:
             source = self._resolve(artefact, revision or artefact.revision, hub_id or artefact.id or "")
         elif hub_id not in (None, source.origin) or revision not in (None, source.asked, source.revision):
-            present = source.origin if source.revision is None else f"{source.origin} at {source.revision}"
+            present = source.origin
+            if source.revision is not None:
+                present += f" at {source.revision}"
             raise ConfigError(f"{self.folder}: holds {present}; give another --out")
         else:
             source = _with_hashes(source, artefact.sha256)
@@ -159,14 +162,18 @@ class _Fetching:
             if not bad:
                 return
         file = self.folder / archive.name
-        expected = archive.sha256 or (known.sha256 if known else None)
+        expected = archive.sha256
+        if not expected and known is not None:
+            expected = known.sha256
         if not file.is_file():
             self.folder.mkdir(parents=True, exist_ok=True)
             download(archive.url, file)
         size, sha256 = file.stat().st_size, _sha256(file)
         if (archive.bytes not in (None, size)) or expected not in (None, sha256):
             file.unlink()
-            recorded = f"SHA-256 {expected}" if expected else f"{archive.bytes} bytes"
+            recorded = f"{archive.bytes} bytes"
+            if expected:
+                recorded = f"SHA-256 {expected}"
             raise FetchError(
                 f"{archive.url}: has {size} bytes and SHA-256 {sha256}, not {recorded}; it was deleted, try again"
             )
@@ -200,6 +207,7 @@ class _Fetching:
             raise FetchError(f"{hub_id}: has no {missing[0]}; give --id of a repository that has all of {self.name}")
         files = {}
         for path in chosen:
+            # The hub knows the SHA-256 of large files only.
             lfs = siblings[path].lfs
             files[path] = File(bytes=siblings[path].size, sha256=lfs.sha256 if lfs else None)
         try:
@@ -237,7 +245,9 @@ class _Fetching:
                     allow_patterns=[glob.escape(path) for path in bad],
                 )
         except Unreachable as error:
-            missing = [path if why == "missing" else f"{path} ({why})" for path, why in bad.items()]
+            missing = []
+            for path, why in bad.items():
+                missing.append(path if why == "missing" else f"{path} ({why})")
             raise self._missing(missing, source.origin, error) from error
 
     def _missing(self, missing: Iterable[str], hub_id: str, error: Unreachable) -> FetchError:
@@ -343,13 +353,15 @@ def _self_test(folder: Path) -> dict[str, Any]:
     from covray.models.diffusion.selftest import TOLERANCE, compare, golden, self_test
 
     tested = self_test(str(folder))
-    recorded = golden(tested["fingerprint"])
-    difference = None if recorded is None else compare(tested["digest"], recorded["digest"])
-    if difference is not None and difference > TOLERANCE:
-        raise WeightsError(
-            f"{folder}: holds the recorded files, but its self-test differs by {difference:.2g} from what is recorded, "
-            f"more than {TOLERANCE:g}: this machine or its libraries compute something else; see covray doctor"
-        )
+    recorded, difference = golden(tested["fingerprint"]), None
+    if recorded is not None:
+        difference = compare(tested["digest"], recorded["digest"])
+        if difference > TOLERANCE:
+            raise WeightsError(
+                f"{folder}: holds the recorded files, but its self-test differs by {difference:.2g} from what is "
+                f"recorded, more than {TOLERANCE:g}: this machine or its libraries compute something else; see covray "
+                "doctor"
+            )
     return {"fingerprint": tested["fingerprint"], "difference": difference, "seconds": tested["seconds"]}
 
 

@@ -33,8 +33,9 @@ def resolve_folder(path: str, revision: str | None, nano_name: str, allow_patter
         WeightsError: There is no such folder, or the hub does not provide it.
     """
     if path in NANO_NAMES:
-        second = path == "nano-2" and nano_name != "prior"
-        folder = (NANO_2_FOLDER if second else NANO_FOLDER) / nano_name
+        folder = NANO_FOLDER / nano_name
+        if path == "nano-2" and nano_name != "prior":  # both editions have one prior
+            folder = NANO_2_FOLDER / nano_name
         if not folder.is_dir():
             raise WeightsError(f"{folder}: the nano {nano_name} is not installed; reinstall covray, or give a folder")
         return folder
@@ -54,7 +55,9 @@ def is_here(path: str) -> bool:
 def is_hub_id(path: str) -> bool:
     """Return whether ``path`` is ``owner/name`` on a hub, and no folder here."""
     local = Path(path).expanduser()
-    return not (local.is_dir() or local.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1)
+    if local.is_dir() or local.is_absolute() or path.startswith((".", "~")):
+        return False
+    return path.count("/") == 1
 
 
 def require_files(folder: Path, names: Iterable[str | tuple[str, ...]]) -> None:
@@ -129,7 +132,9 @@ def _download(hub_id: str, revision: str | None, allow_patterns: Sequence[str]) 
             folder = Path(snapshot_download(hub_id, revision=folder.name, allow_patterns=listed))
     # Offline with an empty cache is a FileNotFoundError; Xet, where the hub keeps large files, raises RuntimeErrors.
     except (HfHubHTTPError, HFValidationError, OSError, RuntimeError) as error:
-        name = hub_id if revision is None else f"{hub_id}@{revision}"
+        name = hub_id
+        if revision is not None:
+            name += f"@{revision}"
         raise WeightsError(
             f"{name}: no such folder, and the hub does not provide it ({one_line(error)}); download it where there is "
             "a network and give its folder"

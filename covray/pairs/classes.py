@@ -104,10 +104,13 @@ def _colours_of(file: LabelFile) -> NDArray[Any]:
     """Return the colours [h, w, 3] that a mask shows."""
     if file.palette is not None:
         return _looked_up(file)
-    return file.samples if file.samples.ndim == 3 else np.repeat(file.samples[..., None], 3, axis=2)
+    if file.samples.ndim == 3:
+        return file.samples
+    return np.repeat(file.samples[..., None], 3, axis=2)  # a grey is a colour of three equal channels
 
 
 def _looked_up(file: LabelFile) -> NDArray[np.uint8]:
+    """Return the colours [h, w, 3] of a mask with a palette. Raises PairError for a number beyond it."""
     assert file.palette is not None
     if file.samples.max() >= len(file.palette):
         raise PairError("damaged", f"a pixel of colour {file.samples.max()}, the palette has {len(file.palette)}")
@@ -115,6 +118,7 @@ def _looked_up(file: LabelFile) -> NDArray[np.uint8]:
 
 
 def _by_level(levels: NDArray[Any], file: LabelFile, coding: MaskCoding) -> NDArray[np.uint8]:
+    """Return the index of every pixel [h, w] by its number. Raises PairError."""
     if coding.levels is None:
         raise PairError("unknown_class", "a mask of numbers, where the classes have colours; add index to --classes")
     if file.lossy:
@@ -129,11 +133,13 @@ def _by_level(levels: NDArray[Any], file: LabelFile, coding: MaskCoding) -> NDAr
 
 
 def _by_colour(colours: NDArray[Any], coding: MaskCoding) -> NDArray[np.uint8]:
+    """Return the index of every pixel [h, w] by its colour, the nearest within the tolerance. Raises PairError."""
     if coding.colours is None:
         raise PairError("unknown_class", "a mask in colour, where the classes have numbers; add colour to --classes")
     if colours.dtype != np.uint8:
         raise PairError("unsupported", "colours of 16 bits; save the mask with 8 bits a channel")
     known = np.array(list(coding.colours), np.int64)
+    # A colour as one number: most masks hold exact colours, and a search in a sorted list finds all of them at once.
     codes = _packed(known)
     order = np.argsort(codes)
     pixels = _packed(colours.astype(np.int64))
@@ -142,6 +148,7 @@ def _by_colour(colours: NDArray[Any], coding: MaskCoding) -> NDArray[np.uint8]:
     indices, exact = table[nearest], codes[nearest] == pixels
     if exact.all():
         return indices
+    # The others are compared with every class, each odd colour once.
     odd, places = np.unique(pixels[~exact], return_inverse=True)
     channels = np.stack([odd >> 16, odd >> 8 & 255, odd & 255], axis=-1)
     distances = np.abs(channels[:, None] - known).max(axis=-1)  # [odd colours, classes]
@@ -153,6 +160,7 @@ def _by_colour(colours: NDArray[Any], coding: MaskCoding) -> NDArray[np.uint8]:
 
 
 def _packed(colours: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return colours [..., 3] as numbers of 24 bits."""
     packed: NDArray[np.int64] = colours[..., 0] << 16 | colours[..., 1] << 8 | colours[..., 2]
     return packed
 
@@ -181,7 +189,9 @@ def _require_recognised(file: LabelFile, indices: NDArray[np.uint8]) -> None:
 
 
 def _named(coding: MaskCoding) -> str:
-    return f"{len(coding.names)} classes" if coding.declared else "PASCAL VOC's 21 classes and void"
+    if coding.declared:
+        return f"{len(coding.names)} classes"
+    return "PASCAL VOC's 21 classes and void"
 
 
 def _advice(coding: MaskCoding) -> str:
@@ -257,7 +267,9 @@ def draw_mask(data: bytes, meta: Meta) -> bytes:
                 raise
             return data
     drawn = turned(segmentation.render(indices), file.orientation)
-    return data if np.array_equal(drawn, decode(data)) else encode_png(drawn)
+    if np.array_equal(drawn, decode(data)):
+        return data
+    return encode_png(drawn)
 
 
 # --- the user's file -------------------------------------------------------------------------------------------------
@@ -302,7 +314,9 @@ class Void(_Part):
     def _short(cls, value: Any) -> Any:
         if isinstance(value, int):
             return {"index": value}
-        return {"colour": value} if isinstance(value, str | list) else value
+        if isinstance(value, str | list):
+            return {"colour": value}
+        return value
 
 
 class ClassesFile(_Part):
@@ -318,37 +332,50 @@ class ClassesFile(_Part):
     @model_validator(mode="before")
     @classmethod
     def _short(cls, value: Any) -> Any:
-        if isinstance(value, dict) and isinstance(value.get("classes"), list):
-            classes = [{"name": item} if isinstance(item, str) else item for item in value["classes"]]
-            return {**value, "classes": classes}
-        return value
+        if not isinstance(value, dict) or not isinstance(value.get("classes"), list):
+            return value
+        classes = []
+        for item in value["classes"]:
+            if isinstance(item, str):
+                item = {"name": item}
+            classes.append(item)
+        return {**value, "classes": classes}
 
     @model_validator(mode="after")
     def _whole(self) -> ClassesFile:
         for key in ("index", "colour"):
-            given = [getattr(item, key) for item in self.classes]
-            if None in given and any(value is not None for value in given):
+            values = [getattr(item, key) for item in self.classes if getattr(item, key) is not None]
+            if 0 < len(values) < len(self.classes):
                 raise ValueError(f"some classes have {key} and some have not; give it for all or for none")
-            void = getattr(self.void, key, None)
-            values = [value for value in (*given, void) if value is not None]
+            of_void = getattr(self.void, key, None)
+            if of_void is not None:
+                values.append(of_void)
             if len(set(values)) < len(values):
                 raise ValueError(f"two of the classes and void have one {key}")
         names = [item.name for item in self.classes]
         if len(set(names)) < len(names):
             raise ValueError("two classes have one name")
-        colours = [item.colour for item in (*self.classes, self.void) if item is not None and item.colour is not None]
+        colours = [item.colour for item in self.classes if item.colour is not None]
+        if self.void is not None and self.void.colour is not None:
+            colours.append(self.void.colour)
         _require_apart(colours, self.tolerance)
         return self
 
     def coding(self) -> MaskCoding:
         """Return how masks with these classes are read."""
+        # All classes have an index or none has, and the same holds for colours; with neither, numbers are their places.
         with_colours = self.classes[0].colour is not None
         with_levels = self.classes[0].index is not None or not with_colours
-        numbers = [place if item.index is None else item.index for place, item in enumerate(self.classes)]
-        levels = {number: index for index, number in enumerate(numbers)} if with_levels else None
-        colours: dict[tuple[int, int, int], int] | None = None
-        if with_colours:
-            colours = {item.colour: index for index, item in enumerate(self.classes) if item.colour is not None}
+        numbers: list[int] = []
+        levels: dict[int, int] | None = {} if with_levels else None
+        colours: dict[tuple[int, int, int], int] | None = {} if with_colours else None
+        for place, item in enumerate(self.classes):
+            number = item.index if item.index is not None else place
+            numbers.append(number)
+            if levels is not None:
+                levels[number] = place
+            if colours is not None and item.colour is not None:
+                colours[item.colour] = place
         meta: dict[str, Any] = {"classes": [item.name for item in self.classes]}
         if numbers != list(range(len(numbers))):
             meta["class_numbers"] = numbers
@@ -368,7 +395,9 @@ class ClassesFile(_Part):
         """Return what void is in the masks that are returned, where it is declared by its colour alone, too."""
         if self.void is not None and self.void.index is not None:
             return self.void.index
-        return VOID if VOID not in numbers else next(number for number in range(65536) if number not in numbers)
+        if VOID not in numbers:
+            return VOID
+        return min(set(range(65536)).difference(numbers))
 
 
 def load_classes(path: str) -> MaskCoding:

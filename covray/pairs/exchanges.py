@@ -103,10 +103,14 @@ def read_exchanges(path: str, root: str | None = None, *, captions: bool = True,
     else:
         used_root = list_root(path, root)
         items = tuple(_list_exchanges(path, used_root.rstrip("/") + "/"))
-    kept = tuple(item for item in items if (captions if item.prompt is None else questions))
+    kept = []
+    for item in items:
+        is_caption = item.prompt is None
+        if (is_caption and captions) or (not is_caption and questions):
+            kept.append(item)
     if not kept:
         raise ManifestError(f"{path}: has no captions or questions to use; see texts.captions and texts.questions")
-    return Exchanges(kept, used_root)
+    return Exchanges(tuple(kept), used_root)
 
 
 def _is_manifest(path: str) -> bool:
@@ -148,7 +152,9 @@ def _exchanges_of_row(file: str, where: str, row: Mapping[Any, Any], base: str) 
     """Yield the exchanges of one row; see the module for its keys."""
     values = {}
     for key, value in row.items():
-        values[key.strip().lower() if isinstance(key, str) else key] = stripped(value)
+        if isinstance(key, str):
+            key = key.strip().lower()
+        values[key] = stripped(value)
     split = values.get("split") or "train"
     if "conversations" in values:
         yield from _turns(file, where, values, base, split)
@@ -226,7 +232,9 @@ def _csv_rows(file: str) -> Iterator[tuple[str, Any]]:
     lines = (text for _, text in numbered_lines(file))
     header = next(lines, "")
     separator = next((mark for mark in (",", ";", "\t", "|") if mark in header), ",")
-    names = [name.strip() for name in next(csv.reader([header], delimiter=separator))] if header else []
+    names: list[str] = []
+    if header:
+        names = [name.strip() for name in next(csv.reader([header], delimiter=separator))]
     reader = csv.reader(lines, strict=True, delimiter=separator, skipinitialspace=True)
     try:
         for cells in reader:

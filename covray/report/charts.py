@@ -220,9 +220,9 @@ def _draw_series(chart: LineChart, x_axis: Axis, y_axis: Axis) -> Iterator[Drawn
         elif chart.level:
             y = drawn[0].mark.y
             level = Segment(_LEFT_PX, y, chart.width_px - _RIGHT_PX, y)
-        # A curve is marked at its end only.
-        shown = drawn[-1:] if chart.curves else drawn
-        yield DrawnSeries(method_class(series.method), line, level, tuple(shown))
+        if chart.curves:  # marked at their ends only
+            drawn = drawn[-1:]
+        yield DrawnSeries(method_class(series.method), line, level, tuple(drawn))
 
 
 def _draw_point(method: str, point: Point, curve: bool, offset: float, axes: tuple[Axis, Axis]) -> DrawnPoint:
@@ -250,8 +250,9 @@ def _x_axis(chart: LineChart) -> Axis:
     if chart.places:
         return Axis(tuple(chart.places), left + _INSET_PX, right - _INSET_PX)
     values = [point.x for point in _points(chart)]
-    # Curves begin with the training, at zero.
-    first = 0.0 if chart.curves else min(values)
+    first = min(values)
+    if chart.curves:  # they begin with the training
+        first = 0.0
     ticks, _ = round_ticks(first, max(values))
     return Axis(tuple(Tick(tick, short_count(tick)) for tick in ticks), left, right)
 
@@ -289,9 +290,15 @@ def _logarithmic_ticks(low: float, high: float) -> tuple[Tick, ...]:
     # All candidates, one power of ten wider than needed; those outside are dropped.
     values = []
     for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1):
-        values += [step * 10.0**power for step in steps]
-    first = max((value for value in values if value <= low), default=values[0])
-    last = min((value for value in values if value >= high), default=values[-1])
+        for step in steps:
+            values.append(step * 10.0**power)
+    first, last = values[0], values[-1]
+    for value in values:
+        if value <= low:
+            first = value
+    for value in reversed(values):
+        if value >= high:
+            last = value
     return tuple(Tick(value, f"{value:,.10g}") for value in values if first <= value <= last)
 
 
@@ -328,10 +335,10 @@ def swatch(method: str) -> Mark:
 def _mark(method: str, x: float, y: float, size: float) -> Mark:
     if method == "diffusion":
         return Mark(x, y, size, "")
-    corners = _CORNERS.get(method, _CORNERS["other"])
-    return Mark(
-        x, y, size, " ".join(f"{_pixel(x + size * across)},{_pixel(y + size * down)}" for across, down in corners)
-    )
+    places = []
+    for across, down in _CORNERS.get(method, _CORNERS["other"]):
+        places.append(f"{_pixel(x + size * across)},{_pixel(y + size * down)}")
+    return Mark(x, y, size, " ".join(places))
 
 
 def _pixel(place: float) -> float:

@@ -214,12 +214,15 @@ def _facts(results: ProgrammeResults) -> list[tuple[str, str]]:
 
 
 def _claim_groups(results: ProgrammeResults) -> list[ClaimGroup]:
-    gains = [abs(claim.gain_percent) for claim in results.claims if is_finite(claim.gain_percent)]
-    ends = []
+    furthest_gain, furthest = 0.0, 0.0
     for claim in results.claims:
-        ends += [abs(end) for end in (claim.low, claim.high) if is_finite(end)]
+        if is_finite(claim.gain_percent):
+            furthest_gain = max(furthest_gain, abs(claim.gain_percent))
+        for end in (claim.gain_percent, claim.low, claim.high):
+            if is_finite(end):
+                furthest = max(furthest, abs(end))
     # One wide interval must not make all others invisible.
-    reach = min(max([*gains, *ends], default=0.0), 2 * max(gains, default=0.0)) or 1.0
+    reach = min(furthest, 2 * furthest_gain) or 1.0
     groups = []
     for name, title in _GROUPS:
         views = [_claim(claim, reach) for claim in results.claims if claim.group == name]
@@ -259,10 +262,12 @@ def _claim(claim: ClaimResult, reach: float) -> ClaimView:
 def _task_row(row: ClaimTask, lower: Sequence[str]) -> TaskRow:
     first, second = numbers(row.first, row.second)
     difference, low, high = signed_numbers(row.difference, row.low, row.high)
-    verdict, css = ("better", "better") if row.better else ("worse", "worse")
-    if row.better is None:
-        verdict, css = "open", "open faint"
-    between = interval(low, high) if is_finite(row.low) and is_finite(row.high) else NONE
+    verdict, css = "open", "open faint"
+    if row.better is not None:
+        verdict = css = "better" if row.better else "worse"
+    between = NONE
+    if is_finite(row.low) and is_finite(row.high):
+        between = interval(low, high)
     return TaskRow(readable(row.task), metric_head(row.metric, lower), first, second, difference, between, verdict, css)
 
 
@@ -324,8 +329,10 @@ def _chart(
     by_arm: dict[str, list[Point]] = defaultdict(list)
     for point in curves:
         y = point.perplexity_own if perplexity else point.gain_percent
+        low, high = point.low, point.high
+        if perplexity:  # the bounds are those of the gain
+            low, high = None, None
         if is_finite(y):
-            low, high = (None, None) if perplexity else (point.low, point.high)
             text = f"{point.arm}: {fixed(y, 1)} at {short_count(x(point))} {x_title.split()[0]}"
             by_arm[point.arm].append(Point(float(x(point)), y, low, high, text))
     series = [Series(arm, tuple(points)) for arm, points in by_arm.items()]
@@ -346,7 +353,7 @@ def _exposure_table(entries: Sequence[Exposure]) -> Table | None:
     rows = []
     for arm, by_task in by_arm.items():
         for name, what in (("unlearnt", "not learnt"), ("exposure", "own frames")):
-            values = [getattr(by_task[task], name) if task in by_task else None for task in tasks]
+            values = [getattr(by_task.get(task), name, None) for task in tasks]
             rows.append((f"{arm}: {what}", _signed(_mean(values)), *map(_signed, values)))
     return Table(("arm", "mean", *map(readable, tasks)), tuple(rows))
 
@@ -358,7 +365,9 @@ def _quality_table(entries: Sequence[QualityWorth]) -> Table | None:
     rows = []
     for entry in entries:
         value, low, high = signed_numbers(entry.correlation, entry.low, entry.high)
-        between = interval(low, high) if is_finite(entry.low) and is_finite(entry.high) else NONE
+        between = NONE
+        if is_finite(entry.low) and is_finite(entry.high):
+            between = interval(low, high)
         rows.append((f"{readable(entry.task)}: {metric_head(entry.worth, lower).label}", value, between))
     return Table(("what the chain's frames are worth", "rank correlation", "95%"), tuple(rows))
 
@@ -373,8 +382,9 @@ def _score_table(arms: Sequence[ArmEntry]) -> Table | None:
         tasks |= dict.fromkeys(arm.scores)
     rows = []
     for arm in done:
-        gain = NONE if arm.gain_percent is None else _percent(arm.gain_percent)
-        between = ""
+        gain, between = NONE, ""
+        if arm.gain_percent is not None:
+            gain = _percent(arm.gain_percent)
         if is_finite(arm.low) and is_finite(arm.high):
             between = interval(_percent(arm.low), _percent(arm.high))
         scores = [numbers(arm.scores.get(task))[0] for task in tasks]
@@ -385,17 +395,25 @@ def _score_table(arms: Sequence[ArmEntry]) -> Table | None:
 def _cost_table(arms: Sequence[ArmEntry]) -> Table:
     rows = []
     for arm in arms:
-        steps = NONE if arm.steps is None else f"{arm.steps:,}"
-        tokens = NONE if arm.tokens is None else short_count(arm.tokens)
-        answers = NONE if arm.answers is None else f"{arm.answers:,}"
-        training, evaluating = duration(3600 * arm.train_hours), duration(3600 * arm.evaluate_hours)
-        if not arm.seeds:
-            training = evaluating = NONE
-        chain = "no frames" if arm.method == "none" else f"{arm.method}, {arm.length}"
+        steps, answers, tokens = _count(arm.steps), _count(arm.answers), NONE
+        if arm.tokens is not None:
+            tokens = short_count(arm.tokens)
+        training = evaluating = NONE
+        if arm.seeds:
+            training, evaluating = duration(3600 * arm.train_hours), duration(3600 * arm.evaluate_hours)
+        chain = "no frames"
+        if arm.method != "none":
+            chain = f"{arm.method}, {arm.length}"
         seeds = listed(arm.seeds, "waiting")
         rows.append((f"{arm.name}: {arm.about}", chain, seeds, steps, answers, tokens, training, evaluating))
     heads = ("arm", "chain", "seeds", "steps", "queries", "tokens", "training", "evaluation")
     return Table(heads, tuple(rows))
+
+
+def _count(number: int | None) -> str:
+    if number is None:
+        return NONE
+    return f"{number:,}"
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -405,12 +423,15 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 def _percent(value: float) -> str:
     """Write a gain in percent."""
-    text = fixed(value, 1)
-    return f"+{text}" if value > 0 else text
+    return _with_sign(value, 1)
 
 
 def _signed(value: float | None) -> str:
     if value is None:
         return NONE
-    text = fixed(value, 2)
+    return _with_sign(value, 2)
+
+
+def _with_sign(value: float, decimals: int) -> str:
+    text = fixed(value, decimals)
     return f"+{text}" if value > 0 else text

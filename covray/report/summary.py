@@ -164,11 +164,15 @@ def _describe_task(rows: pa.Table) -> TaskDescription:
 
 def _median(column: pa.ChunkedArray) -> float | None:
     values = column.drop_null().to_numpy()
-    return round(float(np.median(values)), 6) if len(values) else None
+    if not len(values):
+        return None
+    return round(float(np.median(values)), 6)
 
 
 def _count_values(column: pa.ChunkedArray) -> dict[str, int]:
-    counts = {str(entry["values"]): entry["counts"] for entry in pc.value_counts(column).to_pylist()}
+    counts = {}
+    for entry in pc.value_counts(column).to_pylist():
+        counts[str(entry["values"])] = entry["counts"]
     return dict(sorted(counts.items()))
 
 

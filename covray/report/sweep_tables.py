@@ -68,18 +68,20 @@ class TaskTable:
 
 def ablation_table(results: SweepResults, references: Sequence[Reference]) -> SweepTable:
     """Return the table with the primary metric of each task."""
-    columns = [(task, about.primary) for task, about in results.tasks.items()]
-    heads = []
-    for task, metric in columns:
-        heads.append(Head(readable(task), metric_head(metric, results.lower_is_better)))
+    columns, heads = [], []
+    for task, about in results.tasks.items():
+        columns.append((task, about.primary))
+        heads.append(Head(readable(task), metric_head(about.primary, results.lower_is_better)))
     return _table(results, heads, columns, references)
 
 
 def task_tables(results: SweepResults) -> Iterator[TaskTable]:
     """Yield a table with all metrics for each task."""
     for task, about in results.tasks.items():
-        heads = [Head("", metric_head(metric, results.lower_is_better)) for metric in about.metrics]
-        columns = [(task, metric) for metric in about.metrics]
+        columns, heads = [], []
+        for metric in about.metrics:
+            columns.append((task, metric))
+            heads.append(Head("", metric_head(metric, results.lower_is_better)))
         name = f"{readable(task)}, {counted(about.episodes, 'episode')}"
         yield TaskTable(name, _table(results, heads, columns, results.references))
 
@@ -93,7 +95,8 @@ def _table(
     # References do not compete: the best cell of each column is marked.
     best = {}
     for column in columns:
-        best[column] = best_mean(column[1], [scores.get(column) for scores in scores_by_cell], results.lower_is_better)
+        of_cells = [scores.get(column) for scores in scores_by_cell]
+        best[column] = best_mean(column[1], of_cells, results.lower_is_better)
     usual_seeds = _usual_seeds(scores_by_cell, columns)
     names = variants(cells)
     rows = []
@@ -115,7 +118,8 @@ def _table(
     others: list[ReferenceRow] = []
     ceilings: list[ReferenceRow] = []
     for reference in references:
-        (ceilings if reference.kind == "ceiling" else others).append(_reference_row(reference, columns))
+        group = ceilings if reference.kind == "ceiling" else others
+        group.append(_reference_row(reference, columns))
     return SweepTable(tuple(heads), tuple(groups), tuple(others), tuple(ceilings))
 
 

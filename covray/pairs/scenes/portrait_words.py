@@ -39,10 +39,11 @@ def portrait_words(portrait: Portrait, rng: np.random.Generator) -> Words:
     if "background" in visible:
         asked = _pick(rng, ["Where is it?", "What is the background?"])
         questions.append(Question("background", asked, portrait.background))
+    solids = []
+    for solid in portrait.solids:
+        solids.append({"object": solid.thing, "colour": solid.colour, "texture": solid.texture})
     attributes = {
-        "solids": [
-            {"object": solid.thing, "colour": solid.colour, "texture": solid.texture} for solid in portrait.solids
-        ],
+        "solids": solids,
         "background": portrait.background,
         "style": portrait.style,
         "arrangement": portrait.arrangement,
@@ -58,29 +59,45 @@ def _pick(rng: np.random.Generator, choices: list[str]) -> str:
 
 def article(noun: str) -> str:
     """Return ``noun`` with a or an before it."""
-    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+    if noun[0] in "aeiou":
+        return f"an {noun}"
+    return f"a {noun}"
 
 
 def _sentence(text: str) -> str:
     return text[0].upper() + text[1:] + "."
 
 
-def _named(solid: Solid, visible: set[str], texture: bool = True) -> str:
+def _named(solid: Solid, visible: set[str]) -> str:
     """Return "a red ball with spots", as far as it is visible."""
-    name = article(f"{solid.colour} {solid.thing}" if "colour" in visible else solid.thing)
-    return f"{name} {TEXTURES[solid.texture].first}" if texture and "texture" in visible else name
+    name = solid.thing
+    if "colour" in visible:
+        name = f"{solid.colour} {name}"
+    if "texture" in visible:
+        name += f" {TEXTURES[solid.texture].first}"
+    return article(name)
 
 
 def _renamed(solid: Solid, visible: set[str]) -> str:
     """Return "scarlet sphere", as far as it is visible."""
-    return f"{OTHER_COLOURS[solid.colour]} {OBJECTS[solid.thing]}" if "colour" in visible else OBJECTS[solid.thing]
+    name = OBJECTS[solid.thing]
+    if "colour" in visible:
+        name = f"{OTHER_COLOURS[solid.colour]} {name}"
+    return name
+
+
+def _background(portrait: Portrait, visible: set[str]) -> str:
+    """Return " on a table", or nothing where no background is visible."""
+    if "background" not in visible:
+        return ""
+    return f" {BACKGROUNDS[portrait.background].first}"
 
 
 def _caption_of_one(portrait: Portrait, visible: set[str], rng: np.random.Generator) -> str:
     (solid,) = portrait.solids
     arrangement, style = ARRANGEMENTS[portrait.arrangement], STYLES[portrait.style]
     named = _named(solid, visible)
-    where = f" {BACKGROUNDS[portrait.background].first}" if "background" in visible else ""
+    where = _background(portrait, visible)
     first = _pick(rng, [
         f"{style.first} of {named} that {arrangement.first}{where}",
         f"{named}{where} {arrangement.first}, in {style.first}",
@@ -105,7 +122,7 @@ def _surroundings(portrait: Portrait, visible: set[str], rng: np.random.Generato
 def _caption_of_two(portrait: Portrait, visible: set[str], rng: np.random.Generator) -> str:
     left, right = portrait.solids
     style = STYLES[portrait.style]
-    where = f" {BACKGROUNDS[portrait.background].first}" if "background" in visible else ""
+    where = _background(portrait, visible)
     first = _pick(rng, [
         f"{style.first} of {_named(left, visible)} to the left of {_named(right, visible)}{where}",
         f"{style.first} with {_named(right, visible)} on the right and {_named(left, visible)} on the left{where}",
@@ -124,10 +141,10 @@ def _questions_of_one(portrait: Portrait, visible: set[str], rng: np.random.Gene
     asked.append(Question("arrangement", how, portrait.arrangement))
     if "colour" in visible:
         asked.append(Question("colour", f"What colour is the {solid.thing}?", solid.colour))
-        true = rng.random() < 0.5
-        others = [colour for colour in COLOURS if colour != solid.colour]
-        named = solid.colour if true else _pick(rng, others)
-        asked.append(Question("is", f"Is the {solid.thing} {named}?", "yes" if true else "no"))
+        named, answer = solid.colour, "yes"
+        if rng.random() >= 0.5:
+            named, answer = _pick(rng, [colour for colour in COLOURS if colour != solid.colour]), "no"
+        asked.append(Question("is", f"Is the {solid.thing} {named}?", answer))
     if "texture" in visible:
         asked.append(Question("texture", f"What texture has the {solid.thing}?", solid.texture))
     return asked
