@@ -9,23 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from covray.chains.kept_noise import picture_digest
 from covray.chains.prepare import BuildModels, needs_prior
 from covray.chains.shard_rows import frame_order, shard_schema, union_alphas
 from covray.chains.spacing import PROBE_ALPHAS, coarse_label, even_path_alphas
 from covray.config import BuildConfig
-from covray.errors import PairError
+from covray.errors import ConfigError, PairError
 from covray.io.device import resolve_device
 from covray.io.images import square
 from covray.io.pixels import path_ratio, psnr
 from covray.methods import BY_BLOCK, BY_ENGINE, make_frames, mix_pixels
 from covray.models.diffusion.engine import ChainEngine, Interpolation, Request
-from covray.models.diffusion.prior import load_prior, propose_batch
+from covray.models.diffusion.prior import Contexts, load_prior, propose_batch
 from covray.models.tokenizer.vqgan import load_tokenizer
 from covray.tasks import TASKS
 
@@ -56,13 +57,38 @@ class _Pairs:
     """Of each pair: source and label at the tokenizer's size, uint8 [h, w, 3]."""
     noise: dict[int, np.ndarray]
     """Noise that an earlier build kept, by the place of its picture in ``images``: float32 [c, h, w]."""
+    contexts: Contexts | None
+    """What the prior reads beside each of ``images``; None: the empty prompt."""
+
+
+class ContextReader(Protocol):
+    """What makes the contexts that ``prior.context`` asks for; see ``covray.thinking.chain_contexts``."""
+
+    fingerprints: dict[str, str]
+    """SHA-256 (hex) of its models, by name."""
+    tokens: int
+    """Tokens of a context, at most: all are padded to them."""
+
+    def read(self, text_or_image: str | np.ndarray) -> torch.Tensor:
+        """Return the context, [n <= tokens, d], of a caption or of an image, uint8 [h, w, 3]."""
 
 
 class BlockBuilder:
     """Holds the models of a build and turns prepared blocks into shard rows."""
 
-    def __init__(self, config: BuildConfig):
-        """Load the models and resolve what ``config`` left open. Raises WeightsError, ConfigError."""
+    def __init__(self, config: BuildConfig, reader: ContextReader | None = None):
+        """Load the models and resolve what ``config`` left open.
+
+        Args:
+            config: The build.
+            reader: Reads what ``prior.context`` says; None: the empty prompt.
+
+        Raises:
+            WeightsError: A model cannot be loaded.
+            ConfigError: The configuration does not fit the models, or asks for contexts without a ``reader``.
+        """
+        self._reader = reader
+        require_reader(config, reader is not None)
         self.alphas = union_alphas(config.lengths, config.alphas)
         self._made_at = union_alphas((), config.spacing) if isinstance(config.spacing, tuple) else self.alphas
         self.tokenizer = load_tokenizer(config.tokenizer, config.engine)
@@ -72,6 +98,8 @@ class BlockBuilder:
         self.engine: ChainEngine | None = None
         if needs_prior(config):
             prior = load_prior(config.prior, config.engine)
+            if reader is not None:
+                prior.read_contexts()
             self.engine = ChainEngine(prior, config.engine, config.engine.batch or propose_batch(prior))
             engine["batch"] = self.engine.batch
             prior_px = prior.size_px
@@ -97,6 +125,8 @@ class BlockBuilder:
             prior = self.engine.prior
             prior_px, latent_shape = prior.size_px, prior.latent_shape
             fingerprints["prior"] = prior.fingerprint
+            if self._reader is not None:
+                fingerprints |= self._reader.fingerprints
         return BuildModels(
             prior_px, tokenizer.size_px, tokenizer.tokens_per_image, tokenizer.codes, latent_shape, fingerprints
         )
@@ -127,12 +157,14 @@ class BlockBuilder:
     def _pairs(self, prepared: pa.Table) -> _Pairs:
         """Decode prepared rows without errors; a picture that several pairs share is kept once."""
         size_px, small_px = self.models().prior_px, self.tokenizer.size_px
-        places: dict[bytes, int] = {}  # of distinct pictures, in order of appearance
+        # Of distinct pictures, in order of appearance; one that is read with two contexts counts twice.
+        places: dict[tuple[str | bytes, bytes], int] = {}
         ends: list[tuple[int, int]] = []
-        for source, label in _both(prepared, ""):
-            source_at = places.setdefault(source, len(places))
-            ends.append((source_at, places.setdefault(label, len(places))))
-        images = np.stack([_pixels(pixels, size_px) for pixels in places])
+        for (source, label), caption in zip(_both(prepared, ""), prepared["caption"].to_pylist(), strict=True):
+            read = "" if self._reader is None else caption or source
+            source_at = places.setdefault((read, source), len(places))
+            ends.append((source_at, places.setdefault((read, label), len(places))))
+        images = np.stack([_pixels(pixels, size_px) for _, pixels in places])
         if small_px == size_px:
             small = [(images[source], images[label]) for source, label in ends]
         else:
@@ -146,7 +178,20 @@ class BlockBuilder:
                 for image, data in zip(pair, kept, strict=True):
                     if data is not None:
                         noise[image] = np.frombuffer(data, "<f4").reshape(shape)
-        return _Pairs(prepared["pair_id"].to_pylist(), prepared["task"].to_pylist(), ends, images, small, noise)
+        contexts = self._contexts([read for read, _ in places], size_px)
+        return _Pairs(
+            prepared["pair_id"].to_pylist(), prepared["task"].to_pylist(), ends, images, small, noise, contexts
+        )
+
+    def _contexts(self, read: Sequence[str | bytes], size_px: int) -> Contexts | None:
+        """Return what the prior reads beside each picture: a caption, or the pixels of an image, each read once."""
+        if self._reader is None:
+            return None
+        states: dict[str | bytes, torch.Tensor] = {}
+        for key in read:
+            if key not in states:
+                states[key] = self._reader.read(key if isinstance(key, str) else _pixels(key, size_px))
+        return Contexts.of([states[key] for key in read], self._reader.tokens)
 
     def _interpolate(self, pairs: _Pairs, stats: BlockStats) -> Interpolation:
         """Invert every picture once, and denoise every frame once."""
@@ -156,7 +201,7 @@ class BlockBuilder:
         requests = [Request(source, label, alphas) for source, label in pairs.ends]
         if self.config.spacing == "path" and alphas:
             probes = self.engine.interpolate(
-                pairs.images, [Request(*ends, PROBE_ALPHAS) for ends in pairs.ends], pairs.noise
+                pairs.images, [Request(*ends, PROBE_ALPHAS) for ends in pairs.ends], pairs.noise, (), pairs.contexts
             )
             stats.evaluations, stats.padded = probes.evaluations, probes.padded
             noise = dict(enumerate(probes.noise))
@@ -165,7 +210,7 @@ class BlockBuilder:
         for pair_id, ends in zip(pairs.ids, pairs.ends, strict=True):
             if is_checked(pair_id, self.config.check_endpoints):
                 to_return.update(ends)
-        chains = self.engine.interpolate(pairs.images, requests, noise, to_return)
+        chains = self.engine.interpolate(pairs.images, requests, noise, to_return, pairs.contexts)
         stats.evaluations += chains.evaluations
         stats.padded += chains.padded
         return chains
@@ -272,6 +317,15 @@ class BlockBuilder:
         if len(chains.frames[number]):
             quality["diffusion_path"] = path_ratio([ends[0], *chains.frames[number], ends[1]])
         return quality
+
+
+def require_reader(config: BuildConfig, present: bool) -> None:
+    """Refuse frames of a context that nothing reads. Raises ConfigError."""
+    if needs_prior(config) and config.prior.context != "empty" and not present:
+        raise ConfigError(
+            f"prior.context: {config.prior.context} is for covray build; pictures given as examples have no such "
+            "context: give none, or a run of chains without diffused frames"
+        )
 
 
 def is_checked(pair_id: int, share: float) -> bool:

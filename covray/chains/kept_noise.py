@@ -106,7 +106,7 @@ def _require_same_inversion(dataset: ChainDataset, config: BuildConfig, prior_fi
     if theirs["fit"] != ours["fit"]:
         differing.append("fit")
     # Noise of one solver, denoised by another, loses 11 dB.
-    for key in ("size_px", "solver", "steps", "evaluations"):
+    for key in ("size_px", "solver", "steps", "evaluations", "context"):
         if theirs["prior"][key] != ours["prior"][key]:
             differing.append(f"prior.{key}")
     differing += [f"engine.{key}" for key in ours["engine"] if theirs["engine"].get(key) != ours["engine"][key]]

@@ -33,6 +33,7 @@ PREPARED_SCHEMA = pa.schema(
         ("label_small", pa.large_binary()),
         ("source_noise", pa.binary()),  # kept by an earlier build
         ("label_noise", pa.binary()),
+        ("caption", pa.string()),  # of the source; null unless the prior reads it
         ("error", pa.string()),
     ]
 )
@@ -56,6 +57,11 @@ def needs_prior(config: BuildConfig) -> bool:
     """Return whether any frame or kept noise of ``config`` needs diffusion."""
     frames = BY_ENGINE in config.methods and bool(union_alphas(config.lengths, config.alphas))
     return frames or config.keep_noise
+
+
+def reads_captions(config: BuildConfig) -> bool:
+    """Return whether frames of ``config`` depend on the captions of the manifest."""
+    return config.prior.context == "caption" and needs_prior(config)
 
 
 def prepare_block(
@@ -85,12 +91,22 @@ def prepare_block(
     return pa.Table.from_pylist(rows, PREPARED_SCHEMA)
 
 
-def _prepare_pair(row: PairRow, config: BuildConfig, models: BuildModels, root: str | None) -> dict[str, bytes]:
+def _prepare_pair(row: PairRow, config: BuildConfig, models: BuildModels, root: str | None) -> dict[str, Any]:
     pair = load_pair(row, root)
     resamples: dict[str, Resample] = {"source": "bicubic", "label": TASKS[row["task"]].resample}
-    prepared: dict[str, bytes] = {}
+    prepared: dict[str, Any] = {}
+    if reads_captions(config):
+        prepared["caption"] = _caption(row)
     for name, picture in (("source", pair.image), ("label", pair.label)):
         prepared[name] = square(picture, models.prior_px, config.fit, resamples[name]).tobytes()
         if models.tokenizer_px != models.prior_px:
             prepared[f"{name}_small"] = square(picture, models.tokenizer_px, config.fit, resamples[name]).tobytes()
     return prepared
+
+
+def _caption(row: PairRow) -> str:
+    """Return the caption of a pair. Raises PairError where it has none."""
+    caption = row.get("caption")
+    if not caption:
+        raise PairError("no_caption", "the row has no caption for the prior to read")
+    return caption

@@ -37,7 +37,8 @@ class DatasetRecord(Record):
     identity: JsonObject
     """The part of the configuration that decides the tokens."""
     fingerprints: dict[str, str]
-    """SHA-256 (hex) of `prior` (empty where no frame needs it), `tokenizer` and `codebook`."""
+    """SHA-256 (hex) of `prior` (empty where no frame needs it), `tokenizer` and `codebook`; with `prior.context` also
+    of `text_encoder`, or of `aligner` and `vlm`."""
     latent_shape: tuple[int, int, int] | None = None
     """Channels, height and width of the prior's latents; null where no frame needs the prior."""
     tokenizer_size_px: int

@@ -116,6 +116,9 @@ def scenes(
     task: Task = None,
     size: Annotated[int, typer.Option(min=16, max=2048, help="Side of the pictures in pixels.")] = 64,
     splits: Splits = None,
+    captions: Annotated[
+        bool, typer.Option("--captions", help="Give every pair the scene's caption, for prior.context of a build.")
+    ] = False,
     seed: Seed = 0,
     json_: Json = False,
 ) -> None:
@@ -128,8 +131,8 @@ def scenes(
     unknown = [name for name in chosen if name not in TASKS and name != CAPTION_TASK]
     if unknown:
         raise ConfigError(f"--task {unknown[0]}: no such task; the tasks are {', '.join(TASKS)}")
-    pairs = scene_pairs(count, chosen, size, seed, shares(splits))
-    write_manifest(out, None, pairs, json_, count * len(chosen), CAPTION_TASK in chosen)
+    pairs = scene_pairs(count, chosen, size, seed, shares(splits), captions)
+    write_manifest(out, None, pairs, json_, count * len(chosen), captions or CAPTION_TASK in chosen)
 
 
 def portraits(

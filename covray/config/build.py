@@ -76,6 +76,15 @@ class BuildConfig(GrownSection):
         return value
 
     @model_validator(mode="after")
+    def _noise_fits(self) -> BuildConfig:
+        if self.prior.context != "empty" and (self.keep_noise or self.noise_from is not None):
+            raise ValueError(
+                "keep_noise, noise_from: noise belongs to the context that a picture was inverted with; leave them "
+                "out, or set prior.context: empty"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _spacing_fits(self) -> BuildConfig:
         if isinstance(self.spacing, tuple) and (self.alphas or self.lengths != (len(self.spacing) + 2,)):
             raise ValueError(
@@ -103,14 +112,24 @@ def with_solver(identity: dict[str, Any]) -> dict[str, Any]:
 
     Where identities are compared, a key that is left out must not read as one that is left open.
     """
-    return {"spacing": "even"} | identity | {"prior": {"solver": "ddim", "evaluations": "all"} | identity["prior"]}
+    prior = {"solver": "ddim", "evaluations": "all", "context": "empty"} | identity["prior"]
+    return {"spacing": "even"} | identity | {"prior": prior}
 
 
 def solver_text(prior: dict[str, Any]) -> str:
     """Return how a prior inverts and denoises, of the section ``prior`` of a build's configuration."""
+    context = _CONTEXTS[prior.get("context", "empty")]
     if prior.get("solver", "ddim") == "dpm":
-        return f"{prior['steps']} DPM-Solver++ steps"
+        return f"{prior['steps']} DPM-Solver++ steps{context}"
     text = f"{prior['steps']} DDIM steps"
     if prior.get("evaluations") is not None:
         text += f", {prior['evaluations']} of them evaluated"
-    return text
+    return text + context
+
+
+_CONTEXTS = {
+    "empty": "",
+    "caption": ", reading captions (not task-free)",
+    "aligned": ", reading aligned features (not task-free)",
+}
+"""What ``solver_text`` adds for each ``prior.context``."""

@@ -97,6 +97,17 @@ class PriorConfig(GrownSection):
     evaluations: int | None = Field(default=None, ge=2, le=1000)
     """With ``ddim``, the steps at which the UNet is evaluated; at the others its answer is extrapolated. By default
     all; 16 of 50 give nearly the paper's frames in a third of the time."""
+    context: Literal["empty", "caption", "aligned"] = "empty"
+    """What the prior reads beside a picture: ``empty``, the empty prompt; ``caption``, the manifest's caption of the
+    pair's image; or ``aligned``, what a ThinkDiff aligner makes of that image. The last two are an ablation and against
+    the paper, whose chains are task-free, made without any text. A pair's ends and frames have one context."""
+    text_encoder: str | None = None
+    """With ``context: caption``, the T5 whose encoder the prior was trained on: a folder or a hub id. By default the
+    CLIP text encoder in the prior's own folder."""
+    aligner: str | None = None
+    """With ``context: aligned``, a finished run of ``covray think train``, or the folder of an aligner."""
+    instruction: str = "Describe the picture."
+    """With ``context: aligned``, what the aligner's vision-language model is asked of an image."""
 
     @model_validator(mode="before")
     @classmethod
@@ -114,12 +125,26 @@ class PriorConfig(GrownSection):
             raise ValueError(f"evaluations: {self.evaluations} is more than steps, {self.steps}; set fewer")
         return self
 
+    @model_validator(mode="after")
+    def _context_fits(self) -> PriorConfig:
+        if self.text_encoder is not None and self.context != "caption":
+            raise ValueError("text_encoder: reads captions; set context: caption too, or leave it out")
+        if (self.aligner is not None) != (self.context == "aligned"):
+            raise ValueError("aligner: goes with context: aligned; give both or neither")
+        return self
+
     def unused_fields(self) -> Iterator[str]:
-        """Yield what is as in DDIM with an evaluation a step."""
+        """Yield what is as in DDIM with an evaluation a step and the empty prompt."""
         if self.solver == "ddim":
             yield "solver"
         if self.evaluations in (None, self.steps):
             yield "evaluations"
+        if self.context == "empty":
+            yield "context"
+        if self.text_encoder is None:
+            yield "text_encoder"
+        if self.context != "aligned":
+            yield from ("aligner", "instruction")
 
     @property
     def evaluations_each_way(self) -> int:

@@ -24,7 +24,7 @@ from covray.chains.audit import audit_dataset
 from covray.chains.dataset import ChainDataset, shard_folder
 from covray.chains.kept_noise import KeptNoise
 from covray.chains.model_checks import require_models
-from covray.chains.prepare import BuildModels, needs_prior
+from covray.chains.prepare import BuildModels, needs_prior, reads_captions
 from covray.chains.records import Audit, DatasetRecord
 from covray.chains.shard_rows import shard_schema, union_alphas
 from covray.chains.spacing import PROBES
@@ -119,6 +119,7 @@ def plan_build(config: BuildConfig, append: bool = False) -> Plan:
             assert before.audit is not None
             per_task = {task: rows - asked_before(before.audit, task) for task, rows in per_task.items()}
     require_models(config)
+    _require_contexts(config, info)
     if config.noise_from is not None:
         ChainDataset(config.noise_from)
     alphas = union_alphas(config.lengths, config.alphas)
@@ -169,6 +170,7 @@ def build(config: BuildConfig, patience_s: float = 0.0, append: bool = False) ->
             assert output.begun is not None
             version = replace(version, record=_with_plugins(with_version(config, output.begun, info), config, info))
         require_trackers(config)
+        _require_contexts(config, info)
         with ray_session() as cores:
             audit = _build(config, info, classes, output, version, cores)
     return audit
@@ -298,7 +300,7 @@ def _run(
     rows_in = RowsIn(
         filesystem=storage.resolve(config.pairs)[0],
         files=info.files,
-        columns=["pair_id", "task", "split", "image", "label", "meta"],
+        columns=["pair_id", "task", "split", "image", "label", "meta", *(["caption"] * reads_captions(config))],
         id_column="pair_id",
         total=info.rows,
         unit="pairs",
@@ -336,9 +338,10 @@ def _builder(config: BuildConfig) -> BlockBuilder:
     import torch
 
     from covray.chains.build import BlockBuilder
+    from covray.thinking.chain_contexts import load_context_reader
 
     torch.set_num_threads(config.engine.threads)
-    return BlockBuilder(config)
+    return BlockBuilder(config, load_context_reader(config))
 
 
 # --- before anything expensive -------------------------------------------------------------------------------------
@@ -396,6 +399,14 @@ def _with_plugins(record: DatasetRecord, config: BuildConfig, info: ManifestInfo
     """Return a description with the plug-ins in use; without any the key is absent, as in files of earlier versions."""
     plugins = (record.plugins or {}) | _plugins(config, info)
     return record.model_copy(update={"plugins": plugins}) if plugins else record
+
+
+def _require_contexts(config: BuildConfig, info: ManifestInfo) -> None:
+    """Refuse contexts that the manifest or the models cannot give. Raises ManifestError, WeightsError."""
+    if config.prior.context != "empty":
+        from covray.thinking.chain_contexts import require_contexts  # here, for PyTorch as in _builder
+
+        require_contexts(config, info)
 
 
 def _require_packages(out: str) -> None:

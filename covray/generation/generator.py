@@ -17,7 +17,7 @@ import pyarrow as pa
 import torch
 from pydantic import ValidationError
 
-from covray.chains.build import BlockBuilder
+from covray.chains.build import BlockBuilder, require_reader
 from covray.chains.dataset import ChainDataset
 from covray.chains.prepare import prepare_block
 from covray.config import (
@@ -71,13 +71,29 @@ class ResolvedGenerator:
         """Pictures of a chain, both ends counted."""
         return 2 if self.config.method == "none" else self.config.length or 2
 
+    def build_config(self) -> BuildConfig:
+        """Return how the chains of examples are made."""
+        config = self.config
+        framed = config.method not in (None, NO_FRAMES) and self.length > 2
+        return BuildConfig.model_validate(
+            {
+                "pairs": "", "out": "", "lengths": (self.length,), "methods": (config.method,) if framed else (),
+                "prior": config.prior, "tokenizer": config.tokenizer, "fit": config.fit, "engine": config.engine,
+                "spacing": config.spacing, "check_endpoints": 0.0,
+            }
+        )  # fmt: skip
+
     def require_context(self, examples: int, tokens_per_image: int | None = None) -> None:
         """Raise ConfigError where so many ``examples``, a query and its answer exceed the model's context.
+
+        Also where frames of examples cannot be made, because the prior of the run reads more than pictures.
 
         Args:
             examples: Example pairs before the query.
             tokens_per_image: Of the tokenizer, once it is loaded; without it nothing may be known, and refused.
         """
+        if examples:
+            require_reader(self.build_config(), present=False)
         size = tokens_per_image or self.source.facts.tokens_per_image or self.tokens_per_image
         if size is not None:
             sentence = (examples + 1) * self.length * size
@@ -280,16 +296,7 @@ class Generator:
 
     def _load_builder(self) -> BlockBuilder:
         """Load what makes the examples' chains, with the prior where they have frames by it."""
-        config, length = self.resolved.config, self.resolved.length
-        framed = config.method not in (None, NO_FRAMES) and length > 2
-        build = BuildConfig.model_validate(
-            {
-                "pairs": "", "out": "", "lengths": (length,), "methods": (config.method,) if framed else (),
-                "prior": config.prior, "tokenizer": config.tokenizer, "fit": config.fit, "engine": config.engine,
-                "spacing": config.spacing, "check_endpoints": 0.0,
-            }
-        )  # fmt: skip
-        builder = BlockBuilder(build)
+        builder = BlockBuilder(self.resolved.build_config())
         builder.tokenizer = self.tokenizer  # the same weights: they are kept once
         return builder
 

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from diffusers.models.attention_processor import AttnProcessor2_0
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -32,7 +31,7 @@ class UnetPainter:
             batch: Pictures that are drawn at a time.
         """
         self._prior, self._config, self._batch = prior, config, batch
-        prior.unet.set_attn_processor(AttnProcessor2_0())
+        prior.read_contexts()
 
     @property
     def width(self) -> int:

@@ -30,7 +30,7 @@ from covray.errors import ConfigError, WeightsError, one_line
 from covray.io import storage
 from covray.io.model_folders import require_files
 from covray.io.tensor_files import new_folder, read_tensors, require_finite, require_new, require_tensors
-from covray.models.diffusion.empty_prompt import CONTEXT_FILE, TOKENIZER_FILES, empty_prompt_ids
+from covray.models.diffusion.empty_prompt import CONTEXT_FILE, TOKENIZER_FILES, prompt_ids
 from covray.models.diffusion.prior import load_prior, probe_prediction, read_config, verify_scale
 
 Tensors = dict[str, Tensor]
@@ -291,7 +291,7 @@ def _empty_prompt(file: Path, config: dict[str, Any], tensors: Tensors, tokenize
     encoder.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
     length, words = encoder.config.max_position_embeddings, encoder.config.vocab_size
     if tokenizer is not None:
-        ids = empty_prompt_ids(tokenizer, length, words)
+        ids = prompt_ids(tokenizer, length, words)
     else:
         begin, end = words - 2, words - 1  # CLIP's vocabulary ends so; its configurations are known to say otherwise
         ids = torch.tensor([[begin, end, *[_pad_id(encoder.config, open_clip)] * (length - 2)]])

@@ -1,4 +1,7 @@
-"""The empty prompt, which every picture has for a context: where it is kept, how it is encoded, how a UNet reads it."""
+"""The empty prompt, which every picture has for a context: where it is kept, how it is encoded, how a UNet reads it.
+
+The encoder also reads captions, for the ablation ``prior.context: caption``.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ def load_context(folder: Path) -> torch.Tensor:
     """Return the context of a prior folder, float32 [1, n, d]. Raises WeightsError."""
     file = folder / CONTEXT_FILE
     if not file.is_file():
-        return _encode_empty_prompt(folder)
+        return ClipTextEncoder(folder).encode("")
     try:
         context = load_file(file).get("context")
     except SafetensorError as error:
@@ -35,37 +38,50 @@ def load_context(folder: Path) -> torch.Tensor:
     return context.float()
 
 
-@torch.inference_mode()
-def _encode_empty_prompt(folder: Path) -> torch.Tensor:
-    """Return the last hidden state of CLIP for the empty prompt, float32 [1, n, d], padded as the tokenizer does."""
-    # Imported here: a folder with the embedding in it, like nano's, needs no text encoder.
-    from transformers import CLIPTextModel
+class ClipTextEncoder:
+    """The CLIP text encoder in a prior's folder, in float32 on the CPU."""
 
-    try:
-        encoder, report = CLIPTextModel.from_pretrained(
-            folder / "text_encoder",
-            use_safetensors=True,
-            dtype=torch.float32,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
-        raise WeightsError(f"{folder}: the text encoder cannot be loaded: {one_line(error)}") from error
-    require_whole(folder / "text_encoder", report)
-    text_weights = ("model.safetensors", "model.safetensors.index.json")  # as transformers chooses
-    require_stored_floats(weight_files(folder / "text_encoder", text_weights))
-    ids = empty_prompt_ids(folder / "tokenizer", encoder.config.max_position_embeddings, encoder.config.vocab_size)
-    context: torch.Tensor = encoder.eval()(ids).last_hidden_state
-    return context
+    def __init__(self, folder: Path):
+        """Load it. Raises WeightsError."""
+        # Imported here: a folder with the embedding in it, like nano's, needs no text encoder.
+        from transformers import CLIPTextModel
+
+        try:
+            encoder, report = CLIPTextModel.from_pretrained(
+                folder / "text_encoder",
+                use_safetensors=True,
+                dtype=torch.float32,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+        except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
+            raise WeightsError(f"{folder}: the text encoder cannot be loaded: {one_line(error)}") from error
+        require_whole(folder / "text_encoder", report)
+        text_weights = ("model.safetensors", "model.safetensors.index.json")  # as transformers chooses
+        require_stored_floats(weight_files(folder / "text_encoder", text_weights))
+        self._encoder, self._tokenizer = encoder.eval(), folder / "tokenizer"
+
+    @property
+    def positions(self) -> int:
+        """Tokens of a text, at most."""
+        return int(self._encoder.config.max_position_embeddings)
+
+    @torch.inference_mode()
+    def encode(self, text: str) -> torch.Tensor:
+        """Return the last hidden state of a text, float32 [1, n, d], padded as the tokenizer does."""
+        ids = prompt_ids(self._tokenizer, self.positions, self._encoder.config.vocab_size, text)
+        context: torch.Tensor = self._encoder(ids).last_hidden_state
+        return context
 
 
-def empty_prompt_ids(tokenizer: Path, positions: int, words: int) -> torch.Tensor:
-    """Return the ids of the empty prompt, int64 [1, n], as the CLIP tokenizer in a folder pads them.
+def prompt_ids(tokenizer: Path, positions: int, words: int, text: str = "") -> torch.Tensor:
+    """Return the ids of a prompt, int64 [1, n], as the CLIP tokenizer in a folder pads them.
 
     Args:
         tokenizer: Folder of the tokenizer.
-        positions: Positions that the text encoder has; n is at most that.
+        positions: Positions that the text encoder has; n is at most that, and what is longer is cut.
         words: Size of the text encoder's vocabulary.
+        text: The prompt.
 
     Raises:
         WeightsError: The tokenizer cannot be loaded, or has more words than the text encoder.
@@ -77,10 +93,10 @@ def empty_prompt_ids(tokenizer: Path, positions: int, words: int) -> torch.Tenso
     except (OSError, ValueError, RuntimeError, TypeError) as error:
         raise WeightsError(f"{tokenizer}: the tokenizer cannot be loaded: {one_line(error)}") from error
     length = min(loaded.model_max_length, positions)
-    ids = loaded("", padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+    ids = loaded(text, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
     if int(ids.max()) >= words:
         raise WeightsError(
-            f"{tokenizer}: pads with id {int(ids.max())}, the text encoder has {words} words; use the tokenizer that "
+            f"{tokenizer}: has the id {int(ids.max())}, the text encoder has {words} words; use the tokenizer that "
             "belongs to it"
         )
     return ids

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from covray.config import EngineConfig
-from covray.models.diffusion.prior import Prior
+from covray.models.diffusion.prior import Contexts, Prior
 from covray.models.diffusion.slerp import slerp
 
 T = TypeVar("T")
@@ -93,6 +93,7 @@ class ChainEngine:
         requests: Sequence[Request],
         noise: Mapping[int, np.ndarray] | None = None,
         endpoints: Collection[int] = (),
+        contexts: Contexts | None = None,
     ) -> Interpolation:
         """Invert pictures and denoise the frames between them.
 
@@ -101,12 +102,14 @@ class ChainEngine:
             requests: Frames between two of the pictures.
             noise: z_T by index of a picture, float32 [c, h, w]; such a picture is not inverted.
             endpoints: Indices of pictures whose noise is also denoised.
+            contexts: What the UNet reads beside each picture, and beside the frames that begin at it, padded alike in
+                all calls; None: the empty prompt.
         """
         given = dict(noise or {})
         start = time.perf_counter()
         latents = self._encode(images, [i for i in range(len(images)) if i not in given])
         encoded = time.perf_counter()
-        diffusion = self.diffuse(latents, given, distinct_denoisings(requests, endpoints))
+        diffusion = self.diffuse(latents, given, distinct_denoisings(requests, endpoints), contexts)
         diffused = time.perf_counter()
         pictures = self._decode(diffusion.latents)
         decoded = time.perf_counter()
@@ -133,7 +136,11 @@ class ChainEngine:
         )
 
     def diffuse(
-        self, latents: Mapping[int, np.ndarray], noise: Mapping[int, np.ndarray], denoisings: Sequence[Denoising]
+        self,
+        latents: Mapping[int, np.ndarray],
+        noise: Mapping[int, np.ndarray],
+        denoisings: Sequence[Denoising],
+        contexts: Contexts | None = None,
     ) -> Diffusion:
         """Run the waves: invert every one of ``latents``, denoise every one of ``denoisings``.
 
@@ -144,6 +151,7 @@ class ChainEngine:
             latents: Latent by picture, to be inverted, float32 [c, h, w] each.
             noise: z_T by picture, float32 [c, h, w] each.
             denoisings: Distinct.
+            contexts: As ``interpolate`` takes them.
         """
         known = dict(noise)
         results: dict[Denoising, np.ndarray] = {}
@@ -154,7 +162,8 @@ class ChainEngine:
             ready, waiting = _take_ready(waiting, known, self.batch - len(starting))
             rows = [latents[i] for i in starting]
             rows += [_mix(known, key) for key in ready]
-            finished = self._run_wave(np.stack(rows), len(starting))
+            pictures = [*starting, *(key[0] for key in ready)]
+            finished = self._run_wave(np.stack(rows), len(starting), self._of_wave(contexts, pictures))
             known.update(zip(starting, finished, strict=False))
             results.update(zip(ready, finished[len(starting) :], strict=True))
             waves += 1
@@ -169,14 +178,27 @@ class ChainEngine:
             padded=(waves * self.batch - jobs) * evaluations,
         )
 
-    def _run_wave(self, rows: np.ndarray, inversions: int) -> np.ndarray:
-        """Take ``rows`` float32 [k <= batch, c, h, w] through all steps, the first ``inversions`` towards noise."""
+    def _of_wave(self, contexts: Contexts | None, pictures: Sequence[int]) -> Contexts | None:
+        """Return the contexts of the rows of a wave, each of its picture; what fills the batch reads any."""
+        if contexts is None:
+            return None
+        filling = [pictures[0]] * (self.batch - len(pictures))
+        return contexts.rows([*pictures, *filling])
+
+    def _run_wave(self, rows: np.ndarray, inversions: int, contexts: Contexts | None) -> np.ndarray:
+        """Take rows through all steps.
+
+        Args:
+            rows: float32 [k <= batch, c, h, w].
+            inversions: How many of them, the first, go towards noise.
+            contexts: Of ``batch`` rows.
+        """
         schedule, device = self.prior.schedule, self.prior.device
         latents = self._padded(rows, self.batch)
         inverse = (torch.arange(self.batch, device=device) < inversions).long()
         previous = torch.zeros_like(latents)
         for number in range(schedule.evaluations):
-            output = self.prior.predict(latents, schedule.timesteps[inverse, number])
+            output = self.prior.predict(latents, schedule.timesteps[inverse, number], contexts)
             latents, previous = schedule.step(latents, output, previous, number, inverse)
         return latents[: len(rows)].cpu().numpy()
 

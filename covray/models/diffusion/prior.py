@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor2_0
 from safetensors import SafetensorError
 
 from covray.config import EngineConfig, PriorConfig, require_compiler
@@ -60,6 +61,30 @@ TEXT_PATTERNS = (*_model_patterns("text_encoder", "model"), "tokenizer/*.json", 
 
 
 @dataclass(frozen=True, eq=False)
+class Contexts:
+    """What a UNet reads beside each of B rows."""
+
+    states: torch.Tensor
+    """[B, n, d], padded."""
+    mask: torch.Tensor
+    """bool [B, n]: what is no padding."""
+
+    @classmethod
+    def of(cls, states: Sequence[torch.Tensor], tokens: int) -> Contexts:
+        """Return contexts padded to ``tokens``, of ``states`` [n <= tokens, d] each."""
+        padded = torch.zeros((len(states), tokens, states[0].shape[-1]), device=states[0].device)
+        mask = torch.zeros((len(states), tokens), dtype=torch.bool, device=padded.device)
+        for number, own in enumerate(states):
+            padded[number, : len(own)] = own
+            mask[number, : len(own)] = True
+        return cls(padded, mask)
+
+    def rows(self, numbers: Sequence[int]) -> Contexts:
+        """Return those of some rows."""
+        return Contexts(self.states[numbers], self.mask[numbers])
+
+
+@dataclass(frozen=True, eq=False)
 class Prior:
     """A loaded prior, ready to evaluate. Latents are float32 everywhere; ``dtype`` is the networks' arithmetic."""
 
@@ -81,10 +106,23 @@ class Prior:
         return self.schedule.prediction_type
 
     @torch.inference_mode()
-    def predict(self, latents: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """Return the UNet's output, float32 [B, c, h, w], for latents [B, c, h, w] at integer timesteps [B]."""
-        context = self.context.expand(len(latents), -1, -1)
-        return self.unet(latents.to(self.dtype), timesteps, context, return_dict=False)[0].float()
+    def predict(self, latents: torch.Tensor, timesteps: torch.Tensor, contexts: Contexts | None = None) -> torch.Tensor:
+        """Return the UNet's output, float32 [B, c, h, w].
+
+        Args:
+            latents: [B, c, h, w].
+            timesteps: Integers [B].
+            contexts: What the UNet reads beside each row, after ``read_contexts``; None: the empty prompt.
+        """
+        context, mask = self.context.expand(len(latents), -1, -1), None
+        if contexts is not None:
+            context, mask = contexts.states.to(self.dtype), contexts.mask
+        inputs = latents.to(self.dtype)
+        return self.unet(inputs, timesteps, context, encoder_attention_mask=mask, return_dict=False)[0].float()
+
+    def read_contexts(self) -> None:
+        """Let the UNet read a context of each row's own: it forgets the keys and values of the empty prompt."""
+        self.unet.set_attn_processor(AttnProcessor2_0())
 
     @torch.inference_mode()
     def encode(self, images: torch.Tensor) -> torch.Tensor:

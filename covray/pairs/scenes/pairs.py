@@ -45,7 +45,12 @@ def labelled(view: View, task: str, generator: np.random.Generator) -> tuple[NDA
 
 
 def scene_pairs(
-    count: int, tasks: Iterable[str] = TASKS, size_px: int = 64, seed: int = 0, splits: dict[str, float] | None = None
+    count: int,
+    tasks: Iterable[str] = TASKS,
+    size_px: int = 64,
+    seed: int = 0,
+    splits: dict[str, float] | None = None,
+    captions: bool = False,
 ) -> Iterator[Pair]:
     """Yield the pairs of ``count`` scenes, one for every task; those of a scene follow each other.
 
@@ -55,6 +60,7 @@ def scene_pairs(
         size_px: side of the pictures.
         seed: of the whole set.
         splits: each split's share, ``SPLITS`` by default; a scene belongs to one split alone.
+        captions: give every pair the scene's words.
     """
     tasks = tuple(tasks)
     shares = splits or SPLITS
@@ -65,15 +71,18 @@ def scene_pairs(
             number = scene_seed(seed, split, index)
             view = render_scene(number, size_px)[0]
             generator = np.random.default_rng([number, 1])
+            words = None
+            if captions or CAPTION_TASK in tasks:
+                words = scene_words(view, np.random.default_rng([number, 2]))
             for task in tasks:
                 if task == CAPTION_TASK:
                     meta = {"source": "scenes", "scene": index, "seed": seed}
-                    words = scene_words(view, np.random.default_rng([number, 2]))
                     yield Pair(task, split, Picture(bytes=encode_png(view.colour)), Picture(), meta, words)
                     continue
                 image, label = labelled(view, task, generator)
                 meta = {"source": "scenes", "scene": index, "seed": seed}
                 if task == "segmentation":
                     meta["classes"] = ["sky", *CLASSES]
-                yield Pair(task, split, Picture(bytes=encode_png(image)), Picture(bytes=encode_png(label)), meta)
+                pictures = Picture(bytes=encode_png(image)), Picture(bytes=encode_png(label))
+                yield Pair(task, split, *pictures, meta, words if captions else None)
         start = stop
