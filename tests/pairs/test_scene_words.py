@@ -48,3 +48,15 @@ def test_captions_beside_tasks_change_no_pair() -> None:
     mixed = list(scene_pairs(4, ["depth", CAPTION_TASK, "low_light"], 16, 3))
     assert [pair for pair in mixed if pair.task != CAPTION_TASK] == plain
     assert sum(pair.words is not None for pair in mixed) == 4
+
+
+def test_pairs_of_all_tasks_may_carry_the_words_of_their_scene() -> None:
+    """Their pictures and ids stay the same, and their caption is that of the row of the task ``caption``."""
+    plain = list(scene_pairs(2, ["depth", CAPTION_TASK, "edges"], 64, 0))
+    worded = list(scene_pairs(2, ["depth", CAPTION_TASK, "edges"], 64, 0, captions=True))
+    assert [pair.pair_id for pair in worded] == [pair.pair_id for pair in plain]
+    assert [pair.image for pair in worded] == [pair.image for pair in plain]
+    assert [pair.words is None for pair in plain] == [True, False, True] * 2
+    for depth, caption, edges in (worded[:3], worded[3:]):
+        assert depth.words == caption.words == edges.words
+    assert [pair.words for pair in worded[1::3]] == [pair.words for pair in plain[1::3]]

@@ -96,7 +96,7 @@ def prompt_ids(tokenizer: Path, positions: int, words: int, text: str = "") -> t
     ids = loaded(text, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
     if int(ids.max()) >= words:
         raise WeightsError(
-            f"{tokenizer}: has the id {int(ids.max())}, the text encoder has {words} words; use the tokenizer that "
+            f"{tokenizer}: pads with id {int(ids.max())}, the text encoder has {words} words; use the tokenizer that "
             "belongs to it"
         )
     return ids
