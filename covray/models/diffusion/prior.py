@@ -114,11 +114,12 @@ class Prior:
             timesteps: Integers [B].
             contexts: What the UNet reads beside each row, after ``read_contexts``; None: the empty prompt.
         """
-        context, mask = self.context.expand(len(latents), -1, -1), None
-        if contexts is not None:
-            context, mask = contexts.states.to(self.dtype), contexts.mask
         inputs = latents.to(self.dtype)
-        return self.unet(inputs, timesteps, context, encoder_attention_mask=mask, return_dict=False)[0].float()
+        if contexts is None:
+            context = self.context.expand(len(latents), -1, -1)
+            return self.unet(inputs, timesteps, context, return_dict=False)[0].float()
+        states, mask = contexts.states.to(self.dtype), contexts.mask
+        return self.unet(inputs, timesteps, states, encoder_attention_mask=mask, return_dict=False)[0].float()
 
     def read_contexts(self) -> None:
         """Let the UNet read a context of each row's own: it forgets the keys and values of the empty prompt."""
