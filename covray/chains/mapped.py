@@ -188,12 +188,15 @@ class MappedChains:
         return found.best(qualities, dropped) if dropped else found
 
     def _task_numbers(self, tasks: pa.StringArray) -> NDArray[np.int16]:
-        """Return the number of each task in the list of names, to which new ones are added."""
+        """Return the place of each row's task in the list of names, int16 [rows]; new names are added to the list."""
+        # The few distinct names are looked up, not every row.
         encoded = tasks.dictionary_encode()
-        words = encoded.dictionary.to_pylist()
-        self._names += [word for word in words if word not in self._names]
-        numbers = np.array([self._names.index(word) for word in words], np.int16)
-        return numbers[encoded.indices.to_numpy()]
+        places = []
+        for name in encoded.dictionary.to_pylist():
+            if name not in self._names:
+                self._names.append(name)
+            places.append(self._names.index(name))
+        return np.array(places, np.int16)[encoded.indices.to_numpy()]
 
 
 def _views(tokens: NDArray[np.uint16], pictures: NDArray[np.int64]) -> list[NDArray[np.uint16]]:

@@ -55,7 +55,7 @@ def coarse_label(label: Picture, alpha: float, resample: Resample) -> Picture:
 
 
 def _colour(pixels: NDArray[np.uint8], resample: Resample) -> NDArray[np.uint8]:
-    """Return the colour of a cell of ``pixels`` [n, 3]."""
+    """Return the colour of a cell of ``pixels`` [n, 3]: the mean, or of labels of classes the most frequent one."""
     if resample != "nearest":
         return np.rint(pixels.mean(axis=0)).astype(np.uint8)
     colours, counts = np.unique(pixels, axis=0, return_counts=True)

@@ -134,7 +134,7 @@ class PriorConfig(GrownSection):
         return self
 
     def unused_fields(self) -> Iterator[str]:
-        """Yield what is as in DDIM with an evaluation a step and the empty prompt."""
+        """Yield the younger fields that are as in plain DDIM, with one evaluation a step and the empty prompt."""
         if self.solver == "ddim":
             yield "solver"
         if self.evaluations in (None, self.steps):

@@ -32,17 +32,25 @@ class GridConfig(Section):
     @field_validator("scales", mode="before")
     @classmethod
     def _by_name(cls, value: Any) -> Any:
+        """Take a plain name as the backbone of that scale."""
         if not isinstance(value, list | tuple):
             return value
-        return [{"scale": entry} if isinstance(entry, str) else entry for entry in value]
+        backbones = []
+        for entry in value:
+            backbones.append({"scale": entry} if isinstance(entry, str) else entry)
+        return backbones
 
     @field_validator("methods", "lengths", "pairs", "tasks", "seeds", "fields")
     @classmethod
     def _some(cls, value: Any) -> Any:
-        lists = value.values() if isinstance(value, dict) else [value]
-        if any(not entries for entries in lists):
+        """Refuse an axis without values; of a value given twice one is left."""
+        if isinstance(value, dict):
+            if not all(value.values()):
+                raise ValueError("give at least one")
+            return value
+        if not value:
             raise ValueError("give at least one")
-        return value if isinstance(value, dict) else tuple(dict.fromkeys(value))
+        return tuple(dict.fromkeys(value))
 
 
 class SweepConfig(Section):

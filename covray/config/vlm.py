@@ -258,6 +258,7 @@ class VlmSourceConfig(Section):
 
     @model_validator(mode="after")
     def _named(self) -> Self:
+        """Require a model: that of a run, or a checkpoint."""
         if self.run is None and self.model is None:
             raise ValueError("give run (a finished covray vlm train) or model (a checkpoint)")
         return self

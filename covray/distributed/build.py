@@ -106,6 +106,7 @@ def plan_build(config: BuildConfig, append: bool = False) -> Plan:
     info = check_manifest(config.pairs)
     output = Output(config.out, DatasetRecord, "covray build", result=Audit.FILE)
     output.inspect()
+    # Of a dataset that is there, only what a new version adds is work.
     version = choose_version(config, output, info, append)
     pairs, per_task = info.rows, info.per_task
     if output.begun is None:
@@ -123,12 +124,15 @@ def plan_build(config: BuildConfig, append: bool = False) -> Plan:
     if config.noise_from is not None:
         ChainDataset(config.noise_from)
     alphas = union_alphas(config.lengths, config.alphas)
-    passes = 0.0  # inversions and denoisings of one pair
+    solver, passes = "none needed", 0.0  # passes: inversions and denoisings of one pair, in the mean
     if needs_prior(config):
-        passes += 2 + 2 * config.check_endpoints
+        solver = solver_text(config.prior.model_dump())
+        passes += 2  # both ends are inverted
+        passes += 2 * config.check_endpoints  # of this share of the pairs they are also denoised again
     if "diffusion" in config.methods:
-        passes += len(alphas) + PROBES * (config.spacing == "path")
-    solver = solver_text(config.prior.model_dump()) if needs_prior(config) else "none needed"
+        passes += len(alphas)
+        if config.spacing == "path":
+            passes += PROBES
     evaluations = round(pairs * passes * config.prior.evaluations_each_way)
     return Plan(pairs, per_task, config.methods, alphas, evaluations, config.out, solver)
 

@@ -258,6 +258,7 @@ class FolderLock:
         if claim is None or claim.machine != _machine():
             return None
         if claim.process == os.getpid():
+            # This very process: it runs, but it may have left a claim behind that it no longer holds.
             return name.removeprefix(PREFIX).removesuffix(".json") in _own_tokens
         return _runs(claim.process, claim.started)
 

@@ -258,7 +258,10 @@ def gpus_of(actors: ActorsConfig, engine: EngineConfig) -> float:
     """Return the GPUs of one actor."""
     if actors.gpus is not None:
         return actors.gpus
-    return 1.0 if engine.device in ("auto", "cuda") and ray.cluster_resources().get("GPU", 0) else 0.0
+    may_use_gpu = engine.device in ("auto", "cuda")
+    if may_use_gpu and ray.cluster_resources().get("GPU", 0):
+        return 1.0
+    return 0.0
 
 
 def most_actors(actors: ActorsConfig, engine: EngineConfig, cores: int, gpus: float) -> int:

@@ -79,7 +79,9 @@ def tabulate(rows: Iterable[Row], subjects: Sequence[Subject], seed: int) -> Eva
         failed=tuple(failed),
     )
     lengths = best_lengths(entries, scores, tasks, whole.lower_is_better)
-    return whole.model_copy(update={"best_lengths": lengths}) if lengths else whole
+    if not lengths:
+        return whole
+    return whole.model_copy(update={"best_lengths": lengths})
 
 
 def to_csv(table: EvaluationTable) -> str:
@@ -101,18 +103,22 @@ def choose_episodes(rows: Sequence[Row], table: EvaluationTable) -> dict[str, di
     """
     names = [subject.name for subject in table.subjects]
     kinds = {subject.name: subject.kind for subject in table.subjects}
+
+    def rank(name: str) -> tuple[bool, bool, int]:
+        """Order subjects: adapters first, then other models, then the rest, each as in the table."""
+        return kinds[name] != "adapter", kinds[name] not in _MODELS, names.index(name)
+
     chosen: dict[str, dict[Rank, int]] = {}
     for task, about in table.tasks.items():
         valued: dict[str, list[tuple[float, int]]] = {}
         for row in rows:
-            value = None if row["task"] != task or row["error"] else _value(row, about.primary)
+            if row["task"] != task or row["error"]:
+                continue
+            value = _value(row, about.primary)
             if value is not None:
                 valued.setdefault(row["subject"], []).append((value, row["pair_id"]))
-        order = sorted(
-            valued, key=lambda name: (kinds[name] != "adapter", kinds[name] not in _MODELS, names.index(name))
-        )
-        if order:
-            ranked = sorted(valued[order[0]], reverse=about.primary not in table.lower_is_better)
+        if valued:
+            ranked = sorted(valued[min(valued, key=rank)], reverse=about.primary not in table.lower_is_better)
             chosen[task] = {
                 "best": ranked[0][1],
                 "median": ranked[(len(ranked) - 1) // 2][1],
@@ -169,7 +175,11 @@ def _summary(task: str, by_subject: Mapping[str, dict[int, Row]], table: Sequenc
 
 def _scores(task: str, subject: _SubjectRows, seed: int) -> list[SubjectScore]:
     """Return the means of one subject in the order of the metrics; without those that no episode has."""
-    counted = [Score({}, np.array(row["counts"])) for row in subject.rows.values() if row["counts"] is not None]
+    # Some metrics, as mIoU, are of the counts of all episodes together, and have no interval.
+    counted = []
+    for row in subject.rows.values():
+        if row["counts"] is not None:
+            counted.append(Score({}, np.array(row["counts"])))
     of_set = aggregate(task, counted)
     scores = []
     for metric in (*metrics_of(task), *MODEL_METRICS):
@@ -185,14 +195,20 @@ def _scores(task: str, subject: _SubjectRows, seed: int) -> list[SubjectScore]:
 
 
 def _interval(values: Sequence[float | None], seed: int, *, exponent: bool) -> dict[str, Any]:
-    """Return mean, interval and episodes of ``values``; with ``exponent`` the geometric mean of what they log."""
-    mean = mean_interval(values, seed)
-    if mean is None:
+    """Return the figures of a score: mean, interval and number of episodes.
+
+    Args:
+        values: One an episode; None where it has no such score.
+        seed: Of the bootstrap.
+        exponent: The values are logarithms: mean and bounds are returned as their exponents, a geometric mean.
+    """
+    found = mean_interval(values, seed)
+    if found is None:
         return {"mean": None, "low": None, "high": None, "episodes": 0}
-    bounds = (mean.mean, mean.low, mean.high)
+    mean, low, high = found.mean, found.low, found.high
     if exponent:
-        bounds = (math.exp(mean.mean), _exp(mean.low), _exp(mean.high))
-    return {"mean": bounds[0], "low": bounds[1], "high": bounds[2], "episodes": mean.episodes}
+        mean, low, high = math.exp(mean), _exp(low), _exp(high)
+    return {"mean": mean, "low": low, "high": high, "episodes": found.episodes}
 
 
 def _differences(task: str, subjects: Sequence[Subject], table: Sequence[_SubjectRows], seed: int) -> list[Difference]:

@@ -258,6 +258,7 @@ class Runner:
 
     def _probe_answers(self, asked: Sequence[Asked]) -> dict[int, dict[str, Picture]]:
         """Return the answers to probes at the labels' sizes, by episode and metric."""
+        # All are decoded together, as the tokenizer computes whole batches, and then dealt out in the same order.
         tokens: list[Tokens] = []
         for each in asked:
             tokens += each.result.probes.values()

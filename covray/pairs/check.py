@@ -325,13 +325,15 @@ class PairsReport:
                     notes.append(f"{name}: {share:.1%} of the labels' pixels {UNUSUAL[kind]}")
             absent = [meaning for meaning, pixels in task.pixels.items() if not pixels and meaning not in UNUSUAL]
             if name == "segmentation" and absent:
-                listed = ", ".join(absent[:_NAMED]) + (", ..." if len(absent) > _NAMED else "")
+                listed = ", ".join(absent[:_NAMED])
+                if len(absent) > _NAMED:
+                    listed += ", ..."
                 notes.append(f"segmentation: {len(absent)} classes occur in no label: {listed}")
             if name == "colorization" and task.usable and shares.get("coloured", 0) == 0:
                 notes.append("colorization: no label has a colour: are image and label swapped?")
             if name == "depth" and shares.get("known depth", 1) < 0.5:
                 notes.append("depth: more than half of the labels' pixels have no depth under 10 m: is the unit right?")
-            image, label = (task.ranges.get(f"mean level of the {end}") for end in ("image", "label"))
+            image, label = task.ranges.get("mean level of the image"), task.ranges.get("mean level of the label")
             if name == "low_light" and image and label and image[0] > label[1]:
                 notes.append("low_light: every image is brighter than every label: are they swapped?")
         return notes

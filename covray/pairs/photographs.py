@@ -88,7 +88,10 @@ def _path_pattern(pattern: str) -> re.Pattern[str]:
         if token in spelled:
             expression += spelled[token]
         elif len(token) > 2 and token.startswith("["):
-            expression += "[" + token[1:-1].replace("\\", r"\\").replace("!", "^", token[1] == "!") + "]"
+            members = token[1:-1].replace("\\", r"\\")
+            if members.startswith("!"):  # in patterns of paths it negates a set, as ^ does in regular expressions
+                members = "^" + members[1:]
+            expression += f"[{members}]"
         else:
             expression += re.escape(token)
     return re.compile(expression, re.DOTALL)

@@ -43,6 +43,7 @@ def retried_pairs(manifest: str, reasons: Collection[str], rules: LabelRules) ->
 
 
 def _is_due(meta: Meta, reasons: Collection[str]) -> bool:
+    """Return whether a row was rejected for one of ``reasons``: an error is ``reason: text``."""
     return str(meta.get("error", "")).partition(":")[0] in reasons
 
 

@@ -226,11 +226,15 @@ def _draw_metres(levels: NDArray[np.uint8] | NDArray[np.uint16], metres_per_leve
 
 def _grey_levels(file: LabelFile) -> NDArray[np.uint8] | NDArray[np.uint16]:
     """Return the grey levels [h, w] of a label, which may be saved with three channels or a palette."""
-    levels = file.samples if file.palette is None else file.palette[file.samples]
+    levels = file.samples
+    if file.palette is not None:
+        levels = file.palette[levels]
     if levels.ndim == 2:
         return levels
+    # Three channels are grey where they are equal; in a lossy file, where they are nearly so.
     spread = int((levels.max(axis=2).astype(int) - levels.min(axis=2)).max())
-    if spread > (GREY_SPREAD if file.lossy else 0):
+    allowed = GREY_SPREAD if file.lossy else 0
+    if spread > allowed:
         raise PairError("unsupported", "depth in colour, where grey is expected; the colours of a map have no unit")
     return np.rint(levels.mean(axis=2)).astype(np.uint8)
 

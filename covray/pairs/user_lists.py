@@ -94,21 +94,25 @@ def read_user_list(
 def _named_rows(file: str, rows: Iterable[tuple[str, Any]], columns: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
     """Yield ``rows`` with the names that ``columns`` gives; a column that had such a name is called ``list_NAME``."""
     for where, row in rows:
-        if columns and isinstance(row, dict):
-            named = {_name_of(key, columns): value for key, value in row.items()}
-            for key, column in columns.items():
-                if key not in named:
-                    known = ", ".join(str(name)[:80] for name in row)
-                    raise ManifestError(f"{file}, {where}: has no column {column}; it has {known}: give --{key}-column")
-            row = named
-        yield where, row
+        if not columns or not isinstance(row, dict):
+            yield where, row
+            continue
+        named = {_name_of(key, columns): value for key, value in row.items()}
+        for key, column in columns.items():
+            if key not in named:
+                known = ", ".join(str(name)[:80] for name in row)
+                raise ManifestError(f"{file}, {where}: has no column {column}; it has {known}: give --{key}-column")
+        yield where, named
 
 
 def _name_of(column: Any, columns: Mapping[str, str]) -> Any:
+    """Return the name that a column of the list gets here."""
     for key, chosen in columns.items():
         if column == chosen:
             return key
-    return f"list_{column}" if column in columns else column
+    if column in columns:  # another column stands for this name
+        return f"list_{column}"
+    return column
 
 
 def rows_of(file: str, what: str, csv: RowReader, json: RowReader) -> Iterator[tuple[str, Any]]:
@@ -160,7 +164,9 @@ def _with_plain_keys(row: Mapping[Any, Any]) -> dict[str, Any]:
     """Return ``row`` with the keys that mean something here in small letters, unless it has both forms."""
     values = dict(row)
     for key in row:
-        name = key.strip().lower() if isinstance(key, str) else key
+        if not isinstance(key, str):
+            continue
+        name = key.strip().lower()
         if name in _KEYS and name not in values:
             values[name] = values.pop(key)
     return values
@@ -168,7 +174,9 @@ def _with_plain_keys(row: Mapping[Any, Any]) -> dict[str, Any]:
 
 def stripped(value: Any) -> Any:
     """Return a text without the blanks around it, anything else as it is."""
-    return value.strip() if isinstance(value, str) else value
+    if isinstance(value, str):
+        return value.strip()
+    return value
 
 
 def _from_painter(file: str, where: str, values: dict[str, Any]) -> None:
@@ -209,8 +217,10 @@ def list_picture(file: str, where: str, key: str, value: Any, base: str) -> Pict
         return Picture(uri=_uri(file, where, key, value, base))
     if isinstance(value, Mapping) and value.keys() <= {"uri", "path", "bytes"}:
         uri, data = value.get("uri") or value.get("path"), value.get("bytes")
-        if (uri is None or isinstance(uri, str)) and (data is None or isinstance(data, bytes)):
-            return Picture(uri=_uri(file, where, key, uri, base) if uri else None, bytes=data)
+        if isinstance(uri, str | None) and isinstance(data, bytes | None):
+            if uri:
+                uri = _uri(file, where, key, uri, base)
+            return Picture(uri=uri or None, bytes=data)
     raise ManifestError(f"{file}, {where}: {key} is {type(value).__name__}, neither a URI nor a picture's bytes")
 
 
@@ -231,9 +241,12 @@ def _csv_rows(file: str, columns: Mapping[str, str]) -> Iterator[tuple[str, dict
     lines = (text for _, text in numbered_lines(file))
     first = next(lines, "")
     declared = re.fullmatch(r"\"?sep=(.)\"?\s*", first, re.IGNORECASE)  # a line that only Excel writes
-    offset = 1 if declared else 0
-    separator = declared[1] if declared else _separator_of(first, columns)
-    rest = lines if declared else itertools.chain([first], lines)
+    rest: Iterable[str] = lines
+    if declared:
+        separator, offset = declared[1], 1
+    else:
+        separator, offset = _separator_of(first, columns), 0
+        rest = itertools.chain([first], lines)
     csv.field_size_limit(max(csv.field_size_limit(), MAX_FIELD_CHARACTERS))
     reader = csv.reader(rest, strict=True, delimiter=separator, skipinitialspace=True)
     header: list[str] | None = None
@@ -256,8 +269,8 @@ def _separator_of(header: str, columns: Mapping[str, str]) -> str:
     """Return what separates the columns of ``header``; the comma, unless only another makes image and label of it."""
     for separator in _SEPARATORS:
         names = {name.strip(" \t\r\n\"'").lower() for name in header.split(separator)}
-        mapped = {columns.get(key, key).lower() for key in ("image", "label")}
-        if mapped <= names or {"image_path", "target_path"} <= names:
+        needed = {columns.get("image", "image").lower(), columns.get("label", "label").lower()}
+        if needed <= names or {"image_path", "target_path"} <= names:
             return separator
     return ","
 
@@ -272,8 +285,9 @@ def _header(file: str, where: str, cells: list[str], columns: Mapping[str, str])
             raise ManifestError(f"{file}, {where}: has no column {absent[0]}; its columns are {known}")
     names = []
     for cell in header:
-        is_key = cell.lower() in _KEYS and cell not in columns.values()
-        names.append(cell.lower() if is_key else cell)
+        if cell.lower() in _KEYS and cell not in columns.values():
+            cell = cell.lower()
+        names.append(cell)
     named = [name for name in names if name]
     missing = [key for key in ("image", "label") if columns.get(key, key) not in names]
     if missing and not {"image_path", "target_path"} <= set(names):
@@ -286,7 +300,10 @@ def _header(file: str, where: str, cells: list[str], columns: Mapping[str, str])
 
 
 def _hint(separator: str) -> str:
-    return f"; put cells that contain {separator} between quotes" if separator in ",;" else ""
+    """Return advice for a line of too many or too few cells: texts often hold a comma or a semicolon."""
+    if separator not in ",;":
+        return ""
+    return f"; put cells that contain {separator} between quotes"
 
 
 def _named(file: str, where: str, header: list[str], cells: list[str]) -> dict[str, str]:

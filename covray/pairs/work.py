@@ -76,6 +76,7 @@ def _make_each(make: Callable[[str, Any], list[Pair]], items: Sequence[Item]) ->
 
 
 def _load_changed(load: Callable[[], Maker], change: Callable[[Pair], Pair]) -> Maker:
+    """Load what makes pairs; return it with ``change`` made to every pair."""
     return functools.partial(_make_changed, load(), change)
 
 

@@ -115,6 +115,17 @@ def train_config(config: PlanConfig) -> TrainConfig:
 
 
 def _section(config: PlanConfig, section: str, model: type[C], decided: dict[str, Any]) -> C:
+    """Return the configuration of a step that is planned.
+
+    Args:
+        config: The plan's, whose ``section`` holds what the user set of the step.
+        section: ``build`` or ``train``.
+        model: The step's configuration.
+        decided: Values that the plan itself sets, by dotted key: the user may not set them.
+
+    Raises:
+        ConfigError: A key is the plan's own, or a value is wrong.
+    """
     given = dict(leaves(getattr(config, section)))
     for key in given:
         if key in decided:

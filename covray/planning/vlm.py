@@ -156,10 +156,12 @@ def _row(config: PlanConfig, train: VlmTrainConfig) -> _Row:
     if train.objective == "autoregressive":
         return _Row(data.prompt_tokens + answer, 0, answer, data.patches)
     blocks = train.blocks
-    noisy = -(-answer // blocks.size) * blocks.size
-    # With start=sequence the first block also holds the prompt's last tokens, half a block in the mean.
-    noisy += blocks.size // 2 if blocks.start == "sequence" else 0
-    with_loss = answer * (blocks.low + blocks.high) / 2 + (answer if blocks.autoregressive else 0)
+    noisy = -(-answer // blocks.size) * blocks.size  # whole blocks
+    if blocks.start == "sequence":  # the first block also holds the prompt's last tokens, half a block in the mean
+        noisy += blocks.size // 2
+    with_loss = answer * (blocks.low + blocks.high) / 2  # the masked ones
+    if blocks.autoregressive:  # and the clean copy predicts all of them
+        with_loss += answer
     return _Row(data.prompt_tokens + noisy, noisy, with_loss, data.patches)
 
 

@@ -85,6 +85,7 @@ def require_pairs(
 
 
 def _training_needs(trainings: Iterable[Training]) -> Iterator[_Need]:
+    """Yield the pairs that each training needs of its splits: a sentence is made of examples and one query."""
     for training in trainings:
         for key, split in training.splits:
             yield _Need(f"train.sentences.{key}", "grid.tasks", split, training.tasks, training.pairs + 1)

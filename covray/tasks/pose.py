@@ -108,12 +108,14 @@ def read(picture: Picture, meta: Meta | None = None) -> NDArray[np.float32]:
     rows, columns = np.nonzero(picture.max(axis=2) > 255 * LIMB_BRIGHTNESS / 2)  # darker is ground
     if not rows.size:
         return keypoints
+    # The share of every pixel that each keypoint's colour gets, [18, pixels].
     pixels = picture[rows, columns].astype(np.float32)
     distances = (pixels**2).sum(axis=1) + (colours**2).sum(axis=1)[:, None] - 2 * colours @ pixels.T  # [36, pixels]
     nearest = distances.min(axis=0)
     variance = max(float(nearest.mean()), 10.0**2)  # of a drawing it would be 0, and nothing can be divided by it
     votes = np.exp((nearest - distances) / (2 * variance))
     votes = votes[: len(KEYPOINTS)] / votes.sum(axis=0)
+    # Mean shift begins in the cell of a coarse grid that has most votes.
     reach_px = 2 * disc_radius_px(height, width)
     cells = rows // round(reach_px) * width + columns // round(reach_px)
     places = np.stack([columns, rows], axis=1) + 0.5

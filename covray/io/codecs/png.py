@@ -186,9 +186,11 @@ def _raw_bytes(png: _Png) -> int:
 
 
 def _palette(png: _Png) -> NDArray[np.uint8]:
+    """Return the colours of the palette with their alpha, uint8 [colours, 4]. Raises PairError."""
     if not png.palette or len(png.palette) % 3 or len(png.palette) > 3 * 256:
         raise PairError("damaged", f"a palette (PLTE) of {len(png.palette)} bytes")
     colours = np.frombuffer(png.palette, np.uint8).reshape(-1, 3)
+    # Alpha is given for the first colours only; the others are opaque.
     alpha = np.full(len(colours), 255, np.uint8)
     listed = np.frombuffer(png.transparency or b"", np.uint8)[: len(colours)]
     alpha[: len(listed)] = listed

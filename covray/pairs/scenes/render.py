@@ -35,6 +35,7 @@ class View:
 
 def render_scene(seed: int, size_px: int = 64, views: int = 1) -> list[View]:
     """Return the scene of ``seed`` from ``views`` places around it, each ``size_px`` square."""
+    # A scene is its seed: whoever changes the number or the order of these draws changes every scene.
     rng = np.random.default_rng(seed)
     bodies, side_x = sample_room(rng)
     joints, figure = sample_figure(rng)
@@ -47,6 +48,7 @@ def render_scene(seed: int, size_px: int = 64, views: int = 1) -> list[View]:
     sun = unit(np.array([rng.uniform(-1, 1), rng.uniform(-1.2, -0.1), rng.uniform(0.6, 1.6)]))
     light = (rng.uniform(0.55, 1.0), rng.uniform(0.2, 0.4), rng.uniform((0.9, 0.85, 0.75), (1.0, 1.0, 1.0)))
     stage = Stage(bodies, sun, *light)
+    # Cameras go around the scene, each looking at a point near its middle.
     azimuth = rng.uniform(-0.9, 0.9)
     seen = []
     for _ in range(views):
