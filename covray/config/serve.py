@@ -84,6 +84,8 @@ class ServeConfig(Section):
     """How the models are loaded, as for ``covray generate``; fields left null are taken from each run."""
     batch_wait_s: float = Field(default=0.02, ge=0, le=10)
     """Seconds that a query waits for others which can share its batch of at most ``generator.batch`` rows."""
+    gallery: int = Field(default=6, ge=0, le=24)
+    """Training pairs of each task that everybody who may ask can look at, and show as examples; 0: none."""
     limits: LimitsConfig = LimitsConfig()
     replicas: ReplicasConfig = ReplicasConfig()
     think: ThinkServeConfig = ThinkServeConfig()

@@ -83,6 +83,15 @@ class ResolvedGenerator:
             }
         )  # fmt: skip
 
+    @property
+    def most_examples(self) -> int | None:
+        """Example pairs that fit the model's context beside a query; None where a picture's tokens are not known."""
+        size = self.source.facts.tokens_per_image or self.tokens_per_image
+        if size is None:
+            return None
+        chains = self.source.facts.llama.max_position_embeddings // (self.length * size)
+        return max(0, int(chains) - 1)
+
     def require_context(self, examples: int, tokens_per_image: int | None = None) -> None:
         """Raise ConfigError where so many ``examples``, a query and its answer exceed the model's context.
 
@@ -179,6 +188,8 @@ class Generator:
             samples=len(candidates),
             candidate=best,
             log_likelihood=tuple(decoded.image_log_likelihood[number].tolist()),
+            candidate_tokens=candidates[:, -1],
+            candidate_log_likelihood=decoded.candidate_log_likelihood[number].sum(-1),
         )
 
     def stream(self, request: Request) -> Iterator[WrittenPicture]:

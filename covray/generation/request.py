@@ -61,6 +61,10 @@ class Answer:
     """The number of the likeliest of them."""
     log_likelihood: tuple[float, ...]
     """Of each of its pictures, the answer last, in nats."""
+    candidate_tokens: NDArray[np.uint16]
+    """The answer of every candidate as the model wrote it, [samples, tokens of a picture]."""
+    candidate_log_likelihood: NDArray[np.float64]
+    """Of all pictures of every candidate, in nats, [samples]; -inf where it was given up before its answer."""
 
 
 @dataclass(frozen=True, eq=False)

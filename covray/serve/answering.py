@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from covray.config import SamplingConfig
 from covray.errors import CovrayError
 from covray.generation.generator import Generator
-from covray.generation.request import Example, Request
+from covray.generation.request import Answer, Example, Request
 from covray.io.images import encode_png
 from covray.io.pixels import Picture
-from covray.serve.schemas import AnswerResponse, Frame, Refusal
+from covray.serve.schemas import AnswerResponse, Candidate, Frame, Refusal
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,9 +68,24 @@ def answer_together(generator: Generator, queries: Sequence[Query]) -> list[Answ
             samples=answer.samples,
             candidate=answer.candidate,
             log_likelihood=answer.log_likelihood,
+            candidates=_candidates(generator, answer),
         )
         responses.append(response)
     return responses
+
+
+def _candidates(generator: Generator, answer: Answer) -> tuple[Candidate, ...]:
+    """Return all candidates of an answer, where there are several."""
+    if answer.samples < 2:
+        return ()
+    candidates = []
+    for tokens, nats in zip(answer.candidate_tokens, answer.candidate_log_likelihood.tolist(), strict=True):
+        if math.isinf(nats):
+            candidates.append(Candidate(picture=None, log_likelihood=None))
+        else:
+            picture = generator.tokenizer.decode(tokens[None])[0]
+            candidates.append(Candidate(picture=_png(picture), log_likelihood=nats))
+    return tuple(candidates)
 
 
 def stream_answer(generator: Generator, query: Query) -> Iterator[Frame | AnswerResponse | Refusal]:

@@ -30,6 +30,7 @@ from covray.errors import ConfigError, one_line
 from covray.generation.generator import Generator, resolve_generator
 from covray.progress import stage
 from covray.serve.answering import Query, answer_together, group, stream_answer
+from covray.serve.gallery import read_galleries, with_galleries
 from covray.serve.http_api import LOOPBACK, Event, make_app
 from covray.serve.schemas import AdapterInfo, Adapters, AnswerResponse, Refusal, ThoughtResponse
 from covray.serve.thinking import ThoughtModels, ThoughtQuery, open_parts
@@ -178,7 +179,7 @@ class ThinkHandle:
 
 
 def build_application(config: ServeConfig, adapters: Adapters, token: str | None, gpus: float) -> serve.Application:
-    """Return the deployments.
+    """Return the deployments, after reading the adapters' galleries.
 
     Args:
         config: Of the server.
@@ -186,6 +187,8 @@ def build_application(config: ServeConfig, adapters: Adapters, token: str | None
         token: That requests must bring.
         gpus: Of one replica.
     """
+    galleries = read_galleries(config)
+    adapters = with_galleries(adapters, galleries)
     replicas = config.replicas
     replica = serve.deployment(
         Replica,
@@ -216,7 +219,7 @@ def build_application(config: ServeConfig, adapters: Adapters, token: str | None
         thinker = None
         if variant is not None:
             thinker = ThinkHandle(serve.get_deployment_handle("Thinker", app_name=APPLICATION), variant)
-        return make_app(config, adapters, handle, token, record_request, thinker)
+        return make_app(config, adapters, handle, token, record_request, thinker, galleries)
 
     class Door:
         def __init__(self, *replicas: DeploymentHandle):
@@ -314,14 +317,17 @@ def run(config: ServeConfig, token: str | None, ready: Callable[[str], None]) ->
 
 
 def _adapters(config: ServeConfig) -> Adapters:
-    """Return what ``config`` would serve. Raises CovrayError for a run that cannot be used."""
+    """Return what ``config`` would serve, without galleries. Raises CovrayError for a run that cannot be used."""
     infos = []
     for name, generator in config.generators().items():
         resolved = resolve_generator(generator)
         classes = None
         if resolved.classes is not None:
             classes = tuple(map(str, resolved.classes.get("classes", ())))
-        infos.append(AdapterInfo(name=name, task=resolved.task, pictures=resolved.length, classes=classes))
+        info = AdapterInfo(
+            name=name, task=resolved.task, pictures=resolved.length, classes=classes, examples=resolved.most_examples
+        )
+        infos.append(info)
     return Adapters(adapters=tuple(infos), tasks=tuple(TASKS))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import html
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from importlib.resources import files
 from typing import Any, Protocol
@@ -24,8 +24,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 import covray
 from covray.config import ServeConfig
 from covray.serve.answering import Query
+from covray.serve.gallery import Gallery
 from covray.serve.reading import RefusedError, read_query
-from covray.serve.schemas import Adapters, AnswerRequest, AnswerResponse, Frame, Refusal
+from covray.serve.schemas import Adapters, AnswerRequest, AnswerResponse, Frame, GalleryPairs, Refusal
 from covray.serve.slots import CLIENT_LEFT, Counters, InTime, Observe, Slots
 from covray.serve.think_api import ThoughtAnswerer, add_thoughts
 
@@ -90,7 +91,7 @@ class _RequireToken:
 
 def make_app(
     config: ServeConfig, adapters: Adapters, answerer: Answerer, token: str | None, observe: Observe | None = None,
-    thinker: ThoughtAnswerer | None = None,
+    thinker: ThoughtAnswerer | None = None, galleries: Mapping[str, Gallery] | None = None,
 ) -> FastAPI:  # fmt: skip
     """Return the HTTP application.
 
@@ -101,6 +102,7 @@ def make_app(
         token: That every request must bring; None: none is needed.
         observe: Called at the end of each request of answers.
         thinker: Answers by ThinkDiff; None: neither its route nor its tab is there.
+        galleries: Example pairs to choose from, by adapter; None: there are none.
     """
     app = FastAPI(
         title="covray",
@@ -120,6 +122,7 @@ def make_app(
     slots = Slots(config.limits.queue, counters, observe)
     _add_pages(app, read_page("think.html") if thinker else "")
     _add_answers(app, config, adapters, answerer, counters, slots)
+    _add_gallery(app, adapters, galleries or {})
     if thinker is not None:
         add_thoughts(app, config.limits, thinker, slots)
     return app
@@ -163,6 +166,18 @@ def _add_answers(
                 raise RefusedError(422, result.reason, result.message)
             counters.answers.labels(query.adapter).inc()
             return _json(result)
+
+
+def _add_gallery(app: FastAPI, adapters: Adapters, galleries: Mapping[str, Gallery]) -> None:
+    """Add the route of example pairs. Names are looked up in what was read at the start; no file is opened."""
+    names = [adapter.name for adapter in adapters.adapters]
+
+    @app.get("/v1/gallery")
+    async def show_gallery(adapter: str, task: str) -> GalleryPairs:
+        """Return training pairs of an adapter's task, which a request may send as its examples."""
+        if adapter not in names:
+            raise RefusedError(404, "unknown_adapter", f"adapter: there is no {adapter[:80]}; give one of /v1/adapters")
+        return GalleryPairs(pairs=galleries.get(adapter, {}).get(task, ()))
 
 
 async def _started(events: AsyncIterator[Event], deadline: float, seconds: float) -> AsyncIterator[str]:
@@ -217,7 +232,7 @@ def read_page(name: str) -> str:
 
 def _add_pages(app: FastAPI, tabs: str) -> None:
     """Add the pages for people, which load nothing from elsewhere; ``tabs`` is HTML at the end of the first."""
-    page = read_page("index.html") + tabs
+    page = read_page("index.html") + read_page("downloads.html") + tabs
 
     @app.get("/", include_in_schema=False)
     async def show_page() -> HTMLResponse:

@@ -64,6 +64,15 @@ class Frame(Section):
     """At the tokenizer's size."""
 
 
+class Candidate(Section):
+    """One of several answers that were written for a query."""
+
+    picture: str | None
+    """At the tokenizer's size; null where it was given up before (``sampling.keep``)."""
+    log_likelihood: float | None
+    """Of all its pictures, in nats; null where it was given up."""
+
+
 class AnswerResponse(Section):
     """An answer; in a stream the last event, ``answer``."""
 
@@ -87,6 +96,8 @@ class AnswerResponse(Section):
     """Number of the likeliest candidate; null in a stream."""
     log_likelihood: tuple[float, ...] | None
     """Of each picture, the answer last, in nats; null in a stream."""
+    candidates: tuple[Candidate, ...] = ()
+    """All candidates by their number, where there are several; empty in a stream."""
 
 
 class ThoughtSettings(Section):
@@ -144,6 +155,31 @@ class AdapterInfo(Section):
     """Pictures of a chain, both ends counted."""
     classes: tuple[str, ...] | None
     """Names of the classes of segmentation that it was trained on."""
+    examples: int | None = None
+    """Example pairs that fit its context, at most; null where that is not known before its models are loaded."""
+    gallery: tuple[str, ...] = ()
+    """Tasks of which ``/v1/gallery`` has example pairs."""
+
+
+class GalleryPair(Section):
+    """A training pair to show as an example; pictures are base64 of PNG files, which a request may send as they are."""
+
+    id: str
+    """The pair's number in its manifest."""
+    image: str
+    label: str
+
+    @classmethod
+    def of(cls, name: str, image: bytes, label: bytes) -> GalleryPair:
+        """Return the pair of two PNG files."""
+        return cls(id=name, image=base64.b64encode(image).decode(), label=base64.b64encode(label).decode())
+
+
+class GalleryPairs(Section):
+    """The gallery of one adapter and task."""
+
+    pairs: tuple[GalleryPair, ...]
+    """None where the run's training pairs are not there any more."""
 
 
 class Adapters(Section):

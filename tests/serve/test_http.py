@@ -6,7 +6,7 @@ import asyncio
 import base64
 import io
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import httpx
@@ -17,6 +17,7 @@ from PIL import Image
 
 from covray.config import ServeConfig
 from covray.serve.answering import Query, group
+from covray.serve.gallery import Gallery
 from covray.serve.http_api import Event, make_app
 from covray.serve.schemas import AdapterInfo, Adapters, AnswerResponse, Frame, Refusal
 
@@ -76,8 +77,11 @@ class Echo:
         )  # fmt: skip
 
 
-def served(echo: Echo, token: str | None = None, **options: Any) -> FastAPI:
-    return make_app(ServeConfig.model_validate({"adapters": ["run"]} | options), ADAPTERS, echo, token)
+def served(
+    echo: Echo, token: str | None = None, galleries: Mapping[str, Gallery] | None = None, **options: Any
+) -> FastAPI:
+    config = ServeConfig.model_validate({"adapters": ["run"]} | options)
+    return make_app(config, ADAPTERS, echo, token, galleries=galleries)
 
 
 def client(app: FastAPI, **options: Any) -> httpx.AsyncClient:
