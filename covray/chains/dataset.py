@@ -241,21 +241,37 @@ class ChainDataset:
         narrow = pa.schema([schema.field(name) for name in to_read])
         chosen = None if tasks is None else set(tasks)
         stored: Counter[str] = Counter()
-        for name in self.shards:
-            task = task_of(name)
-            if (chosen is not None and task not in chosen) or version not in (None, version_of(name)):
-                continue
-            for batch in self._file_batches(name, task, narrow):
-                stored[task] += len(batch)
-                kept = batch
-                if not errors and batch.column("error").null_count < len(batch):
-                    kept = kept.filter(pc.is_null(kept.column("error")))
-                if split is not None:
-                    kept = kept.filter(pc.fill_null(pc.equal(kept.column("split"), split), False))
-                if len(kept):
-                    yield kept.select(wanted)
+        for batch in _joined(self._read_shards(narrow, chosen, version, stored)):
+            kept = batch
+            if not errors and batch.column("error").null_count < len(batch):
+                kept = kept.filter(pc.is_null(kept.column("error")))
+            if split is not None:
+                in_split = pc.fill_null(pc.equal(kept.column("split"), split), False)
+                if in_split.true_count < len(kept):
+                    kept = kept.filter(in_split)
+            if len(kept):
+                yield kept.select(wanted)
         if self.audit is not None:
             self._require_audited(stored, chosen, self._built(version))
+
+    def _read_shards(
+        self, schema: pa.Schema, tasks: set[str] | None, version: int | None, stored: Counter[str]
+    ) -> Iterator[pa.RecordBatch]:
+        """Yield the rows of shards, rejected ones too, file by file.
+
+        Args:
+            schema: Their columns.
+            tasks: Only shards of these; None: all.
+            version: Only shards that this version added; None: all.
+            stored: Is given how many rows of each task were read.
+        """
+        for name in self.shards:
+            task = task_of(name)
+            if (tasks is not None and task not in tasks) or version not in (None, version_of(name)):
+                continue
+            for batch in self._file_batches(name, task, schema):
+                stored[task] += len(batch)
+                yield batch
 
     def _built(self, version: int | None) -> dict[str, int]:
         """Return the rows of each task that were written, or that ``version`` added to those before it."""
@@ -287,10 +303,12 @@ class ChainDataset:
         is_remote = not isinstance(filesystem, fs.LocalFileSystem)
         try:
             with pq.ParquetFile(path, filesystem=filesystem, pre_buffer=is_remote) as file:
-                absent = set(schema.names) - set(file.schema_arrow.names) - {"task"}
-                if absent:
-                    raise DatasetError(f"{self.path}/{name}: lacks column {min(absent)}; build the dataset again")
-                for batch in file.iter_batches(_ROWS_AT_ONCE, columns=stored):
+                # To hand the columns of a small shard to threads costs more than to decode them.
+                is_large = file.metadata.num_rows > _ROWS_AT_ONCE
+                for batch in file.iter_batches(_ROWS_AT_ONCE, columns=stored, use_threads=is_large or is_remote):
+                    absent = set(stored) - set(batch.schema.names)
+                    if absent:
+                        raise DatasetError(f"{self.path}/{name}: lacks column {min(absent)}; build the dataset again")
                     columns = []
                     for field in schema:
                         if field.name == "task":
@@ -310,6 +328,20 @@ class ChainDataset:
 
     def _schema(self) -> pa.Schema:
         return shard_schema(keep_noise=bool(self.config.get("keep_noise", False)))
+
+
+def _joined(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Yield the same rows with the batches of small shards joined, as every batch costs whoever looks at it."""
+    group: list[pa.RecordBatch] = []
+    rows = 0
+    for batch in batches:
+        if rows + len(batch) > _ROWS_AT_ONCE and group:
+            yield pa.concat_batches(group)
+            group, rows = [], 0
+        group.append(batch)
+        rows += len(batch)
+    if group:
+        yield pa.concat_batches(group)
 
 
 def shard_files(folder: Folder, version: int) -> list[str]:
