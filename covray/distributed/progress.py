@@ -107,15 +107,18 @@ class ProgressActor:
         if self._rows is None:
             return
         for (task, rejected), rows in block.by_task.items():
-            self._recorder.add(self._rows, rows, task=task, status="rejected" if rejected else "written")
+            status = "rejected" if rejected else "written"
+            self._recorder.add(self._rows, rows, task=task, status=status)
         self._recorder.add(UNET_EVALUATIONS, block.evaluations)
         self._recorder.add(BUSY_SECONDS, block.finished - block.started)
 
     def counts(self) -> PoolCounts:
         """Return what was done so far."""
-        blocks = self._all_blocks()
-        rows = sum(block.rows for block in blocks)
-        return PoolCounts(rows, sum(block.rejected for block in blocks), len(self.ready))
+        rows, rejected = 0, 0
+        for block in self._all_blocks():
+            rows += block.rows
+            rejected += block.rejected
+        return PoolCounts(rows, rejected, len(self.ready))
 
     def usage(self) -> PoolUsage:
         """Return how the actors spent their time.
@@ -125,6 +128,7 @@ class ProgressActor:
         """
         if not self.reports:
             return PoolUsage()
+        # Of each actor its warm blocks: busy while it computes one, present from its first to its last.
         busy_s = present_s = 0.0
         warm_rows = 0
         starts, ends = [], []
@@ -154,7 +158,10 @@ class ProgressActor:
         )
 
     def _all_blocks(self) -> list[BlockReport]:
-        return [block for of_actor in self.reports.values() for block in of_actor]
+        blocks: list[BlockReport] = []
+        for of_actor in self.reports.values():
+            blocks += of_actor
+        return blocks
 
     def _mean_load_s(self, row_s: float) -> float:
         """Return what the actors took on average, beyond their rows, until their first block was done."""
@@ -262,7 +269,9 @@ class PoolProgress:
         """Return the actors at work, and what else there is to say."""
         if not counts.actors:
             return ["starting actors"]
-        facts = ["1 actor" if counts.actors == 1 else f"{counts.actors} actors"]
+        facts = ["1 actor"]
+        if counts.actors > 1:
+            facts = [f"{counts.actors} actors"]
         rate = self._rate()
         if rate:
             facts.append(f"{rate:.2f} {self._unit}/s")

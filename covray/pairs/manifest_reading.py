@@ -65,8 +65,9 @@ def check_manifest(path: str | os.PathLike[str], captions: bool = False) -> Mani
     roots: dict[str | None, str] = {}
     without_root: list[tuple[str, str]] = []
     has_captions = True
+    # Everything is counted in one pass over the narrow columns of all files.
     for file in files:
-        name = file if len(files) > 1 else path
+        name = file if len(files) > 1 else path  # as the user knows it
         with reading(name), pq.ParquetFile(file, filesystem=filesystem) as parquet:
             _check_schema(name, parquet.schema_arrow)
             has_captions &= _has_captions(name, parquet.schema_arrow)
@@ -83,6 +84,7 @@ def check_manifest(path: str | os.PathLike[str], captions: bool = False) -> Mani
                 for column, counts in (("task", per_task), ("split", splits)):
                     for entry in batch.column(column).value_counts().to_pylist():
                         counts[entry["values"]] += entry["counts"]
+    # What is wrong with the manifest as a whole.
     unknown = sorted(set(per_task) - known_tasks(captions))
     if unknown == [CAPTION_TASK]:
         raise ManifestError(f"{path}: has rows of captions, which have no label picture to build; leave them out")
@@ -151,7 +153,10 @@ def read_classes(path: str | os.PathLike[str]) -> JsonObject | None:
                     f"{os.fspath(path)}: its segmentation has two sets of classes, {first} and {second}, so that one "
                     "colour would stand for two things; build them apart, or declare one --classes for both"
                 )
-    return json.loads(next(iter(tables))) if tables else None
+    if not tables:
+        return None
+    (only,) = tables
+    return json.loads(only)
 
 
 def _described(meta: Meta) -> str:
@@ -168,26 +173,35 @@ def row_dicts(table: pa.Table) -> list[PairRow]:
     try:
         return cast(list[PairRow], table.to_pylist())
     except UnicodeDecodeError:
+        # Read as bytes, and decode here what was text.
         kinds = {field.name: field.type for field in table.schema}
-        raw = table.cast(pa.schema([(name, _undecoded(kind)) for name, kind in kinds.items()])).to_pylist()
+        undecoded = pa.schema([(name, _undecoded(kind)) for name, kind in kinds.items()])
         rows = []
-        for row in raw:
+        for row in table.cast(undecoded).to_pylist():
             rows.append({name: _replaced(value, kinds[name]) for name, value in row.items()})
         return cast(list[PairRow], rows)
 
 
 def _undecoded(kind: pa.DataType) -> pa.DataType:
+    """Return a type with bytes in place of text."""
     if pa.types.is_struct(kind):
         return pa.struct([(part.name, _undecoded(part.type)) for part in kind])
-    return pa.large_binary() if pa.types.is_string(kind) or pa.types.is_large_string(kind) else kind
+    if _is_text(kind):
+        return pa.large_binary()
+    return kind
 
 
 def _replaced(value: Any, kind: pa.DataType) -> Any:
+    """Return a value that was read as ``_undecoded`` says, with text of the type ``kind`` decoded."""
     if pa.types.is_struct(kind) and value is not None:
         return {part.name: _replaced(value[part.name], part.type) for part in kind}
-    if isinstance(value, bytes) and (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+    if isinstance(value, bytes) and _is_text(kind):
         return value.decode("utf-8", "replace")
     return value
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def read_meta(text: str | None) -> Meta:
@@ -196,7 +210,9 @@ def read_meta(text: str | None) -> Meta:
         values = json.loads(text or "{}")
     except (ValueError, RecursionError):
         return {}
-    return values if isinstance(values, dict) else {}
+    if not isinstance(values, dict):
+        return {}
+    return values
 
 
 def is_damaged(meta: str | None) -> bool:
@@ -205,6 +221,7 @@ def is_damaged(meta: str | None) -> bool:
 
 
 def _manifest_files(path: str) -> tuple[list[str], fs.FileSystem]:
+    """Return the Parquet files of a manifest as paths of their storage, by name. Raises ManifestError for none."""
     with reading(path):
         filesystem, inner = storage.resolve(path)
         kind = filesystem.get_file_info(inner).type
@@ -213,9 +230,10 @@ def _manifest_files(path: str) -> tuple[list[str], fs.FileSystem]:
         if kind == fs.FileType.File:
             _require_ending(path, inner, filesystem)
             return [inner], filesystem
-        names = [name for name in storage.list_files(path) if _is_public(name)]
         parts = []
-        for name in names:
+        for name in storage.list_files(path):
+            if not _is_public(name):
+                continue
             file = posixpath.join(inner, name)
             if name.lower().endswith(ENDING):
                 parts.append(file)
@@ -242,6 +260,7 @@ def _require_ending(path: str, inner: str, filesystem: fs.FileSystem) -> None:
 
 
 def _check_schema(name: str, schema: pa.Schema) -> None:
+    """Refuse a file that lacks a column, or has it of another type. Raises ManifestError."""
     for expected in MANIFEST_SCHEMA:
         if expected.name not in schema.names:
             raise ManifestError(
@@ -265,6 +284,7 @@ def _has_captions(name: str, schema: pa.Schema) -> bool:
 
 
 def _root_of(name: str, metadata: bytes) -> str | None:
+    """Return the root that a file's metadata names; None where it needs none. Raises ManifestError."""
     header = parsed_json(f"{name}, metadata covray.manifest", metadata)
     if not isinstance(header, dict) or not isinstance(header.get("root"), str | None):
         raise ManifestError(f"{name}: its metadata covray.manifest is damaged; write it again with covray pairs")
@@ -283,8 +303,9 @@ def _folder_as_root(path: str, name: str, file: str, filesystem: fs.FileSystem) 
     Raises:
         ManifestError: The picture is not there.
     """
-    place = absolute(path).rstrip("/")
-    folder = posixpath.dirname(place) if place.lower().endswith(ENDING) else place
+    folder = absolute(path).rstrip("/")
+    if folder.lower().endswith(ENDING):
+        folder = posixpath.dirname(folder)
     uri = _first_uri(name, file, filesystem)
     if uri is None:
         return None
@@ -298,6 +319,7 @@ def _folder_as_root(path: str, name: str, file: str, filesystem: fs.FileSystem) 
 
 
 def _first_uri(name: str, file: str, filesystem: fs.FileSystem) -> str | None:
+    """Return the URI of the first picture that has no bytes; None where all have."""
     with reading(name), pq.ParquetFile(file, filesystem=filesystem) as parquet:
         for batch in parquet.iter_batches(256, columns=["image", "label"]):
             for row in row_dicts(pa.Table.from_batches([batch])):
@@ -308,6 +330,7 @@ def _first_uri(name: str, file: str, filesystem: fs.FileSystem) -> str | None:
 
 
 def _check_unique(path: str, pair_ids: NDArray[np.int64]) -> None:
+    """Refuse an id that is there twice. Raises ManifestError."""
     ordered = np.sort(pair_ids)
     repeats = ordered[1:][ordered[1:] == ordered[:-1]]
     if len(repeats):

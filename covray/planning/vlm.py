@@ -79,7 +79,8 @@ class _Sizes:
     @property
     def all(self) -> int:
         """All parameters."""
-        return self.language + self.vision + self.head * (1 if self.tied else 2)
+        heads = 1 if self.tied else 2  # the embedding's table and the output's are one, or two
+        return self.language + self.vision + heads * self.head
 
 
 @dataclass(frozen=True)
@@ -166,26 +167,35 @@ def _row(config: PlanConfig, train: VlmTrainConfig) -> _Row:
 
 
 def _trained(train: VlmTrainConfig, sizes: _Sizes) -> int:
+    """Return the number of parameters that a training changes."""
     if train.train == "full":
         return sizes.all
     if train.train == "language":
         return sizes.all - sizes.vision
     width = 0  # inputs and outputs of the projections; those of keys and values are taken for as wide as of queries
     for target in train.lora.targets:
-        is_inner = target in ("gate_proj", "up_proj", "down_proj")
-        width += sizes.hidden + (sizes.inner if is_inner else sizes.hidden)
+        if target in ("gate_proj", "up_proj", "down_proj"):
+            width += sizes.hidden + sizes.inner
+        else:
+            width += sizes.hidden + sizes.hidden
     return train.lora.rank * width * sizes.layers
 
 
 def _sample_flops(train: VlmTrainConfig, sizes: _Sizes, row: _Row) -> float:
     """Return the FLOPs of one sample, forward and backward."""
+    # A token takes 2 FLOPs a parameter forward, 2 back to the inputs, 2 for gradients of the parameters themselves.
     again = 2 if train.compute.recompute else 0
-    language = (4 if train.train == "lora" else 6) + again
+    language = 6 + again
+    if train.train == "lora":  # the large matrices are frozen
+        language -= 2
+    vision = 2  # forward only
+    if train.train == "full":
+        vision = 6 + again
     attention = 2 * 3 + again  # of 2 x two products of S x S x h: forward, and twice back
     total = language * sizes.language * float(row.tokens)
     total += attention * 2.0 * row.tokens**2 * sizes.hidden * sizes.layers
     total += language * sizes.head * row.with_loss
-    total += ((6 + again) if train.train == "full" else 2) * sizes.vision * float(row.patches)
+    total += vision * sizes.vision * float(row.patches)
     return total
 
 
@@ -193,13 +203,17 @@ def _memory(train: VlmTrainConfig, sizes: _Sizes, row: _Row, stage: int, trained
     """Return the memory of one worker, by the formula of this module."""
     rows = train.optimizer.micro_batch_samples
     shared = {"optimizer": 12 * trained, "gradients": 2 * trained, "weights": 2 * sizes.all}
-    parts = {}
-    for name, first in (("optimizer", 1), ("gradients", 2), ("weights", 3)):
-        parts[name] = shared[name] // (workers if stage >= first else 1)
+    # Each stage of ZeRO shares out one more of these among the workers.
+    parts = dict(shared)
+    for name, first_stage in (("optimizer", 1), ("gradients", 2), ("weights", 3)):
+        if stage >= first_stage:
+            parts[name] //= workers
     if stage == 3:  # the largest module is gathered
         parts["weights"] += 2 * max(sizes.head, 2 * sizes.hidden * sizes.inner)
     own = 2 * row.tokens * (6 * sizes.hidden + 3 * sizes.inner) + 3 * row.tokens**2
-    kept = 2 * row.tokens * sizes.hidden if train.compute.recompute else own
+    kept = own  # of each layer until its backward pass
+    if train.compute.recompute:
+        kept = 2 * row.tokens * sizes.hidden
     return StageMemory(
         stage=stage,
         weights=parts["weights"],

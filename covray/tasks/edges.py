@@ -95,6 +95,7 @@ def ois_f(counts: Sequence[Counts]) -> float | None:
 
 
 def _edge_pixels(counts: Sequence[Counts]) -> int:
+    """Return the edge pixels of all labels, which are the third of ``edge_counts`` and the same at every threshold."""
     return sum(int(each[2, 0]) for each in counts)
 
 

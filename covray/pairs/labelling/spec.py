@@ -156,14 +156,19 @@ def find_model(options: LabelOptions) -> LabelModel:
     problem = _misfit(options, config, kind)
     if problem is not None:
         raise ConfigError(f"{options.model}: {problem}")
+    commit, classes = options.revision, tuple[str, ...]()
+    if is_hub_id(options.model):  # the folder of a snapshot is named by its commit
+        commit = folder.name
+    if options.task == "segmentation":
+        classes = _classes(options.model, config)
     return LabelModel(
         options=options,
         kind=kind,
         folder=str(folder),
         fingerprint=fingerprint_folder(folder, LOADED),
-        commit=folder.name if is_hub_id(options.model) else options.revision,
+        commit=commit,
         licence=_licence(folder),
-        classes=_classes(options.model, config) if options.task == "segmentation" else (),
+        classes=classes,
     )
 
 
@@ -178,14 +183,16 @@ def model_folder(model: str, revision: str | None) -> Path:
 
 
 def _require_options(options: LabelOptions) -> None:
+    """Refuse options that contradict each other. Raises ConfigError."""
     only = {"scale": "depth", "axes": "normals", "detector": "pose"}
     for name, task in only.items():
         if getattr(options, name) is not None and options.task != task:
             raise ConfigError(f"--{name}: is for --task {task} alone; leave it out")
     if options.task not in MODEL_TASKS:
-        known = f"{', '.join(MODEL_TASKS)}; other tasks need --labeller, a plug-in"
-        problem = f"no model of transformers labels it; {known}" if options.task in TASKS else f"no such task; {known}"
-        raise ConfigError(f"--task {options.task}: {problem}")
+        problem = "no model of transformers labels it" if options.task in TASKS else "no such task"
+        raise ConfigError(
+            f"--task {options.task}: {problem}; {', '.join(MODEL_TASKS)}; other tasks need --labeller, a plug-in"
+        )
     if options.confidence and options.task not in ("segmentation", "pose"):
         raise ConfigError("--confidence: is for --task segmentation and pose; leave it out")
 
@@ -228,6 +235,7 @@ def _misfit(options: LabelOptions, config: JsonObject, kind: Kind) -> str | None
 
 
 def _is_metric(config: JsonObject) -> bool:
+    """Return whether a model of depth says that it answers in metres."""
     return config.get("depth_estimation_type") == "metric" or config.get("model_type") in _METRIC_TYPES
 
 
@@ -252,8 +260,11 @@ def _licence(folder: Path) -> str | None:
     """Return the licence that the model's card names; None where it names none."""
     try:
         text = (folder / CARD).read_text(encoding="utf-8")
-        header = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else None
+        if not text.startswith("---"):
+            return None
+        header = yaml.safe_load(text.split("---")[1])
     except (OSError, ValueError, IndexError, yaml.YAMLError):
         return None
-    licence = header.get("license") if isinstance(header, dict) else None
-    return None if licence is None else str(licence)
+    if not isinstance(header, dict) or header.get("license") is None:
+        return None
+    return str(header["license"])
