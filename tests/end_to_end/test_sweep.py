@@ -1,24 +1,27 @@
-"""Kill a sweep twice: no trial that was done is repeated, none is lost, one parent and a child a trial in MLflow."""
+"""Start a sweep twice in one folder and kill it twice: no trial is repeated or lost; MLflow has one run a trial."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import random
 import shutil
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from mlflow import MlflowClient
 
 from covray.distributed.evaluate import RESULTS
 from covray.distributed.sweep import PAGE, TABLE
+from covray.training.metrics_log import read_metrics
 from tests.distributed.test_tracking import folder, server  # noqa: F401 (fixtures)
-from tests.support.commands import COVRAY, environment, error_line, kill_all, run
+from tests.support.chaos import start_two
+from tests.support.commands import COVRAY, environment, error_line, kill_all, run, wait_for
 
 # ruff: noqa: F811 (fixtures are arguments)
 
@@ -26,13 +29,12 @@ pytestmark = [pytest.mark.ray, pytest.mark.end_to_end]
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[[list[str]], subprocess.Popen[bytes]]]:
+def start() -> Iterator[Callable[[list[str]], subprocess.Popen[str]]]:
     """Starts a sweep as a process of its own; nothing of it outlives the test."""
-    processes: list[subprocess.Popen[bytes]] = []
+    processes: list[subprocess.Popen[str]] = []
 
-    def begin(command: list[str]) -> subprocess.Popen[bytes]:
-        with (tmp_path / "said").open("wb") as said:
-            processes.append(subprocess.Popen([COVRAY, *command], env=environment(), stderr=said))
+    def begin(command: list[str]) -> subprocess.Popen[str]:
+        processes.append(subprocess.Popen([COVRAY, *command], env=environment(), stderr=subprocess.PIPE, text=True))
         return processes[-1]
 
     yield begin
@@ -53,25 +55,29 @@ def of_status(trials: dict[str, str], status: str) -> dict[str, str]:
     return {name: text for name, text in trials.items() if json.loads(text)["status"] == status}
 
 
-def kill_when_ended(sweep: subprocess.Popen[bytes], out: Path, **counts: int) -> dict[str, str]:
-    """Kill a sweep when so many trials of each status have ended; gives their files' content."""
-    deadline = time.monotonic() + 600
-    while True:
-        done = trials_in(out)
-        if all(len(of_status(done, status)) >= count for status, count in counts.items()):
-            break
-        assert sweep.poll() is None, (out.parent / "said").read_text()
-        assert time.monotonic() < deadline, f"{len(done)} trials, and no more for ten minutes"
-        time.sleep(0.05)
+def kill_when(
+    condition: Callable[[], bool], what: str, sweep: subprocess.Popen[str], started: list[psutil.Process]
+) -> str:
+    """Kill a sweep once ``condition`` holds; return what it said. Its Ray and its workers end by themselves.
+
+    Args:
+        condition: When.
+        what: The moment in words.
+        sweep: The driver.
+        started: Takes the processes that must be gone at the end of the test.
+    """
+    wait_for(condition, what, sweep)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        started += psutil.Process(sweep.pid).children(recursive=True)
     sweep.kill()
-    sweep.wait()
-    return done
+    return sweep.communicate()[1]
 
 
-def test_a_sweep_killed_twice_repeats_nothing_and_loses_nothing(
+def test_sweeps_that_start_together_and_are_killed_repeat_nothing_and_lose_nothing(
+    started: list[psutil.Process],  # first: what is still running after a failure ends before it looks
     tmp_path: Path, write_dataset: Callable[..., Any], write_manifest: Callable[..., str], llama_folder: Path,
-    server: Callable[[], Any], start: Callable[[list[str]], subprocess.Popen[bytes]],
-    run_here: Callable[..., subprocess.CompletedProcess[str]],
+    server: Callable[[], Any], start: Callable[[list[str]], subprocess.Popen[str]],
+    run_here: Callable[..., subprocess.CompletedProcess[str]], rng: random.Random,
 ) -> None:  # fmt: skip
     data, pairs = write_dataset({"depth": 24, "edges": 24}, lengths=(3,))
     uri, _ = server()
@@ -102,24 +108,40 @@ def test_a_sweep_killed_twice_repeats_nothing_and_loses_nothing(
     file.write_text(yaml.safe_dump(config))
     out, command = tmp_path / "sweep", ["sweep", "--config", str(file)]
 
-    done = kill_when_ended(start(command), out, failed=1, finished=1)
+    early: list[tuple[str, Callable[[], bool]]] = [
+        ("the sweep's description", (out / "_sweep.json").exists),
+        ("a trial's training", lambda: any(out.rglob("metrics.jsonl"))),
+        ("a trial that has ended", lambda: any((out / "trials").glob("*.json"))),
+    ]
+    what, condition = rng.choice(early)
+    kill_when(condition, what, start_two(lambda: start(command), rng), started)
+    finished = of_status(trials_in(out), "finished")
+
+    def one_of_each() -> bool:
+        done = trials_in(out)
+        return bool(of_status(done, "failed") and of_status(done, "finished"))
+
+    said = kill_when(one_of_each, "a failed trial and a finished one", start_two(lambda: start(command), rng), started)
+    done = trials_in(out)
+    finished |= of_status(done, "finished")
     # Without its weights one of the three failed, with its one line.
     (failed,) = (json.loads(text) for text in of_status(done, "failed").values())
     assert str(lost) in failed["error"]
     assert "\n" not in failed["error"]
-    assert "Traceback" not in (tmp_path / "said").read_text()
+    assert "Traceback" not in said
     for weights in llama_folder.glob("*.safetensors"):
         shutil.copy(weights, lost)
-    finished = of_status(done, "finished")
-    done = kill_when_ended(start(command), out, finished=len(finished) + 1)
-    finished |= of_status(done, "finished")
 
-    results = json.loads(run("sweep", "--resume", "--out", str(out), "--json").stdout.splitlines()[-1])
+    results = json.loads(run("sweep", "--resume", "--out", str(out), "--json").stdout)  # one document, nothing else
     assert results == json.loads((out / RESULTS).read_text())
     assert {path.name for path in out.iterdir()} >= {RESULTS, TABLE, PAGE}
     assert {name: text for name, text in trials_in(out).items() if name in finished} == finished
     assert [trial["status"] for trial in results["trials"]] == ["finished"] * 3
     assert {trial["name"] for trial in results["trials"]} == {path.stem for path in (out / "trials").iterdir()}
+    for log in out.rglob("metrics.jsonl"):
+        losses = [record["step"] for record in read_metrics(str(log)) if "loss" in record]
+        assert losses == sorted(set(losses)), f"{log}: a step is there twice"
+    assert not list(out.rglob("_lock.*"))
     # The same weights in three folders: trials that shared nothing came to the same, killed or not.
     assert len({json.dumps(trial["scores"]) for trial in results["trials"]}) == 1
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import random
+import subprocess
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import pytest
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import BaseWSGIServer, make_server
 
-from tests.support.commands import free_port
+from tests.support.commands import error_line, free_port, wait_for
 
 
 @pytest.fixture
@@ -38,6 +39,25 @@ def started() -> Iterator[list[psutil.Process]]:
     for process in alive:
         process.kill()
     assert not alive, f"left running: {alive}"
+
+
+def start_two(start: Callable[[], subprocess.Popen[str]], rng: random.Random) -> subprocess.Popen[str]:
+    """Start a command twice in one folder; return the process that works, after the other was refused in one line.
+
+    Args:
+        start: Starts the command, with its stderr as a pipe.
+        rng: Draws how much later the second starts.
+    """
+    first = start()
+    time.sleep(rng.choice([0, rng.uniform(0, 3)]))
+    pair = (first, start())
+    wait_for(lambda: any(process.poll() is not None for process in pair), "one of two ends")
+    refused, working = sorted(pair, key=lambda process: process.poll() is None)
+    message = error_line(refused.communicate()[1])
+    assert refused.returncode == 2, message
+    assert f"(process {working.pid} on " in message
+    assert "is at work in this folder" in message
+    return working
 
 
 def folders_left(out: Path) -> list[str]:

@@ -137,10 +137,10 @@ def computed(manifest: Path) -> dict[int, Any]:
 
 def wait_for(condition: Callable[[], bool], what: str, running: subprocess.Popen[Any] | None = None) -> None:
     """Wait until ``condition`` holds; ``running`` must not end before."""
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while not condition():
         assert running is None or running.poll() is None, f"ended with {running and running.returncode} before {what}"
-        assert time.monotonic() < deadline, f"not in five minutes: {what}"
+        assert time.monotonic() < deadline, f"not in ten minutes: {what}"
         time.sleep(0.05)
 
 
