@@ -47,18 +47,20 @@ def choose_version(config: BuildConfig, output: Output[DatasetRecord], info: Man
     if begun is None:
         if append:
             raise DatasetError(f"--append: {out} holds no dataset yet; leave out --append to build its first version")
-        return Version(1, 0, False)
+        return Version(number=1, finished=0, is_new=False)
     audit = Audit.read_if_present(output.folder)
-    finished = 0 if audit is None else audit.version
+    finished = audit.version if audit is not None else 0
     pairs, known = pair_set(info), begun.pair_sets
+    # A manifest that the description names: its version is written, or read where it is finished.
     if begun.pairs is not None and pairs in known:
         number = known.index(pairs) + 1
         if number > finished + 1:
             manifest = begun.of_version(finished + 1).config["pairs"]
             raise DatasetError(f"{out}: version {finished + 1} is unfinished; run covray build --manifest {manifest}")
-        return Version(number, finished, False)
+        return Version(number, finished, is_new=False)
+    # Another manifest: it may be the next version of a dataset whose last one is finished.
     if append and begun.pairs is not None and finished == len(known):
-        return Version(finished + 1, finished, True)
+        return Version(finished + 1, finished, is_new=True)
     if append and begun.pairs is not None:
         manifest = begun.of_version(len(known)).config["pairs"]
         raise DatasetError(f"{out}: the build of {manifest} is unfinished; run it again before you append more")

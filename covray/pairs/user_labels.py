@@ -121,6 +121,7 @@ def check_pair(pair: Pair, root: str | None, rules: LabelRules) -> Pair:
         except PairError as error:
             return replace(pair, meta=meta | {"error": str(error)})
         meta |= urls
+    # Both files are there and can be read; a rejected pair keeps the pictures that were found.
     try:
         image, image_data = _found("image", pair.image, root)
         pair = replace(pair, image=image)
@@ -130,6 +131,7 @@ def check_pair(pair: Pair, root: str | None, rules: LabelRules) -> Pair:
         shown = _named("label", decode, label_data)
     except PairError as error:
         return replace(pair, meta=meta | {"error": str(error)})
+    # The label is one of its task, of the picture's shape; ``known`` is what reading it told for ``meta``.
     try:
         drawn, known = _drawn(pair, label_data, layout, rules)
         height_px, width_px = drawn.shape[:2]
@@ -139,10 +141,13 @@ def check_pair(pair: Pair, root: str | None, rules: LabelRules) -> Pair:
     except PairError as error:
         reason, _, detail = str(error).partition(": ")
         return replace(pair, label=Picture(), meta=meta | {"error": f"{reason}: {label.uri or 'label'}: {detail}"})
+    meta |= known
+    # A label in the user's own coding is replaced by the picture that it is drawn as.
     if not np.array_equal(drawn, shown):
         pair = replace(pair, label=Picture(bytes=encode_png(drawn)))
-        known = known | ({"label_file": label.uri} if label.uri else {})
-    return replace(pair, meta=meta | known)
+        if label.uri:
+            meta["label_file"] = label.uri
+    return replace(pair, meta=meta)
 
 
 def _downloaded(pair: Pair, rules: WebRules) -> tuple[Pair, dict[str, str]]:
