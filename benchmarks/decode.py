@@ -10,9 +10,11 @@ closer than float arithmetic tells apart.
 
 How many tokens Jacobi decoding makes final in a pass depends on the pictures: ``--pictures scenes`` takes rendered
 scenes and their depth, as tokens of the nano tokenizer; by default codes are random. Block diffusion runs with an
-adapter that has learned nothing, as its speed does not depend on what it writes. The backbone is random unless
-``--backbone`` names one. On a machine that also does other work measure by ``--clock cpu --threads 1``: the CPU time of
-this process is nearly what a quiet machine would take, and the ratios are of one run.
+adapter that has learned nothing, as its speed does not depend on what it writes. That of speculative decoding does:
+``--drafts`` names the adapter of a run with drafts, whose tokens it verifies; without it drafts have learned nothing.
+The backbone is random unless ``--backbone`` names one. On a machine that also does other work measure by ``--clock
+cpu --threads 1``: the CPU time of this process is nearly what a quiet machine would take, and the ratios are of one
+run.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +35,12 @@ from results_file import write_result
 from transformers import LlamaForCausalLM
 
 from covray.config import BackboneConfig, EngineConfig, SamplingConfig, TokenizerConfig
+from covray.models.lvm.adapter import adapter_tensors, load_adapter_tensors, read_adapter
 from covray.models.lvm.backbone import BackboneFacts, backbone_facts, load_backbone, write_backbone
 from covray.models.lvm.decoding.decoder import LvmDecoder
+from covray.models.lvm.decoding.speculative import require_draft
+from covray.models.lvm.draft import Draft
+from covray.models.lvm.draft_files import DRAFT_PREFIX
 from covray.models.lvm.model import TARGETS, Diffusion, Lora, Lvm
 from covray.models.lvm.scales import SCALES
 from covray.models.tokenizer.vqgan import load_tokenizer
@@ -54,7 +61,7 @@ class Contenders:
         """Load the decoders.
 
         Args:
-            model: The backbone.
+            model: The backbone, with a draft adapter.
             masked: The same with an adapter of block diffusion.
             facts: Of the backbone.
             folder: Its files, for transformers.
@@ -81,6 +88,7 @@ class Contenders:
             "jacobi, window 8": self._ours(SamplingConfig(decoder="jacobi", window=8)),
             "jacobi, window 16": self._ours(SamplingConfig(decoder="jacobi", window=16)),
             "jacobi, window auto": self._ours(SamplingConfig(decoder="jacobi")),
+            "speculative": self._ours(SamplingConfig(decoder="speculative")),
             "blocks of 8, 8 passes": self._ours(SamplingConfig(block=8)),
             "blocks of 8, 4 passes": self._ours(SamplingConfig(block=8, passes=4)),
             f"a picture a block, {many} passes": self._ours(SamplingConfig(block=self._tokens, passes=many)),
@@ -203,6 +211,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--scale", default="nano", choices=SCALES)
     parser.add_argument("--backbone", help="nano or a LlamaForCausalLM folder; by default random weights of the scale")
+    parser.add_argument("--drafts", help="adapter folder of a run with drafts for the backbone; by default untrained")
     parser.add_argument("--pictures", default="random", choices=("random", "scenes"))
     parser.add_argument("--tokens-per-image", type=int, help="by default the backbone's, or 64")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
@@ -222,7 +231,14 @@ def main() -> None:
     if options.tokens_per_image is None:
         options.tokens_per_image = facts.tokens_per_image or 64
     dtype = getattr(torch, options.dtype)
-    model = load_backbone(facts, config, None, dtype=dtype, device=device, seed=0)
+    drafting = Lora(1, 1.0, TARGETS, draft=Draft(32, 64.0, TARGETS, facts.codes + 1, 3))
+    drafts: dict[str, torch.Tensor] = {}
+    if options.drafts:
+        stored, drafts = read_adapter(options.drafts)
+        drafting = replace(drafting, draft=require_draft(stored.draft, options.drafts))
+    model = load_backbone(facts, config, drafting, dtype=dtype, device=device, seed=0)
+    own = adapter_tensors(model)  # the adapter itself changes nothing: all contenders decode with the backbone
+    load_adapter_tensors(model, own | {name: drafts[name] for name in drafts if name.startswith(DRAFT_PREFIX)})
     lora = Lora(1, 1.0, TARGETS, Diffusion(facts.codes + 1, 8))
     masked = load_backbone(facts, config, lora, dtype=dtype, device=device, seed=0)
     with tempfile.TemporaryDirectory() as scratch:

@@ -121,7 +121,7 @@ class Rotate(torch.autograd.Function):
 
 
 def rotated_pairs(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Return [x1 cos - x2 sin, x2 cos + x1 sin] for the halves x1, x2 of ``x`` [T, heads, d]."""
+    """Return [x1 cos - x2 sin, x2 cos + x1 sin] for the halves x1, x2 of ``x`` [..., d]."""
     half = x.shape[-1] // 2
     turned = x * cosine
     turned[..., :half].addcmul_(x[..., half:], sine[..., :half], value=-1)
