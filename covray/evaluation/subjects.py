@@ -87,13 +87,18 @@ def subjects_of(config: EvaluateConfig, dataset: ChainDataset) -> tuple[Subject,
         untuned = list(_untuned(config, dataset, adapters))
     if "focus" in config.baselines:
         focus.append(_focus(config, dataset, [*adapters, *untuned]))
-    simple = {key: Subject(*_BASELINES[key], baseline=key) for key in config.baselines if key in _BASELINES}
-    ceiling = [simple.pop("ceiling")] if "ceiling" in simple else []
+    # The ceiling stands last: it has seen the label.
+    simple: list[Subject] = []
+    ceiling: list[Subject] = []
+    for key in dict.fromkeys(config.baselines):
+        if key in _BASELINES:
+            group = ceiling if key == "ceiling" else simple
+            group.append(Subject(*_BASELINES[key], baseline=key))
     if not config.untuned:  # they were needed for Chain-of-Focus alone
         untuned = []
     voting = _voting(config, adapters or untuned)
     subjects = []
-    for subject in (*simple.values(), *untuned, *focus, *adapters, *voting, *ceiling):
+    for subject in (*simple, *untuned, *focus, *adapters, *voting, *ceiling):
         if subject.votes > 1:
             subject = replace(subject, samples=subject.votes)
         elif subject.method is not None:

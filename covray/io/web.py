@@ -12,6 +12,7 @@ import http.client
 import ipaddress
 import queue
 import random
+import re
 import socket
 import ssl
 import threading
@@ -50,10 +51,12 @@ def web_rules(hosts: list[str], timeout_s: float, max_bytes: int, attempts: int)
     Raises:
         ConfigError: A host is written as no host is.
     """
+    if not hosts:
+        return None
     for host in hosts:
-        if not host or any(mark in host for mark in "/@ ") or host == "*":
+        if host in ("", "*") or re.search("[/@ ]", host):
             raise ConfigError(f"--allow-host {host}: write a host's name, such as images.example.org or *.example.org")
-    return WebRules(tuple(host.lower() for host in hosts), timeout_s, max_bytes, attempts) if hosts else None
+    return WebRules(tuple(host.lower() for host in hosts), timeout_s, max_bytes, attempts)
 
 
 def is_web(uri: str | None) -> bool:
@@ -126,15 +129,20 @@ def _require_allowed(url: str, rules: WebRules) -> _Place:
         raise PairError("host_not_allowed", f"{_show(url)}: {host}:{port} is no --allow-host")
     path = urllib.parse.quote(parts.path or "/", safe="/%:@+,;=&$!~*()'")
     query = urllib.parse.quote(parts.query, safe="/%:@+,;=&$!~*()'?[]")
-    return _Place(host, port, f"{path}?{query}" if query else path)
+    if query:
+        path += f"?{query}"
+    return _Place(host, port, path)
 
 
 def _matches(pattern: str, host: str, port: int) -> bool:
+    """Return whether an allowed ``pattern`` names a host and a port; without a port of its own it means 443."""
     if pattern == f"{host}:{port}":
         return True
     if port != 443:
         return False
-    return host.endswith(pattern[1:]) if pattern.startswith("*.") else host == pattern
+    if pattern.startswith("*."):
+        return host.endswith(pattern[1:])
+    return host == pattern
 
 
 @contextlib.contextmanager
@@ -201,12 +209,15 @@ def _address(place: _Place, rules: WebRules, deadline: float) -> str:
 
 
 def _is_public(address: str) -> bool:
+    """Return whether an address is of the internet; one of IPv4 can be written as one of IPv6."""
     parsed = ipaddress.ip_address(address.partition("%")[0])
-    mapped = parsed.ipv4_mapped if isinstance(parsed, ipaddress.IPv6Address) else None
-    return (mapped or parsed).is_global
+    if isinstance(parsed, ipaddress.IPv6Address) and parsed.ipv4_mapped is not None:
+        return parsed.ipv4_mapped.is_global
+    return parsed.is_global
 
 
 def _left(deadline: float) -> float:
+    """Return the seconds until ``deadline`` of the monotonic clock. Raises TimeoutError where it is past."""
     left = deadline - time.monotonic()
     if left <= 0:
         raise TimeoutError("the time is over")

@@ -92,15 +92,18 @@ class Programme:
         best = self.best
         listed = []
         for arm in arms(self.budget, self.backbones):
-            listed.append(replace(arm, seeds=self.budget.seeds) if arm.name == best else arm)
+            if arm.name == best:
+                arm = replace(arm, seeds=self.budget.seeds)
+            listed.append(arm)
         return listed
 
     @property
     def best(self) -> str | None:
         """The arm of chains with the best answers on the validation split; None while some are not evaluated there."""
-        candidates = [arm.name for arm in arms(self.budget, self.backbones) if arm.chosen_from]
-        seed = self.budget.seeds[0]
-        validated = {name: self.evaluation(name, seed, "val") for name in candidates}
+        validated = {}
+        for arm in arms(self.budget, self.backbones):
+            if arm.chosen_from:
+                validated[arm.name] = self.evaluation(arm.name, self.budget.seeds[0], "val")
         return best_chains(validated, reference="none")
 
     def evaluation(self, arm: str, seed: int, split: str = "test") -> EvaluationFolder:
@@ -291,7 +294,8 @@ def read_programme(out: str) -> Programme:
     for name, spacing in values["spacings"].items():
         if not isinstance(spacing, str):
             values["spacings"][name] = tuple(spacing)
-    values["tasks"] = None if values["tasks"] is None else tuple(values["tasks"])
+    if values["tasks"] is not None:
+        values["tasks"] = tuple(values["tasks"])
     return Programme(out, record, Budget(**values), tuple(Backbone(**each) for each in record.backbones))
 
 
@@ -309,7 +313,8 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
 def plan_programme(programme: Programme) -> dict[str, Any]:
     """Return every arm with its steps and its tokens over all seeds, as JSON values."""
     budget = programme.budget
-    pairs = budget.scenes["train"] * (len(TASKS) if budget.tasks is None else len(budget.tasks))
+    tasks = TASKS if budget.tasks is None else budget.tasks
+    pairs = budget.scenes["train"] * len(tasks)
     tokenizer = load_tokenizer(TokenizerConfig(path=programme.record.tokenizer), EngineConfig())
     listed = []
     for arm in arms(budget, programme.backbones):

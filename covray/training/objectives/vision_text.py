@@ -142,8 +142,10 @@ class VisionText:
     def export(self, tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
         """Return the adapter in PEFT's format, or the files of the whole model."""
         trained = {name: tensors[name] for name in self.parameters()}
-        write = adapter_files if self.config.train == "lora" else model_files
-        return write(self._model, trained, self._facts, self._blocks if self._uses_blocks else None)
+        blocks = self._blocks if self._uses_blocks else None
+        if self.config.train == "lora":
+            return adapter_files(self._model, trained, self._facts, blocks)
+        return model_files(self._model, trained, self._facts, blocks)
 
     def _blocks_at(self, cursor: int) -> Blocks:
         """Return the blocks of the step that begins at sample ``cursor``."""
@@ -192,7 +194,9 @@ class VisionText:
         if not self._uses_blocks:
             return 1.0
         weight = self.config.blocks.autoregressive
-        return 1.0 if purpose == "validation" and weight else weight
+        if purpose == "validation" and weight:
+            return 1.0
+        return weight
 
     def _batch(
         self, samples: Sequence[Sample], numbers: Sequence[int], purpose: str, next_weight: float, blocks: Blocks
@@ -236,7 +240,9 @@ class VisionText:
         Forward 2N and backward 4N a token, 2N where the weights are frozen; attention is left out.
         """
         parameters = sum(parameter.numel() for parameter in self._model.parameters())
-        tokens = len(sample.ids) * (2 if self._uses_blocks else 1)
+        tokens = len(sample.ids)
+        if self._uses_blocks:  # a noisy copy stands beside the clean one
+            tokens *= 2
         each = 4.0 if self.config.train == "lora" else 6.0
         return each * parameters * tokens / (sample.end - sample.prompt)
 
@@ -258,7 +264,9 @@ def pictures_of(exchange: Exchange, root: str | None) -> list[np.ndarray]:
     Raises:
         ManifestError: The picture cannot be used.
     """
-    return [] if exchange.picture == Picture() else [_pixels(exchange.picture, root)]
+    if exchange.picture == Picture():
+        return []
+    return [_pixels(exchange.picture, root)]
 
 
 def parts_of(exchange: Exchange, root: str | None, instruction: str) -> list[str | np.ndarray]:
@@ -274,7 +282,9 @@ def parts_of(exchange: Exchange, root: str | None, instruction: str) -> list[str
     """
     if exchange.turn:
         return [part if isinstance(part, str) else _pixels(part, root) for part in exchange.turn]
-    text = instruction if exchange.prompt is None else exchange.prompt
+    text = exchange.prompt
+    if text is None:
+        text = instruction
     return [*pictures_of(exchange, root), text]
 
 
