@@ -29,7 +29,7 @@ from covray.config import (
     TrainConfig,
 )
 from covray.errors import ConfigError, DatasetError, PairError, WeightsError, one_line
-from covray.generation.models import LoadedModel, ModelSource
+from covray.generation.models import LoadedModel, ModelSource, SharedModels
 from covray.generation.request import Answer, Example, ReadAnswer, Request, WrittenPicture
 from covray.generation.votes import PLAIN_TASK, draw_spread, join_answers
 from covray.io import images
@@ -39,7 +39,7 @@ from covray.methods import NO_FRAMES
 from covray.models.lvm.adapter import read_run, read_run_adapter
 from covray.models.lvm.backbone import backbone_facts
 from covray.models.lvm.decoding.base import Decoded, require_context
-from covray.models.tokenizer.vqgan import load_tokenizer, require_same_codebook
+from covray.models.tokenizer.vqgan import require_same_codebook
 from covray.pairs.classes import draw_mask
 from covray.pairs.manifest import MANIFEST_SCHEMA, Pair
 from covray.seeds import seed_of
@@ -116,13 +116,14 @@ class Generator:
     the other queries of a request nor from earlier requests.
     """
 
-    def __init__(self, resolved: ResolvedGenerator):
+    def __init__(self, resolved: ResolvedGenerator, shared: SharedModels | None = None):
         """Load tokenizer and model; the prior is loaded by the first request that needs it. See ``load``."""
         config = resolved.config
         assert config.tokenizer is not None
         torch.set_num_threads(config.engine.threads)
         self.resolved = resolved
-        self.tokenizer = load_tokenizer(config.tokenizer, config.engine)
+        self._shared = shared or SharedModels()
+        self.tokenizer = self._shared.tokenizer(config.tokenizer, config.engine)
         if resolved.codebook is not None:
             require_same_codebook(resolved.codebook, self.tokenizer.codebook_fingerprint, "--tokenizer")
         codes = resolved.source.facts.codes
@@ -131,19 +132,24 @@ class Generator:
                 f"--tokenizer: has {self.tokenizer.codes} codes, the backbone knows {codes}; give the backbone's "
                 "tokenizer"
             )
-        self.model = LoadedModel.load(resolved.source, config.engine, self.tokenizer, config.batch)
+        self.model = LoadedModel.load(resolved.source, config.engine, self.tokenizer, config.batch, shared)
         self._builder: BlockBuilder | None = None
         self._prompt_of = functools.lru_cache(maxsize=_PROMPTS)(self._make_prompt)
 
     @classmethod
-    def load(cls, config: GeneratorConfig) -> Generator:
+    def load(cls, config: GeneratorConfig, shared: SharedModels | None = None) -> Generator:
         """Load the models of ``config``.
+
+        Args:
+            config: The models.
+            shared: Models that other generators of this thread have loaded, and that they share with this one. Adapters
+                of one backbone then hold its weights once.
 
         Raises:
             CovrayError: A run, backbone or tokenizer that cannot be used, or that do not belong together; where it can
                 be, before any model is loaded.
         """
-        return cls(resolve_generator(config))
+        return cls(resolve_generator(config), shared)
 
     def answer(self, request: Request) -> list[Answer]:
         """Answer all queries of ``request``, in their order.
@@ -279,7 +285,7 @@ class Generator:
         """Return the chains of ``examples`` one after another, uint16 [P], as ``covray build`` makes them."""
         if not examples:
             return np.empty(0, np.uint16)
-        builder = self._builder = self._builder or self._load_builder()
+        builder = self._builder = self._builder or self._shared.builder(self.resolved.build_config(), self.tokenizer)
         rows = []
         for example in examples:
             label = self._drawn_label(example, task)
@@ -304,12 +310,6 @@ class Generator:
             return draw_mask(example.label, classes)
         except PairError as error:
             raise ConfigError(f"{example.name}: {error}; give another pair") from error
-
-    def _load_builder(self) -> BlockBuilder:
-        """Load what makes the examples' chains, with the prior where they have frames by it."""
-        builder = BlockBuilder(self.resolved.build_config())
-        builder.tokenizer = self.tokenizer  # the same weights: they are kept once
-        return builder
 
 
 def answer_meta(request: Request, trained: Meta | None) -> Meta:

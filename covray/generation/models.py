@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from covray.config import BackboneConfig, EngineConfig
+from covray.chains.build import BlockBuilder
+from covray.config import BackboneConfig, BuildConfig, EngineConfig, TokenizerConfig
 from covray.io.device import resolve_device
 from covray.models.lvm.adapter import load_adapter_tensors
 from covray.models.lvm.backbone import BackboneFacts, load_backbone
 from covray.models.lvm.decoding.base import Decoder
 from covray.models.lvm.decoding.decoder import LvmDecoder
+from covray.models.lvm.decoding.reader import MergedWeights
 from covray.models.lvm.model import Batch, Lora, Lvm
-from covray.models.tokenizer.vqgan import Tokenizer
+from covray.models.tokenizer.vqgan import Tokenizer, load_tokenizer
 
 Adapter = tuple[Lora, dict[str, Tensor]]
 """What ``read_adapter`` returns: rank, alpha and targets, and the tensors by their names in the file."""
@@ -33,6 +35,43 @@ class ModelSource:
     """Of a backbone with random weights."""
 
 
+@dataclass(frozen=True, eq=False)
+class SharedBackbone:
+    """A backbone that several adapters of a process use."""
+
+    model: Lvm
+    """With the adapter that was the first."""
+    merged: MergedWeights = field(default_factory=MergedWeights)
+    """Weights with one of the adapters merged in, where the decoder merges it."""
+
+
+@dataclass(frozen=True, eq=False)
+class SharedModels:
+    """Models that several generators of one process, and of one thread, use: each is loaded once."""
+
+    backbones: dict[tuple[object, ...], SharedBackbone] = field(default_factory=dict)
+    """By fingerprint, seed, device and type of the weights."""
+    tokenizers: dict[str, Tokenizer] = field(default_factory=dict)
+    """By configuration."""
+    builders: dict[str, BlockBuilder] = field(default_factory=dict)
+    """What makes chains of examples, by configuration."""
+
+    def tokenizer(self, config: TokenizerConfig, engine: EngineConfig) -> Tokenizer:
+        """Return a tokenizer. Raises WeightsError where it cannot be loaded."""
+        key = config.model_dump_json() + engine.model_dump_json()
+        if key not in self.tokenizers:
+            self.tokenizers[key] = load_tokenizer(config, engine)
+        return self.tokenizers[key]
+
+    def builder(self, config: BuildConfig, tokenizer: Tokenizer) -> BlockBuilder:
+        """Return what makes chains of examples, with the prior where they have frames by it. Raises WeightsError."""
+        key = config.model_dump_json()
+        if key not in self.builders:
+            self.builders[key] = BlockBuilder(config)
+            self.builders[key].tokenizer = tokenizer  # the same weights: they are kept once
+        return self.builders[key]
+
+
 class LoadedModel:
     """A model, and the decoder that writes with it."""
 
@@ -40,7 +79,10 @@ class LoadedModel:
         self.model, self.decoder = model, decoder
 
     @classmethod
-    def load(cls, source: ModelSource, engine: EngineConfig, tokenizer: Tokenizer, batch: int) -> LoadedModel:
+    def load(
+        cls, source: ModelSource, engine: EngineConfig, tokenizer: Tokenizer, batch: int,
+        shared: SharedModels | None = None,
+    ) -> LoadedModel:  # fmt: skip
         """Load the backbone with its adapter.
 
         Args:
@@ -48,6 +90,7 @@ class LoadedModel:
             engine: Device and type of the weights.
             tokenizer: Whose codes are written.
             batch: Rows of the decoder's fixed, padded batch.
+            shared: Models that others of this process have loaded, and that they share with this one.
 
         Raises:
             WeightsError: A file cannot be read, or the adapter is of another backbone.
@@ -55,10 +98,18 @@ class LoadedModel:
         """
         device, dtype = resolve_device(engine)
         lora = None if source.adapter is None else source.adapter[0]
-        model = load_backbone(source.facts, source.backbone, lora, dtype=dtype, device=device, seed=source.seed)
+        key = (source.facts.fingerprint, source.seed, device, dtype)
+        beside = None if shared is None else shared.backbones.get(key)
+        model = load_backbone(
+            source.facts, source.backbone, lora, dtype=dtype, device=device, seed=source.seed,
+            beside=None if beside is None else beside.model,
+        )  # fmt: skip
+        if shared is not None and beside is None:
+            beside = shared.backbones[key] = SharedBackbone(model)
         if source.adapter is not None:
             load_adapter_tensors(model, source.adapter[1])
-        decoder = LvmDecoder(model, tokenizer.codes, tokenizer.tokens_per_image, batch, tokenizer.codebook)
+        weights = None if beside is None else beside.merged
+        decoder = LvmDecoder(model, tokenizer.codes, tokenizer.tokens_per_image, batch, tokenizer.codebook, weights)
         return cls(model, decoder)
 
     @torch.inference_mode()

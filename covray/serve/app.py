@@ -28,6 +28,7 @@ from covray.distributed.metrics import LATENCY, REQUESTS, Recorder
 from covray.distributed.session import ray_session
 from covray.errors import ConfigError, one_line
 from covray.generation.generator import Generator, resolve_generator
+from covray.generation.models import SharedModels
 from covray.progress import stage
 from covray.serve.answering import Query, answer_together, group, stream_answer
 from covray.serve.gallery import read_galleries, with_galleries
@@ -59,7 +60,9 @@ class Replica:
         self._configs = config.generators()
         self._thread = ThreadPoolExecutor(1, "covray-generator")
         self._turn = asyncio.Lock()
-        self._first = self._thread.submit(Generator.load, next(iter(self._configs.values()))).result()
+        self._shared = SharedModels()  # adapters of one backbone: its weights are held once
+        first = next(iter(self._configs.values()))
+        self._first = self._thread.submit(Generator.load, first, self._shared).result()
         # Ray Serve reads both from the decorators only; the configuration is known later.
         self._answer_batch.set_max_batch_size(config.generator.batch)
         self._answer_batch.set_batch_wait_timeout_s(config.batch_wait_s)
@@ -101,7 +104,7 @@ class Replica:
 
     @serve.multiplexed(max_num_models_per_replica=_ADAPTERS)
     async def _load(self, adapter: str) -> Generator:
-        return await self._compute(functools.partial(Generator.load, self._configs[adapter]))
+        return await self._compute(functools.partial(Generator.load, self._configs[adapter], self._shared))
 
     async def _compute(self, work: Callable[[], R]) -> R:
         return await asyncio.wrap_future(self._thread.submit(work))

@@ -31,7 +31,7 @@ from covray.errors import ConfigError, WeightsError, one_line
 from covray.io import storage
 from covray.io.model_folders import NANO_NAMES, fingerprint_folder, require_files, resolve_folder
 from covray.io.tensor_files import STORED_FLOATS, duplicate_tensor, quantised_tensor, weight_files
-from covray.models.lvm.model import Lora, Lvm
+from covray.models.lvm.model import Lora, Lvm, is_adapter
 from covray.models.lvm.scales import SPECIAL_IDS, llama_config
 from covray.models.tokenizer.vqgan import MAX_CODES
 from covray.seeds import hash_number
@@ -127,6 +127,7 @@ def load_backbone(
     device: torch.device,
     seed: int,
     recompute: bool = False,
+    beside: Lvm | None = None,
 ) -> Lvm:
     """Return the backbone on ``device``: frozen weights and, with ``lora``, a fresh adapter in float32 to train.
 
@@ -144,6 +145,7 @@ def load_backbone(
         device: Where the model is put.
         seed: Decides the adapter, and the weights where they are random.
         recompute: Recompute activations in the backward pass (see ``Lvm``).
+        beside: The same backbone with another adapter, loaded before; its frozen weights are used, not loaded again.
 
     Raises:
         WeightsError: A file cannot be read, or weights are not finite.
@@ -155,16 +157,16 @@ def load_backbone(
     model.to(dtype)
     for name, parameter in model.named_parameters():
         is_draft = ".draft." in name or name == "mask_row"
-        if is_draft or ".lora_" in name:
+        if is_adapter(name):
             parameter.data = parameter.data.float()
         # A draft adapter is learned alone, for the model that it finds.
         parameter.requires_grad_(is_draft or (".lora_" in name and (lora is None or lora.draft is None)))
-    model.to_empty(device=device)
+    model.allocate(device, {} if beside is None else beside.frozen_parameters())
     tensors = model.backbone_tensors()
-    if facts.folder is None:
-        _fill_randomly(tensors, facts.llama.initializer_range, seed, device)
-    else:
+    if facts.folder is not None and beside is None:
         _fill_from(facts.folder, facts.llama, tensors)
+    elif beside is None:
+        _fill_randomly(tensors, facts.llama.initializer_range, seed, device)
     drafts = {f"draft.{name}": tensor for name, tensor in model.draft_tensors().items()}
     for name, tensor in (model.lora_tensors() | drafts).items():
         if name.endswith("lora_A"):

@@ -13,7 +13,7 @@ In all shapes here, T is the number of tokens of all sentences together, and P t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -277,6 +277,11 @@ class Head(nn.Module):
         return total, each
 
 
+def is_adapter(name: str) -> bool:
+    """Return whether a parameter of an ``Lvm`` belongs to an adapter, by its name."""
+    return ".lora_" in name or ".draft." in name or name == "mask_row"
+
+
 class Lvm(nn.Module):
     """An LVM backbone, with a LoRA adapter when ``lora`` is given.
 
@@ -352,6 +357,22 @@ class Lvm(nn.Module):
     def logits(self, ids: Tensor, lengths: tuple[int, ...]) -> Tensor:
         """Return the logits after every token, [T, vocabulary]; to look at and compare, not to train with."""
         return F.linear(self.hidden(ids, lengths), self.head.weight.to(self.embed.weight.dtype))
+
+    def allocate(self, device: torch.device, shared: Mapping[str, Tensor]) -> None:
+        """Give a model of the meta device memory; parameters named in ``shared`` use the tensors there."""
+        for name, parameter in list(self.named_parameters()):
+            owner, _, own_name = name.rpartition(".")
+            tensor = shared[name] if name in shared else torch.empty_like(parameter, device=device)
+            placed = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
+            setattr(self.get_submodule(owner), own_name, placed)
+
+    def frozen_parameters(self) -> dict[str, Tensor]:
+        """Return the parameters of the backbone by their names here, without those of adapters."""
+        frozen = {}
+        for name, parameter in self.named_parameters():
+            if not is_adapter(name):
+                frozen[name] = parameter.detach()
+        return frozen
 
     def backbone_tensors(self) -> dict[str, Tensor]:
         """Return the weights under the names and in the shapes of ``transformers.LlamaForCausalLM``.

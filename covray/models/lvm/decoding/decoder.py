@@ -34,7 +34,7 @@ from covray.models.lvm.decoding.base import (
 )
 from covray.models.lvm.decoding.block_diffusion import require_block_diffusion, write_blocks
 from covray.models.lvm.decoding.jacobi import WIDTHS, Relaxation, fastest_window, write_jacobi
-from covray.models.lvm.decoding.reader import KeysValues, Reader
+from covray.models.lvm.decoding.reader import KeysValues, MergedWeights, Reader
 from covray.models.lvm.decoding.sequential import write_sequentially
 from covray.models.lvm.decoding.speculative import require_draft, window_of, window_slots, write_speculatively
 from covray.models.lvm.model import Lvm
@@ -61,8 +61,9 @@ class LvmDecoder:
     """Writes pictures with ``model``, ``batch`` rows at a time; see ``base.Decoder``. Fewer rows are padded."""
 
     def __init__(
-        self, model: Lvm, codes: int, tokens_per_image: int, batch: int = 16, codebook: np.ndarray | None = None
-    ):
+        self, model: Lvm, codes: int, tokens_per_image: int, batch: int = 16, codebook: np.ndarray | None = None,
+        weights: MergedWeights | None = None,
+    ):  # fmt: skip
         """Take the model; nothing of it is changed.
 
         Args:
@@ -71,9 +72,10 @@ class LvmDecoder:
             tokens_per_image: Tokens of a picture.
             batch: Rows of a pass.
             codebook: Of the tokenizer, [codes, width]; only ``sampling.relax`` needs it.
+            weights: Memory for merged weights that decoders of other adapters share; see ``Reader``.
         """
         self.codes, self.tokens_per_image, self.batch = codes, tokens_per_image, batch
-        self._reader = Reader(model, codes, batch)
+        self._reader = Reader(model, codes, batch, weights)
         self._diffusion = None if model.lora is None else model.lora.diffusion
         self._draft = None if model.lora is None else model.lora.draft
         self.context_tokens = self._reader.context_tokens

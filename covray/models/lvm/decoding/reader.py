@@ -29,6 +29,16 @@ KeysValues = tuple[Tensor, Tensor]
 """Of one layer and n tokens, each [heads, n, head width]."""
 
 
+class MergedWeights:
+    """Memory for the weights of a backbone with an adapter merged in, which several readers use in turn."""
+
+    def __init__(self) -> None:
+        """Take no memory yet: the first reader does."""
+        self.parameters: dict[str, Tensor] = {}
+        self.reader: Reader | None = None
+        """Whose adapter is merged in."""
+
+
 class Reader:
     """A model with its rotations and a buffer for ``batch`` rows.
 
@@ -37,25 +47,38 @@ class Reader:
     change the model, it is computed beside them.
     """
 
-    def __init__(self, model: Lvm, codes: int, batch: int):
+    def __init__(self, model: Lvm, codes: int, batch: int, weights: MergedWeights | None = None):
         """Take the model; nothing of it is changed.
 
         Args:
             model: The backbone, with or without an adapter.
             codes: Image codes of the vocabulary.
             batch: Rows of a pass.
+            weights: For a merged copy, shared with readers of other adapters of the backbone; None: an own one. A
+                reader that finds another's adapter there merges its own again before it reads.
         """
         self.batch = batch
         self.context_tokens = int(model.config.max_position_embeddings)
         weight = model.embed.weight
         self.device, self._dtype = weight.device, weight.dtype
-        self._model = _merged(model) if model.lora is not None and weight.dtype == torch.float32 else model
+        self._adapted = model
+        self._weights: MergedWeights | None = None
+        if model.lora is not None and weight.dtype == torch.float32:
+            self._weights = weights or MergedWeights()
+        self._model = model if self._weights is None else _plain(model, self._weights)
+        self._merge()
         self._layers: list[Any] = list(self._model.layers)
         self._head = self._model.head.weight[:codes].detach().to(weight.dtype)
         self._rotation = rotary(model.config, (self.context_tokens,), self.device, self._dtype)
         self._buffer: Tensor | None = None
         self.passes = 0
         """Calls of ``read_token`` and ``read_window``."""
+
+    def _merge(self) -> None:
+        """Make the shared weights those of this reader's adapter, where they are another's."""
+        if self._weights is not None and self._weights.reader is not self:
+            _fill_merged(self._model, self._adapted)
+            self._weights.reader = self
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits of the image codes after ``hidden`` [..., width], float32 [..., codes]."""
@@ -103,6 +126,7 @@ class Reader:
         if not count:
             nothing = self._head.new_empty(self._layers[0].heads, 0, self._head.shape[1] // self._layers[0].heads)
             return self._head.new_empty(0), [(nothing, nothing)] * len(self._layers)
+        self._merge()
         x = self._model.embed_ids(torch.from_numpy(ids.astype(np.int64)).to(self.device))
         rotation = self._rotation[0][position : position + count], self._rotation[1][position : position + count]
         mask = torch.ones((count, position + count), dtype=torch.bool, device=self.device).tril(position)
@@ -137,6 +161,7 @@ class Reader:
             Hidden states [batch, width].
         """
         self.passes += 1
+        self._merge()
         x = self._model.embed_ids(ids)
         rotation = self._rotation[0][position : position + 1], self._rotation[1][position : position + 1]
         for layer, cache in zip(self._layers, caches, strict=True):
@@ -173,6 +198,7 @@ class Reader:
         gate = None if masks is None else MaskRows(self.batch, masks.first)
         rotation = self._rotation[0][positions], self._rotation[1][positions]
         self.passes += 1
+        self._merge()
         x = self._model.embed_ids(ids.flatten())
         for layer, cache in zip(self._layers, caches, strict=True):
             query, key, value = layer.project(x, rotation, gate)  # [batch * W, heads, head width]
@@ -187,14 +213,21 @@ class Reader:
         return padded
 
 
-@torch.no_grad()
-def _merged(model: Lvm) -> Lvm:
-    """Return a copy of ``model`` without its adapter, whose update is added to the weights; a draft adapter stays."""
+def _plain(model: Lvm, memory: MergedWeights) -> Lvm:
+    """Return a model for a copy of ``model`` with its adapter merged, whose weights lie in ``memory``."""
     assert model.lora is not None
     kept = None if model.lora.draft is None else replace(model.lora, targets=())
     with torch.device("meta"):
         plain = Lvm(model.config, kept).to(model.embed.weight.dtype)
-    plain.to_empty(device=model.embed.weight.device)
+    plain.allocate(model.embed.weight.device, memory.parameters)
+    memory.parameters = plain.frozen_parameters()
+    return plain.requires_grad_(False)
+
+
+@torch.no_grad()
+def _fill_merged(plain: Lvm, model: Lvm) -> None:
+    """Fill ``plain`` with the weights of ``model``, to which its adapter's update is added; a draft adapter stays."""
+    assert model.lora is not None
     weights = plain.backbone_tensors()
     for name, tensor in model.backbone_tensors().items():
         weights[name].copy_(tensor)
@@ -210,4 +243,3 @@ def _merged(model: Lvm) -> Lvm:
         plain.mask_row.copy_(model.mask_row)
     elif model.mask_row is not None and model.lora.diffusion is not None:
         plain.embed.weight[model.lora.diffusion.mask_id] = model.mask_row
-    return plain.requires_grad_(False)
