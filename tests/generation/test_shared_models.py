@@ -1,4 +1,4 @@
-"""Adapters of one backbone in one process: its weights are held once, and answers have the bits that they have alone."""
+"""Adapters of one backbone in one process: held once, and answers have the bits that they have alone."""
 
 from __future__ import annotations
 
