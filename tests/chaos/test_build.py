@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import random
 import subprocess
 from collections.abc import Callable
@@ -12,8 +11,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from covray.pairs.manifest import ManifestWriter
-from covray.pairs.scenes import scene_pairs
 from tests.support.chaos import folders_left
 from tests.support.commands import (
     COVRAY,
@@ -66,37 +63,3 @@ def test_a_build_killed_four_times_equals_an_undisturbed_one(
     assert len(tokens_of(out)) == SCENES * 7
     assert tokens_of(out) == computed(scenes_manifest(SCENES, "reversed.parquet", reverse=True))
     assert not folders_left(out)
-
-
-def test_an_append_that_is_killed_computes_only_what_is_new(tmp_path: Path, started: list[psutil.Process]) -> None:
-    manifests, out = tmp_path / "manifests", tmp_path / "chains"
-    manifests.mkdir()
-
-    def write(name: str, seed: int) -> None:
-        with ManifestWriter(str(manifests / name)) as writer:
-            for pair in scene_pairs(2, seed=seed):
-                writer.add(pair)
-
-    build = ["build", "--manifest", str(manifests), "--out", str(out), "--actors", "1", *FAST]
-    build += ["--set", "rows_per_block=3", "--json"]
-    write("a.parquet", 0)
-    run(*build)
-    first, shards = tokens_of(out), sorted(out.rglob("*.parquet"))
-    write("b.parquet", 1)
-    appending = subprocess.Popen([COVRAY, *build, "--append"], env=environment(), stdout=subprocess.DEVNULL)
-    wait_for(lambda: committed(out) >= 17, "a block more than the 14 rows of the first version", appending)
-    started += psutil.Process(appending.pid).children(recursive=True)
-    appending.kill()
-    assert appending.wait(120) != 0
-    assert tokens_of(out) == first, "readers see the finished version"
-    audit = json.loads(run(*build, "--append").stdout.splitlines()[-1])
-
-    assert audit["asked"] == 28
-    assert [version["asked"] for version in audit["versions"]] == [14, 28]
-    assert audit["rows_of_earlier_runs"] >= 17
-    assert tokens_of(f"{out}@1") == first
-    assert [file for file in shards if file.exists()] == shards, "the first version's files are left as they are"
-    whole = tokens_of(out)
-    assert whole == computed(manifests / "a.parquet") | computed(manifests / "b.parquet")
-    assert not folders_left(out)
-    assert json.loads(run(*build).stdout.splitlines()[-1]) == audit, "a finished append is left as it is"

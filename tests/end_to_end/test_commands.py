@@ -17,7 +17,7 @@ from PIL import Image
 from covray.chains.dataset import ChainDataset
 from covray.pairs.manifest import ManifestWriter, Pair, Picture
 from covray.recipes.nano.recipe import WEIGHTS
-from tests.support.commands import FAST, environment, error_line, tokens_of
+from tests.support.commands import FAST, compute, environment, error_line, tokens_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.end_to_end]
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -99,15 +99,15 @@ def test_from_photographs_to_the_page(
     refused = run_here("build", "--pairs", str(pairs), "--out", str(out), "--lengths", "5", "--keep-noise", code=2)
     assert "lengths was [3], is [5]" in " ".join(refused.stderr.split())
 
-    longer, fresh = tmp_path / "longer", tmp_path / "fresh"
-    steps = ("--lengths", "3,5", *FAST[2:])
+    longer = tmp_path / "longer"
     from_noise = run_on_ray(
-        "build", "--pairs", str(pairs), "--out", str(longer), *steps, "--noise-from", str(out), "--json",
+        "build", "--pairs", str(pairs), "--out", str(longer), "--lengths", "3,5", *FAST[2:], "--noise-from", str(out),
+        "--json",
     )  # fmt: skip
-    no_noise = run_on_ray("build", "--pairs", str(pairs), "--out", str(fresh), *steps, "--json")
-    assert tokens_of(longer) == tokens_of(fresh), "kept noise gives the same tokens"
-    evaluations = [json.loads(d.stdout.splitlines()[-1])["unet_evaluations"] for d in (from_noise, no_noise)]
-    assert evaluations[0] < evaluations[1], "and costs no inversions"
+    no_noise = compute(pairs, (3, 5))
+    assert tokens_of(longer) == no_noise.tokens, "kept noise gives the same tokens"
+    evaluations = json.loads(from_noise.stdout.splitlines()[-1])["unet_evaluations"]
+    assert 0 < evaluations < no_noise.evaluations, "and costs no inversions"
 
     run_here("view", str(out))
     page = (out / "view" / "index.html").read_text()

@@ -132,13 +132,15 @@ def require_wiped(chains: str) -> None:
             assert near < np.abs(middle[:, half].astype(int) - other[:, half]).mean()
 
 
-def test_a_node_without_the_package_is_refused_before_the_start(tmp_path: Path, python_path: str) -> None:
+def test_a_node_without_the_package_is_refused_before_the_start(
+    tmp_path: Path, python_path: str, run_on_ray: Covray
+) -> None:
     write_cutouts(tmp_path / "cutouts")
     pairs = str(tmp_path / "pairs.parquet")
     run("pairs", "from", "cutouts", str(tmp_path / "cutouts"), "--out", pairs, PYTHONPATH=python_path)
-    with ray_for_commands(tmp_path) as covray:  # its workers do not have the package
-        build = ("build", "--pairs", pairs, "--out", str(tmp_path / "chains"), "--method", "linear")
-        message = error_line(covray(*build, code=2, PYTHONPATH=python_path).stderr)
+    build = ("build", "--pairs", pairs, "--out", str(tmp_path / "chains"), "--method", "linear")
+    # The workers of this Ray do not have the package.
+    message = error_line(run_on_ray(*build, code=2, PYTHONPATH=python_path).stderr)
     assert message.startswith("node ")
     assert "the task matting is of covray-matting 1.0, which is not installed" in message
     assert not (tmp_path / "chains" / "_dataset.json").exists()

@@ -15,6 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +30,13 @@ from covray.chains.prepare import prepare_block
 from covray.cli.app import main
 from covray.config import BuildConfig, TrainConfig, load_config
 from covray.pairs.manifest import ManifestWriter
+from covray.pairs.manifest_reading import check_manifest
 from covray.pairs.scenes import scene_pairs
 
 COVRAY = str(Path(sys.executable).parent / "covray")
 RAY = str(Path(sys.executable).parent / "ray")
 FAST = ("--lengths", "3", "--set", "prior.steps=5", "--set", "engine.batch=16")
 """Fewer steps than anyone would build with: the tests ask whether rows are lost, not how frames look."""
-_TRAIN = """
-import sys
-from covray.cli.waiting import informed
-from covray.config import TrainConfig, load_config
-from covray.distributed.train import train
-with informed():  # prints what the workers say
-    train(load_config(TrainConfig, sys.argv[1]))
-"""
 
 
 def environment(**changes: str) -> dict[str, str]:
@@ -114,25 +108,45 @@ def tokens_of(dataset: Path | str) -> dict[int, Any]:
     return found
 
 
+@dataclass(frozen=True)
+class Computed:
+    """What a build must give."""
+
+    tokens: dict[int, Any]
+    """As ``tokens_of`` gives them."""
+    evaluations: int
+    """Forward passes of the UNet, counted by picture."""
+
+
 def computed(manifest: Path) -> dict[int, Any]:
     """What ``tokens_of`` a build of ``manifest`` with ``FAST`` must give: computed here, in one block, without Ray."""
+    return compute(manifest, [3]).tokens
+
+
+def compute(manifests: Path, lengths: Sequence[int]) -> Computed:
+    """Compute what a build with the settings of ``FAST`` must give: here, in one block, without Ray.
+
+    Args:
+        manifests: A manifest or a folder of them.
+        lengths: Of the chains.
+    """
     from covray.chains.build import BlockBuilder
 
-    options = {"pairs": str(manifest), "out": "nowhere", "lengths": [3]}
+    options = {"pairs": str(manifests), "out": "nowhere", "lengths": list(lengths)}
     builder = BlockBuilder(load_config(BuildConfig, None, options, [FAST[3], FAST[5]]))
-    pairs = pq.read_table(manifest, columns=["pair_id", "task", "split", "image", "label"])
-    rows, _ = builder.build(prepare_block(pairs, builder.config, builder.models(), None))
+    pairs = pq.read_table(manifests, columns=["pair_id", "task", "split", "image", "label"])
+    root = check_manifest(manifests).root
+    rows, stats = builder.build(prepare_block(pairs, builder.config, builder.models(), root))
 
-    def data(tokens: list[int] | None) -> bytes | None:
-        return None if tokens is None else np.array(tokens, np.uint16).tobytes()
+    def data(numbers: list[int] | None) -> bytes | None:
+        return None if numbers is None else np.array(numbers, np.uint16).tobytes()
 
-    return {
-        row["pair_id"]: (
-            row["task"], row["split"], row["error"], data(row["source"]), data(row["label"]),
-            tuple((frame["method"], frame["alpha"], data(frame["tokens"])) for frame in row["frames"] or []),
-        )
-        for row in rows.to_pylist()
-    }  # fmt: skip
+    tokens = {}
+    for row in rows.to_pylist():
+        frames = tuple((frame["method"], frame["alpha"], data(frame["tokens"])) for frame in row["frames"] or [])
+        ends = (data(row["source"]), data(row["label"]))
+        tokens[row["pair_id"]] = (row["task"], row["split"], row["error"], *ends, frames)
+    return Computed(tokens, stats.evaluations)
 
 
 def wait_for(condition: Callable[[], bool], what: str, running: subprocess.Popen[Any] | None = None) -> None:
@@ -185,8 +199,8 @@ def kill_all(processes: Sequence[subprocess.Popen[Any]]) -> None:
 
 
 @pytest.fixture
-def start_training(tmp_path: Path) -> Iterator[Callable[[TrainConfig], subprocess.Popen[str]]]:
-    """Starts a training as a process of its own; nothing of it outlives the test."""
+def start_training(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts ``covray train`` with a configuration; nothing of it outlives the test."""
     processes: list[subprocess.Popen[str]] = []
 
     def begin(config: TrainConfig, **changes: str) -> subprocess.Popen[str]:
@@ -194,8 +208,10 @@ def start_training(tmp_path: Path) -> Iterator[Callable[[TrainConfig], subproces
         file.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_none=True)))
         # A driver whose Ray is gone gives up after these seconds (a minute by default).
         variables = environment(RAY_gcs_rpc_server_reconnect_timeout_s="5", **changes)
-        command = [sys.executable, "-c", _TRAIN, str(file)]
-        processes.append(subprocess.Popen(command, env=variables, stderr=subprocess.PIPE, text=True))
+        command = [COVRAY, "train", "--config", str(file)]
+        processes.append(
+            subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        )
         return processes[-1]
 
     yield begin
