@@ -1,6 +1,6 @@
 """Two trainings in one folder: one works, the other is refused in one line, and no step is done twice.
 
-``tests/chaos/test_folder.py`` tries builds, ``tests/end_to_end/test_sweep.py`` sweeps and
+``tests/chaos/test_build.py`` tries builds, ``tests/end_to_end/test_sweep.py`` sweeps and
 ``tests/distributed/test_folder_race.py`` the lock by itself. To try more than one seed:
 
     COVRAY_TEST_SEEDS=10 pytest tests/chaos/test_folder_train.py

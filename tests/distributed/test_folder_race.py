@@ -1,6 +1,6 @@
 """Commands that start together in one folder and are killed at random moments write everything once.
 
-The commands are processes without Ray, so that many moments can be tried; ``tests/chaos/test_folder.py`` tries builds.
+The commands are processes without Ray, so that many moments can be tried; ``tests/chaos`` tries the real ones.
 """
 
 from __future__ import annotations
