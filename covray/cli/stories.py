@@ -16,11 +16,15 @@ def demo(
     out: Annotated[Path, typer.Option("--out", help="Folder to write.", callback=require_folder_name)] = Path(
         "covray-demo"
     ),
+    think: Annotated[
+        str | None,
+        typer.Option("--think", help="Folder with ThinkDiff's parts, as for covray serve; it draws a picture, too."),
+    ] = None,
     json_: Json = False,
 ) -> None:
     """The whole story on the nano family, offline, in minutes: pictures in, chains of vision to look at."""
     from covray.recipes.demo import run_demo
 
-    result = run_demo(out, console)
+    result = run_demo(out, console, think)
     if json_:
         print(json.dumps(result.to_json()))

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from covray.config import (
     BuildConfig,
+    EngineConfig,
     EvaluateConfig,
     OptimizerConfig,
     PriorConfig,
@@ -22,17 +23,24 @@ from covray.config import (
     TrackingConfig,
     TrainConfig,
 )
+from covray.config.serve import ThinkServeConfig
+from covray.config.think import ThinkGenerateConfig
 from covray.distributed.build import build
 from covray.distributed.evaluate import PAGE, evaluate
 from covray.distributed.train import train
 from covray.errors import ConfigError, one_line
 from covray.evaluation.records import EvaluationResults
+from covray.io.images import encode_png
 from covray.io.records import RecordPart
 from covray.pairs.manifest import ManifestWriter, Pair
 from covray.pairs.photos import photo_pairs
 from covray.pairs.scenes import scene_pairs
 from covray.recipes.nano.data import photograph_path
 from covray.report.dataset import view
+from covray.serve.thinking import ThinkParts, open_parts
+from covray.thinking.answering import generate
+from covray.thinking.cells import demonstration_pictures
+from covray.thinking.episodes import PORTRAITS, make_episode, sample_orders, tasks_of
 from covray.training.records import TrainResult
 
 PHOTOGRAPHS = (
@@ -49,6 +57,8 @@ TRAINING = {"epochs": 4.0, "batch_tokens": 6144, "learning_rate": 1e-3}
 """Some twenty short steps: enough to see the model learn chains, on so few pairs."""
 EVALUATION = {"batch": 4, "rows_per_block": 14}
 """Small batches, for few queries."""
+SHOTS = 2
+"""Pictures that ThinkDiff is shown before it draws the next one."""
 
 
 class DemoResult(RecordPart):
@@ -64,6 +74,8 @@ class DemoResult(RecordPart):
     audit: dict[str, Any]
     training: dict[str, Any]
     scores: list[dict[str, Any]]
+    thought: str | None
+    """The picture that ThinkDiff drew; null without ``--think``."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +104,10 @@ class _Demo:
     @property
     def scores(self) -> Path:
         return self.out / "evaluation"
+
+    @property
+    def thought(self) -> Path:
+        return self.out / "thought"
 
     def announce(self, step: str, command: str) -> None:
         """Print what comes next, and the command that does it."""
@@ -195,19 +211,49 @@ class _Demo:
             )
         )
 
+    def think(self, parts: ThinkParts) -> str:
+        """Let ThinkDiff draw the picture that a rule of words and pictures asks for; returns its file."""
+        task = tasks_of(PORTRAITS)[0]
+        (order,) = sample_orders(1, seed=0)
+        episode = make_episode(task, 0, order, SHOTS)
+        images = []
+        self.thought.mkdir(exist_ok=True)
+        for number, picture in enumerate(demonstration_pictures(episode, seed=0), 1):
+            file = self.thought / f"shown-{number}.png"
+            file.write_bytes(encode_png(picture))
+            images.append(str(file))
+        models = parts.models.model_dump(exclude_none=True)
+        config = ThinkGenerateConfig.model_validate(
+            models
+            | {"run": str(parts.aligner.path), "out": str(self.thought / "answer"), "instruction": parts.instruction}
+            | {"images": images, "words": episode.words}
+        )
+        self.announce(
+            f"A vision-language model reads {SHOTS} pictures with words, and a diffusion model draws what comes next",
+            _generate_command(config),
+        )
+        answer = generate(config)
+        picture_file = f"{config.out}/{answer.files[0]}"
+        self.report(
+            f'asked: {" ".join(episode.words)}; it thought "{answer.text}" and drew [bold]{picture_file}[/bold]'
+        )
+        return picture_file
 
-def run_demo(out: Path, console: Console) -> DemoResult:
+
+def run_demo(out: Path, console: Console, think: str | None = None) -> DemoResult:
     """Make pairs of photographs and scenes, build chains of them, show them, train a small adapter, evaluate it.
 
     Args:
         out: A folder that does not exist yet, or that an earlier demo was stopped in.
         console: Where to print the steps.
+        think: Folder with ThinkDiff's parts, of which a picture is drawn at the end; None: none.
 
     Raises:
-        CovrayError: ``out`` holds something else, or a step failed.
+        CovrayError: ``out`` holds something else, a part of ``think`` cannot be used, or a step failed.
     """
     started = time.monotonic()
     demo = _Demo(out, console)
+    parts = None if think is None else _thinking_parts(think)
     if out.exists() and not demo.photographs.is_dir():
         raise ConfigError(f"--out {out}: exists and holds no demo; give a folder that does not exist yet")
     demo.make_pairs()
@@ -215,6 +261,7 @@ def run_demo(out: Path, console: Console) -> DemoResult:
     page = demo.write_page()
     training = demo.tune().to_json()
     evaluation = demo.score()
+    thought = None if parts is None else demo.think(parts)
     seconds = round(time.monotonic() - started, 1)
     evaluation_page = str(demo.scores / PAGE)
     console.print(f"\nDone in {seconds:.0f} s. Open [bold]{page}[/bold]", soft_wrap=True)
@@ -228,7 +275,33 @@ def run_demo(out: Path, console: Console) -> DemoResult:
         audit=audit,
         training=training,
         scores=[score.to_json() for score in evaluation.scores],
+        thought=thought,
     )
+
+
+def _thinking_parts(folder: str) -> ThinkParts:
+    """Return ThinkDiff's parts, checked. Raises CovrayError for parts that cannot be used, or that read no words."""
+    parts = open_parts(ThinkServeConfig(folder=folder), EngineConfig())
+    if parts.aligner.variant == "clip":
+        raise ConfigError(f"--think {folder}: has a vision tower, which reads no words; give parts with a vlm")
+    return parts
+
+
+def _generate_command(config: ThinkGenerateConfig) -> str:
+    """Return the command of an answer, without ``covray``."""
+    options = ["--run", config.run, "--kind", config.painter.kind, "--painter", config.painter.path]
+    if config.vlm is not None:
+        options += ["--vlm", config.vlm.path]
+    for image in config.images:
+        options += ["--image", image]
+    for word in config.words:
+        options += ["--word", word]
+    settings = {
+        "painter.steps": config.painter.steps,
+        "painter.guidance": config.painter.guidance,
+        "instruction": config.instruction,
+    }
+    return f"think generate {shlex.join([*options, '--out', config.out])} {_set_options(settings)}"
 
 
 def _tracking() -> TrackingConfig:
