@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,9 +71,26 @@ class Stage:
     """Tokens that are read and written as one position; 1 is the model as it is used."""
     rate: float
     """Highest learning rate, as a share of ``MUON_RATE`` and ``ADAMW_RATE``."""
+    noisy: float = 0.0
+    """Share of labels that are read with tokens of other labels among their own.
+
+    What comes next in a label is told by its last tokens and by the query. A model that always reads true tokens leans
+    on them, and then writes on from its own mistakes; one that cannot trust them learns to read the query."""
 
 
-STAGES = (Stage(2000, 4, 1.0), Stage(900, 1, 0.7))
+STAGES = (Stage(2000, 4, 1.0), Stage(900, 1, 0.7), Stage(1200, 1, 0.7, noisy=0.5))
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """Pictures one after another, as tokens; each field is [pictures * tokens]."""
+
+    ids: Tensor
+    """What is to be said, int64."""
+    read: Tensor
+    """What the model reads of it, int64; other than ``ids`` in labels with noise."""
+    counts: Tensor
+    """Where ``ids`` carry loss, bool."""
 
 
 @dataclass(frozen=True)
@@ -87,20 +104,16 @@ class Corpus:
     views: Tensor
     """[scenes, 4 views, tokens]."""
 
-    def sentence(self, pairs: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Draw a sentence.
-
-        Args:
-            pairs: Length of the sentence, in pairs of pictures.
-            generator: Source of all randomness.
-
-        Returns:
-            Token ids, int64 [2 * pairs * tokens], and where they carry loss, bool of the same shape.
-        """
+    def sentence(self, pairs: int, noisy: float, generator: torch.Generator) -> Sentence:
+        """Draw a sentence of ``pairs`` pairs of pictures, of whose labels the share ``noisy`` is read with noise."""
         kind = float(torch.rand((), generator=generator))
         length = 2 * pairs
+        noise = None
         if kind < PAIRS_SHARE:
-            pictures = self.pairs(DRAWN[self._draw(len(DRAWN), 1, generator)[0]], pairs, generator)
+            task = DRAWN[self._draw(len(DRAWN), 1, generator)[0]]
+            pictures = self.pairs(task, pairs, generator)
+            if noisy:
+                noise = self.pairs(task, pairs, generator)[1::2]
         elif kind < PAIRS_SHARE + VIEWS_SHARE:
             scenes = self._draw(len(self.views), -(-length // VIEWS), generator)
             pictures = self.views[scenes].flatten(0, 1)[:length]
@@ -109,7 +122,11 @@ class Corpus:
         counts = torch.rand(pictures.shape, generator=generator) < IMAGES_LOSS
         if kind < PAIRS_SHARE:
             counts[1::2] = True
-        return pictures.reshape(-1).long(), counts.flatten()
+        read = pictures
+        if noise is not None:
+            read = pictures.clone()
+            read[1::2] = self._mixed(pictures[1::2], noise, noisy, generator)
+        return Sentence(pictures.flatten().long(), read.flatten().long(), counts.flatten())
 
     def pairs(self, task: str, count: int, generator: torch.Generator) -> Tensor:
         """Draw ``count`` pairs of ``task``, [2 * count, tokens].
@@ -122,6 +139,13 @@ class Corpus:
         source = self.photographs if photographs else self.scenes
         chosen = source[self._draw(len(source), count, generator)]
         return torch.stack((chosen[:, image], chosen[:, label]), 1).flatten(0, 1)
+
+    @staticmethod
+    def _mixed(labels: Tensor, noise: Tensor, noisy: float, generator: torch.Generator) -> Tensor:
+        """Return ``labels`` [n, tokens], the share ``noisy`` of them with an even share of tokens of ``noise``."""
+        shares = torch.rand(len(labels), 1, generator=generator)
+        shares = shares * (torch.rand(len(labels), 1, generator=generator) < noisy)
+        return torch.where(torch.rand(labels.shape, generator=generator) < shares, noise, labels)
 
     @staticmethod
     def _draw(population: int, count: int, generator: torch.Generator) -> list[int]:
@@ -161,7 +185,7 @@ def train_lvm(
         if not ended.is_dir():
             run = Run(f"lvm-{number}", out, steps or stage.steps, seed + number, device, ADAMW_RATE)
             model = train(
-                model, _loss(corpus, size, stage.patch, device), run, measure=measure,
+                model, _loss(corpus, size, stage, device), run, measure=measure,
                 optimizers=partial(_optimizers, rate=stage.rate),
             )  # fmt: skip
             save_lvm(model, ended, tokenizer.codebook_fingerprint, size)
@@ -170,15 +194,19 @@ def train_lvm(
     shutil.copytree(ended, out / "lvm", dirs_exist_ok=True)
 
 
-def _loss(corpus: Corpus, size: int, patch: int, device: torch.device) -> Callable[[Any, int, torch.Generator], Tensor]:
+def _loss(
+    corpus: Corpus, size: int, stage: Stage, device: torch.device
+) -> Callable[[Any, int, torch.Generator], Tensor]:
     """Return what computes the loss of a step on sentences of ``corpus``, whose pictures are ``size`` tokens."""
 
     def loss_of(model: Any, step: int, generator: torch.Generator) -> Tensor:
         pairs = PAIRS_OF_A_STEP[int(torch.randint(len(PAIRS_OF_A_STEP), (), generator=generator))]
         number = max(1, BATCH_TOKENS // (2 * pairs * size))
-        sentences, counts = zip(*(corpus.sentence(pairs, generator) for _ in range(number)), strict=True)
-        batch = _batch(sentences, torch.stack(counts)).to(device)
-        total, each = model(batch) if patch == 1 else patch_loss(model, batch, patch)
+        sentences = [corpus.sentence(pairs, stage.noisy, generator) for _ in range(number)]
+        counts = torch.stack([sentence.counts for sentence in sentences])
+        batch = _batch([sentence.read for sentence in sentences], counts)
+        batch = replace(batch, target_ids=torch.cat([sentence.ids for sentence in sentences])).to(device)
+        total, each = model(batch) if stage.patch == 1 else patch_loss(model, batch, stage.patch)
         return total / len(each)
 
     return loss_of
@@ -211,7 +239,8 @@ def patch_loss(model: Lvm, batch: Batch, patch: int) -> tuple[Tensor, Tensor]:
     first[torch.tensor((0, *lengths[:-1]), device=x.device).cumsum(0)] = True
     predicted = batch.positions + 1
     predicted = predicted[~first[predicted // patch]]
-    total, each = model.head(model.norm(x)[predicted // patch - 1], batch.ids[predicted])
+    targets = batch.ids if batch.target_ids is None else batch.target_ids
+    total, each = model.head(model.norm(x)[predicted // patch - 1], targets[predicted])
     return total, each
 
 

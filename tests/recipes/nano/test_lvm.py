@@ -46,12 +46,13 @@ def test_a_sentence_is_pairs_of_one_task_or_views_or_single_pictures(corpus: lvm
     kinds_of_sentences = {"pairs": 0, "views": 0, "single": 0}
     for seed in range(300):
         generator = torch.Generator().manual_seed(seed)
-        sentence, counts = corpus.sentence(8, generator)
-        again, counts_again = corpus.sentence(8, torch.Generator().manual_seed(seed))
-        assert torch.equal(sentence, again)
-        assert torch.equal(counts, counts_again)
-        pictures = _pictures(sentence)
-        share = counts.reshape(lvm.PICTURES, TOKENS).float().mean(1)
+        sentence = corpus.sentence(8, 0.0, generator)
+        again = corpus.sentence(8, 0.0, torch.Generator().manual_seed(seed))
+        assert torch.equal(sentence.ids, again.ids)
+        assert torch.equal(sentence.ids, sentence.read)
+        assert torch.equal(sentence.counts, again.counts)
+        pictures = _pictures(sentence.ids)
+        share = sentence.counts.reshape(lvm.PICTURES, TOKENS).float().mean(1)
         pairs = list(zip(pictures[::2], pictures[1::2], strict=True))
         if pictures[0][0] == 2:
             kinds_of_sentences["views"] += 1
@@ -89,8 +90,25 @@ def test_guesses_without_a_network() -> None:
 @pytest.mark.parametrize("pairs", sorted(set(lvm.PAIRS_OF_A_STEP)))
 def test_a_sentence_is_as_long_as_asked_whatever_it_is_of(corpus: lvm.Corpus, pairs: int) -> None:
     for seed in range(60):
-        sentence, counts = corpus.sentence(pairs, torch.Generator().manual_seed(seed))
-        assert sentence.shape == counts.shape == (2 * pairs * TOKENS,)
+        sentence = corpus.sentence(pairs, 0.5, torch.Generator().manual_seed(seed))
+        assert sentence.ids.shape == sentence.read.shape == sentence.counts.shape == (2 * pairs * TOKENS,)
+
+
+def test_noise_is_of_other_labels_and_touches_no_image(corpus: lvm.Corpus) -> None:
+    shares = []
+    for seed in range(200):
+        sentence = corpus.sentence(8, 0.5, torch.Generator().manual_seed(seed))
+        said, read = (ids.reshape(lvm.PICTURES, TOKENS) for ids in (sentence.ids, sentence.read))
+        assert torch.equal(said[::2], read[::2])
+        share = (said != read).float().mean(1)[1::2]
+        of_pairs = bool(sentence.counts.reshape(lvm.PICTURES, TOKENS)[1::2].all())
+        assert of_pairs or not share.any()
+        if of_pairs:
+            shares += share.tolist()
+            assert (read[1::2] % 10 == said[1::2] % 10).all()  # the same kind of picture
+    # Half of the labels have an even share of noise, of which one token in 30 is of the same scene after all.
+    assert sum(shares) / len(shares) == pytest.approx(0.5 * 0.5 * 29 / 30, abs=0.03)
+    assert shares.count(0) / len(shares) > 0.5
 
 
 @pytest.fixture
