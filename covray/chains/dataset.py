@@ -331,7 +331,7 @@ class ChainDataset:
 
 
 def _joined(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Yield the same rows with the batches of small shards joined, as every batch costs whoever looks at it."""
+    """Yield the same rows with the batches of small shards joined: each batch has a fixed cost."""
     group: list[pa.RecordBatch] = []
     rows = 0
     for batch in batches:

@@ -70,7 +70,7 @@ class TrainProgress:
             self._display.show(int(last_step["step"]), int(last_step["steps"]), last_step["seconds"], text)
 
     def _take(self, record: Metrics) -> None:
-        """Give a record to Prometheus, to the trackers and to whoever watches the training."""
+        """Give a record to Prometheus, to the trackers and to the display of the training."""
         _record(self._recorder, record)
         values = {key: value for key, value in record.items() if key not in ("step", "steps")}
         self._tracker.log(int(record["step"]), values)

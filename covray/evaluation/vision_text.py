@@ -130,7 +130,7 @@ def _is_right(exchange: Exchange, answer: str) -> bool | None:
 
 
 def _facts(exchange: Exchange, answer: str) -> dict[str, bool] | None:
-    """Return whether each fact of a portrait is stated; None where the picture is no portrait."""
+    """Return whether each fact of a portrait is stated; None where the picture is not a portrait."""
     if "solids" not in exchange.attributes:
         return None
     return right_facts(answer, exchange.attributes)

@@ -77,7 +77,7 @@ class Slot:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        """End; an error that is no refusal means that the client left."""
+        """End; an error other than a refusal means that the client left."""
         if self._kept:
             return
         status = CLIENT_LEFT

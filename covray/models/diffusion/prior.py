@@ -67,7 +67,7 @@ class Contexts:
     states: torch.Tensor
     """[B, n, d], padded."""
     mask: torch.Tensor
-    """bool [B, n]: what is no padding."""
+    """bool [B, n]: False where it is padding."""
 
     @classmethod
     def of(cls, states: Sequence[torch.Tensor], tokens: int) -> Contexts:
