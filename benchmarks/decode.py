@@ -41,7 +41,8 @@ from covray.models.lvm.decoding.decoder import LvmDecoder
 from covray.models.lvm.decoding.speculative import require_draft
 from covray.models.lvm.draft import Draft
 from covray.models.lvm.draft_files import DRAFT_PREFIX
-from covray.models.lvm.model import TARGETS, Diffusion, Lora, Lvm
+from covray.models.lvm.lora import TARGETS, Diffusion, Lora
+from covray.models.lvm.model import Lvm
 from covray.models.lvm.scales import SCALES
 from covray.models.tokenizer.vqgan import load_tokenizer
 from covray.pairs.scenes.pairs import labelled, scene_seed

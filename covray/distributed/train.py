@@ -35,8 +35,8 @@ from covray.distributed.train_checks import C, CheckedRun, absolute_paths, bindi
 from covray.distributed.train_progress import TrainProgress
 from covray.distributed.worker_entry import WorkerSettings, work
 from covray.errors import ConfigError, last_line
+from covray.io.device import bfloat16_units
 from covray.io.storage import Folder
-from covray.models.lvm.model import bfloat16_units
 from covray.progress import stage
 from covray.training.checkpoints import EXPORT
 from covray.training.metrics_log import Metrics, MetricsTail

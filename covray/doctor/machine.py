@@ -18,8 +18,7 @@ from packaging.specifiers import SpecifierSet
 from covray.config import require_compiler
 from covray.doctor.findings import GIB, Finding, first_line
 from covray.errors import ConfigError
-from covray.io.device import choose_device
-from covray.models.lvm.model import bfloat16_units
+from covray.io.device import bfloat16_units, choose_device
 
 
 def check_packages() -> list[Finding]:

@@ -16,7 +16,8 @@ from covray.models.lvm.backbone import BackboneFacts, load_backbone
 from covray.models.lvm.decoding.base import Decoder
 from covray.models.lvm.decoding.decoder import LvmDecoder
 from covray.models.lvm.decoding.reader import MergedWeights
-from covray.models.lvm.model import Batch, Lora, Lvm
+from covray.models.lvm.lora import Lora
+from covray.models.lvm.model import Batch, Lvm
 from covray.models.tokenizer.vqgan import Tokenizer, load_tokenizer
 
 Adapter = tuple[Lora, dict[str, Tensor]]

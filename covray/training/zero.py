@@ -24,7 +24,8 @@ from transformers import LlamaConfig
 from covray.config import AdamWConfig, TrainConfig
 from covray.errors import ConfigError, one_line
 from covray.io import storage
-from covray.models.lvm.model import Lvm, Projection
+from covray.models.lvm.lora import Projection
+from covray.models.lvm.model import Lvm
 from covray.training.memory import memory
 from covray.training.objectives.base import B, Loss, Objective
 from covray.training.optimizers import MOMENTS, adamw

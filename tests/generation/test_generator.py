@@ -35,7 +35,7 @@ from covray.io.images import square
 from covray.models.lvm.adapter import save_adapter
 from covray.models.lvm.decoding.decoder import LvmDecoder
 from covray.models.lvm.draft import Draft
-from covray.models.lvm.model import Diffusion, Lora
+from covray.models.lvm.lora import Diffusion, Lora
 from covray.pairs.manifest import MANIFEST_SCHEMA
 from covray.tasks import TASKS, pose, segmentation
 from tests.generation.conftest import ENGINE, LORA

@@ -11,7 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from covray.config import BackboneConfig, LoraConfig
 from covray.models.lvm.backbone import backbone_facts, load_backbone
-from covray.models.lvm.model import Batch, Lora, Lvm
+from covray.models.lvm.lora import Lora
+from covray.models.lvm.model import Batch, Lvm
 
 CODES = 64
 CPU = torch.device("cpu")

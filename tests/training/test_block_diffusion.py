@@ -17,7 +17,8 @@ from covray.errors import ConfigError, WeightsError
 from covray.models.lvm.adapter import DIFFUSION_FILE, load_adapter_tensors, read_adapter, read_run_adapter
 from covray.models.lvm.backbone import backbone_facts, load_backbone, write_backbone
 from covray.models.lvm.decoding.decoder import LvmDecoder
-from covray.models.lvm.model import Batch, Diffusion
+from covray.models.lvm.lora import Diffusion
+from covray.models.lvm.model import Batch
 from covray.training.objectives.block_diffusion import BlockDiffusion, noised_places
 from covray.training.run import train
 from covray.training.worker import Signal, WorkerContext

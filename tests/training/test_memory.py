@@ -16,7 +16,8 @@ from transformers import LlamaConfig
 
 from covray.config import TrainConfig, load_config
 from covray.errors import ConfigError, DatasetError
-from covray.models.lvm.model import TARGETS, Batch, Lora, Lvm
+from covray.models.lvm.lora import TARGETS, Lora
+from covray.models.lvm.model import Batch, Lvm
 from covray.models.lvm.scales import SCALES, llama_config
 from covray.training.memory import adapter_parameters, memory, plan, plan_training
 

@@ -24,7 +24,8 @@ from covray.io.tensor_files import new_folder, require_finite, require_new
 from covray.models.lvm.backbone import BackboneFacts, backbone_facts, stored_tensors, write_backbone
 from covray.models.lvm.draft import Draft
 from covray.models.lvm.draft_files import DRAFT_FILE, DRAFT_PREFIX, draft_files, read_draft
-from covray.models.lvm.model import TARGETS, Diffusion, Lora, Lvm
+from covray.models.lvm.lora import TARGETS, Diffusion, Lora
+from covray.models.lvm.model import Lvm
 from covray.progress import stage
 
 CONFIG_FILE = "adapter_config.json"

@@ -31,7 +31,8 @@ from covray.errors import ConfigError, WeightsError, one_line
 from covray.io import storage
 from covray.io.model_folders import NANO_NAMES, fingerprint_folder, require_files, resolve_folder
 from covray.io.tensor_files import STORED_FLOATS, duplicate_tensor, quantised_tensor, weight_files
-from covray.models.lvm.model import Lora, Lvm, is_adapter
+from covray.models.lvm.lora import Lora
+from covray.models.lvm.model import Lvm, is_adapter
 from covray.models.lvm.scales import SPECIAL_IDS, llama_config
 from covray.models.tokenizer.vqgan import MAX_CODES
 from covray.seeds import hash_number

@@ -26,7 +26,8 @@ from covray.chains.sentences import Sentences, micro_batches
 from covray.config import TrainConfig
 from covray.errors import ConfigError
 from covray.models.lvm.backbone import BackboneFacts
-from covray.models.lvm.model import Batch, Diffusion
+from covray.models.lvm.lora import Diffusion
+from covray.models.lvm.model import Batch
 from covray.models.lvm.noisy import NoisyBlocks
 from covray.models.masking import mask_blocks, noise_levels
 from covray.seeds import seed_of

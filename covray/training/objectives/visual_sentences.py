@@ -21,7 +21,8 @@ from covray.models.lvm.adapter import MASK_ROW, adapter_files, adapter_tensors, 
 from covray.models.lvm.backbone import BackboneFacts, backbone_facts, load_backbone
 from covray.models.lvm.draft import Draft
 from covray.models.lvm.draft_files import DRAFT_PREFIX
-from covray.models.lvm.model import Batch, Diffusion, Lora, Lvm
+from covray.models.lvm.lora import Diffusion, Lora
+from covray.models.lvm.model import Batch, Lvm
 from covray.models.lvm.scales import parameters
 from covray.training.data import sources_of
 from covray.training.objectives.base import Loss, Rewriter, StepBatches

@@ -33,7 +33,8 @@ from covray.models.lvm.adapter import (
     save_adapter,
 )
 from covray.models.lvm.backbone import backbone_facts
-from covray.models.lvm.model import TARGETS, Lvm
+from covray.models.lvm.lora import TARGETS
+from covray.models.lvm.model import Lvm
 from tests.support.backbones import CODES, load, random_batch, write_llama
 
 LENGTHS = (24, 9, 24, 24)

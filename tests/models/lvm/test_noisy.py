@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from covray.models.lvm.model import TARGETS, Batch, Diffusion, Lora, Lvm
+from covray.models.lvm.lora import TARGETS, Diffusion, Lora
+from covray.models.lvm.model import Batch, Lvm
 from covray.models.lvm.noisy import NoisyBlocks, visible
 from tests.support.backbones import CODES, load, random_batch
 

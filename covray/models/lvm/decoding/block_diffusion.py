@@ -21,7 +21,7 @@ from covray.config import SamplingConfig
 from covray.errors import ConfigError
 from covray.models.lvm.decoding.base import FinishedImage, PendingRows
 from covray.models.lvm.decoding.reader import Reader
-from covray.models.lvm.model import Diffusion
+from covray.models.lvm.lora import Diffusion
 from covray.models.masking import choose_unmasked, pass_counts
 from covray.models.sampling import allowed, choose_tokens
 

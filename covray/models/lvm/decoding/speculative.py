@@ -27,7 +27,7 @@ from covray.models.lvm.decoding.base import FinishedImage, PendingRows
 from covray.models.lvm.decoding.jacobi import Rows, write_windows
 from covray.models.lvm.decoding.reader import Reader, WindowMasks
 from covray.models.lvm.draft import Draft
-from covray.models.lvm.model import Lora
+from covray.models.lvm.lora import Lora
 
 
 def require_draft(draft: Draft | None, run: str | None = None) -> Draft:

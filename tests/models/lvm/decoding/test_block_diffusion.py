@@ -15,7 +15,8 @@ from covray.errors import ConfigError
 from covray.models.lvm.cache import LayerCache
 from covray.models.lvm.decoding.decoder import LvmDecoder
 from covray.models.lvm.decoding.reader import Reader
-from covray.models.lvm.model import TARGETS, Diffusion, Lora, Lvm
+from covray.models.lvm.lora import TARGETS, Diffusion, Lora
+from covray.models.lvm.model import Lvm
 from covray.models.lvm.noisy import NoisyBlocks
 from covray.models.masking import choose_unmasked, pass_counts
 from covray.models.sampling import RowNoise, allowed, choose_tokens

@@ -16,7 +16,8 @@ from covray.errors import ConfigError
 from covray.models.lvm.decoding.decoder import LvmDecoder
 from covray.models.lvm.decoding.reader import Reader, WindowMasks
 from covray.models.lvm.draft import Draft
-from covray.models.lvm.model import TARGETS, Batch, Lora, Lvm
+from covray.models.lvm.lora import TARGETS, Lora
+from covray.models.lvm.model import Batch, Lvm
 from covray.models.lvm.noisy import NoisyBlocks
 from tests.support.backbones import CODES, load, write_llama
 
