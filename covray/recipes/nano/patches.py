@@ -57,8 +57,8 @@ def patch_tokens(pictures: NDArray[np.uint8], codebook: NDArray[np.float32]) -> 
     codes = torch.from_numpy(codebook.copy())
     squares = codes.square().sum(1)
     height, width = pictures.shape[1:3]
-    # Made once: small arrays kept from every round would lie between the large ones that a round frees, and memory would
-    # grow by 0.8 MB a picture.
+    # Made once: small arrays kept from every round would lie between the large ones that a round frees, and memory
+    # would grow by 0.8 MB a picture.
     tokens = np.empty((len(pictures), height * width // PATCH_PX**2), np.uint16)
     for start in range(0, len(pictures), TOKENS_BATCH):
         pixels = torch.from_numpy(np.array(pictures[start : start + TOKENS_BATCH])).permute(0, 3, 1, 2).float() / 255
