@@ -189,10 +189,7 @@ def test_pictures_of_one_size_travel_once(config: BuildConfig) -> None:
 # --- building ------------------------------------------------------------------------------------------------------
 
 
-def test_rows_keep_the_contract_and_their_order(
-    builder: BlockBuilder, built: tuple[pa.Table, building.BlockStats]
-) -> None:
-    rows, work = built
+def validate_both_methods(rows: pa.Table, builder: BlockBuilder) -> None:
     validate_rows(
         rows,
         tokens_per_image=16,
@@ -200,6 +197,13 @@ def test_rows_keep_the_contract_and_their_order(
         methods=("diffusion", "linear"),
         alphas=union_alphas(builder.config.lengths),
     )
+
+
+def test_rows_keep_the_contract_and_their_order(
+    builder: BlockBuilder, built: tuple[pa.Table, building.BlockStats]
+) -> None:
+    rows, work = built
+    validate_both_methods(rows, builder)
     assert rows.schema == shard_schema(keep_noise=True)
     for name in ("pair_id", "task", "split"):
         assert rows[name].to_pylist() == [row[name] for row in ROWS]
@@ -292,13 +296,7 @@ def test_noise_that_is_not_finite_is_a_row_of_its_own(
     broken[2, 3, 4] = np.nan
     prepared[5]["source_noise"] = prepared[5]["label_noise"] = broken.tobytes()
     rows, work = builder.build(pa.Table.from_pylist(prepared, PREPARED_SCHEMA))
-    validate_rows(
-        rows,
-        tokens_per_image=16,
-        codes=64,
-        methods=("diffusion", "linear"),
-        alphas=union_alphas(builder.config.lengths),
-    )
+    validate_both_methods(rows, builder)
     found, expected = rows.to_pylist(), built[0].to_pylist()
     assert found[5]["error"].startswith("not_finite: ")
     assert found[:5] == expected[:5]

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,52 +16,14 @@ import pytest
 from PIL import Image
 
 from covray import __version__
-from covray.cli import app as cli
 from covray.cli import training
 from covray.pairs.manifest import MANIFEST_SCHEMA
 from covray.pairs.manifest_reading import check_manifest
 from covray.tasks import TASKS
-from tests.support.commands import error_line
+from tests.support.commands import Done, error_line
 
 HOSTILE = "a [red]b[/x] \\[/y] :car: \x1b[31m\n\tc"
 """A file name that is markup, an unbalanced tag, an escaped tag, an emoji, a terminal's escape and two lines."""
-
-
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
-    """``covray`` with these arguments, in this process."""
-
-    def run(*arguments: object) -> Done:
-        monkeypatch.setattr(sys, "argv", ["covray", *map(str, arguments)])
-        code: Any = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code or 0
-        return Done(code, *capsys.readouterr())
-
-    return run
-
-
-@pytest.fixture
-def mistake(run: Callable[..., Done]) -> Callable[..., str]:
-    """The one line that a mistaken command answers with."""
-
-    def mistake(*arguments: object) -> str:
-        done = run(*arguments)
-        assert done.code == 2
-        assert done.out == ""
-        line = error_line(done.err)
-        assert line.isprintable()
-        return line
-
-    return mistake
 
 
 @pytest.fixture

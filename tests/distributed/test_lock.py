@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
@@ -19,6 +18,7 @@ from covray.distributed import lock as locking
 from covray.distributed.lock import HEARTBEAT_S, STALE_S, Claim, FolderLock
 from covray.errors import ConfigError, DatasetError
 from covray.io.storage import Folder
+from tests.support.chaos import create_bucket
 
 
 @dataclass
@@ -216,15 +216,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "covray",
-        "AWS_SECRET_ACCESS_KEY": "covray",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }.items():
-        monkeypatch.setenv(name, value)
-    boto3.client("s3").create_bucket(Bucket="covray")
+    create_bucket(f"http://{host}:{port}", monkeypatch)
     yield "s3://covray"
     server.stop()
 

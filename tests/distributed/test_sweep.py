@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,7 +14,6 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from covray.cli import app as cli
 from covray.config import SweepConfig, TrackingConfig, load_config
 from covray.distributed import sweep as sweeps
 from covray.distributed import trials as running
@@ -27,8 +25,9 @@ from covray.io import storage
 from covray.sweeps.grid import Trial, grid_of
 from covray.sweeps.records import SweepRecord
 from covray.training.records import RunRecord
+from tests.support.commands import Done
 
-Run = Callable[..., tuple[int, str, str]]
+Run = Callable[..., Done]
 
 
 @pytest.fixture(autouse=True)
@@ -57,25 +56,6 @@ def config(tmp_path: Path, write_dataset: Callable[..., Any], llama_folder: Path
             "evaluate.split": "val",
         },
     )
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs ``covray`` in this process: exit code, output, errors."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["covray", *map(str, arguments)])
-        code: object = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code or 0
-        out, err = capsys.readouterr()
-        assert isinstance(code, int)
-        return code, out, err
-
-    return run
 
 
 def begun(config: SweepConfig) -> None:

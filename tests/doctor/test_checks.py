@@ -6,7 +6,6 @@ import errno
 import json
 import shutil
 import socket
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -16,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 
-from covray.cli import app as cli
 from covray.doctor import checks, machine, models
 from covray.doctor import ray as of_ray
 from covray.doctor import storage as of_storage
@@ -25,6 +23,7 @@ from covray.doctor.findings import GIB, Finding
 from covray.doctor.ray import NodeReport, Versions, judge_node
 from covray.errors import WeightsError
 from covray.io import storage
+from tests.support.commands import Done
 
 OURS = Versions(python="3.11.7", ray="2.60.0", covray="0.1.0")
 
@@ -44,22 +43,6 @@ def sound(monkeypatch: pytest.MonkeyPatch) -> None:
         (machine, "gpus"), (machine, "compiler"), (of_ray, "disks"), (of_ray, "ports"), (models, "weights"),
     ):  # fmt: skip
         monkeypatch.setattr(module, f"check_{name}", lambda *_: [])
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    """``covray`` in this process: its exit code and what it prints."""
-
-    def run(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["covray", *map(str, arguments)])
-        code: Any = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code or 0
-        return code, capsys.readouterr().out
-
-    return run
 
 
 def only(findings: list[Finding], name: str) -> Finding:
@@ -503,24 +486,24 @@ def test_a_check_that_fails_is_a_finding_and_the_others_go_on(
 
 
 def test_json_is_the_findings(
-    monkeypatch: pytest.MonkeyPatch, sound: None, tmp_path: Path, run: Callable[..., tuple[int, str]]
+    monkeypatch: pytest.MonkeyPatch, sound: None, tmp_path: Path, run: Callable[..., Done]
 ) -> None:
     found = [Finding("a", "note", "x [red]y[/red]", "do z"), Finding("b", "ok", "fine")]
     monkeypatch.setattr(checks, "examine", lambda *_: iter(found))
-    code, out = run("doctor", "--json")
+    code, out, _ = run("doctor", "--json")
     assert code == 0
     assert [Finding(**entry) for entry in json.loads(out)] == found
     assert json.loads(out) == [asdict(finding) for finding in found]
 
 
 def test_problems_come_first_and_end_the_command_with_1(
-    monkeypatch: pytest.MonkeyPatch, run: Callable[..., tuple[int, str]]
+    monkeypatch: pytest.MonkeyPatch, run: Callable[..., Done]
 ) -> None:
     found = [Finding("fine", "ok", "all"), Finding("odd", "note", "some", "do x")]
     monkeypatch.setattr(checks, "examine", lambda *_: iter(found))
     assert run("doctor")[0] == 0
     found.append(Finding("bad", "problem", "[red] none", "do y"))
-    code, out = run("doctor")
+    code, out, _ = run("doctor")
     assert code == 1
     lines = out.splitlines()
     words = [line.split()[:2] for line in lines]
@@ -532,5 +515,5 @@ def test_problems_come_first_and_end_the_command_with_1(
     assert run("doctor", "--json")[0] == 1
 
 
-def test_a_mistaken_option_ends_it_with_2(run: Callable[..., tuple[int, str]]) -> None:
+def test_a_mistaken_option_ends_it_with_2(run: Callable[..., Done]) -> None:
     assert run("doctor", "--nosuch")[0] == 2

@@ -15,9 +15,7 @@ from covray.config import PlanConfig, load_config
 from covray.errors import ConfigError
 from covray.planning.plan import plan, train_config
 from covray.planning.rates import nano_calibration
-from tests.cli.test_app import Done, mistake, run  # noqa: F401 (fixtures)
-
-# ruff: noqa: F811 (a fixture is an argument)
+from tests.support.commands import Done
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "plan"
 BASE = {

@@ -7,10 +7,13 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import uvicorn
+from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
 
@@ -51,6 +54,17 @@ def watched_tab(browser: Browser, *allowed: str, **options: Any) -> Iterator[Pag
         tab.close()
     assert [url for url in requests if not url.startswith((*allowed, "data:", "blob:"))] == []
     assert errors == []
+
+
+def require_fits_every_screen(page: Page, folder: Path) -> None:
+    """Check that nothing of a page is cut off or blank: light and dark, on a wide screen and on a telephone."""
+    for scheme in ("light", "dark"):
+        for width in (1100, 400):
+            page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+            page.set_viewport_size({"width": width, "height": 900})
+            assert page.evaluate("document.documentElement.scrollWidth") <= width, "nothing is cut off"
+            page.screenshot(path=folder / f"{scheme}-{width}.png", full_page=True)
+            assert np.array(Image.open(folder / f"{scheme}-{width}.png").convert("L")).std() > 5
 
 
 @contextmanager

@@ -98,11 +98,10 @@ class S3:
             self._server = None
 
 
-@pytest.fixture
-def s3(rng: random.Random, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
-    server = S3(rng)
+def create_bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Create the bucket ``covray`` on a server of S3 and let this process, and what it starts, use that server."""
     for name, value in {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.port}",
+        "AWS_ENDPOINT_URL": endpoint,
         "AWS_ACCESS_KEY_ID": "covray",
         "AWS_SECRET_ACCESS_KEY": "covray",
         "AWS_DEFAULT_REGION": "us-east-1",
@@ -110,5 +109,11 @@ def s3(rng: random.Random, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
     }.items():
         monkeypatch.setenv(name, value)
     boto3.client("s3").create_bucket(Bucket="covray")
+
+
+@pytest.fixture
+def s3(rng: random.Random, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
+    server = S3(rng)
+    create_bucket(f"http://127.0.0.1:{server.port}", monkeypatch)
     yield server
     server.stop()

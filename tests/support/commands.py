@@ -17,7 +17,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
@@ -88,6 +88,47 @@ def error_line(stderr: str) -> str:
     assert len(lines) == 1, stderr
     assert stderr.splitlines()[-1] == lines[0], "nothing follows the error"
     return lines[0].removeprefix("covray: ")
+
+
+class Done(NamedTuple):
+    """How a command ended in this process, and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(name="run")
+def run_to_any_end(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+    """``covray`` with these arguments in this process, however it ends."""
+
+    def run_main(*arguments: object) -> Done:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["covray", *map(str, arguments)])
+        code: Any = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code or 0
+        assert isinstance(code, int)
+        return Done(code, *capsys.readouterr())
+
+    return run_main
+
+
+@pytest.fixture
+def mistake(run: Callable[..., Done]) -> Callable[..., str]:
+    """The one line that a mistaken command answers with."""
+
+    def run_mistake(*arguments: object) -> str:
+        done = run(*arguments)
+        assert done.code == 2
+        assert done.out == ""
+        line = error_line(done.err)
+        assert line.isprintable()
+        return line
+
+    return run_mistake
 
 
 def tokens_of(dataset: Path | str) -> dict[int, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,15 @@ from covray.config import EngineConfig, PriorConfig
 from covray.models.diffusion.prior import Prior, load_prior
 
 CPU = EngineConfig(device="cpu", image_batch=3)
+SCHEDULER: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+"""How Stable Diffusion's scheduler is configured."""
 
 
 def write_prior(folder: Path, prediction_type: str = "epsilon", seed: int = 0) -> Path:
@@ -43,15 +53,7 @@ def write_prior(folder: Path, prediction_type: str = "epsilon", seed: int = 0) -
         context = torch.randn(1, 5, 24)
     unet.save_pretrained(folder / "unet")
     vae.save_pretrained(folder / "vae")
-    DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        prediction_type=prediction_type,
-    ).save_pretrained(folder / "scheduler")
+    DDIMScheduler(**SCHEDULER, prediction_type=prediction_type).save_pretrained(folder / "scheduler")
     save_file({"context": context}, folder / "empty_prompt.safetensors")
     return folder
 

@@ -7,16 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import LlamaConfig
 
 from covray.chains.dataset import ChainDataset
 from covray.config import LoraConfig, TrainConfig, load_config
 from covray.io import storage
-from covray.models.lvm.adapter import save_adapter
-from covray.models.lvm.backbone import backbone_facts
+from covray.models.lvm.adapter import load_adapter_tensors, read_adapter, save_adapter
+from covray.models.lvm.backbone import backbone_facts, load_backbone
+from covray.models.lvm.decoding.decoder import LvmDecoder
+from covray.models.lvm.model import Lvm
 from covray.training.metrics_log import read_metrics
-from tests.support.backbones import load
-from tests.support.datasets import CODES
+from covray.training.run import train
+from covray.training.worker import Signal, WorkerContext
+from tests.support.backbones import CPU, load
+from tests.support.datasets import CODES, TOKENS
 
 STEPS = 6
 
@@ -66,6 +71,45 @@ def curve(config: TrainConfig) -> list[dict[str, Any]]:
     records = read_metrics(f"{config.out}/metrics.jsonl")
     timed = ("seconds", "tokens_per_s", "memory_bytes")
     return [{key: value for key, value in record.items() if key not in timed} for record in records]
+
+
+@pytest.fixture
+def poll_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training asks for signals before every step, not once in so many seconds."""
+    monkeypatch.setattr("covray.training.trainer._POLL_SIGNAL_EVERY_S", -1.0)
+
+
+def stop_after(config: TrainConfig, steps: int) -> None:
+    """Train ``steps`` steps, as a run that is asked to stop; it needs ``poll_every_step``."""
+    signals = iter([Signal.CONTINUE] * (steps - 1) + [Signal.STOP])
+    assert train(config, WorkerContext(poll_signal=lambda: next(signals))) is None
+
+
+def require_same_after_a_stop(whole: TrainConfig, stopped: TrainConfig, weights: str) -> None:
+    """Train ``whole`` undisturbed and ``stopped`` with a stop: losses and the adapter's file ``weights`` are the same.
+
+    It needs ``poll_every_step``.
+    """
+    train(whole)
+    stop_after(stopped, 3)
+    train(stopped)
+    assert curve(whole) == curve(stopped), "to the bit"
+    adapters = [Path(run.out, "adapter", weights).read_bytes() for run in (whole, stopped)]
+    assert adapters[0] == adapters[1]
+
+
+def model_of(config: TrainConfig) -> Lvm:
+    """The backbone of a finished run with the adapter that it wrote."""
+    lora, tensors = read_adapter(f"{config.out}/adapter")
+    facts = backbone_facts(config.backbone)
+    model = load_backbone(facts, config.backbone, lora, dtype=torch.float32, device=CPU, seed=config.seed)
+    load_adapter_tensors(model, tensors)
+    return model
+
+
+def decoder_of(config: TrainConfig) -> LvmDecoder:
+    """A decoder of a finished run."""
+    return LvmDecoder(model_of(config), CODES, TOKENS, batch=2)
 
 
 def write_finished_run(run: str, data: str, backbone: Path, lora: LoraConfig, sentences: Mapping[str, Any]) -> str:

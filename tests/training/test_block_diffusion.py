@@ -14,16 +14,15 @@ from transformers import LlamaForCausalLM
 
 from covray.config import SamplingConfig, TrainConfig
 from covray.errors import ConfigError, WeightsError
-from covray.models.lvm.adapter import DIFFUSION_FILE, load_adapter_tensors, read_adapter, read_run_adapter
-from covray.models.lvm.backbone import backbone_facts, load_backbone, write_backbone
-from covray.models.lvm.decoding.decoder import LvmDecoder
+from covray.models.lvm.adapter import DIFFUSION_FILE, read_run_adapter
+from covray.models.lvm.backbone import backbone_facts, write_backbone
 from covray.models.lvm.lora import Diffusion
 from covray.models.lvm.model import Batch
 from covray.training.objectives.block_diffusion import BlockDiffusion, noised_places
 from covray.training.run import train
-from covray.training.worker import Signal, WorkerContext
+from covray.training.worker import WorkerContext
 from tests.support.datasets import CODES, TOKENS
-from tests.support.trainings import curve
+from tests.support.trainings import curve, decoder_of, model_of, require_same_after_a_stop
 
 BLOCK = TOKENS // 2
 CPU = torch.device("cpu")
@@ -37,14 +36,6 @@ def diffusion_config(tiny_config: Configure) -> Configure:
         return tiny_config(out, **chosen | changes)
 
     return config
-
-
-def decoder_of(config: TrainConfig) -> LvmDecoder:
-    lora, tensors = read_adapter(f"{config.out}/adapter")
-    facts = backbone_facts(config.backbone)
-    model = load_backbone(facts, config.backbone, lora, dtype=torch.float32, device=CPU, seed=config.seed)
-    load_adapter_tensors(model, tensors)
-    return LvmDecoder(model, CODES, TOKENS, batch=2)
 
 
 def test_it_learns_and_the_run_decodes_by_blocks(diffusion_config: Configure) -> None:
@@ -66,16 +57,8 @@ def test_it_learns_and_the_run_decodes_by_blocks(diffusion_config: Configure) ->
     assert written.ids.max() < CODES
 
 
-def test_a_stopped_run_takes_up_the_same_losses(diffusion_config: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("covray.training.trainer._POLL_SIGNAL_EVERY_S", -1.0)
-    whole, stopped = diffusion_config("whole"), diffusion_config("stopped")
-    train(whole)
-    signals = iter([Signal.CONTINUE, Signal.CONTINUE, Signal.STOP])
-    assert train(stopped, WorkerContext(poll_signal=lambda: next(signals))) is None
-    train(stopped)
-    assert curve(whole) == curve(stopped), "to the bit"
-    adapters = [Path(run.out, "adapter", "adapter_model.safetensors").read_bytes() for run in (whole, stopped)]
-    assert adapters[0] == adapters[1]
+def test_a_stopped_run_takes_up_the_same_losses(diffusion_config: Configure, poll_every_step: None) -> None:
+    require_same_after_a_stop(diffusion_config("whole"), diffusion_config("stopped"), "adapter_model.safetensors")
 
 
 def test_noise_belongs_to_the_sentence_not_to_the_worker(diffusion_config: Configure) -> None:
@@ -138,13 +121,11 @@ def test_peft_computes_the_same_with_the_adapter(diffusion_config: Configure, tm
 
     config = diffusion_config()
     train(config)
-    lora, tensors = read_adapter(f"{config.out}/adapter")
-    assert lora.diffusion == Diffusion(CODES + 1, BLOCK)
-    facts = backbone_facts(config.backbone)
-    model = load_backbone(facts, config.backbone, lora, dtype=torch.float32, device=CPU, seed=config.seed)
-    load_adapter_tensors(model, tensors)
+    model = model_of(config)
+    assert model.lora is not None
+    assert model.lora.diffusion == Diffusion(CODES + 1, BLOCK)
     folder = tmp_path / "weights"
-    write_backbone(folder, facts, model.backbone_tensors().__getitem__, torch.float32)
+    write_backbone(folder, backbone_facts(config.backbone), model.backbone_tensors().__getitem__, torch.float32)
     peer = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(folder), f"{config.out}/adapter")
     ids = torch.arange(20) % CODES
     ids[5] = ids[11] = CODES + 1

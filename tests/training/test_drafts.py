@@ -12,15 +12,13 @@ import torch
 
 from covray.config import SamplingConfig, TrainConfig
 from covray.errors import ConfigError, WeightsError
-from covray.models.lvm.adapter import load_adapter_tensors, read_adapter, read_run_adapter
-from covray.models.lvm.backbone import backbone_facts, load_backbone
-from covray.models.lvm.decoding.decoder import LvmDecoder
+from covray.models.lvm.adapter import read_run_adapter
 from covray.models.lvm.draft_files import DRAFT_FILE, DRAFT_WEIGHTS
 from covray.training.objectives.drafts import Drafts, draft_places
 from covray.training.run import train
-from covray.training.worker import Signal, WorkerContext
+from covray.training.worker import WorkerContext
 from tests.support.datasets import CODES, TOKENS
-from tests.support.trainings import curve
+from tests.support.trainings import curve, decoder_of, require_same_after_a_stop
 
 CPU = torch.device("cpu")
 Configure = Callable[..., TrainConfig]
@@ -30,14 +28,6 @@ DRAFT = {"objective": "draft", "draft__tokens": 3, "draft__rank": 4, "draft__sha
 @pytest.fixture
 def draft_config(tiny_config: Configure) -> Configure:
     return lambda out="run", **changes: tiny_config(out, **DRAFT | changes)
-
-
-def decoder_of(config: TrainConfig) -> LvmDecoder:
-    lora, tensors = read_adapter(f"{config.out}/adapter")
-    facts = backbone_facts(config.backbone)
-    model = load_backbone(facts, config.backbone, lora, dtype=torch.float32, device=CPU, seed=config.seed)
-    load_adapter_tensors(model, tensors)
-    return LvmDecoder(model, CODES, TOKENS, batch=2)
 
 
 def test_it_learns_drafts_for_an_adapter_that_stays_as_it_is(tiny_config: Configure, draft_config: Configure) -> None:
@@ -60,16 +50,8 @@ def test_it_learns_drafts_for_an_adapter_that_stays_as_it_is(tiny_config: Config
         assert np.array_equal(drafted.decode(queries[0], queries, 2, sampling).ids, expected.ids)
 
 
-def test_a_stopped_run_takes_up_the_same_losses(draft_config: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("covray.training.trainer._POLL_SIGNAL_EVERY_S", -1.0)
-    whole, stopped = draft_config("whole"), draft_config("stopped")
-    train(whole)
-    signals = iter([Signal.CONTINUE, Signal.CONTINUE, Signal.STOP])
-    assert train(stopped, WorkerContext(poll_signal=lambda: next(signals))) is None
-    train(stopped)
-    assert curve(whole) == curve(stopped), "to the bit"
-    adapters = [Path(run.out, "adapter", DRAFT_WEIGHTS).read_bytes() for run in (whole, stopped)]
-    assert adapters[0] == adapters[1]
+def test_a_stopped_run_takes_up_the_same_losses(draft_config: Configure, poll_every_step: None) -> None:
+    require_same_after_a_stop(draft_config("whole"), draft_config("stopped"), DRAFT_WEIGHTS)
 
 
 def test_masks_belong_to_the_sentence_not_to_the_worker(draft_config: Configure) -> None:

@@ -19,10 +19,10 @@ from covray.models.tokenizer.vqgan import codebook_neighbours
 from covray.training.objectives.frame_noise import NEIGHBOURS, load_codebook
 from covray.training.objectives.visual_sentences import VisualSentences, end_of_training
 from covray.training.run import train
-from covray.training.worker import Signal, WorkerContext
+from covray.training.worker import WorkerContext
 from covray.training.zero import require_whole_weights
 from tests.support.datasets import CODES, TOKENS
-from tests.support.trainings import STEPS, curve
+from tests.support.trainings import STEPS, curve, stop_after
 
 KINDS = ("random", "neighbour", "scheduled", "own")
 STEP_TOKENS = 5 * 96
@@ -79,13 +79,12 @@ def test_only_the_querys_frames_change_and_targets_stay_clean(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_stopped_after_every_step_equals_an_undisturbed_one(
-    kind: str, tiny_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+    kind: str, tiny_config: Callable[..., TrainConfig], poll_every_step: None
 ) -> None:
-    monkeypatch.setattr("covray.training.trainer._POLL_SIGNAL_EVERY_S", -1.0)
     often, whole = (noisy_config(tiny_config, kind, out) for out in ("often", "whole"))
     train(whole)
     for _ in range(STEPS - 1):
-        assert train(often, WorkerContext(poll_signal=lambda: Signal.STOP)) is None
+        stop_after(often, 1)
     assert train(often) is not None
     assert curve(often) == curve(whole), "to the bit"
     train(tiny_config("clean"))

@@ -28,20 +28,9 @@ from covray.training.run import train
 from covray.training.trainer import peak_flops
 from covray.training.worker import Signal, WorkerContext
 from tests.support.datasets import TOKENS
-from tests.support.trainings import STEPS, curve
+from tests.support.trainings import STEPS, curve, stop_after
 
 GOLDEN = Path(__file__).parent / "golden_losses.json"
-
-
-@pytest.fixture
-def poll_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("covray.training.trainer._POLL_SIGNAL_EVERY_S", -1.0)
-
-
-def stop_after(config: TrainConfig, steps: int) -> None:
-    """Train ``steps`` steps, as a run that is asked to stop."""
-    signals = iter([Signal.CONTINUE] * (steps - 1) + [Signal.STOP])
-    assert train(config, WorkerContext(poll_signal=lambda: next(signals))) is None
 
 
 def objective_of(config: TrainConfig) -> VisualSentences:

@@ -36,9 +36,8 @@ CASES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(value) for value in case.values()))
 def test_a_run_stopped_after_every_step_equals_an_undisturbed_one(
-    case: dict[str, Any], vlm_config: Callable[..., VlmTrainConfig], monkeypatch: pytest.MonkeyPatch
+    case: dict[str, Any], vlm_config: Callable[..., VlmTrainConfig], poll_every_step: None
 ) -> None:
-    monkeypatch.setattr("covray.training.trainer._POLL_SIGNAL_EVERY_S", -1.0)
     whole, often = vlm_config("whole", **case), vlm_config("often", **case)
     result = train(whole)
     assert result is not None

@@ -13,16 +13,9 @@ from covray.models.diffusion.engine import ChainEngine, Interpolation, Request, 
 from covray.models.diffusion.prior import Prior
 from covray.models.diffusion.schedule import make_schedule
 from covray.models.diffusion.slerp import slerp
+from tests.support.priors import SCHEDULER
 
 Priors = Callable[[str], Prior]
-SCHEDULER = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-}
 
 
 def make_engine(prior: Prior, batch: int = 4) -> ChainEngine:

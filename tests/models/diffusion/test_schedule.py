@@ -8,17 +8,10 @@ from diffusers import DDIMInverseScheduler, DDIMScheduler, DPMSolverMultistepSch
 
 from covray.errors import ConfigError, WeightsError
 from covray.models.diffusion.schedule import Schedule, make_schedule
+from tests.support.priors import SCHEDULER
 
 Network = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-STABLE_DIFFUSION = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-}
+STABLE_DIFFUSION = {"num_train_timesteps": 1000, **SCHEDULER}
 
 
 def network(latents: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:

@@ -21,15 +21,12 @@ from covray.models.lvm.noisy import NoisyBlocks
 from covray.models.masking import choose_unmasked, pass_counts
 from covray.models.sampling import RowNoise, allowed, choose_tokens
 from tests.support.backbones import CODES, load
+from tests.support.decoding import ids
 
 TOKENS, IMAGES, BLOCK = 8, 2, 4
 STEPS = TOKENS * IMAGES
 MASK = CODES + 1
 LORA = Lora(3, 5.0, TARGETS, Diffusion(MASK, BLOCK))
-
-
-def ids(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, CODES, shape, dtype=np.uint16)
 
 
 PROMPT, QUERIES = ids(24), ids(5, TOKENS, seed=1)

@@ -19,17 +19,9 @@ from covray.models.lvm.adapter import save_adapter
 from covray.models.lvm.decoding.decoder import LvmDecoder
 from covray.models.lvm.model import Lvm
 from tests.support.backbones import CODES, load, write_llama
+from tests.support.decoding import IMAGES, PROMPT, QUERIES, STEPS, TOKENS, ids
 
 LORA = LoraConfig(rank=3, alpha=5)
-TOKENS, IMAGES = 8, 3
-STEPS = TOKENS * IMAGES
-
-
-def ids(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, CODES, shape, dtype=np.uint16)
-
-
-PROMPT, QUERIES = ids(40), ids(5, TOKENS, seed=1)
 
 
 @pytest.fixture(scope="module")

@@ -17,20 +17,7 @@ from covray.models.lvm.decoding.decoder import LvmDecoder
 from covray.models.lvm.decoding.jacobi import Relaxation
 from covray.models.lvm.model import Lvm
 from tests.support.backbones import CODES, load, write_llama
-
-TOKENS, IMAGES = 8, 3
-STEPS = TOKENS * IMAGES
-GREEDY: dict[str, Any] = {}
-SAMPLED: list[dict[str, Any]] = [
-    {"temperature": 1.0}, {"temperature": 1.0, "top_k": 30}, {"temperature": 0.8, "top_p": 0.9},
-]  # fmt: skip
-
-
-def ids(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, CODES, shape, dtype=np.uint16)
-
-
-PROMPT, QUERIES = ids(40), ids(5, TOKENS, seed=1)
+from tests.support.decoding import GREEDY, IMAGES, PROMPT, QUERIES, SAMPLED, STEPS, TOKENS, ids
 
 
 @pytest.fixture(scope="module")

@@ -20,23 +20,11 @@ from covray.models.lvm.lora import TARGETS, Lora
 from covray.models.lvm.model import Batch, Lvm
 from covray.models.lvm.noisy import NoisyBlocks
 from tests.support.backbones import CODES, load, write_llama
+from tests.support.decoding import GREEDY, IMAGES, PROMPT, QUERIES, SAMPLED, STEPS, TOKENS, ids
 
-TOKENS, IMAGES = 8, 3
-STEPS = TOKENS * IMAGES
 MASK = CODES + 1
 DRAFT = Draft(rank=2, alpha=8.0, targets=TARGETS, mask_id=MASK, tokens=3)
 LORA = Lora(3, 5.0, draft=DRAFT)
-GREEDY: dict[str, Any] = {}
-SAMPLED: list[dict[str, Any]] = [
-    {"temperature": 1.0}, {"temperature": 1.0, "top_k": 30}, {"temperature": 0.8, "top_p": 0.9},
-]  # fmt: skip
-
-
-def ids(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, CODES, shape, dtype=np.uint16)
-
-
-PROMPT, QUERIES = ids(40), ids(5, TOKENS, seed=1)
 
 
 def warmed(model: Lvm) -> Lvm:
