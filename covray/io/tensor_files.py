@@ -9,9 +9,10 @@ import contextlib
 import os
 import pickle
 import re
+import secrets
 import shutil
+import stat
 import struct
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -168,17 +169,21 @@ def require_new(out: Path) -> None:
 def new_folder(out: Path) -> Iterator[Path]:
     """Yield a folder beside ``out`` that is renamed to ``out`` at the end, so that ``out`` is never half a model.
 
-    An exception in the block deletes the folder. Raises ConfigError for an ``out`` that exists or cannot be written.
+    Its files can be read by whom the umask lets: safetensors writes files that only their owner can read. An exception
+    in the block deletes the folder. Raises ConfigError for an ``out`` that exists or cannot be written.
     """
     require_new(out)
+    draft = out.absolute().parent / f".{out.name}.{secrets.token_hex(4)}"
     try:
-        out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
+        draft.mkdir(parents=True)
     except OSError as error:
         raise ConfigError(f"--out {out}: cannot be written ({one_line(error)}); give another folder") from error
     try:
         yield draft
-        draft.chmod(0o755)  # mkdtemp's is private
+        permitted = stat.S_IMODE(draft.stat().st_mode)  # what the umask leaves of 777
+        for path in draft.rglob("*"):
+            if not path.is_symlink():
+                path.chmod(permitted if path.is_dir() else permitted & 0o666)
         os.replace(draft, out)
     finally:
         shutil.rmtree(draft, ignore_errors=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from covray.errors import WeightsError
-from covray.io.tensor_files import read_all_tensors, read_tensors, weight_files
+from covray.io.tensor_files import new_folder, read_all_tensors, read_tensors, weight_files
 
 TENSORS = {
     "a": torch.arange(6, dtype=torch.float32).view(2, 3),
@@ -105,3 +106,17 @@ def test_the_files_of_a_model_are_those_that_its_index_lists(tmp_path: Path) -> 
     assert [file.name for file in weight_files(tmp_path, names)] == ["x.safetensors", "y.safetensors"]
     (tmp_path / names[0]).touch()
     assert [file.name for file in weight_files(tmp_path, names)] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize(("umask", "of_files", "of_folders"), [(0o022, 0o644, 0o755), (0o027, 0o640, 0o750)])
+def test_a_new_folder_is_readable_as_the_umask_says(tmp_path: Path, umask: int, of_files: int, of_folders: int) -> None:
+    before = os.umask(umask)
+    try:
+        with new_folder(tmp_path / "model") as draft:
+            (draft / "unet").mkdir()
+            save_file({"a": torch.zeros(2)}, draft / "unet" / "a.safetensors")  # 600 by itself
+            (draft / "config.json").write_text("{}")
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*")}
+    assert modes == {"model": of_folders, "unet": of_folders, "a.safetensors": of_files, "config.json": of_files}
