@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from pathlib import PurePosixPath
 
 import yaml
 from pydantic import JsonValue
@@ -38,7 +39,7 @@ def require_licence(licence: str | None) -> str:
 
 
 def dataset_card(
-    dataset: ChainDataset, form: str | None, splits: Sequence[str], licence: str | None, scores: str = ""
+    dataset: ChainDataset, form: str | None, splits: Sequence[str], licence: str | None, strips: Collection[str] = ()
 ) -> str:
     """Return the card of a dataset.
 
@@ -47,7 +48,7 @@ def dataset_card(
         form: The format that it was exported in; None: covray's own folder.
         splits: The splits of the exported files.
         licence: The hub's name of its licence.
-        scores: Further text.
+        strips: Names of the pictures of its chains, ``strips/TASK.png``, beside the card.
     """
     audit = dataset.audit
     assert audit is not None
@@ -87,8 +88,11 @@ def dataset_card(
     classes: Meta | None = dataset.record.classes
     if classes is not None:
         lines.append(f"- Classes of segmentation: {', '.join(map(str, classes.get('classes', ())))}.")
+    if strips:
+        lines += ["", "## Chains", "Decoded from their tokens: one of each task."]
+        lines += [f"\n![{PurePosixPath(name).stem}: image, frames, label]({name})" for name in strips]
     lines += ["", *_fingerprints(dataset.fingerprints), "", *_configuration(dataset.config)]
-    return _card(head, [*lines, scores])
+    return _card(head, lines)
 
 
 _READING: dict[str | None, str] = {

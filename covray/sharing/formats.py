@@ -25,6 +25,7 @@ from covray.errors import ConfigError
 from covray.io.tensor_files import new_folder, require_new
 from covray.progress import stage
 from covray.sharing.cards import dataset_card
+from covray.sharing.strips import chain_strips
 
 Format = Literal["datasets", "webdataset", "mds"]
 _ROWS_OF_A_FILE = 4096
@@ -74,7 +75,12 @@ def export_chains(path: str, out: str, form: str, licence: str | None = None) ->
             counts[split] = counts.get(split, 0) + len(rows)
         for writer in writers.values():
             writer.close()
-        (folder / "README.md").write_text(dataset_card(dataset, form, sorted(counts), licence), encoding="utf-8")
+        strips = chain_strips(dataset)
+        for name, picture in strips.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(picture)
+        card = dataset_card(dataset, form, sorted(counts), licence, strips)
+        (folder / "README.md").write_text(card, encoding="utf-8")
     return counts
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from covray.chains.dataset import ChainDataset
@@ -22,6 +22,7 @@ from covray.io.storage import Folder
 from covray.models.lvm.adapter import read_run_adapter
 from covray.progress import stage
 from covray.sharing.cards import dataset_card, evaluation_card, model_card, require_licence, score_table
+from covray.sharing.strips import chain_strips
 from covray.training.records import RunRecord, TrainResult
 
 TIMEOUT_S = 60.0
@@ -41,6 +42,8 @@ class Upload:
     folder: Folder
     files: dict[str, str]
     """Names in the repository, with the file's name in the folder."""
+    pictures: dict[str, bytes] = field(default_factory=dict)
+    """Names in the repository, with PNG that the card shows."""
 
 
 def push(
@@ -133,7 +136,8 @@ def _dataset(folder: Folder, licence: str) -> Upload:
         raise ConfigError(f"{folder.path}: has no shards; build it again")
     for name in (DatasetRecord.FILE, Audit.FILE):
         files[name] = name
-    return Upload("dataset", dataset_card(dataset, None, (), licence), folder, files)
+    strips = chain_strips(dataset)
+    return Upload("dataset", dataset_card(dataset, None, (), licence, strips), folder, files, strips)
 
 
 def _evaluation(folder: Folder, licence: str) -> Upload:
@@ -155,13 +159,15 @@ def _send(upload: Upload, repository: str, public: bool) -> JsonObject:
     with _patience(), stage(f"uploading to {repository}"):
         where = api.create_repo(repository, repo_type=upload.kind, private=not public, exist_ok=True)
         operations: list[Any] = [CommitOperationAdd("README.md", upload.card.encode())]
-        size = 0
+        for name, picture in upload.pictures.items():
+            operations.append(CommitOperationAdd(name, picture))
+        size = sum(map(len, upload.pictures.values()))
         for name, file in upload.files.items():
             data = _data_of(upload.folder, file)
             size += len(data) if isinstance(data, bytes) else _size(upload.folder, file)
             operations.append(CommitOperationAdd(name, data))
         present = api.list_repo_files(repository, repo_type=upload.kind)
-        kept = {"README.md", ".gitattributes", *upload.files}
+        kept = {"README.md", ".gitattributes", *upload.files, *upload.pictures}
         operations += [CommitOperationDelete(name) for name in present if name not in kept]
         commit = api.create_commit(
             repository, operations, commit_message="Upload by covray push", repo_type=upload.kind, revision="main"
@@ -169,7 +175,7 @@ def _send(upload: Upload, repository: str, public: bool) -> JsonObject:
     return {
         "repository": str(where),
         "commit": commit.oid,
-        "files": len(upload.files) + 1,
+        "files": len(upload.files) + len(upload.pictures) + 1,
         "bytes": size + len(upload.card.encode()),
         "private": not public,
     }

@@ -125,8 +125,8 @@ def test_the_same_chains_make_the_same_tars(write_dataset: Writer, tmp_path: Pat
     for name in ("first", "second"):
         export_chains(out, str(tmp_path / name), "webdataset")
     files = sorted(file.name for file in (tmp_path / "first").iterdir())
-    assert files == ["README.md", "train-000000.tar", "val-000000.tar"]
-    for name in files:
+    assert files == ["README.md", "strips", "train-000000.tar", "val-000000.tar"]
+    for name in (*files[:1], "strips/depth.png", *files[2:]):
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
 
 

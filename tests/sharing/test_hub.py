@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from huggingface_hub import snapshot_download
+from PIL import Image
 
 from covray.chains.dataset import ChainDataset
 from covray.config import TrainConfig
@@ -44,9 +47,28 @@ def test_chains_come_back_with_equal_tokens(write_dataset: Writer, writable_hub:
     card = front_matter(repository.files["README.md"])
     assert card["license"] == "cc-by-4.0"
     assert [config["config_name"] for config in card["configs"]] == ["depth", "edges"]
+    for task in ("depth", "edges"):
+        assert f"(strips/{task}.png)" in repository.files["README.md"].decode()
+        width, height = Image.open(io.BytesIO(repository.files[f"strips/{task}.png"])).size
+        assert width > 3 * height, "image, two frames and label, side by side"
     back = snapshot_download(NAME, repo_type="dataset", local_dir=tmp_path / "back")
     assert tokens_of(back) == tokens_of(out)
     assert ChainDataset(back).audit == ChainDataset(out).audit
+
+
+def test_chains_whose_tokenizer_is_gone_are_pushed_without_pictures(
+    write_dataset: Writer, writable_hub: WritableHub, caplog: pytest.LogCaptureFixture
+) -> None:
+    out, _ = write_dataset({"depth": 4})
+    description = storage.read_json(f"{out}/_dataset.json")
+    description["config"]["tokenizer"]["path"] = f"{out}/gone"
+    storage.write_json(f"{out}/_dataset.json", description)
+    with caplog.at_level(logging.INFO, "covray"):
+        push(out, NAME, licence="other")
+    assert "the card shows no chains" in caplog.text
+    files = writable_hub.repositories["dataset", NAME].files
+    assert "strips/" not in files["README.md"].decode()
+    assert not [name for name in files if name.startswith("strips")]
 
 
 def test_a_second_push_leaves_nothing_of_the_first(write_dataset: Writer, writable_hub: WritableHub) -> None:

@@ -1,0 +1,48 @@
+"""Strips of pictures for the card of a dataset: what its chains look like."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+
+from covray.chains.compatibility import require_same_tokens
+from covray.chains.dataset import ChainDataset
+from covray.config import EngineConfig, TokenizerConfig
+from covray.errors import CovrayError
+from covray.io.drawing import draw_strip
+from covray.models.tokenizer.vqgan import Tokenizer, load_tokenizer
+from covray.progress import stage
+
+
+def chain_strips(dataset: ChainDataset) -> dict[str, bytes]:
+    """Return a chain of each task as PNG, by the name of its file; nothing where the tokenizer is not here any more.
+
+    It is the first good chain of the task, with the frames of the first method.
+    """
+    config = TokenizerConfig.model_validate(dataset.config["tokenizer"])
+    strips = {}
+    try:
+        tokenizer = load_tokenizer(config, EngineConfig(device="cpu"))
+        require_same_tokens(dataset, tokenizer, config.path)
+        for task in sorted(dataset.audit.per_task) if dataset.audit else ():
+            with stage(f"drawing a chain of {task}"):
+                strip = _strip(dataset, tokenizer, task)
+            if strip is not None:
+                strips[f"strips/{task}.png"] = strip
+    except CovrayError as error:
+        logging.getLogger("covray").info("the card shows no chains: %s", error)
+        return {}
+    return strips
+
+
+def _strip(dataset: ChainDataset, tokenizer: Tokenizer, task: str) -> bytes | None:
+    """Draw the first good chain of a task; None where it has none."""
+    for row in dataset.rows(tasks=[task]):
+        methods = [frame["method"] for frame in row["frames"] or ()]
+        frames = [frame for frame in row["frames"] or () if frame["method"] == methods[0]]
+        frames.sort(key=lambda frame: frame["alpha"])
+        tokens = np.stack([row["source"], *(frame["tokens"] for frame in frames), row["label"]])
+        captions = ["image", *(f"α = {frame['alpha']:.3g}" for frame in frames), "label"]
+        return draw_strip(list(tokenizer.decode(tokens)), captions)
+    return None
