@@ -102,3 +102,8 @@ def test_every_cap_has_its_reason_beside_it() -> None:
         tests = re.findall(r"tests/[\w/]+\.py", comment)
         assert tests, f"no reason: {line.strip()}"
         assert all((ROOT / test).exists() for test in tests), line
+
+
+def test_the_page_says_how_many_packages_are_required() -> None:
+    page = (ROOT / "docs" / "install.md").read_text()
+    assert re.search(r"covray itself requires (\d+)", page)[1] == str(len(REQUIREMENTS))  # type: ignore[index]

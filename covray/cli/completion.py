@@ -1,4 +1,4 @@
-"""What a shell completes: tasks, scales and other fixed values of options, keys of ``--set``, shipped files."""
+"""What a shell completes: tasks, metrics and other known values of options, keys of ``--set``, shipped files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin
 import typer
 
 from covray.config import Section
-from covray.config.fields import ChainMethod, FrameMethod, TaskName
+from covray.config.fields import AddedMetric, ChainMethod, FrameMethod, TaskName
 from covray.config.reference import STEPS, all_keys, key_field, key_text
 from covray.config.shipped import shipped_files
 
@@ -21,6 +21,13 @@ def complete_tasks(incomplete: str) -> list[str]:
     from covray.tasks import TASKS  # here: the tasks import SciPy
 
     return _listed(tuple(TASKS), incomplete)
+
+
+def complete_metrics(incomplete: str) -> list[str]:
+    """Return what the last of comma-separated metrics of other packages can become."""
+    from covray.tasks.metrics import added_metrics  # here: the tasks import SciPy
+
+    return _listed(added_metrics(), incomplete)
 
 
 def complete_frame_methods(incomplete: str) -> list[str]:
@@ -57,10 +64,12 @@ def complete_keys(context: typer.Context, incomplete: str) -> list[tuple[str, st
 
 
 def completion_of(model: type[Section], key: str) -> Completion | None:
-    """Return what completes the values of a dotted key: tasks, or those of a fixed set; None where any value may be."""
+    """Return what completes the values of a dotted key; None where any value may be."""
     annotation = key_field(model, key).annotation
     if _has(annotation, TaskName):
         return complete_tasks
+    if _has(annotation, AddedMetric):
+        return complete_metrics
     if _has(annotation, ChainMethod):
         return complete_methods
     if _has(annotation, FrameMethod):

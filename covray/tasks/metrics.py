@@ -81,6 +81,11 @@ def is_added(metric: TaskMetric) -> bool:
     return not isinstance(metric, _OfTask)
 
 
+def added_metrics() -> list[str]:
+    """Return the metrics, called ``task/name``, that other packages add to the tasks."""
+    return [name for name, metric in metric_registry().objects.items() if is_added(metric)]
+
+
 def metrics_of(task: str) -> tuple[Metric, ...]:
     """Return the metrics that an answer of ``task`` may have: the task's own, then those of other packages."""
     added = [each.metric for each in metric_registry().objects.values() if each.task == task and is_added(each)]
@@ -120,11 +125,10 @@ def require_added(name: str) -> str:
     Raises:
         ValueError: It is not; the message lists those that are.
     """
-    metrics = metric_registry().objects
-    if name in metrics and is_added(metrics[name]):
+    added = added_metrics()
+    if name in added:
         return name
-    if name in metrics:
+    if name in metric_registry().objects:
         raise ValueError(f"{name} is scored by its task, without being asked for; leave it out")
-    added = [known for known, metric in metrics.items() if is_added(metric)]
     known = f"the installed ones are {', '.join(added)}" if added else "no installed package adds any"
     raise ValueError(f"{name}: no such metric of another package; {known} (covray plugins)")

@@ -11,7 +11,7 @@ from covray.cli.app import app
 from covray.config.reference import STEPS, all_keys, annotated_yaml
 from covray.config.shipped import shipped_files
 from covray.errors import ConfigError
-from covray.tasks import TASKS
+from covray.tasks import TASKS, metrics
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,6 +35,13 @@ def test_commands_tasks_scales_and_other_fixed_values_are_completed() -> None:
     assert completed("covray train --scale ") == ["nano", "300m", "600m", "1b", "3b", "7b", "custom"]
     assert completed("covray build --method ") == ["linear", "diffusion", "copy", "coarse"]
     assert completed("covray evaluate --selection s") == ["similar"]
+
+
+def test_metrics_of_installed_packages_are_completed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert completed("covray evaluate --metrics ") == []
+    monkeypatch.setattr(metrics, "added_metrics", lambda: ["depth/contrast", "pose/reach"])
+    assert completed("covray evaluate --metrics de") == ["depth/contrast"]
+    assert completed("covray evaluate --metrics depth/contrast,") == ["depth/contrast,pose/reach"]
 
 
 def test_keys_of_the_step_are_completed() -> None:
