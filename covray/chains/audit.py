@@ -58,7 +58,10 @@ def audit_dataset(out: str, pair_ids: np.ndarray, per_task: Mapping[str, int] | 
     rows = np.concatenate([np.zeros(0, np.int64), *ids_of_shards])
     del ids_of_shards  # half of the memory
     rows.sort()
-    problems = [] if not unreadable and np.array_equal(expected, rows) else _problems(expected, rows, unreadable)
+    problems: list[str] = []
+    if unreadable or not np.array_equal(expected, rows):
+        # The lists of what is wrong take several times the memory: they are made only where something is.
+        problems = _problems(expected, rows, unreadable)
     counts = {task: _counts(good[task], reasons[task]) for task in sorted(reasons)}
     if not problems and per_task is not None:
         problems = _task_problems(counts, per_task)
@@ -114,4 +117,6 @@ def _task_problems(counts: Mapping[str, TaskCounts], per_task: Mapping[str, int]
     """Say where rows are in the folder of another task than the manifest's."""
     rows = {task: of_task.asked for task, of_task in counts.items()}
     expected = {task: count for task, count in sorted(per_task.items()) if count}
-    return [] if rows == expected else [f"rows per task are {rows}, the manifest has {expected}"]
+    if rows == expected:
+        return []
+    return [f"rows per task are {rows}, the manifest has {expected}"]

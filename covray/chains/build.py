@@ -90,7 +90,9 @@ class BlockBuilder:
         self._reader = reader
         require_reader(config, reader is not None)
         self.alphas = union_alphas(config.lengths, config.alphas)
-        self._made_at = union_alphas((), config.spacing) if isinstance(config.spacing, tuple) else self.alphas
+        self._made_at = self.alphas
+        if isinstance(config.spacing, tuple):
+            self._made_at = union_alphas((), config.spacing)
         self.tokenizer = load_tokenizer(config.tokenizer, config.engine)
         device, dtype = resolve_device(config.engine)
         engine: dict[str, Any] = {"device": device.type, "dtype": str(dtype).removeprefix("torch.")}
@@ -143,7 +145,9 @@ class BlockBuilder:
         good = [index for index, row in enumerate(rows) if row["error"] is None]
         if good:
             pairs = self._pairs(prepared.take(good))
-            chains = self._interpolate(pairs, stats) if self.engine else None
+            chains = None
+            if self.engine is not None:
+                chains = self._interpolate(pairs, stats)
             made, errors = self._made_frames(pairs)
             tokens = self._tokens(pairs, chains, made)
             for number, error in errors.items():
@@ -161,7 +165,9 @@ class BlockBuilder:
         places: dict[tuple[str | bytes, bytes], int] = {}
         ends: list[tuple[int, int]] = []
         for (source, label), caption in zip(_both(prepared, ""), prepared["caption"].to_pylist(), strict=True):
-            read = "" if self._reader is None else caption or source
+            read: str | bytes = ""  # the same for all: then the prior reads the empty prompt beside every picture
+            if self._reader is not None:
+                read = caption or source
             source_at = places.setdefault((read, source), len(places))
             ends.append((source_at, places.setdefault((read, label), len(places))))
         images = np.stack([_pixels(pixels, size_px) for _, pixels in places])
@@ -189,17 +195,25 @@ class BlockBuilder:
             return None
         states: dict[str | bytes, torch.Tensor] = {}
         for key in read:
-            if key not in states:
-                states[key] = self._reader.read(key if isinstance(key, str) else _pixels(key, size_px))
+            if key in states:
+                continue
+            if isinstance(key, str):
+                states[key] = self._reader.read(key)
+            else:
+                states[key] = self._reader.read(_pixels(key, size_px))
         return Contexts.of([states[key] for key in read], self._reader.tokens)
 
     def _interpolate(self, pairs: _Pairs, stats: BlockStats) -> Interpolation:
         """Invert every picture once, and denoise every frame once."""
         assert self.engine is not None
         noise = pairs.noise
-        alphas = self._made_at if BY_ENGINE in self.config.methods else ()
+        alphas: tuple[float, ...] = ()
+        if BY_ENGINE in self.config.methods:
+            alphas = self._made_at
         requests = [Request(source, label, alphas) for source, label in pairs.ends]
         if self.config.spacing == "path" and alphas:
+            # Frames at fixed alphas show how long each chain's path is; then frames are made where equal shares of it
+            # end. Every picture is inverted once: its noise is taken over.
             probes = self.engine.interpolate(
                 pairs.images, [Request(*ends, PROBE_ALPHAS) for ends in pairs.ends], pairs.noise, (), pairs.contexts
             )
@@ -309,7 +323,9 @@ class BlockBuilder:
         if chains is None:
             return quality
         # A picture may have been returned for another pair that shares it: the row must not depend on its neighbours.
-        returned = chains.returned if is_checked(pairs.ids[number], self.config.check_endpoints) else {}
+        returned: dict[int, np.ndarray] = {}
+        if is_checked(pairs.ids[number], self.config.check_endpoints):
+            returned = chains.returned
         quality["source_noise_rms"] = _rms(chains.noise[source])
         quality["label_noise_rms"] = _rms(chains.noise[label])
         quality["source_psnr"] = _round_trip(ends[0], returned.get(source))
@@ -342,7 +358,9 @@ def is_checked(pair_id: int, share: float) -> bool:
 
 def _round_trip(picture: np.ndarray, returned: np.ndarray | None) -> float | None:
     """Return the PSNR in dB of a picture that was ``returned`` from noise, at most 99; None where it was not."""
-    return None if returned is None else psnr(picture, returned, most_db=99.0)
+    if returned is None:
+        return None
+    return psnr(picture, returned, most_db=99.0)
 
 
 def _rms(values: np.ndarray) -> float:

@@ -53,7 +53,9 @@ class ChainDataset:
         if record is None:
             raise DatasetError(f"{path}: no _dataset.json there, so not a dataset; give the --out of a covray build")
         audit = Audit.read_if_present(self.folder)
-        finished = 0 if audit is None else audit.version
+        finished = 0
+        if audit is not None:
+            finished = audit.version
         self.version = version or named or max(finished, 1)
         """The version that is read."""
         if not 1 <= self.version <= len(record.pair_sets):
@@ -63,8 +65,10 @@ class ChainDataset:
         self.record = record.of_version(self.version)
         """The description of the version."""
         self._versions_audit = audit
-        self.audit = None if audit is None or self.version > finished else audit.of_version(self.version)
+        self.audit: Audit | None = None
         """What the finished build wrote; None while it is unfinished."""
+        if audit is not None and self.version <= finished:
+            self.audit = audit.of_version(self.version)
         self.versions = max(finished, 1)
         """How many versions are finished; 1 also while the first is not."""
         self.unreadable: list[str] = []
@@ -280,6 +284,7 @@ class ChainDataset:
             return {task: counts.asked for task, counts in self.audit.per_task.items()}
         assert self._versions_audit is not None
         built = {task: counts.asked for task, counts in self._versions_audit.of_version(version).per_task.items()}
+        # An audit counts all rows up to its version: what this one added is the difference.
         if version > 1:
             for task, counts in self._versions_audit.of_version(version - 1).per_task.items():
                 built[task] -= counts.asked
@@ -313,9 +318,11 @@ class ChainDataset:
                     for field in schema:
                         if field.name == "task":
                             columns.append(pa.array([task] * len(batch), pa.string()))
-                        else:
-                            column = batch.column(field.name)
-                            columns.append(column if column.type == field.type else column.cast(field.type))
+                            continue
+                        column = batch.column(field.name)
+                        if column.type != field.type:
+                            column = column.cast(field.type)
+                        columns.append(column)
                     yield pa.RecordBatch.from_arrays(columns, schema=schema)
         except _UNREADABLE as error:
             if self.audit is not None:
@@ -362,7 +369,9 @@ def shard_folder(version: int) -> str:
 def version_of(shard: str) -> int:
     """Return the version that added a shard, by its path."""
     match = re.match(r"shards/version=(\d+)/", shard)
-    return 1 if match is None else int(match[1])
+    if match is None:
+        return 1  # the first version has no folder of its own
+    return int(match[1])
 
 
 def split_version(path: str) -> tuple[str, int | None]:

@@ -188,7 +188,9 @@ def dropped_share(dataset: ChainDataset, config: SentencesConfig, split: str) ->
 
 def lengths_of(config: SentencesConfig) -> tuple[int, ...]:
     """Return the lengths of the chains that sentences are made of."""
-    return (2,) if config.method == "none" else config.lengths
+    if config.method == "none":
+        return (2,)
+    return config.lengths
 
 
 def pictures_of(dataset: ChainDataset, config: SentencesConfig) -> dict[int, np.ndarray]:

@@ -181,11 +181,15 @@ class MappedChains:
                 qualities += map(chain_quality, batch.column("quality").take(pa.array(rows)).to_pylist())
             part = np.full(len(rows), len(self._parts), np.uint16)
             pieces.append(_Rows(ids, self._task_numbers(batch.column("task"))[rows], part, rows))
-            is_whole = tokens.shape[1] == picture_count(dataset)
-            pictures = stored if is_whole else in_memory
+            pictures = in_memory
+            if tokens.shape[1] == picture_count(dataset):
+                # A mapped file has all pictures at their places in a stored row; in memory only those needed are kept.
+                pictures = stored
             self._parts.append({length: _views(tokens, places) for length, places in pictures.items()})
         found = _Rows.joined(pieces)
-        return found.best(qualities, dropped) if dropped else found
+        if not dropped:
+            return found
+        return found.best(qualities, dropped)
 
     def _task_numbers(self, tasks: pa.StringArray) -> NDArray[np.int16]:
         """Return the place of each row's task in the list of names, int16 [rows]; new names are added to the list."""

@@ -76,13 +76,16 @@ def prepare_block(
         root: the folder that URIs are below.
         noise: an earlier build's, which is used where the pixels are still the same.
     """
-    kept = {} if noise is None else noise.read(table["pair_id"].to_numpy())
+    kept = {}
+    if noise is not None:
+        kept = noise.read(table["pair_id"].to_numpy())
     rows: list[dict[str, Any]] = []
     for row in row_dicts(table):
         prepared: dict[str, Any] = {name: row[name] for name in ("pair_id", "task", "split")}
         try:
             prepared |= _prepare_pair(row, config, models, root)
             for name, kept_noise in kept.get(row["pair_id"], {}).items():
+                # Noise belongs to the very pixels that were inverted: a picture that changed is inverted again.
                 if kept_noise.pixels_digest == picture_digest(prepared[name]):
                     prepared[f"{name}_noise"] = kept_noise.noise
         except PairError as error:

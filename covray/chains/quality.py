@@ -46,6 +46,9 @@ def best_rows(qualities: Sequence[float | None], dropped: float) -> NDArray[np.i
 
     An unknown quality is the lowest. Of equal ones the first rows stay.
     """
-    values = np.array([-1.0 if quality is None else quality for quality in qualities])
+    values = np.full(len(qualities), -1.0)  # no quality is below 0
+    for row, quality in enumerate(qualities):
+        if quality is not None:
+            values[row] = quality
     order = np.argsort(-values, kind="stable")
     return np.sort(order[: kept_count(len(values), dropped)])

@@ -247,7 +247,9 @@ def micro_batches(
     batches: list[Batch | None] = []
     for share in shares[rank]:
         batch = _batch(sentences, share)
-        batches.append(batch if finish is None else finish(batch, share))
+        if finish is not None:
+            batch = finish(batch, share)
+        batches.append(batch)
     return batches + [None] * (max(len(share) for share in shares) - len(batches))
 
 

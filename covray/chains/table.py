@@ -80,7 +80,9 @@ class ChainTable:
     def __getitem__(self, index: int) -> ChainRow:
         """Return a row by its number; negative ones count from the end."""
         table = self.to_arrow()
-        number = index + len(table) if index < 0 else index
+        number = index
+        if index < 0:
+            number += len(table)
         if not 0 <= number < len(table):
             raise IndexError(f"index {index}: there are {len(table)} rows")
         values = table.slice(number, 1).to_pylist()[0]
@@ -241,4 +243,6 @@ class SentenceDataset(Dataset[dict[str, Tensor]]):
 
 
 def _tokens(values: list[int] | None) -> NDArray[np.uint16] | None:
-    return None if values is None else np.array(values, np.uint16)
+    if values is None:
+        return None
+    return np.array(values, np.uint16)

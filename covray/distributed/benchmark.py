@@ -137,22 +137,28 @@ def train_rates(
         checkpoint: ``seconds`` and ``bytes`` of one checkpoint.
     """
     steps = [(at, record) for at, record in records if "loss" in record]
-    warm = [record for _, record in steps[1:]]
+    warm = [record for _, record in steps[1:]]  # in the first step memory is taken and kernels are chosen
     seconds = sum(record["seconds"] for record in warm)
     tokens = sum(record["tokens"] for record in warm)
-    paused = {record["step"] for _, record in records if "validation_loss" in record and record["step"] > 1}
+    paused = set()
+    for _, record in records:
+        if "validation_loss" in record and record["step"] > 1:
+            paused.add(record["step"])
     pauses = len(paused) or 1
     pause_s = max(0.0, records[-1][0] - steps[0][0] - seconds) / pauses
     workers = config.workers.count
     per_sentence = tokens / sum(record["sentences"] for record in warm)
     checked_tokens = validation_sentences * per_sentence
     validation_s = max(0.0, pause_s - checkpoint["seconds"])
+    validation_token_s = 0.0
+    if checked_tokens:
+        validation_token_s = validation_s * workers / checked_tokens
     return TrainRates(
         identity=identity_of("train", config.identity()),
         workers=workers,
         start_s=max(0.0, wall_s - len(steps) * seconds / len(warm) - pauses * pause_s),
         token_s=seconds * workers / tokens,
-        validation_token_s=validation_s * workers / checked_tokens if checked_tokens else 0.0,
+        validation_token_s=validation_token_s,
         checkpoint_s=checkpoint["seconds"],
         checkpoint_bytes=checkpoint["bytes"],
     )
@@ -172,7 +178,9 @@ def _sizes(pairs: list[int] | None, config: BuildConfig) -> tuple[int, int]:
 def _measure_build(config: BuildConfig, folder: str, pairs: int) -> dict[str, Any]:
     """Build ``pairs`` pairs of scenes below ``folder``; return its audit, and what was measured from outside."""
     manifest, out = storage.join(folder, "pairs.parquet"), storage.join(folder, "chains")
-    size = 64 if config.prior.path in NANO_NAMES else _SCENE_PX
+    size = _SCENE_PX
+    if config.prior.path in NANO_NAMES:
+        size = 64
     scenes = scene_pairs(-(-pairs // len(TASKS)), size_px=size, splits=_SPLITS)
     with ManifestWriter(manifest) as writer:
         for pair in itertools.islice(scenes, pairs):
@@ -189,15 +197,19 @@ def _measure_build(config: BuildConfig, folder: str, pairs: int) -> dict[str, An
     audit_dataset(out, info.pair_ids, info.per_task)
     audit_s = time.monotonic() - started
     files = shard_files(storage.Folder(out), 1)
-    sizes = [_file_bytes(storage.join(out, name)) for name in files]
+    row_bytes = other_bytes = 0
+    for name in files:
+        of_rows, others = _file_bytes(storage.join(out, name))
+        row_bytes += of_rows
+        other_bytes += others
     return {
         **audit.to_json(),
         "wall_s": wall_s,
         "audit_s": audit_s,
         "rows": pairs,
         "shards": len(files),
-        "row_bytes": sum(rows for rows, _ in sizes),
-        "other_bytes": sum(other for _, other in sizes),
+        "row_bytes": row_bytes,
+        "other_bytes": other_bytes,
         "tokens_per_image": ChainDataset(out).tokens_per_image,
     }
 
@@ -273,7 +285,9 @@ def _measure_training(config: TrainConfig) -> TrainRates:
 def _measure_checkpoint(run: str, step: int) -> dict[str, float]:
     """Return the bytes of the checkpoint after ``step`` steps, and the seconds that writing them once more takes."""
     folder = storage.join(run, CHECKPOINTS, checkpoint_name(step))
-    files = {name: storage.read_bytes(storage.join(folder, name)) for name in storage.list_files(folder)}
+    files = {}
+    for name in storage.list_files(folder):
+        files[name] = storage.read_bytes(storage.join(folder, name))
     started = time.monotonic()
     for name, data in files.items():
         storage.write_bytes(storage.join(run, "again", name), data)
@@ -298,7 +312,9 @@ def hardware() -> str:
         for line in file.read_text().splitlines():
             if line.startswith("model name"):
                 names.append(line.split(":")[1].strip())
-    processor = names[0] if names else platform.processor()
+    processor = platform.processor()
+    if names:
+        processor = names[0]
     text = f"{processor}, {len(names) or 1} cores"
     if torch.cuda.is_available():
         text += f", {torch.cuda.device_count()} x {torch.cuda.get_device_name()}"

@@ -39,14 +39,13 @@ from covray.distributed.pool import (
     PoolOptions,
     RowsIn,
     RowsOut,
-    absolute,
     choose_rows_per_block,
     commit_again,
     delete_checkpoint,
     gpus_of,
+    like_an_actor,
     map_exactly_once,
     most_actors,
-    on,
     one_line_errors,
     pool_of,
 )
@@ -67,6 +66,7 @@ from covray.distributed.versions import (
 )
 from covray.errors import DatasetError
 from covray.io import storage
+from covray.io.storage import absolute
 from covray.pairs.manifest_reading import ManifestInfo, check_manifest
 from covray.plugins import require_packages
 from covray.progress import stage
@@ -159,7 +159,9 @@ def build(config: BuildConfig, patience_s: float = 0.0, append: bool = False) ->
     with stage(f"reading {config.pairs}"):
         info = check_manifest(config.pairs)
     # A finished dataset is only read; one that grows is locked like one that is begun.
-    result = None if grows(config, info, append) else Audit.FILE
+    result: str | None = Audit.FILE
+    if grows(config, info, append):
+        result = None
     with Output(config.out, DatasetRecord, "covray build", result=result, patience_s=patience_s) as output:
         version = choose_version(config, output, info, append)
         classes = None
@@ -221,7 +223,9 @@ def _write_version(config: BuildConfig, info: ManifestInfo, models: BuildModels,
         cores: Cores of the cluster.
     """
     folder = storage.Folder(config.out)
-    noise = KeptNoise.of(config.noise_from, config, models.fingerprints["prior"]) if config.noise_from else None
+    noise = None
+    if config.noise_from:
+        noise = KeptNoise.of(config.noise_from, config, models.fingerprints["prior"])
     started = time.monotonic()
     pool = pool_of(config.actors, config.engine, cores, gpus_of(config.actors, config.engine))
     usage, before = _run(config, info, models, noise, pool, version)
@@ -362,9 +366,9 @@ def _load_once(config: BuildConfig, gpus: float) -> tuple[BuildConfig, BuildMode
         builder = _builder(config)
         return builder.config, builder.models()
 
-    where = {"num_cpus": 0 if gpus else 1, "num_gpus": gpus, "resources": on(config.actors.node_type)}
+    check = ray.remote(**like_an_actor(gpus, config.actors.node_type))(load)
     with one_line_errors(config.out, "build"):
-        loaded: tuple[BuildConfig, BuildModels] = ray.get(ray.remote(max_retries=2, **where)(load).remote(config))
+        loaded: tuple[BuildConfig, BuildModels] = ray.get(check.remote(config))
     return loaded
 
 
@@ -390,8 +394,9 @@ def _description(config: BuildConfig, info: ManifestInfo, models: BuildModels, c
         codes=models.codes,
         pairs=pair_set(info),
     )
-    described = record if classes is None else record.model_copy(update={"classes": classes})
-    return _with_plugins(described, config, info)
+    if classes is not None:
+        record = record.model_copy(update={"classes": classes})
+    return _with_plugins(record, config, info)
 
 
 def _plugins(config: BuildConfig, info: ManifestInfo) -> dict[str, str]:
@@ -402,7 +407,9 @@ def _plugins(config: BuildConfig, info: ManifestInfo) -> dict[str, str]:
 def _with_plugins(record: DatasetRecord, config: BuildConfig, info: ManifestInfo) -> DatasetRecord:
     """Return a description with the plug-ins in use; without any the key is absent, as in files of earlier versions."""
     plugins = (record.plugins or {}) | _plugins(config, info)
-    return record.model_copy(update={"plugins": plugins}) if plugins else record
+    if not plugins:
+        return record
+    return record.model_copy(update={"plugins": plugins})
 
 
 def _require_contexts(config: BuildConfig, info: ManifestInfo) -> None:

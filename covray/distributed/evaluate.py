@@ -31,19 +31,18 @@ from covray.distributed.pool import (
     PoolOptions,
     RowsIn,
     RowsOut,
-    absolute,
     choose_rows_per_block,
     delete_checkpoint,
     gpus_of,
+    like_an_actor,
     most_actors,
-    on,
     one_line_errors,
     parquet_bytes,
     pool_of,
     run_pool,
 )
 from covray.distributed.progress import rows_by_task, start_progress_actor
-from covray.distributed.resumable import Output, run_ids
+from covray.distributed.resumable import Output, mlflow_run_of, run_ids
 from covray.distributed.session import ray_session
 from covray.distributed.trackers.base import require_trackers
 from covray.distributed.trackers.together import RunTrackers
@@ -54,7 +53,7 @@ from covray.evaluation.records import EvaluationRecord, EvaluationResults, Evalu
 from covray.evaluation.results import Rank, Row, choose_episodes, tabulate, to_csv
 from covray.evaluation.runner import Runner
 from covray.evaluation.subjects import Subject
-from covray.io.storage import Folder
+from covray.io.storage import Folder, absolute
 from covray.models.tokenizer.vqgan import load_tokenizer
 from covray.plugins import require_packages
 from covray.progress import stage
@@ -124,7 +123,7 @@ def _evaluate(work: Work, output: Output[EvaluationRecord], pool: PoolOptions) -
         identity=config.identity(),
         fingerprints=work.fingerprints,
         subjects=[subject.as_json() for subject in work.subjects],
-        mlflow_run_id=None if output.begun is None else output.begun.mlflow_run_id,
+        mlflow_run_id=mlflow_run_of(output.begun),
     )
     plugins = plugins_of(config)
     if plugins:  # else the key is absent, as in the files of earlier versions
@@ -197,6 +196,7 @@ def _run(work: Work, folder: Folder, pool: PoolOptions) -> EvaluationTable:
     arguments = {"config": config, "subjects": work.subjects}
     run_pool(Pool(EpisodeActor, arguments, pool, config.rows_per_block), rows_in, rows_out, progress)
     rows = read_rows(config.out)
+    # Exactly once: a row that is missing or doubled would shift every mean.
     if sorted(row["episode"] for row in rows) != sorted(work.episodes["episode"].to_pylist()):
         raise DatasetError(
             f"{config.out}: has {len(rows)} rows, not one for each of {len(work.episodes)} episodes; give another --out"
@@ -248,6 +248,7 @@ def pictures_of(out: str, pair_ids: Mapping[str, int]) -> list[Strip]:
     """
     record, results = EvaluationRecord.read(absolute(out)), EvaluationResults.read(absolute(out))
     config = load_config(EvaluateConfig, None, record.config).model_copy(update={"out": absolute(out)})
+    # One query a task, whatever its rank: under a name that the pages know.
     chosen: dict[str, dict[Rank, int]] = {task: {"median": pair_id} for task, pair_id in pair_ids.items()}
     return _pictures(config, [Subject(**subject) for subject in record.subjects], results, chosen)
 
@@ -275,7 +276,8 @@ def _pictures(
                 if (task, pair_id, subject.name) in rows:
                     shown.append((task, rank, rows[task, pair_id, subject.name]))
     strips = []
-    for (task, rank, row), pictures in zip(shown, runner.pictures_of([row for *_, row in shown]), strict=True):
+    strips_of_rows = runner.pictures_of([row for *_, row in shown])
+    for (task, rank, row), pictures in zip(shown, strips_of_rows, strict=True):
         if pictures is None:  # a model read tokens, and the query's picture is gone since
             continue
         primary = results.tasks[task].primary
@@ -306,7 +308,7 @@ def _with_block_size(work: Work, actors: int) -> Work:
 def _load_once(config: EvaluateConfig, gpus: float) -> None:
     """Load the tokenizer where an actor will, so that what is wrong with it is one line before the pool starts."""
 
-    @ray.remote(num_cpus=0 if gpus else 1, num_gpus=gpus, resources=on(config.actors.node_type), max_retries=2)
+    @ray.remote(**like_an_actor(gpus, config.actors.node_type))
     def load(config: EvaluateConfig) -> None:
         assert config.tokenizer is not None
         tokenizer = load_tokenizer(config.tokenizer, config.engine)

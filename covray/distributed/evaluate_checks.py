@@ -14,13 +14,13 @@ import pyarrow as pa
 from covray.chains.dataset import ChainDataset
 from covray.config import BuildConfig, EvaluateConfig, named_run
 from covray.distributed.plugin_checks import used_plugins
-from covray.distributed.pool import absolute
 from covray.errors import DatasetError
 from covray.evaluation.answers import EPISODE_SCHEMA
 from covray.evaluation.lpips import find_alexnet, load_lpips
 from covray.evaluation.pair_files import choose_pairs, require_pairs
 from covray.evaluation.subjects import Subject, adapter_weights, subjects_of
 from covray.io import storage
+from covray.io.storage import absolute
 from covray.plugins import require_packages
 from covray.seeds import seed_of
 
@@ -59,6 +59,7 @@ def without_places(identity: Mapping[str, Any]) -> dict[str, Any]:
     A manifest has none, but the ids of its pairs say which pictures they are, and pairs that it lacks are refused.
     """
     kept = {key: value for key, value in identity.items() if key not in ("data", "manifest")}
+    # Of NAME=RUN the name alone: the weights of the run are among the fingerprints.
     kept["adapters"] = [named_run(entry)[0] for entry in identity.get("adapters", ())]
     for key in ("tokenizer", "backbone"):
         if isinstance(identity.get(key), dict):
@@ -95,7 +96,8 @@ def _resolve(config: EvaluateConfig, dataset: ChainDataset) -> EvaluateConfig:
         update["tokenizer"] = built.tokenizer
     if config.lpips is None:
         alexnet = find_alexnet()
-        update["lpips"] = None if alexnet is None else str(alexnet)
+        if alexnet is not None:
+            update["lpips"] = str(alexnet)
     else:
         load_lpips(Path(config.lpips))
     if config.tasks is None:
@@ -110,7 +112,9 @@ def _pairs(config: EvaluateConfig, dataset: ChainDataset, subjects: Sequence[Sub
     examples = choose_pairs(
         dataset, config.tasks, config.example_split, config.baseline_examples, config.seed, "example_split"
     )
-    needed = max((subject.pairs or 0) for subject in subjects) + (config.split == config.example_split)
+    needed = max((subject.pairs or 0) for subject in subjects)
+    if config.split == config.example_split:
+        needed += 1  # a query is no example of its own
     present = dataset.table(["task"], config.tasks, config.example_split)["task"].to_pylist()
     for task in config.tasks or ():
         if present.count(task) < needed:

@@ -25,7 +25,6 @@ from covray.distributed.pool import (
     PoolActor,
     RowsIn,
     RowsOut,
-    absolute,
     choose_rows_per_block,
     commit_again,
     delete_checkpoint,
@@ -37,7 +36,7 @@ from covray.distributed.pool import (
     run_pool,
 )
 from covray.distributed.progress import start_progress_actor
-from covray.distributed.resumable import Output, run_ids
+from covray.distributed.resumable import Output, mlflow_run_of, run_ids
 from covray.distributed.session import ray_session
 from covray.distributed.trackers.together import RunTrackers
 from covray.errors import DatasetError
@@ -52,7 +51,7 @@ from covray.evaluation.vision_text import (
     summarize_rows,
 )
 from covray.generation.vision_text import answerer_facts
-from covray.io.storage import Folder
+from covray.io.storage import Folder, absolute
 from covray.models.vlm.decoding import decoding_blocks
 from covray.progress import stage
 from covray.training.objectives.vision_text import read_data
@@ -125,7 +124,7 @@ def _evaluate(work: _Work, output: Output[VlmEvaluationRecord], cores: int) -> d
     record = VlmEvaluationRecord(
         identity=work.identity,
         config=config.model_dump(mode="json"),
-        mlflow_run_id=None if output.begun is None else output.begun.mlflow_run_id,
+        mlflow_run_id=mlflow_run_of(output.begun),
     )
     with output.tracked(config, record) as (tracker, _):
         _keep_earlier_answers(folder, config)

@@ -25,13 +25,12 @@ from covray.distributed.pool import (
     PoolOptions,
     RowsIn,
     RowsOut,
-    absolute,
     choose_rows_per_block,
     commit_again,
     delete_checkpoint,
     gpus_of,
+    like_an_actor,
     most_actors,
-    on,
     one_line_errors,
     parquet_bytes,
     pool_of,
@@ -42,7 +41,7 @@ from covray.distributed.resumable import Output
 from covray.distributed.session import ray_session
 from covray.errors import DatasetError
 from covray.io.model_folders import NANO_NAMES, is_here
-from covray.io.storage import Folder
+from covray.io.storage import Folder, absolute
 from covray.progress import stage
 from covray.thinking.building import FeatureBuilder, Samples, facts_of, feature_width, read_samples
 from covray.thinking.dataset import FEATURE_SCHEMA, PARQUET, SHARDS, TOKENIZER, read_table
@@ -118,7 +117,9 @@ def absolute_model(config: M) -> M:
 
 def absolute_path(path: str) -> str:
     """Return the path of a model as it means the same elsewhere; a shipped model and a hub id stay."""
-    return path if path in NANO_NAMES or not is_here(path) else absolute(path)
+    if path in NANO_NAMES or not is_here(path):
+        return path
+    return absolute(path)
 
 
 def _take(
@@ -185,7 +186,7 @@ class FeatureActor(PoolActor):
 def _load_once(config: ThinkFeaturesConfig, root: str | None, gpus: float) -> dict[str, bytes]:
     """Load the model where an actor will, so that what is wrong with it is one line; return its tokenizer's files."""
 
-    @ray.remote(num_cpus=0 if gpus else 1, num_gpus=gpus, resources=on(config.actors.node_type), max_retries=2)
+    @ray.remote(**like_an_actor(gpus, config.actors.node_type))
     def load(config: ThinkFeaturesConfig) -> dict[str, bytes]:
         builder = FeatureBuilder(config, root)
         with tempfile.TemporaryDirectory() as local:
@@ -218,9 +219,11 @@ def _count(config: ThinkFeaturesConfig, samples: Samples, seconds: float) -> Fea
             continue
         per_split[row["split"]] += 1
         features += row["count"]
+    paths = [folder.inner_path(name) for name in folder.list_files(".parquet")]
     size = 0
-    for info in folder.filesystem.get_file_info([folder.inner_path(name) for name in folder.list_files(".parquet")]):
-        size += info.size if f"/{SHARDS}/" in info.path else 0
+    for info in folder.filesystem.get_file_info(paths):
+        if f"/{SHARDS}/" in info.path:  # the list of samples is a Parquet file, too
+            size += info.size
     return FeaturesResult(
         samples=len(rows),
         failed=reasons.total(),

@@ -45,7 +45,9 @@ class GracefulStop:
 
     def end(self) -> NoReturn:
         """End the command as the first signal would have ended it. Raises KeyboardInterrupt."""
-        number = signal.SIGINT if self._number is None else self._number
+        number = self._number
+        if number is None:
+            number = signal.SIGINT
         handler = self._previous.get(number)
         if number == signal.SIGTERM and callable(handler):
             handler(number, None)  # the command line's: it knows the exit code of this signal

@@ -333,9 +333,13 @@ def _stat_of(process: int) -> list[str]:
 
 def _state_of(process: int) -> str | None:
     fields = _stat_of(process)
-    return fields[0] if fields else None
+    if not fields:
+        return None
+    return fields[0]
 
 
 def _start_of(process: int) -> int | None:
     fields = _stat_of(process)
-    return int(fields[19]) if fields else None
+    if not fields:
+        return None
+    return int(fields[19])

@@ -68,7 +68,9 @@ class Recorder:
 
     def __init__(self, out: str | None = None):
         """Record for the folder ``out`` of a command, if it has one."""
-        self._output = {} if out is None else {OUTPUT: posixpath.basename(out.rstrip("/"))}
+        self._output: dict[str, str] = {}
+        if out is not None:
+            self._output[OUTPUT] = posixpath.basename(out.rstrip("/"))
         self._metrics: dict[str, Any] = {}
 
     def add(self, kind: MetricKind, amount: float, **labels: str) -> None:

@@ -27,9 +27,9 @@ from covray.distributed.pool import (
     PoolActor,
     RowsIn,
     RowsOut,
-    absolute,
     choose_rows_per_block,
     gpus_of,
+    like_an_actor,
     most_actors,
     one_line_errors,
     parquet_bytes,
@@ -40,7 +40,7 @@ from covray.distributed.progress import start_progress_actor
 from covray.distributed.resumable import Output
 from covray.distributed.session import ray_session
 from covray.errors import ManifestError
-from covray.io.storage import Folder
+from covray.io.storage import Folder, absolute
 from covray.pairs.manifest import MANIFEST_SCHEMA, Pair, manifest_row, pair_of_row
 from covray.pairs.records import PairsRecord
 from covray.pairs.rows import PairRow
@@ -116,7 +116,9 @@ def _require_same_work(output: Output[PairsRecord], record: PairsRecord) -> None
 
 def _make(work: PairWork, folder: Folder, actors: ActorsConfig, cores: int) -> None:
     """Make all pairs that earlier commands have not made."""
-    engine = EngineConfig(device="auto" if work.uses_gpu else "cpu")
+    engine = EngineConfig(device="cpu")
+    if work.uses_gpu:
+        engine = EngineConfig(device="auto")
     gpus = gpus_of(actors, engine)
     most = most_actors(actors, engine, cores, gpus)
     rows = min(choose_rows_per_block(None, len(work.items), most, 1), work.items_per_block)
@@ -141,9 +143,9 @@ def _load_once(load: Callable[[], Any], gpus: float) -> None:
     def loads() -> None:
         load()
 
-    where = {"num_cpus": 0 if gpus else 1, "num_gpus": gpus}
+    check = ray.remote(**like_an_actor(gpus, None))(loads)
     with stage("loading the model, to check it"):
-        ray.get(ray.remote(max_retries=2, **where)(loads).remote())
+        ray.get(check.remote())
 
 
 def _write_items(folder: Folder, items: int) -> None:
@@ -165,9 +167,13 @@ class PairActor(PoolActor):
         started = time.time()
         numbers = block[_ITEM].to_pylist()
         rows, rejected = [], 0
-        for number, pairs in zip(numbers, self.make([self._item(number) for number in numbers]), strict=True):
-            rejected += sum("error" in pair.meta for pair in pairs)
-            rows.append({_ITEM: number, _PARTITION: "pairs", "pairs": [manifest_row(pair, True) for pair in pairs]})
+        items = [self._item(number) for number in numbers]
+        for number, pairs in zip(numbers, self.make(items), strict=True):
+            manifest_rows = []
+            for pair in pairs:
+                rejected += "error" in pair.meta
+                manifest_rows.append(manifest_row(pair, True))
+            rows.append({_ITEM: number, _PARTITION: "pairs", "pairs": manifest_rows})
         self.report(started, len(rows), rejected)
         return pa.Table.from_pylist(rows, PART_SCHEMA)
 
@@ -192,7 +198,8 @@ def ordered_pairs(folder: Folder, items: int) -> Iterator[Pair]:
     places = _places(folder, items)
     reader = _PartReader(folder)
     for number, part in enumerate(places):
-        yield from (pair_of_row(row) for row in reader.take(part, number))
+        for row in reader.take(part, number):
+            yield pair_of_row(row)
 
 
 def _places(folder: Folder, items: int) -> list[str]:

@@ -25,7 +25,6 @@ from covray.config.fields import MOST_ROWS_PER_BLOCK
 from covray.distributed.progress import BlockReport, PoolCounts, PoolProgress
 from covray.distributed.session import READING_CPUS
 from covray.errors import CovrayError, DatasetError, last_line
-from covray.io import storage
 from covray.io.storage import Folder
 
 TASK_CPUS = 0.5
@@ -205,8 +204,13 @@ class CommittedRows:
 
     def count(self) -> int:
         """Return the rows that are written; reads only the files that are new since the last call."""
-        names = [name for name in self._folder.list_files(_COMMITTED) if not name.endswith(_PENDING)]
-        new = [name for name in names if name not in self._rows]
+        names, new = [], []
+        for name in self._folder.list_files(_COMMITTED):
+            if name.endswith(_PENDING):
+                continue
+            names.append(name)
+            if name not in self._rows:
+                new.append(name)
         if new:
             with ThreadPoolExecutor(min(_READERS, len(new))) as readers:  # of an object store each takes requests
                 self._rows.update(zip(new, readers.map(self._count_file, new), strict=True))
@@ -275,7 +279,9 @@ def most_actors(actors: ActorsConfig, engine: EngineConfig, cores: int, gpus: fl
     """
     if actors.max is not None:
         return actors.max
-    fit = int(ray.cluster_resources().get("GPU", 0) / gpus) if gpus else cores // engine.threads
+    fit = cores // engine.threads
+    if gpus:
+        fit = int(ray.cluster_resources().get("GPU", 0) / gpus)
     return max(fit, actors.min, 1)
 
 
@@ -306,14 +312,19 @@ def pool_of(actors: ActorsConfig, engine: EngineConfig, cores: int, gpus: float)
     return pool
 
 
+def like_an_actor(gpus: float, node_type: str | None) -> dict[str, Any]:
+    """Return the options of a task that runs where an actor would, with ``gpus`` GPUs on a node of ``node_type``."""
+    cpus = 1
+    if gpus:
+        cpus = 0  # a GPU is enough to be placed by; a node whose CPUs are taken would not be found
+    return {"num_cpus": cpus, "num_gpus": gpus, "resources": on(node_type), "max_retries": 2}
+
+
 def on(node_type: str | None) -> dict[str, float]:
     """Return what to reserve of a custom resource so as to run on a node that has it."""
-    return {} if node_type is None else {node_type: 0.001}
-
-
-def absolute(path: str) -> str:
-    """Return ``path`` as it means the same in a worker's folder."""
-    return path if "://" in path else storage.resolve(path)[1]
+    if node_type is None:
+        return {}
+    return {node_type: 0.001}  # all that run there at a time fit
 
 
 class one_line_errors:
@@ -330,7 +341,10 @@ class one_line_errors:
         """Raise the error that a user understands. KeyboardInterrupt and the like pass."""
         if error is None or not isinstance(error, Exception):
             return
-        causes = [cause for cause in _causes(error) if not isinstance(cause, ray.exceptions.RayError)] or [error]
+        # What Ray raises wraps what a worker raised: the worker's own error tells what is wrong.
+        causes = [cause for cause in _causes(error) if not isinstance(cause, ray.exceptions.RayError)]
+        if not causes:
+            causes = [error]
         for cause in causes:
             if isinstance(cause, CovrayError):
                 raise type(cause)(str(cause)) from error

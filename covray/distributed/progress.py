@@ -107,7 +107,9 @@ class ProgressActor:
         if self._rows is None:
             return
         for (task, rejected), rows in block.by_task.items():
-            status = "rejected" if rejected else "written"
+            status = "written"
+            if rejected:
+                status = "rejected"
             self._recorder.add(self._rows, rows, task=task, status=status)
         self._recorder.add(UNET_EVALUATIONS, block.evaluations)
         self._recorder.add(BUSY_SECONDS, block.finished - block.started)
@@ -145,16 +147,18 @@ class ProgressActor:
         evaluations = sum(block.evaluations for block in blocks)
         padded = sum(block.padded for block in blocks)
         passes = evaluations + padded
-        row_s = busy_s / warm_rows if warm_rows else 0.0
+        row_s = 0.0
+        if warm_rows:
+            row_s = busy_s / warm_rows
         return PoolUsage(
             actors=len(self.reports),
-            chains_per_s=round(warm_rows / spent_s, 3) if spent_s else None,
-            busy_share=round(busy_s / present_s, 4) if present_s else None,
+            chains_per_s=_ratio(warm_rows, spent_s, 3),
+            busy_share=_ratio(busy_s, present_s, 4),
             row_s=round(row_s, 6) if row_s else None,
             load_s=round(self._mean_load_s(row_s), 2),
             last_block_s=round(max(ends) - self.created, 2),
             unet_evaluations=evaluations,
-            padded_share=round(padded / passes, 4) if passes else None,
+            padded_share=_ratio(padded, passes, 4),
         )
 
     def _all_blocks(self) -> list[BlockReport]:
@@ -170,6 +174,13 @@ class ProgressActor:
             first = min(of_actor, key=lambda block: block.started)
             loads.append(first.finished - first.rows * row_s - self.created)
         return max(0.0, sum(loads) / len(loads))
+
+
+def _ratio(amount: float, whole: float, digits: int) -> float | None:
+    """Return ``amount`` over ``whole``, rounded; None where there is nothing of the whole."""
+    if not whole:
+        return None
+    return round(amount / whole, digits)
 
 
 def start_progress_actor(out: str | None = None, rows: MetricKind | None = None) -> Any:

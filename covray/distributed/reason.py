@@ -26,23 +26,22 @@ from covray.distributed.pool import (
     PoolOptions,
     RowsIn,
     RowsOut,
-    absolute,
     choose_rows_per_block,
     delete_checkpoint,
     gpus_of,
+    like_an_actor,
     most_actors,
-    on,
     one_line_errors,
     parquet_bytes,
     pool_of,
     run_pool,
 )
 from covray.distributed.progress import start_progress_actor
-from covray.distributed.resumable import Output
+from covray.distributed.resumable import Output, mlflow_run_of
 from covray.distributed.session import ray_session
 from covray.distributed.trackers.base import require_trackers
 from covray.errors import DatasetError
-from covray.io.storage import Folder
+from covray.io.storage import Folder, absolute
 from covray.progress import stage
 from covray.report.reasoning import write_reasoning_page
 from covray.thinking.reasoning import RESULT_SCHEMA, Reasoner, require_reasoning, row_names
@@ -87,7 +86,7 @@ def evaluate_reasoning(config: ThinkEvaluateConfig) -> ReasoningResults:
             config=config.model_dump(mode="json"),
             identity=config.identity(),
             fingerprints=fingerprints,
-            mlflow_run_id=None if begun is None else begun.mlflow_run_id,
+            mlflow_run_id=mlflow_run_of(begun),
         )
         with ray_session() as cores, one_line_errors(config.out, "evaluation"):
             with stage("loading the models, to check them"):
@@ -196,7 +195,9 @@ def read_rows(out: str, *, pictures: bool, episodes: list[int] | None = None) ->
     folder = Folder(out)
     partitioning = ds.partitioning(pa.schema([("task", pa.string())]), flavor="hive")
     dataset = ds.dataset(folder.inner_path(_ROWS), RESULT_SCHEMA, "parquet", folder.filesystem, partitioning)
-    chosen = None if episodes is None else ds.field("episode").isin(episodes)
+    chosen = None
+    if episodes is not None:
+        chosen = ds.field("episode").isin(episodes)
     columns = [name for name in RESULT_SCHEMA.names if pictures or name != "demonstrations"]
     rows = []
     for batch in dataset.to_batches(columns=columns, filter=chosen, batch_size=64):
@@ -228,7 +229,7 @@ def _load_once(config: ThinkEvaluateConfig) -> None:
     """Load the models where an actor will, so that what is wrong with them is one line before the pool starts."""
     gpus = gpus_of(config.actors, config.engine)
 
-    @ray.remote(num_cpus=0 if gpus else 1, num_gpus=gpus, resources=on(config.actors.node_type), max_retries=2)
+    @ray.remote(**like_an_actor(gpus, config.actors.node_type))
     def load(config: ThinkEvaluateConfig) -> None:
         Reasoner(config)
 

@@ -66,6 +66,11 @@ def _listed(trackers: Sequence[str]) -> str:
     return ", ".join(trackers).replace(MLFLOW, "MLflow") or "no tracker"
 
 
+def mlflow_run_of(begun: Record | None) -> str | None:
+    """Return the MLflow run of what a command continues; None where nothing has begun, or where it has none."""
+    return getattr(begun, "mlflow_run_id", None)
+
+
 class Output(Generic[R]):
     """The folder of a command, which nobody else works on for the length of a ``with`` block.
 

@@ -79,7 +79,9 @@ def submit(
     except (RayError, ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise ConfigError(f"{address}: {_why(error)}") from error
     console.print(f"job {job}: ray job logs {job}, ray job stop {job}", highlight=False, soft_wrap=True)
-    return _follow(client, job, address, console) if wait else 0
+    if not wait:
+        return 0
+    return _follow(client, job, address, console)
 
 
 def _follow(client: JobSubmissionClient, job: str, address: str, console: Console) -> int:

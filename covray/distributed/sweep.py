@@ -14,15 +14,15 @@ from typing import Any
 from covray.config import SweepConfig, load_config
 from covray.distributed.build import build
 from covray.distributed.evaluate import RESULTS, evaluate
-from covray.distributed.pool import absolute, one_line_errors
-from covray.distributed.resumable import Output
+from covray.distributed.pool import one_line_errors
+from covray.distributed.resumable import Output, mlflow_run_of
 from covray.distributed.session import ray_session
 from covray.distributed.sweep_checks import absolute_paths
 from covray.distributed.trackers.together import RunTrackers
 from covray.distributed.trials import Session, read_trial, run_trials
 from covray.errors import ConfigError
 from covray.evaluation.records import EvaluationResults, SubjectEntry, SubjectScore, TaskSummary
-from covray.io.storage import Folder
+from covray.io.storage import Folder, absolute
 from covray.progress import stage
 from covray.report.sweep import write_sweep_page
 from covray.sweeps.grid import Grid, Trial, grid_of
@@ -63,11 +63,14 @@ def sweep(config: SweepConfig) -> dict[str, Any]:
 def _sweep(config: SweepConfig, grid: Grid, output: Output[SweepRecord], cores: int) -> dict[str, Any]:
     """Run the sweep in a Ray session with ``cores`` cores."""
     begun = output.begun
+    seconds = 0.0  # of all commands that were at work in this folder
+    if begun is not None:
+        seconds = begun.seconds
     record = SweepRecord(
         config=config.model_dump(mode="json"),
         identity=config.identity(),
-        mlflow_run_id=None if begun is None else begun.mlflow_run_id,
-        seconds=0.0 if begun is None else begun.seconds,
+        mlflow_run_id=mlflow_run_of(begun),
+        seconds=seconds,
     )
     with output.tracked(config, record) as (tracker, record):
         started = time.monotonic()
@@ -157,8 +160,10 @@ def _trial_entry(trial: Trial, record: TrialRecord | None) -> TrialEntry:
     if record is None:
         record = TrialRecord(status="waiting")
     values |= {key: getattr(record, key) for key in _OF_RECORD}
-    scores = () if record.table is None else record.table.scores
-    return TrialEntry(**values, scores=tuple(_score(score) for score in scores))
+    scores = []
+    if record.table is not None:
+        scores = [_score(score) for score in record.table.scores]
+    return TrialEntry(**values, scores=tuple(scores))
 
 
 def _reference(subject: SubjectEntry, results: EvaluationResults) -> Reference:

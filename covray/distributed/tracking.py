@@ -313,4 +313,6 @@ def _line(error: BaseException) -> str:
     """Return the reason of an error on one line, without a password."""
     text = _shown(" ".join(str(error).split()) or type(error).__name__)
     reason = text.rpartition("Caused by ")[2]  # requests puts the reason at the end
-    return reason if len(reason) <= 200 else f"{reason[:200]}..."
+    if len(reason) <= 200:
+        return reason
+    return f"{reason[:200]}..."

@@ -22,7 +22,9 @@ def beside(out: str) -> Path:
 
 def folder_token(out: str) -> str:
     """Return what tells the folder of a command apart in a store that many machines share, in hexadecimal digits."""
-    place = out if "://" in out else f"{platform.node()}:{storage.resolve(out)[1]}"
+    place = storage.absolute(out)
+    if "://" not in out:
+        place = f"{platform.node()}:{place}"  # two machines may have local folders of one name
     return hashlib.sha256(place.encode()).hexdigest()[:32]
 
 
@@ -53,7 +55,9 @@ def file_of(uri: str) -> Path | None:
     from sqlalchemy import make_url
 
     database = make_url(uri).database
-    return Path(database) if database else None
+    if not database:  # in memory
+        return None
+    return Path(database)
 
 
 def move_artefacts(folder: Path) -> None:

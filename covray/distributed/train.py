@@ -156,6 +156,9 @@ def _torch_trainer(config: AnyTrainConfig, ray_folder: Folder, control: Any) -> 
     if workers.gpus:
         resources["GPU"] = workers.gpus
     ray_folder.create()
+    backend = "gloo"
+    if config.compute.device == "cuda":
+        backend = "nccl"
     return TorchTrainer(
         work,
         train_loop_config={"settings": WorkerSettings(config, control)},
@@ -168,7 +171,7 @@ def _torch_trainer(config: AnyTrainConfig, ray_folder: Folder, control: Any) -> 
             storage_filesystem=ray_folder.filesystem,
             failure_config=FailureConfig(max_failures=workers.max_failures),
         ),
-        torch_config=TorchConfig(backend="nccl" if config.compute.device == "cuda" else "gloo"),
+        torch_config=TorchConfig(backend=backend),
     )
 
 
@@ -209,10 +212,14 @@ def resolve_compute(config: C, cores: int, choose_stage: Callable[[C, int | None
     gpus_in_cluster = ray.cluster_resources().get("GPU", 0)
     gpus = workers.gpus
     if gpus is None:
-        gpus = 1.0 if compute.device != "cpu" and gpus_in_cluster else 0.0
+        gpus = 0.0
+        if compute.device != "cpu" and gpus_in_cluster:
+            gpus = 1.0
     device = compute.device
     if device == "auto":
-        device = "cuda" if gpus else "cpu"
+        device = "cpu"
+        if gpus:
+            device = "cuda"
     if (device == "cuda") != bool(gpus):
         raise ConfigError(
             f"compute.device: {device} with {gpus:g} GPUs a worker, of {gpus_in_cluster:g} in the cluster; "
@@ -221,14 +228,21 @@ def resolve_compute(config: C, cores: int, choose_stage: Callable[[C, int | None
     _require_resources(config, gpus)
     dtype = compute.dtype
     if dtype == "auto":
-        dtype = "bfloat16" if device == "cuda" or bfloat16_units() else "float32"
+        dtype = "float32"
+        if device == "cuda" or bfloat16_units():
+            dtype = "bfloat16"
     deepspeed = compute.deepspeed
     if deepspeed == "auto":
-        gpu_bytes = _gpu_bytes(gpus, workers.node_type) if device == "cuda" else None
+        gpu_bytes = None
+        if device == "cuda":
+            gpu_bytes = _gpu_bytes(gpus, workers.node_type)
         deepspeed = choose_stage(config, gpu_bytes)
     threads = compute.threads
     if threads is None:
-        threads = max(1, cores // workers.count) if device == "cpu" else max(1, int(workers.cpus))
+        # On a CPU the workers share the cores; beside a GPU they need what they have reserved.
+        threads = max(1, int(workers.cpus))
+        if device == "cpu":
+            threads = max(1, cores // workers.count)
     chosen = {"device": device, "dtype": dtype, "deepspeed": deepspeed, "threads": threads}
     return config.model_copy(
         update={

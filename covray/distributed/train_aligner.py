@@ -10,12 +10,12 @@ from collections.abc import Callable
 
 from covray.config.think import ThinkTrainConfig
 from covray.distributed.features import absolute_model
-from covray.distributed.pool import absolute
 from covray.distributed.resumable import Output
 from covray.distributed.trackers.base import require_trackers
 from covray.distributed.train import run_training
 from covray.distributed.train_checks import CheckedRun, binding_record, open_run, with_recorded_dtype
 from covray.errors import ConfigError
+from covray.io.storage import absolute
 from covray.models.aligner.language import language_facts
 from covray.thinking.dataset import FeatureDataset
 from covray.thinking.objective import open_captions

@@ -20,7 +20,7 @@ from covray.chains.sentences import require_context
 from covray.config import BackboneConfig, TrainConfig, recorded_section
 from covray.config.think import ThinkTrainConfig
 from covray.config.vlm import VlmTrainConfig
-from covray.distributed.resumable import Output
+from covray.distributed.resumable import Output, mlflow_run_of
 from covray.distributed.trackers.base import require_trackers
 from covray.errors import ConfigError, CovrayError, DatasetError
 from covray.io import storage
@@ -70,7 +70,7 @@ class CheckedRun(Generic[C]):
             config=config.model_dump(mode="json"),
             identity=config.identity(),
             fingerprints=self.fingerprints,
-            mlflow_run_id=None if begun is None else begun.mlflow_run_id,
+            mlflow_run_id=mlflow_run_of(begun),
         )
 
 
@@ -103,7 +103,8 @@ class CheckedTraining(CheckedRun[TrainConfig]):
         record = super().record(config, begun)
         # Without them the keys are absent, as in the files of earlier versions.
         added = {"classes": self.classes, "plugins": self.plugins}
-        return record.model_copy(update={key: value for key, value in added.items() if value is not None})
+        update = {key: value for key, value in added.items() if value is not None}
+        return record.model_copy(update=update)
 
 
 def open_run(out: str, patience_s: float = 0.0, *, command: str = "covray train") -> Output[RunRecord]:
@@ -176,20 +177,22 @@ def binding_record(output: Output[RunRecord]) -> RunRecord | None:
 
     Workers write the metrics first. A run without them has learned nothing that another configuration would spoil.
     """
-    return output.begun if output.folder.exists(METRICS_FILE) else None
+    if not output.folder.exists(METRICS_FILE):
+        return None
+    return output.begun
 
 
 def absolute_paths(config: TrainConfig) -> TrainConfig:
     """Return ``config`` with paths that mean the same in a worker's folder. A backbone without a folder is a hub id."""
-    update: dict[str, Any] = {"data": _absolute(config.data), "out": _absolute(config.out)}
-    update["mix"] = tuple(f"{_absolute(path)}={weight!r}" for path, weight in config.weighted_data[1:])
+    update: dict[str, Any] = {"data": storage.absolute(config.data), "out": storage.absolute(config.out)}
+    update["mix"] = tuple(f"{storage.absolute(path)}={weight!r}" for path, weight in config.weighted_data[1:])
     backbone, compute, lora = config.backbone, config.compute, config.lora
     if lora.path is not None:
-        update["lora"] = lora.model_copy(update={"path": _absolute(lora.path)})
+        update["lora"] = lora.model_copy(update={"path": storage.absolute(lora.path)})
     if backbone.path is not None and backbone.path not in NANO_NAMES and is_here(backbone.path):
-        update["backbone"] = backbone.model_copy(update={"path": _absolute(backbone.path)})
+        update["backbone"] = backbone.model_copy(update={"path": storage.absolute(backbone.path)})
     if compute.deepspeed.endswith(".json"):
-        update["compute"] = compute.model_copy(update={"deepspeed": _absolute(compute.deepspeed)})
+        update["compute"] = compute.model_copy(update={"deepspeed": storage.absolute(compute.deepspeed)})
     return config.model_copy(update=update)
 
 
@@ -224,9 +227,11 @@ def _require_alike(config: TrainConfig, datasets: Sequence[ChainDataset]) -> Non
     Raises:
         DatasetError: Their codebooks or sizes differ, one has no pairs of the split, or a pair is in two of them.
     """
+    if len(datasets) == 1:
+        return
     first = datasets[0]
     ids: list[np.ndarray] = []
-    for dataset in datasets if len(datasets) > 1 else ():
+    for dataset in datasets:
         require_same_codebook(first.fingerprints["codebook"], dataset.fingerprints["codebook"], dataset.path)
         if dataset.tokens_per_image != first.tokens_per_image:
             raise DatasetError(
@@ -240,14 +245,13 @@ def _require_alike(config: TrainConfig, datasets: Sequence[ChainDataset]) -> Non
                 "leave it out"
             )
         ids.append(table["pair_id"].to_numpy())
-    if ids:
-        distinct, counts = np.unique(np.concatenate(ids), return_counts=True)
-        twice = distinct[counts > 1]
-        if len(twice):
-            raise DatasetError(
-                f"--data: {len(twice)} pairs are in two of the datasets, such as {twice[0]}: a pair could be its "
-                "own example; build one of them without these"
-            )
+    distinct, counts = np.unique(np.concatenate(ids), return_counts=True)
+    twice = distinct[counts > 1]
+    if len(twice):
+        raise DatasetError(
+            f"--data: {len(twice)} pairs are in two of the datasets, such as {twice[0]}: a pair could be its "
+            "own example; build one of them without these"
+        )
 
 
 def _plugins(datasets: Sequence[ChainDataset]) -> dict[str, str] | None:
@@ -275,7 +279,9 @@ def _common_classes(datasets: Sequence[ChainDataset]) -> Meta | None:
                 "two things; build both with the same --classes, or train on one"
             )
         owner, classes = dataset.path, dataset.record.classes
-    return classes if owner is not None else datasets[0].record.classes
+    if owner is None:  # none has segmentation
+        return datasets[0].record.classes
+    return classes
 
 
 def _with_recorded_versions(config: TrainConfig, begun: RunRecord | None) -> TrainConfig:
@@ -289,16 +295,21 @@ def _with_recorded_versions(config: TrainConfig, begun: RunRecord | None) -> Tra
         for version in range(dataset.version, 0, -1):
             earlier = ChainDataset(dataset.path, version=version)
             if _data_fingerprint(earlier) == recorded:
-                path = path if version == dataset.version else earlier.reference
+                if version != dataset.version:
+                    path = earlier.reference
                 break
         paths.append(path)
-    mix = [f"{path}={weight!r}" for path, (_, weight) in zip(paths[1:], config.weighted_data[1:], strict=True)]
+    mix = []
+    for path, (_, weight) in zip(paths[1:], config.weighted_data[1:], strict=True):
+        mix.append(f"{path}={weight!r}")
     return config.model_copy(update={"data": paths[0], "mix": tuple(mix)})
 
 
 def _data_key(number: int) -> str:
     """Return the name of a dataset's fingerprint; that of the first is older than mixtures."""
-    return "data" if number == 0 else f"data.{number + 1}"
+    if number == 0:
+        return "data"
+    return f"data.{number + 1}"
 
 
 def _fingerprints(config: TrainConfig, datasets: Sequence[ChainDataset], facts: BackboneFacts) -> dict[str, str | None]:
@@ -332,8 +343,10 @@ def _require_same_classes(config: TrainConfig, classes: Meta | None) -> None:
     if config.lora.path is None or classes is None:
         return
     run, _, name = config.lora.path.rstrip("/").rpartition("/")
+    if not name:
+        return  # not the adapter of a run's folder
     try:
-        earlier = RunRecord.read_if_present(run) if name else None
+        earlier = RunRecord.read_if_present(run)
     except CovrayError:
         return  # an adapter from elsewhere
     if earlier is not None and earlier.classes not in (None, classes):
@@ -357,7 +370,3 @@ def _has_weights_here(backbone: BackboneConfig) -> bool:
     if backbone.path is None:
         return backbone.scale == "nano" or backbone.init == "random"
     return is_here(backbone.path)
-
-
-def _absolute(path: str) -> str:
-    return path if "://" in path else storage.resolve(path)[1]

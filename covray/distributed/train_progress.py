@@ -37,7 +37,9 @@ class TrainProgress:
         """
         self._tail = MetricsTail(out)
         self._tracker, self._control, self._watch = tracker, control, watch
-        self._display: _Bar | _Line = _Bar() if sys.stderr.isatty() else _Line()
+        self._display: _Bar | _Line = _Line()
+        if sys.stderr.isatty():
+            self._display = _Bar()
         self._validation = ""
         self._recorder = Recorder(out)
 

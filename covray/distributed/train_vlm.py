@@ -93,11 +93,15 @@ def _choose_stage(config: VlmTrainConfig, facts: VlmFacts, gpu_bytes: int | None
     if gpu_bytes is None:
         return "none"
     weights = sum(file.stat().st_size for file in facts.folder.glob("*.safetensors"))
-    trained = 0 if config.train == "lora" else weights
+    trained, without_sharding = weights, "zero1"
+    if config.train == "lora":  # an adapter and its moments are next to nothing
+        trained, without_sharding = 0, "none"
     shared = trained * 7 / config.workers.count  # float32 master, gradient and two moments: 14 bytes for 2
     if weights + trained * 7 <= gpu_bytes / 2:
-        return "none" if config.train == "lora" else "zero1"
-    return "zero2" if weights + shared <= gpu_bytes / 2 else "zero3"
+        return without_sharding
+    if weights + shared <= gpu_bytes / 2:
+        return "zero2"
+    return "zero3"
 
 
 def with_trainable_dtype(config: VlmTrainConfig, wanted: str) -> VlmTrainConfig:

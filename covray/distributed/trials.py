@@ -85,7 +85,9 @@ def run_trials(session: Session, grid: Grid, count: Callable[[], None]) -> None:
     if waiting:
         reported = waiting
         if config.stopping != "none":  # the rule compares trials: those that are done are reported again, first
-            reported = [*(name for name in trials if name not in waiting), *waiting]
+            done = [name for name in trials if name not in waiting]
+            reported = done + waiting
+        # Tune's own state of an earlier command: what is done stands in covray's files.
         ray_folder = folder / _RAY
         if ray_folder.exists():
             ray_folder.delete()
@@ -246,7 +248,9 @@ def _concurrency(config: SweepConfig, grid: Grid, cores: int) -> int:
     for workers in {trial.train.workers for trial in grid.trials}:
         gpus_each = workers.gpus
         if gpus_each is None:
-            gpus_each = 1.0 if gpus else 0.0
+            gpus_each = 0.0
+            if gpus:
+                gpus_each = 1.0
         if gpus_each:
             fits.append(int(gpus / (workers.count * gpus_each)))
         else:
@@ -262,7 +266,9 @@ def _placed(session: Session, trial: Trial, concurrency: int) -> Trial:
         threads = max(1, session.cores // (concurrency * workers.count))
         compute = compute.model_copy(update={"threads": threads})
     parent = session.mlflow_run_id
-    uri = "none" if parent is None else store_of(session.config)
+    uri: str | None = "none"
+    if parent is not None:
+        uri = store_of(session.config)
     tracking = session.config.tracking.model_copy(update={"uri": uri, "parent_run_id": parent})
     evaluation = trial.evaluate
     actors = evaluation.actors
@@ -332,7 +338,9 @@ class _Progress(tune.Callback):
         if record is None:
             _write_end(self._out, name, "stopped", None, self._validations.get(name, []))
             _close_run(self._trials[name], "KILLED")
-        self._end(name, "stopped" if record is None else record.status)
+            self._end(name, "stopped")
+        else:
+            self._end(name, record.status)
 
     def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
         """Note that a trial failed for the last time."""
@@ -367,9 +375,13 @@ class _Progress(tune.Callback):
 
 def _failure(trial: TuneTrial) -> str:
     """Return in one line why a trial failed: the last line that names an error, without the error's class."""
-    text = Path(trial.error_file).read_text(encoding="utf-8") if trial.error_file else ""
+    text = ""
+    if trial.error_file:
+        text = Path(trial.error_file).read_text(encoding="utf-8")
     named = re.findall(r"^[\w.]*(?:Error|Exception)[^:\s]*: (.+)$", text, re.MULTILINE)
-    return str(named[-1]).strip() if named else "a worker was lost"
+    if not named:
+        return "a worker was lost"
+    return str(named[-1]).strip()
 
 
 def _write_end(

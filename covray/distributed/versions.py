@@ -49,7 +49,9 @@ def choose_version(config: BuildConfig, output: Output[DatasetRecord], info: Man
             raise DatasetError(f"--append: {out} holds no dataset yet; leave out --append to build its first version")
         return Version(number=1, finished=0, is_new=False)
     audit = Audit.read_if_present(output.folder)
-    finished = audit.version if audit is not None else 0
+    finished = 0
+    if audit is not None:
+        finished = audit.version
     pairs, known = pair_set(info), begun.pair_sets
     # A manifest that the description names: its version is written, or read where it is finished.
     if begun.pairs is not None and pairs in known:
@@ -64,7 +66,9 @@ def choose_version(config: BuildConfig, output: Output[DatasetRecord], info: Man
     if append and begun.pairs is not None:
         manifest = begun.of_version(len(known)).config["pairs"]
         raise DatasetError(f"{out}: the build of {manifest} is unfinished; run it again before you append more")
-    rows = "unknown" if begun.pairs is None else begun.pairs.rows
+    rows: int | str = "unknown"  # of a dataset that an earlier version of covray began
+    if begun.pairs is not None:
+        rows = begun.pairs.rows
     raise DatasetError(
         f"{out}: was begun with another manifest ({rows} pairs, {config.pairs} has {info.rows}, or others); "
         "give that one, or another --out, or --append a manifest that holds its pairs and more"
@@ -78,7 +82,9 @@ def grows(config: BuildConfig, info: ManifestInfo, append: bool) -> bool:
     if begun is None or audit is None:
         return False
     pairs, known = pair_set(info), begun.pair_sets
-    return known.index(pairs) >= audit.version if pairs in known else append
+    if pairs not in known:
+        return append
+    return known.index(pairs) >= audit.version
 
 
 def with_version(config: BuildConfig, begun: DatasetRecord, info: ManifestInfo) -> DatasetRecord:
@@ -111,7 +117,9 @@ def with_version(config: BuildConfig, begun: DatasetRecord, info: ManifestInfo) 
 
 def asked_before(audit: Audit, task: str) -> int:
     """Return the pairs of a task in the manifest of an audit."""
-    return audit.per_task[task].asked if task in audit.per_task else 0
+    if task not in audit.per_task:
+        return 0
+    return audit.per_task[task].asked
 
 
 def pair_set(info: ManifestInfo) -> PairSet:
@@ -123,7 +131,9 @@ def pair_set(info: ManifestInfo) -> PairSet:
 
 def classes_of(config: BuildConfig, info: ManifestInfo) -> Meta | None:
     """Return the classes of the manifest's segmentation; ManifestError where one colour would stand for two."""
-    return read_classes(config.pairs) if segmentation.name in info.per_task else None
+    if segmentation.name not in info.per_task:
+        return None
+    return read_classes(config.pairs)
 
 
 def earlier_counts(folder: Folder, version: int) -> list[VersionCounts]:

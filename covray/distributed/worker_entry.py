@@ -48,11 +48,15 @@ def work(settings: dict[str, WorkerSettings]) -> None:
     context = ray.train.get_context()
     rank = context.get_world_rank()
     torch.set_num_threads(config.compute.threads or 1)
-    device = get_device() if config.compute.device == "cuda" else torch.device("cpu")
+    device = torch.device("cpu")
+    if config.compute.device == "cuda":
+        device = get_device()
 
     def poll_signal() -> Signal:
         # Worker 0 asks for all of them, so that all stop after the same step.
-        stop = ray.get(control.stop_requested.remote()) if rank == 0 else None
+        stop = None
+        if rank == 0:
+            stop = ray.get(control.stop_requested.remote())
         if ray.train.collective.broadcast_from_rank_zero(stop):
             return Signal.STOP
         if ray.train.get_preemption_info() is not None:

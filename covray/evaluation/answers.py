@@ -9,7 +9,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from covray.config import SamplingConfig
 from covray.io.pixels import Picture
+from covray.models.lvm.decoding.base import Decoded
 from covray.tasks.base import Meta
 
 EPISODE_SCHEMA = pa.schema(
@@ -105,3 +107,15 @@ class Labels:
     """[n, s, s, 3]."""
     labels: NDArray[np.uint8]
     """[n, s, s, 3]."""
+
+
+def answer_candidates(decoded: Decoded, number: int, sampling: SamplingConfig) -> tuple[Tokens, NDArray[np.float64]]:
+    """Return the candidates that make the answer, [n, images, tokens], and the likelihood of each one's answer.
+
+    All of a vote, the likeliest first; else the likeliest alone.
+    """
+    best = int(decoded.candidate[number])
+    order = [best]
+    if sampling.vote > 1:
+        order += [candidate for candidate in range(decoded.candidate_ids.shape[1]) if candidate != best]
+    return decoded.candidate_ids[number, order], decoded.candidate_log_likelihood[number, order, -1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -58,8 +60,37 @@ def frame_figures(
         return dict.fromkeys(metric.name for metric in FRAME_METRICS)
     pictures = [query, *frames, answer]
     steps = step_sizes(pictures)
+    variation = None
+    if any(steps):
+        variation = float(np.std(steps) / np.mean(steps))
+    agreements = [psnr(frame, reference) for frame, reference in zip(frames, references, strict=True)]
     return {
-        "frame_psnr": float(np.mean([psnr(*both) for both in zip(frames, references, strict=True)])),
+        "frame_psnr": float(np.mean(agreements)),
         "frame_path": path_ratio(pictures),
-        "frame_step_variation": float(np.std(steps) / np.mean(steps)) if any(steps) else None,
+        "frame_step_variation": variation,
     }
+
+
+def candidate_figures(reference: NDArray[np.uint8], written: NDArray[np.uint8]) -> dict[str, float | None]:
+    """Return the figures of the frames, of a vote the mean over its candidates.
+
+    Args:
+        reference: The query and the frames of the dataset's own chain, [1 + frames, s, s, 3].
+        written: What a model wrote, [candidates, frames + 1, s, s, 3].
+    """
+    query, references = reference[0], reference[1:]
+    figures = []
+    for candidate in written:
+        figures.append(frame_figures(query, candidate[:-1], candidate[-1], references))
+    means = {}
+    for name in figures[0]:
+        means[name] = _mean([each[name] for each in figures])
+    return means
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Return the mean of the values that are defined; None where none is."""
+    defined = [value for value in values if value is not None]
+    if not defined:
+        return None
+    return sum(defined) / len(defined)

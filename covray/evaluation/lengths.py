@@ -31,14 +31,18 @@ def best_lengths(
     for subject in subjects:
         if subject.adapter is not None and subject.length is not None and subject.samples == 1:
             lengths[subject.adapter][subject.name] = subject.length
-    means = {(score.task, score.subject, score.metric): score.mean for score in scores}
+    means = {}
+    for score in scores:
+        means[score.task, score.subject, score.metric] = score.mean
     best: dict[str, dict[str, int]] = {}
     for adapter, of_adapter in lengths.items():
         if len(of_adapter) < 2:
             continue
         best[adapter] = {}
         for task, about in tasks.items():
-            sign = 1 if about.primary in lower_is_better else -1
+            sign = -1  # the best is the least
+            if about.primary in lower_is_better:
+                sign = 1
             ranked = []
             for name, length in of_adapter.items():
                 mean = means.get((task, name, about.primary))

@@ -58,7 +58,8 @@ class Lpips:
     def __call__(self, first: NDArray[np.uint8], second: NDArray[np.uint8]) -> float:
         """Return the distance of two pictures uint8 [h, w, 3] of one size, at least ``LEAST_PX``."""
         pixels = torch.from_numpy(np.stack([first, second])).permute(0, 3, 1, 2).float() / 127.5 - 1
-        shift, scale = (torch.tensor(values).view(1, 3, 1, 1) for values in (_SHIFT, _SCALE))
+        shift = torch.tensor(_SHIFT).view(1, 3, 1, 1)
+        scale = torch.tensor(_SCALE).view(1, 3, 1, 1)
         total = 0.0
         for features, weight in zip(self._features((pixels - shift) / scale), self._weights, strict=True):
             # Equation 1 of the paper: features of unit length over the channels, their difference weighted by channel,

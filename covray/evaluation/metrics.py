@@ -41,7 +41,10 @@ def all_metrics() -> Iterator[Metric]:
 
 def find_metric(name: str) -> Metric | None:
     """Return the metric of that name; None for one that is of no installed task."""
-    return next((metric for metric in all_metrics() if metric.name == name), None)
+    for metric in all_metrics():
+        if metric.name == name:
+            return metric
+    return None
 
 
 def lower_is_better() -> list[str]:
@@ -52,9 +55,13 @@ def lower_is_better() -> list[str]:
 def short_metric(name: str) -> str:
     """Return what a narrow table calls the metric; its name where no installed task has it."""
     metric = find_metric(name)
-    return name if metric is None else metric.short or metric.label
+    if metric is None:
+        return name
+    return metric.short or metric.label
 
 
 def short_task(name: str) -> str:
     """Return what a narrow table calls the task; its name where it is not installed."""
-    return TASKS[name].short if name in TASKS else name
+    if name not in TASKS:
+        return name
+    return TASKS[name].short

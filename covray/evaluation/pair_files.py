@@ -93,9 +93,11 @@ def write_pairs(path: str, manifest: str, root: str | None, wanted: pa.Table) ->
         wanted: Table of (pair_id, task): which rows, in which order.
     """
     ids = wanted["pair_id"].combine_chunks()
-    rows = read_manifest(manifest, PAIR_SCHEMA.names)
-    parts = [batch.filter(pc.is_in(batch.column("pair_id"), value_set=ids)) for batch in rows]
+    parts = []
+    for batch in read_manifest(manifest, PAIR_SCHEMA.names):
+        parts.append(batch.filter(pc.is_in(batch.column("pair_id"), value_set=ids)))
     table = pa.Table.from_batches(parts)
+    # Rows come in the manifest's order; the file has that of ``wanted``.
     order = pc.index_in(wanted["pair_id"], value_set=table["pair_id"].combine_chunks())
     metadata = {_ROOT_KEY: json.dumps(root)}
     buffer = pa.BufferOutputStream()
@@ -127,10 +129,13 @@ def choose_pairs(
     absent = [task for task in tasks or () if task not in present]
     if not len(table) or absent:
         splits = sorted(set(dataset.table(["split"], tasks)["split"].drop_null().to_pylist()))
-        missing = f"no good pairs of {', '.join(absent)}" if absent else "no good pairs"
+        missing = "no good pairs"
+        if absent:
+            missing = f"no good pairs of {', '.join(absent)}"
         raise DatasetError(
             f"{dataset.path}: {missing} in split {split}, only in {', '.join(splits) or 'none'}; set {option}"
         )
+    # The order within a task depends on the seed and the pair alone: asking for fewer takes some of the more.
     rows = table.to_pylist()
     shuffled = sorted(rows, key=lambda row: (row["task"], seed_of(seed, row["pair_id"])))
     taken: dict[str, int] = {}

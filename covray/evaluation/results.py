@@ -101,8 +101,10 @@ def choose_episodes(rows: Sequence[Row], table: EvaluationTable) -> dict[str, di
     They are ranked by the primary metric of the first adapter; where there is none, of the first subject that is a
     model, else of the first subject.
     """
-    names = [subject.name for subject in table.subjects]
-    kinds = {subject.name: subject.kind for subject in table.subjects}
+    names, kinds = [], {}
+    for subject in table.subjects:
+        names.append(subject.name)
+        kinds[subject.name] = subject.kind
 
     def rank(name: str) -> tuple[bool, bool, int]:
         """Order subjects: adapters first, then other models, then the rest, each as in the table."""
@@ -117,6 +119,7 @@ def choose_episodes(rows: Sequence[Row], table: EvaluationTable) -> dict[str, di
             value = _value(row, about.primary)
             if value is not None:
                 valued.setdefault(row["subject"], []).append((value, row["pair_id"]))
+        # Of an even number of episodes the median is the lower one: it must be an episode that can be looked at.
         if valued:
             ranked = sorted(valued[min(valued, key=rank)], reverse=about.primary not in table.lower_is_better)
             chosen[task] = {
@@ -156,6 +159,7 @@ def _summary(task: str, by_subject: Mapping[str, dict[int, Row]], table: Sequenc
         table: The same rows, of the subjects of the table.
     """
     metrics = metrics_of(task)
+    # Metrics of the whole set have no column of their own.
     present = {metric.name for metric in metrics if metric.of_set is not None}
     for subject in table:
         present.update(subject.columns)
@@ -163,12 +167,22 @@ def _summary(task: str, by_subject: Mapping[str, dict[int, Row]], table: Sequenc
     rejected: set[int] = set()
     for rows in by_subject.values():
         pair_ids.update(rows)
-        rejected.update(pair_id for pair_id, row in rows.items() if row["error"])
+        for pair_id, row in rows.items():
+            if row["error"]:
+                rejected.add(pair_id)
+    measured = []
+    for metric in (*metrics, *MODEL_METRICS):
+        if metric.name in present:
+            measured.append(metric.name)
+    absent = {}
+    for metric in metrics:
+        if metric.absent and metric.name not in present:
+            absent[metric.name] = metric.absent
     return TaskSummary(
         episodes=len(pair_ids),
         primary=metrics[0].name,
-        metrics=tuple(metric.name for metric in (*metrics, *MODEL_METRICS) if metric.name in present),
-        absent={metric.name: metric.absent for metric in metrics if metric.absent and metric.name not in present},
+        metrics=tuple(measured),
+        absent=absent,
         rejected=len(rejected),
     )
 
@@ -222,7 +236,10 @@ def _differences(task: str, subjects: Sequence[Subject], table: Sequence[_Subjec
     """
     metric = TASKS[task].metrics[0].name
     kinds = {subject.name: subject.kind for subject in subjects}
-    compared = [row for row in table if kinds[row.name] != "ceiling" and metric in row.columns]
+    compared = []
+    for row in table:
+        if kinds[row.name] != "ceiling" and metric in row.columns:
+            compared.append(row)
     differences = []
     for index, first in enumerate(compared):
         if kinds[first.name] != "adapter":
@@ -246,8 +263,13 @@ def _failed(task: str, subject: str, episodes: Mapping[int, Row]) -> list[Failed
 
 
 def _value(row: Row, metric: str) -> float | None:
-    return next((entry["value"] for entry in row["values"] or () if entry["metric"] == metric), None)
+    for entry in row["values"] or ():
+        if entry["metric"] == metric:
+            return entry["value"]
+    return None
 
 
 def _exp(value: float | None) -> float | None:
-    return None if value is None else math.exp(value)
+    if value is None:
+        return None
+    return math.exp(value)

@@ -32,10 +32,11 @@ from covray.evaluation.answers import (
     Labels,
     Strip,
     Tokens,
+    answer_candidates,
 )
 from covray.evaluation.baselines import nearest_label, saliency
 from covray.evaluation.episodes import Episodes
-from covray.evaluation.frames import frame_figures
+from covray.evaluation.frames import candidate_figures
 from covray.evaluation.lpips import LEAST_PX, load_lpips
 from covray.evaluation.metrics import OWN, REFERENCE
 from covray.evaluation.pair_files import PairFile
@@ -49,7 +50,6 @@ from covray.io.images import decode, load_picture, picture_of, resize, square
 from covray.io.pixels import Picture
 from covray.models.lvm.adapter import read_run_adapter
 from covray.models.lvm.backbone import backbone_facts
-from covray.models.lvm.decoding.base import Decoded
 from covray.models.tokenizer.vqgan import load_tokenizer
 from covray.pairs.manifest_reading import read_meta
 from covray.pairs.rows import PairRow
@@ -79,7 +79,9 @@ class Runner:
         self.dataset = ChainDataset(config.data)
         self.tokenizer = load_tokenizer(config.tokenizer, config.engine)
         require_same_tokens(self.dataset, self.tokenizer, config.tokenizer.path)
-        self._lpips = None if config.lpips is None else load_lpips(Path(config.lpips))
+        self._lpips = None
+        if config.lpips is not None:
+            self._lpips = load_lpips(Path(config.lpips))
         self.fit = self.dataset.config.get("fit", "stretch")
         self._queries, self._examples = PairFile(queries), PairFile(examples)
         # One at a time: episodes come sorted by subject and task, and a large model fills a GPU.
@@ -95,6 +97,7 @@ class Runner:
         groups: dict[tuple[str, str], list[EpisodeResult]] = {}
         for result in results:
             groups.setdefault((result.subject, result.task), []).append(result)
+        # Answers are written for all episodes of a group together, and only then read and scored.
         for (name, _), group in groups.items():
             subject = self.subjects[name]
             if subject.method is not None:
@@ -131,6 +134,7 @@ class Runner:
         assert subject.length is not None
         model = self._model(subject.name)
         episodes, rows = self._episodes(subject.name)
+        prompts, seeds = [], []
         for result in group:
             query = rows[result.task, result.pair_id]
             chosen = episodes.rows(query)
@@ -138,15 +142,17 @@ class Runner:
             chains = self._with_frames(subject, episodes.examples, chosen)
             result.chain = self._with_frames(subject, episodes.queries, np.array([query]))[0]
             result.prompt = np.concatenate([chains.reshape(-1), result.chain[0]])
-        seeds = [seed_of(self.config.seed, result.pair_id) for result in group]
-        prompts = np.stack([result.prompt for result in group if result.prompt is not None])
+            prompts.append(result.prompt)
+            seeds.append(seed_of(self.config.seed, result.pair_id))
         sampling, images = self._sampling(subject), subject.length - 1
-        decoded = model.decoder.decode(np.empty(0, np.uint16), prompts, images, sampling, seeds)
+        # The query belongs to the prompt, so nothing is shared by all rows.
+        shared = np.empty(0, np.uint16)
+        decoded = model.decoder.decode(shared, np.stack(prompts), images, sampling, seeds)
         for number, result in enumerate(group):
-            candidates, likelihood = _candidates(decoded, number, sampling)
+            candidates, likelihood = answer_candidates(decoded, number, sampling)
             result.images = candidates.reshape(-1, candidates.shape[-1]).tolist()
             result.log_likelihood = float(likelihood.mean())
-            result.nats = _nats(model, result, candidates)
+            result.nats = _label_nats(model, result, candidates)
             if candidates.shape[1] > 1:
                 if LAST_FRAME in self.config.probes:
                     result.probes[LAST_FRAME] = candidates[:, -2]
@@ -169,7 +175,7 @@ class Runner:
             group: With their chains and prompts.
         """
         episodes, rows = self._episodes(subject.name)
-        prompts, asked = [], []
+        prompts, asked, seeds = [], [], []
         for result in group:
             assert result.chain is not None
             assert result.prompt is not None
@@ -179,13 +185,13 @@ class Runner:
             if frames is not None and len(frames) == len(result.chain) - 2:
                 prompts.append(np.concatenate([result.prompt, frames.reshape(-1)]))
                 asked.append(result)
+                seeds.append(seed_of(self.config.seed, result.pair_id))
         if not asked:
             return
-        seeds = [seed_of(self.config.seed, result.pair_id) for result in asked]
         sampling = self._sampling(subject)
         decoded = model.decoder.decode(np.empty(0, np.uint16), np.stack(prompts), 1, sampling, seeds)
         for number, result in enumerate(asked):
-            candidates, _ = _candidates(decoded, number, sampling)
+            candidates, _ = answer_candidates(decoded, number, sampling)
             result.probes[f"after_{probe}"] = candidates[:, 0]
 
     def _sampling(self, subject: Subject) -> SamplingConfig:
@@ -194,9 +200,13 @@ class Runner:
     def _load_episodes(self, name: str) -> tuple[Episodes, dict[tuple[str, int], int]]:
         """Return the episodes of a subject, and which row of the queries each (task, pair) is."""
         subject = self.subjects[name]
-        method = "none" if subject.method == SALIENCY else str(subject.method)
-        queries, examples = self._chains(method, 2 if method == "none" else subject.length)
-        selection = "focus" if subject.method == SALIENCY else self.config.selection
+        method, length, selection = str(subject.method), subject.length, self.config.selection
+        if subject.method == SALIENCY:
+            # Its frame is a map that the runner computes: of the dataset it needs the two ends only.
+            method, selection = "none", "focus"
+        if method == "none":
+            length = 2
+        queries, examples = self._chains(method, length)
         episodes = Episodes(queries, examples, subject.pairs or 0, selection, self.config.seed, self.tokenizer.codebook)
         tasks = np.repeat(np.array(queries.tasks, object), np.diff(queries.starts))
         keys = zip(tasks, queries.pair_ids.tolist(), strict=True)
@@ -227,7 +237,9 @@ class Runner:
                 f"{name}: this node's backbone is {facts.fingerprint[:12]}, not {subject.fingerprint[:12]}; give every "
                 "node the same weights"
             )
-        adapter = None if subject.adapter is None else read_run_adapter(subject.adapter)
+        adapter = None
+        if subject.adapter is not None:
+            adapter = read_run_adapter(subject.adapter)
         source = ModelSource(facts, backbone, adapter, self.config.seed)
         return LoadedModel.load(source, self.config.engine, self.tokenizer, self.config.batch)
 
@@ -244,17 +256,20 @@ class Runner:
         references = dict(zip(chains, self._decode_each(list(chains.values())), strict=True))
         for episode, (asked, pictures) in answers.items():
             result = asked.result
-            is_large = min(asked.label.shape[:2]) >= LEAST_PX
-            scored = score(result.task, pictures.answer, asked.label, asked.meta, self._lpips if is_large else None)
+            lpips = None
+            if min(asked.label.shape[:2]) >= LEAST_PX:  # the network has nothing left of a smaller picture
+                lpips = self._lpips
+            scored = score(result.task, pictures.answer, asked.label, asked.meta, lpips)
             added = added_values(result.task, self.config.metrics, pictures.answer, asked.label, asked.meta)
             values = added | dict(scored.values) | result.nats
             for metric, answer in probes[episode].items():
                 primary = TASKS[result.task].metrics[0].name
                 values[metric] = score(result.task, answer, asked.label, asked.meta).values.get(primary)
             if episode in references:
-                values |= _frame_values(references[episode], pictures.written)
+                values |= candidate_figures(references[episode], pictures.written)
             result.values = [{"metric": metric, "value": value} for metric, value in values.items()]
-            result.counts = None if scored.counts is None else scored.counts.tolist()
+            if scored.counts is not None:
+                result.counts = scored.counts.tolist()
 
     def _probe_answers(self, asked: Sequence[Asked]) -> dict[int, dict[str, Picture]]:
         """Return the answers to probes at the labels' sizes, by episode and metric."""
@@ -358,7 +373,10 @@ class Runner:
         if subject.baseline == "mean":
             # Only these keys decide how a label is read: all else of the row's meta would defeat the cache.
             reading = json.dumps({key: meta.get(key) for key in TASKS[result.task].meta_keys})
-            return self._mean(result.task, None if others.all() else result.pair_id, reading)
+            without = None  # one mean serves all queries that are no examples
+            if not others.all():
+                without = result.pair_id
+            return self._mean(result.task, without, reading)
         image = self._picture(self._queries.read([result.pair_id])[0], "image")
         small = square(image, self.tokenizer.size_px, self.fit)
         return nearest_label(small, labels.images[others], labels.labels[others])
@@ -366,7 +384,9 @@ class Runner:
     def _load_mean(self, task: str, without: int | None, reading: str) -> Picture:
         """Return the mean label of the examples of ``task``, but for pair ``without``; ``reading`` is meta as JSON."""
         labels = self._labels(task)
-        others = labels.labels if without is None else labels.labels[labels.pair_ids != without]
+        others = labels.labels
+        if without is not None:
+            others = others[labels.pair_ids != without]
         return TASKS[task].mean(others, json.loads(reading))
 
     def _load_labels(self, task: str) -> Labels:
@@ -399,19 +419,7 @@ class Runner:
         return picture
 
 
-def _candidates(decoded: Decoded, number: int, sampling: SamplingConfig) -> tuple[Tokens, NDArray[np.float64]]:
-    """Return the candidates that make the answer, [n, images, tokens], and the likelihood of each one's answer.
-
-    All of a vote, the likeliest first; else the likeliest alone.
-    """
-    best = int(decoded.candidate[number])
-    order = [best]
-    if sampling.vote > 1:
-        order += [candidate for candidate in range(decoded.candidate_ids.shape[1]) if candidate != best]
-    return decoded.candidate_ids[number, order], decoded.candidate_log_likelihood[number, order, -1]
-
-
-def _nats(model: LoadedModel, result: EpisodeResult, candidates: Tokens) -> dict[str, float]:
+def _label_nats(model: LoadedModel, result: EpisodeResult, candidates: Tokens) -> dict[str, float]:
     """Return the label's negative log likelihood in nats a token, after the model's own and the reference's frames.
 
     Args:
@@ -429,26 +437,3 @@ def _nats(model: LoadedModel, result: EpisodeResult, candidates: Tokens) -> dict
     for candidate in candidates:
         by_own.append(model.answer_nats(np.concatenate([result.prompt, candidate[:-1].reshape(-1)]), label))
     return {OWN: sum(by_own) / len(by_own), REFERENCE: by_reference}
-
-
-def _frame_values(reference: NDArray[np.uint8], written: NDArray[np.uint8]) -> dict[str, float | None]:
-    """Return the figures of the frames, of a vote the mean over its candidates.
-
-    Args:
-        reference: The query and the frames of the dataset's own chain, [1 + frames, s, s, 3].
-        written: What a model wrote, [candidates, frames + 1, s, s, 3].
-    """
-    query, references = reference[0], reference[1:]
-    figures = []
-    for candidate in written:
-        figures.append(frame_figures(query, candidate[:-1], candidate[-1], references))
-    means = {}
-    for name in figures[0]:
-        means[name] = _mean([each[name] for each in figures])
-    return means
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    """Return the mean of the values that are defined; None where none is."""
-    defined = [value for value in values if value is not None]
-    return sum(defined) / len(defined) if defined else None

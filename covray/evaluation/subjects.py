@@ -92,8 +92,11 @@ def subjects_of(config: EvaluateConfig, dataset: ChainDataset) -> tuple[Subject,
     ceiling: list[Subject] = []
     for key in dict.fromkeys(config.baselines):
         if key in _BASELINES:
-            group = ceiling if key == "ceiling" else simple
-            group.append(Subject(*_BASELINES[key], baseline=key))
+            baseline = Subject(*_BASELINES[key], baseline=key)
+            if key == "ceiling":
+                ceiling.append(baseline)
+            else:
+                simple.append(baseline)
     if not config.untuned:  # they were needed for Chain-of-Focus alone
         untuned = []
     voting = _voting(config, adapters or untuned)
@@ -157,15 +160,22 @@ def _adapter(config: EvaluateConfig, dataset: ChainDataset, entry: str) -> Itera
     sentences = trained.sentences
     # By default an adapter is asked for the longest chains, and the most examples, that it was trained on.
     lengths = config.lengths or (max(sentences.lengths),)
+    # Two lengths may be one form: without frames every chain has two pictures.
     forms = list(dict.fromkeys(_form(sentences.method, length) for length in lengths))
+    pairs = config.pairs
+    if pairs is None:
+        pairs = max(sentences.pairs)
     for form in forms:
+        of_form = name
+        if len(forms) > 1:
+            of_form = f"{name} L={form.length}"
         subject = Subject(
-            name=name if len(forms) == 1 else f"{name} L={form.length}",
+            name=of_form,
             kind="adapter",
             about=f"adapter of {run}",
             method=form.method,
             length=form.length,
-            pairs=max(sentences.pairs) if config.pairs is None else config.pairs,
+            pairs=pairs,
             adapter=run,
             backbone=backbone.model_dump(mode="json"),
             fingerprint=facts.fingerprint,
@@ -196,11 +206,19 @@ def _untuned(config: EvaluateConfig, dataset: ChainDataset, adapters: list[Subje
     backbone = (config.backbone or BackboneConfig()).model_dump(mode="json")
     if config.backbone is None and adapters:
         backbone = adapters[0].backbone or backbone
-    asked = [(each.backbone, _form(str(each.method), each.length or 2), each.pairs or 0) for each in adapters]
-    asked += [(backbone, _form(form.method, form.length), form.pairs) for form in config.forms]
+    asked = []
+    for adapter in adapters:
+        form = _form(str(adapter.method), adapter.length or 2)
+        asked.append((adapter.backbone, form, adapter.pairs or 0))
+    for wanted in config.forms:
+        asked.append((backbone, _form(wanted.method, wanted.length), wanted.pairs))
     if not asked:
-        asked.append((backbone, _form("none", 2), 1 if config.pairs is None else config.pairs))
+        pairs = 1
+        if config.pairs is not None:
+            pairs = config.pairs
+        asked.append((backbone, _form("none", 2), pairs))
     distinct: dict[tuple[str, _Form, int], tuple[Any, BackboneFacts]] = {}
+    # Two folders of the same weights are one subject.
     for entry, form, pairs in asked:
         facts = backbone_facts(BackboneConfig.model_validate(entry))
         distinct.setdefault((facts.fingerprint, form, pairs), (entry, facts))
@@ -228,6 +246,7 @@ def _shortest_names(keys: Sequence[tuple[str, _Form, int]]) -> list[str]:
     """
     parts = [(form.method, f"L={form.length}", f"{pairs} pairs", fingerprint[:6]) for fingerprint, form, pairs in keys]
     most = len(parts[0])
+    # Once more words of each description, until no two names are equal.
     for count in range(most + 1):
         names = [" ".join(("untuned", *part[:count])) for part in parts]
         if len(set(names)) == len(names):

@@ -175,6 +175,9 @@ def summarize_rows(rows: Sequence[Row]) -> dict[str, Any]:
             complete.append(is_complete)
     tokens = sum(row.tokens for row in rows)
     log_likelihood = sum(row.log_likelihood for row in rows)
+    likelihood_tokens = sum(row.likelihood_tokens for row in rows)
+    seconds = sum(row.seconds for row in rows)
+    passes = sum(row.passes for row in rows)
     results = {
         "prompts": len(rows),
         "questions": _mean_right(answered),
@@ -184,9 +187,9 @@ def summarize_rows(rows: Sequence[Row]) -> dict[str, Any]:
         "captions_with_all_facts": _mean(complete),
         "bleu": None,
         "chrf": None,
-        "answer_perplexity": math.exp(-log_likelihood / sum(row.likelihood_tokens for row in rows)),
-        "tokens_per_s": _ratio(tokens, sum(row.seconds for row in rows)),
-        "tokens_per_pass": _ratio(tokens, sum(row.passes for row in rows)),
+        "answer_perplexity": math.exp(-log_likelihood / likelihood_tokens),
+        "tokens_per_s": _ratio(tokens, seconds),
+        "tokens_per_pass": _ratio(tokens, passes),
     }
     if captions:
         written, expected = _texts(captions)
@@ -212,7 +215,8 @@ def caption_chrf(written: Sequence[str], expected: Sequence[str]) -> list[float]
         return None
     from torchmetrics.functional.text import chrf_score  # here: it is slow to import
 
-    _, each = chrf_score(list(written), [[text] for text in expected], return_sentence_level_score=True)
+    references = [[text] for text in expected]  # one reference each
+    _, each = chrf_score(list(written), references, return_sentence_level_score=True)
     return [float(score) for score in each]
 
 
@@ -242,7 +246,10 @@ def _mean_scores(rows_by_seed: Sequence[Sequence[Row]]) -> dict[str, NDArray[np.
 def _prompt_scores(rows: Sequence[Row]) -> dict[str, list[float | None]]:
     """Return the scores of every prompt, by name; None where it has none."""
     captions = [row for row in rows if row.right is None]
-    chrf = caption_chrf(*_texts(captions)) if captions else None
+    # Scored all together, then dealt out: rows come in one order, captions among questions.
+    chrf = None
+    if captions:
+        chrf = caption_chrf(*_texts(captions))
     of_captions = iter(chrf or ())
     scores: dict[str, list[float | None]] = defaultdict(list)
     for row in rows:
@@ -260,7 +267,11 @@ def _prompt_scores(rows: Sequence[Row]) -> dict[str, list[float | None]]:
 
 def _texts(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
     """Return the answers that were written, and those that were expected."""
-    return [row.answer for row in rows], [row.expected for row in rows]
+    answers, expected = [], []
+    for row in rows:
+        answers.append(row.answer)
+        expected.append(row.expected)
+    return answers, expected
 
 
 def compare_evaluations(first: str, second: str) -> dict[str, Any]:
@@ -284,7 +295,12 @@ def compare_evaluations(first: str, second: str) -> dict[str, Any]:
             "and texts"
         )
     differences = compare_rows(rows[:1], rows[1:])
-    return {name: difference and asdict(difference) for name, difference in differences.items()}
+    compared: dict[str, Any] = {}
+    for name, difference in differences.items():
+        compared[name] = None
+        if difference is not None:
+            compared[name] = asdict(difference)
+    return compared
 
 
 def finished_rows(out: str) -> list[Row]:
@@ -309,9 +325,13 @@ def _mean_right(rows: Sequence[Row]) -> dict[str, Any] | None:
 
 
 def _ratio(amount: float, divisor: float) -> float | None:
-    return amount / divisor if divisor else None
+    if not divisor:
+        return None
+    return amount / divisor
 
 
 def _mean(values: Sequence[float]) -> dict[str, Any] | None:
     result = mean_interval(values)
-    return None if result is None else asdict(result)
+    if result is None:
+        return None
+    return asdict(result)

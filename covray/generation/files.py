@@ -41,8 +41,7 @@ def generate(config: GenerateConfig) -> GenerationRecord:
     examples = tuple(_read_example(image, label) for image, label in config.examples)
     resolved = resolve_generator(config.generator())
     resolved.require_context(len(examples))
-    adapter = resolved.source.adapter
-    require_drafts_for(config.sampling, None if adapter is None else adapter[0], config.adapter)
+    require_drafts_for(config.sampling, resolved.source.lora, config.adapter)
     with stage("loading the models"):
         generator = Generator(resolved)
     request = Request(queries, examples, config.task, config.classes, config.sampling, config.seed)
@@ -120,7 +119,9 @@ def _answer_record(folder: str, query: str, files: tuple[str, ...], answer: Answ
         candidate=answer.candidate,
         log_likelihood=LogLikelihood(frames=tuple(frames), answer=of_answer),
     )
-    return record if answer.spread is None else record.model_copy(update={"samples": answer.samples})
+    if answer.spread is None:
+        return record
+    return record.model_copy(update={"samples": answer.samples})
 
 
 def answer_files(answer: Answer) -> dict[str, bytes]:

@@ -69,15 +69,20 @@ class ResolvedGenerator:
     @property
     def length(self) -> int:
         """Pictures of a chain, both ends counted."""
-        return 2 if self.config.method == "none" else self.config.length or 2
+        if self.config.method == "none":
+            return 2
+        return self.config.length or 2
 
     def build_config(self) -> BuildConfig:
         """Return how the chains of examples are made."""
         config = self.config
-        framed = config.method not in (None, NO_FRAMES) and self.length > 2
+        # Chains without frames are the two pictures as they are: then the prior is not loaded.
+        methods: tuple[str | None, ...] = ()
+        if config.method not in (None, NO_FRAMES) and self.length > 2:
+            methods = (config.method,)
         return BuildConfig.model_validate(
             {
-                "pairs": "", "out": "", "lengths": (self.length,), "methods": (config.method,) if framed else (),
+                "pairs": "", "out": "", "lengths": (self.length,), "methods": methods,
                 "prior": config.prior, "tokenizer": config.tokenizer, "fit": config.fit, "engine": config.engine,
                 "spacing": config.spacing, "check_endpoints": 0.0,
             }
@@ -238,7 +243,9 @@ class Generator:
 
     def fingerprints(self) -> dict[str, str]:
         """Return the SHA-256 (hex) of the models loaded; of the prior it is empty where no request needed it."""
-        prior = "" if self._builder is None else self._builder.models().fingerprints["prior"]
+        prior = ""
+        if self._builder is not None:
+            prior = self._builder.models().fingerprints["prior"]
         return {
             "prior": prior,
             "tokenizer": self.tokenizer.fingerprint,
@@ -332,8 +339,11 @@ def resolve_generator(config: GeneratorConfig) -> ResolvedGenerator:
         ConfigError: The run cannot be used, or leaves open what ``config`` must say.
         WeightsError: The backbone or the adapter cannot be used, or the adapter is of another backbone.
     """
-    run = None if config.adapter is None else _read_trained(config.adapter)
+    run: _Trained | None = None
+    if config.adapter is not None:
+        run = _read_trained(config.adapter)
     if run is None:
+        # Without a run, the defaults are those of the nano models.
         defaults = {
             "backbone": BackboneConfig(), "length": 4, "method": "diffusion", "prior": PriorConfig(),
             "tokenizer": TokenizerConfig(), "fit": "stretch", "spacing": "even",
@@ -341,26 +351,24 @@ def resolve_generator(config: GeneratorConfig) -> ResolvedGenerator:
         tokens_per_image = None
     else:
         defaults, tokens_per_image = _run_defaults(config, run)
+    # What the caller gave stands: the run decides only what was left open.
     missing = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     config = config.model_copy(update=missing)
     _require_length(config)
     assert config.backbone is not None
     facts = backbone_facts(config.backbone)
-    if run is not None and facts.fingerprint != run.backbone:
+    if run is None or config.adapter is None:
+        plain = ModelSource(facts, config.backbone, None, config.seed)
+        return ResolvedGenerator(config, plain, None, facts.codebook, tokens_per_image)
+    if facts.fingerprint != run.backbone:
         raise WeightsError(
             f"{config.adapter}: adapts backbone {run.backbone[:12]}, {config.backbone.path or config.backbone.scale} "
             f"is {facts.fingerprint[:12]}; give --backbone the folder or revision it was trained on"
         )
-    adapter = None if config.adapter is None else read_run_adapter(config.adapter)
-    trained_codebook = None if run is None else run.codebook
-    return ResolvedGenerator(
-        config=config,
-        source=ModelSource(facts, config.backbone, adapter, config.seed),
-        task=None if run is None else run.task,
-        codebook=facts.codebook or trained_codebook,
-        tokens_per_image=tokens_per_image,
-        classes=None if run is None else run.classes,
-    )
+    adapted = ModelSource(facts, config.backbone, read_run_adapter(config.adapter), config.seed)
+    # A backbone that does not record its codebook learned the one of the run's data.
+    codebook = facts.codebook or run.codebook
+    return ResolvedGenerator(config, adapted, run.task, codebook, tokens_per_image, run.classes)
 
 
 def _require_length(config: GeneratorConfig) -> None:
@@ -390,7 +398,9 @@ class _Trained:
     def task(self) -> str | None:
         """The task that the run was trained on, if it was one."""
         tasks = self.config.sentences.tasks
-        return tasks[0] if tasks is not None and len(tasks) == 1 else None
+        if tasks is None or len(tasks) != 1:
+            return None
+        return tasks[0]
 
 
 def _read_trained(adapter: str) -> _Trained:
@@ -398,8 +408,9 @@ def _read_trained(adapter: str) -> _Trained:
     try:
         config = TrainConfig.model_validate(run["config"])
         fingerprints, classes = run["fingerprints"], run.get("classes")
-        known = classes if isinstance(classes, dict) else None
-        return _Trained(config, str(fingerprints["backbone"]), str(fingerprints["codebook"]), known)
+        if not isinstance(classes, dict):
+            classes = None
+        return _Trained(config, str(fingerprints["backbone"]), str(fingerprints["codebook"]), classes)
     except (KeyError, TypeError, ValidationError) as error:
         raise ConfigError(
             f"{adapter}/_run.json: is no description of a run; give the --out of a covray train"

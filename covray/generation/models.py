@@ -35,6 +35,13 @@ class ModelSource:
     seed: int
     """Of a backbone with random weights."""
 
+    @property
+    def lora(self) -> Lora | None:
+        """What the adapter is; None without one."""
+        if self.adapter is None:
+            return None
+        return self.adapter[0]
+
 
 @dataclass(frozen=True, eq=False)
 class SharedBackbone:
@@ -98,19 +105,25 @@ class LoadedModel:
             ConfigError: The device is not there.
         """
         device, dtype = resolve_device(engine)
-        lora = None if source.adapter is None else source.adapter[0]
         key = (source.facts.fingerprint, source.seed, device, dtype)
-        beside = None if shared is None else shared.backbones.get(key)
+        beside: SharedBackbone | None = None
+        first: Lvm | None = None
+        if shared is not None and key in shared.backbones:
+            # The frozen weights are those of the model that was loaded first: only the adapter takes memory again.
+            beside = shared.backbones[key]
+            first = beside.model
         model = load_backbone(
-            source.facts, source.backbone, lora, dtype=dtype, device=device, seed=source.seed,
-            beside=None if beside is None else beside.model,
-        )  # fmt: skip
+            source.facts, source.backbone, source.lora, dtype=dtype, device=device, seed=source.seed, beside=first
+        )
         if shared is not None and beside is None:
             beside = shared.backbones[key] = SharedBackbone(model)
         if source.adapter is not None:
             load_adapter_tensors(model, source.adapter[1])
-        weights = None if beside is None else beside.merged
-        decoder = LvmDecoder(model, tokenizer.codes, tokenizer.tokens_per_image, batch, tokenizer.codebook, weights)
+        merged: MergedWeights | None = None
+        if beside is not None:
+            # One buffer for all adapters: the decoder merges the one that writes into it.
+            merged = beside.merged
+        decoder = LvmDecoder(model, tokenizer.codes, tokenizer.tokens_per_image, batch, tokenizer.codebook, merged)
         return cls(model, decoder)
 
     @torch.inference_mode()

@@ -52,7 +52,9 @@ class PipelineAnswer:
     @property
     def spread(self) -> Image.Image | None:
         """Where the candidates of a vote disagree, at the answer's size; None without a vote."""
-        return None if self.raw.spread is None else Image.fromarray(self.raw.spread)
+        if self.raw.spread is None:
+            return None
+        return Image.fromarray(self.raw.spread)
 
     @cached_property
     def data(self) -> Any:
@@ -237,7 +239,10 @@ def _trained_tasks(run: str) -> tuple[str, ...] | None:
         audit = ChainDataset(config.data).audit
     except DatasetError:
         return None
-    return None if audit is None else tuple(task for task, counts in audit.per_task.items() if counts.written)
+    if audit is None:
+        return None
+    # A task whose pairs were all rejected was not learned.
+    return tuple(task for task, counts in audit.per_task.items() if counts.written)
 
 
 def _value(name: str, content: bytes) -> Any:
@@ -246,4 +251,6 @@ def _value(name: str, content: bytes) -> Any:
         return np.load(io.BytesIO(content), allow_pickle=False)
     if name.endswith(".png"):
         return np.array(Image.open(io.BytesIO(content)))
-    return json.loads(content) if name.endswith(".json") else content
+    if name.endswith(".json"):
+        return json.loads(content)
+    return content

@@ -47,6 +47,13 @@ def resolve(path: str) -> tuple[fs.FileSystem, str]:
     return filesystem, inner
 
 
+def absolute(path: str) -> str:
+    """Return ``path`` as it means the same in another folder, such as a worker's."""
+    if "://" in path:
+        return path
+    return resolve(path)[1]
+
+
 def join(path: str, *parts: str) -> str:
     """Join ``path`` and ``parts``, whatever the scheme. Raises ConfigError where ``path`` carries options."""
     _require_no_options(path)

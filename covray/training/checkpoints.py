@@ -10,7 +10,7 @@ the rest of a run folder.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from safetensors import SafetensorError
@@ -96,12 +96,12 @@ class Checkpoints:
             OSError: The storage failed.
         """
         corrupt = []
-        names = {name.split("/")[0] for name in self._folder.list_files()}
-        for name in sorted(names, reverse=True):
+        for name in sorted(_folder_names(self._folder.list_files()), reverse=True):
             folder = self._folder / name
             try:
                 record, tensors = _read(folder)
             except (DatasetError, FileNotFoundError, SafetensorError, ValueError):
+                # A process that is killed while it writes leaves such a folder: the one before it is used.
                 corrupt.append(name)
                 continue
             require_same(folder.path, record.identity, self._identity)
@@ -120,17 +120,26 @@ class Checkpoints:
         """Keep the last checkpoints up to ``state`` and the best; delete later and incomplete ones."""
         files = self._folder.list_files()
         suffix = f"/{CheckpointRecord.FILE}"
-        whole = {name.removesuffix(suffix) for name in files if name.endswith(suffix)}
+        whole = set()
+        for file in files:
+            if file.endswith(suffix):
+                whole.add(file.removesuffix(suffix))
         newest = checkpoint_name(state.step)
-        kept = set(sorted(name for name in whole if name <= newest)[-self._keep :])
+        # Names sort as their steps do. Later ones are of a run that was continued from an earlier checkpoint.
+        up_to_now = sorted(name for name in whole if name <= newest)
+        kept = set(up_to_now[-self._keep :])
         if state.best is not None:
             kept.add(checkpoint_name(state.best.step))
-        present = {name.split("/")[0] for name in files}
-        for name in present - kept:
+        for name in _folder_names(files) - kept:
             folder = self._folder / name
             if name in whole:  # first: a kill in between must not leave half a checkpoint that counts
                 folder.delete_file(CheckpointRecord.FILE)
             folder.delete()
+
+
+def _folder_names(files: Iterable[str]) -> set[str]:
+    """Return the names of the folders that ``files`` lie in."""
+    return {file.split("/")[0] for file in files}
 
 
 def require_same(path: str, recorded: JsonObject, current: JsonObject, *, open_matches: bool = False) -> None:

@@ -134,8 +134,14 @@ def plan_training(
     if tokens_per_s is not None and tokens_per_s <= 0:
         raise ConfigError(f"--tokens-per-s {tokens_per_s:g}: must be more than 0")
     optimizer, workers, chosen = config.optimizer, config.workers.count, config.sentences
-    lengths = (2,) if chosen.method == "none" else chosen.lengths
-    sizes = [length * (examples + 1) * tokens_per_image for length in lengths for examples in chosen.pairs]
+    lengths: tuple[int, ...] = (2,)  # the two pictures of a pair, without frames
+    if chosen.method != "none":
+        lengths = chosen.lengths
+    sizes = []
+    for length in lengths:
+        for examples in chosen.pairs:
+            chains = examples + 1  # those of the examples, and the query's
+            sizes.append(length * chains * tokens_per_image)
     mean_tokens = sum(sizes) / len(sizes)
     sentences_per_step = max(1, int(optimizer.batch_tokens / mean_tokens))
     if optimizer.steps is not None:
@@ -150,7 +156,11 @@ def plan_training(
     for stage in STAGES:
         for recompute in (False, True):
             figures.append(memory(config, llama, stage, micro_batch, recompute))
-    hours = None if tokens_per_s is None else tokens / (tokens_per_s * workers) / 3600
+    hours: float | None = None
+    gpu_hours: float | None = None
+    if tokens_per_s is not None:
+        hours = tokens / (tokens_per_s * workers) / 3600
+        gpu_hours = hours * workers
     return TrainPlan(
         parameters=parameters(llama),
         trainable=adapter_parameters(llama, config.trained_lora),
@@ -164,7 +174,7 @@ def plan_training(
         micro_batch_tokens=micro_batch,
         memory=tuple(figures),
         hours=hours,
-        gpu_hours=None if hours is None else hours * workers,
+        gpu_hours=gpu_hours,
     )
 
 
@@ -192,7 +202,9 @@ def memory(config: TrainConfig, llama: LlamaConfig, stage: int, tokens: int, rec
     compute, lora, workers = config.compute, config.lora, config.workers.count
     # On a GPU "auto" becomes bfloat16; on a CPU only where it has matrix units.
     is_float32 = compute.dtype == "float32" or (compute.dtype == "auto" and compute.device == "cpu")
-    s = 4 if is_float32 else 2
+    s = 2  # bytes of a number of the arithmetic
+    if is_float32:
+        s = 4
 
     weights = s * parameters(llama)
     if stage == 3:
@@ -205,7 +217,10 @@ def memory(config: TrainConfig, llama: LlamaConfig, stage: int, tokens: int, rec
     numbers += f * ("down_proj" in targets)
     layer = s * numbers + 4 * (heads + 2)
     ends = s * (h + 2 * h // heads)
-    logit = 4 if is_float32 else 4 + s
+    # The loss computes logits in float32: in bfloat16 it keeps both.
+    logit = 4
+    if not is_float32:
+        logit += s
     loss = 2 * s * tokens * h + min(tokens, CHUNK) * llama.vocab_size * logit
     if recompute:
         activations = tokens * (s * h * (layers + 1) + ends)

@@ -44,6 +44,7 @@ class MetricsLog:
         """
         self.path = storage.join(out, METRICS_FILE)
         self.records: list[Metrics] = []
+        # Steps after the checkpoint are trained again: their records would stand twice.
         if step is not None:
             self.records = [record for record in read_metrics(self.path) if record["step"] <= step]
         storage.write_bytes(self.path, _lines(self.records))
@@ -93,6 +94,7 @@ class MetricsTail:
             data = storage.read_bytes(self._path)
         except FileNotFoundError:
             return []
+        # Shorter, or no line ends where this reader stopped: a run that continued wrote the file anew.
         was_cut = len(data) < self._offset or data[self._offset - 1 : self._offset] not in (b"", b"\n")
         if was_cut:
             self._offset = 0
@@ -102,7 +104,10 @@ class MetricsTail:
         records = []
         for line in lines:
             record: Metrics = json.loads(line)
-            kind = "loss" if "loss" in record else "validation_loss"
+            kind = "validation_loss"
+            if "loss" in record:
+                kind = "loss"
+            # Only steps beyond the newest are new: a file that was written anew repeats what was read.
             if record["step"] > self._newest_step[kind]:
                 self._newest_step[kind] = int(record["step"])
                 records.append(record)

@@ -80,8 +80,12 @@ def adamw(parameters: list[torch.nn.Parameter], config: AdamWConfig | AlignmentC
     Biases and norms of an aligner do not decay.
     """
     if isinstance(config, AlignmentConfig):
-        matrices = [parameter for parameter in parameters if parameter.ndim > 1]
-        vectors = [parameter for parameter in parameters if parameter.ndim <= 1]
+        matrices, vectors = [], []
+        for parameter in parameters:
+            if parameter.ndim > 1:
+                matrices.append(parameter)
+            else:
+                vectors.append(parameter)
         groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
         return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, weight_decay=config.weight_decay, fused=True)
     return torch.optim.AdamW(parameters, lr=0.0, betas=config.betas, weight_decay=config.weight_decay, fused=True)
@@ -96,6 +100,7 @@ class PlainUpdate(Generic[B]):
         self._parameters = objective.parameters()
         parameters = list(self._parameters.values())
         self._optimizer = adamw(parameters, config)
+        # One flat tensor for all gradients: workers add theirs in one collective, and the norm is one operation.
         sizes = [parameter.numel() for parameter in parameters]
         self.gradients = torch.zeros(sum(sizes), device=parameters[0].device)
         for parameter, part in zip(parameters, self.gradients.split(sizes), strict=True):

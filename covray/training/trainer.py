@@ -107,7 +107,10 @@ class Trainer(Generic[B]):
         with self._writer:
             continues = self._load_last_checkpoint()
             if self._worker.is_first:
-                self._metrics = MetricsLog(self._config.out, self._step if continues else None)
+                kept_until = None
+                if continues:
+                    kept_until = self._step
+                self._metrics = MetricsLog(self._config.out, kept_until)
             if not continues:
                 self._log_few_steps()
                 self._validate()
@@ -124,7 +127,10 @@ class Trainer(Generic[B]):
         """Load the last checkpoint, the same on all workers; return whether there is one."""
         worker = self._worker
         state, corrupt = self._checkpoints.read_last()
-        step = 0 if state is None else state.step
+        step = 0
+        if state is not None:
+            step = state.step
+        # Storage that a node does not share would have this worker begin elsewhere than the others.
         step_of_first = worker.broadcast(step)
         if step_of_first != step:
             raise ConfigError(
@@ -199,7 +205,9 @@ class Trainer(Generic[B]):
         device = self._worker.device
         loss = torch.zeros((), device=device, dtype=torch.float64)
         for number, batch in enumerate(work.batches, 1):
-            on_device = None if batch is None else batch.to(device)
+            on_device = None  # no batch is left for this worker, but it takes part in the collectives
+            if batch is not None:
+                on_device = batch.to(device)
             loss += self._update.accumulate(on_device, work.loss_tokens, number == len(work.batches))
         rate = learning_rate(self._config.optimizer, self._step + 1, self._objective.steps)
         norm = self._update.step(rate)
@@ -267,7 +275,10 @@ class Trainer(Generic[B]):
 
     def _finish(self, log: MetricsLog) -> TrainResult:
         """Write the result and the figures of the run."""
-        step = self._objective.steps if self._best is None else self._best.step
+        # Without validation there is no best step: the last one is exported.
+        step = self._objective.steps
+        if self._best is not None:
+            step = self._best.step
         adapter = self._checkpoints.export(step)
         result = TrainResult(adapter=adapter, adapter_step=step, **summarize(log.records))
         result.write(self._config.out)
@@ -283,7 +294,9 @@ class Trainer(Generic[B]):
         speed = {"seconds": seconds, "tokens_per_s": tokens / seconds}
         if device.type != "cuda":
             peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            unit_bytes = 1 if sys.platform == "darwin" else 1024
+            unit_bytes = 1024  # Linux counts in KiB, macOS in bytes
+            if sys.platform == "darwin":
+                unit_bytes = 1
             return speed | {"memory_bytes": peak_memory * unit_bytes}
         speed["memory_bytes"] = torch.cuda.max_memory_allocated()
         peak = peak_flops(torch.cuda.get_device_name(device))
@@ -335,6 +348,7 @@ def summarize(records: list[Metrics]) -> dict[str, Any]:
         "memory_bytes": max(record["memory_bytes"] for record in steps),
     }
     if validations:
+        # The first is from before any step; a run that took no step has only that.
         after_a_step = validations[1:] or validations
         best = min(after_a_step, key=lambda record: record["validation_loss"])
         for key in ("validation_loss", "answer_perplexity"):

@@ -50,7 +50,9 @@ def read_settings(name: str) -> dict[str, Any]:
     try:
         settings = storage.read_json(name)
     except (OSError, ValueError) as error:
-        reason = one_line(error) if isinstance(error, OSError) else "not valid JSON"
+        reason = "not valid JSON"
+        if isinstance(error, OSError):
+            reason = one_line(error)
         raise ConfigError(f"compute.deepspeed: {name}: {reason}; give a DeepSpeed JSON file") from error
     if not isinstance(settings, dict) or not isinstance(settings.get("zero_optimization"), dict):
         raise ConfigError(f"compute.deepspeed: {name}: has no zero_optimization; see configs/deepspeed/")
@@ -91,7 +93,9 @@ def check_settings(name: str) -> None:
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in ("zero_optimization", *problem["loc"]))
-        message = "DeepSpeed has no such key" if problem["type"] == "extra_forbidden" else problem["msg"]
+        message = problem["msg"]
+        if problem["type"] == "extra_forbidden":
+            message = "DeepSpeed has no such key"
         raise ConfigError(f"compute.deepspeed: {name}: {key}: {message}; correct it") from error
     finally:
         del os.environ["DS_ACCELERATOR"]
@@ -175,16 +179,21 @@ class ZeroUpdate(Generic[B]):
         """See ``Update``."""
         with torch.no_grad():
             each = self._loss(batch).each
-        return each[:0] if batch is None else each
+        if batch is None:
+            return each[:0]  # the loss of the idle batch counts nowhere
+        return each
 
     def accumulate(self, batch: B | None, loss_tokens: int, is_last: bool) -> Tensor:
         """See ``Update``."""
         self._engine.set_gradient_accumulation_boundary(is_last)
         total = self._loss(batch).total
-        # DeepSpeed takes the mean over the workers.
-        weight = 0.0 if batch is None else self._world_size / loss_tokens
-        self._engine.backward(total * weight, scale_wrt_gas=False)
-        return torch.zeros_like(total.detach()) if batch is None else total.detach()
+        if batch is None:
+            # The pass of the idle batch makes the collectives pair up; its gradient must be nothing.
+            self._engine.backward(total * 0.0, scale_wrt_gas=False)
+            return torch.zeros_like(total.detach())
+        # DeepSpeed takes the mean over the workers, where the sum is wanted.
+        self._engine.backward(total * (self._world_size / loss_tokens), scale_wrt_gas=False)
+        return total.detach()
 
     def step(self, learning_rate: float) -> float:
         """See ``Update``."""
@@ -221,7 +230,9 @@ class ZeroUpdate(Generic[B]):
 
     def _loss(self, batch: B | None) -> Loss:
         """Return the loss of ``batch``, or of the idle batch, so that the collectives of all workers pair up."""
-        return self._objective.loss(self._engine, self._objective.idle_batch if batch is None else batch)
+        if batch is None:
+            batch = self._objective.idle_batch
+        return self._objective.loss(self._engine, batch)
 
 
 def _engine_settings(settings: Mapping[str, Any], config: AdamWConfig, has_bfloat16: bool) -> dict[str, Any]:

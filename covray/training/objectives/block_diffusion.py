@@ -130,6 +130,7 @@ class BlockDiffusion(VisualSentences):
         start = 0
         for index, length in zip(indices, batch.lengths, strict=True):
             own = noised_places(sentences, index)
+            # The noise depends on the sentence alone: not on its batch, its worker or a restart.
             generator = np.random.default_rng(seed_of(self.config.seed, purpose, index))
             levels = noise_levels(len(own) // diffusion.block, chosen.low, chosen.high, generator)
             of_block, weight = mask_blocks(levels, diffusion.block, chosen.weight, generator)

@@ -121,6 +121,7 @@ class Drafts(VisualSentences):
         start = 0
         for index, length in zip(indices, batch.lengths, strict=True):
             allowed = draft_places(sentences, index, draft.tokens)
+            # Which places are drafted depends on the sentence alone: not on its batch, its worker or a restart.
             generator = np.random.default_rng(seed_of(self.config.seed, "drafts", purpose, index))
             chosen = np.sort(generator.permutation(len(allowed))[: self._groups(sentences, index)])
             places.append((start + allowed[chosen, None] + np.arange(draft.tokens)).ravel())

@@ -87,13 +87,19 @@ class VisionText:
         if chosen.steps is None:
             end = min(end, _end_of_epochs(count, self.config))
         numbers = range(cursor, end)
-        exchanges = [self._training[sample_at(self.config.seed, count, number)] for number in numbers]
-        tokens = sum(self._answer_tokens(exchange) for exchange in exchanges)
-        by_sample = self._uses_blocks and self.config.blocks.mean == "samples"
+        exchanges, tokens = [], 0
+        for number in numbers:
+            exchange = self._training[sample_at(self.config.seed, count, number)]
+            exchanges.append(exchange)
+            tokens += self._answer_tokens(exchange)
+        # The loss of a step is divided by what it is the mean over.
+        loss_tokens = tokens
+        if self._uses_blocks and self.config.blocks.mean == "samples":
+            loss_tokens = len(exchanges)
         return StepBatches(
             next_cursor=end,
             batches=self._share(exchanges, numbers, worker, "training", self._blocks_at(cursor)),
-            loss_tokens=len(exchanges) if by_sample else tokens,
+            loss_tokens=loss_tokens,
             sentences=len(exchanges),
             tokens=tokens,
             epoch=end / count,
@@ -142,7 +148,9 @@ class VisionText:
     def export(self, tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
         """Return the adapter in PEFT's format, or the files of the whole model."""
         trained = {name: tensors[name] for name in self.parameters()}
-        blocks = self._blocks if self._uses_blocks else None
+        blocks = None
+        if self._uses_blocks:
+            blocks = self._blocks
         if self.config.train == "lora":
             return adapter_files(self._model, trained, self._facts, blocks)
         return model_files(self._model, trained, self._facts, blocks)
@@ -184,8 +192,10 @@ class VisionText:
             if not part:
                 batches.append(None)
                 continue
-            samples = [self._sample(exchange, blocks) for exchange, _ in part]
-            own_numbers = [number for _, number in part]
+            samples, own_numbers = [], []
+            for exchange, number in part:
+                samples.append(self._sample(exchange, blocks))
+                own_numbers.append(number)
             batches.append(self._batch(samples, own_numbers, purpose, self._next_weight(purpose), blocks))
         return batches
 
@@ -243,7 +253,9 @@ class VisionText:
         tokens = len(sample.ids)
         if self._uses_blocks:  # a noisy copy stands beside the clean one
             tokens *= 2
-        each = 4.0 if self.config.train == "lora" else 6.0
+        each = 6.0
+        if self.config.train == "lora":
+            each = 4.0
         return each * parameters * tokens / (sample.end - sample.prompt)
 
 
@@ -281,7 +293,13 @@ def parts_of(exchange: Exchange, root: str | None, instruction: str) -> list[str
         ManifestError: A picture cannot be used.
     """
     if exchange.turn:
-        return [part if isinstance(part, str) else _pixels(part, root) for part in exchange.turn]
+        parts: list[str | np.ndarray] = []
+        for part in exchange.turn:
+            if isinstance(part, str):
+                parts.append(part)
+            else:
+                parts.append(_pixels(part, root))
+        return parts
     text = exchange.prompt
     if text is None:
         text = instruction

@@ -102,7 +102,9 @@ class VisualSentences:
     @property
     def rewriter(self) -> Rewriter | None:
         """What writes the frames of ``sentences.frame_noise.kind: own``."""
-        return None if self._noise is None else self._noise.own
+        if self._noise is None:
+            return None
+        return self._noise.own
 
     @property
     def module(self) -> nn.Module:
@@ -117,7 +119,9 @@ class VisualSentences:
         """Return the share of ``worker`` in the step that begins at sentence ``cursor``."""
         sentences, micro_tokens = self.training, self.config.optimizer.micro_batch_tokens
         end = self._step_end(cursor)
-        add_noise = None if self._noise is None else self._noise.add
+        add_noise = None
+        if self._noise is not None:
+            add_noise = self._noise.add
         share = micro_batches(sentences, cursor, end, worker.rank, worker.world_size, micro_tokens, add_noise)
         return StepBatches(
             next_cursor=end,
