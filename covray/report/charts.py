@@ -173,7 +173,9 @@ class Axis:
         low, high = self.low, self.high
         if self.logarithmic:
             value, low, high = math.log(value), math.log(low), math.log(high)
-        share = (value - low) / (high - low) if high > low else 0.5
+        share = 0.5
+        if high > low:
+            share = (value - low) / (high - low)
         return self.start + (self.end - self.start) * share
 
 
@@ -202,7 +204,10 @@ def draw(chart: LineChart) -> Drawing:
 
 
 def _draw_ticks(axis: Axis) -> tuple[DrawnTick, ...]:
-    return tuple(DrawnTick(_pixel(axis.place(tick.value)), tick.text, tick.value == 0) for tick in axis.ticks)
+    drawn = []
+    for tick in axis.ticks:
+        drawn.append(DrawnTick(_pixel(axis.place(tick.value)), tick.text, tick.value == 0))
+    return tuple(drawn)
 
 
 def _draw_series(chart: LineChart, x_axis: Axis, y_axis: Axis) -> Iterator[DrawnSeries]:
@@ -232,13 +237,17 @@ def _draw_point(method: str, point: Point, curve: bool, offset: float, axes: tup
     whisker: tuple[Segment, ...] = ()
     if is_finite(point.low) and is_finite(point.high):
         whisker = tuple(_whisker(x, point.low, point.high, y_axis))
-    mark = _mark(method, x, y, _CURVE_MARK_PX if curve else _MARK_PX)
+    size_px = _MARK_PX
+    if curve:
+        size_px = _CURVE_MARK_PX
+    mark = _mark(method, x, y, size_px)
     return DrawnPoint(point.text, mark, whisker)
 
 
 def _whisker(x: float, low: float, high: float, axis: Axis) -> Iterator[Segment]:
     """Draw an interval as far as the axis goes; an end that lies on the axis gets a cap."""
-    bottom, top = (_pixel(axis.place(max(axis.low, min(axis.high, end)))) for end in (low, high))
+    bottom = _pixel(axis.place(max(axis.low, min(axis.high, low))))
+    top = _pixel(axis.place(max(axis.low, min(axis.high, high))))
     yield Segment(x, bottom, x, top)
     for end, y in ((low, bottom), (high, top)):
         if axis.low <= end <= axis.high:
@@ -286,7 +295,9 @@ def _y_axis(chart: LineChart) -> Axis:
 
 def _logarithmic_ticks(low: float, high: float) -> tuple[Tick, ...]:
     """Return the powers of ten around ``low`` and ``high``, with 2 and 5 between them where there are few."""
-    steps = (1, 2, 5) if high < 100 * low else (1,)
+    steps: tuple[int, ...] = (1,)
+    if high < 100 * low:
+        steps = (1, 2, 5)
     # All candidates, one power of ten wider than needed; those outside are dropped.
     values = []
     for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1):
@@ -315,16 +326,20 @@ def round_ticks(low: float, high: float) -> tuple[list[float], int]:
     # A single value gets a tenth of itself on either side.
     if low == high:
         low, high = low - (abs(low) or 1) / 10, high + (abs(high) or 1) / 10
+    # Five steps of 1, 2, 5 or 10 times a power of ten span the values: the smallest step that does.
     power = 10.0 ** math.floor(math.log10((high - low) / 5))
     step = next(step * power for step in (1, 2, 5, 10) if 5 * step * power >= high - low)
     first, last = math.floor(low / step), math.ceil(high / step)
+    # A step of 1 has no decimals, one of 0.5 has one; 1e-9 is for logarithms that fall just below a whole number.
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
     return [index * step for index in range(first, last + 1)], decimals
 
 
 def method_class(method: str) -> str:
     """Return the style class of a method's colour."""
-    return f"m-{method}" if method in METHODS else "m-other"
+    if method not in METHODS:
+        return "m-other"
+    return f"m-{method}"
 
 
 def swatch(method: str) -> Mark:

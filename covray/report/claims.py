@@ -139,12 +139,15 @@ def write_claims_page(results: ProgrammeResults, strips: Sequence[Strip], out: s
     """
     groups = [group for group in _claim_groups(results) if group.claims]
     pictures = _strip_rows(strips)
+    tile_px = None
+    if pictures:
+        tile_px = _TILE_PX
     charts = _charts(results.curves)
     page = render(
         "claims.html",
         "Do chains of vision pay?",
         styles=("tables.css", "evaluation.css", "sweep.css", "claims.css"),
-        tile_px=_TILE_PX if pictures else None,
+        tile_px=tile_px,
         links=_links(groups, bool(pictures), bool(charts), results),
         results=results,
         tiles=_tiles(results),
@@ -171,16 +174,24 @@ def _links(groups: Sequence[ClaimGroup], pictures: bool, curves: bool, results: 
         ("quality", "Quality of chains", bool(results.quality)),
         ("arms", "Arms", True),
     ]
-    return [Link(target, text) for target, text, present in sections if present]
+    links = []
+    for target, text, present in sections:
+        if present:
+            links.append(Link(target, text))
+    return links
 
 
 def _tiles(results: ProgrammeResults) -> list[tuple[str, str]]:
     """Return the large figures of the head."""
-    tokens = sum((arm.tokens or 0) * len(arm.seeds) for arm in results.arms)
+    tokens = 0
+    for arm in results.arms:
+        tokens += (arm.tokens or 0) * len(arm.seeds)  # each seed is a training
     counts: dict[str, int] = defaultdict(int)
     for claim in results.claims:
         counts[claim.verdict] += 1
-    verb = "holds" if counts["holds"] == 1 else "hold"
+    verb = "hold"
+    if counts["holds"] == 1:
+        verb = "holds"
     return [
         (str(counts["holds"]), f"{plural(counts['holds'], 'claim')} that {verb}"),
         (str(counts["does not hold"]), "that do not"),
@@ -225,7 +236,10 @@ def _claim_groups(results: ProgrammeResults) -> list[ClaimGroup]:
     reach = min(furthest, 2 * furthest_gain) or 1.0
     groups = []
     for name, title in _GROUPS:
-        views = [_claim(claim, reach) for claim in results.claims if claim.group == name]
+        views = []
+        for claim in results.claims:
+            if claim.group == name:
+                views.append(_claim(claim, reach))
         groups.append(ClaimGroup(title, tuple(views)))
     return groups
 
@@ -264,7 +278,10 @@ def _task_row(row: ClaimTask, lower: Sequence[str]) -> TaskRow:
     difference, low, high = signed_numbers(row.difference, row.low, row.high)
     verdict, css = "open", "open faint"
     if row.better is not None:
-        verdict = css = "better" if row.better else "worse"
+        verdict = "worse"
+        if row.better:
+            verdict = "better"
+        css = verdict
     between = NONE
     if is_finite(row.low) and is_finite(row.high):
         between = interval(low, high)
@@ -278,10 +295,11 @@ def _place(gain: float, reach: float) -> float:
 
 def _metrics(results: ProgrammeResults) -> list[str]:
     """Return the metrics of the claims, each once."""
-    names = []
+    names: dict[str, None] = {}
     for claim in results.claims:
-        names += [row.metric for row in claim.tasks]
-    return list(dict.fromkeys(names))
+        for row in claim.tasks:
+            names[row.metric] = None
+    return list(names)
 
 
 # --- pictures and curves ---------------------------------------------------------------------------------------------
@@ -328,10 +346,10 @@ def _chart(
 ) -> Drawing:
     by_arm: dict[str, list[Point]] = defaultdict(list)
     for point in curves:
-        y = point.perplexity_own if perplexity else point.gain_percent
+        y: float | None = point.gain_percent
         low, high = point.low, point.high
         if perplexity:  # the bounds are those of the gain
-            low, high = None, None
+            y, low, high = point.perplexity_own, None, None
         if is_finite(y):
             text = f"{point.arm}: {fixed(y, 1)} at {short_count(x(point))} {x_title.split()[0]}"
             by_arm[point.arm].append(Point(float(x(point)), y, low, high, text))
@@ -346,9 +364,10 @@ def _exposure_table(entries: Sequence[Exposure]) -> Table | None:
     """Return a row for every arm: what is not learnt, and the exposure to own frames, mean over tasks and by task."""
     if not entries:
         return None
-    tasks = list(dict.fromkeys(entry.task for entry in entries))
+    tasks: dict[str, None] = {}
     by_arm: dict[str, dict[str, Exposure]] = defaultdict(dict)
     for entry in entries:
+        tasks[entry.task] = None
         by_arm[entry.arm][entry.task] = entry
     rows = []
     for arm, by_task in by_arm.items():
@@ -418,7 +437,9 @@ def _count(number: int | None) -> str:
 
 def _mean(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+    if not known:
+        return None
+    return sum(known) / len(known)
 
 
 def _percent(value: float) -> str:
@@ -434,4 +455,6 @@ def _signed(value: float | None) -> str:
 
 def _with_sign(value: float, decimals: int) -> str:
     text = fixed(value, decimals)
-    return f"+{text}" if value > 0 else text
+    if value > 0:
+        return f"+{text}"
+    return text

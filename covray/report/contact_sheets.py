@@ -54,7 +54,9 @@ def decode_chains(
     Returns:
         The pairs, grouped by task.
     """
-    chosen = set(tasks) if tasks is not None else {task_of(shard) for shard in dataset.shards}
+    if tasks is None:
+        tasks = map(task_of, dataset.shards)
+    chosen = set(tasks)
     rows: list[ShardRow] = []
     for task in sorted(chosen):
         rows += islice(dataset.rows(tasks=[task]), limit_per_task)
@@ -68,9 +70,13 @@ def decode_rows(dataset: ChainDataset, tokenizer: Tokenizer, rows: Sequence[Shar
     methods, alphas = dataset.methods, dataset.alphas
     tokens = []
     for row in rows:
-        frames = {(frame["method"], frame["alpha"]): frame["tokens"] for frame in row["frames"]}
+        # Rows have their frames in one order, which is not that of the sheet.
+        frames = {}
+        for frame in row["frames"]:
+            frames[frame["method"], frame["alpha"]] = frame["tokens"]
         tokens += [row["source"], row["label"]]
-        tokens += [frames[key] for key in itertools.product(methods, alphas)]
+        for key in itertools.product(methods, alphas):
+            tokens.append(frames[key])
     pictures = tokenizer.decode(np.stack(tokens))
     size = pictures.shape[1:]
     chains = []

@@ -176,7 +176,11 @@ def render_page(dataset: ChainDataset, chains: Sequence[ChainPictures], rows: pa
     groups = []
     for task, of_task in groupby(chains, lambda chain: chain.task):
         groups.append(_group(dataset, task, list(of_task)))
-    rejects = [] if rows is None else _rejects(rows)
+    rejects: list[Reject] = []
+    packed = None
+    if rows is not None:
+        rejects = _rejects(rows)
+        packed = json.dumps(packed_rows(rows), allow_nan=False)
     links = [Link("pairs", "All pairs")]
     links += [Link(group.task, readable(group.task)) for group in groups]
     if rejects:
@@ -197,7 +201,7 @@ def render_page(dataset: ChainDataset, chains: Sequence[ChainPictures], rows: pa
         groups=groups,
         rejects=rejects,
         figures_of_pairs=_FIGURE_NAMES,
-        rows=None if rows is None else json.dumps(packed_rows(rows), allow_nan=False),
+        rows=packed,
     )
 
 
@@ -253,6 +257,9 @@ def _group(dataset: ChainDataset, task: str, chains: Sequence[ChainPictures]) ->
 
 def view_of(chain: ChainPictures) -> ChainView:
     """Return a decoded chain as the page shows it."""
+    alphas: tuple[float, ...] = ()
+    if chain.frames:
+        alphas = chain.alphas
     return ChainView(
         pair_id=chain.pair_id,
         split=chain.split,
@@ -261,7 +268,7 @@ def view_of(chain: ChainPictures) -> ChainView:
         label=chain.label,
         methods=tuple(chain.frames) or ("none",),
         frames=chain.frames,
-        alphas=chain.alphas if chain.frames else (),
+        alphas=alphas,
     )
 
 
@@ -276,4 +283,7 @@ def _rejects(rows: pa.Table) -> list[Reject]:
         counts[key] += 1
         if counts[key] <= _MAX_EXAMPLES:
             examples.setdefault(key, []).append((row["pair_id"], detail.strip()))
-    return [Reject(*key, counts[key], tuple(examples[key])) for key in sorted(counts)]
+    rejects = []
+    for key in sorted(counts):
+        rejects.append(Reject(*key, counts[key], tuple(examples[key])))
+    return rejects

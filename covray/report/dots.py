@@ -60,7 +60,11 @@ def draw_dots(dots: Sequence[Dot]) -> DotPlot:
     ceilings: list[DrawnDot] = []
     for dot in dots:
         y = _CAP_PX + _ROW_PX * (len(rows) + 0.5)
-        (ceilings if dot.kind == "ceiling" else rows).append(_draw_dot(dot, axis, y))
+        drawn = _draw_dot(dot, axis, y)
+        if dot.kind == "ceiling":
+            ceilings.append(drawn)
+        else:
+            rows.append(drawn)
     bottom = _CAP_PX + _ROW_PX * len(rows)
     return DotPlot(
         top=_CAP_PX,

@@ -217,8 +217,11 @@ def _facts(results: EvaluationResults) -> list[tuple[str, str]]:
     sampling = recorded_section(config, "sampling")
     how = "greedy"
     if not SamplingConfig.model_validate(sampling).is_greedy:
-        values = [(key.replace(".", " "), value) for key, value in leaves(sampling) if value is not None]
-        how = listed(f"{readable(key).lower()} {value}" for key, value in values)
+        values = []
+        for key, value in leaves(sampling):
+            if value is not None:
+                values.append(f"{readable(key.replace('.', ' ')).lower()} {value}")
+        how = listed(values)
     return [
         ("Queries", f"{config.get('split', NONE)} split"),
         ("Examples", f"{config.get('example_split', NONE)} split, {config.get('selection', NONE)} selection"),
@@ -236,21 +239,28 @@ def _task(results: EvaluationResults, task: str, strips: Sequence[Strip]) -> Tas
         counts += f", {about.rejected:,} rejected"
     # A metric without scores has a column, unless its absence has a reason, which is written below the table.
     scored = {score.metric for score in results.scores if score.task == task}
-    metrics = [metric for metric in about.metrics if metric in scored or metric not in about.absent]
+    keys = []
+    for metric in about.metrics:
+        if metric in scored or metric not in about.absent:
+            keys.append((task, metric))
     absent = [(metric_of(metric).label, reason) for metric, reason in about.absent.items()]
-    differences = [_difference(row, results) for row in results.differences if row.task == task]
+    differences = []
+    for row in results.differences:
+        if row.task == task:
+            differences.append(_difference(row, results))
+    names = [subject.name for subject in results.subjects]
     primary = metric_of(about.primary)
     return TaskView(
         task=task,
         counts=counts,
-        table=_table(results, [(task, metric) for metric in metrics]),
+        table=_table(results, keys),
         absent=tuple(absent),
         primary=metric_head(about.primary, results.lower_is_better),
         plot=_plot(results, task, about.primary),
         plot_label=f"{primary.label} of {readable(task)}: means with 95% intervals, as in the table above",
         axis_title=axis_title(about.primary, results.lower_is_better),
         differences=tuple(differences),
-        strips=tuple(_strip_rows(strips, [subject.name for subject in results.subjects])),
+        strips=tuple(_strip_rows(strips, names)),
     )
 
 
@@ -265,8 +275,12 @@ def _table(results: EvaluationResults, keys: Sequence[tuple[str, str]]) -> Subje
     columns = []
     for (task, metric), by_subject in scores.items():
         counts = {score.episodes for score in by_subject.values() if score.mean is not None}
-        episodes = counts.pop() if len(counts) == 1 else results.tasks[task].episodes
-        best = best_mean(metric, [by_subject.get(name) for name in competitors], results.lower_is_better)
+        # The head says of how many episodes a mean is; cells of another number say so themselves.
+        episodes = results.tasks[task].episodes
+        if len(counts) == 1:
+            episodes = counts.pop()
+        competing = [by_subject.get(name) for name in competitors]
+        best = best_mean(metric, competing, results.lower_is_better)
         columns.append(Column(task, metric, metric_head(metric, results.lower_is_better), episodes, best))
     rows: list[SubjectRow] = []
     ceilings: list[SubjectRow] = []
@@ -278,8 +292,15 @@ def _table(results: EvaluationResults, keys: Sequence[tuple[str, str]]) -> Subje
             note = ""
             if cell_score is not None and cell_score.episodes != column.episodes:
                 note = f"n = {cell_score.episodes:,}"
-            cells.append(score_cell(cell_score, None if is_ceiling else column.best, note))
-        (ceilings if is_ceiling else rows).append(SubjectRow(subject.name, _form(subject), tuple(cells)))
+            best = None
+            if not is_ceiling:
+                best = column.best
+            cells.append(score_cell(cell_score, best, note))
+        row = SubjectRow(subject.name, _form(subject), tuple(cells))
+        if is_ceiling:
+            ceilings.append(row)
+        else:
+            rows.append(row)
     return SubjectTable(tuple(columns), tuple(rows), tuple(ceilings))
 
 
@@ -299,13 +320,18 @@ def _form(subject: SubjectEntry) -> str:
 
 def _plot(results: EvaluationResults, task: str, metric: str) -> DotPlot | None:
     """Return the means of all subjects with their intervals; None where there are none."""
-    scores = {score.subject: score for score in results.scores if (score.task, score.metric) == (task, metric)}
+    scores = {}
+    for score in results.scores:
+        if (score.task, score.metric) == (task, metric):
+            scores[score.subject] = score
     dots = []
     for subject in results.subjects:
-        score = scores.get(subject.name)
-        if score is not None and is_finite(score.mean):
-            dots.append(Dot(subject.name, subject.kind, score.mean, score.low, score.high))
-    return draw_dots(dots) if dots else None
+        of_subject = scores.get(subject.name)
+        if of_subject is not None and is_finite(of_subject.mean):
+            dots.append(Dot(subject.name, subject.kind, of_subject.mean, of_subject.low, of_subject.high))
+    if not dots:
+        return None
+    return draw_dots(dots)
 
 
 def _difference(row: Difference, results: EvaluationResults) -> DifferenceRow:
@@ -325,8 +351,9 @@ def _verdict(row: Difference, lower_is_better: Sequence[str]) -> tuple[str, str]
     if row.p_value >= _SIGNIFICANT or not row.mean:
         return f"not significant at {_SIGNIFICANT}", "open faint"
     is_better = (row.mean > 0) != (row.metric in lower_is_better)
-    word = "better" if is_better else "worse"
-    return word, word
+    if is_better:
+        return "better", "better"
+    return "worse", "worse"
 
 
 def _strip_rows(strips: Iterable[Strip], subjects: Sequence[str]) -> list[StripRow]:

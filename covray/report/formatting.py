@@ -32,7 +32,9 @@ def numbers(value: float | None, *bounds: float | None) -> list[str]:
     sizes = [0.0]
     if is_finite(value):
         sizes.append(abs(value))
-    sizes += [abs(bound) / 10 for bound in bounds if is_finite(bound)]
+    for bound in bounds:
+        if is_finite(bound):
+            sizes.append(abs(bound) / 10)
     # The largest of them decides the decimals of all; a bound counts a tenth.
     size = max(sizes)
     pattern = ".2e"
@@ -50,8 +52,9 @@ def signed_numbers(value: float | None, *bounds: float | None) -> list[str]:
     """Write the figures as ``numbers`` does, with a plus sign before those above zero."""
     texts = []
     for number, text in zip((value, *bounds), numbers(value, *bounds), strict=True):
-        positive = is_finite(number) and number > 0
-        texts.append(f"+{text}" if positive else text)
+        if is_finite(number) and number > 0:
+            text = f"+{text}"
+        texts.append(text)
     return texts
 
 
@@ -94,7 +97,9 @@ def p_value(value: float | None) -> str:
 
 def plural(count: int, noun: str) -> str:
     """Return ``noun`` in the form for ``count`` of them, without the count."""
-    return noun if count == 1 else f"{noun}s"
+    if count == 1:
+        return noun
+    return f"{noun}s"
 
 
 def counted(count: int, noun: str) -> str:

@@ -57,8 +57,12 @@ class LiveRows:
             page must drop its rows first, and ``finished``.
         """
         again = generation != self.generation or shards > len(self._shards)
-        tables = list(self._shards.values())[0 if again else shards :]
-        rows = packed_rows(pa.concat_tables(tables)) if tables else {"count": 0}
+        tables = list(self._shards.values())
+        if not again:
+            tables = tables[shards:]  # the page has the rows of the others
+        rows: dict[str, Any] = {"count": 0}
+        if tables:
+            rows = packed_rows(pa.concat_tables(tables))
         return {
             "generation": self.generation,
             "shards": len(self._shards),
@@ -86,7 +90,10 @@ def find_row(dataset: ChainDataset, pair_id: int, shards: list[str] | None = Non
     Raises:
         DatasetError: There is none.
     """
-    for shard in dataset.shards if shards is None else shards:
+    if shards is None:
+        shards = dataset.shards
+    for shard in shards:
+        # The ids alone are read first: tokens are most of a shard's bytes.
         ids = [batch.column("pair_id").to_numpy() for batch in dataset.shard_batches(shard, ["pair_id"])]
         if not any((part == pair_id).any() for part in ids):
             continue

@@ -32,7 +32,9 @@ def metric_head(name: str, lower_is_better: Collection[str]) -> MetricHead:
     metric = metric_of(name)
     arrow = ""
     if metric.better is not None:
-        arrow = "↓" if name in lower_is_better else "↑"
+        arrow = "↑"
+        if name in lower_is_better:
+            arrow = "↓"
     return MetricHead(metric.with_unit, metric.about, arrow)
 
 
@@ -41,7 +43,9 @@ def axis_title(name: str, lower_is_better: Collection[str]) -> str:
     metric = metric_of(name)
     if metric.better is None:
         return metric.with_unit
-    better = "less" if name in lower_is_better else "more"
+    better = "more"
+    if name in lower_is_better:
+        better = "less"
     return f"{metric.with_unit} ({better} is better)"
 
 

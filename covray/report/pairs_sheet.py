@@ -92,7 +92,10 @@ def shown_pair(row: PairRow, root: str | None) -> ShownPair:
         if pixels:
             lines.append(f"{meaning} {pixels / total:.1%}")
     for quantity, (low, high) in figures.ranges.items():
-        lines.append(f"{quantity} {low:.3g}" if low == high else f"{quantity} {low:.3g} to {high:.3g}")
+        text = f"{quantity} {low:.3g}"
+        if low != high:
+            text += f" to {high:.3g}"
+        lines.append(text)
     return ShownPair(name, split, pair, tuple(lines))
 
 
@@ -101,7 +104,12 @@ def draw_pairs(shown: Sequence[ShownPair], title: str, subtitle: str) -> bytes:
     step = SHOWN_PX + GAP_PX
     left = _MARGIN_PX + _TEXT_PX
     width = left + len(COLUMN_TITLES) * step + _MARGIN_PX
-    heights_px = [_BAD_ROW_PX if row.pair is None else step + 20 for row in shown]
+    heights_px = []
+    for row in shown:
+        if row.pair is None:
+            heights_px.append(_BAD_ROW_PX)
+        else:
+            heights_px.append(step + 20)
     sheet = Image.new("RGB", (width, _TOP_PX + sum(heights_px) + _MARGIN_PX), PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.text((_MARGIN_PX, 22), title, _INK, load_font(24, bold=True))
@@ -169,9 +177,15 @@ def _sampled_rows(manifest: str, limit_per_task: int) -> dict[str, list[PairRow]
 
 def _subtitle(manifest: str, info: ManifestInfo) -> str:
     splits = ", ".join(f"{split} {count}" for split, count in info.splits.items())
-    return _printable(f"{manifest} · {splits} · {', '.join(task for task in TASKS if task in info.per_task)}")
+    tasks = ", ".join(task for task in TASKS if task in info.per_task)
+    return _printable(f"{manifest} · {splits} · {tasks}")
 
 
 def _printable(text: str) -> str:
     """Text of a stranger on one line."""
-    return "".join(character if character.isprintable() else "?" for character in " ".join(text.split()))
+    shown = ""
+    for character in " ".join(text.split()):
+        if not character.isprintable():
+            character = "?"
+        shown += character
+    return shown

@@ -73,9 +73,11 @@ def write_reasoning_page(results: ReasoningResults, episodes: Sequence[Mapping[s
         path: The folder, for the head of the page.
     """
     shots = sorted({score.shots for score in results.scores})
-    tables = tuple(_table(results, number) for number in shots)
+    tables, links = [], []
+    for number in shots:
+        tables.append(_table(results, number))
+        links.append(Link(f"shots-{number}", f"{number}-shot"))
     views = tuple(_episode(row) for row in episodes)
-    links = [Link(f"shots-{number}", f"{number}-shot") for number in shots]
     return render(
         "reasoning.html",
         f"{results.benchmark}: reasoning",
@@ -84,14 +86,17 @@ def write_reasoning_page(results: ReasoningResults, episodes: Sequence[Mapping[s
         links=[*links, Link("episodes", "Episodes")],
         path=path,
         results=results,
-        tables=tables,
+        tables=tuple(tables),
         episodes=views,
         failed=f"{results.failed:,} {plural(results.failed, 'episode')} without an answer",
     )
 
 
 def _table(results: ReasoningResults, shots: int) -> ShotTable:
-    by_key = {(score.row, score.task, score.side): score for score in results.scores if score.shots == shots}
+    by_key = {}
+    for score in results.scores:
+        if score.shots == shots:
+            by_key[score.row, score.task, score.side] = score
     tasks = tuple(sorted({score.task for score in results.scores} - {MEAN}))
     rows, sides = [], []
     for name in results.rows:

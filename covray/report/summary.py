@@ -72,10 +72,13 @@ def describe(dataset_path: str) -> DatasetDescription:
     pictures = 2 + len(dataset.methods) * len(dataset.alphas)
     filesystem = dataset.folder.filesystem
     files = filesystem.get_file_info([dataset.folder.inner_path(name) for name in dataset.shards])
+    status, audit = "unfinished", None
+    if dataset.audit is not None:
+        status, audit = "finished", dataset.audit.to_json()
     schema = shard_schema(bool(dataset.config.get("keep_noise")))
     return DatasetDescription(
         path=dataset_path,
-        status="unfinished" if dataset.audit is None else "finished",
+        status=status,
         good=good,
         rejected=len(narrow) - good,
         per_task=per_task,
@@ -90,7 +93,7 @@ def describe(dataset_path: str) -> DatasetDescription:
         columns={field.name: str(field.type) for field in schema},
         fingerprints=dataset.fingerprints,
         config=dataset.config,
-        audit=None if dataset.audit is None else dataset.audit.to_json(),
+        audit=audit,
     )
 
 
@@ -116,15 +119,20 @@ def _task_table(description: DatasetDescription) -> Table:
         if any(task.quality[name] is not None for task in description.per_task.values()):
             figures.append(name)
     table = Table(title="pairs per task; quality figures are medians", title_justify="left", title_style="dim")
-    for column in ("task", "good", "splits", "rejected"):
-        table.add_column(column, justify="right" if column == "good" else "left")
+    table.add_column("task")
+    table.add_column("good", justify="right")
+    table.add_column("splits")
+    table.add_column("rejected")
     for name in figures:
         table.add_column(name.replace("_", "\n", 1), justify="right")
     for name, task in description.per_task.items():
         row = [escape(name), f"{task.good:,}", escape(_lines(task.splits)), escape(_lines(task.reasons) or "0")]
         for figure in figures:
             median = task.quality[figure]
-            row.append(NONE if median is None else f"{median:.3g}")
+            text = NONE
+            if median is not None:
+                text = f"{median:.3g}"
+            row.append(text)
         table.add_row(*row)
     return table
 

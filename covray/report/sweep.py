@@ -101,7 +101,9 @@ def write_sweep_page(results: SweepResults, out: str) -> None:
     """
     path = str(results.config.get("out", ""))
     name = posixpath.basename(path.rstrip("/"))
-    title = f"Sweep {name}" if name else "Sweep"
+    title = "Sweep"
+    if name:
+        title = f"Sweep {name}"
     # Many forms of the untuned backbone would fill the first table; the tables of all metrics have them.
     shown = list(results.references)
     untuned = [reference for reference in shown if reference.kind == "untuned"]
@@ -215,7 +217,9 @@ def _claim(claim: ClaimEntry, reach: float, lower_is_better: Sequence[str]) -> C
     # Without a gain there is no interval to draw: the scores were not above zero, or nothing was compared.
     overall = claim.overall
     if overall is None:
-        verdict = "no figure" if rows else "not tried"
+        verdict = "not tried"
+        if rows:
+            verdict = "no figure"
         return ClaimView(claim.claim, claim.paper, counts, verdict, "", rows)
     gain, low, high = signed_numbers(overall.gain_percent, overall.low, overall.high)
     seeds = counted(overall.seeds, "seed")
@@ -283,16 +287,22 @@ def _total_cost(trials: Sequence[TrialEntry]) -> tuple[str, ...]:
     sums = []
     for name in ("steps", "tokens", "train_seconds", "evaluate_seconds", "gpu_hours"):
         known = [value for value in _column(trials, name) if value is not None]
-        sums.append(sum(known) if known else None)
+        total = None
+        if known:
+            total = sum(known)
+        sums.append(total)
     return _cost_figures(*sums)
 
 
 def _cost_figures(*figures: float | None) -> tuple[str, ...]:
     """Write steps, tokens, seconds of training and of evaluation, and GPU hours."""
     steps, tokens, train_s, evaluate_s, gpu_hours = figures
-    counts = [NONE if count is None else f"{count:,}" for count in (steps, tokens)]
-    times = [NONE if seconds is None else duration(seconds) for seconds in (train_s, evaluate_s)]
-    return *counts, *times, numbers(gpu_hours)[0]
+    texts = []
+    for count in (steps, tokens):
+        texts.append(NONE if count is None else f"{count:,}")
+    for seconds in (train_s, evaluate_s):
+        texts.append(NONE if seconds is None else duration(seconds))
+    return *texts, numbers(gpu_hours)[0]
 
 
 def _column(trials: Iterable[TrialEntry], name: str) -> list[Any]:

@@ -117,8 +117,10 @@ def _series(cells: Iterable[CellEntry], axis: Axis, column: tuple[str, str]) -> 
     """Return, for each method, the scores of ``cells`` in a column (task, metric)."""
     points: dict[str, list[Point]] = defaultdict(list)
     for cell in cells:
-        scores = {(score.task, score.metric): score for score in cell.scores}
-        score = scores.get(column)
+        score = None
+        for entry in cell.scores:
+            if (entry.task, entry.metric) == column:
+                score = entry
         if score is not None and is_finite(score.mean):
             text = _tooltip(cell.label, score.mean, score.low, score.high)
             points[cell.method].append(Point(getattr(cell, axis), score.mean, score.low, score.high, text))
@@ -194,7 +196,9 @@ class _Returns:
 
 def _returns(axis: Axis, results: SweepResults, cells: Sequence[CellEntry]) -> Plot | None:
     """Return the gain per added frame, or pair: from every length, or number of pairs, to the next."""
-    noun = "frame" if axis == "length" else "pair"
+    noun = "pair"
+    if axis == "length":
+        noun = "frame"
     cell_by_label = {cell.label: cell for cell in cells}
     names = variants(cells)
     found: dict[Fixed, _Returns] = defaultdict(lambda: _Returns(defaultdict(list), defaultdict(set)))
@@ -241,7 +245,9 @@ def _return_chart(axis: Axis, key: Fixed, gains: _Returns, noun: str) -> LineCha
 
 
 def _divide(value: float | None, by: int) -> float | None:
-    return None if value is None else value / by
+    if value is None:
+        return None
+    return value / by
 
 
 def _tooltip(

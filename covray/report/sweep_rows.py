@@ -33,7 +33,9 @@ class Fixed(NamedTuple):
 
 def fixed(axis: Axis, row: CellEntry | TrialEntry, variant: str) -> Fixed:
     """Return what stays as it is where ``axis`` varies from ``row`` on."""
-    return Fixed(row.pairs if axis == "length" else row.length, variant)
+    if axis == "length":
+        return Fixed(row.pairs, variant)
+    return Fixed(row.length, variant)
 
 
 def sort_rows(rows: Iterable[Row]) -> list[Row]:
@@ -57,10 +59,15 @@ def variants(rows: Sequence[CellEntry] | Sequence[TrialEntry]) -> dict[str, str]
     """
     parts: dict[str, list[str]] = {}
     for row in rows:
-        tasks = "all tasks" if row.tasks is None else " + ".join(row.tasks)
+        tasks = "all tasks"
+        if row.tasks is not None:
+            tasks = " + ".join(row.tasks)
         fields = [f"{key} {value}" for key, value in row.fields.items()]
         parts[row.label] = [row.scale, tasks, *fields]
-    common = set.intersection(*map(set, parts.values())) if parts else set()
+    # What all rows have in common tells none apart.
+    common: set[str] = set()
+    if parts:
+        common = set.intersection(*map(set, parts.values()))
     names = {}
     for label, of_row in parts.items():
         names[label] = ", ".join(part for part in of_row if part not in common)

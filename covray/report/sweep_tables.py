@@ -118,8 +118,11 @@ def _table(
     others: list[ReferenceRow] = []
     ceilings: list[ReferenceRow] = []
     for reference in references:
-        group = ceilings if reference.kind == "ceiling" else others
-        group.append(_reference_row(reference, columns))
+        row = _reference_row(reference, columns)
+        if reference.kind == "ceiling":
+            ceilings.append(row)
+        else:
+            others.append(row)
     return SweepTable(tuple(heads), tuple(groups), tuple(others), tuple(ceilings))
 
 
@@ -131,8 +134,12 @@ def _usual_seeds(scores_by_cell: Sequence[dict[Column, CellScore]], columns: Seq
     """Return the number of seeds that most scores have; only others are noted in the table."""
     seeds: Counter[int] = Counter()
     for scores in scores_by_cell:
-        seeds.update(scores[column].seeds for column in columns if column in scores)
-    return seeds.most_common(1)[0][0] if seeds else 0
+        for column in columns:
+            if column in scores:
+                seeds[scores[column].seeds] += 1
+    if not seeds:
+        return 0
+    return seeds.most_common(1)[0][0]
 
 
 def _reference_row(reference: Reference, columns: Sequence[Column]) -> ReferenceRow:

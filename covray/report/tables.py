@@ -59,4 +59,6 @@ def best_mean(metric: str, scores: Iterable[Estimate | None], lower_is_better: C
     means = [score.mean for score in scores if score is not None and is_finite(score.mean)]
     if not means or metric_of(metric).better is None:
         return None
-    return min(means) if metric in lower_is_better else max(means)
+    if metric in lower_is_better:
+        return min(means)
+    return max(means)
