@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from covray.config.fields import (
     ActorsConfig,
@@ -124,6 +124,9 @@ class EvaluateConfig(GrownSection):
     metrics: tuple[AddedMetric, ...] = ()
     """Metrics of other installed packages to compute beside those of the tasks, each ``task/name``; ``covray plugins``
     lists them."""
+    score_candidates: bool = False
+    """Also score each candidate of ``sampling.best_of`` by itself, and keep its tokens with the score: what
+    ``covray train`` with ``objective: verifier`` learns from."""
     batch: int = Field(default=16, ge=1, le=4096)
     """Rows of the fixed, padded batch of the decoder."""
     engine: EngineConfig = EngineConfig()
@@ -153,15 +156,26 @@ class EvaluateConfig(GrownSection):
         for name, values in asked.items():
             if not values:
                 yield name
+        if not self.score_candidates:
+            yield "score_candidates"
 
-    def sampling_of(self, votes: int, *, has_drafts: bool = True) -> SamplingConfig:
+    @model_validator(mode="after")
+    def _candidates_are_whole(self) -> EvaluateConfig:
+        if self.score_candidates and (self.sampling.best_of == 1 or self.sampling.keep < 1):
+            raise ValueError("score_candidates: scores all candidates; set sampling.best_of, and sampling.keep to 1")
+        return self
+
+    def sampling_of(self, votes: int, *, has_adapter: bool = True) -> SamplingConfig:
         """Return how a row is answered: by ``sampling``, or for more than one of ``votes`` by ``votes``.
 
-        A model without drafts decodes one by one in place of ``speculative``: the tokens are the same.
+        A model without an adapter has no drafts and no verifier. It decodes one by one in place of ``speculative``, to
+        the same tokens, and its candidates are ranked by the likelihood of their answers in place of ``verifier``.
         """
         sampling = self.sampling
-        if sampling.decoder == "speculative" and not has_drafts:
+        if sampling.decoder == "speculative" and not has_adapter:
             sampling = sampling.model_copy(update={"decoder": "sequential"})
+        if sampling.choose_by == "verifier" and (votes > 1 or not has_adapter):
+            sampling = sampling.model_copy(update={"choose_by": "answer"})
         if votes == 1:
             return sampling
         own = {

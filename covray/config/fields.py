@@ -259,13 +259,13 @@ class SamplingConfig(GrownSection):
     answer: PictureSamplingConfig = PictureSamplingConfig()
     """What differs for the tokens of the answer; null: as above."""
     best_of: int = Field(default=1, ge=1, le=1024)
-    """Candidates per query; the likeliest is the answer."""
-    choose_by: Literal["answer", "chain"] = "answer"
-    """What a candidate is ranked by: the likelihood of its answer given its own frames, or of frames and answer
-    together."""
+    """Candidates per query; the one that ``choose_by`` ranks first is the answer."""
+    choose_by: Literal["answer", "chain", "verifier"] = "answer"
+    """What a candidate is ranked by: the likelihood of its answer given its own frames, that of frames and answer
+    together, or the verifier of a run that was trained with ``objective: verifier``."""
     keep: float = Field(default=1.0, gt=0.0, le=1.0)
-    """Share of the candidates of ``best_of`` that go on after each picture, the likeliest so far, at least one: answers
-    of unlikely frames are not written at all. 1: all."""
+    """Share of the candidates of ``best_of`` that go on after each picture, at least one: the likeliest so far, or with
+    ``choose_by: verifier`` those that it ranks first. Answers of the others are not written at all. 1: all."""
     vote: int = Field(default=1, ge=1, le=1024)
     """Candidates per query whose answers are joined into one: the most frequent class, the median of keypoints and
     metres, the mean of directions, edges and pictures. 1, no vote, is the way of LVM and of the paper."""
@@ -300,6 +300,8 @@ class SamplingConfig(GrownSection):
             raise ValueError("vote: joins all candidates, best_of takes the likeliest; set one of them to 1")
         if self.keep < 1 and self.best_of == 1:
             raise ValueError("keep: is a share of the candidates of best_of; set best_of too")
+        if self.choose_by == "verifier" and self.best_of == 1:
+            raise ValueError("choose_by: verifier ranks the candidates of best_of; set best_of too")
         if self.relax and (self.decoder != "jacobi" or self.window == "auto"):
             raise ValueError(
                 "relax: is of decoder: jacobi with a window that is set, as its tokens depend on the window"

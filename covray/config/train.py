@@ -228,6 +228,17 @@ class DraftConfig(Section):
     """Share of the places with loss behind which drafts are learned, drawn anew for every sentence."""
 
 
+class VerifierConfig(Section):
+    """What ``objective: verifier`` learns: to tell good answers of the run with ``lora.path`` from worse ones."""
+
+    answers: str | None = None
+    """Finished evaluation of that run with ``score_candidates``: the answers to learn from."""
+    hidden: int = Field(default=64, ge=1, le=4096)
+    """Width of the verifier's one hidden layer."""
+    validation: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the queries that is not trained on, drawn by the seed, for the validation loss; 0: no validation."""
+
+
 class TrainConfig(Section):
     """``covray train``: turn shards of tokens into a PEFT adapter."""
 
@@ -242,11 +253,13 @@ class TrainConfig(Section):
     """Run folder to write."""
     backbone: BackboneConfig = BackboneConfig()
     lora: LoraConfig = LoraConfig()
-    objective: Literal["autoregressive", "block_diffusion", "draft"] = "autoregressive"
-    """What is learned: the next token; blocks of masked tokens, which converts an autoregressive model; or a draft
-    adapter, which makes ``sampling.decoder: speculative`` faster and leaves the adapter ``lora.path`` as it is."""
+    objective: Literal["autoregressive", "block_diffusion", "draft", "verifier"] = "autoregressive"
+    """What is learned: the next token; blocks of masked tokens, which converts an autoregressive model; a draft
+    adapter, which makes ``sampling.decoder: speculative`` faster; or a verifier, by which ``sampling.choose_by:
+    verifier`` ranks candidates. The last two leave the adapter ``lora.path`` as it is."""
     block_diffusion: BlockDiffusionConfig = BlockDiffusionConfig()
     draft: DraftConfig = DraftConfig()
+    verifier: VerifierConfig = VerifierConfig()
     sentences: SentencesConfig = SentencesConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     compute: ComputeConfig = ComputeConfig()
@@ -335,7 +348,9 @@ class TrainConfig(Section):
         }
         if self.objective == "autoregressive":  # runs begun before there was a choice have no such keys
             left_out["objective"] = True
-        left_out |= dict.fromkeys({"block_diffusion", "draft"} - {self.objective}, True)
+        left_out |= dict.fromkeys({"block_diffusion", "draft", "verifier"} - {self.objective}, True)
+        if self.objective == "verifier":
+            left_out["verifier"] = {"answers"}  # as of lora.path, the run keeps the fingerprint
         identity = self.model_dump(mode="json", exclude=left_out | {"mix": True, "data_weight": True})
         weights = [weight for _, weight in self.weighted_data]
         if weights != [1.0]:  # nor have runs on one dataset

@@ -47,7 +47,7 @@ from covray.distributed.session import ray_session
 from covray.distributed.trackers.base import require_trackers
 from covray.distributed.trackers.together import RunTrackers
 from covray.errors import ConfigError, DatasetError
-from covray.evaluation.answers import EPISODE_SCHEMA, RESULT_SCHEMA
+from covray.evaluation.answers import EPISODE_SCHEMA, LARGE_COLUMNS, RESULT_SCHEMA
 from covray.evaluation.pair_files import write_pairs
 from covray.evaluation.records import EvaluationRecord, EvaluationResults, EvaluationTable, SubjectScore
 from covray.evaluation.results import Rank, Row, choose_episodes, tabulate, to_csv
@@ -58,6 +58,7 @@ from covray.models.tokenizer.vqgan import load_tokenizer
 from covray.plugins import require_packages
 from covray.progress import stage
 from covray.report.evaluation import Strip, write_evaluation_page
+from covray.training.scored_answers import BEFORE, CANDIDATES
 
 RESULTS, TABLE, PAGE = EvaluationResults.FILE, "table.csv", "index.html"
 _EPISODES, _QUERIES, _EXAMPLES, _ROWS = "_episodes.parquet", "_queries.parquet", "_examples.parquet", "rows"
@@ -207,16 +208,16 @@ def _run(work: Work, folder: Folder, pool: PoolOptions) -> EvaluationTable:
 def read_rows(out: str, pair_ids: Collection[int] | None = None) -> list[Row]:
     """Return the rows (``RESULT_SCHEMA``) of the evaluation ``out``, by task, subject and pair.
 
-    Without ``pair_ids`` all of them, but not their ``images``, which are most of their size; else those of these pairs,
-    with ``images``.
+    Without ``pair_ids`` all of them, but not their ``LARGE_COLUMNS``; else those of these pairs, with ``images``.
     """
     folder = Folder(out)
     partitioning = ds.partitioning(pa.schema([("task", pa.string())]), flavor="hive")
     dataset = ds.dataset(folder.inner_path(_ROWS), RESULT_SCHEMA, "parquet", folder.filesystem, partitioning)
     if pair_ids is None:
-        table = dataset.to_table(columns=[name for name in RESULT_SCHEMA.names if name != "images"])
+        table = dataset.to_table(columns=[name for name in RESULT_SCHEMA.names if name not in LARGE_COLUMNS])
     else:
-        table = dataset.to_table(columns=RESULT_SCHEMA.names, filter=ds.field("pair_id").isin(list(pair_ids)))
+        columns = [name for name in RESULT_SCHEMA.names if name not in (BEFORE, CANDIDATES)]
+        table = dataset.to_table(columns=columns, filter=ds.field("pair_id").isin(list(pair_ids)))
     ordered = table.sort_by([("task", "ascending"), ("subject", "ascending"), ("pair_id", "ascending")])
     rows: list[Row] = ordered.to_pylist()
     return rows

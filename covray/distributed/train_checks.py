@@ -38,7 +38,9 @@ from covray.training.metrics_log import METRICS_FILE
 from covray.training.objectives.block_diffusion import require_blocks
 from covray.training.objectives.drafts import require_drafts
 from covray.training.objectives.frame_noise import load_codebook
+from covray.training.objectives.verdicts import require_answers, split_queries
 from covray.training.records import RunRecord, TrainResult
+from covray.training.scored_answers import fingerprint_of
 from covray.training.zero import check_settings, choose, require_whole_weights
 
 C = TypeVar("C", TrainConfig, VlmTrainConfig, ThinkTrainConfig)
@@ -85,12 +87,16 @@ class CheckedTraining(CheckedRun[TrainConfig]):
     """The plug-ins that the datasets were built with; None without any."""
 
     def prepare(self) -> None:
-        """Write the token files."""
+        """Write the token files; a verifier reads none."""
+        if self.config.objective == "verifier":
+            return
         with stage("writing the token files, once for all trainings"):
             write_token_files(self.config)
 
     def choose_stage(self, config: TrainConfig, gpu_bytes: int | None) -> str:
-        """Return the fastest stage of DeepSpeed that fits."""
+        """Return the fastest stage of DeepSpeed that fits; a verifier has nothing to share out."""
+        if config.objective == "verifier":
+            return "none"
         return choose(config, self.facts.llama, gpu_bytes)
 
     def settle(self, config: TrainConfig) -> TrainConfig:
@@ -162,6 +168,8 @@ def check(config: TrainConfig, output: Output[RunRecord], *, without_weights: bo
         read_start(config.lora, facts.llama)
     require_trackers(config)
     fingerprints = _fingerprints(config, datasets, facts)
+    if config.objective == "verifier":
+        fingerprints["answers"] = _check_answers(config)
     if begun is None:
         _require_same_classes(config, classes)
     else:
@@ -170,6 +178,19 @@ def check(config: TrainConfig, output: Output[RunRecord], *, without_weights: bo
             recorded["backbone"] = fingerprints["backbone"]
         output.require_same(recorded, fingerprints)
     return CheckedTraining(config, fingerprints, facts, classes, _plugins(datasets))
+
+
+def _check_answers(config: TrainConfig) -> str:
+    """Check the answers that a verifier learns from; return their fingerprint.
+
+    Raises:
+        ConfigError: They are not answers of the adapter, or DeepSpeed is asked to share out the verifier.
+    """
+    if config.compute.deepspeed not in ("auto", "none"):
+        raise ConfigError("compute.deepspeed: a verifier is too small to share out; set it to none")
+    queries = require_answers(config)
+    split_queries(queries, config)
+    return fingerprint_of(queries)
 
 
 def binding_record(output: Output[RunRecord]) -> RunRecord | None:
@@ -187,6 +208,8 @@ def absolute_paths(config: TrainConfig) -> TrainConfig:
     update: dict[str, Any] = {"data": storage.absolute(config.data), "out": storage.absolute(config.out)}
     update["mix"] = tuple(f"{storage.absolute(path)}={weight!r}" for path, weight in config.weighted_data[1:])
     backbone, compute, lora = config.backbone, config.compute, config.lora
+    if config.verifier.answers is not None:
+        update["verifier"] = config.verifier.model_copy(update={"answers": storage.absolute(config.verifier.answers)})
     if lora.path is not None:
         update["lora"] = lora.model_copy(update={"path": storage.absolute(lora.path)})
     if backbone.path is not None and backbone.path not in NANO_NAMES and is_here(backbone.path):

@@ -13,6 +13,7 @@ from covray.config import SamplingConfig
 from covray.io.pixels import Picture
 from covray.models.lvm.decoding.base import Decoded
 from covray.tasks.base import Meta
+from covray.training.scored_answers import BEFORE, CANDIDATES, CANDIDATES_TYPE
 
 EPISODE_SCHEMA = pa.schema(
     [("episode", pa.int64()), ("subject", pa.string()), ("task", pa.string()), ("pair_id", pa.int64())]
@@ -28,9 +29,14 @@ RESULT_SCHEMA = pa.schema(
         ("images", pa.list_(pa.list_(pa.uint16()))),
         ("log_likelihood", pa.float64()),  # of the answer written, in nats; of a vote the candidates' mean
         ("error", pa.string()),
+        # With ``score_candidates``: the tokens before the answer's, and all that was written, with its score.
+        (BEFORE, pa.list_(pa.uint16())),
+        (CANDIDATES, CANDIDATES_TYPE),
     ]
 )
 """What was done, one row an episode."""
+LARGE_COLUMNS = ("images", BEFORE, CANDIDATES)
+"""Columns of tokens, which are most of the size of the rows."""
 
 Tokens = NDArray[np.uint16]
 
@@ -49,6 +55,8 @@ class EpisodeResult:
     images: list[list[int]] | None = None
     log_likelihood: float | None = None
     error: str | None = None
+    before: list[int] | None = None
+    candidates: list[dict[str, Any]] | None = None
     chain: Tokens | None = None
     """The pair's own chain, [length, tokens]; no column."""
     prompt: Tokens | None = None

@@ -151,6 +151,10 @@ class Runner:
         for number, result in enumerate(group):
             candidates, likelihood = answer_candidates(decoded, number, sampling)
             result.images = candidates.reshape(-1, candidates.shape[-1]).tolist()
+            if self.config.score_candidates and subject.votes == 1:
+                assert result.prompt is not None
+                result.before = result.prompt.tolist()
+                result.candidates = [{"images": each.tolist()} for each in decoded.candidate_ids[number]]
             result.log_likelihood = float(likelihood.mean())
             result.nats = _label_nats(model, result, candidates)
             if candidates.shape[1] > 1:
@@ -195,7 +199,7 @@ class Runner:
             result.probes[f"after_{probe}"] = candidates[:, 0]
 
     def _sampling(self, subject: Subject) -> SamplingConfig:
-        return self.config.sampling_of(subject.votes, has_drafts=subject.adapter is not None)
+        return self.config.sampling_of(subject.votes, has_adapter=subject.adapter is not None)
 
     def _load_episodes(self, name: str) -> tuple[Episodes, dict[tuple[str, int], int]]:
         """Return the episodes of a subject, and which row of the queries each (task, pair) is."""
@@ -270,6 +274,23 @@ class Runner:
             result.values = [{"metric": metric, "value": value} for metric, value in values.items()]
             if scored.counts is not None:
                 result.counts = scored.counts.tolist()
+        self._score_candidates([asked for asked, _ in answers.values()])
+
+    def _score_candidates(self, asked: Sequence[Asked]) -> None:
+        """Fill in the primary score of every candidate that is kept with its tokens."""
+        kept = [each for each in asked if each.result.candidates is not None]
+        tokens = []
+        for each in kept:
+            assert each.result.candidates is not None
+            tokens.append(np.array([candidate["images"][-1] for candidate in each.result.candidates], np.uint16))
+        for each, pictures in zip(kept, self._decode_each(tokens), strict=True):
+            task = each.result.task
+            height_px, width_px = each.label.shape[:2]
+            primary = TASKS[task].metrics[0].name
+            assert each.result.candidates is not None
+            for candidate, picture in zip(each.result.candidates, pictures, strict=True):
+                answer = resize(picture, height_px, width_px, TASKS[task].resample)
+                candidate["score"] = score(task, answer, each.label, each.meta).values.get(primary)
 
     def _probe_answers(self, asked: Sequence[Asked]) -> dict[int, dict[str, Picture]]:
         """Return the answers to probes at the labels' sizes, by episode and metric."""

@@ -26,7 +26,7 @@ class AnswerRecord(RecordPart):
     seed: int
     """All random numbers of the query follow from it."""
     candidate: int
-    """The number of the likeliest candidate."""
+    """The number of the candidate that is the answer."""
     log_likelihood: LogLikelihood
     """Of that candidate."""
     samples: int = 1

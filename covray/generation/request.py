@@ -58,7 +58,7 @@ class Answer:
     samples: int
     """How many candidates were written for the answer."""
     candidate: int
-    """The number of the likeliest of them."""
+    """The number of the best of them, by ``sampling.choose_by``."""
     log_likelihood: tuple[float, ...]
     """Of each of its pictures, the answer last, in nats."""
     candidate_tokens: NDArray[np.uint16]

@@ -93,7 +93,7 @@ class AnswerResponse(Section):
     samples: int
     """Candidates that were written."""
     candidate: int | None
-    """Number of the likeliest candidate; null in a stream."""
+    """Number of the candidate that is the answer; null in a stream."""
     log_likelihood: tuple[float, ...] | None
     """Of each picture, the answer last, in nats; null in a stream."""
     candidates: tuple[Candidate, ...] = ()

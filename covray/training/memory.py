@@ -29,7 +29,9 @@ from covray.io.model_folders import is_here
 from covray.models.lvm.backbone import BackboneFacts, backbone_facts
 from covray.models.lvm.functions import CHUNK
 from covray.models.lvm.scales import parameters
+from covray.models.lvm.verifier import LIKELIHOODS
 from covray.training.data import sources_of
+from covray.training.objectives.verdicts import count_steps, require_answers, split_queries, step_end
 
 STAGES = (0, 1, 2, 3)
 """The stages of ZeRO; in stage 0 every worker has a whole copy, with or without DeepSpeed."""
@@ -84,7 +86,7 @@ class TrainPlan:
 
 
 def plan(config: TrainConfig, tokens_per_s: float | None = None) -> TrainPlan:
-    """Return the plan of ``config`` for its dataset; no tokens and no weights are read.
+    """Return the plan of ``config`` for its dataset; no weights are read, and of tokens only a verifier's answers.
 
     Args:
         config: The configuration.
@@ -93,9 +95,11 @@ def plan(config: TrainConfig, tokens_per_s: float | None = None) -> TrainPlan:
     Raises:
         CovrayError: The dataset does not allow the training.
     """
+    llama = architecture(config.backbone).llama
+    if config.objective == "verifier":
+        return _plan_verifier(config, llama, tokens_per_s)
     sources = sources_of(config)
     dataset = sources[0].dataset
-    llama = architecture(config.backbone).llama
     require_context(config.sentences, dataset.tokens_per_image, llama.max_position_embeddings)
     pairs = count_queries(sources, config.sentences, config.sentences.split)
     if config.sentences.validation_split is not None:
@@ -131,8 +135,7 @@ def plan_training(
     Raises:
         ConfigError: The speed is not positive.
     """
-    if tokens_per_s is not None and tokens_per_s <= 0:
-        raise ConfigError(f"--tokens-per-s {tokens_per_s:g}: must be more than 0")
+    _require_speed(tokens_per_s)
     optimizer, workers, chosen = config.optimizer, config.workers.count, config.sentences
     lengths: tuple[int, ...] = (2,)  # the two pictures of a pair, without frames
     if chosen.method != "none":
@@ -175,6 +178,53 @@ def plan_training(
         memory=tuple(figures),
         hours=hours,
         gpu_hours=gpu_hours,
+    )
+
+
+def _require_speed(tokens_per_s: float | None) -> None:
+    if tokens_per_s is not None and tokens_per_s <= 0:
+        raise ConfigError(f"--tokens-per-s {tokens_per_s:g}: must be more than 0")
+
+
+def _plan_verifier(config: TrainConfig, llama: LlamaConfig, tokens_per_s: float | None) -> TrainPlan:
+    """Return the plan of a verifier: the frozen model reads every answer once, and little is trained.
+
+    Args:
+        config: The configuration.
+        llama: The architecture of the backbone.
+        tokens_per_s: Speed of reading of one worker, for the hours.
+
+    Raises:
+        ConfigError: The answers cannot be used, or the speed is not positive.
+    """
+    _require_speed(tokens_per_s)
+    training, validation = split_queries(require_answers(config), config)
+    steps = count_steps(training, config)
+    cursor = 0
+    for _ in range(steps):
+        cursor = step_end(training, cursor, config)
+    read = [*training, *validation]
+    tokens = sum(query.tokens for query in read)
+    longest = max(len(query.before) + query.written[0].size for query in read)
+    trainable = (llama.hidden_size + LIKELIHOODS + 2) * config.verifier.hidden
+    s = 4 if config.compute.dtype == "float32" or config.compute.device == "cpu" else 2
+    kept = 2 * s * llama.num_hidden_layers * llama.hidden_size * longest  # keys and values
+    working = longest * (s * (2 * llama.intermediate_size + 2 * llama.hidden_size) + 4 * llama.vocab_size)
+    hours = None if tokens_per_s is None else tokens / (tokens_per_s * config.workers.count) / 3600
+    return TrainPlan(
+        parameters=parameters(llama),
+        trainable=trainable,
+        pairs=len(training),
+        tokens_per_sentence=tokens / len(read),
+        epochs=cursor / len(training),
+        steps=steps,
+        sentences=cursor,
+        tokens=tokens,
+        workers=config.workers.count,
+        micro_batch_tokens=longest,
+        memory=(Memory(0, s * parameters(llama), 16 * trainable, kept, working, recompute=False),),
+        hours=hours,
+        gpu_hours=None if hours is None else hours * config.workers.count,
     )
 
 

@@ -19,7 +19,8 @@ class RunRecord(Record):
     identity: JsonObject
     """The part of the configuration that decides the losses."""
     fingerprints: dict[str, str | None]
-    """SHA-256 (hex) of `backbone`, `codebook` and `data`, and of the `adapter` where training starts from one."""
+    """SHA-256 (hex) of `backbone`, `codebook` and `data`, of the `adapter` where training starts from one, and of the
+    `answers` that a verifier learns from."""
     mlflow_run_id: str | None
     """The MLflow run; null without tracking, and until MLflow has answered."""
     tracker_runs: dict[str, str] | None = None

@@ -13,6 +13,7 @@ from covray.training.metrics_log import Metrics
 from covray.training.objectives.base import B, Objective
 from covray.training.objectives.block_diffusion import BlockDiffusion
 from covray.training.objectives.drafts import Drafts
+from covray.training.objectives.verdicts import Comparisons, Verdicts
 from covray.training.objectives.vision_text import VisionText
 from covray.training.objectives.visual_sentences import VisualSentences
 from covray.training.optimizers import PlainUpdate, Update
@@ -51,6 +52,9 @@ def train(
     if isinstance(config, VlmTrainConfig):
         vision_text: Objective[VlmBatch] = VisionText(config, worker.device)
         return _train(config, vision_text, worker, report)
+    if config.objective == "verifier":
+        verdicts: Objective[Comparisons] = Verdicts(config, worker.device)
+        return _train(config, verdicts, worker, report)
     sentences: Objective[Batch] = _SENTENCES[config.objective](config, worker.device)
     return _train(config, sentences, worker, report)
 

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from diffusers import VQModel
+from pydantic import ValidationError
 from transformers import LlamaForCausalLM
 
 from covray.chains.dataset import ChainDataset
@@ -466,3 +467,40 @@ def test_pairs_come_back_as_the_manifest_has_them(
     for pair_id, found in zip(reversed(ids), runner._queries.read(reversed(ids)), strict=True):
         assert found == {key: expected[pair_id][key] for key in found}
         assert json.loads(found["meta"]) == {}
+
+
+def test_candidates_are_kept_with_their_own_scores(
+    write_dataset: Write, write_manifest: Write, config_of: Write, runner_of: Write
+) -> None:
+    data, pairs = write_dataset({"depth": 12, "edges": 8})
+    write_manifest(pairs)
+    options: dict[str, Any] = {"forms": [{"method": "linear", "length": 4, "pairs": 1}], "baselines": ("copy",)}
+    options["sampling"] = {"temperature": 1.0, "best_of": 3}
+    simple, episodes = runner_of(config_of(data, **options))
+    plain = simple.run(episodes).to_pylist()
+    assert all(row["candidates"] is None and row["before"] is None for row in plain)
+    runner, episodes = runner_of(config_of(data, score_candidates=True, **options))
+    rows = runner.run(episodes).to_pylist()
+    written = [row for row in rows if row["images"] is not None]
+    assert written
+    for row in written:
+        assert len(row["before"]) == 5 * TOKENS, "an example of four pictures, and the query"
+        candidates = row["candidates"]
+        assert len(candidates) == 3
+        chosen = [candidate for candidate in candidates if candidate["images"] == row["images"]]
+        primary = TASKS[row["task"]].metrics[0].name
+        assert chosen[0]["score"] == values(row)[primary], "that of the answer, where it is the answer"
+        _, _, _, label = runner.pictures_of([row])[0]
+        for candidate in candidates:
+            answer = runner.tokenizer.decode(np.array(candidate["images"][-1:], np.uint16))[0]
+            resized = resize(answer, *label.shape[:2], TASKS[row["task"]].resample)
+            assert candidate["score"] == score(row["task"], resized, label).values[primary]
+    without = [{key: row[key] for key in row if key not in ("candidates", "before")} for row in rows]
+    assert without == [{key: row[key] for key in row if key not in ("candidates", "before")} for row in plain]
+    assert all(row["candidates"] is None for row in rows if row["images"] is None)
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "best_of": 4, "keep": 0.5}])
+def test_scores_of_candidates_that_are_not_written_are_refused(config_of: Write, sampling: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="score_candidates: scores all candidates"):
+        config_of("chains", sampling=sampling, score_candidates=True)

@@ -213,4 +213,4 @@ def test_drafts_are_asked_of_runs_that_have_them(subjects: Write, write_dataset:
         subjects(data, sampling={"decoder": "speculative"})
     config = EvaluateConfig.model_validate({"data": data, "out": "o", "sampling": {"decoder": "speculative"}})
     assert config.sampling_of(1).decoder == "speculative"
-    assert config.sampling_of(3, has_drafts=False).decoder == "sequential", "of a backbone without an adapter"
+    assert config.sampling_of(3, has_adapter=False).decoder == "sequential", "of a backbone without an adapter"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ from covray.models.lvm.draft import Draft
 from covray.models.lvm.draft_files import DRAFT_FILE, DRAFT_PREFIX, draft_files, read_draft
 from covray.models.lvm.lora import TARGETS, Diffusion, Lora
 from covray.models.lvm.model import Lvm
+from covray.models.lvm.verifier import VERIFIER_FILE, Verifier, read_verifier
 from covray.progress import stage
 
 CONFIG_FILE = "adapter_config.json"
@@ -157,6 +159,8 @@ def save_adapter(model: Lvm, folder: str, base_model_name: str) -> None:
 def read_adapter(folder: str) -> tuple[Lora, dict[str, Tensor]]:
     """Return rank, alpha and targets of a PEFT folder, and its tensors by their names in the file; a draft's too.
 
+    A verifier beside them is in the first of the two.
+
     The alpha of a rank-stabilised adapter (rsLoRA), which scales by alpha / sqrt(rank), is returned as the one that
     gives the same scale over the rank.
 
@@ -167,7 +171,8 @@ def read_adapter(folder: str) -> tuple[Lora, dict[str, Tensor]]:
     source = Folder(folder)
     try:
         values = source.read_json(CONFIG_FILE)
-        tensors = load(source.read_bytes(WEIGHTS_FILE))
+        weights = source.read_bytes(WEIGHTS_FILE)
+        tensors = load(weights)
     except FileNotFoundError as error:
         raise WeightsError(f"{folder}: {CONFIG_FILE} or {WEIGHTS_FILE} is missing; give a PEFT adapter") from error
     except (OSError, ValueError, SafetensorError) as error:
@@ -180,6 +185,8 @@ def read_adapter(folder: str) -> tuple[Lora, dict[str, Tensor]]:
     if source.exists(DRAFT_FILE):
         draft, drafts = read_draft(source)
         lora, tensors = replace(lora, draft=draft), tensors | drafts
+    if source.exists(VERIFIER_FILE):
+        lora = replace(lora, verifier=read_verifier(source, hashlib.sha256(weights).hexdigest()))
     return lora, tensors
 
 
@@ -260,7 +267,8 @@ def read_run_adapter(run: str) -> tuple[Lora, dict[str, Tensor]]:
         ConfigError: The folder is not a finished run.
         WeightsError: The adapter cannot be read, or has another rank, alpha or set of targets than the run.
     """
-    config = read_run(run).get("config")
+    about = read_run(run)
+    config = about.get("config")
     lora, tensors = read_adapter(storage.join(run, ADAPTER))
     trained = config.get("lora") if isinstance(config, dict) else None
     try:
@@ -279,7 +287,19 @@ def read_run_adapter(run: str) -> tuple[Lora, dict[str, Tensor]]:
         )
     if lora.draft is not None:
         _require_trained_draft(run, lora.draft, config)
+    if lora.verifier is not None:
+        _require_same_backbone(run, lora.verifier, about.get("fingerprints"))
     return lora, tensors
+
+
+def _require_same_backbone(run: str, verifier: Verifier, fingerprints: Any) -> None:
+    """Check that the verifier of ``run`` judges answers on the run's own backbone. Raises WeightsError."""
+    backbone = fingerprints.get("backbone") if isinstance(fingerprints, dict) else None
+    if verifier.facts.backbone != backbone:
+        raise WeightsError(
+            f"{run}/{ADAPTER}/{VERIFIER_FILE}: judges answers of backbone {verifier.facts.backbone[:12]}, the run "
+            f"adapts {str(backbone)[:12]}; train a verifier for this run"
+        )
 
 
 def _require_trained_draft(run: str, draft: Draft, config: Any) -> None:

@@ -5,7 +5,7 @@ In all shapes here, T is the number of tokens of all sentences together.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from covray.models.lvm.draft import Draft, MaskRows, draft_update
 from covray.models.lvm.functions import AdaptedLinear
+from covray.models.lvm.verifier import Verifier
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The projections of a layer that LoRA can adapt, by their names in transformers."""
@@ -39,6 +40,8 @@ class Lora:
     """Of an adapter that was trained by block diffusion."""
     draft: Draft | None = None
     """A draft adapter beside it."""
+    verifier: Verifier | None = field(default=None, compare=False)
+    """A verifier of its answers beside it; it changes nothing that the model computes."""
 
     @property
     def mask_id(self) -> int | None:

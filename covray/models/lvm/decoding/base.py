@@ -36,6 +36,8 @@ class DecodedImage:
     token_log_p: NDArray[np.float32]
     """log p of each token given all before it, in nats, [tokens per image]; p is the model's at temperature 1 over the
     image codes, whatever the tokens were sampled with."""
+    verdict: float | None = None
+    """What the verifier says of an answer; None of a frame, and without a verifier."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,23 +50,25 @@ class Decoded:
     """The sum of ``DecodedImage.token_log_p`` of every picture, [B, N, images]; -inf where a candidate was given up
     before it (``sampling.keep``)."""
     candidate: NDArray[np.int64]
-    """The likeliest candidate of every query by ``sampling.choose_by``, [B]."""
+    """The best candidate of every query by ``sampling.choose_by``, [B]."""
+    candidate_verdict: NDArray[np.float64] | None = None
+    """What the verifier says of every answer, [B, N]; -inf where a candidate was given up. None: it was not asked."""
 
     @property
     def ids(self) -> NDArray[np.uint16]:
-        """Of the likeliest candidates, [B, images, tokens per image]."""
+        """Of the best candidates, [B, images, tokens per image]."""
         chosen: NDArray[np.uint16] = self.candidate_ids[np.arange(len(self.candidate)), self.candidate]
         return chosen
 
     @property
     def image_log_likelihood(self) -> NDArray[np.float64]:
-        """Of the likeliest candidates, [B, images]."""
+        """Of the best candidates, [B, images]."""
         chosen: NDArray[np.float64] = self.candidate_log_likelihood[np.arange(len(self.candidate)), self.candidate]
         return chosen
 
     @property
     def log_likelihood(self) -> NDArray[np.float64]:
-        """Of all pictures of the likeliest candidates, [B]."""
+        """Of all pictures of the best candidates, [B]."""
         total: NDArray[np.float64] = self.image_log_likelihood.sum(1)
         return total
 
@@ -192,21 +196,26 @@ class Decoder(Protocol):
 
 
 def collect(decoded: Iterable[DecodedImage], shape: tuple[int, int, int, int], sampling: SamplingConfig) -> Decoded:
-    """Put the pictures of a stream together and find the likeliest candidates.
+    """Put the pictures of a stream together and find the best candidates.
 
     Args:
         decoded: All pictures of a stream.
         shape: Queries, candidates, images and tokens per image.
-        sampling: Whose ``choose_by`` says which likelihood counts.
+        sampling: Whose ``choose_by`` says what counts.
     """
     ids = np.zeros(shape, np.uint16)
     token_log_p = torch.full(shape, -torch.inf)  # of pictures that nobody writes
+    verdicts = np.full(shape[:2], -np.inf)
     for each in decoded:
+        if each.verdict is not None:
+            verdicts[each.query, each.candidate] = each.verdict
         ids[each.query, each.candidate, each.image] = each.ids
         token_log_p[each.query, each.candidate, each.image] = torch.from_numpy(each.token_log_p)
     by_image = token_log_p.double().sum(-1).numpy()
     if not shape[2]:
         return Decoded(ids, by_image, np.zeros(shape[0], np.int64))
+    if sampling.choose_by == "verifier":
+        return Decoded(ids, by_image, verdicts.argmax(1), verdicts)
     scored = by_image[..., -1:] if sampling.choose_by == "answer" else by_image
     return Decoded(ids, by_image, scored.sum(-1).argmax(1))
 

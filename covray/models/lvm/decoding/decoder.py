@@ -34,10 +34,12 @@ from covray.models.lvm.decoding.base import (
 )
 from covray.models.lvm.decoding.block_diffusion import require_block_diffusion, write_blocks
 from covray.models.lvm.decoding.jacobi import WIDTHS, Relaxation, fastest_window, write_jacobi
+from covray.models.lvm.decoding.judging import CandidateReader, require_verifier
 from covray.models.lvm.decoding.reader import KeysValues, MergedWeights, Reader
 from covray.models.lvm.decoding.sequential import write_sequentially
 from covray.models.lvm.decoding.speculative import require_draft, window_of, window_slots, write_speculatively
 from covray.models.lvm.model import Lvm
+from covray.models.lvm.verifier import Verifier
 from covray.models.sampling import BatchNoise, RowNoise
 from covray.models.tokenizer.vqgan import codebook_neighbours
 
@@ -79,6 +81,10 @@ class LvmDecoder:
         self._diffusion = None if model.lora is None else model.lora.diffusion
         self._draft = None if model.lora is None else model.lora.draft
         self.context_tokens = self._reader.context_tokens
+        self._verifier = None if model.lora is None else model.lora.verifier
+        if self._verifier is not None:
+            self._verifier.to(self._reader.device)
+        self._candidates = CandidateReader(self._reader, tokens_per_image)
         self._codebook = codebook
         self._windows: dict[tuple[int, int, bool], int] = {}
 
@@ -115,32 +121,62 @@ class LvmDecoder:
         rows = []
         for query, (ids, seed) in enumerate(zip(queries, seeds, strict=True)):
             rows += [_Row(query, candidate, seed, ids) for candidate in range(sampling.candidates)]
+        verifier = None if sampling.choose_by != "verifier" else require_verifier(self._verifier)
         if sampling.keep < 1:
-            yield from self._choose_early(prompt, rows, images, sampling)
+            yield from self._choose_early(prompt, rows, images, sampling, verifier)
             return
+        pictures: dict[_Row, list[np.ndarray]] = {row: [row.ids] for row in rows}
         for row, written in self._write_rows(prompt, rows, 0, images, sampling):
-            yield DecodedImage(row.query, row.candidate, written.image, written.ids, written.token_log_p)
+            verdict = None
+            if verifier is not None:
+                pictures[row].append(written.ids)
+                if written.image == images - 1:
+                    verdict = self._judge(verifier, prompt, queries[row.query], np.concatenate(pictures.pop(row)))
+            yield DecodedImage(row.query, row.candidate, written.image, written.ids, written.token_log_p, verdict)
 
     def _choose_early(
-        self, prompt: np.ndarray, rows: list[_Row], images: int, sampling: SamplingConfig
+        self, prompt: np.ndarray, rows: list[_Row], images: int, sampling: SamplingConfig, verifier: Verifier | None
     ) -> Iterator[DecodedImage]:
-        """Write picture after picture, and after each go on with the likeliest candidates of every query only.
+        """Write picture after picture, and after each go on with the best candidates of every query only.
 
         Args:
             prompt: Ids [P] that precede every row.
             rows: All candidates of all queries, those of a query side by side.
             images: Pictures to write.
             sampling: Whose ``keep`` says how many go on.
+            verifier: Says which are the best; None: the likeliest are.
         """
+        asked = {row.query: row.ids for row in rows}
         log_p = dict.fromkeys(rows, 0.0)
         for image in range(images):
-            of_picture = sampling.for_answer if image == images - 1 else sampling.for_frames
-            longer = {}
+            is_answer = image == images - 1
+            of_picture = sampling.for_answer if is_answer else sampling.for_frames
+            longer: dict[_Row, float] = {}
+            worth: dict[_Row, float] = {}
             for row, written in self._write_rows(prompt, list(log_p), image, 1, of_picture):
-                yield DecodedImage(row.query, row.candidate, image, written.ids, written.token_log_p)
                 ids = np.concatenate((row.ids, written.ids))
-                longer[replace(row, ids=ids)] = log_p[row] + float(written.token_log_p.sum(dtype=np.float64))
-            log_p = _likeliest(longer, sampling.keep)
+                following = replace(row, ids=ids)
+                longer[following] = log_p[row] + float(written.token_log_p.sum(dtype=np.float64))
+                verdict = None
+                if verifier is not None:
+                    verdict = self._judge(verifier, prompt, asked[row.query], ids)
+                worth[following] = longer[following] if verdict is None else verdict
+                said = verdict if is_answer else None
+                yield DecodedImage(row.query, row.candidate, image, written.ids, written.token_log_p, said)
+            kept = _best(worth, sampling.keep)
+            log_p = {row: longer[row] for row in longer if row in kept}
+
+    def _judge(self, verifier: Verifier, prompt: np.ndarray, query: np.ndarray, ids: np.ndarray) -> float:
+        """Return what the verifier says of the last picture of a candidate.
+
+        Args:
+            verifier: The verifier.
+            prompt: Ids [P] that precede the query.
+            query: Ids [Q].
+            ids: Of the query and of the pictures written so far.
+        """
+        features = self._candidates.picture_features(np.concatenate((prompt, query)), ids[len(query) :])
+        return float(verifier(features)[-1])
 
     def _write_rows(
         self, prompt: np.ndarray, rows: list[_Row], first: int, images: int, sampling: SamplingConfig
@@ -251,13 +287,13 @@ class LvmDecoder:
         return self._windows[shape]
 
 
-def _likeliest(log_p: Mapping[_Row, float], keep: float) -> dict[_Row, float]:
-    """Return the likeliest share ``keep`` of every query's rows, at least one, in their order."""
+def _best(worth: Mapping[_Row, float], keep: float) -> set[_Row]:
+    """Return the best share ``keep`` of every query's rows, at least one."""
     of_query: dict[int, list[_Row]] = {}
-    for row in log_p:
+    for row in worth:
         of_query.setdefault(row.query, []).append(row)
     kept = set()
     for rows in of_query.values():
-        ranked = sorted(rows, key=lambda row: log_p[row], reverse=True)
+        ranked = sorted(rows, key=lambda row: worth[row], reverse=True)
         kept.update(ranked[: math.ceil(keep * len(rows))])
-    return {row: value for row, value in log_p.items() if row in kept}
+    return kept

@@ -122,10 +122,33 @@ class Reader:
         Returns:
             The hidden state after the last token, [width], and every layer's keys and values.
         """
-        count = len(ids)
-        if not count:
+        if not len(ids):
             nothing = self._head.new_empty(self._layers[0].heads, 0, self._head.shape[1] // self._layers[0].heads)
             return self._head.new_empty(0), [(nothing, nothing)] * len(self._layers)
+        shared = None if caches is None else [(cache.shared_keys, cache.shared_values) for cache in caches]
+        x, kept = self._read(ids, position, shared)
+        return self._model.norm(x[-1]), kept
+
+    def read_states(self, ids: np.ndarray, position: int, before: list[KeysValues]) -> Tensor:
+        """Read one row of tokens as ``read_alone`` does, and return the hidden states after all of them, [n, width].
+
+        Args:
+            ids: [n], n >= 1.
+            position: Of the first token, from the start of the sentence.
+            before: Every layer's keys and values of the tokens before it.
+        """
+        hidden: Tensor = self._model.norm(self._read(ids, position, before)[0])
+        return hidden
+
+    def _read(self, ids: np.ndarray, position: int, before: list[KeysValues] | None) -> tuple[Tensor, list[KeysValues]]:
+        """Return what the last layer makes of a row of tokens, [n, width], and every layer's keys and values.
+
+        Args:
+            ids: [n].
+            position: Of the first token, from the start of the sentence.
+            before: Every layer's keys and values of the tokens before it; None where there are none.
+        """
+        count = len(ids)
         self._merge()
         x = self._model.embed_ids(torch.from_numpy(ids.astype(np.int64)).to(self.device))
         rotation = self._rotation[0][position : position + count], self._rotation[1][position : position + count]
@@ -134,17 +157,16 @@ class Reader:
         for number, layer in enumerate(self._layers):
             query, key, value = layer.project(x, rotation)
             own = key.transpose(0, 1), value.transpose(0, 1)
-            if caches is None:
+            if before is None:
                 mixed = attend(query, key, value, (count,))
             else:
-                cache = caches[number]
-                keys = torch.cat((cache.shared_keys, own[0]), 1)
-                values = torch.cat((cache.shared_values, own[1]), 1)
+                keys = torch.cat((before[number][0], own[0]), 1)
+                values = torch.cat((before[number][1], own[1]), 1)
                 mixed = F.scaled_dot_product_attention(query.transpose(0, 1), keys, values, attn_mask=mask)
                 mixed = mixed.transpose(0, 1).reshape(count, -1)
             x = layer.finish(x, mixed)
             kept.append((own[0].contiguous(), own[1].contiguous()))
-        return self._model.norm(x[-1]), kept
+        return x, kept
 
     # --- passes over all rows ----------------------------------------------------------------------------------------
 

@@ -1,0 +1,77 @@
+"""What a verifier reads of a candidate: the states and the likelihood of each picture that the model has written.
+
+    before (examples, query) | frame | frame | answer
+                               one read of the pictures written so far, after keys and values of what stands before
+
+A candidate is read alone, so that what is said of it does not depend on the others.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from covray.config import SamplingConfig
+from covray.errors import ConfigError
+from covray.models.lvm.decoding.reader import KeysValues, Reader
+from covray.models.lvm.lora import Lora
+from covray.models.lvm.verifier import Verifier
+
+
+def require_verifier(verifier: Verifier | None, run: str | None = None) -> Verifier:
+    """Return the verifier. Raises ConfigError where there is none; it names the ``run`` that lacks it."""
+    if verifier is None:
+        which = "" if run is None else f", which {run} is not"
+        raise ConfigError(
+            f"sampling.choose_by: verifier needs a run trained with objective=verifier{which}; take answer or chain"
+        )
+    return verifier
+
+
+def require_verifier_for(sampling: SamplingConfig, lora: Lora | None, run: str | None) -> None:
+    """Refuse a sampling that needs a verifier where there is none. Raises ConfigError.
+
+    Args:
+        sampling: The sampling.
+        lora: The adapter of ``run``; None: none.
+        run: Folder of a run, if there is one.
+    """
+    if sampling.choose_by == "verifier":
+        require_verifier(None if lora is None else lora.verifier, run)
+
+
+class CandidateReader:
+    """Reads candidates after what stands before them, which is read once for all candidates of a query."""
+
+    def __init__(self, reader: Reader, tokens_per_image: int):
+        """Take the model; the reader's cache is not touched."""
+        self._reader, self._tokens_per_image = reader, tokens_per_image
+        self._before = functools.lru_cache(maxsize=1)(self._read_before)
+
+    def picture_features(self, before: np.ndarray, written: np.ndarray) -> Tensor:
+        """Return the features of every picture of a candidate.
+
+        Args:
+            before: Ids of examples and query, [n].
+            written: Ids of the pictures written so far, one after another, [pictures * tokens per image].
+
+        Returns:
+            Float32 [pictures, width + LIKELIHOODS]: the mean of the states of a picture's tokens, and its likelihoods.
+        """
+        reader = self._reader
+        last, shared = self._before(before.astype(np.int64).tobytes())
+        states = reader.read_states(written, len(before), shared)
+        predicting = torch.cat((last[None], states[:-1]))
+        ids = torch.from_numpy(written.astype(np.int64)).to(states.device)
+        logits = reader.logits(predicting)
+        log_p = logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(1)
+        of_pictures = log_p.view(-1, self._tokens_per_image).mean(1)
+        so_far = of_pictures.cumsum(0) / torch.arange(1, len(of_pictures) + 1, device=states.device)
+        pooled = states.float().view(len(of_pictures), self._tokens_per_image, -1).mean(1)
+        return torch.cat((pooled, of_pictures[:, None], so_far[:, None]), 1)
+
+    def _read_before(self, ids: bytes) -> tuple[Tensor, list[KeysValues]]:
+        return self._reader.read_alone(np.frombuffer(ids, np.int64), 0, None)

@@ -1,0 +1,135 @@
+"""The verifier: a small network that says how good the pictures of a candidate are, and its files beside an adapter.
+
+It reads the states that the frozen model has of a picture and the likelihood that it gives it, and returns one number.
+The larger number of two candidates of one query is the better one with probability 1 / (1 + exp(smaller - larger)), as
+the verifier believes (Bradley and Terry, 1952); numbers of different queries say nothing of each other.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from covray.errors import WeightsError, one_line
+from covray.io.storage import Folder
+from covray.io.tensor_files import require_finite
+
+VERIFIER_FILE = "verifier.json"
+"""Sizes of the verifier, and SHA-256 of what it judges."""
+VERIFIER_WEIGHTS = "verifier_model.safetensors"
+LIKELIHOODS = 2
+"""Features of a picture behind its states: mean log p of its tokens, and of all tokens written up to its end."""
+
+
+@dataclass(frozen=True)
+class VerifierFacts:
+    """What is known of a verifier."""
+
+    width: int
+    """Of the model's states."""
+    hidden: int
+    """Width of its hidden layer."""
+    adapter: str
+    """SHA-256 (hex) of the weights of the adapter whose answers it judges."""
+    backbone: str
+    """SHA-256 (hex) of the backbone's weights."""
+
+
+class Verifier(nn.Module):
+    """A layer norm of the states, one hidden layer, one number."""
+
+    def __init__(self, facts: VerifierFacts, seed: int = 0):
+        """Make a verifier that has learned nothing: it calls all candidates equally good.
+
+        Args:
+            facts: Its sizes, and what it judges.
+            seed: Of the hidden layer's weights.
+        """
+        super().__init__()
+        self.facts = facts
+        inputs = facts.width + LIKELIHOODS
+        self.first = nn.Linear(inputs, facts.hidden)
+        self.last = nn.Linear(facts.hidden, 1, bias=False)
+        bound = inputs**-0.5
+        with torch.no_grad():
+            self.first.weight.uniform_(-bound, bound, generator=torch.Generator().manual_seed(seed))
+            self.first.bias.zero_()
+            self.last.weight.zero_()
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return how good pictures are.
+
+        Args:
+            features: As ``decoding.judging.picture_features`` returns them, float32 [..., width + LIKELIHOODS].
+
+        Returns:
+            float32 [...].
+        """
+        states, likelihoods = features.split((self.facts.width, LIKELIHOODS), -1)
+        states = F.layer_norm(states, (self.facts.width,))
+        verdicts: Tensor = self.last(F.gelu(self.first(torch.cat((states, likelihoods), -1))))
+        return verdicts[..., 0]
+
+
+def verifier_files(verifier: Verifier, tensors: dict[str, Tensor]) -> dict[str, bytes]:
+    """Return the files of a verifier by name; ``tensors`` are its weights, float32 on the CPU."""
+    about = {"version": 1, **vars(verifier.facts)}
+    return {
+        VERIFIER_FILE: (json.dumps(about, indent=2) + "\n").encode(),
+        VERIFIER_WEIGHTS: save(tensors, {"format": "pt"}),
+    }
+
+
+def read_verifier(folder: Folder, adapter: str) -> Verifier:
+    """Return the verifier in ``folder``.
+
+    Args:
+        folder: That of the adapter.
+        adapter: SHA-256 (hex) of the adapter's weights.
+
+    Raises:
+        WeightsError: A file is missing or damaged, or the verifier judges another adapter.
+    """
+    file = folder.join(VERIFIER_FILE)
+    try:
+        about = folder.read_json(VERIFIER_FILE)
+        tensors = load(folder.read_bytes(VERIFIER_WEIGHTS))
+    except FileNotFoundError as error:
+        raise WeightsError(f"{folder.join(VERIFIER_WEIGHTS)}: is missing; get the adapter again") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise WeightsError(f"{file}: cannot be read ({one_line(error)}); get it again") from error
+    facts = _facts(about, file)
+    if facts.adapter != adapter:
+        raise WeightsError(
+            f"{file}: judges the answers of adapter {facts.adapter[:12]}, beside it lies {adapter[:12]}; train a "
+            "verifier for this one"
+        )
+    for name, tensor in tensors.items():
+        require_finite(folder.join(VERIFIER_WEIGHTS), name, tensor)
+    verifier = Verifier(facts)
+    try:
+        verifier.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise WeightsError(
+            f"{folder.join(VERIFIER_WEIGHTS)}: has not the sizes of {VERIFIER_FILE}; get the adapter again"
+        ) from error
+    return verifier.requires_grad_(False)
+
+
+def _facts(about: Any, file: str) -> VerifierFacts:
+    """Return what ``about`` says of a verifier. Raises WeightsError."""
+    values = about if isinstance(about, dict) and about.get("version") == 1 else {}
+    sizes = [values.get(key) for key in ("width", "hidden")]
+    hashes = [values.get(key) for key in ("adapter", "backbone")]
+    if not all(isinstance(size, int) and 0 < size < 2**20 for size in sizes) or not all(
+        isinstance(each, str) for each in hashes
+    ):
+        raise WeightsError(f"{file}: does not describe a verifier of this version; get the adapter again")
+    return VerifierFacts(values["width"], values["hidden"], values["adapter"], values["backbone"])
