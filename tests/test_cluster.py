@@ -36,6 +36,7 @@ from covray.cli.cluster import submitted_config
 from covray.config import BuildConfig, EvaluateConfig, ServeConfig, SweepConfig, TrainConfig, load_config
 from covray.distributed.pool import on
 from covray.serve.app import TOKEN_VARIABLE, application
+from covray.serve.connections import CALLBACK, proxy_variables
 from covray.sweeps.grid import grid_of
 from tests.test_docs import keys
 
@@ -414,7 +415,8 @@ def test_a_service_serves_on_the_cluster_of_the_other_file_and_wants_its_token()
     for pair in zip(groups(service), groups(cluster), strict=True):
         mine, theirs = copy.deepcopy(pair)  # groups share what an anchor names
         (container,) = mine["template"]["spec"]["containers"]
-        assert [variable["name"] for variable in container["env"]] == [TOKEN_VARIABLE]
+        values = {variable["name"]: variable.get("value") for variable in container["env"]}
+        assert values == {TOKEN_VARIABLE: None, CALLBACK: proxy_variables(30.0)[CALLBACK]}
         for group in (mine, theirs):
             for key in ("env", "ports"):
                 group["template"]["spec"]["containers"][0].pop(key, None)

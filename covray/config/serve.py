@@ -26,7 +26,7 @@ class LimitsConfig(Section):
     queue: int = Field(default=64, ge=1)
     """Requests that are waiting or being answered; further ones get 503 at once."""
     upload_s: float = Field(default=30.0, gt=0)
-    """Seconds in which a request's body must arrive (408)."""
+    """Seconds in which a request's head must arrive, and then its body (408)."""
     time_s: float = Field(default=120.0, gt=0)
     """Seconds from the arrival of the body to the end of the answer (504)."""
 

@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import ray
@@ -31,11 +31,14 @@ _CONNECT_PATIENCE_S = 5.0
 
 
 @contextmanager
-def ray_session() -> Iterator[int]:
+def ray_session(variables: Mapping[str, str] | None = None) -> Iterator[int]:
     """Connect to Ray for the length of the block.
 
     An initialised Ray is used as it is; else the cluster of ``RAY_ADDRESS`` (which ``ray job submit`` sets); else a
     local one is started on free ports of the loopback interface and stopped at the end.
+
+    Args:
+        variables: Environment variables for the workers of this program; not for those of an initialised Ray.
 
     Yields:
         The CPUs that may compute.
@@ -56,7 +59,10 @@ def ray_session() -> Iterator[int]:
             with stage(f"connecting to the Ray cluster at {address}"):
                 _require_answer(address)
                 with _without_backend_greeting(), _keeping_sigterm_handler():
-                    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+                    ray.init(
+                        address=address, log_to_driver=False, logging_level=logging.ERROR,
+                        runtime_env={"env_vars": dict(variables)} if variables else None,
+                    )  # fmt: skip
         except AuthenticationError as error:
             raise ConfigError(f"RAY_ADDRESS={address}: {_refusal(error)}; {TOKEN_ADVICE}") from error
         except (ConnectionError, RuntimeError, ValueError) as error:  # the first is also what a wrong token comes to
@@ -67,6 +73,7 @@ def ray_session() -> Iterator[int]:
         cores = int(ray.cluster_resources().get("CPU", 0))
     else:
         cores = os.cpu_count() or 1
+        os.environ.update(variables or {})  # the processes of a Ray of our own inherit them
         with stage("starting Ray"):
             _start_patiently(cores)
     node = ray._private.worker._global_node

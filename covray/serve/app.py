@@ -31,6 +31,7 @@ from covray.generation.generator import Generator, resolve_generator
 from covray.generation.models import SharedModels
 from covray.progress import stage
 from covray.serve.answering import Query, answer_together, group, stream_answer
+from covray.serve.connections import proxy_variables
 from covray.serve.gallery import read_galleries, with_galleries
 from covray.serve.http_api import LOOPBACK, Event, make_app
 from covray.serve.schemas import AdapterInfo, Adapters, AnswerResponse, Refusal, ThoughtResponse
@@ -301,7 +302,7 @@ def run(config: ServeConfig, token: str | None, ready: Callable[[str], None]) ->
     """
     adapters = require_servable(config, token)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    with ray_session():
+    with ray_session(proxy_variables(config.limits.upload_s)):
         deployments = build_application(config, adapters, token, _gpus(config))
         try:
             with stage("loading the models"):

@@ -69,3 +69,21 @@ def test_a_ray_that_is_late_is_started_again(monkeypatch: pytest.MonkeyPatch) ->
     with ray_session() as cores:
         assert cores == os.cpu_count()
     assert len(started) == 3
+
+
+def test_variables_reach_the_processes_of_ray(monkeypatch: pytest.MonkeyPatch, listening: str) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("COVRAY_TEST_VARIABLE", "before")
+    started: list[dict[str, object]] = []
+    monkeypatch.setattr(ray, "init", lambda **options: started.append(options))
+    monkeypatch.setattr(ray, "cluster_resources", dict)
+    with ray_session({"COVRAY_TEST_VARIABLE": "a"}):
+        assert os.environ["COVRAY_TEST_VARIABLE"] == "a"  # a Ray of our own inherits it
+    monkeypatch.setenv("RAY_ADDRESS", listening)
+    with ray_session({"COVRAY_TEST_VARIABLE": "b"}), ray_session():
+        pass
+    assert [options.get("runtime_env") for options in started] == [
+        None,
+        {"env_vars": {"COVRAY_TEST_VARIABLE": "b"}},
+        None,
+    ]
