@@ -43,6 +43,7 @@ from covray.cli import (
 from covray.cli.command import Command, once_spelled
 from covray.cli.output import console, escape, quiet_libraries
 from covray.cli.waiting import details_shown, informed, show_details
+from covray.distributed.dashboard import ask_for_dashboard
 from covray.errors import CovrayError
 
 STEPS = "Step by step"
@@ -143,9 +144,17 @@ def _root(
         bool,
         typer.Option("--debug", help="Show the cause of an error, and where Ray's logs are. All commands take it."),
     ] = False,
+    dashboard: Annotated[
+        bool,
+        typer.Option(
+            "--dashboard", help="Show Ray's dashboard, and print its address. All commands that start Ray take it."
+        ),
+    ] = False,
 ) -> None:
     if debug:
         show_details()
+    if dashboard:
+        ask_for_dashboard()
     if version:
         console.print(f"covray {__version__}")
         raise typer.Exit

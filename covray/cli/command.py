@@ -1,4 +1,4 @@
-"""What all commands have in common: they say what they do, take ``--debug``, and take old spellings of options."""
+"""What all commands have in common: they say what they do, and take ``--debug``, ``--dashboard`` and old spellings."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from typer.core import TyperCommand
 
 from covray.cli.waiting import show_details
+from covray.distributed.dashboard import ask_for_dashboard
 from covray.errors import ConfigError
 from covray.progress import stage
 
@@ -19,7 +20,7 @@ class Command(TyperCommand):
     """Option as it was once spelled -> the option's name now. Old spellings work, and no help shows them."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse ``args`` after taking ``--debug`` out and replacing old spellings.
+        """Parse ``args`` after taking ``--debug`` and ``--dashboard`` out and replacing old spellings.
 
         Raises:
             ConfigError: An argument is not text, such as a file name in another encoding: storage knows UTF-8 only.
@@ -33,6 +34,9 @@ class Command(TyperCommand):
                 break
             if argument == "--debug":
                 show_details()
+                continue
+            if argument == "--dashboard":
+                ask_for_dashboard()
                 continue
             name, separator, value = argument.partition("=")
             arguments.append(self.old_spellings.get(name, name) + separator + value)

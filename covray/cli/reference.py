@@ -19,9 +19,9 @@ _INTRODUCTION = """\
 # Commands
 
 `covray --help` lists the commands, `covray COMMAND --help` the options of one. All commands take `--help`, and
-`--debug`, which shows the cause of an error and where Ray's logs are. A mistake is one line and exit code 2; Ctrl-C
-ends with 130. `covray --version` prints the version. `covray --install-completion` makes the shell complete commands,
-options and values.
+`--debug`, which shows the cause of an error and where Ray's logs are. Commands that start Ray show its dashboard with
+`--dashboard`. A mistake is one line and exit code 2; Ctrl-C ends with 130. `covray --version` prints the version.
+`covray --install-completion` makes the shell complete commands, options and values.
 
 This page is generated from the commands in `covray/cli/`: `python -m covray.cli.reference > docs/commands.md`.
 """

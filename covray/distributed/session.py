@@ -16,6 +16,7 @@ from ray._private import ray_constants
 from ray.exceptions import AuthenticationError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from covray.distributed.dashboard import is_dashboard_asked
 from covray.errors import ConfigError, one_line
 from covray.progress import stage
 
@@ -78,6 +79,8 @@ def ray_session(variables: Mapping[str, str] | None = None) -> Iterator[int]:
             _start_patiently(cores)
     node = ray._private.worker._global_node
     if node is not None:
+        if is_dashboard_asked():
+            _announce_dashboard(node.webui_url)
         logging.getLogger("covray").debug("Ray writes its logs to %s", node.get_logs_dir_path())
     try:
         yield cores
@@ -116,6 +119,14 @@ def _require_answer(address: str) -> None:
         ) from error
 
 
+def _announce_dashboard(address: str | None) -> None:
+    """Say where Ray's dashboard is, and where Prometheus finds the metrics of the first node."""
+    where = f"http://{address}" if address else "none runs in this cluster"
+    node = ray.nodes()[0]
+    metrics = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    logging.getLogger("covray").info("Ray's dashboard: %s; metrics for Prometheus: %s", where, metrics)
+
+
 def _refusal(error: AuthenticationError) -> str:
     """Return what Ray says of a token, without its paragraph of advice."""
     return str(error).partition(". Ensure that")[0]
@@ -138,7 +149,8 @@ def _start(cores: int) -> None:
         address="local",
         num_cpus=cores + READING_CPUS,
         resources={_CORES: cores},
-        include_dashboard=False,
+        include_dashboard=is_dashboard_asked(),
+        dashboard_host="127.0.0.1",
         log_to_driver=False,
         logging_level=logging.ERROR,
         # A busy machine is no dead node: Ray itself waits 15 s. And Ray warns on the terminal when there are four times

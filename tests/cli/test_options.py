@@ -13,6 +13,7 @@ from covray.cli.app import app
 from covray.cli.cluster import STEPS, submitted_config
 from covray.config import BuildConfig, EvaluateConfig, TrainConfig
 from covray.config.think import ThinkFeaturesConfig
+from covray.distributed.dashboard import VARIABLE, is_dashboard_asked
 from covray.errors import ConfigError
 
 
@@ -65,6 +66,14 @@ def test_old_spellings_mean_the_same_and_are_not_shown(now: list[str], once: lis
 def test_what_follows_two_dashes_is_no_option() -> None:
     done = CliRunner().invoke(app, ["pairs", "scenes", "--out", "o.parquet", "--", "--tasks", "--debug"])
     assert "unexpected extra argument" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--dashboard", "inspect", "absent"], ["inspect", "absent", "--dashboard"]])
+def test_all_commands_can_ask_for_the_dashboard(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
+    monkeypatch.setenv(VARIABLE, "0")
+    done = CliRunner().invoke(app, arguments)
+    assert "absent" in str(done.exception), "the option is taken out, and the command goes on to its own mistake"
+    assert is_dashboard_asked()
 
 
 @pytest.mark.parametrize("step", STEPS)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import ray
 from ray.exceptions import AuthenticationError
 
+from covray.distributed.dashboard import VARIABLE
 from covray.distributed.session import ray_session
 from covray.errors import ConfigError
 
@@ -69,6 +72,26 @@ def test_a_ray_that_is_late_is_started_again(monkeypatch: pytest.MonkeyPatch) ->
     with ray_session() as cores:
         assert cores == os.cpu_count()
     assert len(started) == 3
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_dashboard_that_is_asked_for_is_started_and_announced(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, asked: bool
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv(VARIABLE, "1" if asked else "0")
+    node = SimpleNamespace(webui_url="127.0.0.1:8265" if asked else "", get_logs_dir_path=lambda: "/logs")
+    started: list[dict[str, object]] = []
+    monkeypatch.setattr(ray, "init", lambda **options: started.append(options))
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray, "nodes", lambda: [{"NodeManagerAddress": "127.0.0.1", "MetricsExportPort": 8080}])
+    monkeypatch.setattr(ray._private.worker, "_global_node", node)
+    with caplog.at_level(logging.INFO, "covray"), ray_session():
+        pass
+    assert started[0]["include_dashboard"] is asked
+    assert started[0]["dashboard_host"] == "127.0.0.1"
+    address = "http://127.0.0.1:8265; metrics for Prometheus: http://127.0.0.1:8080/metrics"
+    assert caplog.messages == ([f"Ray's dashboard: {address}"] if asked else [])
 
 
 def test_variables_reach_the_processes_of_ray(monkeypatch: pytest.MonkeyPatch, listening: str) -> None:
