@@ -7,6 +7,12 @@ Their queries differ (the picture, turned and cut), their example, task and seed
 several in a batch. Then the same queries are answered by ``covray generate``, a process each, as a script without a
 server would. The server's first answer is compared with that of ``covray generate``: the pictures must be equal to the
 bit.
+
+    python benchmarks/serve.py --run RUN --query room.png --example a.png:a_depth.png --task depth --minutes 30
+
+In place of all this, load the server for so long with requests of many kinds, kill its replicas at random, and compare
+every answer with that of ``covray generate`` (``mixed_load.py``). Requests of other tasks take their examples from
+``--other``, or else from the server's gallery. The exit code is 1 if an answer is wrong or an accepted request lost.
 """
 
 from __future__ import annotations
@@ -30,10 +36,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from mixed_load import ExampleFile, gallery_examples, make_cases, run_load
 from PIL import Image
 from results_file import write_result
 
-START_S = 600.0
+START_S = 1800.0
 
 
 @dataclass(frozen=True)
@@ -66,12 +73,19 @@ def queries(picture: Path, count: int) -> list[bytes]:
 
 
 @contextmanager
-def server(run: str) -> Iterator[str]:
-    """Start a server of ``run`` and yield its address, once it takes requests."""
+def server(run: str, *sets: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """Start a server of ``run`` and yield its address and its command, once it takes requests.
+
+    Args:
+        run: The adapter.
+        sets: Settings, ``key=value``.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "covray", "serve", "--adapter", run, "--port", str(port)]
+    for setting in sets:
+        command += ["--set", setting]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{port}"
     try:
@@ -80,7 +94,7 @@ def server(run: str) -> Iterator[str]:
             if process.poll() is not None or time.monotonic() > deadline:
                 raise SystemExit(f"covray serve did not start (exit code {process.poll()})")
             time.sleep(0.5)
-        yield address
+        yield address, process
     finally:
         process.terminate()
         process.wait(120)
@@ -149,6 +163,32 @@ def require_equal(answer: dict[str, Any], folder: Path) -> None:
         raise SystemExit(f"the server's answer differs from {file}")
 
 
+def load(options: argparse.Namespace, example: ExampleFile) -> None:
+    """Run the mixed load, print and write the result file; end the program with 1 if the server failed."""
+    # One request more at once than fit the queue: now and then one is refused.
+    sets = (
+        f"replicas.min={options.replicas}", f"replicas.max={options.replicas}", "replicas.cpus=0.5",
+        f"limits.queue={max(1, options.load_clients - 1)}", "limits.time_s=600",
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as scratch, server(options.run, *sets) as (address, process):
+        others = []
+        for entry in options.other or ():
+            task, image, label = entry.split(":")
+            others.append(ExampleFile(task, Path(image).read_bytes(), Path(label).read_bytes()))
+        if not others:
+            others = [each for each in gallery_examples(address) if each.task != example.task]
+        cases = make_cases(options.run, options.query, [example, *others], Path(scratch))
+        report, good = run_load(
+            address, process, cases, minutes=options.minutes, clients=options.load_clients, seed=options.seed,
+            kill_every_s=options.kill_every,
+        )  # fmt: skip
+    print("\n".join(report))
+    if options.result:
+        write_result(options.result, "A server under mixed load", ("torch", "ray", "numpy"), report)
+    if not good:
+        raise SystemExit(1)
+
+
 def main() -> None:
     """Measure, print and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -159,16 +199,25 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--requests", type=int, default=64, help="requests of each number of clients")
     parser.add_argument("--processes", type=int, default=4, help="queries that covray generate answers")
+    parser.add_argument("--minutes", type=float, help="load with requests of many kinds, while replicas are killed")
+    parser.add_argument("--other", action="append", metavar="TASK:IMAGE:LABEL", help="another task of --minutes")
+    parser.add_argument("--load-clients", type=int, default=8, help="clients of --minutes")
+    parser.add_argument("--replicas", type=int, default=2, help="replicas of --minutes")
+    parser.add_argument("--kill-every", type=float, default=20.0, help="seconds between two kills, on average")
+    parser.add_argument("--seed", type=int, default=0, help="of requests, moments and victims of --minutes")
     parser.add_argument("--result", type=Path, help="Markdown file to write")
     options = parser.parse_args()
     image, label = (Path(part).read_bytes() for part in options.example.split(":"))
+    if options.minutes is not None:
+        load(options, ExampleFile(options.task, image, label))
+        return
     example = {"image": base64.b64encode(image).decode(), "label": base64.b64encode(label).decode()}
     files = queries(options.query, options.requests)
     requests = [
         {"query": base64.b64encode(data).decode(), "examples": [example], "task": options.task} for data in files
     ]
     with tempfile.TemporaryDirectory() as scratch:
-        with server(options.run) as address:
+        with server(options.run) as (address, _):
             first = ask(address, requests[0])  # also warms up
             figures = [by_clients(address, requests, clients) for clients in options.clients]
         alone, folder = by_processes(options, files[: options.processes], Path(scratch))
