@@ -66,6 +66,15 @@ def test_workers_share_a_step(mean: str, vlm_config: Callable[..., VlmTrainConfi
     assert whole.loss_tokens == (6 if mean == "samples" else whole.tokens)
 
 
+def test_a_step_reads_samples_of_like_lengths_together(vlm_config: Callable[..., VlmTrainConfig]) -> None:
+    together = VisionText(vlm_config(optimizer__micro_batch_samples=2), CPU).batches(6, WorkerContext()).batches
+    lengths = torch.cat([batch.lengths for batch in together if batch is not None])
+    (whole,) = VisionText(vlm_config(optimizer__micro_batch_samples=6), CPU).batches(6, WorkerContext()).batches
+    assert whole is not None
+    assert lengths.tolist() == sorted(whole.lengths.tolist())
+    assert len(set(whole.lengths.tolist())) > 1, "captions and answers"
+
+
 def test_every_sample_is_seen_once_an_epoch(vlm_config: Callable[..., VlmTrainConfig]) -> None:
     config = vlm_config(optimizer__steps=None, optimizer__epochs=2)
     objective = VisionText(config, CPU)

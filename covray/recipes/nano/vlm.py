@@ -85,7 +85,8 @@ def train_vlm(out: Path, steps: int | None, portraits: int, seed: int, device: t
             write_start(folder, seed)
     config = training(out, data, steps or STEPS, seed, device.type, threads)
     worker = WorkerContext(device=device, log=lambda message: print(f"vlm: {message}", flush=True))
-    train(config, worker, _report)
+    with torch.autocast(device.type, torch.bfloat16):  # as the other recipes
+        train(config, worker, _report)
     with new_folder(result) as folder:
         shutil.copytree(out / "vlm.run" / EXPORT, folder, dirs_exist_ok=True)
 
@@ -102,7 +103,7 @@ def training(out: Path, data: Path, steps: int, seed: int, device: str, threads:
         "optimizer.final": 0.02,
         "optimizer.steps": steps,
         "optimizer.batch_samples": 64,
-        "optimizer.micro_batch_samples": 64,
+        "optimizer.micro_batch_samples": 16,  # of like lengths: larger ones are padded more
         "compute.device": device,
         "compute.dtype": "float32",
         "compute.deepspeed": "none",
