@@ -40,6 +40,8 @@ TASK_PICTURES = {
 """Image and label of every task, by kind of picture."""
 DRAWN = (*TASK_PICTURES, "pose", "pose", "depth")
 """What a sentence of pairs draws its task from: where a person stands, and how far all is, is learned slowest."""
+DRAWN_LAST = (*TASK_PICTURES, "edges", "depth", "low_light")
+"""The same in the last stage: the tasks whose answers were worst after the one before."""
 PICTURES = 16
 """Pictures that fit in the context."""
 PAIRS_OF_A_STEP = (2, 2, 2, 2, 3, 3, 4, 8)
@@ -76,9 +78,14 @@ class Stage:
 
     What comes next in a label is told by its last tokens and by the query. A model that always reads true tokens leans
     on them, and then writes on from its own mistakes; one that cannot trust them learns to read the query."""
+    drawn: tuple[str, ...] = DRAWN
+    """What a sentence of pairs draws its task from."""
 
 
-STAGES = (Stage(2000, 4, 1.0), Stage(900, 1, 0.7), Stage(1200, 1, 0.7, noisy=0.5))
+STAGES = (
+    Stage(2000, 4, 1.0), Stage(900, 1, 0.7), Stage(1200, 1, 0.7, noisy=0.5),
+    Stage(1700, 1, 0.7, noisy=0.7, drawn=DRAWN_LAST),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -104,15 +111,15 @@ class Corpus:
     views: Tensor
     """[scenes, 4 views, tokens]."""
 
-    def sentence(self, pairs: int, noisy: float, generator: torch.Generator) -> Sentence:
-        """Draw a sentence of ``pairs`` pairs of pictures, of whose labels the share ``noisy`` is read with noise."""
+    def sentence(self, pairs: int, stage: Stage, generator: torch.Generator) -> Sentence:
+        """Draw a sentence of ``pairs`` pairs of pictures for a stage."""
         kind = float(torch.rand((), generator=generator))
         length = 2 * pairs
         noise = None
         if kind < PAIRS_SHARE:
-            task = DRAWN[self._draw(len(DRAWN), 1, generator)[0]]
+            task = stage.drawn[self._draw(len(stage.drawn), 1, generator)[0]]
             pictures = self.pairs(task, pairs, generator)
-            if noisy:
+            if stage.noisy:
                 noise = self.pairs(task, pairs, generator)[1::2]
         elif kind < PAIRS_SHARE + VIEWS_SHARE:
             scenes = self._draw(len(self.views), -(-length // VIEWS), generator)
@@ -125,7 +132,7 @@ class Corpus:
         read = pictures
         if noise is not None:
             read = pictures.clone()
-            read[1::2] = self._mixed(pictures[1::2], noise, noisy, generator)
+            read[1::2] = self._mixed(pictures[1::2], noise, stage.noisy, generator)
         return Sentence(pictures.flatten().long(), read.flatten().long(), counts.flatten())
 
     def pairs(self, task: str, count: int, generator: torch.Generator) -> Tensor:
@@ -202,7 +209,7 @@ def _loss(
     def loss_of(model: Any, step: int, generator: torch.Generator) -> Tensor:
         pairs = PAIRS_OF_A_STEP[int(torch.randint(len(PAIRS_OF_A_STEP), (), generator=generator))]
         number = max(1, BATCH_TOKENS // (2 * pairs * size))
-        sentences = [corpus.sentence(pairs, stage.noisy, generator) for _ in range(number)]
+        sentences = [corpus.sentence(pairs, stage, generator) for _ in range(number)]
         counts = torch.stack([sentence.counts for sentence in sentences])
         batch = _batch([sentence.read for sentence in sentences], counts)
         batch = replace(batch, target_ids=torch.cat([sentence.ids for sentence in sentences])).to(device)

@@ -20,6 +20,7 @@ from covray.recipes.nano.data import KINDS
 
 CPU = torch.device("cpu")
 TOKENS = 4
+QUIET, NOISY = lvm.Stage(1, 1, 1.0), lvm.Stage(1, 1, 1.0, noisy=0.5)
 CODEBOOK = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)
 
 
@@ -46,8 +47,8 @@ def test_a_sentence_is_pairs_of_one_task_or_views_or_single_pictures(corpus: lvm
     kinds_of_sentences = {"pairs": 0, "views": 0, "single": 0}
     for seed in range(300):
         generator = torch.Generator().manual_seed(seed)
-        sentence = corpus.sentence(8, 0.0, generator)
-        again = corpus.sentence(8, 0.0, torch.Generator().manual_seed(seed))
+        sentence = corpus.sentence(8, QUIET, generator)
+        again = corpus.sentence(8, QUIET, torch.Generator().manual_seed(seed))
         assert torch.equal(sentence.ids, again.ids)
         assert torch.equal(sentence.ids, sentence.read)
         assert torch.equal(sentence.counts, again.counts)
@@ -73,6 +74,16 @@ def test_a_sentence_is_pairs_of_one_task_or_views_or_single_pictures(corpus: lvm
     assert min(kinds_of_sentences.values()) > 10
 
 
+def test_a_stage_draws_from_its_own_tasks(corpus: lvm.Corpus) -> None:
+    stage = lvm.Stage(1, 1, 1.0, drawn=("depth",))
+    found = set()
+    for seed in range(50):
+        sentence = corpus.sentence(8, stage, torch.Generator().manual_seed(seed))
+        if sentence.counts.reshape(lvm.PICTURES, TOKENS)[1::2].all():
+            found |= {kind for _, _, kind in _pictures(sentence.ids)}
+    assert {KINDS[kind] for kind in found} == {"colour", "depth"}
+
+
 def test_guesses_without_a_network() -> None:
     generator = torch.Generator().manual_seed(0)
     scenes = torch.randint(0, 8, (400, len(KINDS), 64), generator=generator)
@@ -90,14 +101,14 @@ def test_guesses_without_a_network() -> None:
 @pytest.mark.parametrize("pairs", sorted(set(lvm.PAIRS_OF_A_STEP)))
 def test_a_sentence_is_as_long_as_asked_whatever_it_is_of(corpus: lvm.Corpus, pairs: int) -> None:
     for seed in range(60):
-        sentence = corpus.sentence(pairs, 0.5, torch.Generator().manual_seed(seed))
+        sentence = corpus.sentence(pairs, NOISY, torch.Generator().manual_seed(seed))
         assert sentence.ids.shape == sentence.read.shape == sentence.counts.shape == (2 * pairs * TOKENS,)
 
 
 def test_noise_is_of_other_labels_and_touches_no_image(corpus: lvm.Corpus) -> None:
     shares = []
     for seed in range(200):
-        sentence = corpus.sentence(8, 0.5, torch.Generator().manual_seed(seed))
+        sentence = corpus.sentence(8, NOISY, torch.Generator().manual_seed(seed))
         said, read = (ids.reshape(lvm.PICTURES, TOKENS) for ids in (sentence.ids, sentence.read))
         assert torch.equal(said[::2], read[::2])
         share = (said != read).float().mean(1)[1::2]
