@@ -134,6 +134,7 @@ class _TaskReader:
                 tokens[rows, 1:-1] = flat_tokens(dataset, frames, (len(batch), self._frames))[:, self._inner]
         if not self._share:
             return len(table)
+        # Chains of the lowest quality are dropped: the best move up, and stay sorted by pair.
         figures = table["quality"].to_pylist()
         best = best_rows([chain_quality(figures[row]) for row in order], self._share)
         tokens[: len(best)], pair_ids[: len(best)] = tokens[best], pair_ids[best]

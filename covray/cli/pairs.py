@@ -294,8 +294,10 @@ def _print_report(report: PairsReport, limit: int) -> None:
 
 
 def _sizes(counts: Counter[str]) -> str:
-    """The most frequent size, and how many others there are."""
+    """Return the most frequent size, and how many others there are."""
     if not counts:
         return "-"
-    others = len(counts) - 1
-    return counts.most_common(1)[0][0] + (f" and {others} others" if others else "")
+    most_frequent = counts.most_common(1)[0][0]
+    if len(counts) == 1:
+        return most_frequent
+    return f"{most_frequent} and {len(counts) - 1} others"

@@ -358,6 +358,7 @@ def _form_claims(budget: Budget) -> Iterator[ClaimSpec]:
 
 
 def _decoding_claims(budget: Budget) -> Iterator[ClaimSpec]:
+    """Yield the claims on ways to decode. An arm's name is that of its training, a slash and how it is decoded."""
     for way in decodings(budget):
         text = f"Of the best chains: {way.about} beats greedy"
         yield ClaimSpec(f"decoding_{way.name}", text, f"{BEST}/{way.name}", BEST, "decoding", "one training")

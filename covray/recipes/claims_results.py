@@ -22,7 +22,6 @@ from covray.evaluation.claims.arms import (
 )
 from covray.evaluation.claims.records import (
     ArmEntry,
-    ArmRun,
     ClaimResult,
     ClaimTask,
     ClaimVerdict,
@@ -255,19 +254,22 @@ class _Summary:
             run = self.programme.done(arm.name, seed)
             if run is not None:
                 runs.append(run)
-        scores = self._scores(arm.name) if runs else None
+        scores = None
+        steps = tokens = answers = None
+        if runs:
+            # Every seed takes as many steps: the first run says it for all.
+            scores = self._scores(arm.name)
+            steps, tokens, answers = runs[0].steps, runs[0].tokens, runs[0].answers
         gain = self._gain(scores)
         means: dict[str, float | None] = {}
         if scores is not None:
             for task, metric in primary_metrics(scores.tasks).items():
                 means[task] = scores.mean(task, metric)
-        first: ArmRun | None = runs[0] if runs else None
         return ArmEntry(
             name=arm.name, about=arm.about, method=arm.method, length=arm.pictures,
             share=arm.share,
             seeds=tuple(run.seed for run in runs),
-            steps=None if first is None else first.steps, tokens=None if first is None else first.tokens,
-            answers=None if first is None else first.answers,
+            steps=steps, tokens=tokens, answers=answers,
             train_hours=sum(run.train_seconds for run in runs) / 3600,
             evaluate_hours=sum(run.evaluate_seconds for run in runs) / 3600,
             hardware=tuple(dict.fromkeys(run.hardware for run in runs)),

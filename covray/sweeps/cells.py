@@ -79,7 +79,9 @@ def vary(cells: Sequence[Cell], axis: Literal["length", "pairs"]) -> list[list[C
     """Group cells that differ in ``axis`` alone, each group in the order of that axis."""
     groups: dict[tuple[str, int, str], list[Cell]] = defaultdict(list)
     for cell in cells:
-        fixed = cell.pairs if axis == "length" else cell.length
+        fixed = cell.length
+        if axis == "length":
+            fixed = cell.pairs
         groups[cell.method, fixed, cell.rest].append(cell)
     return [sorted(group, key=lambda cell: getattr(cell, axis)) for group in groups.values()]
 
@@ -87,9 +89,14 @@ def vary(cells: Sequence[Cell], axis: Literal["length", "pairs"]) -> list[list[C
 def vary_length_from_none(cells: Sequence[Cell]) -> list[list[Cell]]:
     """Group the cells of either method with frames by length, each group after the cell without frames, if any."""
     # Without frames every length is 2, so both methods start from the same cell.
-    without_frames = {(cell.pairs, cell.rest): cell for cell in cells if cell.method == "none"}
+    without_frames, with_frames = {}, []
+    for cell in cells:
+        if cell.method == "none":
+            without_frames[cell.pairs, cell.rest] = cell
+        else:
+            with_frames.append(cell)
     groups = []
-    for group in vary([cell for cell in cells if cell.method != "none"], "length"):
+    for group in vary(with_frames, "length"):
         start = without_frames.get((group[0].pairs, group[0].rest))
         if start is not None:
             group = [start, *group]
@@ -161,9 +168,13 @@ def _mean_over_seeds(metric: str, scores: Sequence[TrialScore]) -> tuple[float |
 
 
 def _exp(nats: float | None) -> float | None:
-    return None if nats is None else math.exp(min(nats, LARGEST_NATS))
+    if nats is None:
+        return None
+    return math.exp(min(nats, LARGEST_NATS))
 
 
 def _known_mean(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None
+    if not known:
+        return None
+    return float(np.mean(known))

@@ -218,7 +218,9 @@ def _verdict(low: float | None, high: float | None, sign: int = 1) -> Verdict:
     """Return what an interval of differences says of the claim that they are above 0, or for ``sign`` -1 below it."""
     if low is None or high is None or low <= 0 <= high:
         return "not significant"
-    return "holds" if sign * low > 0 else "does not hold"
+    if sign * low > 0:
+        return "holds"
+    return "does not hold"
 
 
 def _percent(nats: float) -> float:

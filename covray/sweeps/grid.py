@@ -94,7 +94,9 @@ def grid_of(config: SweepConfig) -> Grid:
             frames that a trial needs, a split lacks pairs, or no combination fits.
     """
     build = _build(config)
-    data = str(config.data) if build is None else build.out
+    data = str(config.data)
+    if build is not None:
+        data = build.out
     trials, left_out = _trials(config, data, tokens_per_image(config, build))
     if not trials:
         raise ConfigError(f"grid: none of {len(left_out)} combinations fits; the first: {left_out[0].reason}")
@@ -104,11 +106,14 @@ def grid_of(config: SweepConfig) -> Grid:
     else:
         build = _with_frames(build, trials)
     # What trials and references read must be there before the first hour of work.
-    evaluations = [Evaluation(trial.evaluate, trial.pairs, "grid.tasks") for trial in trials]
+    evaluations, trainings = [], []
+    for trial in trials:
+        evaluations.append(Evaluation(trial.evaluate, trial.pairs, "grid.tasks"))
+        trainings.append(_training(trial))
     for reference in references:
         pairs = max((form.pairs for form in reference.forms), default=0)
         evaluations.append(Evaluation(reference, pairs, "evaluate.tasks"))
-    require_pairs(config, build, [_training(trial) for trial in trials], evaluations)
+    require_pairs(config, build, trainings, evaluations)
     return Grid(tuple(trials), tuple(left_out), build, references)
 
 
@@ -125,7 +130,9 @@ def _trials(config: SweepConfig, data: str, picture_tokens: int) -> tuple[list[T
     for asked in _combinations(config):
         # Length 2 and the method `none` mean the same: nothing lies between image and label.
         plain = asked.method == "none" or asked.length == 2
-        combination = replace(asked, method="none", length=2) if plain else asked
+        combination = asked
+        if plain:
+            combination = replace(asked, method="none", length=2)
         name = trial_name(combination, defaults)
         if name in trials:
             reason = f"repeats {name}"
@@ -162,10 +169,15 @@ def _combinations(config: SweepConfig) -> Iterator[Combination]:
     """Yield all of the grid; the seeds last, so that every form is tried once before one is repeated."""
     grid = config.grid
     # One set of fields, which is empty, where the grid has none.
-    fields = [dict(zip(grid.fields, values, strict=True)) for values in itertools.product(*grid.fields.values())]
+    fields = []
+    for values in itertools.product(*grid.fields.values()):
+        fields.append(dict(zip(grid.fields, values, strict=True)))
     task_sets: dict[tuple[str, ...] | None, None] = {}
     for names in grid.tasks:
-        task_sets[None if names is None else tuple(sorted(names))] = None  # a set has no order
+        if names is None:
+            task_sets[None] = None
+        else:
+            task_sets[tuple(sorted(names))] = None  # a set has no order
     forms = itertools.product(grid.methods, grid.lengths, grid.pairs, task_sets, grid.scales or (None,), fields)
     for seed, form in itertools.product(grid.seeds, list(forms)):
         method, length, pairs, tasks, scale, of_fields = form

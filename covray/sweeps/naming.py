@@ -62,11 +62,17 @@ def trial_label(combination: Combination, grid: GridConfig) -> str:
     chain = combination.method
     if combination.method != "none":
         chain = f"{combination.method} L={combination.length}"
-    parts = [chain, "1 pair" if combination.pairs == 1 else f"{combination.pairs} pairs"]
+    examples = f"{combination.pairs} pairs"
+    if combination.pairs == 1:
+        examples = "1 pair"
+    parts = [chain, examples]
     if len(grid.scales) > 1 and combination.scale is not None:
         parts.append(scale_label(combination.scale, grid.scales))
     if len(grid.tasks) > 1:
-        parts.append("all tasks" if combination.tasks is None else " + ".join(combination.tasks))
+        tasks = "all tasks"
+        if combination.tasks is not None:
+            tasks = " + ".join(combination.tasks)
+        parts.append(tasks)
     parts += [f"{key} {value}" for key, value in combination.fields.items()]
     return ", ".join(parts)
 
@@ -74,7 +80,9 @@ def trial_label(combination: Combination, grid: GridConfig) -> str:
 def scale_label(backbone: BackboneConfig, among: Iterable[BackboneConfig]) -> str:
     """Return the scale of ``backbone``; its whole name where several ``among`` those of the grid are of that scale."""
     same_scale = sum(other.scale == backbone.scale for other in among)
-    return backbone.scale if same_scale < 2 else backbone_name(backbone)
+    if same_scale < 2:
+        return backbone.scale
+    return backbone_name(backbone)
 
 
 def backbone_name(backbone: BackboneConfig) -> str:

@@ -126,10 +126,14 @@ def finished_dataset(config: SweepConfig, build: BuildConfig | None) -> str | No
     """Return the dataset of the trials; None where it is not built yet."""
     if build is None:
         return config.data
-    return build.out if storage.exists(storage.join(build.out, "_audit.json")) else None
+    if not storage.exists(storage.join(build.out, "_audit.json")):
+        return None
+    return build.out
 
 
 def pairs_of_tasks(counts: PairCounts, split: str | None, tasks: Sequence[str] | None) -> int:
     """Return the number of pairs of ``tasks``, or of all, in a split."""
     of_split = counts[str(split)]
-    return sum(of_split.get(task, 0) for task in tasks) if tasks is not None else sum(of_split.values())
+    if tasks is None:
+        return sum(of_split.values())
+    return sum(of_split.get(task, 0) for task in tasks)

@@ -11,7 +11,7 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from covray.sweeps.cells import cell_entry, group_cells, sort_key
 from covray.sweeps.comparisons import CLAIMS, PrimaryMetric, claim_entry, efficiency, returns
@@ -52,7 +52,10 @@ def tabulate(
     # Differences are turned so that more is better, whatever the metric.
     primary = {}
     for task, about in tasks.items():
-        primary[task] = PrimaryMetric(about.primary, -1 if about.primary in lower else 1)
+        sign: Literal[1, -1] = 1
+        if about.primary in lower:
+            sign = -1
+        primary[task] = PrimaryMetric(about.primary, sign)
     return SweepResults(
         config=dict(config),
         seconds=seconds,

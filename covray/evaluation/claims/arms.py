@@ -63,7 +63,9 @@ class ArmScores:
             queries = values.get((task, metric))
             if queries:
                 means.append(sum(queries.values()) / len(queries))
-        return sum(means) / len(means) if means else None
+        if not means:
+            return None
+        return sum(means) / len(means)
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,9 @@ def compare(
     rows, logarithms, drawn_logarithms, queries = [], [], [], 0
     for task, metric, both in _by_task((first, second), metrics, seeds, seed, resamples):
         queries += both.queries
-        sign = -1 if metric in lower else 1
+        sign = 1  # more is better
+        if metric in lower:
+            sign = -1
         ours, theirs = both.means.tolist()
         difference = _estimate(ours - theirs, both.drawn[:, 0] - both.drawn[:, 1])
         rows.append(TaskDifference(task, metric, ours, theirs, difference, _side(difference, sign)))
@@ -171,7 +175,9 @@ def compare_gains(
     logarithms, drawn_logarithms, queries = [], [], 0
     for _, metric, all_four in _by_task(arms, metrics, seeds, seed, RESAMPLES):
         if _has_ratio(metric, all_four.means):
-            sign = -1 if metric in lower else 1
+            sign = 1
+            if metric in lower:
+                sign = -1
             queries += all_four.queries
             first, second = all_four.means[:2], all_four.means[2:]
             logarithms.append(sign * float(_log_ratio(metric, first) - _log_ratio(metric, second)))
@@ -224,10 +230,15 @@ def _common_seeds(arms: Sequence[ArmScores]) -> list[tuple[int, ...]]:
     """Return the seeds that are compared, one of each arm; an arm without training has the seed -1 alone."""
     is_trained = [set(arm.by_seed) != {-1} for arm in arms]
     trained = [set(arm.by_seed) for arm in itertools.compress(arms, is_trained)]
-    common = sorted(set.intersection(*trained)) if trained else [-1]
+    common = [-1]
+    if trained:
+        common = sorted(set.intersection(*trained))
     compared = []
     for seed in common:
-        compared.append(tuple(seed if each else -1 for each in is_trained))
+        of_arms = []
+        for each in is_trained:
+            of_arms.append(seed if each else -1)
+        compared.append(tuple(of_arms))
     return compared
 
 
@@ -246,7 +257,10 @@ def _by_task(
     for task, metric in metrics.items():
         columns = []
         for of_arms in seeds:
-            columns.append([arm.by_seed[own].get((task, metric), {}) for arm, own in zip(arms, of_arms, strict=True)])
+            by_query_of_arms = []
+            for arm, own in zip(arms, of_arms, strict=True):
+                by_query_of_arms.append(arm.by_seed[own].get((task, metric), {}))
+            columns.append(by_query_of_arms)
         common = set(columns[0][0])
         for column in columns:
             common.intersection_update(*column)

@@ -126,6 +126,7 @@ def _load_plugin(name: str, options: LabelOptions, rules: PhotoRules, device: st
 def _render_answer(
     answer: Callable[[NDArray[np.uint8]], Any], task: str, photo: NDArray[np.uint8], seed: int
 ) -> NDArray[np.uint8]:
+    """Return a model's answer to a photograph as a label. Raises PairError, whatever the model does."""
     try:
         label = np.asarray(TASKS[task].render(answer(photo)))
     except PairError:

@@ -95,6 +95,15 @@ def run_thinking(out: str, budget_name: str, threads: int, device: str = "auto",
     return table
 
 
+def _caption_prompts(family: Family, pictures: Any, first: int, seed: int) -> list[Any]:
+    """Return a prompt for each of ``pictures``, of which the first is number ``first``, with a random instruction."""
+    made = []
+    for number, picture in enumerate(pictures, first):
+        instruction = INSTRUCTIONS[seed_of("instruction", seed, number) % len(INSTRUCTIONS)]
+        made.append(family.vlm.prompter.prompt([picture], instruction))
+    return made
+
+
 def make_lessons(family: Family, folder: Path, budget: Budget, seed: int) -> Lessons:
     """Return captions that the vision-language model writes for training portraits, with what aligners read of them.
 
@@ -110,15 +119,8 @@ def make_lessons(family: Family, folder: Path, budget: Budget, seed: int) -> Les
     pictures = training.pictures[: budget.captions]
     blocks = []
     for start in range(0, len(pictures), _BLOCK):
-        part = pictures[start : start + _BLOCK]
-
-        def prompts(part: Any = part, start: int = start) -> list[Any]:
-            made = []
-            for number, picture in enumerate(part, start):
-                instruction = INSTRUCTIONS[seed_of("instruction", seed, number) % len(INSTRUCTIONS)]
-                made.append(family.vlm.prompter.prompt([picture], instruction))
-            return made
-
+        # The prompts are made only where the block's captions are not kept from an earlier run.
+        prompts = partial(_caption_prompts, family, pictures[start : start + _BLOCK], start, seed)
         blocks.append(kept_thoughts(folder / f"{start:06d}.safetensors", family.vlm, prompts))
     whole = joined(blocks)
     kept = [number for number, ids in enumerate(whole.ids) if len(ids) >= 2]  # fewer have no two parts
