@@ -37,8 +37,9 @@ from covray.evaluation.answers import (
 from covray.evaluation.baselines import nearest_label, saliency
 from covray.evaluation.episodes import Episodes
 from covray.evaluation.frames import candidate_figures
+from covray.evaluation.likelihoods import label_nats
 from covray.evaluation.lpips import LEAST_PX, load_lpips
-from covray.evaluation.metrics import OWN, REFERENCE
+from covray.evaluation.metrics import REFERENCE
 from covray.evaluation.pair_files import PairFile
 from covray.evaluation.probes import FRAMES, GAIN, LAST_FRAME, NATS, frame_gains, picture_nats, probe_frames
 from covray.evaluation.results import Row
@@ -156,7 +157,7 @@ class Runner:
                 result.before = result.prompt.tolist()
                 result.candidates = [{"images": each.tolist()} for each in decoded.candidate_ids[number]]
             result.log_likelihood = float(likelihood.mean())
-            result.nats = _label_nats(model, result, candidates)
+            result.nats = label_nats(model, result, candidates)
             if candidates.shape[1] > 1:
                 if LAST_FRAME in self.config.probes:
                     result.probes[LAST_FRAME] = candidates[:, -2]
@@ -438,23 +439,3 @@ class Runner:
         if self.fit == "crop":
             picture = square(picture, min(picture.shape[:2]), "crop")
         return picture
-
-
-def _label_nats(model: LoadedModel, result: EpisodeResult, candidates: Tokens) -> dict[str, float]:
-    """Return the label's negative log likelihood in nats a token, after the model's own and the reference's frames.
-
-    Args:
-        model: Which wrote the candidates.
-        result: With its chain and prompt.
-        candidates: [n, images, tokens]; over those of a vote the mean is taken.
-    """
-    assert result.chain is not None
-    assert result.prompt is not None
-    label = result.chain[-1]
-    by_reference = model.answer_nats(np.concatenate([result.prompt, result.chain[1:-1].reshape(-1)]), label)
-    if candidates.shape[1] == 1:  # without frames there is one
-        return {OWN: by_reference, REFERENCE: by_reference}
-    by_own = []
-    for candidate in candidates:
-        by_own.append(model.answer_nats(np.concatenate([result.prompt, candidate[:-1].reshape(-1)]), label))
-    return {OWN: sum(by_own) / len(by_own), REFERENCE: by_reference}

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from covray.evaluation.claims.records import (
-    ArmEntry,
     ClaimResult,
     ClaimTask,
     CurvePoint,
-    Exposure,
     ProgrammeResults,
-    QualityWorth,
 )
 from covray.evaluation.metrics import lower_is_better
 from covray.io import storage
 from covray.report.charts import Drawing, LineChart, Point, Series, draw
+from covray.report.claims_tables import cost_table, exposure_table, percent, quality_table, score_table
 from covray.report.evaluation import Strip
 from covray.report.formatting import (
     NONE,
@@ -118,14 +116,6 @@ class StripRow:
     answers: tuple[StripView, ...]
 
 
-@dataclass(frozen=True)
-class Table:
-    """Texts in rows; the first column is a name, the others are figures."""
-
-    heads: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-
 def write_claims_page(results: ProgrammeResults, strips: Sequence[Strip], out: str) -> None:
     """Write the page of a programme.
 
@@ -156,10 +146,10 @@ def write_claims_page(results: ProgrammeResults, strips: Sequence[Strip], out: s
         pictures=pictures,
         charts=charts,
         curve_arms=list(dict.fromkeys(point.arm for point in results.curves)),
-        exposure=_exposure_table(results.exposure),
-        quality=_quality_table(results.quality),
-        scores=_score_table(results.arms),
-        cost=_cost_table(results.arms),
+        exposure=exposure_table(results.exposure),
+        quality=quality_table(results.quality),
+        scores=score_table(results.arms),
+        cost=cost_table(results.arms),
         glossary=glossary([_metrics(results)]),
     )
     storage.write_bytes(out, page)
@@ -251,10 +241,10 @@ def _claim(claim: ClaimResult, reach: float) -> ClaimView:
     if better:
         counts = f"{better.count(True)} of {counted(len(better), 'task')} better, {better.count(False)} worse"
     if is_finite(claim.gain_percent):
-        gain = _percent(claim.gain_percent)
+        gain = percent(claim.gain_percent)
         whisker = None
         if is_finite(claim.low) and is_finite(claim.high):
-            between = f"{interval(_percent(claim.low), _percent(claim.high))} %"
+            between = f"{interval(percent(claim.low), percent(claim.high))} %"
             whisker = _place(claim.low, reach), _place(claim.high, reach)
         plot = GainPlot(_place(claim.gain_percent, reach), whisker)
     lower = lower_is_better()
@@ -355,106 +345,3 @@ def _chart(
             by_arm[point.arm].append(Point(float(x(point)), y, low, high, text))
     series = [Series(arm, tuple(points)) for arm, points in by_arm.items()]
     return draw(LineChart(title, x_title, y_title, series, include_zero=not perplexity))
-
-
-# --- tables ----------------------------------------------------------------------------------------------------------
-
-
-def _exposure_table(entries: Sequence[Exposure]) -> Table | None:
-    """Return a row for every arm: what is not learnt, and the exposure to own frames, mean over tasks and by task."""
-    if not entries:
-        return None
-    tasks: dict[str, None] = {}
-    by_arm: dict[str, dict[str, Exposure]] = defaultdict(dict)
-    for entry in entries:
-        tasks[entry.task] = None
-        by_arm[entry.arm][entry.task] = entry
-    rows = []
-    for arm, by_task in by_arm.items():
-        for name, what in (("unlearnt", "not learnt"), ("exposure", "own frames")):
-            values = [getattr(by_task.get(task), name, None) for task in tasks]
-            rows.append((f"{arm}: {what}", _signed(_mean(values)), *map(_signed, values)))
-    return Table(("arm", "mean", *map(readable, tasks)), tuple(rows))
-
-
-def _quality_table(entries: Sequence[QualityWorth]) -> Table | None:
-    if not entries:
-        return None
-    lower = lower_is_better()
-    rows = []
-    for entry in entries:
-        value, low, high = signed_numbers(entry.correlation, entry.low, entry.high)
-        between = NONE
-        if is_finite(entry.low) and is_finite(entry.high):
-            between = interval(low, high)
-        rows.append((f"{readable(entry.task)}: {metric_head(entry.worth, lower).label}", value, between))
-    return Table(("what the chain's frames are worth", "rank correlation", "95%"), tuple(rows))
-
-
-def _score_table(arms: Sequence[ArmEntry]) -> Table | None:
-    """Return the first metric of every task and the gain over the untuned backbone, a row an arm."""
-    done = [arm for arm in arms if arm.seeds and arm.share == 1]
-    if not done:
-        return None
-    tasks: dict[str, None] = {}
-    for arm in done:
-        tasks |= dict.fromkeys(arm.scores)
-    rows = []
-    for arm in done:
-        gain, between = NONE, ""
-        if arm.gain_percent is not None:
-            gain = _percent(arm.gain_percent)
-        if is_finite(arm.low) and is_finite(arm.high):
-            between = interval(_percent(arm.low), _percent(arm.high))
-        scores = [numbers(arm.scores.get(task))[0] for task in tasks]
-        rows.append((arm.name, f"{gain} {between}", numbers(arm.perplexity_own)[0], *scores))
-    return Table(("arm", "gain over untuned, %", "perplexity", *map(readable, tasks)), tuple(rows))
-
-
-def _cost_table(arms: Sequence[ArmEntry]) -> Table:
-    rows = []
-    for arm in arms:
-        steps, answers, tokens = _count(arm.steps), _count(arm.answers), NONE
-        if arm.tokens is not None:
-            tokens = short_count(arm.tokens)
-        training = evaluating = NONE
-        if arm.seeds:
-            training, evaluating = duration(3600 * arm.train_hours), duration(3600 * arm.evaluate_hours)
-        chain = "no frames"
-        if arm.method != "none":
-            chain = f"{arm.method}, {arm.length}"
-        seeds = listed(arm.seeds, "waiting")
-        rows.append((f"{arm.name}: {arm.about}", chain, seeds, steps, answers, tokens, training, evaluating))
-    heads = ("arm", "chain", "seeds", "steps", "queries", "tokens", "training", "evaluation")
-    return Table(heads, tuple(rows))
-
-
-def _count(number: int | None) -> str:
-    if number is None:
-        return NONE
-    return f"{number:,}"
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    if not known:
-        return None
-    return sum(known) / len(known)
-
-
-def _percent(value: float) -> str:
-    """Write a gain in percent."""
-    return _with_sign(value, 1)
-
-
-def _signed(value: float | None) -> str:
-    if value is None:
-        return NONE
-    return _with_sign(value, 2)
-
-
-def _with_sign(value: float, decimals: int) -> str:
-    text = fixed(value, decimals)
-    if value > 0:
-        return f"+{text}"
-    return text
