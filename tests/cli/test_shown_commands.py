@@ -54,8 +54,8 @@ LINES = [
 
 
 def options_of(*commands: Any) -> set[str]:
-    """Return the options of commands."""
-    known = {"--help"}
+    """Return the options of commands; every command takes the first three."""
+    known = {"--help", "--debug", "--dashboard"}
     for command in commands:
         for parameter in command.params:
             known |= {*parameter.opts, *parameter.secondary_opts}
