@@ -44,7 +44,7 @@ SOURCES = {"deepspeed": {"Linux x86_64", "Linux aarch64"}}
 
 PURE = {
     "diffusers", "fastapi", "huggingface-hub", "jinja2", "mlflow", "packaging", "peft", "prometheus-client", "rich",
-    "starlette", "transformers", "trimesh", "typer",
+    "starlette", "transformers", "trimesh", "typer", "uvicorn",
 }  # fmt: skip
 """Packages whose wheels are for any platform."""
 
