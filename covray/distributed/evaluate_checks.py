@@ -114,7 +114,7 @@ def _pairs(config: EvaluateConfig, dataset: ChainDataset, subjects: Sequence[Sub
     )
     needed = max((subject.pairs or 0) for subject in subjects)
     if config.split == config.example_split:
-        needed += 1  # a query is no example of its own
+        needed += 1  # a query is not its own example
     present = dataset.table(["task"], config.tasks, config.example_split)["task"].to_pylist()
     for task in config.tasks or ():
         if present.count(task) < needed:

@@ -73,7 +73,7 @@ def read_scored_answers(path: str, adapter: str, sentences: SentencesConfig) -> 
         sentences: Method and lengths of the chains that the run writes.
 
     Raises:
-        ConfigError: The folder is no finished evaluation of this adapter with scored candidates, or its chains are
+        ConfigError: The folder is not a finished evaluation of this adapter with scored candidates, or its chains are
             other ones.
     """
     folder = Folder(path)

@@ -275,7 +275,7 @@ class Trainer(Generic[B]):
 
     def _finish(self, log: MetricsLog) -> TrainResult:
         """Write the result and the figures of the run."""
-        # Without validation there is no best step: the last one is exported.
+        # No step is known to be best without validation, so the last one is exported.
         step = self._objective.steps
         if self._best is not None:
             step = self._best.step

@@ -159,7 +159,7 @@ class Verdicts:
     def validate(
         self, evaluate: Callable[[Comparisons | None], Tensor], worker: WorkerContext
     ) -> dict[str, float] | None:
-        """Return the loss of the queries that are not trained on, and how often the better answer is told.
+        """Return the loss on the queries held out for validation, and how often the better answer is found.
 
         ``verifier_right`` is the share of comparisons of answers that the verifier gets right, ``likelihood_right``
         that of the answers' likelihood; chance is a half.
