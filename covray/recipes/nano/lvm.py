@@ -40,8 +40,9 @@ TASK_PICTURES = {
 """Image and label of every task, by kind of picture."""
 DRAWN = (*TASK_PICTURES, "pose", "pose", "depth")
 """What a sentence of pairs draws its task from: where a person stands, and how far all is, is learned slowest."""
-DRAWN_LAST = (*TASK_PICTURES, "edges", "depth", "low_light")
-"""The same in the last stage: the tasks whose answers were worst after the one before."""
+DRAWN_FOURTH = (*TASK_PICTURES, "edges", "depth", "low_light")
+DRAWN_FIFTH = (*TASK_PICTURES, "pose", "normals", "edges", "depth", "low_light")
+"""The same in later stages: the tasks whose answers were worst after the one before."""
 PICTURES = 16
 """Pictures that fit in the context."""
 PAIRS_OF_A_STEP = (2, 2, 2, 2, 3, 3, 4, 8)
@@ -78,13 +79,18 @@ class Stage:
 
     What comes next in a label is told by its last tokens and by the query. A model that always reads true tokens leans
     on them, and then writes on from its own mistakes; one that cannot trust them learns to read the query."""
+    own: float = 0.0
+    """Share of labels that are read as the model itself would write them: its likeliest tokens, each after the tokens
+    before it as ``noisy`` left them (two passes; Mihaylova & Martins 2019, "Scheduled Sampling for Transformers",
+    arXiv:1906.07651). Its own mistakes agree with one another, as tokens of other labels do not."""
     drawn: tuple[str, ...] = DRAWN
     """What a sentence of pairs draws its task from."""
 
 
 STAGES = (
     Stage(2000, 4, 1.0), Stage(900, 1, 0.7), Stage(1200, 1, 0.7, noisy=0.5),
-    Stage(1700, 1, 0.7, noisy=0.7, drawn=DRAWN_LAST),
+    Stage(1700, 1, 0.7, noisy=0.7, drawn=DRAWN_FOURTH),
+    Stage(1700, 1, 0.7, noisy=0.7, own=0.5, drawn=DRAWN_FIFTH),
 )  # fmt: skip
 
 
@@ -96,6 +102,8 @@ class Sentence:
     """What is to be said, int64."""
     read: Tensor
     """What the model reads of it, int64; other than ``ids`` in labels with noise."""
+    own: Tensor
+    """What it reads as it would write it itself, bool; whole labels."""
     counts: Tensor
     """Where ``ids`` carry loss, bool."""
 
@@ -133,7 +141,10 @@ class Corpus:
         if noise is not None:
             read = pictures.clone()
             read[1::2] = self._mixed(pictures[1::2], noise, stage.noisy, generator)
-        return Sentence(pictures.flatten().long(), read.flatten().long(), counts.flatten())
+        own = torch.zeros(pictures.shape, dtype=torch.bool)
+        if kind < PAIRS_SHARE and stage.own:
+            own[1::2] = torch.rand(pairs, 1, generator=generator) < stage.own
+        return Sentence(pictures.flatten().long(), read.flatten().long(), own.flatten(), counts.flatten())
 
     def pairs(self, task: str, count: int, generator: torch.Generator) -> Tensor:
         """Draw ``count`` pairs of ``task``, [2 * count, tokens].
@@ -213,10 +224,23 @@ def _loss(
         counts = torch.stack([sentence.counts for sentence in sentences])
         batch = _batch([sentence.read for sentence in sentences], counts)
         batch = replace(batch, target_ids=torch.cat([sentence.ids for sentence in sentences])).to(device)
+        if stage.own:
+            own = torch.cat([sentence.own for sentence in sentences]).to(device)
+            batch = replace(batch, ids=torch.where(own, written(model, batch), batch.ids))
         total, each = model(batch) if stage.patch == 1 else patch_loss(model, batch, stage.patch)
         return total / len(each)
 
     return loss_of
+
+
+def written(model: Lvm, batch: Batch) -> Tensor:
+    """Return the likeliest token of ``model`` at every place of ``batch``, after the tokens it reads there, int64 [T].
+
+    The first token of the batch, which nothing stands before, is left as it is.
+    """
+    with torch.no_grad():
+        likeliest = model.logits(batch.ids, batch.lengths).argmax(-1)
+    return torch.cat((batch.ids[:1], likeliest[:-1]))
 
 
 def patch_loss(model: Lvm, batch: Batch, patch: int) -> tuple[Tensor, Tensor]:

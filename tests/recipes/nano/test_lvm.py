@@ -84,6 +84,51 @@ def test_a_stage_draws_from_its_own_tasks(corpus: lvm.Corpus) -> None:
     assert {KINDS[kind] for kind in found} == {"colour", "depth"}
 
 
+def test_labels_read_as_the_model_writes_them_change_what_is_read_alone(corpus: lvm.Corpus) -> None:
+    stage = lvm.Stage(1, 1, 1.0, own=0.5)
+    shares = []
+    for seed in range(200):
+        sentence = corpus.sentence(8, stage, torch.Generator().manual_seed(seed))
+        own = sentence.own.reshape(lvm.PICTURES, TOKENS)
+        assert torch.equal(sentence.ids, sentence.read)
+        assert (own == own[:, :1]).all()  # whole labels
+        assert not own[::2].any()  # and no image
+        shares.append(float(own[1::2].float().mean()))
+    assert np.mean(shares) == pytest.approx(0.5 * lvm.PAIRS_SHARE, abs=0.05)
+
+
+def test_the_loss_after_own_labels_teaches_what_the_label_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lvm, "BATCH_TOKENS", 1)
+    codes = 64
+    generator = torch.Generator().manual_seed(0)
+    corpus = lvm.scenes_alone(torch.randint(0, codes, (20 * len(KINDS), 16), generator=generator).to(torch.uint16))
+    model = lvm.new_lvm(0, 256, CODEBOOK)
+    losses, gradients = [], []
+    for own in (0.0, 1.0):
+        loss_of = lvm._loss(corpus, 16, lvm.Stage(1, 1, 1.0, own=own, drawn=("depth",)), CPU)
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of(model, 0, torch.Generator().manual_seed(1))  # pairs
+        loss.backward()
+        losses.append(float(loss.detach()))
+        gradients.append(model.layers[0].down.weight.grad.norm())
+    assert losses[0] != losses[1]  # another label was read
+    assert losses[1] == pytest.approx(losses[0], rel=0.2)  # and the true one was asked for
+    assert gradients[1] == pytest.approx(float(gradients[0]), rel=0.5)
+
+
+def test_what_the_model_writes_is_its_likeliest_token_after_what_it_read() -> None:
+    model = lvm.new_lvm(0, 256, CODEBOOK)
+    ids = torch.randint(0, 64, (24,), generator=torch.Generator().manual_seed(1))
+    batch = Batch(ids, (12, 12), torch.tensor([1]))
+    own = lvm.written(model, batch)
+    assert own[0] == ids[0]
+    for place in (1, 7, 15):
+        start = place // 12 * 12
+        logits = model.logits(ids[start:place], (place - start,))
+        assert own[place] == logits[-1].argmax()
+
+
 def test_guesses_without_a_network() -> None:
     generator = torch.Generator().manual_seed(0)
     scenes = torch.randint(0, 8, (400, len(KINDS), 64), generator=generator)
