@@ -8,11 +8,13 @@ import signal
 import socket
 import sys
 import threading
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import ray
 from ray._private import ray_constants
+from ray._private.node import Node
 from ray.exceptions import AuthenticationError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -92,18 +94,36 @@ def _start_patiently(cores: int) -> None:
     """Start a Ray of our own, in three attempts: Ray gives its node 30 seconds, too few on a busy machine."""
     for attempts_left in (2, 1, 0):
         try:
-            with _without_backend_greeting(), _keeping_sigterm_handler():
+            with _without_backend_greeting(), _keeping_sigterm_handler(), _stopped_on_failure():
                 _start(cores)
             return
         except AuthenticationError as error:
             raise ConfigError(f"{_refusal(error)}; fix it, or unset RAY_AUTH_MODE") from error
         except Exception as error:  # Ray raises no narrower class when a process of its own is late
-            ray.shutdown()
             if not attempts_left:
                 raise ConfigError(
                     f"Ray did not start on this machine ({one_line(error)}); it may be too busy, or out of memory: run "
                     "the same command again"
                 ) from error
+
+
+@contextmanager
+def _stopped_on_failure() -> Iterator[None]:
+    """Stop the processes of a Ray whose start fails or is interrupted.
+
+    ``ray.shutdown`` stops those of a complete node only. The node of a failed start is known to nobody but the frame of
+    its constructor, and its processes would live as long as this program. The agents of its raylet end by themselves:
+    after a minute at most, when they were about to connect.
+    """
+    try:
+        yield
+    except BaseException as error:
+        ray.shutdown()
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            node = frame.f_locals.get("self")
+            if isinstance(node, Node):
+                node.kill_all_processes(check_alive=False, allow_graceful=True)
+        raise
 
 
 def _require_answer(address: str) -> None:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import subprocess
 from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
 import ray
+from ray._private.node import Node
+from ray._private.ray_constants import PROCESS_TYPE_GCS_SERVER
+from ray._private.services import ProcessInfo
 from ray.exceptions import AuthenticationError
 
 from covray.distributed.dashboard import VARIABLE
@@ -72,6 +76,32 @@ def test_a_ray_that_is_late_is_started_again(monkeypatch: pytest.MonkeyPatch) ->
     with ray_session() as cores:
         assert cores == os.cpu_count()
     assert len(started) == 3
+
+
+@pytest.mark.parametrize("error", [Exception("The current node timed out during startup."), KeyboardInterrupt()])
+def test_a_start_that_fails_leaves_no_processes(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    """By Ray's own ``init``; only what its node starts is another process, so that nobody waits."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start_and_fail(node: Node) -> None:
+        assert all(process.poll() is not None for process in started), "the attempt before lives on"
+        started.append(subprocess.Popen(["sleep", "600"]))
+        nothing = dict.fromkeys(ProcessInfo._fields)
+        node.all_processes[PROCESS_TYPE_GCS_SERVER] = [ProcessInfo(**nothing | {"process": started[-1]})]
+        raise error
+
+    monkeypatch.setattr(Node, "start_head_processes", start_and_fail)
+    expected, attempts = (KeyboardInterrupt, 1) if isinstance(error, KeyboardInterrupt) else (ConfigError, 3)
+    try:
+        with pytest.raises(expected), ray_session():
+            raise AssertionError("there is no Ray to work on")
+        assert len(started) == attempts
+        assert all(process.poll() is not None for process in started)
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
 
 
 @pytest.mark.parametrize("asked", [True, False])
