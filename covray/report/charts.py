@@ -182,6 +182,8 @@ class Axis:
 def draw(chart: LineChart) -> Drawing:
     """Lay out ``chart``, which has at least one point."""
     x_axis, y_axis = _x_axis(chart), _y_axis(chart)
+
+    # Pixels count from the upper left, so that the bottom is the larger number.
     left, right = _LEFT_PX, chart.width_px - _RIGHT_PX
     label = f"{chart.y_title} against {chart.x_title}"
     if chart.title:
@@ -212,6 +214,7 @@ def _draw_ticks(axis: Axis) -> tuple[DrawnTick, ...]:
 
 def _draw_series(chart: LineChart, x_axis: Axis, y_axis: Axis) -> Iterator[DrawnSeries]:
     """Place every series; at named places the methods stand side by side."""
+    # Methods with figures at one place would cover each other: they are spread around it.
     methods = list(dict.fromkeys(series.method for series in chart.series))
     for series in chart.series:
         offset = 0.0
@@ -219,6 +222,7 @@ def _draw_series(chart: LineChart, x_axis: Axis, y_axis: Axis) -> Iterator[Drawn
             offset = (methods.index(series.method) - (len(methods) - 1) / 2) * _DODGE_PX
         ordered = sorted(series.points, key=lambda point: point.x)
         drawn = [_draw_point(series.method, point, chart.curves, offset, (x_axis, y_axis)) for point in ordered]
+        # One point is no line; where asked for, it is a level to compare the other series with.
         line, level = "", None
         if len(drawn) > 1:
             line = " ".join(f"{point.mark.x},{point.mark.y}" for point in drawn)
@@ -237,6 +241,7 @@ def _draw_point(method: str, point: Point, curve: bool, offset: float, axes: tup
     whisker: tuple[Segment, ...] = ()
     if is_finite(point.low) and is_finite(point.high):
         whisker = tuple(_whisker(x, point.low, point.high, y_axis))
+    # All marks of a curve would hide it.
     size_px = _MARK_PX
     if curve:
         size_px = _CURVE_MARK_PX
@@ -246,6 +251,7 @@ def _draw_point(method: str, point: Point, curve: bool, offset: float, axes: tup
 
 def _whisker(x: float, low: float, high: float, axis: Axis) -> Iterator[Segment]:
     """Draw an interval as far as the axis goes; an end that lies on the axis gets a cap."""
+    # Both ends are clamped to the axis, which wide intervals exceed.
     bottom = _pixel(axis.place(max(axis.low, min(axis.high, low))))
     top = _pixel(axis.place(max(axis.low, min(axis.high, high))))
     yield Segment(x, bottom, x, top)
@@ -258,12 +264,14 @@ def _x_axis(chart: LineChart) -> Axis:
     left, right = _LEFT_PX, chart.width_px - _RIGHT_PX
     if chart.places:
         return Axis(tuple(chart.places), left + _INSET_PX, right - _INSET_PX)
+    # An axis of numbers reaches from the first point to the last.
     values = [point.x for point in _points(chart)]
     first = min(values)
     if chart.curves:  # they begin with the training
         first = 0.0
-    ticks, _ = round_ticks(first, max(values))
-    return Axis(tuple(Tick(tick, short_count(tick)) for tick in ticks), left, right)
+    numbers, _ = round_ticks(first, max(values))
+    ticks = [Tick(number, short_count(number)) for number in numbers]
+    return Axis(tuple(ticks), left, right)
 
 
 def _points(chart: LineChart) -> list[Point]:
@@ -286,11 +294,14 @@ def _y_axis(chart: LineChart) -> Axis:
     # An interval of few seeds can be many times wider than all differences, and would flatten them on its axis.
     span = max(values) - min(values) or math.inf
     low, high = max(min(ends), min(values) - span), min(max(ends), max(values) + span)
+
     bottom, top = HEIGHT_PX - _BOTTOM_PX, _TOP_PX
+    # Perplexities fall from thousands to tens: on a straight axis all that follows the start would be one line.
     if chart.curves and 0 < _LOGARITHMIC_FROM * low < high:
         return Axis(_logarithmic_ticks(low, high), bottom, top, logarithmic=True)
-    ticks, decimals = round_ticks(low, high)
-    return Axis(tuple(Tick(tick, fixed(tick, decimals)) for tick in ticks), bottom, top)
+    numbers, decimals = round_ticks(low, high)
+    ticks = [Tick(number, fixed(number, decimals)) for number in numbers]
+    return Axis(tuple(ticks), bottom, top)
 
 
 def _logarithmic_ticks(low: float, high: float) -> tuple[Tick, ...]:
@@ -303,6 +314,7 @@ def _logarithmic_ticks(low: float, high: float) -> tuple[Tick, ...]:
     for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1):
         for step in steps:
             values.append(step * 10.0**power)
+    # The axis begins at the last candidate that is not above `low` and ends at the first that is not below `high`.
     first, last = values[0], values[-1]
     for value in values:
         if value <= low:
@@ -310,7 +322,12 @@ def _logarithmic_ticks(low: float, high: float) -> tuple[Tick, ...]:
     for value in reversed(values):
         if value >= high:
             last = value
-    return tuple(Tick(value, f"{value:,.10g}") for value in values if first <= value <= last)
+
+    ticks = []
+    for value in values:
+        if first <= value <= last:
+            ticks.append(Tick(value, f"{value:,.10g}"))
+    return tuple(ticks)
 
 
 def round_ticks(low: float, high: float) -> tuple[list[float], int]:
@@ -350,6 +367,7 @@ def swatch(method: str) -> Mark:
 def _mark(method: str, x: float, y: float, size: float) -> Mark:
     if method == "diffusion":
         return Mark(x, y, size, "")
+    # Corners are in units of the mark's size, around its middle.
     places = []
     for across, down in _CORNERS.get(method, _CORNERS["other"]):
         places.append(f"{_pixel(x + size * across)},{_pixel(y + size * down)}")

@@ -127,6 +127,7 @@ def write_claims_page(results: ProgrammeResults, strips: Sequence[Strip], out: s
     Raises:
         OSError: ``out`` cannot be written.
     """
+    # Groups of which no claim was planned are not shown.
     groups = [group for group in _claim_groups(results) if group.claims]
     pictures = _strip_rows(strips)
     tile_px = None
@@ -174,8 +175,10 @@ def _links(groups: Sequence[ClaimGroup], pictures: bool, curves: bool, results: 
 def _tiles(results: ProgrammeResults) -> list[tuple[str, str]]:
     """Return the large figures of the head."""
     tokens = 0
+    # What the programme cost in data: an arm is trained once a seed.
     for arm in results.arms:
         tokens += (arm.tokens or 0) * len(arm.seeds)  # each seed is a training
+
     counts: dict[str, int] = defaultdict(int)
     for claim in results.claims:
         counts[claim.verdict] += 1
@@ -195,13 +198,16 @@ def _tiles(results: ProgrammeResults) -> list[tuple[str, str]]:
 def _facts(results: ProgrammeResults) -> list[tuple[str, str]]:
     """Return how the programme was made."""
     scenes: Mapping[str, int] = results.budget["scenes"]
+    scene_counts = [f"{count:,} {split}" for split, count in scenes.items()]
+    backbones = [f"{each['name']} ({each['path']})" for each in results.backbones]
+    # `listed` names each kind of hardware once, however many arms ran on it.
     hardware: list[str] = []
     for arm in results.arms:
         hardware += arm.hardware
     facts = [
         ("Budget", results.budget_name),
-        ("Scenes", listed(f"{count:,} {split}" for split, count in scenes.items())),
-        ("Backbones", listed(f"{each['name']} ({each['path']})" for each in results.backbones)),
+        ("Scenes", listed(scene_counts)),
+        ("Backbones", listed(backbones)),
         ("Hardware", listed(hardware)),
         ("Best chains", f"{results.best or NONE}, chosen on the validation split"),
     ]
@@ -215,6 +221,7 @@ def _facts(results: ProgrammeResults) -> list[tuple[str, str]]:
 
 
 def _claim_groups(results: ProgrammeResults) -> list[ClaimGroup]:
+    # The drawings of all claims share one scale.
     furthest_gain, furthest = 0.0, 0.0
     for claim in results.claims:
         if is_finite(claim.gain_percent):
@@ -237,6 +244,7 @@ def _claim_groups(results: ProgrammeResults) -> list[ClaimGroup]:
 def _claim(claim: ClaimResult, reach: float) -> ClaimView:
     """Write a claim; its gain is drawn from -``reach`` to +``reach`` percent."""
     counts, gain, between, plot = "", "", "", None
+    # `better` is True, False, or None where the test is open.
     better = [row.better for row in claim.tasks]
     if better:
         counts = f"{better.count(True)} of {counted(len(better), 'task')} better, {better.count(False)} worse"
@@ -280,6 +288,7 @@ def _task_row(row: ClaimTask, lower: Sequence[str]) -> TaskRow:
 
 def _place(gain: float, reach: float) -> float:
     """Return where a gain lies across a drawing, in percent of its width."""
+    # Ends beyond the reach are drawn at the edge; zero is in the middle, at 50%.
     return round(50 + 50 * max(-1.0, min(1.0, gain / reach)), 2)
 
 
@@ -297,6 +306,7 @@ def _metrics(results: ProgrammeResults) -> list[str]:
 
 def _strip_rows(strips: Sequence[Strip]) -> list[StripRow]:
     """Return a row for every task, with its query and the answers of all arms."""
+    # Strips arrive in the order of the arms; a task shows its first query.
     by_task: dict[str, list[Strip]] = defaultdict(list)
     for strip in strips:
         by_task[strip.task].append(strip)

@@ -35,6 +35,7 @@ def exposure_table(entries: Sequence[Exposure]) -> Table | None:
     """Return a row for every arm: what is not learnt, and the exposure to own frames, mean over tasks and by task."""
     if not entries:
         return None
+    # A dict serves as an ordered set: tasks stand in the order of the entries.
     tasks: dict[str, None] = {}
     by_arm: dict[str, dict[str, Exposure]] = defaultdict(dict)
     for entry in entries:
@@ -43,6 +44,7 @@ def exposure_table(entries: Sequence[Exposure]) -> Table | None:
     rows = []
     for arm, by_task in by_arm.items():
         for name, what in (("unlearnt", "not learnt"), ("exposure", "own frames")):
+            # An arm that was not measured on a task has a dash there, which its mean leaves out.
             values = [getattr(by_task.get(task), name, None) for task in tasks]
             rows.append((f"{arm}: {what}", _signed(_mean(values)), *map(_signed, values)))
     return Table(("arm", "mean", *map(readable, tasks)), tuple(rows))
@@ -65,7 +67,9 @@ def quality_table(entries: Sequence[QualityWorth]) -> Table | None:
 
 def score_table(arms: Sequence[ArmEntry]) -> Table | None:
     """Return the first metric of every task and the gain over the untuned backbone, a row an arm."""
+    # Below a share of 1 an arm is a point of a learning curve, which has a chart of its own.
     done = [arm for arm in arms if arm.seeds and arm.share == 1]
+
     if not done:
         return None
     tasks: dict[str, None] = {}
@@ -87,6 +91,7 @@ def cost_table(arms: Sequence[ArmEntry]) -> Table:
     """Return what every arm took, a row an arm."""
     rows = []
     for arm in arms:
+        # An arm without seeds is planned: what it will take is known, its hours are not.
         steps, answers, tokens = _count(arm.steps), _count(arm.answers), NONE
         if arm.tokens is not None:
             tokens = short_count(arm.tokens)
@@ -109,6 +114,7 @@ def _count(number: int | None) -> str:
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
+    # Mean of what is known; the table shows beside it where a figure is missing.
     known = [value for value in values if value is not None]
     if not known:
         return None

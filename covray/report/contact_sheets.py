@@ -55,6 +55,7 @@ def decode_chains(
         The pairs, grouped by task.
     """
     if tasks is None:
+        # A task without a shard has nothing to decode yet.
         tasks = map(task_of, dataset.shards)
     chosen = set(tasks)
     rows: list[ShardRow] = []
@@ -67,6 +68,7 @@ def decode_rows(dataset: ChainDataset, tokenizer: Tokenizer, rows: Sequence[Shar
     """Decode good rows of ``dataset``, as its ``rows`` yields them, with all their frames."""
     if not rows:
         return []
+    # Every row has 2 + methods x alphas pictures, in the order source, label, frames by method, then by alpha.
     methods, alphas = dataset.methods, dataset.alphas
     tokens = []
     for row in rows:
@@ -77,9 +79,12 @@ def decode_rows(dataset: ChainDataset, tokenizer: Tokenizer, rows: Sequence[Shar
         tokens += [row["source"], row["label"]]
         for key in itertools.product(methods, alphas):
             tokens.append(frames[key])
+    # All pictures of all rows in one call: the tokenizer batches them.
     pictures = tokenizer.decode(np.stack(tokens))
     size = pictures.shape[1:]
+
     chains = []
+    # [rows, pictures a row, s, s, 3], of which the frames become [methods, alphas, s, s, 3].
     for row, (source, label, *decoded) in zip(rows, pictures.reshape(len(rows), -1, *size), strict=True):
         by_method = np.reshape(decoded, (len(methods), len(alphas), *size))
         chains.append(
@@ -108,11 +113,13 @@ def draw_sheet(chains: Sequence[ChainPictures], title: str, subtitle: str = "") 
     Returns:
         The sheet as PNG.
     """
+    # A chain without frames takes a row, too.
     rows = max(1, len(chains[0].frames))
     captions = ["source", *(f"α = {alpha:.3g}" for alpha in chains[0].alphas), "label"]
     chain_px = rows * _STEP_PX + _CHAIN_GAP_PX
     width = _LEFT_PX + len(captions) * _STEP_PX - GAP_PX + _MARGIN_PX
     sheet = Image.new("RGB", (width, _TOP_PX + len(chains) * chain_px + _MARGIN_PX - _CHAIN_GAP_PX // 2), PAPER)
+
     draw = ImageDraw.Draw(sheet)
     draw.text((_MARGIN_PX, 22), title, _INK, load_font(24, bold=True))
     draw.text((_MARGIN_PX, 56), subtitle, FAINT, load_font(13))
@@ -122,6 +129,7 @@ def draw_sheet(chains: Sequence[ChainPictures], title: str, subtitle: str = "") 
     for index, chain in enumerate(chains):
         y = _TOP_PX + index * chain_px
         if index > 0:
+            # The rule stands in the gap between two chains.
             draw.line((_MARGIN_PX, y - 16, width - _MARGIN_PX, y - 16), _RULE)
         _draw_figures(draw, chain, y)
         _draw_chain(sheet, draw, chain, y)
@@ -141,6 +149,7 @@ def _draw_figures(draw: ImageDraw.ImageDraw, chain: ChainPictures, y: int) -> No
 
 def _draw_chain(sheet: Image.Image, draw: ImageDraw.ImageDraw, chain: ChainPictures, y: int) -> None:
     """Draw the pictures of a chain, a row a method; a chain without frames is one row."""
+    # A chain without frames is drawn in one row without a name.
     for row, method in enumerate(chain.frames or [""]):
         row_y = y + row * _STEP_PX
         draw.text((_LEFT_PX - 14, row_y + TILE_PX // 2), method, _INK, load_font(13), anchor="rm")

@@ -117,15 +117,18 @@ def view(
     """
     dataset = ChainDataset(dataset_path, unfinished=True)
     storage.require_writable(out)
+    # All rows are found before anything is decoded or written: a wrong id is refused at once.
     chosen = [_good_row(dataset, pair_id) for pair_id in pair_ids]
     config = tokenizer or TokenizerConfig.model_validate(dataset.config["tokenizer"])
     vqgan = load_tokenizer(config, EngineConfig())
     require_same_tokens(dataset, vqgan, config.path)
     with stage(f"decoding chains of {dataset_path}"):
         if chosen:
+            # Sorted by task, because the page groups neighbours.
             chains = decode_rows(dataset, vqgan, sorted(chosen, key=itemgetter("task")))
         else:
             chains = decode_chains(dataset, vqgan, limit_per_task)
+
     written = []
     try:
         for task, group in groupby(chains, lambda chain: chain.task):
@@ -170,6 +173,7 @@ def render_page(dataset: ChainDataset, chains: Sequence[ChainPictures], rows: pa
         chains: The chains to show, grouped by task.
         rows: The columns ``pair_rows.COLUMNS`` of all pairs; None: of a page that asks its server for them.
     """
+    # Source, label and the name of the method stand beside the frames.
     # The pictures are as large as lets the longest chain be seen from end to end.
     columns = len(dataset.alphas) + 3
     tile_px = max(TILE_MIN_PX, min(_TILE_MAX_PX, _STRIP_PX // columns - _GAP_PX))
@@ -178,6 +182,7 @@ def render_page(dataset: ChainDataset, chains: Sequence[ChainPictures], rows: pa
         groups.append(_group(dataset, task, list(of_task)))
     rejects: list[Reject] = []
     packed = None
+    # A page that a server shows asks for its rows; in a file they are part of it. NaN is no JSON.
     if rows is not None:
         rejects = _rejects(rows)
         packed = json.dumps(packed_rows(rows), allow_nan=False)
@@ -249,6 +254,7 @@ def _facts(dataset: ChainDataset) -> list[tuple[str, str]]:
 
 
 def _group(dataset: ChainDataset, task: str, chains: Sequence[ChainPictures]) -> TaskGroup:
+    # Pairs beyond the limit are in the list without pictures.
     count = f"{len(chains)} shown"
     if dataset.audit is not None and task in dataset.audit.per_task:
         count += f" of {dataset.audit.per_task[task].written:,}"
@@ -278,9 +284,11 @@ def _rejects(rows: pa.Table) -> list[Reject]:
     examples: dict[tuple[str, str], list[tuple[int, str]]] = {}
     rejected = rows.select(["pair_id", "task", "error"]).filter(pc.is_valid(rows["error"]))
     for row in rejected.to_pylist():
+        # An error is REASON: DETAIL; the detail differs from pair to pair.
         reason, _, detail = row["error"].partition(":")
         key = (row["task"], reason)
         counts[key] += 1
+        # All are counted; examples are kept for the first of them.
         if counts[key] <= _MAX_EXAMPLES:
             examples.setdefault(key, []).append((row["pair_id"], detail.strip()))
     rejects = []

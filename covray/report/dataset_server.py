@@ -47,6 +47,7 @@ class DatasetServer:
         config = TokenizerConfig.model_validate(self._rows.dataset.config["tokenizer"])
         self._tokenizer = load_tokenizer(config, EngineConfig())
         require_same_tokens(self._rows.dataset, self._tokenizer, config.path)
+        # The server answers on threads; the dataset, the tokenizer and the pictures are shared by them.
         self._lock = threading.Lock()
         self._pairs: OrderedDict[int, bytes] = OrderedDict()
         with stage(f"reading the pairs of {path}"):
@@ -54,6 +55,7 @@ class DatasetServer:
         try:
             self._server = ThreadingHTTPServer((HOST, port), _handler(self))
         except (OSError, OverflowError) as error:
+            # OverflowError is a port above 65535; it has no errno.
             if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
                 raise ConfigError(f"--port {port}: another program listens there; give another port") from error
             raise ConfigError(f"--port {port}: cannot be listened on ({one_line(error)}); give another port") from error
@@ -94,10 +96,12 @@ class DatasetServer:
         with self._lock:
             if pair_id not in self._pairs:
                 row = self._rows.row(pair_id)
+                # A rejected pair has no tokens to decode.
                 if row["error"] is not None:
                     raise DatasetError(f"pair {pair_id} was rejected: {row['error']}")
                 (chain,) = decode_rows(self._rows.dataset, self._tokenizer, [row])
                 self._pairs[pair_id] = render_part("chain.html", "chain_card", view_of(chain))
+                # The pair shown longest ago goes first; it is decoded again when asked for.
                 if len(self._pairs) > _KEPT_PAIRS:
                     self._pairs.popitem(last=False)
             return self._pairs[pair_id]
@@ -145,12 +149,14 @@ def _handler(server: DatasetServer) -> type[BaseHTTPRequestHandler]:
             query = parse_qs(url.query)
             try:
                 if url.path == "/rows":
+                    # The first of each: a name may be given several times in an address.
                     generation, shards = (int(query[name][0]) for name in ("generation", "shards"))
                     self._send(HTTPStatus.OK, server.rows(generation, max(0, shards)), _JSON)
                     return
                 if url.path == "/pair":
                     self._send(HTTPStatus.OK, server.pair(int(query["id"][0])), _HTML)
                     return
+            # Addresses come from anyone on this machine: a missing or odd number is an answer, not a traceback.
             except (KeyError, ValueError):
                 self._send(HTTPStatus.BAD_REQUEST, b"a number is missing in the address", "text/plain")
                 return
@@ -160,6 +166,7 @@ def _handler(server: DatasetServer) -> type[BaseHTTPRequestHandler]:
             self.send_response(status)
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(body)))
+            # A page that stays open asks for rows that change while a build writes.
             self.send_header("Cache-Control", "no-store")
             self.send_header("X-Content-Type-Options", "nosniff")
             self.end_headers()

@@ -50,11 +50,13 @@ class DotPlot:
 
 def draw_dots(dots: Sequence[Dot]) -> DotPlot:
     """Lay out ``dots``, at least one, from the top down."""
+    # The axis shows every mean and both ends of every interval.
     values: list[float] = []
     for dot in dots:
         values += filter(is_finite, (dot.mean, dot.low, dot.high))
     ticks, decimals = round_ticks(min(values), max(values))
-    axis = Axis(tuple(Tick(tick, fixed(tick, decimals)) for tick in ticks), 0.0, 100.0)
+    tick_marks = [Tick(number, fixed(number, decimals)) for number in ticks]
+    axis = Axis(tuple(tick_marks), 0.0, 100.0)  # percent of the plot's width
     # The ceiling is a line through all rows, and takes no row of its own.
     rows: list[DrawnDot] = []
     ceilings: list[DrawnDot] = []
@@ -65,12 +67,15 @@ def draw_dots(dots: Sequence[Dot]) -> DotPlot:
             ceilings.append(drawn)
         else:
             rows.append(drawn)
+    drawn_ticks = []
+    for tick in axis.ticks:
+        drawn_ticks.append(DrawnTick(round(axis.place(tick.value), 2), tick.text))
     bottom = _CAP_PX + _ROW_PX * len(rows)
     return DotPlot(
         top=_CAP_PX,
         bottom=bottom,
         height=bottom + _AXIS_PX,
-        ticks=tuple(DrawnTick(round(axis.place(tick.value), 2), tick.text) for tick in axis.ticks),
+        ticks=tuple(drawn_ticks),
         rows=tuple(rows),
         ceilings=tuple(ceilings),
     )

@@ -160,6 +160,8 @@ def write_evaluation_page(results: EvaluationResults, strips: Sequence[Strip], o
     """
     data = str(results.config.get("data", ""))
     title = f"Evaluation on {posixpath.basename(data.rstrip('/')) or 'no dataset'}"
+
+    # A template walks tasks in the order of the table, so that strips are grouped once, here.
     strips_by_task: dict[str, list[Strip]] = defaultdict(list)
     for strip in strips:
         strips_by_task[strip.task].append(strip)
@@ -201,8 +203,11 @@ def _links(results: EvaluationResults) -> list[Link]:
 def _tiles(results: EvaluationResults) -> list[tuple[str, str]]:
     """Return the large figures of the head, each with what it counts."""
     tasks, subjects, failed = len(results.tasks), len(results.subjects), len(results.failed)
+    episodes = 0
+    for task in results.tasks.values():
+        episodes += task.episodes
     return [
-        (f"{sum(task.episodes for task in results.tasks.values()):,}", "episodes"),
+        (f"{episodes:,}", "episodes"),
         (str(tasks), plural(tasks, "task")),
         (str(subjects), f"{plural(subjects, 'row')} in the table"),
         (f"{failed:,}", plural(failed, "failed answer")),
@@ -213,7 +218,9 @@ def _tiles(results: EvaluationResults) -> list[tuple[str, str]]:
 def _facts(results: EvaluationResults) -> list[tuple[str, str]]:
     """Return how the evaluation was made."""
     config = results.config
+    # A subject that sees no examples has no number of pairs.
     pairs = sorted({subject.pairs for subject in results.subjects if subject.pairs is not None})
+    # What the results do not record of the section has its default.
     sampling = recorded_section(config, "sampling")
     how = "greedy"
     if not SamplingConfig.model_validate(sampling).is_greedy:
@@ -243,7 +250,10 @@ def _task(results: EvaluationResults, task: str, strips: Sequence[Strip]) -> Tas
     for metric in about.metrics:
         if metric in scored or metric not in about.absent:
             keys.append((task, metric))
-    absent = [(metric_of(metric).label, reason) for metric, reason in about.absent.items()]
+    absent = []
+    for metric, reason in about.absent.items():
+        absent.append((metric_of(metric).label, reason))
+
     differences = []
     for row in results.differences:
         if row.task == task:
@@ -266,6 +276,7 @@ def _task(results: EvaluationResults, task: str, strips: Sequence[Strip]) -> Tas
 
 def _table(results: EvaluationResults, keys: Sequence[tuple[str, str]]) -> SubjectTable:
     """Return a table with a row a subject and a column for each of ``keys`` (task, metric)."""
+    # Scores by column, then by subject; scores of other columns belong to another table of the page.
     scores: dict[tuple[str, str], dict[str, SubjectScore]] = {key: {} for key in keys}
     for score in results.scores:
         if (score.task, score.metric) in scores:
@@ -282,6 +293,8 @@ def _table(results: EvaluationResults, keys: Sequence[tuple[str, str]]) -> Subje
         competing = [by_subject.get(name) for name in competitors]
         best = best_mean(metric, competing, results.lower_is_better)
         columns.append(Column(task, metric, metric_head(metric, results.lower_is_better), episodes, best))
+
+    # A row a subject. The ceiling is never marked as best, although its mean often is.
     rows: list[SubjectRow] = []
     ceilings: list[SubjectRow] = []
     for subject in results.subjects:
@@ -320,6 +333,7 @@ def _form(subject: SubjectEntry) -> str:
 
 def _plot(results: EvaluationResults, task: str, metric: str) -> DotPlot | None:
     """Return the means of all subjects with their intervals; None where there are none."""
+    # One score a subject: a score is unique by task, metric and subject.
     scores = {}
     for score in results.scores:
         if (score.task, score.metric) == (task, metric):
@@ -335,6 +349,7 @@ def _plot(results: EvaluationResults, task: str, metric: str) -> DotPlot | None:
 
 
 def _difference(row: Difference, results: EvaluationResults) -> DifferenceRow:
+    # Three texts with as many decimals each, so that mean and bounds can be compared at a glance.
     mean, low, high = numbers(row.mean, row.low, row.high)
     between = NONE
     if row.low is not None and row.high is not None:
@@ -350,6 +365,7 @@ def _verdict(row: Difference, lower_is_better: Sequence[str]) -> tuple[str, str]
         return NONE, "faint"
     if row.p_value >= _SIGNIFICANT or not row.mean:
         return f"not significant at {_SIGNIFICANT}", "open faint"
+    # `mean` is first minus second: above zero is better only where more is.
     is_better = (row.mean > 0) != (row.metric in lower_is_better)
     if is_better:
         return "better", "better"
@@ -358,12 +374,14 @@ def _verdict(row: Difference, lower_is_better: Sequence[str]) -> tuple[str, str]
 
 def _strip_rows(strips: Iterable[Strip], subjects: Sequence[str]) -> list[StripRow]:
     """Return a row for every query, the best first, with the subjects in the order of the table."""
+    # Strips of subjects that the table does not have (an older evaluation) stand last.
     order = {name: index for index, name in enumerate(subjects)}
 
     def key(strip: Strip) -> tuple[int, int]:
         return _RANKS.index(strip.rank), strip.pair_id
 
     rows = []
+    # groupby joins neighbours only, so it needs the order that it groups by.
     for _, group in groupby(sorted(strips, key=key), key=key):
         of_query = sorted(group, key=lambda strip: order.get(strip.subject, len(order)))
         answers = []

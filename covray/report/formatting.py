@@ -29,6 +29,7 @@ def numbers(value: float | None, *bounds: float | None) -> list[str]:
     Returns:
         The texts of ``value`` and of each bound.
     """
+    # Infinite figures are written as they are and do not choose the decimals.
     sizes = [0.0]
     if is_finite(value):
         sizes.append(abs(value))
@@ -37,6 +38,7 @@ def numbers(value: float | None, *bounds: float | None) -> list[str]:
             sizes.append(abs(bound) / 10)
     # The largest of them decides the decimals of all; a bound counts a tenth.
     size = max(sizes)
+    # Very small and very large figures are written with an exponent.
     pattern = ".2e"
     if size == 0:
         pattern = ",.0f"
@@ -45,7 +47,10 @@ def numbers(value: float | None, *bounds: float | None) -> list[str]:
         rounded = float(f"{size:.2e}")
         decimals = max(0, 2 - math.floor(math.log10(rounded)))
         pattern = f",.{decimals}f"
-    return [_write(number, pattern) for number in (value, *bounds)]
+    texts = []
+    for number in (value, *bounds):
+        texts.append(_write(number, pattern))
+    return texts
 
 
 def signed_numbers(value: float | None, *bounds: float | None) -> list[str]:
@@ -53,6 +58,7 @@ def signed_numbers(value: float | None, *bounds: float | None) -> list[str]:
     texts = []
     for number, text in zip((value, *bounds), numbers(value, *bounds), strict=True):
         if is_finite(number) and number > 0:
+            # Negative figures have their sign from `numbers`.
             text = f"+{text}"
         texts.append(text)
     return texts
@@ -70,6 +76,7 @@ def fixed(value: float, decimals: int) -> str:
 
 def short_count(count: float) -> str:
     """Write a count with three digits: 172k, 1.2M."""
+    # Rounded first: 999,999 is 1M, not 1000k.
     rounded = float(f"{count:.3g}")
     for size, unit in _COUNT_UNITS:
         if rounded >= size:
@@ -79,6 +86,7 @@ def short_count(count: float) -> str:
 
 def duration(seconds: float) -> str:
     """Write a time in seconds, minutes or hours."""
+    # Up to 99 s, then up to 99 min: two digits say enough.
     if seconds < 100:
         return f"{seconds:.0f} s"
     if seconds < 6000:
@@ -114,7 +122,7 @@ def readable(name: str) -> str:
 
 def listed(values: Iterable[object], empty: str = NONE) -> str:
     """Return the distinct ``values`` in their order, joined by commas."""
-    distinct = dict.fromkeys(str(value) for value in values)
+    distinct = dict.fromkeys(map(str, values))
     return ", ".join(distinct) or empty
 
 

@@ -56,8 +56,11 @@ def render(
         served: Whether a server shows the page, which may then ask that server for more; a file asks nobody.
         values: What the template shows.
     """
-    script = "".join(_static(name) for name in ("page.js", *scripts))
+    # One script in one element, because the policy allows exactly one digest.
+    script = "".join(map(_static, ("page.js", *scripts)))
+    style = "".join(map(_static, ("page.css", *styles)))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    # Nothing is loaded, and a script that gets into the body through a text does not run: its digest is another.
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     if served:
         policy += "; connect-src 'self'"
@@ -67,7 +70,7 @@ def render(
         .render(
             title=title,
             # Markup: these texts are files of the package, and must not be escaped.
-            style=Markup("".join(_static(name) for name in ("page.css", *styles))),
+            style=Markup(style),
             script=Markup(script),
             policy=policy,
             tile_px=tile_px,
@@ -88,6 +91,7 @@ def render_part(template: str, macro: str, *values: Any) -> bytes:
 def data_uri(picture: np.ndarray) -> str:
     """Return ``picture``, uint8 [h, w, 3], as the address of an image inside the page."""
     buffer = io.BytesIO()
+    # Small tiles keep every pixel, because readers compare them; photographs need not.
     Image.fromarray(picture).save(buffer, "WEBP", lossless=len(picture) <= _LOSSLESS_PX, quality=90)
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
@@ -107,8 +111,8 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = (data_uri, pretty_json, formatting.readable)
-    environment.filters.update({function.__name__: function for function in filters})
+    for function in (data_uri, pretty_json, formatting.readable):
+        environment.filters[function.__name__] = function
     environment.filters["thousands"] = "{:,}".format
     environment.globals.update(plural=formatting.plural, swatch=charts.swatch, method_class=charts.method_class)
     return environment

@@ -35,6 +35,7 @@ class LiveRows:
         """
         self.dataset = ChainDataset(self.path, unfinished=True)
         present = self.dataset.shards
+        # A shard that was shown is gone: the build was resumed, and what it had not committed is written again.
         if not set(self._shards) <= set(present):
             self.generation += 1
             self._shards.clear()
@@ -74,6 +75,7 @@ class LiveRows:
     def row(self, pair_id: int) -> ShardRow:
         """Return a row with all its columns. Raises DatasetError where there is none of this id."""
         for shard, table in self._shards.items():
+            # The ids are in memory; only the shard that has the pair is read.
             if (table["pair_id"].to_numpy() == pair_id).any():
                 return find_row(self.dataset, pair_id, [shard])
         raise no_such_pair(self.dataset, pair_id)
@@ -94,11 +96,14 @@ def find_row(dataset: ChainDataset, pair_id: int, shards: list[str] | None = Non
         shards = dataset.shards
     for shard in shards:
         # The ids alone are read first: tokens are most of a shard's bytes.
-        ids = [batch.column("pair_id").to_numpy() for batch in dataset.shard_batches(shard, ["pair_id"])]
-        if not any((part == pair_id).any() for part in ids):
+        is_present = False
+        for batch in dataset.shard_batches(shard, ["pair_id"]):
+            is_present |= bool((batch.column("pair_id").to_numpy() == pair_id).any())
+        if not is_present:
             continue
         for batch in dataset.shard_batches(shard):
-            for row in python_rows(batch.filter(pa.array(batch.column("pair_id").to_numpy() == pair_id))):
+            matches = pa.array(batch.column("pair_id").to_numpy() == pair_id)
+            for row in python_rows(batch.filter(matches)):
                 return row
     raise no_such_pair(dataset, pair_id)
 

@@ -31,6 +31,7 @@ def metric_head(name: str, lower_is_better: Collection[str]) -> MetricHead:
     """Return the head of a metric's column; ``lower_is_better`` names the metrics of which less is better."""
     metric = metric_of(name)
     arrow = ""
+    # Without better or worse (a rate, for instance) there is no arrow.
     if metric.better is not None:
         arrow = "↑"
         if name in lower_is_better:
@@ -51,6 +52,7 @@ def axis_title(name: str, lower_is_better: Collection[str]) -> str:
 
 def glossary(metrics: Iterable[Iterable[str]]) -> list[MetricHead]:
     """Return the metrics of all tasks, each once, in their order."""
+    # A dict serves as an ordered set: tasks share metrics, and the page explains each once.
     names: dict[str, None] = {}
     for of_task in metrics:
         names.update(dict.fromkeys(of_task))

@@ -32,14 +32,18 @@ def packed_rows(rows: pa.Table) -> dict[str, Any]:
         ``splits`` and ``reasons``; ``figures`` by name as float32 with NaN where unknown; ``details``, by row, what the
         error of a rejected pair adds to its reason. Numbers are little-endian. A good pair has the reason "".
     """
+    # An error is REASON: DETAIL. Reasons are few and are coded; details are many and stand by row.
     errors = pc.fill_null(rows["error"], "")
     reasons = pc.replace_substring_regex(errors, r"(?s):.*", "")
     packed: dict[str, Any] = {"count": len(rows), "pair_id": _base64(rows["pair_id"].to_numpy().astype("<i8"))}
     for name, values in (("task", rows["task"]), ("split", pc.fill_null(rows["split"], "")), ("reason", reasons)):
+        # uint16 holds 65,536 names, more than there are tasks, splits and reasons.
         coded = pc.dictionary_encode(values).combine_chunks()
         packed[f"{name}s"] = coded.dictionary.to_pylist()
         packed[name] = _base64(coded.indices.to_numpy().astype("<u2"))
-    packed["figures"] = {name: _base64(values) for name, values in _figures(rows).items()}
+    packed["figures"] = figures = {}
+    for name, figure in _figures(rows).items():
+        figures[name] = _base64(figure)
     packed["details"] = _details(errors.to_pylist())
     return packed
 
@@ -48,9 +52,12 @@ def _figures(rows: pa.Table) -> dict[str, NDArray[np.float32]]:
     """Return the figures of all rows by name, float32 [rows]."""
     stored = {}
     for name in QUALITY:
+        # NaN, not null: the browser reads the bytes as a Float32Array.
         column = pc.fill_null(pc.struct_field(rows["quality"], name), float("nan"))
         stored[name] = column.to_numpy().astype("<f4")
+    # fmin takes the figure that is known where the other one is NaN.
     stored["end_psnr"] = np.fmin(stored["source_psnr"], stored["label_psnr"])
+    # The quality of a chain is computed from several figures at once, row by row.
     qualities = np.full(len(rows), np.nan, "<f4")
     for index, figures in enumerate(rows["quality"].to_pylist()):
         quality = chain_quality(figures)

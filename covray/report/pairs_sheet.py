@@ -39,8 +39,11 @@ def is_manifest(path: str) -> bool:
         return True
     if storage.exists(storage.join(path, DatasetRecord.FILE)):
         return False
-    entries = filesystem.get_file_info(fs.FileSelector(inner, allow_not_found=True))
-    return any(entry.path.lower().endswith((".parquet", ".pq")) for entry in entries)
+    # A folder of a manifest holds Parquet files directly.
+    for entry in filesystem.get_file_info(fs.FileSelector(inner, allow_not_found=True)):
+        if entry.path.lower().endswith((".parquet", ".pq")):
+            return True
+    return False
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ def view_pairs(manifest: str, out: str, limit_per_task: int = 12) -> list[str]:
     Raises:
         ManifestError: for a manifest that cannot be read. Pairs that cannot be used are shown with their reason.
     """
+    # Checked as a whole first: a sheet of a manifest that a build would refuse misleads.
     info = check_manifest(manifest)
     paths = []
     with stage(f"reading {info.rows} pairs") as reading:
@@ -84,8 +88,9 @@ def shown_pair(row: PairRow, root: str | None) -> ShownPair:
         pair = load_pair(row, root)
     except PairError as error:
         return ShownPair(name, split, None, (str(error),))
-    sizes = [f"{picture.shape[1]}x{picture.shape[0]}" for picture in (pair.image, pair.label)]
-    lines = [f"image {sizes[0]}, label {sizes[1]}"]
+    image, label = pair.image, pair.label
+    lines = [f"image {image.shape[1]}x{image.shape[0]}, label {label.shape[1]}x{label.shape[0]}"]
+    # What the label means by the task's own reading: classes with their share of pixels, or a range of values.
     figures = figures_of(row["task"], pair, read_meta(row["meta"]))
     total = sum(figures.pixels.values())
     for meaning, pixels in sorted(figures.pixels.items(), key=lambda item: -item[1]):
@@ -104,18 +109,21 @@ def draw_pairs(shown: Sequence[ShownPair], title: str, subtitle: str) -> bytes:
     step = SHOWN_PX + GAP_PX
     left = _MARGIN_PX + _TEXT_PX
     width = left + len(COLUMN_TITLES) * step + _MARGIN_PX
+    # A pair that cannot be used has a line of text and no pictures.
     heights_px = []
     for row in shown:
         if row.pair is None:
             heights_px.append(_BAD_ROW_PX)
         else:
             heights_px.append(step + 20)
+
     sheet = Image.new("RGB", (width, _TOP_PX + sum(heights_px) + _MARGIN_PX), PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.text((_MARGIN_PX, 22), title, _INK, load_font(24, bold=True))
     draw.text((_MARGIN_PX, 56), subtitle, FAINT, load_font(13))
     for column, caption in enumerate(COLUMN_TITLES):
         draw.text((left + column * step + SHOWN_PX // 2, _TOP_PX - 10), caption, FAINT, load_font(12), anchor="ms")
+
     top = _TOP_PX
     for row, height_px in zip(shown, heights_px, strict=True):
         draw.line((_MARGIN_PX, top - 6, width - _MARGIN_PX, top - 6), _RULE)
@@ -135,6 +143,7 @@ def _draw_text(draw: ImageDraw.ImageDraw, shown: ShownPair, top: int) -> None:
     colour, characters = _INK, _LINE_CHARACTERS
     if shown.pair is None:
         colour, characters = _BAD, _WIDE_LINE_CHARACTERS
+    # Error texts can be long and contain paths; lines beyond the sheet are left out.
     lines = []
     for text in shown.lines:
         lines += textwrap.wrap(_printable(text), characters)
@@ -144,13 +153,16 @@ def _draw_text(draw: ImageDraw.ImageDraw, shown: ShownPair, top: int) -> None:
 
 def _tiles(pair: LoadedPair) -> list[Image.Image]:
     """Image, label and both, each within a square tile; the label is seen at the image's size."""
+    # Labels may have another size than their image; "nearest" invents no colours between classes.
     height_px, width_px = pair.image.shape[:2]
     label = resize(pair.label, height_px, width_px, "nearest")
+    # uint16, as the sum of two uint8 overflows.
     both = ((pair.image.astype(np.uint16) + label) // 2).astype(np.uint8)
     tiles = []
     for picture in (pair.image, label, both):
         tile = Image.fromarray(picture)
         scale = SHOWN_PX / max(tile.size)
+        # At least one pixel: a panorama of 10,000 x 1 would become empty.
         size = tuple(max(1, round(side * scale)) for side in tile.size)
         tiles.append(tile.resize((size[0], size[1]), Image.Resampling.LANCZOS))
     return tiles
@@ -158,6 +170,7 @@ def _tiles(pair: LoadedPair) -> list[Image.Image]:
 
 def _sampled_rows(manifest: str, limit_per_task: int) -> dict[str, list[PairRow]]:
     """The rows of the smallest ids of each task, by task and id."""
+    # Read twice: first the narrow columns of all rows, then the pictures of the few that are shown.
     ids_by_task: dict[str, list[int]] = {}
     for batch in read_manifest(manifest, ["pair_id", "task"]):
         for row in batch.to_pylist():
@@ -184,6 +197,7 @@ def _subtitle(manifest: str, info: ManifestInfo) -> str:
 def _printable(text: str) -> str:
     """Text of a stranger on one line."""
     shown = ""
+    # Whatever is not printable would break lines or run right to left over the rest.
     for character in " ".join(text.split()):
         if not character.isprintable():
             character = "?"

@@ -77,6 +77,7 @@ def write_reasoning_page(results: ReasoningResults, episodes: Sequence[Mapping[s
     for number in shots:
         tables.append(_table(results, number))
         links.append(Link(f"shots-{number}", f"{number}-shot"))
+    # Decoded once here; the template only places them.
     views = tuple(_episode(row) for row in episodes)
     return render(
         "reasoning.html",
@@ -93,11 +94,13 @@ def write_reasoning_page(results: ReasoningResults, episodes: Sequence[Mapping[s
 
 
 def _table(results: ReasoningResults, shots: int) -> ShotTable:
+    # Every (row, task, side) has one score for a number of shots.
     by_key = {}
     for score in results.scores:
         if score.shots == shots:
             by_key[score.row, score.task, score.side] = score
     tasks = tuple(sorted({score.task for score in results.scores} - {MEAN}))
+
     rows, sides = [], []
     for name in results.rows:
         shares, intervals = [], []
@@ -106,8 +109,11 @@ def _table(results: ReasoningResults, shots: int) -> ShotTable:
             shares.append(f"{score.mean:.3f}")
             intervals.append(_bounds(score.low, score.high, ".3f"))
         rows.append(ScoreRow(name, tuple(shares), tuple(intervals)))
-        of_sides = [f"{by_key[name, MEAN, side].mean:.3f}" for side in ("detail", "object", "named", "hidden")]
-        sides.append((name, tuple(of_sides)))
+        # The sides by themselves, over all tasks: "both" alone does not say what went wrong.
+        shares_of_sides = []
+        for side in ("detail", "object", "named", "hidden"):
+            shares_of_sides.append(f"{by_key[name, MEAN, side].mean:.3f}")
+        sides.append((name, tuple(shares_of_sides)))
     differences = []
     for entry in results.differences:
         if entry.shots == shots and entry.task == MEAN:
@@ -126,6 +132,7 @@ def _bounds(low: float | None, high: float | None, form: str) -> str:
 def _episode(row: Mapping[str, Any]) -> EpisodeView:
     answers = []
     for answer in row["answers"]:
+        # A row that failed has no picture and counts as wrong.
         picture = None
         if answer["picture"] is not None:
             picture = decode(answer["picture"])
@@ -133,6 +140,7 @@ def _episode(row: Mapping[str, Any]) -> EpisodeView:
         answers.append(AnswerView(answer["row"], answer["detail"] and answer["object"], seen or NONE, picture))
     return EpisodeView(
         title=f"{row['task']}, {row['shots']}-shot, {row['number']}",
+        # The last word is the query's; the others name the demonstrations.
         words=tuple(row["words"][:-1]),
         demonstrations=tuple(decode(data) for data in row["demonstrations"]),
         query=row["words"][-1],

@@ -68,13 +68,19 @@ def describe(dataset_path: str) -> DatasetDescription:
     per_task = {}
     for task in sorted(pc.unique(narrow["task"]).to_pylist()):
         per_task[task] = _describe_task(narrow.filter(pc.equal(narrow["task"], task)))
+
     good = sum(of_task.good for of_task in per_task.values())
+    # Both ends of a chain and its frames.
     pictures = 2 + len(dataset.methods) * len(dataset.alphas)
     filesystem = dataset.folder.filesystem
-    files = filesystem.get_file_info([dataset.folder.inner_path(name) for name in dataset.shards])
+    shard_paths = list(map(dataset.folder.inner_path, dataset.shards))
+    bytes_on_disk = 0
+    for file in filesystem.get_file_info(shard_paths):
+        bytes_on_disk += file.size
     status, audit = "unfinished", None
     if dataset.audit is not None:
         status, audit = "finished", dataset.audit.to_json()
+    # The schema is known without opening a shard: a dataset that has none yet is described, too.
     schema = shard_schema(bool(dataset.config.get("keep_noise")))
     return DatasetDescription(
         path=dataset_path,
@@ -89,7 +95,7 @@ def describe(dataset_path: str) -> DatasetDescription:
         tokens=good * pictures * dataset.tokens_per_image,
         shards=len(dataset.shards),
         unreadable_shards=tuple(dataset.unreadable),
-        bytes_on_disk=sum(file.size for file in files),
+        bytes_on_disk=bytes_on_disk,
         columns={field.name: str(field.type) for field in schema},
         fingerprints=dataset.fingerprints,
         config=dataset.config,
@@ -160,13 +166,18 @@ def _facts(description: DatasetDescription) -> list[tuple[str, str]]:
 
 def _describe_task(rows: pa.Table) -> TaskDescription:
     errors = rows["error"].drop_null()
+    # Rejected pairs have an error and no figures.
     good = rows.filter(pc.is_null(rows["error"]))
+    quality = {}
+    for name in QUALITY:
+        quality[name] = _median(pc.struct_field(good["quality"], name))
     return TaskDescription(
         good=len(good),
         rejected=len(errors),
         splits=_count_values(good["split"]),
+        # The reason of an error is what stands before its first colon.
         reasons=_count_values(pc.replace_substring_regex(errors, r"(?s):.*", "")),
-        quality={name: _median(pc.struct_field(good["quality"], name)) for name in QUALITY},
+        quality=quality,
     )
 
 

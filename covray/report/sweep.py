@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import posixpath
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,6 +157,7 @@ def _tiles(results: SweepResults) -> list[tuple[str, str]]:
     for status in ("failed", "stopped", "waiting"):
         if statuses[status]:
             tiles.append((f"{statuses[status]:,}", status))
+    # A status that no trial has gets no tile.
     seeds = len(set(_column(trials, "seed")))
     tiles.append((f"{seeds:,}", plural(seeds, "seed")))
     tiles.append((short_count(_sum(_column(trials, "tokens"))), "tokens trained on"))
@@ -184,16 +185,19 @@ def _facts(results: SweepResults) -> list[tuple[str, str]]:
         ("Scales", listed(_column(trials, "scale"))),
         ("Seeds", listed(sorted(_column(trials, "seed")))),
     ]
+    # Trials may differ in any field of the configuration; the keys of all, in the order in which they first appear.
     keys: dict[str, None] = {}
     for trial in trials:
         keys.update(dict.fromkeys(trial.fields))
     for key in keys:
-        lines.append((key, listed(trial.fields.get(key, NONE) for trial in trials)))
+        values = [trial.fields.get(key, NONE) for trial in trials]
+        lines.append((key, listed(values)))
     lines.append(("Early stopping", str(config.get("stopping", "none"))))
     return lines
 
 
 def _claims(results: SweepResults) -> list[ClaimView]:
+    # Percentages of all claims share one scale, so that their drawings can be compared.
     gains: list[float] = []
     ends: list[float] = []
     for claim in results.claims:
@@ -212,8 +216,11 @@ def _claim(claim: ClaimEntry, reach: float, lower_is_better: Sequence[str]) -> C
     counts = ""
     if rows:
         verdicts = Counter(row.verdict for row in claim.rows)
-        parts = [f"{verdict} in {verdicts[verdict]:,}" for verdict in sorted(verdicts, key=_verdict_rank)]
-        counts = f"{counted(len(rows), 'comparison')}: {', '.join(parts)}"
+        texts = []
+        for verdict in sorted(verdicts, key=_verdict_rank):
+            texts.append(f"{verdict} in {verdicts[verdict]:,}")
+        counts = f"{counted(len(rows), 'comparison')}: {', '.join(texts)}"
+
     # Without a gain there is no interval to draw: the scores were not above zero, or nothing was compared.
     overall = claim.overall
     if overall is None:
@@ -221,7 +228,9 @@ def _claim(claim: ClaimEntry, reach: float, lower_is_better: Sequence[str]) -> C
         if rows:
             verdict = "no figure"
         return ClaimView(claim.claim, claim.paper, counts, verdict, "", rows)
+
     gain, low, high = signed_numbers(overall.gain_percent, overall.low, overall.high)
+    # Two seeds or more have an interval; of one there is only the count to show.
     seeds = counted(overall.seeds, "seed")
     between, whisker, dot = seeds, None, None
     if is_finite(overall.low) and is_finite(overall.high):
@@ -267,6 +276,7 @@ def _verdict_rank(verdict: str) -> int:
 
 def _place(gain: float, reach: float) -> float:
     """Return where a gain lies across a drawing, in percent of its width."""
+    # Ends beyond the reach are drawn at the edge; zero is in the middle, at 50%.
     share = max(-1.0, min(1.0, gain / reach))
     return round(50 + 50 * share, 2)
 
@@ -286,6 +296,7 @@ def _total_cost(trials: Sequence[TrialEntry]) -> tuple[str, ...]:
     """Return the sums over all trials; a dash for what no trial has."""
     sums = []
     for name in ("steps", "tokens", "train_seconds", "evaluate_seconds", "gpu_hours"):
+        # A trial that failed or waits has no figures; a sum of none is a dash, not 0.
         known = [value for value in _column(trials, name) if value is not None]
         total = None
         if known:
@@ -299,10 +310,16 @@ def _cost_figures(*figures: float | None) -> tuple[str, ...]:
     steps, tokens, train_s, evaluate_s, gpu_hours = figures
     texts = []
     for count in (steps, tokens):
-        texts.append(NONE if count is None else f"{count:,}")
+        texts.append(_or_none(count, "{:,}".format))
     for seconds in (train_s, evaluate_s):
-        texts.append(NONE if seconds is None else duration(seconds))
+        texts.append(_or_none(seconds, duration))
     return *texts, numbers(gpu_hours)[0]
+
+
+def _or_none(figure: float | None, write: Callable[[float], str]) -> str:
+    if figure is None:
+        return NONE
+    return write(figure)
 
 
 def _column(trials: Iterable[TrialEntry], name: str) -> list[Any]:

@@ -48,12 +48,15 @@ class Plot:
 def plots(results: SweepResults) -> list[Plot]:
     """Return the plots that have something to show."""
     cells = sort_rows(results.cells)
+    # Perplexity has a plot of its own, of the tasks whose evaluations measured it.
     primary, perplexity = {}, {}
     for task, about in results.tasks.items():
         primary[task] = about.primary
         if OWN in about.metrics:
             perplexity[task] = OWN
+
     from_none = f"{_WHISKERS}; dashed: no frames"
+
     found = [
         _plot("Score and chain length", from_none, cells, _against("length", results, cells, primary)),
         _plot("Score and example pairs", _WHISKERS, cells, _against("pairs", results, cells, primary)),
@@ -66,6 +69,7 @@ def plots(results: SweepResults) -> list[Plot]:
         _returns("length", results, cells),
         _returns("pairs", results, cells),
     ]  # fmt: skip
+    # A sweep of one length, or of one number of pairs, has nothing to draw against that axis.
     return [plot for plot in found if plot is not None]
 
 
@@ -104,13 +108,19 @@ def _against(
         charts = []
         for task, metric in metrics.items():
             series = _series(members, axis, (task, metric))
-            if any(len(one_method.points) > 1 for one_method in series):
+            # A line needs two places; a chart of lone marks shows no more than the table.
+            if _has_line([curve.points for curve in series]):
                 y_title = axis_title(metric, results.lower_is_better)
                 chart = LineChart(
                     readable(task), _AXIS_TITLES[axis], y_title, series, ticks, level=axis == "length"
                 )  # fmt: skip
                 charts.append(draw(chart))
         yield ChartGroup(key.name(axis), tuple(charts))
+
+
+def _has_line(series: Iterable[Sequence[Point]]) -> bool:
+    """Return whether any of ``series`` has two points or more."""
+    return any(len(points) > 1 for points in series)
 
 
 def _series(cells: Iterable[CellEntry], axis: Axis, column: tuple[str, str]) -> list[Series]:
@@ -143,7 +153,7 @@ def _curves(trials: Sequence[TrialEntry]) -> ChartGroup:
     charts = []
     for key, of_key in sorted(series.items()):
         # A curve of one point is no curve.
-        if any(len(curve.points) > 1 for curve in of_key):
+        if _has_line([curve.points for curve in of_key]):
             y_title = "answer perplexity (less is better)"
             charts.append(draw(LineChart(key.name("length"), "tokens trained on", y_title, of_key, curves=True)))
     return ChartGroup("", tuple(charts))
@@ -154,9 +164,11 @@ def _efficiency(results: SweepResults, cells: Sequence[CellEntry]) -> Plot | Non
     cell_by_label = {cell.label: cell for cell in cells}
     names = variants(cells)
     points: dict[tuple[str, Fixed], list[Point]] = defaultdict(list)
+    # What the plot compares, and the table of figures under it, are collected in one pass.
     compared, figures = [], []
     for row in results.efficiency:
         cell = cell_by_label.get(row.cell)
+        # A gain that is no number cannot be drawn, and is left out of the table as well.
         if cell is None or not is_finite(row.gain_percent):
             continue
         compared.append(cell)
@@ -167,6 +179,7 @@ def _efficiency(results: SweepResults, cells: Sequence[CellEntry]) -> Plot | Non
     # A single point shows nothing that its table row does not.
     if len(compared) < 2:
         return None
+
     series = [Series(method, tuple(points[method, key])) for method, key in sorted(points, key=_by_method)]
     x_title = "context, tokens of a visual sentence"
     chart = draw(LineChart("", x_title, "gain, %", series, width_px=LARGE_PX, include_zero=True))
@@ -201,7 +214,8 @@ def _returns(axis: Axis, results: SweepResults, cells: Sequence[CellEntry]) -> P
         noun = "frame"
     cell_by_label = {cell.label: cell for cell in cells}
     names = variants(cells)
-    found: dict[Fixed, _Returns] = defaultdict(lambda: _Returns(defaultdict(list), defaultdict(set)))
+    # One chart a number of pairs (or a length), with a line a method in it.
+    gains_by_key: dict[Fixed, _Returns] = defaultdict(lambda: _Returns(defaultdict(list), defaultdict(set)))
     compared, figures = [], []
     for row in results.returns:
         cell = cell_by_label.get(row.second)
@@ -211,15 +225,16 @@ def _returns(axis: Axis, results: SweepResults, cells: Sequence[CellEntry]) -> P
         added = row.end - row.start
         low, high = _divide(row.low, added), _divide(row.high, added)
         text = _tooltip(f"{row.first} → {row.second}", row.per_added, low, high, signed_numbers)
-        of_key = found[fixed(axis, cell, names[cell.label])]
-        of_key.points[cell.method].append(Point(row.end, row.per_added, low, high, f"{text} % per {noun}"))
-        of_key.starts[row.end].add(str(row.start))
+        gains = gains_by_key[fixed(axis, cell, names[cell.label])]
+        gains.points[cell.method].append(Point(row.end, row.per_added, low, high, f"{text} % per {noun}"))
+        gains.starts[row.end].add(str(row.start))
         compared.append(cell)
         figures.append((row.first, row.second, *_gain(row.per_added, low, high)))
+
     charts = []
-    for key, of_key in sorted(found.items()):
-        if any(len(points) > 1 for points in of_key.points.values()):
-            charts.append(draw(_return_chart(axis, key, of_key, noun)))
+    for key, gains in sorted(gains_by_key.items()):
+        if _has_line(gains.points.values()):
+            charts.append(draw(_return_chart(axis, key, gains, noun)))
     return _plot(
         f"Diminishing returns: {noun}s",
         f"what every further {noun} gains, in percent of the scores before it, geometric mean over tasks",
@@ -232,6 +247,7 @@ def _returns(axis: Axis, results: SweepResults, cells: Sequence[CellEntry]) -> P
 def _return_chart(axis: Axis, key: Fixed, gains: _Returns, noun: str) -> LineChart:
     methods = sorted(gains.points, key=method_rank)
     ticks = []
+    # Grids may have gaps, so that cells reach one length from different ones: "3/5→9".
     for end, starts in sorted(gains.starts.items()):
         ticks.append(Tick(end, f"{'/'.join(sorted(starts))}→{end}"))
     return LineChart(

@@ -57,18 +57,19 @@ def variants(rows: Sequence[CellEntry] | Sequence[TrialEntry]) -> dict[str, str]
     Returns:
         The name by label; empty where nothing tells a row apart.
     """
-    parts: dict[str, list[str]] = {}
+    traits: dict[str, list[str]] = {}
     for row in rows:
         tasks = "all tasks"
         if row.tasks is not None:
             tasks = " + ".join(row.tasks)
         fields = [f"{key} {value}" for key, value in row.fields.items()]
-        parts[row.label] = [row.scale, tasks, *fields]
+        traits[row.label] = [row.scale, tasks, *fields]
     # What all rows have in common tells none apart.
     common: set[str] = set()
-    if parts:
-        common = set.intersection(*map(set, parts.values()))
+    if traits:
+        common = set.intersection(*map(set, traits.values()))
     names = {}
-    for label, of_row in parts.items():
-        names[label] = ", ".join(part for part in of_row if part not in common)
+    for label, of_row in traits.items():
+        distinct = [trait for trait in of_row if trait not in common]
+        names[label] = ", ".join(distinct)
     return names

@@ -91,6 +91,7 @@ def _table(
 ) -> SweepTable:
     """Return a table with a row a cell and a column for each of ``columns``, whose heads are ``heads``."""
     cells = sort_rows(results.cells)
+    # [cells], each the scores of a cell by column.
     scores_by_cell = list(map(_scores, cells))
     # References do not compete: the best cell of each column is marked.
     best = {}
@@ -99,10 +100,12 @@ def _table(
         best[column] = best_mean(column[1], of_cells, results.lower_is_better)
     usual_seeds = _usual_seeds(scores_by_cell, columns)
     names = variants(cells)
+
     rows = []
     for cell, scores in zip(cells, scores_by_cell, strict=True):
         written = []
         for column in columns:
+            # A trial that failed leaves its cells without scores; a mean of fewer seeds says so.
             score = scores.get(column)
             note = ""
             if score is not None and score.seeds != usual_seeds:
@@ -113,6 +116,7 @@ def _table(
                 cell.label, cell.method, names[cell.label], cell.length, cell.pairs, cell.context_tokens, tuple(written)
             )
         )
+    # `sort_rows` has put the cells of a method beside each other.
     groups = [tuple(group) for _, group in groupby(rows, key=lambda row: row.method)]
     # Ceilings stand last and apart: they have seen the label.
     others: list[ReferenceRow] = []
@@ -126,8 +130,8 @@ def _table(
     return SweepTable(tuple(heads), tuple(groups), tuple(others), tuple(ceilings))
 
 
-def _scores(cell: CellEntry) -> dict[Column, CellScore]:
-    return {(score.task, score.metric): score for score in cell.scores}
+def _scores(row: CellEntry | Reference) -> dict[Column, CellScore]:
+    return {(score.task, score.metric): score for score in row.scores}
 
 
 def _usual_seeds(scores_by_cell: Sequence[dict[Column, CellScore]], columns: Sequence[Column]) -> int:
@@ -143,5 +147,6 @@ def _usual_seeds(scores_by_cell: Sequence[dict[Column, CellScore]], columns: Seq
 
 
 def _reference_row(reference: Reference, columns: Sequence[Column]) -> ReferenceRow:
-    scores = {(score.task, score.metric): score for score in reference.scores}
-    return ReferenceRow(reference.name, tuple(score_cell(scores.get(column)) for column in columns))
+    scores = _scores(reference)
+    cells = [score_cell(scores.get(column)) for column in columns]
+    return ReferenceRow(reference.name, tuple(cells))

@@ -48,6 +48,7 @@ def score_cell(score: Estimate | None, best: float | None = None, note: str = ""
     if score is None or score.mean is None:
         return ScoreCell()
     mean, low, high = numbers(score.mean, score.low, score.high)
+    # A single seed or episode has a mean and no interval.
     bounds = ""
     if score.low is not None and score.high is not None:
         bounds = interval(low, high)
@@ -56,6 +57,7 @@ def score_cell(score: Estimate | None, best: float | None = None, note: str = ""
 
 def best_mean(metric: str, scores: Iterable[Estimate | None], lower_is_better: Collection[str]) -> float | None:
     """Return the best mean of ``scores``; None where there is none, or where the metric has no better and worse."""
+    # NaN compares with nothing, and would hide the best.
     means = [score.mean for score in scores if score is not None and is_finite(score.mean)]
     if not means or metric_of(metric).better is None:
         return None
