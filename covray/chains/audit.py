@@ -36,9 +36,11 @@ def audit_dataset(out: str, pair_ids: np.ndarray, per_task: Mapping[str, int] | 
         DatasetError: Shards are unreadable, or pairs are missing, doubled or not in the manifest; the message lists
             some of each.
     """
+    # The ids of both sides are compared sorted: no table of ids by pair, which would take several times the memory.
     expected = np.sort(np.asarray(pair_ids, dtype=np.int64))
     if np.any(expected[1:] == expected[:-1]):
         raise ValueError("pair_ids are not distinct")
+
     ids_of_shards: list[np.ndarray] = []
     good: Counter[str] = Counter()
     reasons: dict[str, Counter[str]] = {}
@@ -52,9 +54,12 @@ def audit_dataset(out: str, pair_ids: np.ndarray, per_task: Mapping[str, int] | 
         errors = narrow["error"].cast(pa.string()).drop_null()
         good[task] += len(narrow) - len(errors)
         of_task = reasons.setdefault(task, Counter())
-        for entry in pc.value_counts(pc.replace_substring_regex(errors, r"(?s):.*", "")).to_pylist():
+        # An error is REASON: DETAIL, and only reasons are counted.
+        reasons_of_rows = pc.replace_substring_regex(errors, r"(?s):.*", "")
+        for entry in pc.value_counts(reasons_of_rows).to_pylist():
             of_task[entry["values"]] += entry["counts"]
 
+    # The empty array gives a dataset without shards a dtype.
     rows = np.concatenate([np.zeros(0, np.int64), *ids_of_shards])
     del ids_of_shards  # half of the memory
     rows.sort()
@@ -62,12 +67,18 @@ def audit_dataset(out: str, pair_ids: np.ndarray, per_task: Mapping[str, int] | 
     if unreadable or not np.array_equal(expected, rows):
         # The lists of what is wrong take several times the memory: they are made only where something is.
         problems = _problems(expected, rows, unreadable)
-    counts = {task: _counts(good[task], reasons[task]) for task in sorted(reasons)}
+
+    counts = {}
+    for task in sorted(reasons):
+        counts[task] = _counts(good[task], reasons[task])
+    # A row in the folder of another task changes no id: the ids alone would not show it.
     if not problems and per_task is not None:
         problems = _task_problems(counts, per_task)
     if problems:
         raise DatasetError(f"{out}: {'; '.join(problems)}; run the same covray build again")
-    rejected = sum(of_task.rejected for of_task in counts.values())
+    rejected = 0
+    for of_task_counts in counts.values():
+        rejected += of_task_counts.rejected
     return Audit(asked=len(expected), written=good.total(), rejected=rejected, per_task=counts)
 
 
@@ -100,6 +111,7 @@ def _problems(expected: np.ndarray, rows: np.ndarray, unreadable: list[str]) -> 
     lists = {
         "unreadable shards": unreadable,
         "pairs missing": np.setdiff1d(expected, distinct, assume_unique=True).tolist(),
+        # Sorted, so that a doubled row stands beside its twin.
         "rows doubled": rows[1:][rows[1:] == rows[:-1]].tolist(),
         "pairs not in the manifest": np.setdiff1d(distinct, expected, assume_unique=True).tolist(),
     }
@@ -116,6 +128,7 @@ def _problems(expected: np.ndarray, rows: np.ndarray, unreadable: list[str]) -> 
 def _task_problems(counts: Mapping[str, TaskCounts], per_task: Mapping[str, int]) -> list[str]:
     """Say where rows are in the folder of another task than the manifest's."""
     rows = {task: of_task.asked for task, of_task in counts.items()}
+    # A task without pairs has no folder.
     expected = {task: count for task, count in sorted(per_task.items()) if count}
     if rows == expected:
         return []

@@ -90,11 +90,15 @@ class BlockBuilder:
         self._reader = reader
         require_reader(config, reader is not None)
         self.alphas = union_alphas(config.lengths, config.alphas)
-        self._made_at = self.alphas
+
+        self._frame_alphas = self.alphas
+        # Given alphas space the frames by themselves; the alphas of a chain then only number them.
         if isinstance(config.spacing, tuple):
-            self._made_at = union_alphas((), config.spacing)
+            self._frame_alphas = union_alphas((), config.spacing)
+
         self.tokenizer = load_tokenizer(config.tokenizer, config.engine)
         device, dtype = resolve_device(config.engine)
+        # The configuration that is recorded says what was used, not "auto".
         engine: dict[str, Any] = {"device": device.type, "dtype": str(dtype).removeprefix("torch.")}
         prior_px = config.prior.size_px
         self.engine: ChainEngine | None = None
@@ -114,6 +118,7 @@ class BlockBuilder:
         )
         """The resolved configuration."""
 
+    # A build that interpolates nothing loads no prior, which is most of the memory.
     def models(self) -> BuildModels:
         """Return what was loaded."""
         tokenizer = self.tokenizer
@@ -122,6 +127,7 @@ class BlockBuilder:
             "tokenizer": tokenizer.fingerprint,
             "codebook": tokenizer.codebook_fingerprint,
         }
+        # Without a prior pictures have one size only, the tokenizer's.
         prior_px, latent_shape = tokenizer.size_px, None
         if self.engine is not None:
             prior = self.engine.prior
@@ -142,14 +148,16 @@ class BlockBuilder:
         columns = ("pair_id", "task", "split", "error")
         rows: list[dict[str, Any]] = prepared.select(columns).to_pylist()
         stats = BlockStats(rows=len(rows))
+        # Rejected pairs keep their row and their error; only the others are computed.
         good = [index for index, row in enumerate(rows) if row["error"] is None]
         if good:
             pairs = self._pairs(prepared.take(good))
             chains = None
             if self.engine is not None:
                 chains = self._interpolate(pairs, stats)
-            made, errors = self._made_frames(pairs)
-            tokens = self._tokens(pairs, chains, made)
+            plain, errors = self._plain_frames(pairs)
+            tokens = self._tokens(pairs, chains, plain)
+            # What failed here is an error of one pair; its neighbours in the block go on.
             for number, error in errors.items():
                 rows[good[number]]["error"] = error
             for number, index in enumerate(good):
@@ -171,12 +179,16 @@ class BlockBuilder:
             source_at = places.setdefault((read, source), len(places))
             ends.append((source_at, places.setdefault((read, label), len(places))))
         images = np.stack([_pixels(pixels, size_px) for _, pixels in places])
+        # Where both sizes are one, the small pictures are views of the large ones.
+        small = []
         if small_px == size_px:
-            small = [(images[source], images[label]) for source, label in ends]
+            for source_at, label_at in ends:
+                small.append((images[source_at], images[label_at]))
         else:
-            small = [
-                (_pixels(source, small_px), _pixels(label, small_px)) for source, label in _both(prepared, "_small")
-            ]
+            for source, label in _both(prepared, "_small"):
+                small.append((_pixels(source, small_px), _pixels(label, small_px)))
+
+        # Pairs that share a picture may each have its noise; it is the same.
         noise: dict[int, np.ndarray] = {}
         if self.engine is not None:
             shape = self.engine.prior.latent_shape
@@ -201,6 +213,7 @@ class BlockBuilder:
                 states[key] = self._reader.read(key)
             else:
                 states[key] = self._reader.read(_pixels(key, size_px))
+        # [pictures] states of [n, d], in the order of the pictures; equal contexts share one tensor.
         return Contexts.of([states[key] for key in read], self._reader.tokens)
 
     def _interpolate(self, pairs: _Pairs, stats: BlockStats) -> Interpolation:
@@ -209,17 +222,17 @@ class BlockBuilder:
         noise = pairs.noise
         alphas: tuple[float, ...] = ()
         if BY_ENGINE in self.config.methods:
-            alphas = self._made_at
+            alphas = self._frame_alphas
         requests = [Request(source, label, alphas) for source, label in pairs.ends]
         if self.config.spacing == "path" and alphas:
             # Frames at fixed alphas show how long each chain's path is; then frames are made where equal shares of it
             # end. Every picture is inverted once: its noise is taken over.
-            probes = self.engine.interpolate(
-                pairs.images, [Request(*ends, PROBE_ALPHAS) for ends in pairs.ends], pairs.noise, (), pairs.contexts
-            )
+            probe_requests = [Request(*ends, PROBE_ALPHAS) for ends in pairs.ends]
+            probes = self.engine.interpolate(pairs.images, probe_requests, pairs.noise, (), pairs.contexts)
             stats.evaluations, stats.padded = probes.evaluations, probes.padded
             noise = dict(enumerate(probes.noise))
             requests = [self._evenly(pairs, probes, number) for number in range(len(pairs.ends))]
+        # To return a picture from its noise is to denoise it, as a frame: only a share of the pairs is checked.
         to_return: set[int] = set()
         for pair_id, ends in zip(pairs.ids, pairs.ends, strict=True):
             if is_checked(pair_id, self.config.check_endpoints):
@@ -232,17 +245,18 @@ class BlockBuilder:
     def _evenly(self, pairs: _Pairs, probes: Interpolation, number: int) -> Request:
         """Return the request of the pair at place ``number``, with the alphas at which its steps are even."""
         source, label = pairs.ends[number]
+        # The path goes through both ends, whose alphas are 0 and 1.
         path = [pairs.images[source], *probes.frames[number], pairs.images[label]]
         return Request(source, label, tuple(even_path_alphas(path, (0.0, *PROBE_ALPHAS, 1.0), self.alphas)))
 
-    def _made_frames(self, pairs: _Pairs) -> tuple[list[dict[str, list[np.ndarray]]], dict[int, str]]:
+    def _plain_frames(self, pairs: _Pairs) -> tuple[list[dict[str, list[np.ndarray]]], dict[int, str]]:
         """Make the frames of the methods that need no engine.
 
         Returns:
             Of each pair its frames by method, uint8 [h, w, 3] each, and the errors of pairs whose frames could not be
             made, by their place; black frames stand in for theirs.
         """
-        made: list[dict[str, list[np.ndarray]]] = []
+        plain: list[dict[str, list[np.ndarray]]] = []
         errors: dict[int, str] = {}
         for number, (source, label) in enumerate(pairs.small):
             by_method = {}
@@ -250,37 +264,40 @@ class BlockBuilder:
                 if method in BY_BLOCK:
                     continue
                 try:
-                    by_method[method] = make_frames(method, source, label, self._made_at)
+                    by_method[method] = make_frames(method, source, label, self._frame_alphas)
                 except PairError as error:
+                    # The pair is rejected, but its block has one shape of rows: what stands here is never written.
                     errors.setdefault(number, str(error))
                     by_method[method] = [np.zeros_like(source)] * len(self.alphas)
-            made.append(by_method)
-        return made, errors
+            plain.append(by_method)
+        return plain, errors
 
     def _tokens(
-        self, pairs: _Pairs, chains: Interpolation | None, made: Sequence[Mapping[str, list[np.ndarray]]]
+        self, pairs: _Pairs, chains: Interpolation | None, plain: Sequence[Mapping[str, list[np.ndarray]]]
     ) -> np.ndarray:
         """Tokenize all pictures of the block together.
 
         Args:
             pairs: The good pairs of the block.
             chains: Frames by the engine.
-            made: The other frames of each pair, by method.
+            plain: The other frames of each pair, by method.
 
         Returns:
             uint16 [pairs, 2 + frames, tokens per image]: of each pair source, label, then frames in ``frame_order``.
         """
         pictures: list[np.ndarray] = []
+        # One call for the block: the tokenizer computes batches of a fixed size, however few pictures it is given.
         for number, ends in enumerate(pairs.small):
             pictures += ends
             for method in self.config.methods:
-                if method in made[number]:
-                    pictures += made[number][method]
+                if method in plain[number]:
+                    pictures += plain[number][method]
+                # Two controls: as many pictures without anything new, and the label at a low resolution.
                 elif method == "copy":
                     pictures += [ends[0]] * len(self.alphas)
                 elif method == "coarse":
                     resample = TASKS[pairs.tasks[number]].resample
-                    pictures += [coarse_label(ends[1], alpha, resample) for alpha in self._made_at]
+                    pictures += [coarse_label(ends[1], alpha, resample) for alpha in self._frame_alphas]
                 elif chains is not None:
                     pictures += [square(frame, self.tokenizer.size_px) for frame in chains.frames[number]]
         frames = len(self.config.methods) * len(self.alphas)
@@ -298,6 +315,7 @@ class BlockBuilder:
             chains: Their frames and noise.
             tokens: uint16 [2 + frames, tokens per image], as ``_tokens`` orders them.
         """
+        # The frames of a pair that overflowed would be black; it is rejected, and its neighbours are not touched.
         if chains is not None and not chains.finite_requests[number]:
             row["error"] = "not_finite: the prior's latents of this pair are not finite"
             return
@@ -308,6 +326,7 @@ class BlockBuilder:
             row["frames"].append({"method": method, "alpha": alpha, "tokens": frame_tokens})
         row["quality"] = self._quality(number, pairs, chains)
         if self.config.keep_noise and chains is not None:
+            # Kept with a digest of the pixels, so that a later build takes it over only for the same picture.
             for name, image in zip(("source", "label"), pairs.ends[number], strict=True):
                 row[f"{name}_noise"] = chains.noise[image].astype("<f4").tobytes()
                 row[f"{name}_pixels"] = picture_digest(pairs.images[image].tobytes())
@@ -318,7 +337,7 @@ class BlockBuilder:
         ends = pairs.images[source], pairs.images[label]
         quality: dict[str, float | None] = {}
         if "linear" in self.config.methods and self.alphas:
-            mixed = [mix_pixels(*ends, alpha) for alpha in self._made_at]
+            mixed = [mix_pixels(*ends, alpha) for alpha in self._frame_alphas]
             quality["linear_path"] = path_ratio([ends[0], *mixed, ends[1]])
         if chains is None:
             return quality
@@ -348,6 +367,7 @@ def is_checked(pair_id: int, share: float) -> bool:
     """Return whether a pair is among the ``share`` whose ends are checked.
 
     The answer depends on the pair's id alone, through splitmix64 (Steele et al., "Fast splittable pseudorandom number
+    # The constants are those of the paper; each step is taken modulo 2^64, as uint64 would.
     generators", 2014).
     """
     mixed = (pair_id + 0x9E3779B97F4A7C15) % 2**64

@@ -13,6 +13,7 @@ def require_same_codes(facts: BackboneFacts, dataset: ChainDataset) -> None:
 
     If the backbone's folder does not record a codebook, no codebook check is made. Raises DatasetError.
     """
+    # Datasets of early versions do not record their codes.
     codes = dataset.record.codes
     if codes is not None and codes > facts.codes:
         raise DatasetError(
@@ -21,6 +22,7 @@ def require_same_codes(facts: BackboneFacts, dataset: ChainDataset) -> None:
         )
     if facts.codebook is not None:
         require_same_codebook(facts.codebook, dataset.fingerprints["codebook"], dataset.path)
+    # None where the backbone's folder does not record it.
     if facts.tokens_per_image not in (None, dataset.tokens_per_image):
         raise DatasetError(
             f"{dataset.path}: its pictures have {dataset.tokens_per_image} tokens, the backbone's "

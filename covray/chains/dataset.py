@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from covray.chains.records import Audit, DatasetRecord
+from covray.chains.records import Audit, DatasetRecord, TaskCounts
 from covray.chains.shard_rows import ShardRow, alphas_of, python_rows, shard_schema, union_alphas
 from covray.config.section import JsonObject
 from covray.errors import DatasetError, one_line
@@ -53,6 +53,7 @@ class ChainDataset:
         if record is None:
             raise DatasetError(f"{path}: no _dataset.json there, so not a dataset; give the --out of a covray build")
         audit = Audit.read_if_present(self.folder)
+        # An audit exists as soon as the first version is finished, so that version 0 is "none yet".
         finished = 0
         if audit is not None:
             finished = audit.version
@@ -120,7 +121,11 @@ class ChainDataset:
             return self.audit.written + self.audit.rejected
         if self.audit is not None:
             return self.audit.written
-        return sum(len(batch) for batch in self._batches(["pair_id"], None, None, errors))
+        # Without an audit the ids of all rows are read.
+        rows = 0
+        for batch in self._batches(["pair_id"], None, None, errors):
+            rows += len(batch)
+        return rows
 
     def rows(
         self,
@@ -155,7 +160,8 @@ class ChainDataset:
         """Return what ``rows`` yields as one Arrow table in memory, with the columns of ``shard_schema``."""
         batches = list(self._batches(columns, tasks, split, errors))
         schema = self._schema()
-        return pa.Table.from_batches(batches, pa.schema([schema.field(name) for name in columns or schema.names]))
+        columns = list(columns or schema.names)
+        return pa.Table.from_batches(batches, pa.schema(map(schema.field, columns)))
 
     def added(self, version: int, columns: Sequence[str], split: str | None = None) -> Iterator[pa.RecordBatch]:
         """Yield the good rows that one version of a finished dataset added, file by file.
@@ -182,7 +188,7 @@ class ChainDataset:
                 and ``unreadable`` lists it.
         """
         schema = self._schema()
-        narrow = pa.schema([schema.field(name) for name in columns or schema.names])
+        narrow = pa.schema(map(schema.field, columns or schema.names))
         yield from self._file_batches(shard, task_of(shard), narrow)
 
     def chain(self, row: ShardRow, length: int, method: str) -> np.ndarray:
@@ -201,6 +207,7 @@ class ChainDataset:
         """
         if row.get("error") is not None:
             raise DatasetError(f"{self.path}: pair {row.get('pair_id')} was rejected ({row['error']}); it has no chain")
+        # Both ends are in every row; such a chain needs no frames.
         if method == "none" or length == 2:
             return np.stack([row["source"], row["label"]])
         if method not in self.methods:
@@ -208,15 +215,19 @@ class ChainDataset:
                 f"{self.path}: has no frames by {method}, only by {', '.join(self.methods) or 'none'}; "
                 f"build with --method {','.join((*self.methods, method))}"
             )
-        by_alpha = {frame["alpha"]: frame["tokens"] for frame in row["frames"] if frame["method"] == method}
+        by_alpha = {}
+        for frame in row["frames"]:
+            if frame["method"] == method:
+                by_alpha[frame["alpha"]] = frame["tokens"]
         pictures, missing = [row["source"]], []
+        # Compared exactly: both sides are the float32 values of the same fractions.
         for alpha in alphas_of(length):
             if alpha in by_alpha:
                 pictures.append(by_alpha[alpha])
             else:
                 missing.append(alpha)
         if missing:
-            lengths = ",".join(str(known) for known in sorted({*self.config["lengths"], length}))
+            lengths = ",".join(map(str, sorted({*self.config["lengths"], length})))
             raise DatasetError(
                 f"{self.path}: a chain of {length} needs alpha {_rounded(missing)}, "
                 f"the dataset has {_rounded(by_alpha)}; build with --length {lengths}"
@@ -232,29 +243,32 @@ class ChainDataset:
         version: int | None = None,
     ) -> Iterator[pa.RecordBatch]:
         schema = self._schema()
-        unknown = [name for name in columns or () if name not in schema.names]
-        if unknown:
-            raise DatasetError(f"{self.path}: has no column {unknown[0]}, only {', '.join(schema.names)}")
         wanted = list(columns or schema.names)
+        for name in wanted:
+            if name not in schema.names:
+                raise DatasetError(f"{self.path}: has no column {name}, only {', '.join(schema.names)}")
         # The filters' columns are read beside the wanted ones, and dropped again.
         to_read = [*wanted]
         if not errors and "error" not in to_read:
             to_read.append("error")
         if split is not None and "split" not in to_read:
             to_read.append("split")
-        narrow = pa.schema([schema.field(name) for name in to_read])
+        narrow = pa.schema(map(schema.field, to_read))
         chosen = None if tasks is None else set(tasks)
+
         stored: Counter[str] = Counter()
         for batch in _joined(self._read_shards(narrow, chosen, version, stored)):
-            kept = batch
+            selected = batch
+            # A filter copies the batch, so that it is skipped where it would select all rows.
             if not errors and batch.column("error").null_count < len(batch):
-                kept = kept.filter(pc.is_null(kept.column("error")))
+                selected = selected.filter(pc.is_null(selected.column("error")))
             if split is not None:
-                in_split = pc.fill_null(pc.equal(kept.column("split"), split), False)
-                if in_split.true_count < len(kept):
-                    kept = kept.filter(in_split)
-            if len(kept):
-                yield kept.select(wanted)
+                in_split = pc.fill_null(pc.equal(selected.column("split"), split), False)
+                if in_split.true_count < len(selected):
+                    selected = selected.filter(in_split)
+            if len(selected):
+                yield selected.select(wanted)
+        # Checked behind the last row: only then are all shards counted.
         if self.audit is not None:
             self._require_audited(stored, chosen, self._built(version))
 
@@ -281,13 +295,14 @@ class ChainDataset:
         """Return the rows of each task that were written, or that ``version`` added to those before it."""
         assert self.audit is not None
         if version is None:
-            return {task: counts.asked for task, counts in self.audit.per_task.items()}
+            return _asked_by_task(self.audit.per_task)
         assert self._versions_audit is not None
-        built = {task: counts.asked for task, counts in self._versions_audit.of_version(version).per_task.items()}
+        built = _asked_by_task(self._versions_audit.of_version(version).per_task)
         # An audit counts all rows up to its version: what this one added is the difference.
         if version > 1:
-            for task, counts in self._versions_audit.of_version(version - 1).per_task.items():
-                built[task] -= counts.asked
+            before = _asked_by_task(self._versions_audit.of_version(version - 1).per_task)
+            for task, rows in before.items():
+                built[task] -= rows
         return built
 
     def _require_audited(self, stored: Mapping[str, int], tasks: set[str] | None, expected: Mapping[str, int]) -> None:
@@ -302,7 +317,9 @@ class ChainDataset:
     def _file_batches(self, name: str, task: str, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
         """Yield the rows of one shard with the columns of ``schema``."""
         # A partitioned writer leaves the task out of the files: the folder says it.
-        stored = [column for column in schema.names if column != "task"]
+        stored = list(schema.names)
+        if "task" in stored:
+            stored.remove("task")
         path, filesystem = self.folder.inner_path(name), self.folder.filesystem
         # Requests are joined where each takes a round trip; on a disk that costs more than a small shard's tokens.
         is_remote = not isinstance(filesystem, fs.LocalFileSystem)
@@ -315,6 +332,8 @@ class ChainDataset:
                     if absent:
                         raise DatasetError(f"{self.path}/{name}: lacks column {min(absent)}; build the dataset again")
                     columns = []
+                    # Built in the order of the schema; a file may have its columns in another order and with wider
+                    # types.
                     for field in schema:
                         if field.name == "task":
                             columns.append(pa.array([task] * len(batch), pa.string()))
@@ -325,6 +344,8 @@ class ChainDataset:
                         columns.append(column)
                     yield pa.RecordBatch.from_arrays(columns, schema=schema)
         except _UNREADABLE as error:
+            # A finished dataset has no shard that may be incomplete. In an unfinished one a writer may still be at
+            # it.
             if self.audit is not None:
                 raise DatasetError(
                     f"{self.path}/{name}: cannot be read ({one_line(error)}); try again, and where it is damaged "
@@ -335,6 +356,11 @@ class ChainDataset:
 
     def _schema(self) -> pa.Schema:
         return shard_schema(keep_noise=bool(self.config.get("keep_noise", False)))
+
+
+def _asked_by_task(per_task: Mapping[str, TaskCounts]) -> dict[str, int]:
+    """Return the rows of each task, good and rejected ones, by an audit."""
+    return {task: counts.asked for task, counts in per_task.items()}
 
 
 def _joined(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -356,6 +382,7 @@ def shard_files(folder: Folder, version: int) -> list[str]:
     names = []
     for name in (folder / "shards").list_files(".parquet"):
         shard = f"shards/{name}"
+        # Writers of Parquet leave names with "." or "_" for what is not part of the data.
         if not name.rsplit("/", 1)[-1].startswith((".", "_")) and version_of(shard) <= version:
             names.append(shard)
     return names
@@ -384,6 +411,7 @@ def split_version(path: str) -> tuple[str, int | None]:
 
 def task_of(shard: str) -> str:
     """Return the task that a shard's path names (``shards/task=<task>/...``). Raises DatasetError for none."""
+    # A path has at most one such part; version=<n> may stand before it.
     for part in shard.split("/"):
         if part.startswith("task="):
             return part.removeprefix("task=")

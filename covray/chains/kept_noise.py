@@ -64,13 +64,17 @@ class KeptNoise:
         dataset = ChainDataset(path)
         _require_same_inversion(dataset, config, prior_fingerprint)
         shards = tuple(dataset.shards)
+
+        # The empty arrays give a dataset without shards their dtypes.
         pair_ids = [np.zeros(0, np.int64)]
         shard_of_pair = [np.zeros(0, np.int32)]
         for number, shard in enumerate(shards):
             ids = _read_columns(path, shard, ["pair_id"])["pair_id"].to_numpy()
             pair_ids.append(ids)
             shard_of_pair.append(np.full(len(ids), number, np.int32))
+
         all_ids = np.concatenate(pair_ids)
+        # Sorted once, so that a lookup is a binary search.
         order = np.argsort(all_ids, kind="stable")
         return cls(path, shards, all_ids[order], np.concatenate(shard_of_pair)[order])
 
@@ -78,22 +82,28 @@ class KeptNoise:
         """Return the noise of ``source`` and ``label`` of those of ``pair_ids`` that the dataset has, by pair."""
         if not len(self.pair_ids):
             return {}
+        # An id behind the last one would have a place outside the array; it is clamped and then found unequal.
         place = np.minimum(np.searchsorted(self.pair_ids, pair_ids), len(self.pair_ids) - 1)
         present = place[self.pair_ids[place] == pair_ids]
         wanted = set(pair_ids.tolist())
+
         columns = ["pair_id"]
         for end in ENDS:
             columns += [f"{end}_noise", f"{end}_pixels"]
         noise: dict[int, dict[str, PictureNoise]] = {}
+        # Shard by shard: each one that holds a wanted pair is read once.
         for number in np.unique(self.shard_of_pair[present]):
             for row in _read_columns(self.path, self.files[number], columns).to_pylist():
                 if row["pair_id"] in wanted and row["source_noise"] is not None:
-                    of_pair = {end: PictureNoise(row[f"{end}_noise"], row[f"{end}_pixels"]) for end in ENDS}
+                    of_pair = {}
+                    for end in ENDS:
+                        of_pair[end] = PictureNoise(row[f"{end}_noise"], row[f"{end}_pixels"])
                     noise[row["pair_id"]] = of_pair
         return noise
 
 
 def _require_same_inversion(dataset: ChainDataset, config: BuildConfig, prior_fingerprint: str) -> None:
+    # An identity leaves out defaults of the solver: with_solver states them on both sides.
     path, theirs, ours = dataset.path, with_solver(dataset.identity), with_solver(config.identity())
     if not theirs.get("keep_noise"):
         raise DatasetError(f"noise_from: {path} was built without --keep-noise; build it again with it")
@@ -109,7 +119,9 @@ def _require_same_inversion(dataset: ChainDataset, config: BuildConfig, prior_fi
     for key in ("size_px", "solver", "steps", "evaluations", "context"):
         if theirs["prior"][key] != ours["prior"][key]:
             differing.append(f"prior.{key}")
-    differing += [f"engine.{key}" for key in ours["engine"] if theirs["engine"].get(key) != ours["engine"][key]]
+    for key, value in ours["engine"].items():
+        if theirs["engine"].get(key) != value:
+            differing.append(f"engine.{key}")
     if differing:
         raise DatasetError(f"noise_from: {path} was inverted with another {', '.join(differing)}; use the same")
 

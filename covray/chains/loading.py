@@ -43,21 +43,28 @@ class Chains:
             DatasetError: As ``count_pairs``, or a shard has another number of tokens than the dataset.
         """
         stored = pictures_of(dataset, config)
-        kept = np.unique(np.concatenate(list(stored.values())))
-        reader = _TaskReader(dataset, split, inner=kept[1:-1] - 1, dropped=dropped_share(dataset, config, split))
+        # Pictures of all lengths, each once: chains of several lengths share alphas.
+        needed = np.unique(np.concatenate(list(stored.values())))
+        # The first and the last picture are source and label; a row's list of frames begins behind the source.
+        inner = needed[1:-1] - 1
+        reader = _TaskReader(dataset, split, inner, dropped=dropped_share(dataset, config, split))
+
         # For the rows of all splits: counting first would open each file twice, and memory is taken when it is written.
-        tokens = np.empty((dataset.count(), len(kept), dataset.tokens_per_image), np.uint16)
+        tokens = np.empty((dataset.count(), len(needed), dataset.tokens_per_image), np.uint16)
         pair_ids = np.empty(len(tokens), np.int64)
         counts: dict[str, int] = {}
         first = 0
-        for task in sorted(config.tasks or {task_of(shard) for shard in dataset.shards}):
+        tasks = config.tasks or set(map(task_of, dataset.shards))
+        for task in sorted(tasks):
             rows = reader.read(task, tokens[first:], pair_ids[first:])
             if rows:
                 counts[task] = rows
                 first += rows
+
         require_pairs(dataset, config, split, counts)
         starts = np.cumsum([0, *counts.values()])
-        pictures = {length: np.searchsorted(kept, indices) for length, indices in stored.items()}
+        pictures = {length: np.searchsorted(needed, indices) for length, indices in stored.items()}
+        # The arrays are longer by the rows of other splits; a view leaves them out.
         return cls(tokens[:first], pair_ids[:first], tuple(counts), starts, pictures)
 
     def __len__(self) -> int:
@@ -114,6 +121,8 @@ class _TaskReader:
         Raises:
             DatasetError: A shard has another number of tokens than the dataset.
         """
+        # Every row gets its place first, so that tokens are written where they belong, batch by batch, without a copy
+        # of all.
         dataset = self._dataset
         table = dataset.table(self._columns, [task], self._split)
         if not len(table):
@@ -123,12 +132,14 @@ class _TaskReader:
         pair_ids[: len(table)] = ids[order]
         target = np.empty(len(table), np.int64)  # the sorted position of every row
         target[order] = np.arange(len(table))
+
         start = 0
         for batch in table.to_batches():
             rows = target[start : start + len(batch)]
             start += len(batch)
             tokens[rows, 0] = flat_tokens(dataset, batch.column("source"), (len(batch),))
             tokens[rows, -1] = flat_tokens(dataset, batch.column("label"), (len(batch),))
+            # Arrow's list of frames is flat: [rows x frames] lists of tokens, in the fixed order of `frame_order`.
             if len(self._inner):
                 frames = batch.column("frames").flatten().field("tokens")
                 tokens[rows, 1:-1] = flat_tokens(dataset, frames, (len(batch), self._frames))[:, self._inner]
@@ -136,7 +147,8 @@ class _TaskReader:
             return len(table)
         # Chains of the lowest quality are dropped: the best move up, and stay sorted by pair.
         figures = table["quality"].to_pylist()
-        best = best_rows([chain_quality(figures[row]) for row in order], self._share)
+        qualities = [chain_quality(figures[row]) for row in order]
+        best = best_rows(qualities, self._share)
         tokens[: len(best)], pair_ids[: len(best)] = tokens[best], pair_ids[best]
         return len(best)
 
@@ -167,16 +179,19 @@ def kept_by_task(dataset: ChainDataset, config: SentencesConfig, split: str) -> 
     Raises:
         DatasetError: The frames that a length needs were not built, or no quality is known to drop the worst chains by.
     """
+    # Only to refuse a method or a length that was not built.
     pictures_of(dataset, config)
     dropped = dropped_share(dataset, config, split)
     counts: Counter[str] = Counter()
-    for entry in pc.value_counts(dataset.table(["task"], config.tasks, split)["task"].combine_chunks()).to_pylist():
+    tasks = dataset.table(["task"], config.tasks, split)["task"].combine_chunks()
+    for entry in pc.value_counts(tasks).to_pylist():
         counts[entry["values"]] = kept_count(entry["counts"], dropped)
     return counts
 
 
 def dropped_share(dataset: ChainDataset, config: SentencesConfig, split: str) -> float:
     """Return the share of chains of ``split`` that is left out. Raises DatasetError where no quality is known."""
+    # The worst are left out of training only: validation asks for chains as they come.
     if not config.drop_worst or split != config.split:
         return 0.0
     if "diffusion" not in dataset.methods:
@@ -216,6 +231,7 @@ def require_pairs(dataset: ChainDataset, config: SentencesConfig, split: str, co
             f"{dataset.path}: no good pairs in split {split}, only in {', '.join(splits) or 'none'}; "
             "set sentences.split or sentences.validation_split"
         )
+    # The query is a pair, too.
     needed = max(config.pairs) + 1
     for task in config.tasks or counts:
         if counts.get(task, 0) < needed:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -33,9 +34,9 @@ def count_queries(sources: Sequence[Source], config: SentencesConfig, split: str
         DatasetError: As ``count_pairs``.
     """
     first, *others = [source.dataset for source in sources]
-    pairs = sum(count_pairs(first, config, split, *others).values())
+    pairs = count_pairs(first, config, split, *others)  # also where weights decide: it refuses what is too small
     if _is_natural(sources):
-        return pairs
+        return sum(pairs.values())
     queries = 0
     for source in sources:
         queries += _queries(source, kept_by_task(source.dataset, config, split).total())
@@ -56,10 +57,13 @@ class _Share:
 
     def dealt(self, seed: int, number: int, epoch: int) -> NDArray[np.int32]:
         """Return the queries of an epoch: the rows are dealt, in a new order each time they have all been dealt."""
+        # Dealing goes on across epochs: the k-th deal is one permutation of all rows, and an epoch takes the next
+        # `queries`.
         first, count = epoch * self.queries, len(self.rows)
         end = first + self.queries
         taken = []
         for deal in range(first // count, -(-end // count)):
+            # Seeded by the deal, so that an epoch can be had without those before it.
             order = np.argsort(np.random.default_rng([seed, number, deal]).random(count), kind="stable")
             taken.append(order[max(first - deal * count, 0) : end - deal * count])
         return self.rows[np.concatenate(taken)]
@@ -72,7 +76,7 @@ class _Rows:
     pair_ids: NDArray[np.int64]
     tasks: NDArray[np.int16]
     """Indices of a list of names."""
-    parts: NDArray[np.uint16]
+    batches: NDArray[np.uint16]
     """Which batch of rows, mapped or in memory."""
     rows: NDArray[np.int32]
     """Rows of the batch."""
@@ -80,22 +84,21 @@ class _Rows:
     @classmethod
     def joined(cls, pieces: Sequence[_Rows]) -> _Rows:
         """Return the rows of all ``pieces``, at least one."""
-        return cls(
-            pair_ids=np.concatenate([piece.pair_ids for piece in pieces]),
-            tasks=np.concatenate([piece.tasks for piece in pieces]),
-            parts=np.concatenate([piece.parts for piece in pieces]),
-            rows=np.concatenate([piece.rows for piece in pieces]),
-        )
+        columns: dict[str, NDArray[Any]] = {}
+        for column in fields(cls):
+            columns[column.name] = np.concatenate([getattr(piece, column.name) for piece in pieces])
+        return cls(**columns)
 
     def best(self, qualities: Sequence[float | None], dropped: float) -> _Rows:
         """Return the rows without the share ``dropped`` of each task that has the lowest of ``qualities``."""
-        kept = []
+        best = [np.empty(0, np.int64)]  # for the dtype, where there are no rows
         for task in np.unique(self.tasks):
             of_task = np.flatnonzero(self.tasks == task)
             of_task = of_task[np.argsort(self.pair_ids[of_task])]  # of equal ones the same stay, whatever the shards
-            kept.append(of_task[best_rows([qualities[row] for row in of_task.tolist()], dropped)])
-        chosen = np.concatenate([np.empty(0, np.int64), *kept])
-        return _Rows(self.pair_ids[chosen], self.tasks[chosen], self.parts[chosen], self.rows[chosen])
+            qualities_of_task = [qualities[row] for row in of_task.tolist()]
+            best.append(of_task[best_rows(qualities_of_task, dropped)])
+        chosen = np.concatenate(best)
+        return _Rows(self.pair_ids[chosen], self.tasks[chosen], self.batches[chosen], self.rows[chosen])
 
 
 class MappedChains:
@@ -117,14 +120,17 @@ class MappedChains:
                 for a sentence, or a shard cannot be used.
         """
         self.tokens_per_image = sources[0].dataset.tokens_per_image
-        self._parts: list[_Views] = []
+        self._batches: list[_Views] = []
         self._names: list[str] = []
         pieces = [self._read(source.dataset, config, split) for source in sources]
-        found = _Rows.joined(pieces)
+        rows = _Rows.joined(pieces)
+
+        # Names were numbered as they appeared; the sentences go by their alphabet, whatever the datasets' order.
         alphabetical = np.argsort(self._names).astype(np.int16)
-        tasks = np.argsort(alphabetical).astype(np.int16)[found.tasks]
-        order = np.lexsort((found.pair_ids, tasks))
-        self._part_of, self._row_of = found.parts[order], found.rows[order]
+        tasks = np.argsort(alphabetical).astype(np.int16)[rows.tasks]
+        order = np.lexsort((rows.pair_ids, tasks))  # by task, then by pair
+        self._batch_of, self._row_of = rows.batches[order], rows.rows[order]
+        # A task that only another split has is left out.
         counts = np.bincount(tasks, minlength=len(self._names))
         present = np.flatnonzero(counts)
         self.tasks = tuple(self._names[alphabetical[task]] for task in present)
@@ -143,7 +149,10 @@ class MappedChains:
         """The queries of an epoch."""
         if not self._shares:
             return len(self)
-        return sum(share.queries for share in self._shares)
+        queries = 0
+        for share in self._shares:
+            queries += share.queries
+        return queries
 
     def queries(self, seed: int, epoch: int) -> NDArray[np.int32] | None:
         """Return the rows that are queries of an epoch, [epoch_queries], in any order; None: each row once."""
@@ -154,42 +163,51 @@ class MappedChains:
 
     def take(self, rows: NDArray[np.int64], length: int) -> NDArray[np.uint16]:
         """Return the chains of ``rows``, uint16 [rows, length, tokens per picture]."""
-        pieces = []
-        for part, row in zip(self._part_of[rows].tolist(), self._row_of[rows].tolist(), strict=True):
-            for view in self._parts[part][length]:
-                pieces.append(view[row])
-        return np.concatenate(pieces).reshape(len(rows), length, self.tokens_per_image)
+        views = []
+        for batch, row in zip(self._batch_of[rows].tolist(), self._row_of[rows].tolist(), strict=True):
+            for view in self._batches[batch][length]:
+                views.append(view[row])
+        return np.concatenate(views).reshape(len(rows), length, self.tokens_per_image)
 
     def _read(self, dataset: ChainDataset, config: SentencesConfig, split: str) -> _Rows:
         """Return the rows that are needed of one dataset, and remember its batches and tasks."""
+        # `stored` counts the pictures of a stored row, `in_memory` those that were read from it.
         stored = pictures_of(dataset, config)
-        kept = np.unique(np.concatenate(list(stored.values())))
-        in_memory = {length: np.searchsorted(kept, pictures) for length, pictures in stored.items()}
+        needed = np.unique(np.concatenate(list(stored.values())))
+        in_memory = {length: np.searchsorted(needed, pictures) for length, pictures in stored.items()}
         pieces = [_Rows(np.empty(0, np.int64), np.empty(0, np.int16), np.empty(0, np.uint16), np.empty(0, np.int32))]
         dropped = dropped_share(dataset, config, split)
         qualities: list[float | None] = []
-        for batch in token_batches(dataset, kept, split):
+        for batch in token_batches(dataset, needed, split):
+            # Views of the file; nothing is copied.
             tokens = tokens_of(batch, self.tokens_per_image)
+            # A mapped file has the rows of all splits and tasks.
             wanted = pc.equal(batch.column("split"), split)
             if config.tasks is not None:
                 wanted = pc.and_(wanted, pc.is_in(batch.column("task"), pa.array(config.tasks, pa.string())))
-            rows = np.flatnonzero(pc.fill_null(wanted, False).to_numpy(zero_copy_only=False)).astype(np.int32)
+            is_wanted = pc.fill_null(wanted, False).to_numpy(zero_copy_only=False)
+            rows = np.flatnonzero(is_wanted).astype(np.int32)
             if not len(rows):
                 continue
             ids = batch.column("pair_id").to_numpy()[rows]
             if dropped:
-                qualities += map(chain_quality, batch.column("quality").take(pa.array(rows)).to_pylist())
-            part = np.full(len(rows), len(self._parts), np.uint16)
-            pieces.append(_Rows(ids, self._task_numbers(batch.column("task"))[rows], part, rows))
+                figures = batch.column("quality").take(pa.array(rows)).to_pylist()
+                qualities += map(chain_quality, figures)
+            number = np.full(len(rows), len(self._batches), np.uint16)
+            pieces.append(_Rows(ids, self._task_numbers(batch.column("task"))[rows], number, rows))
             pictures = in_memory
             if tokens.shape[1] == picture_count(dataset):
                 # A mapped file has all pictures at their places in a stored row; in memory only those needed are kept.
                 pictures = stored
-            self._parts.append({length: _views(tokens, places) for length, places in pictures.items()})
-        found = _Rows.joined(pieces)
+            views = {}
+            for length, places in pictures.items():
+                views[length] = _views(tokens, places)
+            self._batches.append(views)
+
+        rows_of_dataset = _Rows.joined(pieces)
         if not dropped:
-            return found
-        return found.best(qualities, dropped)
+            return rows_of_dataset
+        return rows_of_dataset.best(qualities, dropped)
 
     def _task_numbers(self, tasks: pa.StringArray) -> NDArray[np.int16]:
         """Return the place of each row's task in the list of names, int16 [rows]; new names are added to the list."""
@@ -205,6 +223,7 @@ class MappedChains:
 
 def _views(tokens: NDArray[np.uint16], pictures: NDArray[np.int64]) -> list[NDArray[np.uint16]]:
     """Return the views of ``tokens`` [rows, pictures, tokens of a picture] that make up the ``pictures``, ascending."""
+    # A run of pictures that stand together ends where the next number is not the next picture.
     runs = np.split(pictures, np.flatnonzero(np.diff(pictures) != 1) + 1)
     return [tokens[:, run[0] : run[-1] + 1] for run in runs]
 
@@ -219,6 +238,7 @@ def _shares(sources: Sequence[Source], counts: Sequence[int], order: NDArray[np.
     """
     if _is_natural(sources):
         return ()
+    # Which dataset each sorted row is of.
     source_of = np.repeat(np.arange(len(sources), dtype=np.uint8), counts)[order]
     shares = []
     for number, source in enumerate(sources):

@@ -18,6 +18,7 @@ def require_models(config: BuildConfig) -> None:
         WeightsError: A folder is missing or incomplete.
         ConfigError: The prior cannot take this number of steps.
     """
+    # The prior's schedule is read as well: it says how many steps it can take.
     if needs_prior(config) and not is_hub_id(config.prior.path):
         read_schedule(find_prior(config.prior), config.prior)
     if not is_hub_id(config.tokenizer.path):

@@ -55,6 +55,7 @@ class BuildModels:
 
 def needs_prior(config: BuildConfig) -> bool:
     """Return whether any frame or kept noise of ``config`` needs diffusion."""
+    # A chain of length 2 has no alphas, and then no method makes frames.
     frames = BY_ENGINE in config.methods and bool(union_alphas(config.lengths, config.alphas))
     return frames or config.keep_noise
 
@@ -76,18 +77,19 @@ def prepare_block(
         root: the folder that URIs are below.
         noise: an earlier build's, which is used where the pixels are still the same.
     """
-    kept = {}
+    noise_by_pair = {}
     if noise is not None:
-        kept = noise.read(table["pair_id"].to_numpy())
+        noise_by_pair = noise.read(table["pair_id"].to_numpy())
     rows: list[dict[str, Any]] = []
     for row in row_dicts(table):
-        prepared: dict[str, Any] = {name: row[name] for name in ("pair_id", "task", "split")}
+        prepared: dict[str, Any] = {"pair_id": row["pair_id"], "task": row["task"], "split": row["split"]}
         try:
+            # A pair that cannot be used is a row with its reason; the block goes on.
             prepared |= _prepare_pair(row, config, models, root)
-            for name, kept_noise in kept.get(row["pair_id"], {}).items():
+            for name, known in noise_by_pair.get(row["pair_id"], {}).items():
                 # Noise belongs to the very pixels that were inverted: a picture that changed is inverted again.
-                if kept_noise.pixels_digest == picture_digest(prepared[name]):
-                    prepared[f"{name}_noise"] = kept_noise.noise
+                if known.pixels_digest == picture_digest(prepared[name]):
+                    prepared[f"{name}_noise"] = known.noise
         except PairError as error:
             prepared["error"] = str(error)
         rows.append(prepared)
@@ -96,12 +98,14 @@ def prepare_block(
 
 def _prepare_pair(row: PairRow, config: BuildConfig, models: BuildModels, root: str | None) -> dict[str, Any]:
     pair = load_pair(row, root)
+    # Labels of classes must not be blended: their task says "nearest".
     resamples: dict[str, Resample] = {"source": "bicubic", "label": TASKS[row["task"]].resample}
     prepared: dict[str, Any] = {}
     if reads_captions(config):
         prepared["caption"] = _caption(row)
     for name, picture in (("source", pair.image), ("label", pair.label)):
         prepared[name] = square(picture, models.prior_px, config.fit, resamples[name]).tobytes()
+        # Null where the sizes are one: the block travels between nodes, and pixels are most of it.
         if models.tokenizer_px != models.prior_px:
             prepared[f"{name}_small"] = square(picture, models.tokenizer_px, config.fit, resamples[name]).tobytes()
     return prepared

@@ -30,6 +30,7 @@ def chain_quality(figures: Mapping[str, Any] | None) -> float | None:
         return None
     quality = 1 / float(figures["diffusion_path"])
     for end in ("source_noise_rms", "label_noise_rms"):
+        # An end whose noise is not known counts as typical.
         rms = figures.get(end)
         if rms:
             quality *= math.exp(-abs(math.log(rms)))
@@ -38,6 +39,7 @@ def chain_quality(figures: Mapping[str, Any] | None) -> float | None:
 
 def kept_count(rows: int, dropped: float) -> int:
     """Return how many of ``rows`` chains of a task stay where a share ``dropped`` is left out."""
+    # Rounded down: with few rows none is dropped.
     return rows - int(dropped * rows)
 
 
@@ -50,5 +52,6 @@ def best_rows(qualities: Sequence[float | None], dropped: float) -> NDArray[np.i
     for row, quality in enumerate(qualities):
         if quality is not None:
             values[row] = quality
+    # Stable, so that of equal ones the first rows stay.
     order = np.argsort(-values, kind="stable")
     return np.sort(order[: kept_count(len(values), dropped)])

@@ -146,6 +146,7 @@ class Audit(Record):
     @property
     def version(self) -> int:
         """Return the newest finished version, counted from 1."""
+        # Datasets of one version do not list versions.
         return len(self.versions or [None])
 
     def counts(self) -> VersionCounts:
@@ -156,5 +157,6 @@ class Audit(Record):
         """Return the audit of a finished version; of an earlier one only the counts are known."""
         if version == self.version:
             return self
+        # The figures of speed are of the last run, so that they are not those of an earlier version.
         assert self.versions is not None
         return Audit(**dict(self.versions[version - 1]))

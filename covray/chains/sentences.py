@@ -109,13 +109,15 @@ class Sentences:
         Raises:
             ConfigError: The longest sentence exceeds the context.
         """
+        # Refused here, before a worker reads a token.
         require_context(config, chains.tokens_per_image, context_tokens)
         self.chains, self.config, self.seed = chains, config, seed
         # Two epochs: a step may lie across the end of one.
         self._epoch = lru_cache(maxsize=2)(self._sample)
         self._loss_at = cache(self._find_loss)  # of every shape of sentence
+        # Asked for several times a sentence: with one shape there is nothing to look up.
         shapes = list(itertools.product(lengths_of(config), config.pairs))
-        self._only_shape = shapes[0] if len(shapes) == 1 else None  # asked for several times a sentence
+        self._only_shape = shapes[0] if len(shapes) == 1 else None
 
     def __len__(self) -> int:
         """Return the queries of an epoch."""
@@ -124,6 +126,7 @@ class Sentences:
     def shape(self, index: int) -> tuple[int, int]:
         """Return the pictures of a chain and the example pairs of the sentence."""
         if self._only_shape is not None:
+            # A cursor counts sentences through all epochs.
             return self._only_shape
         number, position = divmod(index, len(self))
         epoch = self._epoch(number)
@@ -142,12 +145,14 @@ class Sentences:
         """Return the positions of the query's frames in the sentence, ascending, int64 [frames x tokens]."""
         length, _ = self.shape(index)
         end, size = self.tokens(index), self.chains.tokens_per_image
+        # The answer is the last picture; the frames stand before it, the query's image before those.
         return np.arange(end - (length - 1) * size, end - size)
 
     def rows(self, index: int) -> np.ndarray:
         """Return the rows of ``chains`` in the order of the sentence, int [pairs + 1]; the query is the last."""
         number, position = divmod(index, len(self))
         epoch = self._epoch(number)
+        # Examples are stored the nearest to the query first: backwards they end with the query itself.
         return epoch.rows[position, epoch.pairs[position] :: -1]
 
     def sentence(self, index: int) -> Sentence:
@@ -157,6 +162,7 @@ class Sentences:
         return Sentence(ids.reshape(-1), self.loss_at(index))
 
     def _find_loss(self, length: int, pairs: int) -> np.ndarray:
+        # [chains, pictures, tokens], in the order of the sentence.
         carries = np.zeros((pairs + 1, length, self.chains.tokens_per_image), bool)
         carries[_LOSS[self.config.loss]] = True
         carries[0, 0, 0] = False  # nothing stands before the first token to predict it from
@@ -169,40 +175,45 @@ class Sentences:
         loss show the same pairs in the same order, and one with fewer examples lacks the first of them.
         """
         generator = np.random.default_rng([self.seed, epoch])
+
         queries = np.argsort(generator.random(len(self)), kind="stable")
         chosen = self.chains.queries(self.seed, epoch)
         if chosen is not None:
             queries = chosen[queries]
+
         lengths = self._choose(lengths_of(self.config), generator)
         pairs = self._choose(self.config.pairs, generator)
         most = max(self.config.pairs)
-        rows = np.empty((len(self), most + 1), np.int32 if len(self.chains) < 2**31 else np.int64)
+        row_type = np.int32 if len(self.chains) < 2**31 else np.int64
+        rows = np.empty((len(self), most + 1), row_type)
         rows[:, 0] = queries
+        # One example after another, for all queries: each is drawn without those that its sentence already has.
         for taken in range(1, most + 1):
-            luck = generator.random(len(self))
+            uniform = generator.random(len(self))
             for start in range(0, len(self), _QUERIES_AT_ONCE):
-                some = slice(start, start + _QUERIES_AT_ONCE)
-                rows[some, taken] = self._examples(rows[some, :taken], luck[some])
+                portion = slice(start, start + _QUERIES_AT_ONCE)
+                rows[portion, taken] = self._examples(rows[portion, :taken], uniform[portion])
         return _Epoch(rows, lengths, pairs)
 
-    def _examples(self, present: np.ndarray, luck: np.ndarray) -> np.ndarray:
+    def _examples(self, present: np.ndarray, uniform: np.ndarray) -> np.ndarray:
         """Return one more row of the same task for each sentence, int64 [sentences].
 
         Args:
             present: The rows that each sentence has, [sentences, rows].
-            luck: A uniform number for each sentence.
+            uniform: A number in [0, 1) for each sentence.
         """
         starts = self.chains.starts
         task = np.searchsorted(starts, present[:, 0], side="right") - 1
         # The k-th of the pairs that are not in the sentence yet: count past those that are, in ascending order.
         free = np.diff(starts)[task] - present.shape[1]
-        example = starts[task] + (luck * free).astype(np.int64)
+        example = starts[task] + (uniform * free).astype(np.int64)
         for row in np.sort(present, axis=1).T:
             example += example >= row
         return example
 
     def _choose(self, choices: tuple[int, ...], generator: np.random.Generator) -> np.ndarray:
         """Return one of ``choices`` for each query of an epoch, uint16 [queries]."""
+        # Floor of a uniform number times their count: each is as likely, and as many numbers are drawn for any count.
         return np.array(choices, np.uint16)[(generator.random(len(self)) * len(choices)).astype(np.int64)]
 
 
@@ -211,6 +222,7 @@ def step_bounds(sentences: Sentences, first: int, batch_tokens: int) -> int:
 
     A step has as many sentences as fit in ``batch_tokens``, and at least one.
     """
+    # At least one sentence, however long.
     end = first + 1
     tokens_left = batch_tokens - sentences.tokens(first)
     while sentences.tokens(end) <= tokens_left:
@@ -243,19 +255,24 @@ def micro_batches(
         micro_tokens: Tokens of a batch, at most; but a batch has at least one sentence.
         finish: Returns what is made of a batch and the indices of its sentences; by default the batch.
     """
-    shares = [_packed(sentences, range(first + start, last, world), micro_tokens) for start in range(world)]
+    # What every worker gets follows from the stream, so that no worker asks another.
+    packs_by_rank = [_packed(sentences, range(first + start, last, world), micro_tokens) for start in range(world)]
     batches: list[Batch | None] = []
-    for share in shares[rank]:
+    for share in packs_by_rank[rank]:
         batch = _batch(sentences, share)
         if finish is not None:
             batch = finish(batch, share)
         batches.append(batch)
-    return batches + [None] * (max(len(share) for share in shares) - len(batches))
+    most = max(map(len, packs_by_rank))
+    return batches + [None] * (most - len(batches))
 
 
 def loss_tokens(sentences: Sentences, first: int, last: int) -> int:
     """Return the tokens that carry loss in the sentences ``[first, last)``, over all workers."""
-    return sum(len(sentences.loss_at(index)) for index in range(first, last))
+    tokens = 0
+    for index in range(first, last):
+        tokens += len(sentences.loss_at(index))
+    return tokens
 
 
 @dataclass(frozen=True)
@@ -271,6 +288,7 @@ def _packed(sentences: Sentences, share: range, micro_tokens: int) -> list[list[
     tokens_left = 0
     for index in sorted(share, key=sentences.tokens, reverse=True):  # a stable sort: equal lengths stay in order
         tokens = sentences.tokens(index)
+        # Longest first: what follows is not longer, so that a pack is closed as soon as one does not fit.
         if not packs or tokens > tokens_left:
             packs.append([])
             tokens_left = micro_tokens
@@ -289,5 +307,6 @@ def _batch(sentences: Sentences, indices: list[int]) -> Batch:
         lengths.append(len(sentence.ids))
         positions.append(start + sentence.loss_at - 1)  # a token is predicted at the position before it
         start += len(sentence.ids)
+    # One row without padding; `lengths` tells attention where a sentence ends.
     all_ids = torch.from_numpy(np.concatenate(ids).astype(np.int64))
     return Batch(all_ids, tuple(lengths), torch.from_numpy(np.concatenate(positions)))

@@ -5,6 +5,7 @@ A row is a pair; its frames serve every method and every length that was built.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any, TypedDict, cast
 
@@ -70,7 +71,10 @@ def shard_schema(keep_noise: bool) -> pa.Schema:
 
 def alphas_of(length: int) -> tuple[float, ...]:
     """Return the alphas k/(length-1), k = 1..length-2, of a chain of ``length`` pictures, as float32 stores them."""
-    return tuple(float(np.float32(k / (length - 1))) for k in range(1, length - 1))
+    alphas = []
+    for frame in range(1, length - 1):
+        alphas.append(float(np.float32(frame / (length - 1))))  # the value that a shard returns
+    return tuple(alphas)
 
 
 def union_alphas(lengths: Iterable[int], alphas: Iterable[float] = ()) -> tuple[float, ...]:
@@ -79,10 +83,11 @@ def union_alphas(lengths: Iterable[int], alphas: Iterable[float] = ()) -> tuple[
     Raises ConfigError for an alpha that float32 cannot tell from an end of the chain.
     """
     union = {float(np.float32(alpha)) for alpha in alphas}
-    if any(not 0.0 < alpha < 1.0 for alpha in union):
-        raise ConfigError(
-            "alphas: an alpha is not between 0 and 1 as float32; leave it out, a chain always has both ends"
-        )
+    for alpha in union:
+        if not 0.0 < alpha < 1.0:
+            raise ConfigError(
+                "alphas: an alpha is not between 0 and 1 as float32; leave it out, a chain always has both ends"
+            )
     for length in lengths:
         union.update(alphas_of(length))
     return tuple(sorted(union))
@@ -90,12 +95,12 @@ def union_alphas(lengths: Iterable[int], alphas: Iterable[float] = ()) -> tuple[
 
 def frame_order(methods: Iterable[str], alphas: Iterable[float]) -> list[tuple[str, float]]:
     """Return the (method, alpha) of a row's frames in their fixed order: by method, then by alpha."""
-    ascending = sorted(alphas)
-    return [(method, alpha) for method in sorted(methods) for alpha in ascending]
+    return list(itertools.product(sorted(methods), sorted(alphas)))
 
 
 def python_rows(batch: pa.RecordBatch) -> Iterator[ShardRow]:
     """Yield the rows of ``batch`` as dicts, with tokens as uint16 arrays."""
+    # Column by column first: Arrow converts a whole column in one call.
     values = {name: _python_values(batch.column(name)) for name in batch.schema.names}
     for index in range(len(batch)):
         yield cast(ShardRow, {name: column[index] for name, column in values.items()})
@@ -104,27 +109,30 @@ def python_rows(batch: pa.RecordBatch) -> Iterator[ShardRow]:
 def _python_values(column: pa.Array) -> list[Any]:
     """Return the values of a column, with lists of tokens as uint16 arrays."""
     if column.type == _TOKENS:
+        # Tokens stay arrays: as Python integers they would take many times the memory and time.
         return _token_arrays(column)
     if pa.types.is_list(column.type):
+        # A row's frames are a list of structs; its fields are flat columns.
         flat = column.flatten()
         tokens = _token_arrays(flat.field("tokens"))
         methods, alphas = flat.field("method").to_pylist(), flat.field("alpha").to_pylist()
         frames = []
         for method, alpha, ids in zip(methods, alphas, tokens, strict=True):
             frames.append({"method": method, "alpha": alpha, "tokens": ids})
-        return [None if part is None else frames[part] for part in _list_slices(column)]
+        return [None if place is None else frames[place] for place in _list_slices(column)]
     return list(column.to_pylist())
 
 
 def _token_arrays(column: pa.Array) -> list[np.ndarray | None]:
     flat = column.flatten().to_numpy(zero_copy_only=False)
-    return [None if part is None else flat[part] for part in _list_slices(column)]
+    return [None if place is None else flat[place] for place in _list_slices(column)]
 
 
 def _list_slices(column: pa.Array) -> list[slice | None]:
     """Return where each list of ``column`` is in ``column.flatten()``, which leaves out what is below null lists."""
     slices: list[slice | None] = []
     start = 0
+    # A null list takes no place in the flat column.
     for length in column.value_lengths().to_pylist():
         slices.append(None if length is None else slice(start, start + length))
         start += length or 0

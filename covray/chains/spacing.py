@@ -28,10 +28,13 @@ def even_path_alphas(pictures: Sequence[Picture], alphas: Sequence[float], share
         alphas: Where they stand, ascending from 0 to 1.
         shares: Of the path, between 0 and 1, ascending.
     """
+    # gone[i] is the way to picture i, in RMS pixels; gone[0] is 0.
     gone = np.cumsum([0.0, *step_sizes(pictures)])
     if not gone[-1]:
         return list(shares)
-    return [float(alpha) for alpha in np.interp(np.asarray(shares) * gone[-1], gone, alphas)]
+    # The path is a rising function of alpha, piecewise linear: interp reads it the other way round.
+    even = np.interp(np.asarray(shares) * gone[-1], gone, alphas)
+    return list(map(float, even))
 
 
 def coarse_label(label: Picture, alpha: float, resample: Resample) -> Picture:
@@ -44,9 +47,11 @@ def coarse_label(label: Picture, alpha: float, resample: Resample) -> Picture:
             mean.
     """
     height, width = label.shape[:2]
+    # At least one cell, and no cell smaller than a pixel.
     cells = max(1, min(round(COARSE_CELLS * alpha), height, width))
     row_cells, column_cells = np.arange(height) * cells // height, np.arange(width) * cells // width
     coarse = np.empty_like(label)
+    # Cells differ by a pixel where the side is not divisible, so that they are not reshaped into a grid.
     for row in range(cells):
         for column in range(cells):
             area = np.ix_(row_cells == row, column_cells == column)
@@ -58,6 +63,7 @@ def _colour(pixels: NDArray[np.uint8], resample: Resample) -> NDArray[np.uint8]:
     """Return the colour of a cell of ``pixels`` [n, 3]: the mean, or of labels of classes the most frequent one."""
     if resample != "nearest":
         return np.rint(pixels.mean(axis=0)).astype(np.uint8)
+    # A mean of two classes' colours would be a third class.
     colours, counts = np.unique(pixels, axis=0, return_counts=True)
     colour: NDArray[np.uint8] = colours[counts.argmax()]
     return colour

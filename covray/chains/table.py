@@ -81,10 +81,12 @@ class ChainTable:
         """Return a row by its number; negative ones count from the end."""
         table = self.to_arrow()
         number = index
+        # As Python's lists: -1 is the last row.
         if index < 0:
             number += len(table)
         if not 0 <= number < len(table):
             raise IndexError(f"index {index}: there are {len(table)} rows")
+        # Arrow returns tokens as lists; `rows` yields arrays, and so must this.
         values = table.slice(number, 1).to_pylist()[0]
         for end in ("source", "label"):
             values[end] = _tokens(values[end])
@@ -143,6 +145,7 @@ class ChainTable:
         if config is None:
             values = {"lengths": self.lengths, "method": self.method, "tasks": self._tasks}
             config = SentencesConfig.model_validate(values | {"split": self._split or "train"})
+        # The context is a backbone's; here there is none.
         chains = Chains.load(self.dataset, config, config.split)
         return SentenceDataset(Sentences(chains, config, _ANY_CONTEXT, seed))
 
@@ -207,6 +210,7 @@ class ChainRow:
         """Show the chain in a notebook."""
         if self.error is not None:
             return f"<p>pair {self.pair_id} of {html.escape(self.task)} was rejected: {html.escape(self.error)}</p>"
+        # Whatever texts a dataset has, they are escaped: a notebook renders HTML.
         pictures = [np.asarray(picture) for picture in self.pictures()]
         captions = ["image", *(f"α = {alpha:.3g}" for alpha in alphas_of(len(pictures))), "label"]
         return html_picture(draw_strip(pictures, captions), f"a chain of {self.task}")
@@ -236,6 +240,7 @@ class SentenceDataset(Dataset[dict[str, Tensor]]):
             raise IndexError(f"index {index}: an epoch has {len(self)} sentences")
         sentence = self._sentences.sentence(self.epoch * len(self) + index)
         ids = torch.from_numpy(sentence.ids.astype(np.int64))
+        # A loss that ignores NO_LOSS reads the labels as they are.
         labels = torch.full_like(ids, NO_LOSS)
         loss_at = torch.from_numpy(sentence.loss_at)
         labels[loss_at] = ids[loss_at]

@@ -50,13 +50,15 @@ def token_batches(dataset: ChainDataset, pictures: NDArray[np.int64], split: str
         DatasetError: A shard cannot be used.
     """
     batches: list[pa.RecordBatch] = []
+    # A file a version: what is appended later leaves the files before it as they are.
     for version in range(1, dataset.version + 1):
         path = token_file(dataset, version)
         if path is None:
             batches += _grouped(dataset, _rows(dataset, version, pictures, split), len(pictures))
         else:
+            # Mapped: what is not looked at takes no memory.
             reader = pa.ipc.open_file(pa.memory_map(str(path)))
-            batches += [reader.get_batch(number) for number in range(reader.num_record_batches)]
+            batches += map(reader.get_batch, range(reader.num_record_batches))
     return batches
 
 
@@ -86,12 +88,14 @@ def token_file(dataset: ChainDataset, version: int) -> Path | None:
     path = folder / f"{version}-{_key(dataset, version)}.arrow"
     if path.exists():
         return path
+    # Written aside and renamed: a reader never sees half a file, and two writers write the same rows.
     aside = folder / f".{path.name}.{os.getpid()}.part"
     try:
         folder.mkdir(exist_ok=True)
         with open(aside, "wb") as file:
             _write(dataset, version, file)
         os.replace(aside, path)
+    # A training works without the file, from memory.
     except OSError:
         return None
     finally:
@@ -104,8 +108,10 @@ def token_file(dataset: ChainDataset, version: int) -> Path | None:
 
 
 def _key(dataset: ChainDataset, version: int) -> str:
+    # Sizes beside names: a shard that was lost and built again has its old name.
     shards = _shards(dataset, version)
-    infos = dataset.folder.filesystem.get_file_info([dataset.folder.inner_path(shard) for shard in shards])
+    shard_paths = list(map(dataset.folder.inner_path, shards))
+    infos = dataset.folder.filesystem.get_file_info(shard_paths)
     sizes = [[shard, info.size] for shard, info in zip(shards, infos, strict=True)]
     return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:16]
 
@@ -135,13 +141,13 @@ def _grouped(dataset: ChainDataset, batches: Iterable[pa.RecordBatch], pictures:
     """Join the small batches of small shards, since every batch costs a training memory and time."""
     rows = max(1, _TOKENS_OF_A_BATCH // (pictures * dataset.tokens_per_image))
     group: list[pa.RecordBatch] = []
-    held = 0
+    rows_in_group = 0
     for batch in batches:
         group.append(batch)
-        held += len(batch)
-        if held >= rows:
+        rows_in_group += len(batch)
+        if rows_in_group >= rows:
             yield pa.concat_batches(group)
-            group, held = [], 0
+            group, rows_in_group = [], 0
     if group:
         yield pa.concat_batches(group)
 
@@ -151,12 +157,14 @@ def _rows(
 ) -> Iterator[pa.RecordBatch]:
     """Yield the good rows that a version added, with ``pictures`` of each; of one split, or of all."""
     frames = picture_count(dataset) - 2
+    # A row's list of frames begins behind its source.
     inner = pictures[1:-1] - 1
     columns = ["pair_id", "task", "split", "quality", "source", "label"]
     if len(inner):
         columns.append("frames")
     schema = _schema(dataset, len(pictures))
     for batch in dataset.added(version, columns, split):
+        # [rows, pictures, tokens of a picture], in the order of a stored row.
         tokens = np.empty((len(batch), len(pictures), dataset.tokens_per_image), np.uint16)
         tokens[:, 0] = flat_tokens(dataset, batch.column("source"), (len(batch),))
         tokens[:, -1] = flat_tokens(dataset, batch.column("label"), (len(batch),))
@@ -164,6 +172,6 @@ def _rows(
             of_frames = batch.column("frames").flatten().field("tokens")
             tokens[:, 1:-1] = flat_tokens(dataset, of_frames, (len(batch), frames))[:, inner]
         flat = pa.array(tokens.reshape(-1))
-        values = [batch.column(name) for name in schema.names[:-1]]
+        values = list(map(batch.column, schema.names[:-1]))
         values.append(pa.FixedSizeListArray.from_arrays(flat, type=schema.field("tokens").type))
         yield pa.RecordBatch.from_arrays(values, schema=schema)

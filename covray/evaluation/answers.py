@@ -122,8 +122,11 @@ def answer_candidates(decoded: Decoded, number: int, sampling: SamplingConfig) -
 
     All of a vote, the likeliest first; else the likeliest alone.
     """
+    # Without a vote the answer is that of the likeliest candidate.
     best = int(decoded.candidate[number])
     order = [best]
     if sampling.vote > 1:
-        order += [candidate for candidate in range(decoded.candidate_ids.shape[1]) if candidate != best]
+        others = list(range(decoded.candidate_ids.shape[1]))
+        others.remove(best)
+        order += others
     return decoded.candidate_ids[number, order], decoded.candidate_log_likelihood[number, order, -1]

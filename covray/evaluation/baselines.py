@@ -28,6 +28,7 @@ def nearest_label(query: Picture, images: NDArray[np.uint8], labels: NDArray[np.
         images: Of the task's examples, uint8 [n, h, w, 3], n >= 1; of equally near ones the first wins.
         labels: Of the same examples, uint8 [n, h, w, 3].
     """
+    # float32, as the difference of two bytes would overflow.
     errors = [np.mean((image.astype(np.float32) - query) ** 2) for image in images]
     return labels[int(np.argmin(errors))]
 
@@ -42,14 +43,17 @@ def saliency(picture: Picture) -> Picture:
     """
     height, width = picture.shape[:2]
     scale = SALIENCY_SIDE_PX / max(height, width)
-    side = (max(1, round(height * scale)), max(1, round(width * scale)))
+    side = (max(1, round(height * scale)), max(1, round(width * scale)))  # at least a pixel of a narrow picture
     small = resize(picture.mean(axis=2), side, anti_aliasing=scale < 1)
     if np.ptp(small) < 1:  # less than a byte can show: only rounding would stand out
         return np.zeros_like(picture)
     spectrum = np.fft.fft2(small)
     amplitude = np.abs(spectrum)
     logarithm = np.log(np.maximum(amplitude, 1e-8 * amplitude.max()))  # relative, so that brightness does not matter
-    around = np.mean([np.roll(logarithm, shift, (0, 1)) for shift in product((-1, 0, 1), repeat=2)], axis=0)
+    # The geometric mean of 3 x 3 neighbours is the mean of their logarithms; the spectrum wraps around.
+    neighbours = [np.roll(logarithm, shift, (0, 1)) for shift in product((-1, 0, 1), repeat=2)]
+    around = np.mean(neighbours, axis=0)
+    # What is left of the amplitude is the residual; with the phases it goes back to a picture.
     energy = np.abs(np.fft.ifft2(spectrum / np.exp(around))) ** 2
     smooth = resize(gaussian(energy, SALIENCY_SIGMA_PX), (height, width))
     levels = np.rint(255 * (smooth - smooth.min()) / np.ptp(smooth)).astype(np.uint8)

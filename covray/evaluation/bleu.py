@@ -27,11 +27,17 @@ def corpus_bleu(written: Sequence[str], expected: Sequence[str]) -> float:
         expected_words += len(other)
         for size in range(1, LONGEST + 1):
             counts = _ngrams(own, size)
+            # Clipped: an n-gram counts at most as often as the reference has it.
             common[size - 1] += (counts & _ngrams(other, size)).total()
             present[size - 1] += counts.total()
+    # Without smoothing one size without a match makes the whole score 0.
     if not min(common):
         return 0.0
-    mean_log = sum(math.log(hits / all_) for hits, all_ in zip(common, present, strict=True)) / LONGEST
+    # Logarithms of the precisions, one for each size of n-gram; their mean is that of the geometric mean.
+    logarithms = []
+    for matches, ngrams in zip(common, present, strict=True):
+        logarithms.append(math.log(matches / ngrams))
+    mean_log = sum(logarithms) / LONGEST
     return math.exp(mean_log + min(0.0, 1 - expected_words / written_words))
 
 

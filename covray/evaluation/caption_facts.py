@@ -28,6 +28,7 @@ def _phrases() -> dict[str, dict[str, tuple[str, ...]]]:
         "object": {name: (name, other) for name, other in OBJECTS.items()},
         "colour": {name: (name, other) for name, other in OTHER_COLOURS.items() if name in COLOURS},
     }
+    # The other themes have a class for their two phrases.
     named = {"texture": TEXTURES, "background": BACKGROUNDS, "style": STYLES, "arrangement": ARRANGEMENTS}
     for theme, values in named.items():
         phrases[theme] = {name: (phrase.first, phrase.other) for name, phrase in values.items()}
@@ -43,6 +44,7 @@ def stated(caption: str) -> dict[str, set[str]]:
     text = _plain(caption)
     values: dict[str, set[str]] = {}
     for theme, by_name in _phrases().items():
+        # Blanks around both, so that "red" is not found in "covered".
         values[theme] = set()
         for name, phrases in by_name.items():
             if any(phrase in text for phrase in phrases):
@@ -67,5 +69,10 @@ def right_facts(caption: str, attributes: Mapping[str, Any]) -> dict[str, bool]:
         expected[theme] = {solid[theme] for solid in attributes["solids"]}
     for theme in ("background", "style", "arrangement"):
         expected[theme] = {attributes[theme]}
+    # What cannot be seen is not asked for: themes that are not visible have no entry.
     values = stated(caption)
-    return {theme: values[theme] == expected[theme] for theme in expected if theme in attributes["visible"]}
+    right = {}
+    for theme, shown in expected.items():
+        if theme in attributes["visible"]:
+            right[theme] = values[theme] == shown
+    return right

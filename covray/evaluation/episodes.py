@@ -58,14 +58,17 @@ class Episodes:
         """
         self.queries, self.examples = queries, examples
         self.pairs, self.selection, self.seed = pairs, selection, seed
+
         self._blocks = _rows_by_task(examples)
         self._require_examples()
+        # Only these two compare pictures; a random choice reads no tokens.
         if selection != "random":
             if codebook is None:
                 raise ValueError(f"selection {selection} needs the tokenizer's codebook")
             self._codebook = codebook
             self._cells = _pooling(math.isqrt(examples.tokens_per_image))
-            self._features = np.stack([self._feature(image) for image in examples.tokens[:, 0]])
+            features = [self._feature(image) for image in examples.tokens[:, 0]]
+            self._features = np.stack(features)  # [examples, cells * dimensions]
             self._richness = entropy(examples.tokens[:, -1])
 
     def _require_examples(self) -> None:
@@ -102,10 +105,15 @@ class Episodes:
             query_feature = self._feature(self.queries.tokens[query, 0])
             distance = np.linalg.norm(self._features[block] - query_feature, axis=1)
             if self.selection == "focus":
+                # Both in standard deviations, so that one does not drown the other; less distance and more entropy
+                # are better.
                 distance = _standardized(distance) - _standardized(self._richness[block])
             order = np.argsort(distance, kind="stable")
+
         ranked = block.start + order
+        # Queries and examples may be of one split: the query itself is left out.
         ranked = ranked[self.examples.pair_ids[ranked] != pair_id]
+        # The first rank is the best; reversed, it stands next to the query.
         return ranked[: self.pairs][::-1]
 
     def _feature(self, tokens: NDArray[np.uint16]) -> NDArray[np.floating]:
@@ -138,10 +146,12 @@ def _pooling(side: int) -> NDArray[np.float64]:
     cells = min(_CELLS, side)
     along = np.arange(side) * cells // side  # the cell of each row, and of each column
     cell_of_token = (along[:, None] * cells + along).ravel()
+    # A row a cell with 1 at its tokens; divided by their number it averages.
     members = np.eye(cells**2)[cell_of_token].T
     return np.asarray(members / members.sum(axis=1, keepdims=True))
 
 
 def _standardized(values: NDArray[np.floating]) -> NDArray[np.floating]:
     """Return ``values`` less their mean, in standard deviations."""
+    # Examples that are all alike have no deviation; the floor leaves their zeros.
     return (values - values.mean()) / max(float(values.std()), 1e-12)

@@ -58,9 +58,11 @@ def frame_figures(
         raise ValueError(f"{len(frames)} frames and {len(references)} references do not match")
     if not len(frames):
         return dict.fromkeys(metric.name for metric in FRAME_METRICS)
+
     pictures = [query, *frames, answer]
     steps = step_sizes(pictures)
     variation = None
+    # Steps that are all zero have no variation: nothing moves.
     if any(steps):
         variation = float(np.std(steps) / np.mean(steps))
     agreements = [psnr(frame, reference) for frame, reference in zip(frames, references, strict=True)]

@@ -29,13 +29,16 @@ def best_lengths(
     """
     lengths: dict[str, dict[str, int]] = defaultdict(dict)  # by run folder and subject
     for subject in subjects:
+        # Answers of several samples are left out: a length is chosen by single ones.
         if subject.adapter is not None and subject.length is not None and subject.samples == 1:
             lengths[subject.adapter][subject.name] = subject.length
+
     means = {}
     for score in scores:
         means[score.task, score.subject, score.metric] = score.mean
     best: dict[str, dict[str, int]] = {}
     for adapter, of_adapter in lengths.items():
+        # With one length there is nothing to choose.
         if len(of_adapter) < 2:
             continue
         best[adapter] = {}
@@ -49,5 +52,6 @@ def best_lengths(
                 if mean is not None:
                     ranked.append((sign * mean, length))
             if ranked:
+                # Of equal means the smaller second item, the shorter chain.
                 best[adapter][task] = min(ranked)[1]
     return best

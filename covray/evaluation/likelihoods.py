@@ -19,10 +19,12 @@ def label_nats(model: LoadedModel, result: EpisodeResult, candidates: Tokens) ->
     """
     assert result.chain is not None
     assert result.prompt is not None
+    # After everything that stands before it: the examples, the query's image, and the frames.
     label = result.chain[-1]
     by_reference = model.answer_nats(np.concatenate([result.prompt, result.chain[1:-1].reshape(-1)]), label)
     if candidates.shape[1] == 1:  # without frames there is one
         return {OWN: by_reference, REFERENCE: by_reference}
+
     by_own = []
     for candidate in candidates:
         by_own.append(model.answer_nats(np.concatenate([result.prompt, candidate[:-1].reshape(-1)]), label))

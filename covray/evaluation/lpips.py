@@ -57,9 +57,11 @@ class Lpips:
     @torch.inference_mode()
     def __call__(self, first: NDArray[np.uint8], second: NDArray[np.uint8]) -> float:
         """Return the distance of two pictures uint8 [h, w, 3] of one size, at least ``LEAST_PX``."""
+        # Both pictures in one batch of two, in [-1, 1].
         pixels = torch.from_numpy(np.stack([first, second])).permute(0, 3, 1, 2).float() / 127.5 - 1
         shift = torch.tensor(_SHIFT).view(1, 3, 1, 1)
         scale = torch.tensor(_SCALE).view(1, 3, 1, 1)
+
         total = 0.0
         for features, weight in zip(self._features((pixels - shift) / scale), self._weights, strict=True):
             # Equation 1 of the paper: features of unit length over the channels, their difference weighted by channel,
@@ -93,6 +95,7 @@ def load_lpips(path: Path) -> Lpips:
     """
     try:
         data = path.read_bytes()
+        # The file's own name says its digest; under another name the tensors alone decide.
         if path.name == ALEXNET and hashlib.sha256(data).hexdigest()[:8] != "7be5be79":
             raise WeightsError(f"{path}: is damaged, its SHA-256 is not that of its name; get it again")
         trunk = _read(path)

@@ -38,11 +38,13 @@ class PairFile:
         """Open the file that ``write_pairs`` wrote to ``path``."""
         self.path = path
         filesystem, inner = storage.resolve(path)
+        # The narrow columns only; pictures are read when they are asked for.
         with pq.ParquetFile(inner, filesystem=filesystem) as file:
             table = file.read(columns=["pair_id", "task"])
             metadata = file.schema_arrow.metadata or {}
         self.root: str | None = json.loads(metadata[_ROOT_KEY])
         self._ids, self._tasks = table["pair_id"].to_numpy(), table["task"].to_pylist()
+        # A file is small beside its pictures: the place of every pair is held in memory.
         self._row = {pair_id: row for row, pair_id in enumerate(self._ids.tolist())}
         self._group = functools.lru_cache(maxsize=4)(self._read_group)
 
@@ -56,6 +58,7 @@ class PairFile:
         """Return the rows (``PAIR_SCHEMA``) of ``pair_ids``. Raises KeyError for one that is not in the file."""
         rows = []
         for pair_id in pair_ids:
+            # Row groups have a fixed size, so that a row's number says where it is.
             group, row = divmod(self._row[pair_id], _ROWS_AT_ONCE)
             rows.append(self._group(group)[row])
         return rows
@@ -93,10 +96,10 @@ def write_pairs(path: str, manifest: str, root: str | None, wanted: pa.Table) ->
         wanted: Table of (pair_id, task): which rows, in which order.
     """
     ids = wanted["pair_id"].combine_chunks()
-    parts = []
+    batches = []
     for batch in read_manifest(manifest, PAIR_SCHEMA.names):
-        parts.append(batch.filter(pc.is_in(batch.column("pair_id"), value_set=ids)))
-    table = pa.Table.from_batches(parts)
+        batches.append(batch.filter(pc.is_in(batch.column("pair_id"), value_set=ids)))
+    table = pa.Table.from_batches(batches)
     # Rows come in the manifest's order; the file has that of ``wanted``.
     order = pc.index_in(wanted["pair_id"], value_set=table["pair_id"].combine_chunks())
     metadata = {_ROOT_KEY: json.dumps(root)}
@@ -128,6 +131,7 @@ def choose_pairs(
     present = set(table["task"].to_pylist())
     absent = [task for task in tasks or () if task not in present]
     if not len(table) or absent:
+        # The splits that there are tell the user what to set.
         splits = sorted(set(dataset.table(["split"], tasks)["split"].drop_null().to_pylist()))
         missing = "no good pairs"
         if absent:

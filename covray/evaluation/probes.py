@@ -82,12 +82,14 @@ def probe_frames(probe: str, chain: Tokens, chains: Chains, row: int, seed: int)
     Returns:
         The frames; None where the task has no other pair.
     """
+    # Each probe has as many frames as the chain, so that only what they show differs.
     if probe == "reference":
         return chain[1:-1]
     if probe == "copy":
         return np.repeat(chain[:1], len(chain) - 2, axis=0)
     if probe == "dummy":
         return np.zeros_like(chain[1:-1])
+    # Another pair of the same task, other than the query: a step of 1 to others, around the task's rows.
     task = int(np.searchsorted(chains.starts, row, side="right")) - 1
     first, last = int(chains.starts[task]), int(chains.starts[task + 1])
     others = last - first - 1
@@ -129,6 +131,7 @@ def frame_gains(
     assert result.chain is not None
     assert result.prompt is not None
     label, answer = result.chain[-1], candidate[-1]
+    # The baseline costs as many tokens as the frames: it has the computation, but nothing that the query lacks.
     copies = np.repeat(result.chain[:1], len(candidate) - 1, axis=0)
     after_copies = np.concatenate([result.prompt, copies.reshape(-1)])
     after_own = np.concatenate([result.prompt, candidate[:-1].reshape(-1)])

@@ -54,6 +54,7 @@ def tabulate(rows: Iterable[Row], subjects: Sequence[Subject], seed: int) -> Eva
         subjects: Everyone that was evaluated, in the order of the table.
         seed: Of the bootstrap and of the sign-flip test.
     """
+    # By task, subject and pair: an episode is unique by these, so that the order of rows does not matter.
     by_task: dict[str, dict[str, dict[int, Row]]] = {}
     for row in rows:
         by_task.setdefault(row["task"], {}).setdefault(row["subject"], {})[row["pair_id"]] = row
@@ -61,6 +62,7 @@ def tabulate(rows: Iterable[Row], subjects: Sequence[Subject], seed: int) -> Eva
     scores: list[SubjectScore] = []
     differences: list[Difference] = []
     failed: list[FailedEpisode] = []
+    # In the order of the tasks' registry, which is that of every table.
     for task in sorted(by_task, key=list(TASKS).index):
         table = _gather(by_task[task], subjects)
         tasks[task] = _summary(task, by_task[task], table)
@@ -69,6 +71,7 @@ def tabulate(rows: Iterable[Row], subjects: Sequence[Subject], seed: int) -> Eva
         differences += _differences(task, subjects, table, seed)
         for name, episodes in by_task[task].items():
             failed += _failed(task, name, episodes)
+
     entries = [SubjectEntry.model_validate(subject.as_json()) for subject in subjects]
     whole = EvaluationTable(
         subjects=tuple(entries),
@@ -80,6 +83,7 @@ def tabulate(rows: Iterable[Row], subjects: Sequence[Subject], seed: int) -> Eva
     )
     lengths = best_lengths(entries, scores, tasks, whole.lower_is_better)
     if not lengths:
+        # Absent, not empty, so that results of one length stay as they were.
         return whole
     return whole.model_copy(update={"best_lengths": lengths})
 
@@ -114,12 +118,14 @@ def choose_episodes(rows: Sequence[Row], table: EvaluationTable) -> dict[str, di
     for task, about in table.tasks.items():
         valued: dict[str, list[tuple[float, int]]] = {}
         for row in rows:
+            # A failed answer has no score to rank it by.
             if row["task"] != task or row["error"]:
                 continue
             value = _value(row, about.primary)
             if value is not None:
                 valued.setdefault(row["subject"], []).append((value, row["pair_id"]))
         # Of an even number of episodes the median is the lower one: it must be an episode that can be looked at.
+        # Of several subjects the first by `rank` decides, so that all of them are shown on the same pairs.
         if valued:
             ranked = sorted(valued[min(valued, key=rank)], reverse=about.primary not in table.lower_is_better)
             chosen[task] = {
@@ -132,7 +138,7 @@ def choose_episodes(rows: Sequence[Row], table: EvaluationTable) -> dict[str, di
 
 def _gather(by_subject: Mapping[str, dict[int, Row]], subjects: Sequence[Subject]) -> list[_SubjectRows]:
     """Return the rows of one task by subject, in the order of the table."""
-    pair_ids = sorted(set().union(*by_subject.values()))
+    pair_ids = sorted(set().union(*by_subject.values()))  # of all subjects, so that columns are of one length
     table = []
     for subject in subjects:
         if subject.name in by_subject:
@@ -145,6 +151,7 @@ def _columns(rows: Mapping[int, Row], pair_ids: Sequence[int]) -> dict[str, list
     """Return the values of one subject by metric, one for each of ``pair_ids``."""
     columns: dict[str, list[float | None]] = {}
     for index, pair_id in enumerate(pair_ids):
+        # A rejected episode has no values; its place stays None.
         for entry in rows.get(pair_id, {}).get("values") or ():
             columns.setdefault(entry["metric"], [None] * len(pair_ids))[index] = entry["value"]
     return columns
@@ -167,13 +174,16 @@ def _summary(task: str, by_subject: Mapping[str, dict[int, Row]], table: Sequenc
     rejected: set[int] = set()
     for rows in by_subject.values():
         pair_ids.update(rows)
+        # A pair is rejected where any subject failed on it.
         for pair_id, row in rows.items():
             if row["error"]:
                 rejected.add(pair_id)
+
     measured = []
     for metric in (*metrics, *MODEL_METRICS):
         if metric.name in present:
             measured.append(metric.name)
+    # A metric that cannot be computed here brings its reason.
     absent = {}
     for metric in metrics:
         if metric.absent and metric.name not in present:
@@ -221,6 +231,7 @@ def _interval(values: Sequence[float | None], seed: int, *, exponent: bool) -> d
         return {"mean": None, "low": None, "high": None, "episodes": 0}
     mean, low, high = found.mean, found.low, found.high
     if exponent:
+        # The mean of logarithms is that of a geometric mean; its bounds are logarithms, too.
         mean, low, high = math.exp(mean), _exp(low), _exp(high)
     return {"mean": mean, "low": low, "high": high, "episodes": found.episodes}
 
@@ -243,6 +254,7 @@ def _differences(task: str, subjects: Sequence[Subject], table: Sequence[_Subjec
     differences = []
     for index, first in enumerate(compared):
         if kinds[first.name] != "adapter":
+            # The table has baselines before adapters, and an adapter is compared with all that stands before it.
             continue
         for second in compared[:index]:
             difference = paired_difference(first.columns[metric], second.columns[metric], seed)

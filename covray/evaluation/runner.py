@@ -95,6 +95,8 @@ class Runner:
     def run(self, table: pa.Table) -> pa.Table:
         """Return the rows (``RESULT_SCHEMA``) of the episodes of ``table`` (``EPISODE_SCHEMA``), in its order."""
         results = [EpisodeResult(**row) for row in table.to_pylist()]
+
+        # A subject's model serves all of its episodes of a task; groups are formed again, whatever the table's order.
         groups: dict[tuple[str, str], list[EpisodeResult]] = {}
         for result in results:
             groups.setdefault((result.subject, result.task), []).append(result)
@@ -108,9 +110,11 @@ class Runner:
 
     def pictures_of(self, rows: Sequence[Row]) -> list[Strip | None]:
         """Return the pictures of rows of ``run``, for people to look at; None where a picture cannot be read."""
+        # Rows have no pictures: these are decoded again from the tokens.
+        columns = (*EPISODE_SCHEMA.names, "images")
         results = []
         for row in rows:
-            results.append(EpisodeResult(**{name: row[name] for name in (*EPISODE_SCHEMA.names, "images")}))
+            results.append(EpisodeResult(**{name: row[name] for name in columns}))
         strips: list[Strip | None] = []
         answers = self._answers(results)
         for result in results:
@@ -135,6 +139,7 @@ class Runner:
         assert subject.length is not None
         model = self._model(subject.name)
         episodes, rows = self._episodes(subject.name)
+        # Prompts of one subject and task are equally long: they are one batch.
         prompts, seeds = [], []
         for result in group:
             query = rows[result.task, result.pair_id]
@@ -145,19 +150,25 @@ class Runner:
             result.prompt = np.concatenate([chains.reshape(-1), result.chain[0]])
             prompts.append(result.prompt)
             seeds.append(seed_of(self.config.seed, result.pair_id))
+
         sampling, images = self._sampling(subject), subject.length - 1
         # The query belongs to the prompt, so nothing is shared by all rows.
         shared = np.empty(0, np.uint16)
         decoded = model.decoder.decode(shared, np.stack(prompts), images, sampling, seeds)
+        # Results follow their place in the group, so that a row does not depend on its neighbours.
         for number, result in enumerate(group):
             candidates, likelihood = answer_candidates(decoded, number, sampling)
             result.images = candidates.reshape(-1, candidates.shape[-1]).tolist()
             if self.config.score_candidates and subject.votes == 1:
                 assert result.prompt is not None
                 result.before = result.prompt.tolist()
-                result.candidates = [{"images": each.tolist()} for each in decoded.candidate_ids[number]]
+                result.candidates = []
+                for written in decoded.candidate_ids[number]:
+                    result.candidates.append({"images": written.tolist()})
+            # Of a vote the candidates' mean.
             result.log_likelihood = float(likelihood.mean())
             result.nats = label_nats(model, result, candidates)
+            # Without frames there is nothing to probe.
             if candidates.shape[1] > 1:
                 if LAST_FRAME in self.config.probes:
                     result.probes[LAST_FRAME] = candidates[:, -2]
@@ -165,6 +176,7 @@ class Runner:
                     result.nats |= picture_nats(model, result, result.nats[REFERENCE])
                 if GAIN in self.config.probes:
                     result.nats |= frame_gains(model, result, candidates[0], result.nats[REFERENCE])
+        # These write new answers, which takes as long as the answers themselves.
         if subject.length > 2:
             for probe in FRAMES:
                 if probe in self.config.probes:
@@ -213,12 +225,14 @@ class Runner:
             length = 2
         queries, examples = self._chains(method, length)
         episodes = Episodes(queries, examples, subject.pairs or 0, selection, self.config.seed, self.tokenizer.codebook)
+        # Which row a query is: pair ids are unique in a task only.
         tasks = np.repeat(np.array(queries.tasks, object), np.diff(queries.starts))
         keys = zip(tasks, queries.pair_ids.tolist(), strict=True)
         return episodes, {key: row for row, key in enumerate(keys)}
 
     def _load_chains(self, method: str, length: int) -> tuple[Chains, Chains]:
         """Return the chains of the queries' split and of the examples' split."""
+        # Which examples stand before a query is chosen later, so that no pairs are asked for here.
         sentences = SentencesConfig.model_validate(
             {"method": method, "lengths": (length,), "pairs": (0,), "tasks": self.config.tasks}
         )
@@ -237,6 +251,7 @@ class Runner:
         subject = self.subjects[name]
         backbone = BackboneConfig.model_validate(subject.backbone)
         facts = backbone_facts(backbone)
+        # Nodes of a cluster may have other files under the same path: the scores would be of two models.
         if facts.fingerprint != subject.fingerprint:
             raise DatasetError(
                 f"{name}: this node's backbone is {facts.fingerprint[:12]}, not {subject.fingerprint[:12]}; give every "
@@ -253,11 +268,13 @@ class Runner:
     def _score(self, results: Sequence[EpisodeResult]) -> None:
         """Fill in ``values`` and ``counts`` of the results, or ``error``."""
         answers = self._answers(results)
+        # All reference frames are decoded together, and all answers to probes: the tokenizer computes whole batches.
         chains = {}
         for episode, (asked, pictures) in answers.items():
             if asked.result.chain is not None and pictures.frames:
                 chains[episode] = asked.result.chain[:-1]
-        probes = self._probe_answers([asked for asked, _ in answers.values()])
+        all_asked = [asked for asked, _ in answers.values()]
+        probes = self._probe_answers(all_asked)
         references = dict(zip(chains, self._decode_each(list(chains.values())), strict=True))
         for episode, (asked, pictures) in answers.items():
             result = asked.result
@@ -266,30 +283,37 @@ class Runner:
                 lpips = self._lpips
             scored = score(result.task, pictures.answer, asked.label, asked.meta, lpips)
             added = added_values(result.task, self.config.metrics, pictures.answer, asked.label, asked.meta)
+            # Of one name the task's own score counts, before what the configuration adds.
             values = added | dict(scored.values) | result.nats
+            # An answer to a probe is compared by the task's first metric alone.
+            primary = TASKS[result.task].metrics[0].name
             for metric, answer in probes[episode].items():
-                primary = TASKS[result.task].metrics[0].name
                 values[metric] = score(result.task, answer, asked.label, asked.meta).values.get(primary)
             if episode in references:
                 values |= candidate_figures(references[episode], pictures.written)
-            result.values = [{"metric": metric, "value": value} for metric, value in values.items()]
+            result.values = []
+            for metric, value in values.items():
+                result.values.append({"metric": metric, "value": value})
             if scored.counts is not None:
                 result.counts = scored.counts.tolist()
-        self._score_candidates([asked for asked, _ in answers.values()])
+        self._score_candidates(all_asked)
 
     def _score_candidates(self, asked: Sequence[Asked]) -> None:
         """Fill in the primary score of every candidate that is kept with its tokens."""
-        kept = [each for each in asked if each.result.candidates is not None]
-        tokens = []
-        for each in kept:
-            assert each.result.candidates is not None
-            tokens.append(np.array([candidate["images"][-1] for candidate in each.result.candidates], np.uint16))
-        for each, pictures in zip(kept, self._decode_each(tokens), strict=True):
+        with_candidates, tokens = [], []
+        for each in asked:
+            candidates = each.result.candidates
+            if candidates is not None:
+                with_candidates.append(each)
+                answers = [candidate["images"][-1] for candidate in candidates]
+                tokens.append(np.array(answers, np.uint16))
+        for each, pictures in zip(with_candidates, self._decode_each(tokens), strict=True):
             task = each.result.task
             height_px, width_px = each.label.shape[:2]
             primary = TASKS[task].metrics[0].name
             assert each.result.candidates is not None
             for candidate, picture in zip(each.result.candidates, pictures, strict=True):
+                # A score needs the label's size; what was written has the tokenizer's.
                 answer = resize(picture, height_px, width_px, TASKS[task].resample)
                 candidate["score"] = score(task, answer, each.label, each.meta).values.get(primary)
 
@@ -317,18 +341,21 @@ class Runner:
         decoded together, before they are looked at one by one.
         """
         asked = []
+        # Reading a label can fail for one pair only: the others are decoded without it.
         for result in results:
             try:
                 pair = self._queries.read([result.pair_id])[0]
                 asked.append(Asked(result, self._picture(pair, "label"), read_meta(pair["meta"])))
             except PairError as error:
                 result.error = str(error)
+
         written = self._written(asked)
         ceilings = self._ceilings(asked)
         answers = {}
         for each in asked:
             episode = each.result.episode
             try:
+                # A model's answer, the ceiling's, or one without a model: a subject has exactly one of them.
                 if episode in written:
                     answer = join_answers(each.result.task, list(written[episode][:, -1]), each.meta)
                 elif episode in ceilings:
@@ -368,6 +395,7 @@ class Runner:
                 labels[each.result.episode] = square(each.label, self.tokenizer.size_px, self.fit, resample)
         if not labels:
             return {}
+        # To tokens and back: what is lost here no answer in tokens can have.
         through = self.tokenizer.decode(self.tokenizer.encode(np.stack(list(labels.values()))))
         return dict(zip(labels, through, strict=True))
 
@@ -394,12 +422,14 @@ class Runner:
             raise PairError("no_examples", f"no example of {result.task} has pictures that can be read")
         if subject.baseline == "mean":
             # Only these keys decide how a label is read: all else of the row's meta would defeat the cache.
-            reading = json.dumps({key: meta.get(key) for key in TASKS[result.task].meta_keys})
+            known = {key: meta.get(key) for key in TASKS[result.task].meta_keys}
+            reading = json.dumps(known)
             without = None  # one mean serves all queries that are no examples
             if not others.all():
                 without = result.pair_id
             return self._mean(result.task, without, reading)
         image = self._picture(self._queries.read([result.pair_id])[0], "image")
+        # Compared at the tokenizer's size, at which the examples are held.
         small = square(image, self.tokenizer.size_px, self.fit)
         return nearest_label(small, labels.images[others], labels.labels[others])
 
@@ -417,6 +447,7 @@ class Runner:
         for pair in self._examples.read(self._examples.ids_of(task)):
             try:
                 image, label = self._picture(pair, "image"), self._picture(pair, "label")
+            # An example that cannot be read is left out; only where none is left has a query no answer.
             except PairError:
                 continue
             pair_ids.append(pair["pair_id"])
@@ -434,8 +465,10 @@ class Runner:
         try:
             picture = decode(load_picture(picture_of(pair[name]), self._queries.root))
         except PairError as error:
+            # The reason stays; the detail also says which of the two pictures it was.
             reason, _, detail = str(error).partition(": ")
             raise PairError(reason, f"{name}: {detail}") from error
+        # A chain shows the centre only: what lies outside cannot be answered.
         if self.fit == "crop":
             picture = square(picture, min(picture.shape[:2]), "crop")
         return picture

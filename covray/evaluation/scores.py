@@ -24,6 +24,7 @@ def score(task: str, answer: Picture, label: Picture, meta: Meta | None = None, 
     Raises:
         ValueError: The task is unknown, or the pictures do not match.
     """
+    # Sizes are the caller's to match: a silent resize would change scores.
     if answer.shape != label.shape or (answer.dtype, label.dtype) != (np.uint8, np.uint8):
         raise ValueError(f"answer {answer.dtype} {answer.shape} and label {label.dtype} {label.shape} do not match")
     if task not in TASKS:
@@ -36,6 +37,7 @@ def aggregate(task: str, scores: Sequence[Score]) -> dict[str, float | None]:
 
     None where the set has nothing to score.
     """
+    # A rejected episode has no counts.
     counts = [each.counts for each in scores if each.counts is not None]
     figures = {}
     for metric in TASKS[task].metrics:

@@ -73,6 +73,7 @@ def paired_difference(first: Values, second: Values, seed: int = 0, resamples: i
     of_first, of_second = _numbers(first), _numbers(second)
     if of_first.shape != of_second.shape:
         raise ValueError(f"{len(of_first)} and {len(of_second)} episodes do not pair")
+    # NaN where either has no value: such an episode does not pair.
     differences = of_first - of_second
     differences = differences[~np.isnan(differences)]
     observed = _mean(differences, seed, resamples)
@@ -90,6 +91,7 @@ def _as_large_by_chance(differences: NDArray[np.float64], seed: int, draws: int)
     bound = abs(differences.sum()) - 1e-12 * np.abs(differences).sum()
     count = 0
     for portion in _portions(draws, len(differences)):
+        # Signs are -1 and 1, [draws, episodes].
         signs = 2.0 * generator.integers(2, size=(portion, len(differences))) - 1
         count += int((np.abs(signs @ differences) >= bound).sum())
     return count
@@ -104,11 +106,13 @@ def _mean(numbers: NDArray[np.float64], seed: int, resamples: int) -> Mean | Non
     """Return the mean of ``numbers``, none of which is NaN, with its bootstrap interval."""
     if not numbers.size:
         return None
+    # One episode has nothing to resample.
     if numbers.size == 1:
         return Mean(float(numbers[0]), None, None, 1)
     generator = np.random.default_rng([seed, 0])
     means = []
     for portion in _portions(resamples, numbers.size):
+        # [resamples, episodes], drawn with replacement.
         drawn = generator.integers(numbers.size, size=(portion, numbers.size))
         means.append(numbers[drawn].mean(axis=1))
     low, high = np.quantile(np.concatenate(means), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])

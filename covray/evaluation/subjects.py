@@ -65,6 +65,7 @@ class Subject:
     def as_json(self) -> dict[str, Any]:
         """Return all fields as JSON values; ``samples`` and ``votes`` only where they are above 1."""
         values = asdict(self)
+        # Absent where they are 1, so that evaluations from before votes keep their identity.
         for key in ("samples", "votes"):
             if values[key] == 1:
                 del values[key]
@@ -78,6 +79,7 @@ def subjects_of(config: EvaluateConfig, dataset: ChainDataset) -> tuple[Subject,
         CovrayError: A run is none or unfinished, a backbone is not the run's, chains are of another tokenizer or lack
             the frames that a run needs, a sentence exceeds the context, or a name is given twice.
     """
+    # The adapters are checked first: what is asked of them decides what is asked of the untuned backbone.
     adapters: list[Subject] = []
     for entry in config.adapters:
         adapters += _adapter(config, dataset, entry)
@@ -103,11 +105,13 @@ def subjects_of(config: EvaluateConfig, dataset: ChainDataset) -> tuple[Subject,
     voting = _voting(config, adapters or untuned)
     subjects = []
     for subject in (*simple, *untuned, *focus, *adapters, *voting, *ceiling):
+        # What a vote joins are its samples; other models write as many candidates as the sampling says.
         if subject.votes > 1:
             subject = replace(subject, samples=subject.votes)
         elif subject.method is not None:
             subject = replace(subject, samples=config.sampling.candidates)
         subjects.append(subject)
+    # With adapters each of them is checked with its own heads.
     if not config.adapters:
         require_drafts_for(config.sampling, None, None)
         require_verifier_for(config.sampling, None, None)
@@ -133,6 +137,7 @@ def _voting(config: EvaluateConfig, models: Sequence[Subject]) -> Iterator[Subje
     written = {model.name: (model.length or 2) - 1 for model in models}  # pictures of one sample
     for model in models:
         counts = dict.fromkeys(config.votes.samples, "")
+        # A sample of a long chain costs as many tokens as several plain answers, which are its fair comparison.
         if config.votes.equal_tokens and written[model.name] == 1:
             for samples in config.votes.samples:
                 counts.setdefault(samples * max(written.values()), f", the tokens of {samples} of the longest chains")
@@ -147,11 +152,13 @@ def _adapter(config: EvaluateConfig, dataset: ChainDataset, entry: str) -> Itera
     about = read_run(run)
     try:
         trained = TrainConfig.model_validate(about["config"])
-        fingerprints = {key: str(about["fingerprints"][key]) for key in ("backbone", "codebook")}
+        recorded = about["fingerprints"]
+        fingerprints = {"backbone": str(recorded["backbone"]), "codebook": str(recorded["codebook"])}
     except (KeyError, TypeError, ValidationError) as error:
         raise ConfigError(f"{run}/_run.json: is no description of a run; give the --out of a covray train") from error
     require_same_codebook(dataset.fingerprints["codebook"], fingerprints["codebook"], f"--adapter {run}")
     backbone = config.backbone or trained.backbone
+    # Weights count, not paths: a backbone may have moved since the training.
     facts = backbone_facts(backbone)
     if facts.fingerprint != fingerprints["backbone"]:
         raise WeightsError(
@@ -165,11 +172,13 @@ def _adapter(config: EvaluateConfig, dataset: ChainDataset, entry: str) -> Itera
     # By default an adapter is asked for the longest chains, and the most examples, that it was trained on.
     lengths = config.lengths or (max(sentences.lengths),)
     # Two lengths may be one form: without frames every chain has two pictures.
-    forms = list(dict.fromkeys(_form(sentences.method, length) for length in lengths))
+    asked_forms = [_form(sentences.method, length) for length in lengths]
+    forms = list(dict.fromkeys(asked_forms))
     pairs = config.pairs
     if pairs is None:
         pairs = max(sentences.pairs)
     for form in forms:
+        # The name says its length only where one adapter has several rows.
         of_form = name
         if len(forms) > 1:
             of_form = f"{name} L={form.length}"
@@ -208,6 +217,7 @@ def _untuned(config: EvaluateConfig, dataset: ChainDataset, adapters: list[Subje
     Without adapters it is one backbone, which is asked for plain pairs.
     """
     backbone = (config.backbone or BackboneConfig()).model_dump(mode="json")
+    # The backbone of the first adapter is the one to compare with, unless one is given.
     if config.backbone is None and adapters:
         backbone = adapters[0].backbone or backbone
     asked = []
@@ -248,11 +258,13 @@ def _shortest_names(keys: Sequence[tuple[str, _Form, int]]) -> list[str]:
 
     A name says no more than what tells it from the others: nothing, the method, the length, and so on.
     """
-    parts = [(form.method, f"L={form.length}", f"{pairs} pairs", fingerprint[:6]) for fingerprint, form, pairs in keys]
-    most = len(parts[0])
+    descriptions = []
+    for fingerprint, form, pairs in keys:
+        descriptions.append((form.method, f"L={form.length}", f"{pairs} pairs", fingerprint[:6]))
+    most = len(descriptions[0])
     # Once more words of each description, until no two names are equal.
     for count in range(most + 1):
-        names = [" ".join(("untuned", *part[:count])) for part in parts]
+        names = [" ".join(("untuned", *words[:count])) for words in descriptions]
         if len(set(names)) == len(names):
             break
     return names
@@ -287,6 +299,7 @@ def _require(subject: Subject, facts: BackboneFacts, dataset: ChainDataset) -> N
     """Refuse a model that cannot read the chains of ``dataset``. Raises CovrayError."""
     require_same_codes(facts, dataset)
     length, size = subject.length or 2, dataset.tokens_per_image
+    # The longest sentence: all examples and the query, each a whole chain.
     pictures = ((subject.pairs or 0) + 1) * length
     require_context(pictures * size, size, facts.llama.max_position_embeddings)
     if subject.method is not None and subject.method not in (NO_FRAMES, SALIENCY):

@@ -83,6 +83,7 @@ class BatchAnswerer:
 
     def answer(self, number: int) -> list[Row]:
         """Return the rows of a batch, which follow from its number and the configuration only."""
+        # A batch is a range of numbers, so that any worker can answer it.
         first = number * self._config.batch
         part = self._exchanges[first : first + self._config.batch]
         return list(self._rows(part, first))
@@ -102,6 +103,7 @@ class BatchAnswerer:
         seconds = (time.monotonic() - started) / len(part)
         for place, exchange in enumerate(part):
             text = answerer.text(answers[place])
+            # One sample at a time, because the loss is a sum over its tokens.
             sample = answerer.vlm.prompter.sample(prompts[place], exchange.answer)
             with torch.no_grad():
                 batch = collate([sample], None, Blocks(1)).to(answerer.vlm.model.device)
@@ -154,6 +156,7 @@ def read_rows(lines: Iterable[str]) -> list[Row]:
 
 def summarize_rows(rows: Sequence[Row]) -> dict[str, Any]:
     """Return the scores of an evaluation; each mean with its 95% bootstrap interval over prompts."""
+    # Questions have an answer that is right or wrong; captions are measured by their facts and their words.
     questions: dict[str, list[Row]] = defaultdict(list)
     facts: dict[str, list[float]] = defaultdict(list)
     captions = []
@@ -164,6 +167,7 @@ def summarize_rows(rows: Sequence[Row]) -> dict[str, Any]:
             captions.append(row)
         for theme, right in (row.facts or {}).items():
             facts[theme].append(float(right))
+
     answered: list[Row] = []  # kind by kind: the bootstrap of their mean draws by place
     for of_kind in questions.values():
         answered += of_kind
@@ -195,6 +199,7 @@ def summarize_rows(rows: Sequence[Row]) -> dict[str, Any]:
         written, expected = _texts(captions)
         results["bleu"] = corpus_bleu(written, expected)
         chrf = caption_chrf(written, expected)
+        # chrF needs a package that is not a requirement; without it its absence is a fact of the results.
         if chrf is None:
             results["absent"] = {"chrf": "needs torchmetrics: pip install 'covray[captions]'"}
         else:
@@ -217,7 +222,7 @@ def caption_chrf(written: Sequence[str], expected: Sequence[str]) -> list[float]
 
     references = [[text] for text in expected]  # one reference each
     _, each = chrf_score(list(written), references, return_sentence_level_score=True)
-    return [float(score) for score in each]
+    return list(map(float, each))
 
 
 def compare_rows(first: Sequence[Sequence[Row]], second: Sequence[Sequence[Row]]) -> dict[str, Difference | None]:
@@ -230,15 +235,19 @@ def compare_rows(first: Sequence[Sequence[Row]], second: Sequence[Sequence[Row]]
         second: The same of the second model.
     """
     of_first, of_second = _mean_scores(first), _mean_scores(second)
-    return {name: paired_difference(values, of_second[name]) for name, values in of_first.items()}
+    differences = {}
+    for name, values in of_first.items():
+        differences[name] = paired_difference(values, of_second[name])
+    return differences
 
 
 def _mean_scores(rows_by_seed: Sequence[Sequence[Row]]) -> dict[str, NDArray[np.float64]]:
     """Return the scores of every prompt, the mean over seeds, by name; NaN where it has none."""
-    by_seed = [_prompt_scores(rows) for rows in rows_by_seed]
+    by_seed = list(map(_prompt_scores, rows_by_seed))
     means = {}
     for name in by_seed[0]:
         values = np.array([scores[name] for scores in by_seed], np.float64)  # [seeds, prompts]
+        # NaN where a seed lacks the score: the prompt is left out of the comparison.
         means[name] = values.mean(0)
     return means
 
@@ -288,7 +297,9 @@ def compare_evaluations(first: str, second: str) -> dict[str, Any]:
     for out in (first, second):
         rows.append(finished_rows(out))
         data = VlmEvaluationRecord.read(Folder(out)).identity["data"]
-        questions.append((data, [(row.prompt, row.expected) for row in rows[-1]]))
+        prompts = [(row.prompt, row.expected) for row in rows[-1]]
+        questions.append((data, prompts))
+    # Data, prompts and expected answers: only then is a difference one of the models.
     if questions[0] != questions[1]:
         raise ConfigError(
             f"{first} and {second}: answered different prompts; evaluate both with the same --data, --split, --samples "

@@ -46,6 +46,7 @@ class Cell:
 
     def value(self, task: str, metric: str) -> dict[int, float]:
         """Return the values of a metric by seed."""
+        # A seed that diverged has no mean of the metric, and is no part of a comparison.
         values = {}
         for seed, score in self.scores.get((task, metric), {}).items():
             if score.mean is not None:
@@ -55,6 +56,7 @@ class Cell:
 
 def sort_key(trial: TrialEntry) -> tuple[int, str, int, int, str]:
     """Return all that tells a trial's cell from others, in the order of the table; methods of plug-ins come last."""
+    # JSON with sorted keys: fields in another order are the same cell.
     rest = json.dumps([trial.tasks, trial.scale, trial.fields], sort_keys=True)
     rank = len(METHODS)
     if trial.method in METHODS:
@@ -69,6 +71,7 @@ def group_cells(trials: Iterable[TrialEntry]) -> list[Cell]:
         other = grouped[sort_key(trial)].setdefault(trial.seed, trial)
         if other is not trial:
             raise ValueError(f"trials {other.name} and {trial.name} differ in nothing that the table shows")
+
     cells = []
     for (_, method, length, pairs, rest), by_seed in grouped.items():
         cells.append(Cell(method, length, pairs, rest, tuple(by_seed.values()), _group_scores(by_seed)))
@@ -80,6 +83,7 @@ def vary(cells: Sequence[Cell], axis: Literal["length", "pairs"]) -> list[list[C
     groups: dict[tuple[str, int, str], list[Cell]] = defaultdict(list)
     for cell in cells:
         fixed = cell.length
+        # Where length varies the number of pairs is fixed, and the other way round.
         if axis == "length":
             fixed = cell.pairs
         groups[cell.method, fixed, cell.rest].append(cell)
@@ -109,6 +113,7 @@ def cell_entry(cell: Cell) -> CellEntry:
     first = cell.trials[0]
     scores = []
     for (task, metric), by_seed in cell.scores.items():
+        # A metric that no seed has a value of stands in the table as a dash.
         mean, low, high = _mean_over_seeds(metric, list(by_seed.values()))
         scores.append(CellScore(task=task, metric=metric, mean=mean, low=low, high=high, seeds=len(by_seed)))
     return CellEntry(
@@ -137,6 +142,7 @@ def t_interval(values: Sequence[float]) -> tuple[float, float | None, float | No
     mean = float(np.mean(values))
     if len(values) < 2:
         return mean, None, None
+    # Standard error of the mean; ddof=1, as the mean itself is estimated from these values.
     error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
     half = float(t.ppf((1 + LEVEL) / 2, len(values) - 1)) * error
     return mean, mean - half, mean + half
@@ -163,7 +169,8 @@ def _mean_over_seeds(metric: str, scores: Sequence[TrialScore]) -> tuple[float |
     if metric not in _LOGARITHMIC_METRICS:
         return t_interval(values)
     # The mean of perplexities is that of their logarithms, which are likelihoods.
-    mean, low, high = t_interval([math.log(value) for value in values])
+    logarithms = [math.log(value) for value in values]
+    mean, low, high = t_interval(logarithms)
     return _exp(mean), _exp(low), _exp(high)
 
 

@@ -190,6 +190,7 @@ def _mean_gain(pairs: Iterable[Pair], primary: Primary) -> _MeanGain | None:
     if not logarithms:
         return None
     # Means of logarithms are geometric means of ratios.
+    # In the order of seeds, so that a report is the same whatever the order of trials.
     by_seed = [float(np.mean(values)) for _, values in sorted(logarithms.items())]
     mean, low, high = t_interval(by_seed)
     if low is None or high is None:
@@ -198,6 +199,7 @@ def _mean_gain(pairs: Iterable[Pair], primary: Primary) -> _MeanGain | None:
 
 
 def _compare(first: Cell, second: Cell, task: str, metric: PrimaryMetric) -> ClaimRow | None:
+    # Trainings of one seed meet the same pairs in the same order: what the seed itself brings cancels out.
     differences = [ours - theirs for ours, theirs in _common(first, second, task, metric.name).values()]
     if not differences:
         return None
@@ -216,6 +218,7 @@ def _common(first: Cell, second: Cell, task: str, metric: str) -> dict[int, tupl
 
 def _verdict(low: float | None, high: float | None, sign: int = 1) -> Verdict:
     """Return what an interval of differences says of the claim that they are above 0, or for ``sign`` -1 below it."""
+    # Without an interval (one seed) nothing is claimed, however large the difference is.
     if low is None or high is None or low <= 0 <= high:
         return "not significant"
     if sign * low > 0:

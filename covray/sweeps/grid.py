@@ -101,12 +101,15 @@ def grid_of(config: SweepConfig) -> Grid:
     if not trials:
         raise ConfigError(f"grid: none of {len(left_out)} combinations fits; the first: {left_out[0].reason}")
     references = tuple(_references(config, data, trials))
+    # A dataset that exists is never extended; one that the sweep builds gets all frames of the grid at once.
     if build is None:
         _require_frames(data, trials)
     else:
         build = _with_frames(build, trials)
+
     # What trials and references read must be there before the first hour of work.
     evaluations, trainings = [], []
+    # A trial is evaluated after as many pairs as it was trained with; references after the most of their forms.
     for trial in trials:
         evaluations.append(Evaluation(trial.evaluate, trial.pairs, "grid.tasks"))
         trainings.append(_training(trial))
@@ -124,9 +127,11 @@ def _trials(config: SweepConfig, data: str, picture_tokens: int) -> tuple[list[T
     def context(backbone: BackboneConfig) -> int:
         return int(backbone_architecture(backbone).max_position_embeddings)
 
+    # A field that equals its default is not named: the name must not depend on how the default was said.
     defaults = _training_defaults(config, data)
     trials: dict[str, Trial] = {}
     left_out = []
+    # Names are unique, and a name follows from the combination: two of one name are the same trial.
     for asked in _combinations(config):
         # Length 2 and the method `none` mean the same: nothing lies between image and label.
         plain = asked.method == "none" or asked.length == 2
@@ -179,6 +184,7 @@ def _combinations(config: SweepConfig) -> Iterator[Combination]:
         else:
             task_sets[tuple(sorted(names))] = None  # a set has no order
     forms = itertools.product(grid.methods, grid.lengths, grid.pairs, task_sets, grid.scales or (None,), fields)
+    # The product is listed, because it is walked once a seed.
     for seed, form in itertools.product(grid.seeds, list(forms)):
         method, length, pairs, tasks, scale, of_fields = form
         yield Combination(method, length, pairs, tasks, scale, of_fields, seed)
@@ -200,10 +206,13 @@ def _configs(config: SweepConfig, data: str, name: str, combination: Combination
     }
     if scale is not None:
         options["backbone"] = scale.model_dump(mode="json")
+    # A field of the grid and an entry of the grid may not say the same twice.
     for key in fields:
         if _is_decided(key, "train"):
             raise ConfigError(f"grid.fields.{key}: the grid has an entry for it, or the sweep decides it")
-    if config.grid.scales and any(key.startswith("backbone.") for key in (*fields, *options)):
+    # Both of them at once would leave open which one decides.
+    train_keys = (*fields, *options)
+    if config.grid.scales and any(key.startswith("backbone.") for key in train_keys):
         raise ConfigError("train.backbone: is what grid.scales says; leave one of them")
     train = _load("train", TrainConfig, options | fields)
     # A trial evaluates its adapter alone: baselines and the untuned backbone are shared by all trials.
@@ -231,23 +240,30 @@ def _references(config: SweepConfig, data: str, trials: Sequence[Trial]) -> Iter
 
     A grid with other forms has other references: a hash of the forms in the names of their folders tells them apart.
     """
-    backbones = dict.fromkeys(trial.train.backbone for trial in trials)
-    for number, backbone in enumerate(backbones):
-        same_backbone = [trial for trial in trials if trial.train.backbone == backbone]
-        forms = sorted({(trial.method, trial.length, trial.pairs) for trial in same_backbone})
+    # One evaluation a backbone, however many trials share it.
+    by_backbone: dict[BackboneConfig, list[Trial]] = {}
+    for trial in trials:
+        by_backbone.setdefault(trial.train.backbone, []).append(trial)
+    for number, (backbone, of_backbone) in enumerate(by_backbone.items()):
+        forms = sorted({(trial.method, trial.length, trial.pairs) for trial in of_backbone})
         # The repr of this tuple is part of the names of sweeps that have begun: it must stay as it is.
         name = reference_name((number == 0, forms, backbone.model_dump()))
+        form_options = []
+        for method, length, pairs in forms:
+            form_options.append({"method": method, "length": length, "pairs": pairs})
         options = {
             **_given(config, "evaluate"),
             "data": data,
             "out": storage.join(config.out, EVALUATIONS, name),
-            "forms": [{"method": method, "length": length, "pairs": pairs} for method, length, pairs in forms],
+            "forms": form_options,
             "backbone": backbone.model_dump(mode="json"),
             "tracking.uri": "none",
         }
+        # Answers without a model do not depend on the backbone: the first evaluation has them for all.
         if number > 0:
             options["baselines"] = []
         evaluate = _load("evaluate", EvaluateConfig, options)
+        # There may be nothing to compare with, by the configuration.
         if evaluate.untuned or evaluate.baselines:
             yield evaluate
 
@@ -255,6 +271,7 @@ def _references(config: SweepConfig, data: str, trials: Sequence[Trial]) -> Iter
 def _require_frames(data: str, trials: Sequence[Trial]) -> None:
     """Check that the dataset has the frames, and pairs, for every form of sentence. Raises CovrayError."""
     dataset = ChainDataset(data)
+    # Many trials make the same sentences; each form is checked once.
     for sentences in dict.fromkeys(trial.train.sentences for trial in trials):
         for split in (sentences.split, sentences.validation_split):
             if split is not None:
@@ -294,6 +311,7 @@ def _load(section: str, model: type[C], options: dict[str, Any]) -> C:
 
 def _training_defaults(config: SweepConfig, data: str) -> dict[str, Any]:
     """Return the training that ``train`` alone describes, dotted; empty where it is none without the grid's fields."""
+    # Fields of the grid may be required: without them there is no training, and so no default.
     try:
         train = _load("train", TrainConfig, {**_given(config, "train"), "data": data, "out": config.out})
     except ConfigError:
@@ -320,6 +338,7 @@ def _with_frames(build: BuildConfig, trials: Sequence[Trial]) -> BuildConfig:
     with_frames = [trial for trial in trials if trial.length > 2]
     lengths = sorted({trial.length for trial in with_frames}) or [2]
     methods = sorted({trial.method for trial in with_frames})
+    # Shards are written as the build goes: a begun dataset has the frames that it was begun with.
     if storage.exists(storage.join(build.out, "_dataset.json")):
         begun = ChainDataset(build.out, unfinished=True)
         begun_lengths = ", ".join(map(str, begun.config["lengths"]))
@@ -329,6 +348,7 @@ def _with_frames(build: BuildConfig, trials: Sequence[Trial]) -> BuildConfig:
                 f"with {begun_lengths} by {', '.join(begun.methods) or 'no method'}; leave out the others, or give "
                 "another --out"
             )
+        # More than is needed does no harm: trials read only their own frames.
         lengths, methods = begun.config["lengths"], list(begun.methods)
     return build.model_copy(update={"lengths": tuple(lengths), "methods": tuple(methods)})
 
@@ -341,6 +361,7 @@ def tokens_per_image(config: SweepConfig, build: BuildConfig | None) -> int:
     if build is None:
         return ChainDataset(str(config.data)).tokens_per_image
     tokenizer = build.tokenizer
+    # A plan needs the number only, not the weights, which may have to be downloaded.
     if tokenizer.size_px is not None and not is_here(tokenizer.path):
         return (tokenizer.size_px // _DOWNSAMPLING) ** 2
     return load_tokenizer(tokenizer, build.engine).tokens_per_image
@@ -354,4 +375,5 @@ def backbone_architecture(backbone: BackboneConfig) -> LlamaConfig:
     path = backbone.path
     if path is not None and backbone.scale != "custom" and not is_here(path):
         path = None
+    # "random" so that no weights are asked for: the architecture is all that is looked up.
     return backbone_facts(backbone.model_copy(update={"path": path, "init": "random"})).llama

@@ -38,22 +38,26 @@ def trial_name(combination: Combination, defaults: Mapping[str, Any]) -> str:
     """
     method, length, pairs = combination.method, combination.length, combination.pairs
     tasks, scale = combination.tasks, combination.scale
+    # The default backbone is not named, as no default is.
     if scale == BackboneConfig():
         scale = None
     changed = []
     for key, value in sorted(combination.fields.items()):
         if key not in defaults or defaults[key] != value:
             changed.append((key, value))
-    parts = [method, f"L{length}", f"p{pairs}"]
+    words = [method, f"L{length}", f"p{pairs}"]
     if scale is not None:
-        parts.append(backbone_name(scale))
+        words.append(backbone_name(scale))
     if tasks is not None:
-        parts.append("+".join(tasks))
-    parts += [f"{key.rpartition('.')[2]}_{value}" for key, value in changed]
+        words.append("+".join(tasks))
+    for key, value in changed:
+        words.append(f"{key.rpartition('.')[2]}_{value}")
+
     # The repr of this tuple is part of the names of sweeps that have begun: it must stay as it is.
     exact = repr((method, length, pairs, tasks, scale, changed))
     # Two fields may end alike, so their names need the hash.
-    name = _safe_name("-".join(parts), exact, ambiguous=bool(changed))
+    name = _safe_name("-".join(words), exact, ambiguous=bool(changed))
+    # Last, so that the trials of a form stand beside each other in a folder.
     return f"{name}-s{combination.seed}"
 
 
@@ -65,16 +69,17 @@ def trial_label(combination: Combination, grid: GridConfig) -> str:
     examples = f"{combination.pairs} pairs"
     if combination.pairs == 1:
         examples = "1 pair"
-    parts = [chain, examples]
+    words = [chain, examples]
+    # What all trials of the grid share is not repeated in each label.
     if len(grid.scales) > 1 and combination.scale is not None:
-        parts.append(scale_label(combination.scale, grid.scales))
+        words.append(scale_label(combination.scale, grid.scales))
     if len(grid.tasks) > 1:
         tasks = "all tasks"
         if combination.tasks is not None:
             tasks = " + ".join(combination.tasks)
-        parts.append(tasks)
-    parts += [f"{key} {value}" for key, value in combination.fields.items()]
-    return ", ".join(parts)
+        words.append(tasks)
+    words += [f"{key} {value}" for key, value in combination.fields.items()]
+    return ", ".join(words)
 
 
 def scale_label(backbone: BackboneConfig, among: Iterable[BackboneConfig]) -> str:
@@ -87,10 +92,10 @@ def scale_label(backbone: BackboneConfig, among: Iterable[BackboneConfig]) -> st
 
 def backbone_name(backbone: BackboneConfig) -> str:
     """Return all that tells one backbone from another."""
-    parts = [backbone.scale, backbone.path, backbone.revision]
+    words = [backbone.scale, backbone.path, backbone.revision]
     if backbone.init == "random":
-        parts.append("random")
-    return " ".join(filter(None, parts))
+        words.append("random")
+    return " ".join(filter(None, words))
 
 
 def reference_name(exact: object) -> str:
@@ -102,6 +107,7 @@ def _safe_name(text: str, exact: str, *, ambiguous: bool) -> str:
     """Return ``text`` as the name of a folder, with a hash of ``exact`` where it might not be unique."""
     name = re.sub(r"[^\w.+-]", "_", text)
     if len(name) > _MAX_CHARACTERS or name != text or ambiguous:
+        # The hash is of everything that tells it apart, not of the shortened text.
         name = f"{name[:_MAX_CHARACTERS]}-{_digest(exact)}"
     return name
 

@@ -69,14 +69,18 @@ def plan_sweep(config: SweepConfig, tokens_per_s: float | None = None) -> SweepP
     # All of it comes from configurations and counts: no weights and no pictures are read.
     grid = grid_of(config)
     picture_tokens = tokens_per_image(config, grid.build)
+    # Many trials share a backbone, whose configuration is a file to read.
     architecture = functools.cache(backbone_architecture)
     counts = count_pairs_by_task(config, grid.build)
+
     plans = []
     for trial in grid.trials:
         sentences = trial.train.sentences
         pairs = pairs_of_tasks(counts, sentences.split, sentences.tasks)
         plans.append(plan_training(trial.train, architecture(trial.train.backbone), pairs, picture_tokens))
+    # The rate was measured at this scale.
     smallest = min(plan.parameters for plan in plans)
+
     lines = []
     for trial, plan in zip(grid.trials, plans, strict=True):
         # An evaluation asks so many queries of each task, or all there are.
@@ -93,6 +97,7 @@ def plan_sweep(config: SweepConfig, tokens_per_s: float | None = None) -> SweepP
         )
         # Time goes with the parameters of the backbone; the rate is that of the smallest one.
         if tokens_per_s is not None:
+            # All workers together take these hours; the clock shows their share of one worker.
             hours = plan.tokens / (tokens_per_s * smallest / plan.parameters) / 3600
             line = line.model_copy(update={"hours": hours / plan.workers, "gpu_hours": hours})
         lines.append(line)

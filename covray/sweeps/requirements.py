@@ -99,6 +99,7 @@ def _evaluation_needs(evaluations: Iterable[Evaluation], counts: PairCounts) -> 
         # Where queries and examples share a split, the query itself is no example.
         is_shared = config.split == config.example_split
         yield _Need("evaluate.split", evaluation.tasks_key, config.split, tasks, 1)
+        # A baseline needs an example even where no model is shown one.
         examples = max(1, evaluation.pairs + is_shared)
         yield _Need("evaluate.example_split", evaluation.tasks_key, config.example_split, tasks, examples)
 
@@ -115,6 +116,7 @@ def count_pairs_by_task(config: SweepConfig, build: BuildConfig | None) -> PairC
     else:
         check_manifest(str(config.manifest))
         table = pa.Table.from_batches(read_manifest(str(config.manifest), columns))
+    # A row without a split or a task is counted nowhere.
     grouped = table.drop_null().group_by(columns).aggregate([([], "count_all")])
     counts: PairCounts = {}
     for row in grouped.sort_by("task").to_pylist():
@@ -126,6 +128,7 @@ def finished_dataset(config: SweepConfig, build: BuildConfig | None) -> str | No
     """Return the dataset of the trials; None where it is not built yet."""
     if build is None:
         return config.data
+    # The audit is written last: with it the dataset is finished, and its rejected pairs are known.
     if not storage.exists(storage.join(build.out, "_audit.json")):
         return None
     return build.out

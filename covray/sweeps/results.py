@@ -46,8 +46,10 @@ def tabulate(
     Raises:
         ValueError: Two finished trials differ in nothing.
     """
+    # In one order, so that the report does not depend on which trial ended first.
     ordered = sorted(trials, key=lambda trial: (*sort_key(trial), trial.seed, trial.name))
-    cells = group_cells(trial for trial in ordered if trial.status == "finished")
+    finished = [trial for trial in ordered if trial.status == "finished"]
+    cells = group_cells(finished)
     lower = set(lower_is_better)
     # Differences are turned so that more is better, whatever the metric.
     primary = {}
@@ -64,7 +66,7 @@ def tabulate(
         tasks=dict(tasks),
         references=tuple(references),
         trials=tuple(ordered),
-        cells=tuple(cell_entry(cell) for cell in cells),
+        cells=tuple(map(cell_entry, cells)),
         efficiency=tuple(efficiency(cells, primary)),
         returns=tuple(returns(cells, primary)),
         claims=tuple(claim_entry(claim, cells, primary) for claim in CLAIMS),
@@ -80,6 +82,7 @@ def to_csv(results: SweepResults) -> str:
     lines = io.StringIO()
     writer = csv.DictWriter(lines, _COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
+
     for cell in results.cells:
         # The columns of a cell stand in every line of its scores.
         about = cell.to_json()
@@ -87,6 +90,7 @@ def to_csv(results: SweepResults) -> str:
         about["fields"] = json.dumps(cell.fields, sort_keys=True)
         for score in cell.scores:
             writer.writerow(about | score.to_json())
+    # A reference has the columns that it has; the others stay empty.
     for reference in results.references:
         for of_reference in reference.scores:
             writer.writerow({"label": reference.name} | of_reference.to_json())

@@ -41,6 +41,7 @@ class ArmScores:
         by_seed: dict[int, Values] = {}
         for seed, rows in rows_by_seed.items():
             values: Values = {}
+            # A rejected row has no values, and is no query of the comparison.
             for row in rows:
                 for entry in row["values"] or ():
                     if entry["value"] is not None:
@@ -53,11 +54,13 @@ class ArmScores:
         """The tasks that some seed has scores of, in the order of the table."""
         present: set[str] = set()
         for values in self.by_seed.values():
-            present.update(task for task, _ in values)
+            for task, _ in values:
+                present.add(task)
         return [task for task in TASKS if task in present]
 
     def mean(self, task: str, metric: str) -> float | None:
         """Return the mean over seeds and queries; None without values."""
+        # Seeds count alike, whatever number of queries each has.
         means = []
         for values in self.by_seed.values():
             queries = values.get((task, metric))
@@ -141,16 +144,19 @@ def compare(
         queries += both.queries
         sign = 1  # more is better
         if metric in lower:
+            # Turned so that above 0 is better, whatever the metric.
             sign = -1
         ours, theirs = both.means.tolist()
         difference = _estimate(ours - theirs, both.drawn[:, 0] - both.drawn[:, 1])
         rows.append(TaskDifference(task, metric, ours, theirs, difference, _side(difference, sign)))
+        # Metrics that can be negative have differences, but take no part in the gain.
         if _has_ratio(metric, both.means):
             logarithms.append(sign * float(_log_ratio(metric, both.means)))
             drawn_logarithms.append(sign * _log_ratio(metric, both.drawn))
     if not rows:
         return None
     gain = None
+    # The mean of logarithms over tasks is the geometric mean of their ratios; so is every resample.
     if logarithms:
         gain = _in_percent(_estimate(float(np.mean(logarithms)), np.mean(drawn_logarithms, axis=0)))
     return Comparison(tuple(rows), gain, len(seeds), queries)
@@ -200,6 +206,7 @@ def rank_correlation(first: Mapping[int, float], second: Mapping[int, float], se
     common = sorted(first.keys() & second.keys())
     ours = np.array([first[query] for query in common])
     theirs = np.array([second[query] for query in common])
+    # Ranks of equal figures, or of two, have no correlation.
     if len(common) < 3 or not np.ptp(ours) or not np.ptp(theirs):
         return None
     generator = np.random.default_rng([seed, 2])
@@ -254,7 +261,9 @@ def _by_task(
         return
     generator = np.random.default_rng([seed, len(seeds)])
     drawn_seeds = _counts(generator, len(seeds), resamples)
+
     for task, metric in metrics.items():
+        # By compared seeds, then by arm: the values of the metric by query.
         columns = []
         for of_arms in seeds:
             by_query_of_arms = []
@@ -266,12 +275,15 @@ def _by_task(
             common.intersection_update(*column)
         if not common:
             continue
+
         ordered = sorted(common)
+        # [seeds, arms, queries]
         values = np.empty((len(seeds), len(arms), len(ordered)))
         for number, column in enumerate(columns):
             for arm_number, by_query in enumerate(column):
                 values[number, arm_number] = [by_query[query] for query in ordered]
         counts = _counts(generator, len(ordered), resamples)
+        # [resamples, arms]; resample r weighs the seeds and, independently, the queries.
         drawn = np.einsum("rs,rsa->ra", drawn_seeds, np.einsum("rq,saq->rsa", counts, values))
         yield task, metric, _Resampled(values.mean(axis=(0, 2)), drawn, len(ordered))
 
@@ -280,6 +292,7 @@ def _counts(generator: np.random.Generator, size: int, resamples: int) -> NDArra
     """Return how often each of ``size`` is in every resample, over ``size``, float64 [resamples, size]."""
     if not size:
         return np.empty((resamples, 0))
+    # Each resample counts in a range of its own, so that one bincount serves all.
     chosen = generator.integers(size, size=(resamples, size)) + size * np.arange(resamples)[:, None]
     counts = np.bincount(chosen.ravel(), minlength=resamples * size).reshape(resamples, size)
     return np.asarray(counts / size)
@@ -298,6 +311,7 @@ def _log_ratio(metric: str, means: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _estimate(value: float, drawn: NDArray[np.float64]) -> Estimate:
+    # Fewer than two resamples have no quantiles.
     if len(drawn) < 2:
         return Estimate(value, None, None)
     low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
@@ -318,4 +332,5 @@ def _in_percent(nats: Estimate) -> Estimate:
 
 
 def _percent(nats: float) -> float:
+    # exp of more would overflow.
     return 100 * math.expm1(min(nats, 700.0))
