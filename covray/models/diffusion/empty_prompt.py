@@ -6,10 +6,9 @@ The encoder also reads captions, for the ablation ``prior.context: caption``.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import Attention
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.nn import functional as F
@@ -17,6 +16,10 @@ from torch.nn import functional as F
 from covray.errors import WeightsError, one_line
 from covray.io.model_folders import require_whole
 from covray.io.tensor_files import require_stored_floats, weight_files
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+    from diffusers.models.attention_processor import Attention
 
 CONTEXT_FILE = "empty_prompt.safetensors"
 """The encoded prompt, where a prior's folder has it in place of a text encoder."""

@@ -11,8 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor2_0
 from safetensors import SafetensorError
 
 from covray.config import EngineConfig, PriorConfig, require_compiler
@@ -123,6 +121,8 @@ class Prior:
 
     def read_contexts(self) -> None:
         """Let the UNet read a context of each row's own: it forgets the keys and values of the empty prompt."""
+        from diffusers.models.attention_processor import AttnProcessor2_0  # where it is needed: it takes seconds
+
         self.unet.set_attn_processor(AttnProcessor2_0())
 
     @torch.inference_mode()
@@ -163,6 +163,8 @@ def load_prior(config: PriorConfig, engine: EngineConfig, *, verify: bool = True
         WeightsError: The folder is missing or incomplete, or contradicts itself.
         ConfigError: The size, the number of steps, the device or the compilation is not possible.
     """
+    from diffusers import AutoencoderKL, UNet2DConditionModel  # where it is needed: it takes seconds
+
     folder = find_prior(config)
     device, dtype = resolve_device(engine)
     if engine.compile:

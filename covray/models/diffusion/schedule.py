@@ -7,10 +7,9 @@ Timesteps and noise levels are those of diffusers' ``DDIMScheduler`` (denoising)
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from diffusers import DDIMScheduler
 
 from covray.config.section import JsonObject
 from covray.errors import ConfigError, WeightsError
@@ -22,6 +21,9 @@ from covray.models.diffusion.solvers import (
     dpm_tables,
     sigma_grid,
 )
+
+if TYPE_CHECKING:
+    from diffusers import DDIMScheduler
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 _PNDM = {"clip_sample": False, "set_alpha_to_one": False}
@@ -107,6 +109,8 @@ def make_schedule(
         WeightsError: The configuration asks for what is not implemented.
         ConfigError: The solver cannot take that many steps between these training steps.
     """
+    from diffusers import DDIMScheduler  # where it is needed: it takes seconds
+
     if config.get("_class_name") == "PNDMScheduler":
         config = _PNDM | config
     _refuse_unknown(config)

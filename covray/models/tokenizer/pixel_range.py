@@ -8,14 +8,17 @@ saw, and loses 10 dB and more. One of [-1, 1] that reads [0, 1] sees the picture
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import diffusers
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from covray.errors import WeightsError
 from covray.io.pixels import psnr
+
+if TYPE_CHECKING:
+    import diffusers
 
 _LEAST_DB = 15.0
 """A tokenizer that returns the picture worse than this, in the better way, returns nothing that could be compared."""

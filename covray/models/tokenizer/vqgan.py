@@ -10,8 +10,8 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import diffusers  # as a package: its models are imported at their first use, which a training has not
 import numpy as np
 import torch
 from safetensors import SafetensorError
@@ -22,6 +22,9 @@ from covray.io.device import choose_device
 from covray.io.model_folders import NANO_NAMES, fingerprint_folder, require_files, resolve_folder
 from covray.io.tensor_files import require_stored_floats, weight_files
 from covray.models.tokenizer.pixel_range import require_unsigned
+
+if TYPE_CHECKING:
+    import diffusers
 
 MAX_CODES = 8192
 """Codes in LVM's vocabulary; ids from there on are special."""
@@ -243,6 +246,8 @@ def _is_signed(folder: Path) -> bool:
 
 
 def _load_model(folder: Path) -> diffusers.VQModel:
+    import diffusers  # where it is needed: it takes seconds
+
     try:
         model, report = diffusers.VQModel.from_pretrained(
             folder, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
