@@ -20,13 +20,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from diffusers import (
-    CogVideoXPipeline,
-    FluxPipeline,
-    PixArtAlphaPipeline,
-    PixArtSigmaPipeline,
-    StableDiffusion3Pipeline,
-)
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor
@@ -241,18 +234,19 @@ class CogVideoXPainter(PipelinePainter):
         return inputs
 
 
-_PAINTERS: dict[type, type[PipelinePainter]] = {
-    FluxPipeline: FluxPainter,
-    StableDiffusion3Pipeline: Sd3Painter,
-    PixArtAlphaPipeline: PixArtPainter,
-    PixArtSigmaPipeline: PixArtPainter,
-    CogVideoXPipeline: CogVideoXPainter,
+_PAINTERS: dict[str, type[PipelinePainter]] = {
+    "FluxPipeline": FluxPainter,
+    "StableDiffusion3Pipeline": Sd3Painter,
+    "PixArtAlphaPipeline": PixArtPainter,
+    "PixArtSigmaPipeline": PixArtPainter,
+    "CogVideoXPipeline": CogVideoXPainter,
 }
+"""By diffusers' class of the pipeline."""
 _KINDS = {
-    "flux": (FluxPipeline,),
-    "sd3": (StableDiffusion3Pipeline,),
-    "pixart": (PixArtSigmaPipeline, PixArtAlphaPipeline),
-    "cogvideox": (CogVideoXPipeline,),
+    "flux": ("FluxPipeline",),
+    "sd3": ("StableDiffusion3Pipeline",),
+    "pixart": ("PixArtSigmaPipeline", "PixArtAlphaPipeline"),
+    "cogvideox": ("CogVideoXPipeline",),
 }
 
 
@@ -286,10 +280,10 @@ def painter_width(config: PainterConfig) -> int:
 
 def painter_of(pipeline: Any, config: PainterConfig) -> PipelinePainter:
     """Return the painter of a loaded pipeline. Raises ConfigError for a pipeline of a kind that is not supported."""
-    painter = _PAINTERS.get(type(pipeline))
+    name = type(pipeline).__name__
+    painter = _PAINTERS.get(name)
     if painter is None:
-        names = ", ".join(known.__name__ for known in _PAINTERS)
-        raise ConfigError(f"{type(pipeline).__name__}: draws from no features of T5; give one of {names}")
+        raise ConfigError(f"{name}: draws from no features of T5; give one of {', '.join(_PAINTERS)}")
     return painter(pipeline, config)
 
 
@@ -306,15 +300,19 @@ def load_painter(config: PainterConfig, engine: EngineConfig) -> UnetPainter | P
     """
     if config.kind == "unet":
         return load_unet_painter(config, engine)
+    import diffusers  # where it is needed: it takes seconds
+
     folder = resolve_folder(config.path, config.revision, "painter", _PATTERNS)
     require_files(folder, ["model_index.json"])
     device, dtype = resolve_device(engine)
-    classes = {known.__name__: known for known in _KINDS[config.kind]}
-    name = str(next(iter(classes.values())).load_config(folder, local_files_only=True).get("_class_name"))
-    if name not in classes:
-        raise WeightsError(f"{folder}: is a {name}, not a {' or '.join(classes)}; give another painter.kind")
+    names = _KINDS[config.kind]
+    name = str(diffusers.DiffusionPipeline.load_config(folder, local_files_only=True).get("_class_name"))
+    if name not in names:
+        raise WeightsError(f"{folder}: is a {name}, not a {' or '.join(names)}; give another painter.kind")
     try:
-        pipeline = classes[name].from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True)
+        pipeline = getattr(diffusers, name).from_pretrained(
+            folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True
+        )
     except (OSError, ValueError, RuntimeError, TypeError, ImportError, SafetensorError) as error:
         raise WeightsError(f"{folder}: cannot be loaded as {name}: {one_line(error)}; get the folder again") from error
     return painter_of(pipeline.to(device), config)
