@@ -38,7 +38,7 @@ from covray.config import BackboneConfig, EngineConfig, SamplingConfig, Tokenize
 from covray.models.lvm.adapter import adapter_tensors, load_adapter_tensors, read_adapter
 from covray.models.lvm.backbone import BackboneFacts, backbone_facts, load_backbone, write_backbone
 from covray.models.lvm.decoding.decoder import LvmDecoder
-from covray.models.lvm.decoding.speculative import require_draft
+from covray.models.lvm.decoding.requirements import require_draft
 from covray.models.lvm.draft import Draft
 from covray.models.lvm.draft_files import DRAFT_PREFIX
 from covray.models.lvm.lora import TARGETS, Diffusion, Lora

@@ -70,7 +70,8 @@ def diffusionvl(
     json_: Json = False,
 ) -> None:
     """Blocks against the model tuned as long token by token: quality, speed, ablations. The same command continues."""
-    from covray.recipes.diffusionvl import as_markdown, run_diffusionvl
+    from covray.recipes.diffusionvl import run_diffusionvl
+    from covray.recipes.diffusionvl_tables import as_markdown
 
     results = run_diffusionvl(out, model, data, budget)
     print(json.dumps(results.to_json()) if json_ else as_markdown(results))

@@ -176,7 +176,7 @@ class EpisodeActor(PoolActor):
         """Return the rows (``RESULT_SCHEMA``) of a block of episodes."""
         started = time.time()
         rows = self.runner.run(episodes)
-        self.report(started, len(rows), len(rows) - rows["error"].null_count, by_task=rows_by_task(rows))
+        self.report_rows(started, rows, by_task=rows_by_task(rows))
         return rows
 
 

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from covray.chains.dataset import ChainDataset
 from covray.config import BuildConfig, EvaluateConfig, named_run
+from covray.distributed.paths import absolute_fields, absolute_runs
 from covray.distributed.plugin_checks import used_plugins
 from covray.errors import DatasetError
 from covray.evaluation.answers import EPISODE_SCHEMA
@@ -43,14 +44,8 @@ class Work:
 
 def with_absolute_paths(config: EvaluateConfig) -> EvaluateConfig:
     """Return ``config`` with paths that mean the same in a worker's folder, and with a name for every run."""
-    adapters = []
-    for entry in config.adapters:
-        name, run = named_run(entry)
-        adapters.append(f"{name}={absolute(run)}")
-    update: dict[str, Any] = {"data": absolute(config.data), "out": absolute(config.out), "adapters": tuple(adapters)}
-    if config.manifest is not None:
-        update["manifest"] = absolute(config.manifest)
-    return config.model_copy(update=update)
+    paths = absolute_fields(config, "data", "out", "manifest")
+    return config.model_copy(update=paths | {"adapters": absolute_runs(config.adapters)})
 
 
 def without_places(identity: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,14 +11,14 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pyarrow as pa
 import ray
 import torch
 
-from covray.config.think import LanguageModelConfig, PainterConfig, ThinkFeaturesConfig
-from covray.config.vlm import VlmModelConfig
+from covray.config.think import ThinkFeaturesConfig
+from covray.distributed.paths import absolute_fields, absolute_model
 from covray.distributed.pool import (
     Pool,
     PoolActor,
@@ -40,8 +40,7 @@ from covray.distributed.progress import start_progress_actor
 from covray.distributed.resumable import Output
 from covray.distributed.session import ray_session
 from covray.errors import DatasetError
-from covray.io.model_folders import NANO_NAMES, is_here
-from covray.io.storage import Folder, absolute
+from covray.io.storage import Folder
 from covray.progress import stage
 from covray.thinking.building import FeatureBuilder, Samples, facts_of, feature_width, read_samples
 from covray.thinking.dataset import FEATURE_SCHEMA, PARQUET, SHARDS, TOKENIZER, read_table
@@ -99,27 +98,8 @@ def check(config: ThinkFeaturesConfig, output: Output[FeaturesRecord]) -> tuple[
 
 def absolute_paths(config: ThinkFeaturesConfig) -> ThinkFeaturesConfig:
     """Return ``config`` with paths that mean the same in a worker's folder. A model without a folder is a hub id."""
-    update = {"out": absolute(config.out)}
-    for key in ("data", "root", "cobsat"):
-        value = getattr(config, key)
-        if value is not None:
-            update[key] = absolute(value)
-    return config.model_copy(update=update | {"vlm": absolute_model(config.vlm)})
-
-
-M = TypeVar("M", VlmModelConfig, LanguageModelConfig, PainterConfig)
-
-
-def absolute_model(config: M) -> M:
-    """Return ``config`` with a folder that means the same elsewhere; a shipped model and a hub id stay."""
-    return config.model_copy(update={"path": absolute_path(config.path)})
-
-
-def absolute_path(path: str) -> str:
-    """Return the path of a model as it means the same elsewhere; a shipped model and a hub id stay."""
-    if path in NANO_NAMES or not is_here(path):
-        return path
-    return absolute(path)
+    paths = absolute_fields(config, "out", "data", "root", "cobsat")
+    return config.model_copy(update=paths | {"vlm": absolute_model(config.vlm)})
 
 
 def _take(
@@ -179,7 +159,7 @@ class FeatureActor(PoolActor):
         """Return the rows (``FEATURE_SCHEMA``) of a block of samples."""
         started = time.time()
         rows = self.builder.build(samples)
-        self.report(started, len(rows), len(rows) - rows["error"].null_count)
+        self.report_rows(started, rows)
         return rows
 
 

@@ -83,6 +83,10 @@ class PoolActor:
         """
         self._progress.report.remote(BlockReport(self._name, started, time.time(), rows, rejected, **counts))
 
+    def report_rows(self, started: float, rows: pa.Table, **counts: Any) -> None:
+        """Report a block whose ``rows`` are done: rejected are those with an ``error``. See ``report``."""
+        self.report(started, len(rows), len(rows) - rows["error"].null_count, **counts)
+
 
 @dataclass(frozen=True)
 class Pool:

@@ -19,7 +19,7 @@ import torch
 
 from covray.config.evaluate import named_run
 from covray.config.think import ThinkEvaluateConfig
-from covray.distributed.features import absolute_model, absolute_path
+from covray.distributed.paths import absolute_fields, absolute_model, absolute_path, absolute_runs
 from covray.distributed.pool import (
     Pool,
     PoolActor,
@@ -41,7 +41,7 @@ from covray.distributed.resumable import Output, mlflow_run_of
 from covray.distributed.session import ray_session
 from covray.distributed.trackers.base import require_trackers
 from covray.errors import DatasetError
-from covray.io.storage import Folder, absolute
+from covray.io.storage import Folder
 from covray.progress import stage
 from covray.report.reasoning import write_reasoning_page
 from covray.thinking.reasoning import RESULT_SCHEMA, Reasoner, require_reasoning, row_names
@@ -180,7 +180,7 @@ class ReasonActor(PoolActor):
         """Return the rows (``RESULT_SCHEMA``) of a block of episodes."""
         started = time.time()
         rows = self.reasoner.run(episodes)
-        self.report(started, len(rows), len(rows) - rows["error"].null_count)
+        self.report_rows(started, rows)
         return rows
 
 
@@ -252,19 +252,11 @@ def _metrics(results: ReasoningResults) -> Mapping[str, float | None]:
 
 def _absolute_paths(config: ThinkEvaluateConfig) -> ThinkEvaluateConfig:
     """Return ``config`` with paths that mean the same in a worker's folder, and with a name for every aligner."""
-    aligners = []
-    for entry in config.aligners:
-        name, path = named_run(entry)
-        aligners.append(f"{name}={absolute(path)}")
-    update = {
-        "out": absolute(config.out),
-        "aligners": tuple(aligners),
+    update: dict[str, Any] = {
+        **absolute_fields(config, "out", "cobsat", "features"),
+        "aligners": absolute_runs(config.aligners),
         "painter": absolute_model(config.painter),
     }
-    for key in ("cobsat", "features"):
-        value = getattr(config, key)
-        if value is not None:
-            update[key] = absolute(value)
     if config.vlm is not None:
         update["vlm"] = absolute_model(config.vlm)
     if config.language_model is not None:

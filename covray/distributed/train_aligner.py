@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from covray.config.think import ThinkTrainConfig
-from covray.distributed.features import absolute_model
+from covray.distributed.paths import absolute_fields, absolute_model
 from covray.distributed.resumable import Output
 from covray.distributed.trackers.base import require_trackers
 from covray.distributed.train import run_training
 from covray.distributed.train_checks import CheckedRun, binding_record, open_run, with_recorded_dtype
 from covray.errors import ConfigError
-from covray.io.storage import absolute
 from covray.models.aligner.language import language_facts
 from covray.thinking.dataset import FeatureDataset
 from covray.thinking.objective import open_captions
@@ -93,10 +92,5 @@ def _check(config: ThinkTrainConfig, output: Output[RunRecord]) -> CheckedRun[Th
 
 
 def _absolute_paths(config: ThinkTrainConfig) -> ThinkTrainConfig:
-    return config.model_copy(
-        update={
-            "data": absolute(config.data),
-            "out": absolute(config.out),
-            "language_model": absolute_model(config.language_model),
-        }
-    )
+    paths = absolute_fields(config, "data", "out")
+    return config.model_copy(update=paths | {"language_model": absolute_model(config.language_model)})

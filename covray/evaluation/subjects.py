@@ -18,8 +18,7 @@ from covray.methods import NO_FRAMES
 from covray.models.lvm.adapter import WEIGHTS_FILE, read_run, read_run_adapter
 from covray.models.lvm.backbone import BackboneFacts, backbone_facts
 from covray.models.lvm.decoding.base import require_context
-from covray.models.lvm.decoding.judging import require_verifier_for
-from covray.models.lvm.decoding.speculative import require_drafts_for
+from covray.models.lvm.decoding.requirements import require_trained_parts
 from covray.models.tokenizer.vqgan import require_same_codebook
 
 Kind = Literal["baseline", "untuned", "focus", "adapter", "ceiling"]
@@ -113,8 +112,7 @@ def subjects_of(config: EvaluateConfig, dataset: ChainDataset) -> tuple[Subject,
         subjects.append(subject)
     # With adapters each of them is checked with its own heads.
     if not config.adapters:
-        require_drafts_for(config.sampling, None, None)
-        require_verifier_for(config.sampling, None, None)
+        require_trained_parts(config.sampling, None, None)
     if not subjects:
         raise ConfigError("nothing to evaluate: give --adapter RUN, or leave untuned and baselines as they are")
     _require_distinct_names(subjects)
@@ -166,8 +164,7 @@ def _adapter(config: EvaluateConfig, dataset: ChainDataset, entry: str) -> Itera
             f"{facts.fingerprint[:12]}; give --backbone the folder or revision it was trained on"
         )
     lora = read_run_adapter(run)[0]
-    require_drafts_for(config.sampling, lora, run)
-    require_verifier_for(config.sampling, lora, run)
+    require_trained_parts(config.sampling, lora, run)
     sentences = trained.sentences
     # By default an adapter is asked for the longest chains, and the most examples, that it was trained on.
     lengths = config.lengths or (max(sentences.lengths),)

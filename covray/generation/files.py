@@ -19,8 +19,7 @@ from covray.io.images import decode, encode_png
 from covray.io.pixels import Picture
 from covray.io.storage import Folder
 from covray.models.lvm.adapter import WEIGHTS_FILE
-from covray.models.lvm.decoding.judging import require_verifier_for
-from covray.models.lvm.decoding.speculative import require_drafts_for
+from covray.models.lvm.decoding.requirements import require_trained_parts
 from covray.progress import stage
 
 
@@ -42,8 +41,7 @@ def generate(config: GenerateConfig) -> GenerationRecord:
     examples = tuple(_read_example(image, label) for image, label in config.examples)
     resolved = resolve_generator(config.generator())
     resolved.require_context(len(examples))
-    require_drafts_for(config.sampling, resolved.source.lora, config.adapter)
-    require_verifier_for(config.sampling, resolved.source.lora, config.adapter)
+    require_trained_parts(config.sampling, resolved.source.lora, config.adapter)
     with stage("loading the models"):
         generator = Generator(resolved)
     request = Request(queries, examples, config.task, config.classes, config.sampling, config.seed)

@@ -58,6 +58,7 @@ def run_claims(out: str, data: str | None = None) -> JsonObject:
 def _render_scenes(out: str) -> str:
     """Write the manifest of the scenes to the local folder ``out``, unless it is there; returns its path."""
     manifest = Path(out, "pairs.parquet")
+    # Rendered once: a later call of the same experiment finds them.
     if manifest.exists():
         return str(manifest)
     try:

@@ -62,11 +62,17 @@ def report_programme(out: str) -> dict[str, Any]:
 
 def _strips(programme: Programme, results: ProgrammeResults) -> list[Strip]:
     """Return the answers of the main arms to one query a task: the median by the best chains, or by the first arm."""
-    names = [entry.name for entry in results.arms if entry.seeds]
-    shown = [name for name in dict.fromkeys(("none", "diffusion", results.best or "own")) if name in names]
+    done = [entry.name for entry in results.arms if entry.seeds]
+    shown = []
+    for name in dict.fromkeys(("none", "diffusion", results.best or "own")):
+        if name in done:
+            shown.append(name)
     if not shown:
         return []
-    folders = [programme.evaluation(name, min(_seeds(results, name))) for name in shown]
+    folders = []
+    for name in shown:
+        folders.append(programme.evaluation(name, min(_seeds(results, name))))
+    # The last of them is the best one: the others answer its median queries.
     queries = _median_queries(folders[-1])
     strips: list[Strip] = []
     for folder in folders:
@@ -85,6 +91,7 @@ def _median_queries(folder: EvaluationFolder) -> dict[str, int]:
     if scores is not None:
         for task, metric in primary_metrics(scores.tasks).items():
             values = scores.by_seed[folder.seed].get((task, metric), {})
+            # By the query's number where scores are equal, so that a report shows the same pictures again.
             ranked = sorted(values, key=lambda query: (values[query], query))
             if ranked:
                 queries[task] = ranked[len(ranked) // 2]

@@ -100,6 +100,7 @@ class Backbone:
 
     def config(self) -> JsonObject:
         """Return it as a ``BackboneConfig``."""
+        # Shipped models are "nano", "nano-2" and so on; all else is a folder with an architecture of its own.
         shipped = re.fullmatch(r"nano(-\d+)?", self.path)
         return {"scale": "nano" if shipped else "custom", "path": self.path}
 
@@ -177,8 +178,10 @@ ADAPTIVE = "adaptive-length"
 def datasets(budget: Budget) -> list[Dataset]:
     """Return what has to be built; the first has the noise of all inversions."""
     first = Dataset("main", ("diffusion", "linear", "copy", "coarse"), (MAIN_LENGTH,))
+    # The further lengths are trained on diffused frames alone.
     others = [Dataset(f"length-{length}", ("diffusion",), (length,)) for length in budget.lengths]
     for name, spacing in budget.spacings.items():
+        # Spacings by name keep the main length; those given as alphas have as many frames as alphas.
         length = MAIN_LENGTH if isinstance(spacing, str) else len(spacing) + 2
         others.append(Dataset(name, ("diffusion",), (length,), spacing))
     return [first, *others]
@@ -197,6 +200,7 @@ def arms(budget: Budget, backbones: tuple[Backbone, ...]) -> list[Arm]:
 def _main_arms(budget: Budget) -> Iterator[Arm]:
     seeds = budget.seeds
     yield Arm("none", "plain pairs", "none", seeds=seeds, chosen_from=True)
+    # Plain pairs have two pictures: half of a chain's tokens.
     tokens = MAIN_LENGTH / 2
     yield Arm("none-tokens", "plain pairs, the tokens of chains", "none", steps_factor=tokens, seeds=seeds)
     yield Arm("linear", "pixels mixed", "linear", seeds=seeds)
@@ -227,6 +231,7 @@ def _form_arms(budget: Budget) -> Iterator[Arm]:
 
 
 def _alphas(spacing: tuple[float, ...] | str) -> str:
+    # A spacing by name is a text, whose characters are no alphas.
     return ", ".join(f"{alpha:.2g}" for alpha in spacing if isinstance(alpha, float))
 
 
@@ -265,6 +270,7 @@ def decodings(budget: Budget) -> list[Decoding]:
 
 
 def _frames(temperature: float) -> Mapping[str, Any]:
+    # Only frames are sampled; the answer stays greedy.
     return {"sampling": {"frames": {"temperature": temperature}}}
 
 
@@ -283,9 +289,11 @@ def train_options(arm: Arm, budget: Budget, pairs: int, tokens_per_image: int) -
         tokens_per_image: Tokens of a picture.
     """
     steps = steps_of(arm, budget, pairs)
+    # In tokens: the query with one example.
     sentence = 2 * arm.pictures * tokens_per_image  # an example chain, and the query's
     noise: JsonObject = dict(arm.noise or {})
     if noise.get("kind") == "own":
+        # As many refreshes as the budget says, evenly over the training.
         noise["refresh_tokens"] = max(1, steps * budget.sentences * sentence // (budget.refreshes + 1))
     sentences: dict[str, Any] = {
         "method": arm.method, "lengths": (arm.length,), "pairs": (1,), "validation_split": None,
@@ -297,6 +305,7 @@ def train_options(arm: Arm, budget: Budget, pairs: int, tokens_per_image: int) -
         "sentences": sentences,
         "optimizer": {
             "learning_rate": budget.learning_rate, "steps": steps, "batch_tokens": budget.sentences * sentence,
+            # A micro-batch holds at least one sentence.
             "micro_batch_tokens": max(4096, sentence),
         },
         "compute": {"deepspeed": "none"},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,10 +59,12 @@ class _Summary:
     def results(self) -> ProgrammeResults:
         """Return all results."""
         programme = self.programme
-        listed = list(self._arms.values())
-        listed_claims = [self._claim(spec) for spec in claims(programme.budget, programme.backbones)]
-        claim_results = (*listed_claims, *self._size_claims())
-        entries = tuple(self._entry(arm) for arm in listed)
+        arms = list(self._arms.values())
+        claim_results = []
+        for spec in claims(programme.budget, programme.backbones):
+            claim_results.append(self._claim(spec))
+        claim_results += self._size_claims()
+        entries = tuple(map(self._entry, arms))
         exposure = tuple(self._exposures())
         hours = sum(entry.train_hours + entry.evaluate_hours for entry in entries)
         return ProgrammeResults(
@@ -70,11 +72,11 @@ class _Summary:
             budget=programme.record.budget,
             backbones=programme.record.backbones,
             arms_done=sum(len(entry.seeds) for entry in entries),
-            arms_planned=sum(len(arm.seeds) for arm in listed),
+            arms_planned=sum(len(arm.seeds) for arm in arms),
             conclusion=conclusion(claim_results, exposure, self._best),
             best=self._best,
             lengths=self._lengths,
-            claims=claim_results,
+            claims=tuple(claim_results),
             arms=entries,
             curves=tuple(self._curves()),
             exposure=exposure,
@@ -94,6 +96,7 @@ class _Summary:
     def _scores(self, name: str) -> ArmScores | None:
         """Return the scores of an arm by its name in a claim; None where it is not done."""
         programme = self.programme
+        # Claims may name what is no arm by itself: the best one, the best length of every task, or a way to decode.
         if name == BEST:
             if self._best is None:
                 return None
@@ -104,8 +107,11 @@ class _Summary:
         if way:
             return self._decoded(whose, way)
         arm = self._arms[name]
-        done = [seed for seed in arm.seeds if programme.done(name, seed) is not None]
-        return scores_of([programme.evaluation(name, seed) for seed in done])
+        evaluations = []
+        for seed in arm.seeds:
+            if programme.done(name, seed) is not None:
+                evaluations.append(programme.evaluation(name, seed))
+        return scores_of(evaluations)
 
     @functools.cached_property
     def _untuned(self) -> ArmScores | None:
@@ -124,12 +130,14 @@ class _Summary:
             return None
         folder, subject = f"decoding-{way}", whose
         if way.startswith("votes of "):
+            # A sample of chains writes as many pictures as a chain has after its query: so many plain samples cost
+            # the same.
             count = int(way.rpartition(" ")[2])
             if "as many tokens" in way:
                 count *= self._arms[self._best].pictures - 1
             folder, subject = "decoding-votes", f"{whose}, votes of {count}"
-        seeds = self._arms[self._best].seeds
-        return scores_of([programme.evaluation(folder, seed) for seed in seeds], subject)
+        evaluations = [programme.evaluation(folder, seed) for seed in self._arms[self._best].seeds]
+        return scores_of(evaluations, subject)
 
     # --- lengths ---
 
@@ -137,7 +145,9 @@ class _Summary:
     def _by_length(self) -> dict[str, int]:
         """The arms that differ in the length of their chains alone, with it."""
         lengths = {"none": 2, "diffusion": self._arms["diffusion"].length}
-        return lengths | {f"length-{length}": length for length in self.programme.budget.lengths}
+        for length in self.programme.budget.lengths:
+            lengths[f"length-{length}"] = length
+        return lengths
 
     @functools.cached_property
     def _best_arms(self) -> dict[str, str]:
@@ -146,6 +156,8 @@ class _Summary:
         for name in self._by_length:
             scores = scores_of([self.programme.evaluation(name, self.programme.budget.seeds[0], "val")])
             if scores is None:
+                # Nothing is chosen until all candidates are evaluated: a choice among some would be another one
+                # later.
                 return {}
             candidates[name] = scores
         return best_by_task(candidates)
@@ -156,13 +168,14 @@ class _Summary:
 
     def _adaptive(self) -> ArmScores | None:
         """Return the arm that has of every task the scores of its best length."""
-        seed, parts = self.programme.budget.seeds[0], {}
+        # Lengths other than the main one are trained with the first seed only.
+        seed, arm_by_task = self.programme.budget.seeds[0], {}
         for task, name in self._best_arms.items():
             scores = self._scores(name)
             if scores is None:
                 return None
-            parts[task] = ArmScores({seed: scores.by_seed[seed]})
-        return joined(parts) if parts else None
+            arm_by_task[task] = ArmScores({seed: scores.by_seed[seed]})
+        return joined(arm_by_task) if arm_by_task else None
 
     # --- parts of the results ---
 
@@ -176,11 +189,13 @@ class _Summary:
         first, *others = self.programme.backbones
         for other in others:
             smaller, larger = sorted((first, other), key=_parameters)
+            # Of equal backbones neither is the smaller one.
             if _parameters(smaller) == _parameters(larger):
                 continue
             for arm in ("diffusion", "own"):
                 ours, theirs = self._prefix(smaller), self._prefix(larger)
-                comparison = self._compare_gains((f"{ours}{arm}", f"{ours}none"), (f"{theirs}{arm}", f"{theirs}none"))
+                gains_over = (f"{ours}{arm}", f"{ours}none"), (f"{theirs}{arm}", f"{theirs}none")
+                comparison = self._compare_gains(*gains_over)
                 spec = ClaimSpec(
                     f"smaller_{other.name}_{arm}",
                     f"The smaller backbone, {smaller.name}, gains more by {arm} than {larger.name}",
@@ -207,6 +222,7 @@ class _Summary:
 
     def _result(self, spec: ClaimSpec, comparison: Comparison | None) -> ClaimResult:
         """Return a claim with what came of it."""
+        # What stands here is shown as "not run" until both arms are done.
         result = ClaimResult(
             key=spec.key, claim=spec.claim, group=spec.group, view=spec.view, first=self._name(spec.first),
             second=self._name(spec.second), metric=spec.metric, gain_percent=None, low=None, high=None, seeds=0,
@@ -289,11 +305,12 @@ class _Summary:
         """Yield the points of the learning curves, each ending in an arm with all queries."""
         seed = self.programme.budget.seeds[0]
         for whole in ("none", "linear", "diffusion", "own"):
-            names = [f"{whole}-{share:g}" for share in sorted(self.programme.budget.shares)]
-            for name in (*names, whole):
+            parts_of_queries = [f"{whole}-{share:g}" for share in sorted(self.programme.budget.shares)]
+            for name in (*parts_of_queries, whole):
                 run, scores = self.programme.done(name, seed), self._scores(name)
                 if run is None or scores is None:
                     continue
+                # Points of a curve have one seed; the whole arm may have more, of which the same one is shown.
                 only = ArmScores({seed: scores.by_seed[seed]})
                 value, low, high = self._gain(only)
                 if value is not None:
@@ -309,6 +326,7 @@ class _Summary:
             return
         for name, arm in self._arms.items():
             scores = self._scores(name)
+            # Arms of other backbones or of a part of the queries have another arm without frames to be compared with.
             if scores is None or arm.method == "none" or arm.share != 1.0 or arm.backbone is not None:
                 continue
             for task in scores.tasks:
@@ -337,24 +355,28 @@ class _Summary:
 
     def _other_hours(self) -> float:
         """Return the hours of evaluations that are of no single arm."""
+        # Without training, and by decoding: neither is in the hours of an arm.
         programme, seconds = self.programme, 0.0
-        folders = [programme.evaluation(f"{UNTUNED}-{backbone.name}", -1) for backbone in programme.backbones]
+        folders = []
+        for backbone in programme.backbones:
+            folders.append(programme.evaluation(f"{UNTUNED}-{backbone.name}", -1))
         for way in ways_of(programme.budget):
-            folders += [programme.evaluation(f"decoding-{way.name}", seed) for seed in programme.budget.seeds]
+            for seed in programme.budget.seeds:
+                folders.append(programme.evaluation(f"decoding-{way.name}", seed))
         for folder in folders:
             if folder.finished:
                 seconds += EvaluationResults.read(folder.path).seconds
         return seconds / 3600
 
 
-def conclusion(results: tuple[ClaimResult, ...], exposure: tuple[Exposure, ...], best: str | None) -> str:
+def conclusion(results: Sequence[ClaimResult], exposure: Sequence[Exposure], best: str | None) -> str:
     """Return in one sentence whether chains pay.
 
     They do where the best chains beat no frames and copies of the query; they do not where the gain over no frames lies
     below ``NO_GAIN_PERCENT`` although the exposure to own frames is closed. All else is not decided.
     """
     by_key = {result.key: result for result in results}
-    none, tokens, copy = (by_key[key] for key in ("best_none", "best_tokens", "best_copy"))
+    none, tokens, copy = by_key["best_none"], by_key["best_tokens"], by_key["best_copy"]
     if none.gain_percent is None:
         return "Not decided: the arms that decide are not done."
     gain = f"the best chains ({best}) against no frames: {_figures(none)}"
@@ -363,6 +385,7 @@ def conclusion(results: tuple[ClaimResult, ...], exposure: tuple[Exposure, ...],
         return f"Chains pay here: {gain}; against copies of the query {_figures(copy)}; {at_tokens} at equal tokens."
     if none.verdict == "holds":
         return f"Computation pays here, frames are not shown to: {gain}; against copies of the query {_figures(copy)}."
+    # Closed: the answers lose next to no likelihood by the model's own frames, so that frames had their chance.
     of_best = [entry.exposure for entry in exposure if entry.arm == best]
     closed = bool(of_best) and sum(of_best) / len(of_best) < SMALL_EXPOSURE_NATS
     if closed and none.high is not None and none.high < NO_GAIN_PERCENT:
@@ -385,6 +408,7 @@ def _figures(result: ClaimResult) -> str:
 
 
 def _compared(first: ArmScores, second: ArmScores, metric: str | None) -> Comparison | None:
+    # Arms of a part of the tasks are compared on the tasks that both have.
     tasks = [task for task in first.tasks if task in second.tasks]
     metrics = primary_metrics(tasks) if metric is None else dict.fromkeys(tasks, metric)
     return compare(first, second, metrics)
@@ -394,6 +418,7 @@ def _verdict(comparison: Comparison) -> ClaimVerdict:
     if comparison.gain is None:
         return "not run"
     gain = comparison.gain
+    # An interval that holds zero decides nothing, whatever its middle.
     if gain.low is None or gain.high is None or gain.low <= 0 <= gain.high:
         return "open"
     return "holds" if gain.low > 0 else "does not hold"

@@ -92,6 +92,7 @@ class Programme:
         best = self.best
         listed = []
         for arm in arms(self.budget, self.backbones):
+            # The best chains decide most claims: they alone are trained with every seed.
             if arm.name == best:
                 arm = replace(arm, seeds=self.budget.seeds)
             listed.append(arm)
@@ -129,6 +130,7 @@ class Programme:
         for dataset in datasets(self.budget):
             self._build(dataset, manifest)
         self._evaluate_untuned()
+        # What is not known before the first pass: which arm of chains is the best on the validation split.
         for arm in arms(self.budget, self.backbones):  # the best are not known before
             for seed in arm.seeds:
                 self._run(arm, seed)
@@ -146,6 +148,7 @@ class Programme:
             return str(manifest)
         try:
             with stage("rendering the scenes"), ManifestWriter(manifest) as writer:
+                # Shares of scenes: scene_pairs takes them as parts of their sum.
                 scenes = self.budget.scenes
                 splits = {name: float(count) for name, count in scenes.items()}
                 tasks = self.budget.tasks or tuple(TASKS)
@@ -167,6 +170,7 @@ class Programme:
         if dataset.name == "main":
             options["keep_noise"] = True
         else:
+            # The batch, too, is the one that the noise was inverted in.
             main = ChainDataset(self.chains("main"))
             options |= {"noise_from": main.path, "engine": {"batch": main.config["engine"]["batch"]}}
         self.steps.build(BuildConfig.model_validate(options | dataset.build_options()))
@@ -176,9 +180,11 @@ class Programme:
     def _run(self, arm: Arm, seed: int) -> None:
         """Train and evaluate an arm, and write down what it took."""
         assert self.steps is not None
+        # An arm is done when its file is there, which is written last.
         if self.done(arm.name, seed) is not None:
             return
         data = ChainDataset(self.chains("main"))
+        # Counted before any are dropped: an arm without the worst chains takes as many steps.
         pairs = len(data.table(["pair_id"], self.budget.tasks, "train"))
         options = train_options(arm, self.budget, pairs, data.tokens_per_image)
         config = TrainConfig.model_validate(
@@ -189,6 +195,7 @@ class Programme:
         )  # fmt: skip
         trained = self.steps.train(config)
         seconds = self._evaluate(arm, seed, "test", self.budget.episodes)
+        # Chosen on another split than claims are made on.
         if arm.chosen_from and seed == self.budget.seeds[0]:
             seconds += self._evaluate(arm, seed, "val", self.budget.validation_episodes)
         ArmRun(
@@ -233,6 +240,7 @@ class Programme:
         for seed in best.seeds:
             for way in ways_of(self.budget):
                 adapters = [f"best={self.run_folder(best.name, seed)}"]
+                # Votes over chains and over plain answers are compared, so that they are evaluated together.
                 if way.name == "votes":
                     adapters.append(f"none={self.run_folder('none', seed)}")
                 options = {
@@ -262,8 +270,9 @@ def open_programme(out: str, name: BudgetName, backbones: Sequence[str], tokeniz
     Raises:
         ConfigError: A backbone cannot be used, or two have one name.
     """
-    listed = tuple(_backbone(entry) for entry in backbones)
-    if len({backbone.name for backbone in listed}) < len(listed):
+    listed = tuple(map(_backbone, backbones))
+    names = {backbone.name for backbone in listed}
+    if len(names) < len(listed):
         raise ConfigError("--backbone: two have one name; give each its own, as NAME=PATH")
     record = ProgrammeRecord(
         budget_name=name,
@@ -287,6 +296,7 @@ def _backbone(entry: str) -> Backbone:
 def read_programme(out: str) -> Programme:
     """Return the programme that was begun in the folder ``out``. Raises ConfigError for none."""
     record = ProgrammeRecord.read(out)
+    # JSON has lists where the budget has tuples.
     values = dict(record.budget)
     for key in ("seeds", "shares", "lengths", "votes"):
         values[key] = tuple(values[key])
@@ -296,7 +306,8 @@ def read_programme(out: str) -> Programme:
             values["spacings"][name] = tuple(spacing)
     if values["tasks"] is not None:
         values["tasks"] = tuple(values["tasks"])
-    return Programme(out, record, Budget(**values), tuple(Backbone(**each) for each in record.backbones))
+    backbones = [Backbone(**each) for each in record.backbones]
+    return Programme(out, record, Budget(**values), tuple(backbones))
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -305,6 +316,7 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in values.items():
         if isinstance(value, Mapping):
             plain[key] = _plain(value)
+        # A tuple comes back from JSON as a list; the records of two runs must be equal.
         else:
             plain[key] = list(value) if isinstance(value, tuple) else value
     return plain

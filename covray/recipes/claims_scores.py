@@ -63,9 +63,11 @@ def best_chains(validated: Mapping[str, EvaluationFolder], reference: str) -> st
         validated: Evaluations on the split that choices are made on, by arm; the reference among them.
         reference: The arm that is no candidate.
     """
+    # Of some arms only, the best would be another one later.
     if not all(folder.finished for folder in validated.values()):
         return None
     base = scores_of([validated[reference]])
+    # No intervals: a choice needs the value alone.
     gains = []
     for name, folder in validated.items():
         scores = scores_of([folder])
@@ -89,6 +91,7 @@ def best_by_task(candidates: Mapping[str, ArmScores]) -> dict[str, str]:
         for number, (name, scores) in enumerate(candidates.items()):
             mean = scores.mean(task, metric)
             if mean is not None:
+                # The number before the name: of equal means the first candidate.
                 ranked.append((mean if metric in lower else -mean, number, name))
         best[task] = min(ranked)[2]
     return best

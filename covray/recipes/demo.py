@@ -128,6 +128,7 @@ class _Demo:
             raise ConfigError(
                 f"--out {self.out}: cannot be written ({one_line(error)}); give another folder"
             ) from error
+        # Written where they are absent, so that a demo that was stopped goes on.
         photo_manifest, scene_manifest = self.pairs / "photos.parquet", self.pairs / "scenes.parquet"
         self.announce(
             f"{len(PHOTOGRAPHS)} photographs label themselves",
@@ -157,6 +158,7 @@ class _Demo:
             }
         )  # fmt: skip
         audit = build(config)
+        # A demo that is continued may have computed nothing in its last run.
         text = f"{audit.written} chains, {audit.rejected} rejected"
         if audit.chains_per_s:
             text += f", {audit.chains_per_s:.2f} chains/s on {audit.actors} actors"
@@ -173,7 +175,10 @@ class _Demo:
 
     def tune(self) -> TrainResult:
         """Train an adapter; returns the result of the training."""
-        options = {f"optimizer.{key}": value for key, value in TRAINING.items() if key != "epochs"}
+        options = {}
+        for key, value in TRAINING.items():
+            if key != "epochs":  # has an option of its own
+                options[f"optimizer.{key}"] = value
         self.announce(
             "A small adapter learns to think in chains: LoRA on the nano LVM",
             f"train --scale nano --data {self.chains} --out {self.run} --length {LENGTH} "
@@ -223,6 +228,7 @@ class _Demo:
             file.write_bytes(encode_png(picture))
             images.append(str(file))
         models = parts.models.model_dump(exclude_none=True)
+        # The parts of a folder, and what is asked of them.
         config = ThinkGenerateConfig.model_validate(
             models
             | {"run": str(parts.aligner.path), "out": str(self.thought / "answer"), "instruction": parts.instruction}
@@ -253,6 +259,7 @@ def run_demo(out: Path, console: Console, think: str | None = None) -> DemoResul
     """
     started = time.monotonic()
     demo = _Demo(out, console)
+    # Checked before anything is built: what ThinkDiff lacks is said at once, not after minutes.
     parts = None if think is None else _thinking_parts(think)
     if out.exists() and not demo.photographs.is_dir():
         raise ConfigError(f"--out {out}: exists and holds no demo; give a folder that does not exist yet")

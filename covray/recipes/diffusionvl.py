@@ -22,13 +22,23 @@ from covray.distributed.evaluate_vlm import evaluate_vlm
 from covray.distributed.session import ray_session
 from covray.distributed.train_vlm import train_vlm
 from covray.errors import ConfigError, one_line
-from covray.evaluation.statistics import Difference
 from covray.evaluation.vision_text import Row, compare_rows, finished_rows
 from covray.io import storage
-from covray.io.records import Record, RecordPart
 from covray.io.storage import Folder
 from covray.pairs.manifest import ManifestWriter
 from covray.pairs.scenes.portraits import portrait_pairs
+from covray.recipes.diffusionvl_tables import (
+    BLOCK,
+    SCORES,
+    WITHOUT_CACHE,
+    Ablation,
+    Quality,
+    Speed,
+    Tables,
+    as_markdown,
+    blocks_decoder,
+    check_claims,
+)
 from covray.recipes.nano.vlm import SIZE_PX, STEPS
 from covray.training.metrics_log import METRICS_FILE, read_metrics
 
@@ -36,11 +46,8 @@ BATCH = 64
 """Samples of a step."""
 PRETRAINED_SAMPLES = STEPS * BATCH
 """Samples that the nano model was trained on; a share of them is a share of its training tokens."""
-BLOCK = 8
-"""Tokens of a block, DiffusionVL's."""
 WHOLE = 96
 """Tokens of the one block of full-sequence diffusion: the longest caption fits."""
-SCORES = ("questions", "facts", "chrf")
 TABLES = "tables.md"
 _LEARNING_RATE = 3e-4
 _DIFFUSIONVL = {"blocks.preset": "diffusionvl"}
@@ -67,52 +74,6 @@ class Budget:
     """Captions whose speed is measured, one at a time."""
     validated: int = 512
     """Samples of a validation."""
-
-
-class Quality(RecordPart):
-    """Blocks against the twin, over the same prompts and all seeds."""
-
-    passes: int
-    """Of a block of 8."""
-    tokens_per_pass: float
-    differences: dict[str, Difference | None]
-    """Scores of the blocks less those of the twin."""
-
-
-class Speed(RecordPart):
-    """A decoder at batch 1."""
-
-    decoder: str
-    tokens_per_s: float
-    over_autoregressive: float
-    tokens_per_pass: float
-    facts: float | None
-    chrf: float | None
-
-
-class Ablation(RecordPart):
-    """A variant of the blocks."""
-
-    variant: str
-    nelbo_perplexity: float | None
-    all_passes: dict[str, float | None]
-    """Scores with as many passes as tokens."""
-    quarter: dict[str, float | None]
-    """Scores with a quarter of the passes."""
-
-
-class Tables(Record):
-    """What the programme found."""
-
-    FILE = "results.json"
-    FIX = "run the programme again"
-
-    budget: str
-    quality: list[Quality]
-    speed: list[Speed]
-    ablations: list[Ablation]
-    claims: dict[str, bool | None]
-    """Whether the claims of DiffusionVL hold here; null: not measured."""
 
 
 BUDGETS = {
@@ -159,7 +120,9 @@ FULL_SEQUENCE = Variant("full-sequence", {"blocks.size": WHOLE, "blocks.autoregr
 
 def ablations(budget: Budget) -> list[Variant]:
     """Return the variants that differ from ``BLOCKS`` in one setting, and DiffusionVL to the letter."""
-    variants = [Variant(f"size {size}", {"blocks.size": size}) for size in budget.sizes]
+    variants = []
+    for size in budget.sizes:
+        variants.append(Variant(f"size {size}", {"blocks.size": size}))
     variants += [
         Variant("no autoregressive loss", {"blocks.autoregressive": 0.0}),
         Variant("clean half by blocks", {"blocks.context": "block", "blocks.autoregressive": 0.0}),
@@ -168,7 +131,8 @@ def ablations(budget: Budget) -> list[Variant]:
         Variant("annealed 2, 4, 8", {"blocks.anneal": [2, 4]}),
         Variant("diffusionvl", _DIFFUSIONVL),
     ]
-    variants += [Variant(f"data {share:.0%}", share=share) for share in budget.shares]
+    for share in budget.shares:
+        variants.append(Variant(f"data {share:.0%}", share=share))
     return variants
 
 
@@ -231,6 +195,7 @@ def _train(programme: Programme, variant: Variant, seed: int, pretrained_samples
     share = variant.share
     if share is None:
         share = programme.budget.share
+    # A share of the checkpoint's training, in steps of one batch.
     steps = max(1, round(share * pretrained_samples / BATCH))
     run = programme.folder("runs", _folder_name(variant, seed))
     options = {
@@ -272,12 +237,14 @@ def _evaluate(programme: Programme, run: str, name: str, decoding: Mapping[str, 
         "decoding": {"max_tokens": WHOLE, **decoding},
         "tracking.uri": "none",
     }
+    # One at a time on one actor: neither a batch nor a neighbour shares the time.
     if timed:
         options |= {"samples": programme.budget.timed, "batch": 1, "actors.max": 1, "texts": {"questions": False}}
     return evaluate_vlm(load_config(VlmEvaluateConfig, None, options))
 
 
 def _folder_name(variant: Variant, seed: int) -> str:
+    # Folders that have begun are found by these names: they must stay as they are.
     name = variant.name.replace("1/t", "one over t").replace("%", " percent").replace(",", "").replace(" ", "-")
     return f"{name}-{seed}"
 
@@ -291,6 +258,7 @@ def _rows(programme: Programme, names: Sequence[str]) -> list[list[Row]]:
 
 def _quality(programme: Programme, pretrained_samples: int) -> list[Quality]:
     """Return the twin's scores, and the paired differences of blocks from it by passes, over all seeds."""
+    # Names of evaluations, one a seed: of the twin, and of the blocks by passes.
     of_twin = []
     by_passes: dict[int, list[str]] = {passes: [] for passes in programme.budget.passes}
     for seed in programme.budget.seeds:
@@ -301,18 +269,14 @@ def _quality(programme: Programme, pretrained_samples: int) -> list[Quality]:
         for passes, names in by_passes.items():
             names.append(f"{_folder_name(BLOCKS, seed)}-of-{passes}")
             _evaluate(programme, blocks, names[-1], {"passes": passes}, timed=False)
+
     twin_rows = _rows(programme, of_twin)
     table = []
     for passes, names in by_passes.items():
         rows = _rows(programme, names)
-        differences = compare_rows(rows, twin_rows)
-        table.append(
-            Quality(
-                passes=passes,
-                tokens_per_pass=_tokens_per_pass(rows),
-                differences={score: differences[score] for score in SCORES},
-            )
-        )
+        compared = compare_rows(rows, twin_rows)
+        differences = {score: compared[score] for score in SCORES}
+        table.append(Quality(passes=passes, tokens_per_pass=_tokens_per_pass(rows), differences=differences))
     return table
 
 
@@ -333,21 +297,22 @@ def _speed(programme: Programme, pretrained_samples: int) -> list[Speed]:
         runs[variant.name] = _train(programme, variant, seed, pretrained_samples)
     asked: list[tuple[str, str, dict[str, Any]]] = [("autoregressive", TWIN.name, {})]
     for passes in programme.budget.passes:
-        asked.append((f"blocks of {BLOCK} in {passes}", BLOCKS.name, {"passes": passes}))
+        asked.append((blocks_decoder(passes), BLOCKS.name, {"passes": passes}))
     asked.append(("speculative", BLOCKS.name, {"decoder": "speculative"}))
-    asked.append(("full sequence, no cache", FULL_SEQUENCE.name, {"cache": False}))
+    asked.append((WITHOUT_CACHE, FULL_SEQUENCE.name, {"cache": False}))
     asked.append(("full sequence in half the passes, no cache", FULL_SEQUENCE.name, {"cache": False, "passes": 48}))
     table: list[Speed] = []
     for title, name, decoding in asked:
         file_name = "timed-" + title.replace(",", "").replace(" ", "-")
         result = _evaluate(programme, runs[name], file_name, decoding, timed=True)
         rate = _mean_of(result["tokens_per_s"]) or 0.0
-        first = table[0].tokens_per_s if table else rate
+        # The twin comes first: all rates are over its own.
+        first_rate = table[0].tokens_per_s if table else rate
         table.append(
             Speed(
                 decoder=title,
                 tokens_per_s=rate,
-                over_autoregressive=rate / first if first else 0.0,
+                over_autoregressive=rate / first_rate if first_rate else 0.0,
                 tokens_per_pass=_mean_of(result["tokens_per_pass"]) or 0.0,
                 facts=_mean_of(result["facts"]),
                 chrf=_mean_of(result["chrf"]),
@@ -382,6 +347,7 @@ def _ablate(programme: Programme, pretrained_samples: int) -> list[Ablation]:
 
 def _nelbo_perplexity(run: str) -> float | None:
     """Return the last validation's perplexity by the bound of the blocks."""
+    # Only records of a validation have it.
     last = None
     for record in read_metrics(storage.join(run, METRICS_FILE)):
         last = record.get("answer_nelbo_perplexity", last)
@@ -390,65 +356,3 @@ def _nelbo_perplexity(run: str) -> float | None:
 
 def _mean_of(score: float | Mapping[str, float] | None) -> float | None:
     return score["mean"] if isinstance(score, Mapping) else score
-
-
-def check_claims(quality: Sequence[Quality], speed: Sequence[Speed]) -> dict[str, bool | None]:
-    """Return whether DiffusionVL's claims hold here; None: not measured."""
-    rates = {line.decoder: line.tokens_per_s for line in speed}
-    best = max(rates[f"blocks of {BLOCK} in {line.passes}"] for line in quality)
-    whole = rates["full sequence, no cache"]
-    claims: dict[str, bool | None] = {}
-    for score, difference in quality[0].differences.items():
-        holds = None
-        if difference is not None and difference.high is not None:
-            holds = difference.high >= 0
-        claims[f"{score}: with all passes no worse than autoregressive"] = holds
-    faster = "at least twice the speed of full-sequence diffusion without cache"
-    claims[faster] = best >= 2 * whole if whole else None
-    return claims
-
-
-# --- as text ---------------------------------------------------------------------------------------------------------
-
-
-def as_markdown(results: Tables) -> str:
-    """Return the tables as Markdown."""
-    heads = [f"{score}, less autoregressive" for score in SCORES]
-    quality = [["passes", "tokens a pass", *heads]]
-    for of_passes in results.quality:
-        cells = [str(of_passes.passes), f"{of_passes.tokens_per_pass:.2f}"]
-        quality.append(cells + [_difference(of_passes.differences[score]) for score in SCORES])
-    speed = [["decoder, batch 1", "tokens/s", "over autoregressive", "tokens a pass", "facts", "chrf"]]
-    for line in results.speed:
-        figures = (line.tokens_per_s, line.over_autoregressive, line.tokens_per_pass, line.facts, line.chrf)
-        speed.append([line.decoder, *map(_number, figures)])
-    ablated = [["variant", "NELBO perplexity"]]
-    for share in ("D", "D/4"):
-        ablated[0] += [f"{score}, S = {share}" for score in SCORES]
-    for variant in results.ablations:
-        cells = [variant.variant, _number(variant.nelbo_perplexity)]
-        for scores in (variant.all_passes, variant.quarter):
-            cells += [_number(scores[score]) for score in SCORES]
-        ablated.append(cells)
-    claims = [["claim", "holds"]]
-    for claim, holds in results.claims.items():
-        claims.append([claim, "not measured" if holds is None else str(holds).lower()])
-    named = {"Quality": quality, "Speed": speed, "Ablations": ablated, "Claims": claims}
-    return "\n".join(f"## {title}\n{_markdown(table)}" for title, table in named.items())
-
-
-def _markdown(table: Sequence[Sequence[str]]) -> str:
-    lines = [table[0], ["---"] * len(table[0]), *table[1:]]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
-
-
-def _difference(value: Difference | None) -> str:
-    if value is None:
-        return ""
-    if value.low is None:
-        return f"{value.mean:+.3f}"
-    return f"{value.mean:+.3f} ({value.low:+.3f} to {value.high:+.3f})"

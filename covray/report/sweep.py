@@ -217,8 +217,8 @@ def _claim(claim: ClaimEntry, reach: float, lower_is_better: Sequence[str]) -> C
     if rows:
         verdicts = Counter(row.verdict for row in claim.rows)
         texts = []
-        for verdict in sorted(verdicts, key=_verdict_rank):
-            texts.append(f"{verdict} in {verdicts[verdict]:,}")
+        for kind in sorted(verdicts, key=_verdict_rank):
+            texts.append(f"{kind} in {verdicts[kind]:,}")
         counts = f"{counted(len(rows), 'comparison')}: {', '.join(texts)}"
 
     # Without a gain there is no interval to draw: the scores were not above zero, or nothing was compared.

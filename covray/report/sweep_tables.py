@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import TypeVar
 
 from covray.report.formatting import counted, readable
 from covray.report.metrics import MetricHead, metric_head
 from covray.report.sweep_rows import sort_rows, variants
 from covray.report.tables import ScoreCell, best_mean, score_cell
-from covray.sweeps.records import CellEntry, CellScore, Reference, SweepResults
+from covray.sweeps.records import CellScore, Reference, SweepResults, TrialScore
 
 Column = tuple[str, str]
 """A task and a metric."""
+S = TypeVar("S", CellScore, TrialScore)
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def _table(
     """Return a table with a row a cell and a column for each of ``columns``, whose heads are ``heads``."""
     cells = sort_rows(results.cells)
     # [cells], each the scores of a cell by column.
-    scores_by_cell = list(map(_scores, cells))
+    scores_by_cell = [_by_column(cell.scores) for cell in cells]
     # References do not compete: the best cell of each column is marked.
     best = {}
     for column in columns:
@@ -130,8 +132,8 @@ def _table(
     return SweepTable(tuple(heads), tuple(groups), tuple(others), tuple(ceilings))
 
 
-def _scores(row: CellEntry | Reference) -> dict[Column, CellScore]:
-    return {(score.task, score.metric): score for score in row.scores}
+def _by_column(scores: Iterable[S]) -> dict[Column, S]:
+    return {(score.task, score.metric): score for score in scores}
 
 
 def _usual_seeds(scores_by_cell: Sequence[dict[Column, CellScore]], columns: Sequence[Column]) -> int:
@@ -147,6 +149,6 @@ def _usual_seeds(scores_by_cell: Sequence[dict[Column, CellScore]], columns: Seq
 
 
 def _reference_row(reference: Reference, columns: Sequence[Column]) -> ReferenceRow:
-    scores = _scores(reference)
+    scores = _by_column(reference.scores)
     cells = [score_cell(scores.get(column)) for column in columns]
     return ReferenceRow(reference.name, tuple(cells))

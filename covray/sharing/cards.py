@@ -57,6 +57,7 @@ def dataset_card(
     if licence is not None:
         head["license"] = licence
     if form is None:
+        # The hub shows a table for each task.
         configs: list[JsonValue] = []
         for task in tasks:
             shards: list[JsonValue] = [{"split": "all", "path": f"shards/**/task={task}/*.parquet"}]
@@ -65,6 +66,7 @@ def dataset_card(
     elif form == "datasets":
         files: list[JsonValue] = [{"split": split, "path": f"data/{split}-*.parquet"} for split in splits]
         head["configs"] = [{"config_name": "default", "data_files": files}]
+
     lines = [
         "# Chains of vision",
         "",
@@ -75,7 +77,9 @@ def dataset_card(
         "| task | pairs | rejected |",
         "|---|---|---|",
     ]
-    lines += [f"| {task} | {audit.per_task[task].written} | {audit.per_task[task].rejected} |" for task in tasks]
+    for task in tasks:
+        counts = audit.per_task[task]
+        lines.append(f"| {task} | {counts.written} | {counts.rejected} |")
     alphas = ", ".join(f"{alpha:.4g}" for alpha in dataset.alphas)
     frames = f"{', '.join(dataset.methods) or 'none'}, at alpha {alphas}"
     lines += [
@@ -90,7 +94,8 @@ def dataset_card(
         lines.append(f"- Classes of segmentation: {', '.join(map(str, classes.get('classes', ())))}.")
     if strips:
         lines += ["", "## Chains", "Decoded from their tokens: one of each task."]
-        lines += [f"\n![{PurePosixPath(name).stem}: image, frames, label]({name})" for name in strips]
+        for name in strips:
+            lines.append(f"\n![{PurePosixPath(name).stem}: image, frames, label]({name})")
     lines += ["", *_fingerprints(dataset.fingerprints), "", *_configuration(dataset.config)]
     return _card(head, lines)
 
@@ -144,6 +149,7 @@ def model_card(
             f"- Validation loss: {result.validation_loss_before:.4f} before, {result.validation_loss:.4f} after."
         )
     lines.append(f"- Licence: {licence or _NOT_STATED}.")
+    # A run without a codebook in its backbone's folder has no fingerprint of it.
     present = {name: value for name, value in record.fingerprints.items() if value is not None}
     lines += ["", scores, "", *_fingerprints(present), "", *_configuration(record.config)]
     return _card(head, lines)
@@ -191,15 +197,16 @@ def score_table(results: EvaluationResults) -> str:
 
 def without_places(config: JsonObject) -> JsonObject:
     """Return a configuration without the paths of the machine that it ran on."""
-    kept: JsonObject = {}
+    shared: JsonObject = {}
     for key, value in config.items():
         if key in _PLACES:
             continue
         if isinstance(value, dict):
-            kept[key] = without_places(value)
+            shared[key] = without_places(value)
+        # Other keys may hold a folder, too: absolute paths are those of a machine.
         elif not (isinstance(value, str) and value.startswith(("/", "~"))):
-            kept[key] = value
-    return kept
+            shared[key] = value
+    return shared
 
 
 def _configuration(config: JsonObject) -> list[str]:
@@ -209,7 +216,10 @@ def _configuration(config: JsonObject) -> list[str]:
 
 def _fingerprints(fingerprints: dict[str, str]) -> list[str]:
     lines = ["## Fingerprints", "SHA-256 of what it was made from:", ""]
-    return lines + [f"- {_cell(name)}: `{value}`" for name, value in fingerprints.items() if value]
+    for name, value in fingerprints.items():
+        if value:  # what was not used has none
+            lines.append(f"- {_cell(name)}: `{value}`")
+    return lines
 
 
 def _cell(text: str) -> str:

@@ -63,11 +63,13 @@ def export_chains(path: str, out: str, form: str, licence: str | None = None) ->
     if "://" in out:
         raise ConfigError(f"--out {out}: is not on this machine; export to a folder here, and copy it from there")
     target = Path(out).expanduser()
+    # Refused before anything is written.
     require_new(target)
     dataset = ChainDataset(path)
     counts: dict[str, int] = {}
     with stage(f"writing {form} to {out}"), new_folder(target) as folder:
         writers: dict[str, _Writer] = {}
+        # A writer a split, opened when its first rows come.
         for split, rows in _files(dataset):
             if split not in writers:
                 writers[split] = _WRITERS[form](folder, split, dataset)
@@ -88,6 +90,7 @@ def _files(dataset: ChainDataset) -> Iterator[tuple[str, list[ShardRow]]]:
     """Yield the rows of every file with their split, in the order of the shards."""
     waiting: dict[str, list[ShardRow]] = {}
     for row in dataset.rows():
+        # Rows without a split go into one that is named for all.
         split = file_name(row["split"] or "all")
         rows = waiting.setdefault(split, [])
         rows.append(row)
@@ -114,7 +117,8 @@ def sample_of(row: ShardRow, dataset: ChainDataset) -> tuple[JsonObject, np.ndar
         "frames": [[frame["method"], frame["alpha"]] for frame in frames],
     }
     about["quality"] = None if row["quality"] is None else dict(row["quality"])
-    tokens = np.stack([row["source"], *(frame["tokens"] for frame in frames), row["label"]])
+    frame_tokens = [frame["tokens"] for frame in frames]
+    tokens = np.stack([row["source"], *frame_tokens, row["label"]])
     return about, tokens.astype("<u2", copy=False)
 
 
@@ -152,6 +156,7 @@ class _WebDatasetWriter:
                 array = io.BytesIO()
                 np.save(array, tokens)
                 for ending, data in (("json", json.dumps(about).encode()), ("tokens.npy", array.getvalue())):
+                    # A TarInfo has no user and no time by default: equal rows make equal bytes.
                     member = tarfile.TarInfo(f"{key}.{ending}")
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
@@ -188,10 +193,11 @@ class _MdsWriter:
         self._shards: list[JsonObject] = []
 
     def write(self, rows: list[ShardRow]) -> None:
-        samples = [self._sample(row) for row in rows]
+        samples = list(map(self._sample, rows))
         description = json.dumps(self._columns, sort_keys=True).encode()
+        # Offsets count from the start of the shard: behind the count (4 bytes), the offsets and the description.
         start = 4 + 4 * (len(samples) + 1) + len(description)
-        offsets = start + np.cumsum([0, *(len(sample) for sample in samples)])
+        offsets = start + np.cumsum([0, *map(len, samples)])
         data = np.uint32(len(samples)).tobytes() + offsets.astype("<u4").tobytes() + description + b"".join(samples)
         name = f"shard.{len(self._shards):05}.mds"
         (self._folder / name).write_bytes(data)

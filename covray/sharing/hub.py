@@ -73,6 +73,7 @@ def push(
         PushError: The hub refuses, stalls or limits.
         CovrayError: The folder is unfinished or damaged.
     """
+    # All that can be refused is refused before the repository is made.
     licence = require_licence(licence)
     _require_name(repository)
     upload = prepare(source, licence, base_model, scores)
@@ -144,10 +145,16 @@ def _evaluation(folder: Folder, licence: str) -> Upload:
     results = EvaluationResults.read_if_present(folder)
     if results is None:
         raise ConfigError(f"{folder.path}: is unfinished; run the same covray evaluate again")
+    # What of it there is: an evaluation without a page or a table is complete, too.
     card = evaluation_card(results, EvaluationRecord.read(folder).fingerprints, licence)
     names = (EvaluationRecord.FILE, EvaluationResults.FILE, "index.html", "table.csv")
-    files = {name: name for name in names if folder.exists(name)}
-    files |= {name: name for name in folder.list_files(".parquet") if name.startswith("rows/")}
+    files = {}
+    for name in names:
+        if folder.exists(name):
+            files[name] = name
+    for name in folder.list_files(".parquet"):
+        if name.startswith("rows/"):
+            files[name] = name
     return Upload("dataset", card, folder, files)
 
 
@@ -158,6 +165,7 @@ def _send(upload: Upload, repository: str, public: bool) -> JsonObject:
     api = HfApi()
     with _patience(), stage(f"uploading to {repository}"):
         where = api.create_repo(repository, repo_type=upload.kind, private=not public, exist_ok=True)
+        # One commit of all operations: no reader sees half of a push.
         operations: list[Any] = [CommitOperationAdd("README.md", upload.card.encode())]
         for name, picture in upload.pictures.items():
             operations.append(CommitOperationAdd(name, picture))
@@ -167,8 +175,11 @@ def _send(upload: Upload, repository: str, public: bool) -> JsonObject:
             size += len(data) if isinstance(data, bytes) else _size(upload.folder, file)
             operations.append(CommitOperationAdd(name, data))
         present = api.list_repo_files(repository, repo_type=upload.kind)
-        kept = {"README.md", ".gitattributes", *upload.files, *upload.pictures}
-        operations += [CommitOperationDelete(name) for name in present if name not in kept]
+        # What an earlier push left and this one does not have is deleted in the same commit.
+        uploaded = {"README.md", ".gitattributes", *upload.files, *upload.pictures}
+        for name in present:
+            if name not in uploaded:
+                operations.append(CommitOperationDelete(name))
         commit = api.create_commit(
             repository, operations, commit_message="Upload by covray push", repo_type=upload.kind, revision="main"
         )

@@ -14,7 +14,7 @@ from covray.config.vlm import VlmEvaluateConfig, VlmTrainConfig
 from covray.errors import ConfigError
 from covray.evaluation.vision_text import Row, row_lines, summarize_rows
 from covray.models.vlm.decoding import decoding_blocks
-from covray.recipes import diffusionvl
+from covray.recipes import diffusionvl, diffusionvl_tables
 from covray.training.objectives.vision_text import blocks_of
 
 BUDGET = replace(diffusionvl.BUDGETS["full"], seeds=(0, 1), prompts=4)
@@ -103,12 +103,12 @@ def test_all_are_tuned_on_the_same_samples_and_held_against_the_twin(commands: C
     worse = replace(of_questions[8], low=-0.3, high=-0.1)
     differences = quality[8].differences | {"facts": worse, "chrf": None}
     lines = [quality[8].model_copy(update={"differences": differences}), *results.quality[1:]]
-    claims = diffusionvl.check_claims(lines, results.speed)
+    claims = diffusionvl_tables.check_claims(lines, results.speed)
     assert list(claims.values()) == [True, False, None, True]
     text = (tmp_path / "full" / "tables.md").read_text()
-    assert text == diffusionvl.as_markdown(results)
+    assert text == diffusionvl_tables.as_markdown(results)
     assert "| 8 | 1.00 | +0.000 (+0.000 to +0.000) |" in text
-    assert diffusionvl.Tables.read(str(tmp_path / "full")) == results
+    assert diffusionvl_tables.Tables.read(str(tmp_path / "full")) == results
     before = dict(commands.trained)
     assert diffusionvl.run_diffusionvl(str(tmp_path), "model", "words.parquet") == results
     assert commands.trained == before, "the same command continues in the same folders"

@@ -7,19 +7,17 @@ the verifier believes (Bradley and Terry, 1952); numbers of different queries sa
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from covray.errors import WeightsError, one_line
+from covray.errors import WeightsError
 from covray.io.storage import Folder
-from covray.io.tensor_files import require_finite
+from covray.models.lvm.adapter_parts import description_bytes, is_count, read_part, require_all_finite, tensor_bytes
 
 VERIFIER_FILE = "verifier.json"
 """Sizes of the verifier, and SHA-256 of what it judges."""
@@ -80,11 +78,7 @@ class Verifier(nn.Module):
 
 def verifier_files(verifier: Verifier, tensors: dict[str, Tensor]) -> dict[str, bytes]:
     """Return the files of a verifier by name; ``tensors`` are its weights, float32 on the CPU."""
-    about = {"version": 1, **vars(verifier.facts)}
-    return {
-        VERIFIER_FILE: (json.dumps(about, indent=2) + "\n").encode(),
-        VERIFIER_WEIGHTS: save(tensors, {"format": "pt"}),
-    }
+    return {VERIFIER_FILE: description_bytes(vars(verifier.facts)), VERIFIER_WEIGHTS: tensor_bytes(tensors)}
 
 
 def read_verifier(folder: Folder, adapter: str) -> Verifier:
@@ -98,21 +92,15 @@ def read_verifier(folder: Folder, adapter: str) -> Verifier:
         WeightsError: A file is missing or damaged, or the verifier judges another adapter.
     """
     file = folder.join(VERIFIER_FILE)
-    try:
-        about = folder.read_json(VERIFIER_FILE)
-        tensors = load(folder.read_bytes(VERIFIER_WEIGHTS))
-    except FileNotFoundError as error:
-        raise WeightsError(f"{folder.join(VERIFIER_WEIGHTS)}: is missing; get the adapter again") from error
-    except (OSError, ValueError, SafetensorError) as error:
-        raise WeightsError(f"{file}: cannot be read ({one_line(error)}); get it again") from error
-    facts = _facts(about, file)
+    values, tensors = read_part(folder, VERIFIER_FILE, VERIFIER_WEIGHTS)
+    facts = _facts(values, file)
+    # Its numbers are of one adapter's states: beside another one they would rank candidates at random.
     if facts.adapter != adapter:
         raise WeightsError(
             f"{file}: judges the answers of adapter {facts.adapter[:12]}, beside it lies {adapter[:12]}; train a "
             "verifier for this one"
         )
-    for name, tensor in tensors.items():
-        require_finite(folder.join(VERIFIER_WEIGHTS), name, tensor)
+    require_all_finite(folder, VERIFIER_WEIGHTS, tensors)
     verifier = Verifier(facts)
     try:
         verifier.load_state_dict(tensors)
@@ -123,13 +111,10 @@ def read_verifier(folder: Folder, adapter: str) -> Verifier:
     return verifier.requires_grad_(False)
 
 
-def _facts(about: Any, file: str) -> VerifierFacts:
-    """Return what ``about`` says of a verifier. Raises WeightsError."""
-    values = about if isinstance(about, dict) and about.get("version") == 1 else {}
-    sizes = [values.get(key) for key in ("width", "hidden")]
-    hashes = [values.get(key) for key in ("adapter", "backbone")]
-    if not all(isinstance(size, int) and 0 < size < 2**20 for size in sizes) or not all(
-        isinstance(each, str) for each in hashes
-    ):
+def _facts(values: Mapping[str, Any], file: str) -> VerifierFacts:
+    """Return what ``values`` say of a verifier. Raises WeightsError."""
+    has_sizes = all(is_count(values.get(key), 2**20) for key in ("width", "hidden"))
+    has_hashes = isinstance(values.get("adapter"), str) and isinstance(values.get("backbone"), str)
+    if not (has_sizes and has_hashes):
         raise WeightsError(f"{file}: does not describe a verifier of this version; get the adapter again")
     return VerifierFacts(values["width"], values["hidden"], values["adapter"], values["backbone"])

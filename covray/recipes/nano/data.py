@@ -50,6 +50,7 @@ def scene_pictures(split: str, scenes: Iterable[int], seed: int) -> Iterator[NDA
     for index in scenes:
         number = scene_seed(seed, split, index)
         view = render_scene(number, SIZE_PX)[0]
+        # A generator of its own, so that the pictures of a scene do not depend on those before it.
         generator = np.random.default_rng([number, 1])
         sources = [labelled(view, task, generator)[0] for task in ("colorization", "low_light")]
         labels = [labelled(view, task, generator)[1] for task in TASKS if task not in ("colorization", "low_light")]
@@ -130,6 +131,7 @@ def pictures(folder: Path, split: str, scenes: int, crops: int, seed: int) -> ND
         seed: Seed of scenes and crops.
     """
     path = folder / f"{split}-{scenes}-{crops}-{seed}.npy"
+    # In files of their own, so that a rendering that is killed loses one of them.
     if not path.exists():
         parts = []
         for first in range(0, scenes, PART_SCENES):
@@ -157,9 +159,9 @@ def kept(path: Path, blocks: Iterable[NDArray[Any]], total: int) -> Path:
     """Write the ``blocks`` one after another to the file ``path``, if it is not there yet, and return ``path``."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        made = list(track(blocks, f"rendering {path.stem}", total=total, disable=not sys.stderr.isatty()))
+        rendered = list(track(blocks, f"rendering {path.stem}", total=total, disable=not sys.stderr.isatty()))
         aside = path.with_suffix(".part.npy")
-        np.save(aside, np.concatenate(made))
+        np.save(aside, np.concatenate(rendered))
         aside.rename(path)
     return path
 

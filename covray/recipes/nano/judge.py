@@ -72,6 +72,7 @@ def train_judge(out: Path, steps: int | None, portraits: int, seed: int, device:
     def loss_of(model: JudgeNetwork, _: int, generator: torch.Generator) -> Tensor:
         index = torch.randint(len(learned.labels), (BATCH,), generator=generator)
         decoded = torch.rand(BATCH, generator=generator) < THROUGH_VAE
+        # Half of them as rendered, half as the VAE returns them: what is judged is painted through it.
         chosen = torch.where(decoded[:, None, None, None], learned.decoded[index], learned.pictures[index])
         pixels = chosen.permute(0, 3, 1, 2).float() / 255
         spread = NOISE * torch.rand((BATCH, 1, 1, 1), generator=generator)
@@ -117,6 +118,7 @@ def accuracies(model: JudgeNetwork, pictures: Tensor, labels: Tensor) -> dict[st
     right = torch.cat(chosen) == labels
     table = {}
     for number, theme in enumerate(PORTRAITS):
+        # Where the style hides the detail, there is nothing to be right about.
         own = right[labels[:, number, 0] != UNKNOWN, number]
         if not len(own):
             continue

@@ -143,6 +143,7 @@ def train(
         set_rates(chosen, highest, schedule(step, run.steps))
         if on_step is not None:
             on_step(model, step)
+        # Seeded by the step: a resumed training draws what an uninterrupted one draws.
         generator = torch.Generator().manual_seed(run.seed * 1_000_003 + step)
         with torch.autocast(run.device.type, torch.bfloat16):
             loss = loss_of(model, step, generator)
@@ -157,6 +158,7 @@ def train(
             state.save(step + 1)
             saved = time.monotonic()
             if measure is not None:
+                # What is measured and returned is the average of the weights.
                 print(f"{run.name}: step {step + 1}  {measure(state.average.module)}", flush=True)
     return state.average.module
 
@@ -181,6 +183,7 @@ def muon_and_adamw(
 ) -> list[torch.optim.Optimizer]:
     """Return Muon for the matrices of ``layers`` (Jordan et al. 2024) and AdamW for all else of ``model``."""
     matrices = [parameter for parameter in layers.parameters() if parameter.ndim == 2]
+    # By identity: tensors compare elementwise.
     by_muon = {id(matrix) for matrix in matrices}
     rest = [parameter for parameter in model.parameters() if id(parameter) not in by_muon]
     muon = torch.optim.Muon(matrices, lr=muon_rate, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")

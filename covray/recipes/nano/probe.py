@@ -146,6 +146,7 @@ def train_reader(reader: QueryReader, data: ProbeData, steps: int, seed: int) ->
     inputs = input_kinds()
     started, losses = time.monotonic(), []
     for step in range(steps):
+        # 100 steps of warm-up, then a cosine down to 2%, as the nano models are trained.
         rate = min(1, (step + 1) / 100) * (0.02 + 0.49 * (1 + np.cos(np.pi * step / steps)))
         set_rates(optimizers, highest, rate)
         rows = torch.randint(len(data.queries), (BATCH,), generator=generator)
@@ -236,6 +237,7 @@ def run_probe(
     answers, perplexity = read_answers(reader, probe_data(test, label_tokens(test, judge), candidate))
     ceiling, nats = {}, {}
     if candidate is not None:
+        # What the candidate itself loses of a label bounds every score.
         ceiling = _scores(test, lambda labels, _: candidate.decode(candidate.encode(labels)))
         written = [label_tokens(scenes, candidate) for scenes in (train[:COUNTED_SCENES], test)]
         for index, task in enumerate(TASKS):

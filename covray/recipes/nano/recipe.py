@@ -58,6 +58,7 @@ def train_model(model: str, out: Path, steps: int | None, scenes: int, threads: 
     known = (*trainers, "lvm", "vlm", *_OF_PORTRAITS)
     if model not in known:
         raise ConfigError(f"{model}: no such nano model; give one of {', '.join(known)}")
+    # Some models are made on others, which must be there first.
     before = {"prior": "vae", "lvm": "vqgan", "painter": "text", "clip": "text"}.get(model)
     if before and not (out / before).is_dir():
         raise ConfigError(

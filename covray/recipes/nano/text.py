@@ -154,7 +154,9 @@ def with_gaps(words: list[str], numbers: np.random.Generator) -> tuple[str, str]
     stretch = len(words) // count
     read, written = [], []
     for gap in range(count):
+        # The last stretch takes the words that the division left over.
         own = words[gap * stretch :] if gap == count - 1 else words[gap * stretch : (gap + 1) * stretch]
+        # A word stays on at least one side of a gap.
         length = min(SPAN, len(own) - 1)
         start = int(numbers.integers(0, len(own) - length + 1))
         mark = f"<gap_{gap}>"

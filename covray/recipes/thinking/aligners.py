@@ -111,6 +111,7 @@ def trained_aligner(
     aligner.network.to(family.device)
     if variant.loss == "text":
         _learn_text(place, aligner, variant, family, lessons, _settings(budget, seed))
+    # The painter is frozen, and what it finds wrong is the aligner's loss.
     elif variant.loss == "diffusion":
         loss = _DiffusionLoss(family, features, lessons.latents, budget.aligner_batch)
         run = Run(place.name, folder, budget.aligner_steps, seed, family.device, LEARNING_RATE)
@@ -149,6 +150,7 @@ def _learn_text(
     else:
         batches = _whole_texts(lessons.features(variant), thoughts.texts, language.tokenizer)
     training = AlignerTraining(Alignment(aligner.network, language.model), batches, len(thoughts.ids), settings)
+    # Saved every two minutes: a killed training goes on from there.
     kept = place.with_suffix(".state.pt")
     if kept.exists():
         training.load_state(torch.load(kept, map_location=family.device, weights_only=True))
@@ -187,12 +189,14 @@ class _DiffusionLoss:
         """Return the loss of a batch that ``generator`` draws."""
         index = torch.randint(len(self._features), (self._batch,), generator=generator)
         own = [self._features[number] for number in index.tolist()]
+        # Padded to the longest; the mask keeps the painter from reading the padding.
         rows = nn.utils.rnn.pad_sequence(own, batch_first=True).to(self._device)
         lengths = torch.tensor([len(features) for features in own], device=self._device)
         mask = torch.arange(rows.shape[1], device=self._device) < lengths[:, None]
         timesteps = torch.randint(1000, (self._batch,), generator=generator).to(self._device)
         clean = self._latents[index].to(self._device).float()
         noise = torch.randn(clean.shape, generator=generator).to(self._device)
+        # Noise is added as DDPM does: alpha is the share of the signal's variance.
         alpha = self._alphas[timesteps].reshape(-1, 1, 1, 1)
         noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
         answer = self._unet(noisy, timesteps, aligner(rows), encoder_attention_mask=mask).sample

@@ -11,6 +11,7 @@ solids: of these the vision-language model writes a caption, whose words are rea
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -64,7 +65,11 @@ class Case:
     def kept(self) -> Facts:
         """What of the shown pictures is to be kept, by theme."""
         solids = self.expected.solids
-        facts = {"object": {solid.thing for solid in solids}, "colour": {solid.colour for solid in solids}}
+        facts: Facts = {"object": set(), "colour": set()}
+        for solid in solids:
+            facts["object"].add(solid.thing)
+            facts["colour"].add(solid.colour)
+        # Texture and background of two pictures cannot both be kept in one.
         if len(solids) == 1:
             facts["texture"] = {solids[0].texture}
             if not self.words:
@@ -79,7 +84,10 @@ class Case:
 
 def make_cases(kind: str, count: int, seed: int) -> list[Case]:
     """Return ``count`` compositions of a kind; each follows from the seed and its number."""
-    return [_case(kind, seed_of("composition", kind, seed, number)) for number in range(count)]
+    cases = []
+    for number in range(count):
+        cases.append(_case(kind, seed_of("composition", kind, seed, number)))
+    return cases
 
 
 def _case(kind: str, seed: int) -> Case:
@@ -89,18 +97,21 @@ def _case(kind: str, seed: int) -> Case:
     def pick(values: Sequence[str], number: int) -> list[str]:
         return [str(value) for value in rng.choice(list(values), number, replace=False)]
 
+    # Drawn again until nothing of it is held out: the aligners are judged on what they could have learned.
     while True:
         things, colours, textures = pick(tuple(OBJECTS), 2), pick(tuple(COLOURS), 2), pick(tuple(TEXTURES), 2)
-        first, second = (Solid(*values) for values in zip(things, colours, textures, strict=True))
+        first, second = map(Solid, things, colours, textures)
         here, there = pick(tuple(BACKGROUNDS), 2)
         is_double, has_words = kind.startswith("2I"), kind.endswith("T")
         solids = (first, second) if is_double else (first,)
-        shown = tuple(Portrait((solid,), here, "photo", "standing") for solid in solids)
+        shown = []
+        for solid in solids:
+            shown.append(Portrait((solid,), here, "photo", "standing"))
         place = there if has_words else here
         expected = Portrait(solids, place, "photo", BESIDE if is_double else "standing")
         if not any(portrait.held_out_themes() for portrait in (*shown, expected)):
             words = f"A photo {BACKGROUNDS[there].first}." if has_words else ""
-            return Case(kind, shown, words, expected, seed)
+            return Case(kind, tuple(shown), words, expected, seed)
 
 
 def renders(case: Case) -> list[Picture]:
@@ -121,6 +132,7 @@ def drawn(family: Family, aligner: Aligner, cases: Sequence[Case]) -> list[Pictu
     """Return what the painter draws of the aligned patches of the pictures, then the encoded words."""
     features = []
     for case in cases:
+        # [pictures, patches, width] to a sequence; the painter reads all pictures after one another.
         pixels = normed(np.stack(renders(case))).to(family.device)
         own = aligner.network(patch_features(family.tower, pixels).flatten(0, 1))
         if case.words:
@@ -132,6 +144,7 @@ def drawn(family: Family, aligner: Aligner, cases: Sequence[Case]) -> list[Pictu
 
 def seen_by_judge(family: Family, pictures: Sequence[Picture]) -> list[Facts]:
     """Return what the judge sees in pictures of one solid; the object is what the heads of colour say."""
+    # Every theme's head names the object, too; one of them is taken.
     facts: list[Facts] = [{} for _ in pictures]
     for theme in PORTRAITS:
         for own, cell in zip(facts, family.judge.choose(theme, pictures), strict=True):
@@ -154,13 +167,18 @@ def verdicts(cases: Sequence[Case], seen: Sequence[Facts]) -> dict[str, list[flo
     """Return for each case the share of facts that are kept, and whether all are kept, obeyed, and both."""
     columns: dict[str, list[float]] = {"facts": [], "kept": [], "obeyed": [], "both": []}
     for case, own in zip(cases, seen, strict=True):
-        kept = [own.get(theme) == values for theme, values in case.kept.items()]
-        obeys = all(own.get(theme) == values for theme, values in case.obeyed.items())
+        kept = _equal(own, case.kept)
+        obeys = all(_equal(own, case.obeyed))
         columns["facts"].append(float(np.mean(kept)))
         columns["kept"].append(float(all(kept)))
         columns["obeyed"].append(float(obeys))
         columns["both"].append(float(all(kept) and obeys))
     return columns
+
+
+def _equal(seen: Facts, wanted: Facts) -> list[bool]:
+    """Return for each theme of ``wanted`` whether just its values are seen."""
+    return [seen.get(theme) == values for theme, values in wanted.items()]
 
 
 def compositions(
@@ -179,12 +197,15 @@ def compositions(
     table: dict[str, Any] = {}
     for kind in KINDS:
         cases = make_cases(kind, count, seed)
+        # How a row draws some of the cases; a row of aligners once for each of its seeds.
         draws: dict[str, list[Callable[[Sequence[Case]], list[Picture]]]] = {
             TRUE: [lambda part: [true_render(case) for case in part]],
             COPY: [lambda part: [renders(case)[0] for case in part]],
         }
         for name, own in aligners.items():
-            draws[name] = [lambda part, one=one: drawn(family, one, part) for one in own]  # type: ignore[misc]
+            draws[name] = []
+            for aligner in own:
+                draws[name].append(functools.partial(drawn, family, aligner))
         rows: dict[str, list[dict[str, list[float]]]] = {}
         for name, by_seed in draws.items():
             rows[name] = []
@@ -200,26 +221,32 @@ def _judged(
 ) -> dict[str, list[float]]:
     """Return a row's verdicts, which are kept in ``file``."""
     if not file.exists():
+        # The judge knows pictures of one solid only.
         look = seen_by_model if len(cases[0].shown) > 1 else seen_by_judge
         seen: list[Facts] = []
         for start in range(0, len(cases), _DRAWN):
             seen += look(family, draw(cases[start : start + _DRAWN]))
         file.parent.mkdir(parents=True, exist_ok=True)
         storage.write_json(str(file), verdicts(cases, seen))
-    kept: dict[str, list[float]] = storage.read_json(str(file))
-    return kept
+    judged: dict[str, list[float]] = storage.read_json(str(file))
+    return judged
 
 
 def _rows(rows: Mapping[str, Sequence[Mapping[str, list[float]]]], reference: str) -> dict[str, Any]:
     """Return the means of each row's cases with intervals; a case's score is its mean over seeds."""
     results: dict[str, Any] = {}
-    compared = np.mean([own["both"] for own in rows[reference]], axis=0)
+    compared = _mean_over_seeds(rows[reference], "both")
     for name, by_seed in rows.items():
         results[name] = {}
         for key in ("facts", "kept", "obeyed", "both"):
-            mean = mean_interval(np.mean([own[key] for own in by_seed], axis=0))
+            mean = mean_interval(_mean_over_seeds(by_seed, key))
             results[name][key] = None if mean is None else asdict(mean)
         if name != reference:
-            difference = paired_difference(compared, np.mean([own["both"] for own in by_seed], axis=0))
+            difference = paired_difference(compared, _mean_over_seeds(by_seed, "both"))
             results[name]["below_reference"] = None if difference is None else asdict(difference)
     return results
+
+
+def _mean_over_seeds(by_seed: Sequence[Mapping[str, list[float]]], key: str) -> NDArray[np.float64]:
+    """Return the mean score of every case, float64 [cases]."""
+    return np.asarray(np.mean([verdicts_of_seed[key] for verdicts_of_seed in by_seed], axis=0))

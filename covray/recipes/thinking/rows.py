@@ -68,10 +68,12 @@ def make_episodes(family: Family, folder: Path, shots: int, count: int, seed: in
         count: Episodes of each task.
         seed: Of orders and pictures.
     """
+    # The same orders for every task and number of shots, so that rows differ only in what is asked.
     orders = sample_orders(count, seed)
     episodes = []
     for task in tasks_of(PORTRAITS):
-        episodes += [make_episode(task, number, order, shots) for number, order in enumerate(orders)]
+        for number, order in enumerate(orders):
+            episodes.append(make_episode(task, number, order, shots))
     shown = [demonstration_pictures(episode, seed) for episode in episodes]
 
     def prompts() -> list[Any]:
@@ -99,9 +101,11 @@ class RowJudge:
             make: Returns what is seen in the row's answer to each episode.
         """
         file = self._folder / f"{name}.json"
+        # A row is judged once: the file also says how long it took.
         if not file.exists():
             started = time.monotonic()
-            verdicts = [judge(*pair) for pair in zip(whole.episodes, make(), strict=True)]
+            answers = make()
+            verdicts = [judge(episode, answer) for episode, answer in zip(whole.episodes, answers, strict=True)]
             row = _columns(verdicts) | {"seconds": round(time.monotonic() - started, 1)}
             storage.write_json(str(file), row)
             print(f"{name}: {np.mean(row['right']):.3f} right", flush=True)
@@ -132,7 +136,8 @@ def ceilings(rows: RowJudge, family: Family, whole: EpisodeSet) -> dict[str, Cal
 
     def encoded(captions: Sequence[str]) -> list[Tensor]:
         states, mask = family.encoder.encode(list(captions))
-        return [own[kept] for own, kept in zip(states, mask, strict=True)]
+        # Padding is cut off: the painter reads a sequence of its own length.
+        return [own[is_token] for own, is_token in zip(states, mask, strict=True)]
 
     def true_caption(numbers: range) -> list[Tensor]:
         captions = []
@@ -141,16 +146,27 @@ def ceilings(rows: RowJudge, family: Family, whole: EpisodeSet) -> dict[str, Cal
             captions.append(answer_caption(whole.episodes[number], worded))
         return encoded(captions)
 
+    def true_pictures(numbers: range) -> Pictures:
+        return [answer_picture(whole.episodes[number], whole.seed) for number in numbers]
+
+    def texts_of_model() -> list[Cell | None]:
+        cells = []
+        for text, episode in zip(texts, whole.episodes, strict=True):
+            cells.append(cell_of(text, episode.task.theme))
+        return cells
+
+    def text_bridge(numbers: range) -> list[Tensor]:
+        return encoded([texts[number] for number in numbers])
+
+    def last_shown(numbers: range) -> Pictures:
+        return [whole.demonstrations[number][-1] for number in numbers]
+
     return {
-        TRUE_RENDERS: lambda: rows.of_pictures(
-            whole, lambda numbers: [answer_picture(whole.episodes[number], whole.seed) for number in numbers]
-        ),
+        TRUE_RENDERS: lambda: rows.of_pictures(whole, true_pictures),
         TRUE_CAPTION: lambda: rows.painted(whole, true_caption),
-        VLM_TEXT: lambda: [
-            cell_of(text, episode.task.theme) for text, episode in zip(texts, whole.episodes, strict=True)
-        ],
-        TEXT_BRIDGE: lambda: rows.painted(whole, lambda numbers: encoded([texts[number] for number in numbers])),
-        COPY: lambda: rows.of_pictures(whole, lambda numbers: [whole.demonstrations[n][-1] for n in numbers]),
+        VLM_TEXT: texts_of_model,
+        TEXT_BRIDGE: lambda: rows.painted(whole, text_bridge),
+        COPY: lambda: rows.of_pictures(whole, last_shown),
     }
 
 
@@ -185,6 +201,7 @@ def decoded_cells(family: Family, whole: EpisodeSet, variant: Variant, aligner: 
     alignment = Alignment(aligner.network, family.language.model)
     source = whole.thoughts.generated if variant.reads == "generated" else whole.thoughts.read
     cells = []
+    # Some at a time: the decoder writes them in one batch.
     for start in range(0, len(source), PAINTED):
         part = source[start : start + PAINTED]
         batch = collate(part, [""] * len(part), family.language.tokenizer, LONGEST).to(family.device)
@@ -199,6 +216,7 @@ def cell_of(text: str, theme: Theme) -> Cell | None:
     """Return the one cell of a theme that a text states; None if it states none or several."""
     values = stated(text)
     details, objects = values[theme.name], values["object"]
+    # Several values of a theme are no answer: one of them could be the right one by chance.
     if len(details) != 1 or len(objects) != 1:
         return None
     return Cell(*details, *objects)

@@ -70,11 +70,13 @@ def kept_thoughts(file: Path, vlm: LoadedVlm, prompts: Callable[[], Sequence[Pro
         prompts: Makes the prompts, where they are needed.
     """
     if not file.exists():
+        # Written aside and renamed, so that a kill leaves no half file.
         file.parent.mkdir(parents=True, exist_ok=True)
         aside = file.with_suffix(".part")
         save_file(_think(vlm, prompts()), aside)
         os.replace(aside, file)
     kept = load_file(file)
+    # The file holds the texts end to end; their lengths cut them apart.
     ids = [own.numpy() for own in kept["ids"].split(kept["lengths"].tolist())]
     return Thoughts(
         ids=ids,

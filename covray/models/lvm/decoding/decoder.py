@@ -34,10 +34,11 @@ from covray.models.lvm.decoding.base import (
 )
 from covray.models.lvm.decoding.block_diffusion import require_block_diffusion, write_blocks
 from covray.models.lvm.decoding.jacobi import WIDTHS, Relaxation, fastest_window, write_jacobi
-from covray.models.lvm.decoding.judging import CandidateReader, require_verifier
+from covray.models.lvm.decoding.judging import CandidateReader
 from covray.models.lvm.decoding.reader import KeysValues, MergedWeights, Reader
+from covray.models.lvm.decoding.requirements import require_draft, require_verifier
 from covray.models.lvm.decoding.sequential import write_sequentially
-from covray.models.lvm.decoding.speculative import require_draft, window_of, window_slots, write_speculatively
+from covray.models.lvm.decoding.speculative import window_of, window_slots, write_speculatively
 from covray.models.lvm.model import Lvm
 from covray.models.lvm.verifier import Verifier
 from covray.models.sampling import BatchNoise, RowNoise

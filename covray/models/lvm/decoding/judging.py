@@ -14,33 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from covray.config import SamplingConfig
-from covray.errors import ConfigError
 from covray.models.lvm.decoding.reader import KeysValues, Reader
-from covray.models.lvm.lora import Lora
-from covray.models.lvm.verifier import Verifier
-
-
-def require_verifier(verifier: Verifier | None, run: str | None = None) -> Verifier:
-    """Return the verifier. Raises ConfigError where there is none; it names the ``run`` that lacks it."""
-    if verifier is None:
-        which = "" if run is None else f", which {run} is not"
-        raise ConfigError(
-            f"sampling.choose_by: verifier needs a run trained with objective=verifier{which}; take answer or chain"
-        )
-    return verifier
-
-
-def require_verifier_for(sampling: SamplingConfig, lora: Lora | None, run: str | None) -> None:
-    """Refuse a sampling that needs a verifier where there is none. Raises ConfigError.
-
-    Args:
-        sampling: The sampling.
-        lora: The adapter of ``run``; None: none.
-        run: Folder of a run, if there is one.
-    """
-    if sampling.choose_by == "verifier":
-        require_verifier(None if lora is None else lora.verifier, run)
 
 
 class CandidateReader:

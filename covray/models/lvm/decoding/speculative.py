@@ -22,34 +22,10 @@ import torch
 from torch import Tensor
 
 from covray.config import SamplingConfig
-from covray.errors import ConfigError
 from covray.models.lvm.decoding.base import FinishedImage, PendingRows
 from covray.models.lvm.decoding.jacobi import Rows, write_windows
 from covray.models.lvm.decoding.reader import Reader, WindowMasks
 from covray.models.lvm.draft import Draft
-from covray.models.lvm.lora import Lora
-
-
-def require_draft(draft: Draft | None, run: str | None = None) -> Draft:
-    """Return the draft adapter. Raises ConfigError where there is none; it names the ``run`` that lacks it."""
-    if draft is None:
-        which = "" if run is None else f", which {run} is not"
-        raise ConfigError(
-            f"sampling.decoder: speculative needs a run trained with objective=draft{which}; take jacobi or sequential"
-        )
-    return draft
-
-
-def require_drafts_for(sampling: SamplingConfig, lora: Lora | None, run: str | None) -> None:
-    """Refuse a sampling that needs drafts where there are none. Raises ConfigError.
-
-    Args:
-        sampling: The sampling.
-        lora: The adapter of ``run``; None: none.
-        run: Folder of a run, if there is one.
-    """
-    if sampling.decoder == "speculative":
-        require_draft(None if lora is None else lora.draft, run)
 
 
 def window_of(draft: Draft, sampling: SamplingConfig) -> int:
