@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig as PeftLora
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -25,8 +25,9 @@ from covray.io.tensor_files import new_folder, require_finite, require_new
 from covray.models.lvm.backbone import BackboneFacts, backbone_facts, stored_tensors, write_backbone
 from covray.models.lvm.draft import Draft
 from covray.models.lvm.draft_files import DRAFT_FILE, DRAFT_PREFIX, draft_files, read_draft
-from covray.models.lvm.lora import TARGETS, Diffusion, Lora
+from covray.models.lvm.lora import Diffusion, Lora
 from covray.models.lvm.model import Lvm
+from covray.models.lvm.peft_options import read_lora
 from covray.models.lvm.verifier import VERIFIER_FILE, Verifier, read_verifier
 from covray.progress import stage
 
@@ -38,44 +39,7 @@ DIFFUSION_FILE = "block_diffusion.json"
 """Beside an adapter of block diffusion: what decoding needs to know, and PEFT has no place for."""
 MASK_ROW = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
 """PEFT's name of the rows of the embedding that an adapter replaces, [1, width]; despite the name no difference."""
-_MOST_RANK = 1024
-"""Of ``LoraConfig.rank``."""
 _PREFIX = "base_model.model."
-_READ = (
-    "peft_type",
-    "r",
-    "lora_alpha",
-    "target_modules",
-    "use_rslora",
-    "init_lora_weights",
-    "bias",
-    "trainable_token_indices",
-)
-"""Options of PEFT's LoraConfig that ``read_adapter`` computes with, or checks."""
-_WITHOUT_EFFECT = (
-    "auto_mapping",
-    "base_model_name_or_path",
-    "corda_config",
-    "ensure_weight_tying",
-    "eva_config",
-    "fan_in_fan_out",
-    "inference_mode",
-    "layers_pattern",
-    "loftq_config",
-    "lora_dropout",
-    "lora_ga_config",
-    "megatron_core",
-    "peft_version",
-    "qalora_group_size",
-    "revision",
-    "runtime_config",
-    "task_type",
-)
-"""Options that do not change what a trained LoRA of linear layers computes: names, training, and details of options
-that are themselves refused. Any other option that is set is refused, also one that a later PEFT adds."""
-_PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
-"""``init_lora_weights`` that leave the backbone as it is. All others (``pissa``, ``olora``, ``corda``, ``loftq``,
-``lora_ga``, ...) also change the backbone's weights, and PEFT does so again whenever it loads the adapter."""
 
 
 def adapter_tensors(model: Lvm) -> dict[str, Tensor]:
@@ -121,17 +85,16 @@ def adapter_files(model: Lvm, base_model_name: str) -> dict[str, bytes]:
     ``base_model_name`` is the folder or hub id of the backbone, by which ``peft`` finds it.
     """
     assert model.lora is not None, "the model has no adapter"
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model_name,
-        "r": model.lora.rank,
-        "lora_alpha": model.lora.alpha,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "target_modules": list(model.lora.targets),
-        "inference_mode": True,
-    }
+    diffusion = model.lora.diffusion
+    config = PeftLora(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base_model_name,
+        r=model.lora.rank,
+        lora_alpha=model.lora.alpha,
+        target_modules=model.lora.targets,
+        trainable_token_indices=None if diffusion is None else {"embed_tokens": [diffusion.mask_id]},
+        inference_mode=True,
+    )
     drafts: dict[str, Tensor] = {}
     tensors: dict[str, Tensor] = {}
     for name, tensor in adapter_tensors(model).items():
@@ -140,12 +103,11 @@ def adapter_files(model: Lvm, base_model_name: str) -> dict[str, bytes]:
     files = {WEIGHTS_FILE: save(tensors, {"format": "pt"})}
     if model.lora.draft is not None:
         files |= draft_files(model.lora.draft, drafts)
-    diffusion = model.lora.diffusion
     if diffusion is not None:
-        config["trainable_token_indices"] = {"embed_tokens": [diffusion.mask_id]}
         about = {"version": 1, "objective": "block_diffusion", "block": diffusion.block}
         files[DIFFUSION_FILE] = (json.dumps(about, indent=2) + "\n").encode()
-    files[CONFIG_FILE] = (json.dumps(config, indent=2) + "\n").encode()
+    # PEFT keeps the targets in a set, whose order differs from process to process.
+    files[CONFIG_FILE] = (json.dumps(config.to_dict(), default=sorted, indent=2, sort_keys=True) + "\n").encode()
     return files
 
 
@@ -177,7 +139,7 @@ def read_adapter(folder: str) -> tuple[Lora, dict[str, Tensor]]:
         raise WeightsError(f"{folder}: {CONFIG_FILE} or {WEIGHTS_FILE} is missing; give a PEFT adapter") from error
     except (OSError, ValueError, SafetensorError) as error:
         raise WeightsError(f"{folder}: cannot be read ({one_line(error)}); get it again") from error
-    lora = _read_lora(values if isinstance(values, dict) else {}, source.join(CONFIG_FILE))
+    lora = read_lora(values if isinstance(values, dict) else {}, source.join(CONFIG_FILE))
     if isinstance(values, dict) and values.get("trainable_token_indices"):
         lora = replace(lora, diffusion=_read_diffusion(source, values["trainable_token_indices"]))
     for name, tensor in tensors.items():
@@ -215,46 +177,6 @@ def _read_diffusion(folder: Folder, indices: Any) -> Diffusion:
     if not isinstance(block, int) or block < 1:
         raise WeightsError(f"{file}: does not say how many tokens a block has; get the adapter again")
     return Diffusion(tokens[0], block)
-
-
-def _read_lora(values: dict[str, Any], file: str) -> Lora:
-    """Return the adapter that the options ``values`` of ``file`` describe. Raises WeightsError for an unplain LoRA."""
-    kind = values.get("peft_type")
-    if kind != "LORA":
-        raise WeightsError(f"{file}: is of type {kind}, not LORA; give a LoRA adapter")
-    unsupported = [key for key, value in values.items() if value and key not in (*_READ, *_WITHOUT_EFFECT)]
-    if values.get("bias", "none") != "none":
-        unsupported.append("bias")
-    if unsupported:
-        raise WeightsError(
-            f"{file}: uses {unsupported[0]}, which covray does not compute; merge it into the backbone with PEFT "
-            "(merge_and_unload), or give a plain LoRA adapter"
-        )
-    init = values.get("init_lora_weights", True)
-    if init == "loftq":
-        raise WeightsError(
-            f"{file}: its init_lora_weights is loftq, which quantises the backbone, too; merge it into the backbone "
-            "with PEFT (merge_and_unload)"
-        )
-    if init not in _PLAIN_INITS:
-        raise WeightsError(
-            f"{file}: its init_lora_weights is {init}, which changes the backbone, too; convert it to plain LoRA by "
-            "save_pretrained(..., path_initial_model_for_weight_conversion=...) of PEFT, or merge it with PEFT"
-        )
-    rank, alpha, targets = values.get("r"), values.get("lora_alpha"), values.get("target_modules")
-    if (
-        not (isinstance(rank, int) and isinstance(alpha, int | float))
-        or not 0 < rank <= _MOST_RANK
-        or not 0 < alpha < math.inf
-    ):
-        raise WeightsError(f"{file}: has rank {rank!r} and alpha {alpha!r}; give a plain LoRA adapter")
-    # PEFT saves "all-linear" as the full names of all layers; the tensors show whether a layer is left out.
-    names = {str(target).rpartition(".")[2] for target in targets} if isinstance(targets, list) else set()
-    if not names or not names <= set(TARGETS):
-        raise WeightsError(f"{file}: adapts {targets!r:.200}, covray only {', '.join(TARGETS)}; give another adapter")
-    if values.get("use_rslora"):
-        alpha *= math.sqrt(rank)
-    return Lora(rank, float(alpha), tuple(name for name in TARGETS if name in names))
 
 
 def read_run_adapter(run: str) -> tuple[Lora, dict[str, Tensor]]:

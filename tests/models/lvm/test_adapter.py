@@ -35,6 +35,7 @@ from covray.models.lvm.adapter import (
 from covray.models.lvm.backbone import backbone_facts
 from covray.models.lvm.lora import TARGETS
 from covray.models.lvm.model import Lvm
+from covray.models.lvm.peft_options import READ, WITHOUT_EFFECT
 from tests.support.backbones import CODES, load, random_batch, write_llama
 
 LENGTHS = (24, 9, 24, 24)
@@ -280,7 +281,7 @@ def test_every_option_of_the_installed_peft_is_known_or_refused(llama_folder: Pa
     save_adapter(load(llama_folder, ADAPTERS[0]), str(tmp_path), "name")
     file = tmp_path / "adapter_config.json"
     plain = file.read_text()
-    known = {*adapter_module._READ, *adapter_module._WITHOUT_EFFECT}
+    known = {*READ, *WITHOUT_EFFECT}
     for field in dataclasses.fields(PeftLora):
         if field.name not in known:
             edit(file, **{field.name: {"x": 1}})
@@ -290,6 +291,20 @@ def test_every_option_of_the_installed_peft_is_known_or_refused(llama_folder: Pa
     _, starts = get_args(get_type_hints(PeftLora)["init_lora_weights"])
     named = {start.replace("[number of iters]", "4") for start in get_args(starts)}
     assert named <= {*COMPUTED_INITS, *REFUSED_INITS}
+
+
+def test_peft_writes_the_configuration_and_judges_what_is_read(llama_folder: Path, tmp_path: Path) -> None:
+    save_adapter(load(llama_folder, ADAPTERS[1]), str(tmp_path / "ours"), "name")
+    file = tmp_path / "ours" / "adapter_config.json"
+    written = json.loads(file.read_text())
+    PeftLora.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
+    expected = json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())
+    assert written == expected | {"target_modules": sorted(expected["target_modules"])}
+
+    edit(file, task_type="PAINTING")
+    with pytest.raises(WeightsError, match=r"adapter_config.json: PEFT refuses it \(Invalid task type") as raised:
+        read_adapter(str(tmp_path / "ours"))
+    assert one_line(raised.value)
 
 
 @pytest.mark.parametrize(("value", "message"), [(float("nan"), "not finite"), (3, "of type torch.int8")])
