@@ -15,7 +15,7 @@ import numpy as np
 
 from covray.chains.compatibility import require_same_codes
 from covray.chains.dataset import ChainDataset
-from covray.chains.loading import count_pairs
+from covray.chains.loading import count_pairs, pictures_of
 from covray.chains.sentences import require_context
 from covray.config import BackboneConfig, TrainConfig, recorded_section
 from covray.config.think import ThinkTrainConfig
@@ -248,19 +248,22 @@ def _require_alike(config: TrainConfig, datasets: Sequence[ChainDataset]) -> Non
     """Check that several datasets can be trained on as one.
 
     Raises:
-        DatasetError: Their codebooks or sizes differ, one has no pairs of the split, or a pair is in two of them.
+        DatasetError: Their codebooks or sizes differ, one was not built at a length of the sentences or has no pairs of
+            the split, or a pair is in two of them.
     """
     if len(datasets) == 1:
         return
     first = datasets[0]
-    ids: list[np.ndarray] = []
-    for dataset in datasets:
+    for dataset in datasets:  # before any rows are read
         require_same_codebook(first.fingerprints["codebook"], dataset.fingerprints["codebook"], dataset.path)
         if dataset.tokens_per_image != first.tokens_per_image:
             raise DatasetError(
                 f"{dataset.path}: its pictures have {dataset.tokens_per_image} tokens, those of {first.path} "
                 f"{first.tokens_per_image}; build both at one tokenizer.size_px"
             )
+        pictures_of(dataset, config.sentences)
+    ids: list[np.ndarray] = []
+    for dataset in datasets:
         table = dataset.table(["pair_id"], config.sentences.tasks, config.sentences.split)
         if not len(table):
             raise DatasetError(

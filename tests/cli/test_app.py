@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -280,6 +281,32 @@ def test_a_training_that_cannot_be_says_why_before_anything_starts(
     line = mistake("train", "--data", chains, "--out", "run", *random, *arguments)
     assert said in line
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        ({"fingerprints": {"codebook": "0" * 64}}, "codebook"),
+        ({"tokens_per_image": 64}, "its pictures have 64 tokens"),
+        ({"config": {"lengths": [3]}}, "a chain of 4 needs alpha 0.3333, 0.6667, the dataset has 0.5"),
+        ({}, "9 pairs are in two of the datasets"),
+    ],
+)
+def test_a_mixture_that_cannot_be_says_why_before_anything_starts(
+    run_here: Callable[..., Any], chains: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    record: dict[str, Any], said: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(chains, "other")
+    file = Path("other", "_dataset.json")
+    values = json.loads(file.read_text())
+    for key, value in record.items():
+        values[key] = values[key] | value if isinstance(value, dict) else value
+    file.write_text(json.dumps(values))
+    arguments = ["train", "--data", chains, "--data", "other=0.3", "--out", "run", "--init", "random", "--length", "4"]
+    line = error_line(run_here(*arguments, code=2).stderr)
+    assert said in line
+    assert not Path("run").exists()
 
 
 def test_an_unfinished_dataset_is_not_trained_on(mistake: Callable[..., str], write_dataset: Chains) -> None:
