@@ -10,9 +10,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import webdataset
 import yaml
 
 from covray.chains.dataset import ChainDataset
@@ -89,9 +91,36 @@ def read_mds(folder: Path) -> Iterator[tuple[int, str, str, list[Any], np.ndarra
                 yield pair_id, values["task"].decode(), index.parent.name, about["frames"], tokens
 
 
+def load_datasets(folder: Path) -> Iterator[tuple[int, str, str, list[Any], np.ndarray]]:
+    """By Hugging Face's own ``datasets``."""
+    loaded = datasets.load_dataset(str(folder), cache_dir=str(folder.parent / "cache"))
+    assert set(loaded) == {"train", "val"}
+    for split, rows in loaded.items():
+        for row in rows:
+            assert row["split"] == split
+            frames = [[frame["method"], frame["alpha"]] for frame in row["frames"]]
+            tokens = [row["source"], *(frame["tokens"] for frame in row["frames"]), row["label"]]
+            yield row["pair_id"], row["task"], row["split"], frames, np.array(tokens, np.uint16)
+
+
+def load_webdataset(folder: Path) -> Iterator[tuple[int, str, str, list[Any], np.ndarray]]:
+    """By the library ``webdataset`` itself."""
+    for split in ("train", "val"):
+        files = sorted(str(file) for file in folder.glob(f"{split}-*.tar"))
+        assert files
+        for sample in webdataset.WebDataset(files, shardshuffle=False).decode():
+            about = sample["json"]
+            assert about["split"] == split
+            yield about["pair_id"], about["task"], about["split"], about["frames"], sample["tokens.npy"]
+
+
 @pytest.mark.parametrize(
-    ("form", "read"), [("datasets", read_datasets), ("webdataset", read_webdataset), ("mds", read_mds)]
-)
+    ("form", "read"),
+    [
+        ("datasets", read_datasets), ("datasets", load_datasets), ("webdataset", read_webdataset),
+        ("webdataset", load_webdataset), ("mds", read_mds),
+    ],
+)  # fmt: skip
 def test_every_format_gives_equal_tokens_back(
     write_dataset: Writer,
     tmp_path: Path,
