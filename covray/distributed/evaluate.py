@@ -49,7 +49,7 @@ from covray.distributed.trackers.together import RunTrackers
 from covray.errors import ConfigError, DatasetError
 from covray.evaluation.answers import EPISODE_SCHEMA, LARGE_COLUMNS, RESULT_SCHEMA
 from covray.evaluation.pair_files import write_pairs
-from covray.evaluation.records import EvaluationRecord, EvaluationResults, EvaluationTable, SubjectScore
+from covray.evaluation.records import STRIPS, EvaluationRecord, EvaluationResults, EvaluationTable, SubjectScore
 from covray.evaluation.results import Rank, Row, choose_episodes, tabulate, to_csv
 from covray.evaluation.runner import Runner
 from covray.evaluation.subjects import Subject
@@ -58,6 +58,7 @@ from covray.models.tokenizer.vqgan import load_tokenizer
 from covray.plugins import require_packages
 from covray.progress import stage
 from covray.report.evaluation import Strip, write_evaluation_page
+from covray.report.evaluation_strips import draw_answers
 from covray.training.scored_answers import BEFORE, CANDIDATES
 
 RESULTS, TABLE, PAGE = EvaluationResults.FILE, "table.csv", "index.html"
@@ -228,6 +229,8 @@ def _write_results(config: EvaluateConfig, subjects: Sequence[Subject], results:
     folder = Folder(config.out)
     strips = _strips(config, subjects, results)
     write_evaluation_page(results, strips, folder.join(PAGE))
+    for task, picture in draw_answers(results, strips).items():
+        folder.write_bytes(f"{STRIPS}/{task}.png", picture)
     folder.write_bytes(TABLE, to_csv(results).encode())
     results.write(folder)
 

@@ -11,6 +11,9 @@ from covray.errors import ConfigError, CovrayError
 from covray.evaluation.subjects import Kind
 from covray.io.records import Record, RecordPart
 
+STRIPS = "strips"
+"""The folder of an evaluation with a picture of its answers for each task, ``TASK.png``."""
+
 
 class EvaluationRecord(Record):
     """What an evaluation is: written before its first episode, and compared by every command that continues it."""

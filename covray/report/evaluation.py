@@ -39,7 +39,7 @@ _MAX_OPEN_DIFFERENCES = 12
 _TILE_PX = 128
 _STORED_PX = 512
 """The longer side of a photograph on the page: twice the largest tile."""
-_RANKS = ("best", "median", "worst")
+RANKS = ("best", "median", "worst")
 
 
 @dataclass(frozen=True)
@@ -378,7 +378,7 @@ def _strip_rows(strips: Iterable[Strip], subjects: Sequence[str]) -> list[StripR
     order = {name: index for index, name in enumerate(subjects)}
 
     def key(strip: Strip) -> tuple[int, int]:
-        return _RANKS.index(strip.rank), strip.pair_id
+        return RANKS.index(strip.rank), strip.pair_id
 
     rows = []
     # groupby joins neighbours only, so it needs the order that it groups by.

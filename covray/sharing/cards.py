@@ -122,7 +122,7 @@ def model_card(
         result: What it reached.
         base_model: The backbone's name on the hub; None where it has none, as the nano backbone.
         licence: The hub's name of the licence.
-        scores: A table of an evaluation, as ``score_table`` makes it.
+        scores: A table of an evaluation, as ``score_table`` makes it, and pictures of its answers.
     """
     head: JsonObject = {"library_name": "peft", "tags": ["covray", "chain-of-vision", "lora"]}
     if licence is not None:
@@ -155,8 +155,17 @@ def model_card(
     return _card(head, lines)
 
 
-def evaluation_card(results: EvaluationResults, fingerprints: dict[str, str], licence: str | None) -> str:
-    """Return the card of an evaluation."""
+def evaluation_card(
+    results: EvaluationResults, fingerprints: dict[str, str], licence: str | None, strips: Collection[str] = ()
+) -> str:
+    """Return the card of an evaluation.
+
+    Args:
+        results: Its table.
+        fingerprints: SHA-256 (hex) of what it was made from.
+        licence: The hub's name of its licence.
+        strips: Names of the pictures of its answers, ``strips/TASK.png``, beside the card.
+    """
     head: JsonObject = {"tags": ["covray", "chain-of-vision", "evaluation"]}
     if licence is not None:
         head["license"] = licence
@@ -165,7 +174,7 @@ def evaluation_card(results: EvaluationResults, fingerprints: dict[str, str], li
         "",
         f"`index.html` shows the episodes, `results.json` holds every figure. Written by covray {_VERSION}.",
         "",
-        score_table(results),
+        score_table(results) + answer_pictures(strips),
         "",
         f"- Licence: {licence or _NOT_STATED}.",
         "",
@@ -192,6 +201,20 @@ def score_table(results: EvaluationResults) -> str:
             f"| {score.task} | {score.metric} ({better} is better) | {_cell(score.subject)} | {mean} | {interval} "
             f"| {score.episodes} |"
         )
+    return "\n".join(lines)
+
+
+def answer_pictures(strips: Collection[str]) -> str:
+    """Return the pictures of answers as Markdown, to follow a table; empty without any."""
+    if not strips:
+        return ""
+    lines = [
+        "",
+        "",
+        "The best, the median and the worst episode of each task, by the first adapter's score. Frames are what the "
+        "model writes between the query and its answer; the label is what the answer is scored by.",
+    ]
+    lines += [f"\n![{PurePosixPath(name).stem}: query, frames, answer, label]({name})" for name in strips]
     return "\n".join(lines)
 
 

@@ -21,8 +21,15 @@ from covray.io.model_folders import NANO_NAMES
 from covray.io.storage import Folder
 from covray.models.lvm.adapter import read_run_adapter
 from covray.progress import stage
-from covray.sharing.cards import dataset_card, evaluation_card, model_card, require_licence, score_table
-from covray.sharing.strips import chain_strips
+from covray.sharing.cards import (
+    answer_pictures,
+    dataset_card,
+    evaluation_card,
+    model_card,
+    require_licence,
+    score_table,
+)
+from covray.sharing.strips import chain_strips, evaluation_strips
 from covray.training.records import RunRecord, TrainResult
 
 TIMEOUT_S = 60.0
@@ -103,9 +110,10 @@ def _run(folder: Folder, licence: str, base_model: str | None, scores: str | Non
         raise ConfigError(f"{folder.path}: is unfinished; run the same covray train again")
     read_run_adapter(folder.path)  # complete, or refused
     base = _base_model(folder, record, base_model)
-    table = ""
+    table, strips = "", {}
     if scores is not None:
-        table = "## Scores\n" + score_table(EvaluationResults.read(scores))
+        strips = evaluation_strips(Folder(scores))
+        table = "## Scores\n" + score_table(EvaluationResults.read(scores)) + answer_pictures(strips)
     files = {}
     for name in (folder / "adapter").list_files():
         # At the top for PEFT, and where covray reads a run; the hub stores equal files once.
@@ -114,7 +122,7 @@ def _run(folder: Folder, licence: str, base_model: str | None, scores: str | Non
     for name in (RunRecord.FILE, TrainResult.FILE, "metrics.jsonl"):
         if folder.exists(name):
             files[name] = name
-    return Upload("model", model_card(record, result, base, licence, table), folder, files)
+    return Upload("model", model_card(record, result, base, licence, table), folder, files, strips)
 
 
 def _base_model(folder: Folder, record: RunRecord, base_model: str | None) -> str | None:
@@ -146,7 +154,8 @@ def _evaluation(folder: Folder, licence: str) -> Upload:
     if results is None:
         raise ConfigError(f"{folder.path}: is unfinished; run the same covray evaluate again")
     # What of it there is: an evaluation without a page or a table is complete, too.
-    card = evaluation_card(results, EvaluationRecord.read(folder).fingerprints, licence)
+    strips = evaluation_strips(folder)
+    card = evaluation_card(results, EvaluationRecord.read(folder).fingerprints, licence, strips)
     names = (EvaluationRecord.FILE, EvaluationResults.FILE, "index.html", "table.csv")
     files = {}
     for name in names:
@@ -155,7 +164,7 @@ def _evaluation(folder: Folder, licence: str) -> Upload:
     for name in folder.list_files(".parquet"):
         if name.startswith("rows/"):
             files[name] = name
-    return Upload("dataset", card, folder, files)
+    return Upload("dataset", card, folder, files, strips)
 
 
 def _send(upload: Upload, repository: str, public: bool) -> JsonObject:

@@ -1,4 +1,4 @@
-"""Strips of pictures for the card of a dataset: what its chains look like."""
+"""Strips of pictures for cards: what the chains of a dataset, or the answers of an evaluation, look like."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from covray.chains.compatibility import require_same_tokens
 from covray.chains.dataset import ChainDataset
 from covray.config import EngineConfig, TokenizerConfig
 from covray.errors import CovrayError
+from covray.evaluation.records import STRIPS
 from covray.io.drawing import draw_strip
+from covray.io.storage import Folder
 from covray.models.tokenizer.vqgan import Tokenizer, load_tokenizer
 from covray.progress import stage
 
@@ -29,11 +31,17 @@ def chain_strips(dataset: ChainDataset) -> dict[str, bytes]:
             with stage(f"drawing a chain of {task}"):
                 strip = _strip(dataset, tokenizer, task)
             if strip is not None:
-                strips[f"strips/{task}.png"] = strip
+                strips[f"{STRIPS}/{task}.png"] = strip
     except CovrayError as error:
         logging.getLogger("covray").info("the card shows no chains: %s", error)
         return {}
     return strips
+
+
+def evaluation_strips(folder: Folder) -> dict[str, bytes]:
+    """Return the pictures of answers that an evaluation wrote, by their names; none where it wrote none."""
+    names = sorted(name for name in folder.list_files(".png") if name.startswith(f"{STRIPS}/"))
+    return {name: folder.read_bytes(name) for name in names}
 
 
 def _strip(dataset: ChainDataset, tokenizer: Tokenizer, task: str) -> bytes | None:

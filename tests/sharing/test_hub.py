@@ -16,6 +16,7 @@ from PIL import Image
 from covray.chains.dataset import ChainDataset
 from covray.config import TrainConfig
 from covray.errors import ConfigError
+from covray.evaluation.records import EvaluationRecord, EvaluationResults
 from covray.io import storage
 from covray.models.lvm.adapter import read_run_adapter
 from covray.sharing import hub as hub_module
@@ -103,6 +104,53 @@ def test_a_run_is_pushed_with_its_card(
     sent, received = read_run_adapter(config.out)[1], read_run_adapter(str(back))[1]
     assert sent.keys() == received.keys()
     assert all(sent[name].equal(received[name]) for name in sent)
+
+
+def write_evaluation(folder: Path) -> dict[str, bytes]:
+    """A finished evaluation with the pictures of two tasks; returns them by their names."""
+    about = {"episodes": 3, "primary": "abs_rel", "metrics": ["abs_rel"]}
+    score = {"task": "depth", "subject": "run", "metric": "abs_rel", "mean": 0.25, "low": 0.2, "high": 0.3}
+    results = {
+        "version": 1, "config": {"data": str(folder)}, "fingerprints": {"codebook": "c0de" * 16}, "seconds": 1.0,
+        "subjects": [{"name": "run", "kind": "adapter", "about": "a run"}], "tasks": {"depth": about},
+        "scores": [score | {"episodes": 3}], "lower_is_better": ["abs_rel"], "differences": [], "failed": [],
+    }  # fmt: skip
+    EvaluationResults.model_validate(results).write(str(folder))
+    record = EvaluationRecord(config={}, identity={}, fingerprints={}, subjects=[], mlflow_run_id=None)
+    record.write(str(folder))
+    pictures = {}
+    for number, task in enumerate(("depth", "edges")):
+        picture = io.BytesIO()
+        Image.new("RGB", (20, 10 + number)).save(picture, "PNG")
+        pictures[f"strips/{task}.png"] = picture.getvalue()
+        storage.write_bytes(str(folder / "strips" / f"{task}.png"), picture.getvalue())
+    (folder / "other.png").write_bytes(b"no picture of the evaluation")
+    return pictures
+
+
+def test_cards_of_an_evaluation_and_of_the_run_it_scores_show_its_answers(
+    tiny_config: Callable[..., TrainConfig], writable_hub: WritableHub, tmp_path: Path
+) -> None:
+    config = tiny_config()
+    train(config)
+    record = {"config": config.model_dump(mode="json"), "identity": config.identity(), "mlflow_run_id": None}
+    storage.write_json(f"{config.out}/_run.json", {"version": 1, **record, "fingerprints": {"backbone": "ab" * 32}})
+    scores = tmp_path / "scores"
+    pictures = write_evaluation(scores)
+    push(str(scores), NAME, licence="other")
+    push(config.out, NAME, licence="other", base_model="someone/lvm", scores=str(scores))
+    for kind in ("dataset", "model"):
+        files = writable_hub.repositories[kind, NAME].files
+        card = files["README.md"].decode()
+        assert "| depth | abs_rel (lower is better) | run | 0.25 | 0.2 to 0.3 | 3 |" in card
+        for name, picture in pictures.items():
+            assert files[name] == picture
+            assert f"query, frames, answer, label]({name})" in card
+        assert "other.png" not in files
+    push(config.out, NAME, licence="other", base_model="someone/lvm")
+    files = writable_hub.repositories["model", NAME].files
+    assert not [name for name in files if name.startswith("strips")]
+    assert "query, frames, answer" not in files["README.md"].decode()
 
 
 @pytest.mark.parametrize(
