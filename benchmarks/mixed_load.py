@@ -256,7 +256,7 @@ def titled(server: subprocess.Popen[Any], title: str) -> list[psutil.Process]:
 def kill_replicas(server: subprocess.Popen[Any], tally: Tally, rng: random.Random, end: float, every_s: float) -> None:
     """Kill a replica at random moments, ``every_s`` apart on average."""
     while (moment := time.monotonic() + rng.expovariate(1 / every_s)) < end:
-        time.sleep(moment - time.monotonic())
+        time.sleep(max(0.0, moment - time.monotonic()))
         replicas = titled(server, REPLICA)
         if replicas:
             with suppress(psutil.NoSuchProcess):
