@@ -102,6 +102,7 @@ class BlockBuilder:
         engine: dict[str, Any] = {"device": device.type, "dtype": str(dtype).removeprefix("torch.")}
         prior_px = config.prior.size_px
         self.engine: ChainEngine | None = None
+        # A build that interpolates nothing loads no prior.
         if needs_prior(config):
             prior = load_prior(config.prior, config.engine)
             if reader is not None:
@@ -118,7 +119,6 @@ class BlockBuilder:
         )
         """The resolved configuration."""
 
-    # A build that interpolates nothing loads no prior, which is most of the memory.
     def models(self) -> BuildModels:
         """Return what was loaded."""
         tokenizer = self.tokenizer
@@ -367,9 +367,9 @@ def is_checked(pair_id: int, share: float) -> bool:
     """Return whether a pair is among the ``share`` whose ends are checked.
 
     The answer depends on the pair's id alone, through splitmix64 (Steele et al., "Fast splittable pseudorandom number
-    # The constants are those of the paper; each step is taken modulo 2^64, as uint64 would.
     generators", 2014).
     """
+    # The constants are those of the paper; each step is taken modulo 2^64, as uint64 would.
     mixed = (pair_id + 0x9E3779B97F4A7C15) % 2**64
     mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB % 2**64

@@ -121,12 +121,12 @@ class _TaskReader:
         Raises:
             DatasetError: A shard has another number of tokens than the dataset.
         """
-        # Every row gets its place first, so that tokens are written where they belong, batch by batch, without a copy
-        # of all.
         dataset = self._dataset
         table = dataset.table(self._columns, [task], self._split)
         if not len(table):
             return 0
+        # Every row gets its place first, so that tokens are written where they belong, batch by batch, without a copy
+        # of all.
         ids = table["pair_id"].to_numpy()
         order = np.argsort(ids)
         pair_ids[: len(table)] = ids[order]

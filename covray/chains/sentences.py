@@ -126,8 +126,8 @@ class Sentences:
     def shape(self, index: int) -> tuple[int, int]:
         """Return the pictures of a chain and the example pairs of the sentence."""
         if self._only_shape is not None:
-            # A cursor counts sentences through all epochs.
             return self._only_shape
+        # An index counts sentences through all epochs.
         number, position = divmod(index, len(self))
         epoch = self._epoch(number)
         return int(epoch.lengths[position]), int(epoch.pairs[position])
@@ -162,9 +162,10 @@ class Sentences:
         return Sentence(ids.reshape(-1), self.loss_at(index))
 
     def _find_loss(self, length: int, pairs: int) -> np.ndarray:
+        """Return the positions that carry loss in a sentence of ``pairs`` examples, ascending, int64 [loss tokens]."""
         # [chains, pictures, tokens], in the order of the sentence.
         carries = np.zeros((pairs + 1, length, self.chains.tokens_per_image), bool)
-        carries[_LOSS[self.config.loss]] = True
+        carries[_LOSS[self.config.loss]] = True  # which chains, and which of their pictures
         carries[0, 0, 0] = False  # nothing stands before the first token to predict it from
         return np.flatnonzero(carries)
 

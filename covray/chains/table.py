@@ -210,7 +210,6 @@ class ChainRow:
         """Show the chain in a notebook."""
         if self.error is not None:
             return f"<p>pair {self.pair_id} of {html.escape(self.task)} was rejected: {html.escape(self.error)}</p>"
-        # Whatever texts a dataset has, they are escaped: a notebook renders HTML.
         pictures = [np.asarray(picture) for picture in self.pictures()]
         captions = ["image", *(f"α = {alpha:.3g}" for alpha in alphas_of(len(pictures))), "label"]
         return html_picture(draw_strip(pictures, captions), f"a chain of {self.task}")

@@ -147,7 +147,7 @@ class StepOptions(Generic[C]):
                 continue
             setting = self._settings[name]
             options |= dict.fromkeys(setting.keys, setting.read(name, value) if setting.read else value)
-            options |= setting.also
+            options |= setting.also  # keys that go with the option, whatever its value
         config = load_config(self.config, context.params["config"], options, context.params["sets"] or ())
         if hasattr(config, "out"):
             require_folder_name(config.out)

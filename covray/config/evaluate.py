@@ -146,6 +146,7 @@ class EvaluateConfig(GrownSection):
     @field_validator("adapters", "baselines", "tasks", "probes", "metrics")
     @classmethod
     def _distinct(cls, value: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
+        """Drop what is given twice, in the order of what is given first."""
         return None if value is None else tuple(dict.fromkeys(value))
 
     def unused_fields(self) -> Iterator[str]:

@@ -215,6 +215,7 @@ class VlmTrainConfig(Section):
 
     @model_validator(mode="after")
     def _known(self) -> VlmTrainConfig:
+        """Refuse settings that this command shares with ``covray train`` and has no use for."""
         if self.compute.compile:
             raise ValueError("compute.compile: is not supported for vision-language models")
         return self

@@ -181,6 +181,7 @@ def _measure_build(config: BuildConfig, folder: str, pairs: int) -> dict[str, An
     size = _SCENE_PX
     if config.prior.path in NANO_NAMES:
         size = 64
+    # A scene gives a pair for every task: enough scenes, of which the last may be cut short.
     scenes = scene_pairs(-(-pairs // len(TASKS)), size_px=size, splits=_SPLITS)
     with ManifestWriter(manifest) as writer:
         for pair in itertools.islice(scenes, pairs):
@@ -196,6 +197,7 @@ def _measure_build(config: BuildConfig, folder: str, pairs: int) -> dict[str, An
     started = time.monotonic()
     audit_dataset(out, info.pair_ids, info.per_task)
     audit_s = time.monotonic() - started
+    # What rows cost on disk, and what every file costs beside them.
     files = shard_files(storage.Folder(out), 1)
     row_bytes = other_bytes = 0
     for name in files:

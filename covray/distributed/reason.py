@@ -105,6 +105,7 @@ def plan_reasoning(config: ThinkEvaluateConfig) -> dict[str, Any]:
     Output(config.out, ReasoningRecord, COMMAND, result=ReasoningResults.FILE).inspect()
     require_reasoning(config)
     episodes = list_episodes(config, open_world(config))
+    # The true renders, the texts and the copies of what was shown need no painter.
     drawn = [name for name in row_names(config) if name not in ("truth", "text", "copy")]
     return {
         "episodes": len(episodes),

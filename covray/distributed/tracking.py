@@ -173,6 +173,7 @@ class MlflowTracker:
             raise
         if run.info.lifecycle_stage != "active":
             return None
+        # Where each metric stopped: a resumed training logs some steps again, and the store must have them once.
         for name in run.data.metrics:
             history = self._client.get_metric_history(self._run_id, name)
             self._newest[name] = max(metric.step for metric in history)

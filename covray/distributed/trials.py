@@ -387,6 +387,7 @@ def _failure(trial: TuneTrial) -> str:
 def _write_end(
     out: str, name: str, status: Literal["stopped", "failed"], error: str | None, validations: list[Validation]
 ) -> None:
+    """Record that the trial ``name`` of the sweep ``out`` ended without scores: stopped early, or failed."""
     TrialRecord(status=status, error=error, validation=tuple(validations)).write(out, _file_of(name))
 
 

@@ -44,9 +44,9 @@ def stated(caption: str) -> dict[str, set[str]]:
     text = _plain(caption)
     values: dict[str, set[str]] = {}
     for theme, by_name in _phrases().items():
-        # Blanks around both, so that "red" is not found in "covered".
         values[theme] = set()
         for name, phrases in by_name.items():
+            # Both have a blank at either end, so that "red" is not found in "covered".
             if any(phrase in text for phrase in phrases):
                 values[theme].add(name)
     return values

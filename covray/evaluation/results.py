@@ -254,8 +254,8 @@ def _differences(task: str, subjects: Sequence[Subject], table: Sequence[_Subjec
     differences = []
     for index, first in enumerate(compared):
         if kinds[first.name] != "adapter":
-            # The table has baselines before adapters, and an adapter is compared with all that stands before it.
             continue
+        # All that stands before it in the table: baselines, untuned backbones, and the adapters named earlier.
         for second in compared[:index]:
             difference = paired_difference(first.columns[metric], second.columns[metric], seed)
             if difference is not None:

@@ -125,7 +125,7 @@ def stream_answer(config: VlmGenerateConfig) -> Iterator[str]:
     """
     pictures = [_read_picture(path) for path in config.images]
     answerer = load_answerer(config)
-    decoding_blocks(config.decoding, answerer.trained)
+    decoding_blocks(config.decoding, answerer.trained)  # refuses what the model was not trained for
     prompt = answerer.prompt(pictures, config.prompt)
     ids: list[int] = []
     shown = ""

@@ -262,12 +262,15 @@ def _read_bytes(filesystem: fs.FileSystem, inner: str) -> bytes:
 
 
 def _write_bytes(filesystem: fs.FileSystem, inner: str, data: bytes) -> None:
+    """Write a file whole or not at all; its folder is made."""
     folder = posixpath.dirname(inner)
     filesystem.create_dir(folder, recursive=True)
+    # An object store shows an object only once all of it is there.
     if not isinstance(filesystem, fs.LocalFileSystem):
         with filesystem.open_output_stream(inner) as stream:
             stream.write(data)
         return
+    # On a disk: written under another name, flushed, and renamed; a kill leaves the file that was there before.
     aside = posixpath.join(folder, f".{posixpath.basename(inner)}.{os.getpid()}{_ASIDE_ENDING}")
     try:
         with open(aside, "wb") as file:

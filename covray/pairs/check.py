@@ -76,6 +76,7 @@ def check_pairs(manifest: str, on_cluster: Callable[[str, ManifestInfo], Iterato
     info = check_manifest(manifest)
     report = PairsReport.of(manifest, info)
     with stage(f"opening {info.rows} pairs") as opening:
+        # A few pictures are opened sooner than Ray starts.
         blocks = checked_here(manifest, info) if info.rows <= PAIRS_HERE else on_cluster(manifest, info)
         for block in blocks:
             report.add(block)
@@ -94,7 +95,8 @@ def checked_here(manifest: str, info: ManifestInfo) -> Iterator[pa.Table]:
 
 def check_block(table: pa.Table, root: str | None) -> pa.Table:
     """Return ``CHECKED_SCHEMA`` of the manifest rows ``table``, whose URIs are below ``root``."""
-    return pa.Table.from_pylist([_checked(row, root) for row in row_dicts(table)], CHECKED_SCHEMA)
+    rows = [_checked(row, root) for row in row_dicts(table)]
+    return pa.Table.from_pylist(rows, CHECKED_SCHEMA)
 
 
 class CheckedRow(TypedDict, total=False):
@@ -143,6 +145,7 @@ def _segmentation_figures(pair: LoadedPair, meta: Meta) -> LabelFigures:
     classes = segmentation.class_table(meta)
     indices = segmentation.read(pair.label, meta)
     colours = segmentation.palette(256)[indices].astype(np.int16)
+    # A tolerance for rounding: labels may have been resized.
     near = np.abs(colours - pair.label).max(axis=2) <= NEAR_LEVELS
     pixels = dict.fromkeys(classes.names, 0) if "classes" in meta else {}
     counts = np.bincount(indices[near], minlength=256)
@@ -308,6 +311,7 @@ class PairsReport:
             task.pixels.update(figures["pixels"])
             task.unusual.update(figures["unusual"])
             for name, (low, high) in figures["ranges"].items():
+                # Of all labels: the lowest and the highest value that any of them has.
                 before = task.ranges.get(name, (low, high))
                 task.ranges[name] = (min(low, before[0]), max(high, before[1]))
 

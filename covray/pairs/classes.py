@@ -67,6 +67,7 @@ def read_mask(file: LabelFile, coding: MaskCoding) -> NDArray[np.uint8]:
     """
     readings: list[NDArray[np.uint8]] = []
     errors: list[PairError] = []
+    # A mask may be read by its numbers and by its colours; where both are possible they must agree.
     for attempt in (*_levels_of(file), _colours_of(file)):
         try:
             reading = _by_level(attempt, file, coding) if attempt.ndim == 2 else _by_colour(attempt, coding)
@@ -123,6 +124,7 @@ def _by_level(levels: NDArray[Any], file: LabelFile, coding: MaskCoding) -> NDAr
         raise PairError("unknown_class", "a mask of numbers, where the classes have colours; add index to --classes")
     if file.lossy:
         raise PairError("unsupported", "a lossy file (JPEG), which changes the numbers of a mask; save it as PNG")
+    # One look-up for all pixels: a table of every number that 16 bits can hold.
     table = np.full(2**16, _UNKNOWN, np.int16)
     table[list(coding.levels)] = list(coding.levels.values())
     indices = table[levels]
@@ -151,6 +153,7 @@ def _by_colour(colours: NDArray[Any], coding: MaskCoding) -> NDArray[np.uint8]:
     # The others are compared with every class, each odd colour once.
     odd, places = np.unique(pixels[~exact], return_inverse=True)
     channels = np.stack([odd >> 16, odd >> 8 & 255, odd & 255], axis=-1)
+    # The distance of colours is the largest of their channels: rounding moves each channel by itself.
     distances = np.abs(channels[:, None] - known).max(axis=-1)  # [odd colours, classes]
     if distances.min(axis=1).max() > coding.tolerance:
         stray = channels[distances.min(axis=1).argmax()].tolist()
@@ -174,6 +177,7 @@ def _require_recognised(file: LabelFile, indices: NDArray[np.uint8]) -> None:
     """
     if file.one_bit and indices.any():
         raise PairError("ambiguous", "one bit a pixel: white is a class of yours? Declare the classes with --classes")
+    # A palette of greys, or PASCAL VOC's own, goes with VOC's numbers; any other is another coding.
     if file.palette is not None:
         used = np.unique(file.samples)
         greys = bool((file.palette[used] == used[:, None]).all())
@@ -208,6 +212,7 @@ def voc_coding(names: Iterable[str] = VOC_NAMES, declared: bool = False) -> Mask
     """Return the coding of PASCAL VOC: number k, or the colour map's colour k, is class k; 255 is void."""
     names = tuple(names)
     colours = {tuple(colour): index for index, colour in enumerate(palette(256)[: len(names)].tolist())}
+    # With 256 classes no number is left for void.
     levels = {index: index for index in range(len(names))}
     meta: dict[str, Any] = {"classes": list(names)}
     if len(names) <= VOID:
@@ -224,8 +229,10 @@ def painter_coding(classes: int, steps: int) -> MaskCoding:
     """
     colours: dict[tuple[int, int, int], int] = {(0, 0, 0): VOID}
     for index in range(classes):
+        # The index in base ``steps``: a digit a channel.
         red, green, blue = index // steps**2, index // steps % steps, index % steps
-        colours[tuple(255 - 256 // steps * place for place in (red, green, blue))] = index  # type: ignore[index]
+        levels = [255 - 256 // steps * place for place in (red, green, blue)]
+        colours[levels[0], levels[1], levels[2]] = index
     names = tuple(f"class {number}" for number in range(1, classes + 1))
     meta = {"classes": list(names), "class_numbers": list(range(1, classes + 1)), "void": VOID, "void_number": 0}
     return MaskCoding(names, None, colours, meta)
@@ -237,7 +244,9 @@ def coding_of(meta: Meta) -> MaskCoding:
     levels = {number: index for index, number in enumerate(table.numbers)}
     colours: dict[tuple[int, int, int], int] | None = None
     if meta.get("class_colours"):
-        colours = {tuple(colour): index for index, colour in enumerate(meta["class_colours"])}
+        colours = {}
+        for index, colour in enumerate(meta["class_colours"]):
+            colours[tuple(colour)] = index
     if table.void is not None and table.void_number is not None:
         levels[table.void_number] = table.void
         if colours is not None and meta.get("void_colour"):
@@ -257,6 +266,7 @@ def draw_mask(data: bytes, meta: Meta) -> bytes:
             taken as it is: it may be a picture that a model drew.
     """
     file = read_label_file(data)
+    # The user's coding first; a mask that an earlier command has drawn is in covray's own.
     try:
         indices = read_mask(file, coding_of(meta))
     except PairError:
@@ -267,6 +277,7 @@ def draw_mask(data: bytes, meta: Meta) -> bytes:
                 raise
             return data
     drawn = turned(segmentation.render(indices), file.orientation)
+    # A mask that is drawn already keeps its bytes.
     if np.array_equal(drawn, decode(data)):
         return data
     return encode_png(drawn)
@@ -312,6 +323,7 @@ class Void(_Part):
     @model_validator(mode="before")
     @classmethod
     def _short(cls, value: Any) -> Any:
+        """Take a number for an index, and a text or a list for a colour: their keys may be left out."""
         if isinstance(value, int):
             return {"index": value}
         if isinstance(value, str | list):
@@ -332,6 +344,7 @@ class ClassesFile(_Part):
     @model_validator(mode="before")
     @classmethod
     def _short(cls, value: Any) -> Any:
+        """Take a text in the list of classes for the name of one."""
         if not isinstance(value, dict) or not isinstance(value.get("classes"), list):
             return value
         classes = []
@@ -344,7 +357,8 @@ class ClassesFile(_Part):
     @model_validator(mode="after")
     def _whole(self) -> ClassesFile:
         for key in ("index", "colour"):
-            values = [getattr(item, key) for item in self.classes if getattr(item, key) is not None]
+            given = [getattr(item, key) for item in self.classes]
+            values = [value for value in given if value is not None]
             if 0 < len(values) < len(self.classes):
                 raise ValueError(f"some classes have {key} and some have not; give it for all or for none")
             of_void = getattr(self.void, key, None)
@@ -355,6 +369,7 @@ class ClassesFile(_Part):
         names = [item.name for item in self.classes]
         if len(set(names)) < len(names):
             raise ValueError("two classes have one name")
+        # Colours that lie too near could both claim a pixel within the tolerance.
         colours = [item.colour for item in self.classes if item.colour is not None]
         if self.void is not None and self.void.colour is not None:
             colours.append(self.void.colour)
@@ -376,11 +391,12 @@ class ClassesFile(_Part):
                 levels[number] = place
             if colours is not None and item.colour is not None:
                 colours[item.colour] = place
-        meta: dict[str, Any] = {"classes": [item.name for item in self.classes]}
+        names = [item.name for item in self.classes]
+        meta: dict[str, Any] = {"classes": names}
         if numbers != list(range(len(numbers))):
             meta["class_numbers"] = numbers
         if colours is not None:
-            meta["class_colours"] = [list(colour) for colour in colours]
+            meta["class_colours"] = list(map(list, colours))
         if self.void is not None:
             if levels is not None and self.void.index is not None:
                 levels[self.void.index] = VOID
@@ -406,8 +422,9 @@ def load_classes(path: str) -> MaskCoding:
         values = read_yaml(storage.read_bytes(path).decode("utf-8-sig"))
         return ClassesFile.model_validate(values).coding()
     except ValidationError as error:
+        # The first error only: later ones often follow from it.
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where = ".".join(map(str, first["loc"]))
         place = f"{where}: " if where else ""
         raise ConfigError(f"--classes {path}: {place}{first['msg'].removeprefix('Value error, ')}") from error
     except FileNotFoundError as error:

@@ -182,10 +182,13 @@ def openpose(keypoints: NDArray[np.floating], height: int, width: int) -> NDArra
 
     COCO counts pixels from 0, so that its (x, y) is the middle of a pixel; one outside the picture is not drawn.
     """
+    # COCO gives pixels by number; half a pixel further is their middle.
     x, y = keypoints[..., 0] + 0.5, keypoints[..., 1] + 0.5
     visible = (keypoints[..., 2] > 0) & (x >= 0) & (x < width) & (y >= 0) & (y < height)
     points = np.stack([x, y, visible], axis=-1) * visible[..., None]
-    left, right = (points[:, KEYPOINTS.index(f"{side}_shoulder")] for side in ("left", "right"))
+    left = points[:, KEYPOINTS.index("left_shoulder")]
+    right = points[:, KEYPOINTS.index("right_shoulder")]
+    # COCO has no neck: it is the middle of the shoulders, where both are seen.
     neck = (left + right) / 2 * (left[:, 2:] * right[:, 2:])
     columns = []
     for name in pose.KEYPOINTS:
@@ -204,11 +207,14 @@ def _panoptic(root: str, folder: str) -> dict[str, Entry]:
     categories = sorted(file.categories, key=lambda category: category.id)
     if len(categories) >= _MAX_CLASSES:
         raise ManifestError(f"{root}: {name}.json has {len(categories)} categories; {_MAX_CLASSES - 1} can be drawn")
+    # 0 is void; classes count from 1 in the order of COCO's ids.
     classes = {category.id: index for index, category in enumerate(categories, 1)}
     if len(classes) < len(categories):
         raise ManifestError(f"{root}: {name}.json has two categories of one id; give the file as COCO made it")
-    names = ["void", *(category.name for category in categories)]
+    category_names = [category.name for category in categories]
+    names = ["void", *category_names]
     images = _Images(folder, file.images)
+    # All annotations are counted before any is used: an image with two has no clear label.
     for annotation in file.annotations:
         images.use(annotation.image_id)
     entries: dict[str, Entry] = {}
@@ -224,6 +230,7 @@ def _draw_panoptic(root: str, uri: str, annotation: _Segmented, classes: dict[in
     if samples.ndim != 3 or samples.dtype != np.uint8:
         raise PairError("unsupported", f"{uri}: is no picture of red, green and blue, which spell the segments' ids")
     red, green, blue = np.moveaxis(samples.astype(np.uint32), 2, 0)
+    # COCO's panoptic format spells a segment's id in the three bytes of its colour.
     ids = red + 256 * green + 65536 * blue
     categories: dict[int, int] = {}
     for segment in annotation.segments_info:
@@ -231,6 +238,7 @@ def _draw_panoptic(root: str, uri: str, annotation: _Segmented, classes: dict[in
             raise PairError("unknown_class", f"{uri}: category {segment.category_id} of segment {segment.id}")
         if categories.setdefault(segment.id, segment.category_id) != segment.category_id:
             raise PairError("ambiguous", f"{uri}: segment {segment.id} is of two categories")
+    # Id 0 is what nobody has labelled.
     drawn, named = np.zeros(ids.shape, np.uint8), ids == 0
     for number, category in categories.items():
         covered = ids == number
@@ -281,6 +289,7 @@ def _kind_of_maps(root: str, place: str, labels: list[str]) -> str:
             levels = set(np.unique(read_levels(load_picture(Picture(uri=uri), root))).tolist())
         except PairError:  # it will be a rejected pair
             continue
+        # The two kinds of maps number classes one apart; levels that only one of them has decide.
         fits_pixelmaps = levels <= {0, *STUFF_IDS, OTHER}
         fits_stuffthingmaps = levels <= {*range(len(STUFF_CLASSES) - 1), 255}
         if fits_pixelmaps != fits_stuffthingmaps:
@@ -317,6 +326,7 @@ def _poses(root: str, folder: str) -> dict[str, Entry]:
     file = _read(root, f"annotations/person_keypoints_{folder}.json", hint, _People)
     people: dict[int, list[_Person]] = defaultdict(list)
     for person in file.annotations:
+        # Crowds have no single skeleton, and people without a visible point have nothing to draw.
         if not person.iscrowd and any(v > 0 for v in person.keypoints[2::3]):
             people[person.image_id].append(person)
     images = _Images(folder, file.images)
@@ -373,7 +383,7 @@ class _Images:
         elif image_id in self._doubled:
             error = PairError("ambiguous", f"two images of the file have the id {image_id}")
         elif len(users) > 1:
-            named = " and ".join(str(user) for user in users[:3])
+            named = " and ".join(map(str, users[:3]))
             error = PairError("ambiguous", f"the image has {len(users)} annotations, of the image ids {named}")
         else:
             return render

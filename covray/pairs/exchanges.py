@@ -65,10 +65,11 @@ class Exchanges:
         """Return a SHA-256 (hex) of texts, splits and pictures: of bytes where the list holds them, else of URIs."""
         whole = hashlib.sha256()
         for item in self.items:
-            parts: list[Any] = [picture_identity(item.picture), item.prompt, item.answer, item.kind, item.split]
+            # Whatever decides what a model reads and should say; the order of the items counts, too.
+            identity: list[Any] = [picture_identity(item.picture), item.prompt, item.answer, item.kind, item.split]
             if item.turn:
-                parts.append([part if isinstance(part, str) else picture_identity(part) for part in item.turn])
-            whole.update(json.dumps(parts).encode())
+                identity.append(list(map(_identity_of_part, item.turn)))
+            whole.update(json.dumps(identity).encode())
         return whole.hexdigest()
 
     def of_split(self, split: str) -> tuple[Exchange, ...]:
@@ -103,14 +104,20 @@ def read_exchanges(path: str, root: str | None = None, *, captions: bool = True,
     else:
         used_root = list_root(path, root)
         items = tuple(_list_exchanges(path, used_root.rstrip("/") + "/"))
-    kept = []
+    wanted = []
     for item in items:
         is_caption = item.prompt is None
         if (is_caption and captions) or (not is_caption and questions):
-            kept.append(item)
-    if not kept:
+            wanted.append(item)
+    if not wanted:
         raise ManifestError(f"{path}: has no captions or questions to use; see texts.captions and texts.questions")
-    return Exchanges(tuple(kept), used_root)
+    return Exchanges(tuple(wanted), used_root)
+
+
+def _identity_of_part(part: str | Picture) -> Any:
+    if isinstance(part, str):
+        return part
+    return picture_identity(part)
 
 
 def _is_manifest(path: str) -> bool:
@@ -150,6 +157,7 @@ def _list_exchanges(file: str, base: str) -> Iterator[Exchange]:
 
 def _exchanges_of_row(file: str, where: str, row: Mapping[Any, Any], base: str) -> Iterator[Exchange]:
     """Yield the exchanges of one row; see the module for its keys."""
+    # Keys of any case are taken, as in lists of pairs.
     values = {}
     for key, value in row.items():
         if isinstance(key, str):
@@ -181,6 +189,7 @@ def _turns(file: str, where: str, values: Mapping[Any, Any], base: str, split: s
         raise ManifestError(f"{file}, {where}: conversations is not a list of questions, each with its answer")
     images = image if isinstance(image, list) else [image]
     pictures = [list_picture(file, where, "image", value, base) for value in images or [None]]
+    # Turns alternate: what a person says, and what the model should answer.
     for human, model in zip(turns[::2], turns[1::2], strict=True):
         try:
             speakers = (human["from"], model["from"])
@@ -189,6 +198,7 @@ def _turns(file: str, where: str, values: Mapping[Any, Any], base: str, split: s
             raise ManifestError(f"{file}, {where}: a turn has no {error}; it needs from and value") from error
         if speakers != ("human", "gpt") or not (isinstance(prompt, str) and isinstance(answer, str)):
             raise ManifestError(f"{file}, {where}: the turns are not of human and gpt by turns")
+        # Several pictures stand at their placeholders; a single one comes first.
         if len(pictures) > 1:
             turn = _interleaved(f"{file}, {where}", prompt, pictures)
             text = prompt.replace(_PLACEHOLDER, "").strip()
@@ -206,7 +216,9 @@ def _interleaved(where: str, prompt: str, pictures: Sequence[Picture]) -> tuple[
         )
     turn: list[str | Picture] = []
     for text, picture in zip(texts, [*pictures, None], strict=True):
-        turn += [part for part in (text, picture) if part]
+        for part in (text, picture):
+            if part:  # no empty text, and no picture behind the last one
+                turn.append(part)
     return tuple(turn)
 
 
@@ -220,6 +232,7 @@ def _json_rows(file: str) -> Iterator[tuple[str, Any]]:
             yield f"item {number}", item
         return
     try:
+        # COCO's captions name pictures by number; an annotation each has the words.
         names = {image["id"]: image["file_name"] for image in content["images"]}
         for number, note in enumerate(content["annotations"], 1):
             yield f"annotation {number}", {"image": names[note["image_id"]], "caption": note["caption"]}
@@ -234,7 +247,8 @@ def _csv_rows(file: str) -> Iterator[tuple[str, Any]]:
     separator = next((mark for mark in (",", ";", "\t", "|") if mark in header), ",")
     names: list[str] = []
     if header:
-        names = [name.strip() for name in next(csv.reader([header], delimiter=separator))]
+        cells_of_header = next(csv.reader([header], delimiter=separator))
+        names = [name.strip() for name in cells_of_header]
     reader = csv.reader(lines, strict=True, delimiter=separator, skipinitialspace=True)
     try:
         for cells in reader:

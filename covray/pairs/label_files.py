@@ -51,7 +51,7 @@ class ImageLayout:
     @property
     def stored_shape(self) -> tuple[int, int]:
         """Height and width of the pixels as they are stored."""
-        swapped = self.orientation >= 5
+        swapped = self.orientation >= 5  # EXIF's 5 to 8 turn a picture by a quarter
         return (self.width_px, self.height_px) if swapped else (self.height_px, self.width_px)
 
 

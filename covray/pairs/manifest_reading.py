@@ -73,6 +73,7 @@ def check_manifest(path: str | os.PathLike[str], captions: bool = False) -> Mani
             has_captions &= _has_captions(name, parquet.schema_arrow)
             metadata = parquet.schema_arrow.metadata or {}
             if METADATA_KEY in metadata:
+                # Files written by covray name their root; others are looked at below, all at once.
                 roots.setdefault(_root_of(name, metadata[METADATA_KEY]), name)
             else:
                 without_root.append((name, file))
@@ -118,7 +119,7 @@ def read_manifest(path: str | os.PathLike[str], columns: Sequence[str]) -> Itera
     """Yield the rows of a checked manifest, ``columns`` of ``MANIFEST_SCHEMA`` or words in its types; files by name."""
     files, filesystem = _manifest_files(os.fspath(path))
     known = pa.schema([*MANIFEST_SCHEMA, *WORD_FIELDS])
-    schema = pa.schema([known.field(name) for name in columns])
+    schema = pa.schema(map(known.field, columns))
     for file in files:
         with reading(file), pq.ParquetFile(file, filesystem=filesystem) as parquet:
             for batch in parquet.iter_batches(256, columns=list(columns)):
@@ -145,7 +146,12 @@ def read_classes(path: str | os.PathLike[str]) -> JsonObject | None:
                     f"{os.fspath(path)}: meta of pair {row['pair_id']} is no JSON object, so that its classes are not "
                     "known; write the manifest again with covray pairs"
                 )
-            table = {key: meta[key] for key in segmentation.meta_keys if key in meta}
+            # Only the keys by which a mask is read: others differ from pair to pair.
+            table = {}
+            for key in segmentation.meta_keys:
+                if key in meta:
+                    table[key] = meta[key]
+            # As JSON with sorted keys: equal tables have one text.
             tables.setdefault(json.dumps(table, sort_keys=True), _described(meta))
             if len(tables) > 1:
                 first, second = tables.values()
@@ -175,7 +181,8 @@ def row_dicts(table: pa.Table) -> list[PairRow]:
     except UnicodeDecodeError:
         # Read as bytes, and decode here what was text.
         kinds = {field.name: field.type for field in table.schema}
-        undecoded = pa.schema([(name, _undecoded(kind)) for name, kind in kinds.items()])
+        undecoded_fields = [(field.name, _undecoded(field.type)) for field in table.schema]
+        undecoded = pa.schema(undecoded_fields)
         rows = []
         for row in table.cast(undecoded).to_pylist():
             rows.append({name: _replaced(value, kinds[name]) for name, value in row.items()})
@@ -236,6 +243,7 @@ def _manifest_files(path: str) -> tuple[list[str], fs.FileSystem]:
                 continue
             file = posixpath.join(inner, name)
             if name.lower().endswith(ENDING):
+                # A Parquet file under another ending would be left out without a word; it is refused.
                 parts.append(file)
             elif name.lower().endswith(".pq") or not posixpath.splitext(name)[1]:
                 _require_ending(file, file, filesystem)
@@ -310,6 +318,7 @@ def _folder_as_root(path: str, name: str, file: str, filesystem: fs.FileSystem) 
     if uri is None:
         return None
     with reading(name):
+        # The pictures of a manifest without a root are looked for beside it.
         if storage.exists(storage.join(folder, uri)):
             return folder
     raise ManifestError(
@@ -334,5 +343,5 @@ def _check_unique(path: str, pair_ids: NDArray[np.int64]) -> None:
     ordered = np.sort(pair_ids)
     repeats = ordered[1:][ordered[1:] == ordered[:-1]]
     if len(repeats):
-        first = ", ".join(str(pair_id) for pair_id in np.unique(repeats)[:3])
+        first = ", ".join(map(str, np.unique(repeats)[:3]))
         raise ManifestError(f"{path}: {len(repeats)} rows repeat a pair_id ({first}); ids must be unique")

@@ -118,6 +118,7 @@ def _read_depth(root: str, uri: str) -> NDArray[np.uint8]:
 
 
 def _normals(root: str, folder: str) -> dict[str, Entry]:
+    """Return the labels of the frames that have a picture and normals of one number, by the picture's path."""
     hint = f"normals are expected as {folder}/000000_img.png and 000000_normal.png"
     entries = {}
     for place, number in _frames(list_below(root, folder, hint), r"(\d+)_img\.png", r"(\d+)_normal\.png"):

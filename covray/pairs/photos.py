@@ -77,9 +77,11 @@ def photo_pairs(
     if not all(0 <= share < math.inf for share in shares.values()) or not sum(shares.values()) > 0:
         raise ConfigError(f"splits: shares must be at least 0, and not all 0 (got {shares})")
     root, names = find_photographs(places)
+    # What decides the pairs.
     recipe = _Recipe(root, tasks, size_px, shares, seed)
     settings = {"source": "photos", **asdict(recipe), "tasks": list(tasks)}
     items = [(name, None) for name in draw(names, count, seed)]
+    # Blocks hold about as many pixels, whatever size is asked for.
     most_items = max(1, min(MOST_ITEMS_PER_BLOCK, _PIXELS_PER_BLOCK // size_px**2))
     load = functools.partial(one_by_one, functools.partial(_pairs_of_photo, recipe))
     return PairWork(items, load, settings, unit="photographs", items_per_block=most_items)

@@ -87,6 +87,7 @@ def read_user_list(
     rows = rows_of(file, "pairs", functools.partial(_csv_rows, columns=columns), _json_rows)
     if task is not None and task not in TASKS:
         raise ManifestError(f"--task {task}: {unknown_task(task)}")
+    # Relative paths of the list are below it.
     base = list_root(file, root).rstrip("/") + "/"
     return _user_pairs(file, _named_rows(file, rows, columns), task, split, base)
 
@@ -141,6 +142,7 @@ def _user_pairs(file: str, rows: Iterable[tuple[str, Any]], task: str | None, sp
     for where, row in rows:
         if not isinstance(row, dict):
             raise ManifestError(f"{file}, {where}: is no object with image and label")
+        # Keys of any case are taken; what has no meaning here is kept as meta.
         values = _with_plain_keys(row)
         if "image_path" in values:
             _from_painter(file, where, values)
@@ -151,6 +153,7 @@ def _user_pairs(file: str, rows: Iterable[tuple[str, Any]], task: str | None, sp
         label = list_picture(file, where, "label", values.pop("label"), base)
         own_task = stripped(values.pop("task", None)) or task
         own_split = stripped(values.pop("split", None)) or split
+        # A row's own task and split count before those of the options.
         if own_task is None:
             raise ManifestError(f"{file}, {where}: has no task; add a column task, or give --task")
         if not isinstance(own_task, str) or own_task not in TASKS:
@@ -210,6 +213,7 @@ def list_picture(file: str, where: str, key: str, value: Any, base: str) -> Pict
         ManifestError: It is neither a URI nor the bytes of a picture.
     """
     if value is None or value == "":
+        # An empty cell is a pair without a picture, which is rejected later, with its reason.
         return Picture()
     if isinstance(value, bytes):
         return Picture(bytes=value)
@@ -247,6 +251,7 @@ def _csv_rows(file: str, columns: Mapping[str, str]) -> Iterator[tuple[str, dict
     else:
         separator, offset = _separator_of(first, columns), 0
         rest = itertools.chain([first], lines)
+    # A cell may hold a picture in base64.
     csv.field_size_limit(max(csv.field_size_limit(), MAX_FIELD_CHARACTERS))
     reader = csv.reader(rest, strict=True, delimiter=separator, skipinitialspace=True)
     header: list[str] | None = None
@@ -254,6 +259,7 @@ def _csv_rows(file: str, columns: Mapping[str, str]) -> Iterator[tuple[str, dict
         for cells in reader:
             where = f"line {reader.line_num + offset}"
             if not any(cell.strip() for cell in cells):
+                # Empty lines are no rows; spreadsheets write them at the end.
                 continue
             if header is None:
                 header = _header(file, where, cells, columns)
@@ -267,6 +273,7 @@ def _csv_rows(file: str, columns: Mapping[str, str]) -> Iterator[tuple[str, dict
 
 def _separator_of(header: str, columns: Mapping[str, str]) -> str:
     """Return what separates the columns of ``header``; the comma, unless only another makes image and label of it."""
+    # The keys of a pair, or those of Painter's lists.
     for separator in _SEPARATORS:
         names = {name.strip(" \t\r\n\"'").lower() for name in header.split(separator)}
         needed = {columns.get("image", "image").lower(), columns.get("label", "label").lower()}
@@ -278,18 +285,23 @@ def _separator_of(header: str, columns: Mapping[str, str]) -> str:
 def _header(file: str, where: str, cells: list[str], columns: Mapping[str, str]) -> list[str]:
     """Return the names of the columns; those that ``columns`` gives keep theirs, which ``_named_rows`` changes."""
     header = [cell.strip() for cell in cells]
+    # Columns that the user names are taken as they are written, in their own case.
     if columns:
-        absent = [column for column in columns.values() if column not in header]
-        if absent:
-            known = ", ".join(name[:80] for name in header)
-            raise ManifestError(f"{file}, {where}: has no column {absent[0]}; its columns are {known}")
+        for column in columns.values():
+            if column not in header:
+                known = ", ".join(name[:80] for name in header)
+                raise ManifestError(f"{file}, {where}: has no column {column}; its columns are {known}")
     names = []
     for cell in header:
         if cell.lower() in _KEYS and cell not in columns.values():
             cell = cell.lower()
         names.append(cell)
-    named = [name for name in names if name]
-    missing = [key for key in ("image", "label") if columns.get(key, key) not in names]
+    # Columns without a name are allowed where they are empty; two of one name are not.
+    named = list(filter(None, names))
+    missing = []
+    for key in ("image", "label"):
+        if columns.get(key, key) not in names:
+            missing.append(key)
     if missing and not {"image_path", "target_path"} <= set(names):
         message = f"no column {' or '.join(missing)}"
     elif len(set(named)) < len(named):

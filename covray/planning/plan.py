@@ -270,6 +270,8 @@ def _plan_training(config: PlanConfig, train: TrainConfig, basis: _TrainBasis, t
     rate = fleet.nodes * fleet.interruptions_per_s
     kept_s = work.start_s + min(work.checkpoint_every_steps, work.steps) * work.step_s
     _require_progress(rate, kept_s, "train", "the way to a checkpoint", "train.checkpoints.every_steps")
+    # Losses come at random in time, and what they destroy is worked for again: seconds of work without a loss grow by
+    # about exp(rate * seconds to a checkpoint).
     expected_losses = rate * work.seconds_to(work.steps) * math.exp(rate * kept_s)
     if config.replicas * expected_losses > _MAX_LOSSES:
         raise ConfigError(

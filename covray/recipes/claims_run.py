@@ -92,7 +92,7 @@ class Programme:
         best = self.best
         listed = []
         for arm in arms(self.budget, self.backbones):
-            # The best chains decide most claims: they alone are trained with every seed.
+            # The best chains decide most claims, and are trained with every seed like the main arms.
             if arm.name == best:
                 arm = replace(arm, seeds=self.budget.seeds)
             listed.append(arm)

@@ -154,10 +154,10 @@ def _tiles(results: SweepResults) -> list[tuple[str, str]]:
     trials = results.trials
     statuses = Counter(trial.status for trial in trials)
     tiles = [(f"{statuses['finished']:,} of {len(trials):,}", f"{plural(len(trials), 'trial')} finished")]
+    # A status that no trial has gets no tile.
     for status in ("failed", "stopped", "waiting"):
         if statuses[status]:
             tiles.append((f"{statuses[status]:,}", status))
-    # A status that no trial has gets no tile.
     seeds = len(set(_column(trials, "seed")))
     tiles.append((f"{seeds:,}", plural(seeds, "seed")))
     tiles.append((short_count(_sum(_column(trials, "tokens"))), "tokens trained on"))

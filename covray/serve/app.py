@@ -283,6 +283,7 @@ def require_servable(config: ServeConfig, token: str | None) -> Adapters:
             f"--host {config.host}: others can reach it; set a token in COVRAY_SERVE_TOKEN, or leave --host out"
         )
     adapters = _adapters(config)
+    # Opened here only to be checked; replicas open them again.
     if config.think.folder is not None:
         open_parts(config.think, config.generator.engine)
     _require_free(config.host, config.port)

@@ -137,7 +137,7 @@ class _DatasetsWriter:
         self._files += 1
 
     def close(self) -> None:
-        pass
+        """Write nothing: every file is complete by itself."""
 
 
 class _WebDatasetWriter:
@@ -163,7 +163,7 @@ class _WebDatasetWriter:
         self._files += 1
 
     def close(self) -> None:
-        pass
+        """Write nothing: every file is complete by itself."""
 
 
 class _MdsWriter:

@@ -47,10 +47,15 @@ def evaluation_strips(folder: Folder) -> dict[str, bytes]:
 def _strip(dataset: ChainDataset, tokenizer: Tokenizer, task: str) -> bytes | None:
     """Draw the first good chain of a task; None where it has none."""
     for row in dataset.rows(tasks=[task]):
-        methods = [frame["method"] for frame in row["frames"] or ()]
-        frames = [frame for frame in row["frames"] or () if frame["method"] == methods[0]]
-        frames.sort(key=lambda frame: frame["alpha"])
-        tokens = np.stack([row["source"], *(frame["tokens"] for frame in frames), row["label"]])
-        captions = ["image", *(f"α = {frame['alpha']:.3g}" for frame in frames), "label"]
+        # One method is shown, the first of those that were built; pairs alone have no frames.
+        all_frames = row["frames"] or []
+        frames = []
+        for frame in sorted(all_frames, key=lambda frame: frame["alpha"]):
+            if frame["method"] == all_frames[0]["method"]:
+                frames.append(frame)
+        frame_tokens = [frame["tokens"] for frame in frames]
+        frame_captions = [f"α = {frame['alpha']:.3g}" for frame in frames]
+        tokens = np.stack([row["source"], *frame_tokens, row["label"]])
+        captions = ["image", *frame_captions, "label"]
         return draw_strip(list(tokenizer.decode(tokens)), captions)
     return None

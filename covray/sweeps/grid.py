@@ -27,11 +27,11 @@ from covray.config import (
 from covray.errors import ConfigError
 from covray.io import storage
 from covray.io.model_folders import is_here
-from covray.models.lvm.backbone import backbone_facts
 from covray.models.tokenizer.vqgan import load_tokenizer
 from covray.sweeps.naming import Combination, reference_name, scale_label, trial_label, trial_name
 from covray.sweeps.records import LeftOut
 from covray.sweeps.requirements import Evaluation, Training, require_pairs
+from covray.training.memory import architecture
 
 CHAINS, RUNS, EVALUATIONS = "chains", "runs", "evaluations"
 """Folders of a sweep: its dataset, and one run and one evaluation a trial."""
@@ -368,12 +368,5 @@ def tokens_per_image(config: SweepConfig, build: BuildConfig | None) -> int:
 
 
 def backbone_architecture(backbone: BackboneConfig) -> LlamaConfig:
-    """Return the architecture of ``backbone`` without its weights, which a plan does not need.
-
-    Where its folder is not on disk, the scale says it.
-    """
-    path = backbone.path
-    if path is not None and backbone.scale != "custom" and not is_here(path):
-        path = None
-    # "random" so that no weights are asked for: the architecture is all that is looked up.
-    return backbone_facts(backbone.model_copy(update={"path": path, "init": "random"})).llama
+    """Return the architecture of ``backbone`` without its weights, which a plan does not need."""
+    return architecture(backbone).llama

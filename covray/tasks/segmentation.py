@@ -175,6 +175,7 @@ def mean_iou(counts: Counts) -> float | None:
 
 def mean_iou_of_set(counts: Sequence[Counts]) -> float | None:
     """Return the IoU of every class over all pixels of the set, then the mean over classes."""
+    # Counts are int64 [2, classes], as `score` returns them for an episode.
     classes = max((each.shape[1] for each in counts), default=0)
     total = np.zeros((2, classes), np.int64)
     for each in counts:  # sources of fewer classes count in the first of them

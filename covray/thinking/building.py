@@ -51,6 +51,7 @@ def read_samples(config: ThinkFeaturesConfig) -> Samples:
         rows = episodes.rename_columns({"episode": "sample", "task": "split"})
         return Samples(rows, None, fingerprint_episodes(episodes, world))
     assert config.data is not None
+    # Captions alone are what ThinkDiff learns from.
     exchanges = read_exchanges(config.data, config.root, questions=False)
     pictures = list(_rows(exchanges, config.samples))
     return Samples(pa.Table.from_pylist(pictures, SAMPLE_SCHEMA), exchanges.root, exchanges.fingerprint())
@@ -65,6 +66,7 @@ def _rows(exchanges: Exchanges, most: int | None) -> Iterator[dict[str, Any]]:
         if most is not None and count >= most:
             continue
         per_split[exchange.split] = count + 1
+        # Equal pairs of picture and caption are told apart by their count, so that every sample has an id of its own.
         key = f"{picture_identity(exchange.picture)}\0{exchange.answer}"
         number = repeats[key] = repeats.get(key, 0) + 1
         yield {
@@ -119,7 +121,8 @@ class FeatureBuilder:
 
     def build(self, samples: pa.Table) -> pa.Table:
         """Return the rows (``FEATURE_SCHEMA``) of a block of samples, as ``read_samples`` returns them."""
-        return pa.Table.from_pylist([self._row(sample) for sample in samples.to_pylist()], FEATURE_SCHEMA)
+        rows = [self._row(sample) for sample in samples.to_pylist()]
+        return pa.Table.from_pylist(rows, FEATURE_SCHEMA)
 
     def save_tokenizer(self, folder: str) -> None:
         """Write the tokenizer of the vision-language model to a local folder; a tower has none."""
@@ -157,6 +160,7 @@ class FeatureBuilder:
         with torch.inference_mode():
             (thought,) = think(self._vlm, [prompt], config.thought, config.places)
         features = thought.features
+        # Half-precision models overflow on some inputs; such a sample is a row with its reason.
         if not torch.isfinite(features).all():
             return {"error": "not_finite"}
         return {

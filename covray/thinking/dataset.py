@@ -88,6 +88,7 @@ class FeatureDataset:
         if record is None:
             raise DatasetError(f"{path}: holds no features; give the --out of a covray think features")
         self.record = record
+        # Written last: without it the features are not complete.
         self.result = FeaturesResult.read(self._folder)
 
     @property
@@ -126,6 +127,7 @@ class FeatureDataset:
         """
         if self.variant == "clip":
             return None
+        # transformers reads local folders only; the features may lie on any storage.
         inner = self._folder / TOKENIZER
         with tempfile.TemporaryDirectory() as local:
             try:
@@ -153,6 +155,7 @@ class FeatureDataset:
             if name.startswith(f"{SHARDS}/split={split}/"):
                 tables.append(self._read_texts(name))
         rows = pa.concat_tables(tables) if tables else _TEXT_SCHEMA.empty_table()
+        # Failed samples have an error and no features.
         usable = pc.is_null(rows["error"])
         if self.variant == "lvlm":
             usable = pc.and_(usable, pc.greater_equal(pc.list_value_length(rows["ids"]), fewest_tokens))
@@ -182,6 +185,7 @@ class FeatureDataset:
             raise DatasetError(
                 f"{self.path}/{name}: cannot be read ({one_line(error)}); take the features again"
             ) from error
+        # A row group holds one row: its number says where the features are.
         places = {"file": pa.array([inner] * len(table)), "group": pa.array(range(len(table)), pa.int32())}
         for key, values in places.items():
             table = table.append_column(key, values)
@@ -224,6 +228,7 @@ class FeatureRows:
 
     def _read(self, number: int) -> Tensor:
         name, group = self._rows["file"][number].as_py(), self._rows["group"][number].as_py()
+        # The footer of a file is read once: later reads ask for one row group alone.
         with self._lock:
             known = self._metadata.get(name)
         try:
@@ -258,7 +263,10 @@ def read_table(out: str, columns: list[str]) -> pa.Table:
         DatasetError: A shard cannot be read.
     """
     folder = Folder(out)
-    files = [folder.inner_path(name) for name in folder.list_files(".parquet") if name.startswith(f"{SHARDS}/")]
+    files = []
+    for name in folder.list_files(".parquet"):
+        if name.startswith(f"{SHARDS}/"):  # the list of samples is a Parquet file, too
+            files.append(folder.inner_path(name))
     if not files:
         return pa.table({name: pa.array([], FEATURE_SCHEMA.field(name).type) for name in columns})
     try:

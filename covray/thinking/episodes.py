@@ -121,6 +121,7 @@ def episode_prompt(
         pictures: Of its demonstrations, uint8 [h, w, 3] each.
         instruction: What the model is told first.
     """
+    # An episode has a word before each picture, and the query's word at the end.
     *before, last = episode.prompt(instruction)
     parts: list[str | NDArray[np.uint8]] = []
     for text, picture in zip(before, pictures, strict=True):
@@ -209,6 +210,7 @@ def make_episode(task: Task, number: int, order: Order, shots: int) -> Episode:
     theme = task.theme
     names_detail = task.named == "detail"
     named, hidden = (theme.details, theme.objects) if names_detail else (theme.objects, theme.details)
+    # The hidden side is the same in all demonstrations and in the answer.
     theta = hidden[order.hidden[shots + 1]]
     values = [named[place] for place in order.named[: shots + 1]]
     cells = []
@@ -227,6 +229,7 @@ def judge(episode: Episode, chosen: Cell | None) -> Verdict:
     """
     detail = chosen is not None and chosen.detail == episode.answer.detail
     seen = chosen is not None and chosen.object == episode.answer.object
+    # The task says which of the two sides the query's word names; the other one must be found in the demonstrations.
     named, hidden = (detail, seen) if episode.task.named == "detail" else (seen, detail)
     return Verdict(detail, seen, named, hidden)
 

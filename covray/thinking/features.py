@@ -52,6 +52,7 @@ def think(vlm: LoadedVlm, prompts: Sequence[Prompt], config: ThoughtConfig, plac
         config: How the texts are written.
         places: Whose states the features are.
     """
+    # Written first, then read once more, all together: any engine may write the texts.
     answers = [write_text(vlm, prompt, config) for prompt in prompts]
     features = read_features(vlm, prompts, answers, places)
     thoughts = []
@@ -82,6 +83,7 @@ def write_text(vlm: LoadedVlm, prompt: Prompt, config: ThoughtConfig) -> NDArray
     if config.temperature > 0:
         sampling = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
     cuda = [device] if device.type == "cuda" else []
+    # Seeded by the prompt: a text does not depend on those that were written before it.
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(seed_of("thought", config.seed, *prompt.ids.tolist()))
         written = model.generate(
@@ -118,6 +120,7 @@ def read_features(
     """
     model = vlm.model
     device = model.device
+    # A row is a prompt and its answer.
     rows = [np.concatenate((prompt.ids, ids)) for prompt, ids in zip(prompts, answers, strict=True)]
     lengths = torch.tensor([len(row) for row in rows], device=device)
     ids = torch.full((len(rows), int(lengths.max())), vlm.prompter.end_id, dtype=torch.int64, device=device)
@@ -133,6 +136,7 @@ def read_features(
     states = model.read(model.embed(ids, images), model.positions(ids, lengths, images), mask)
     features = []
     for number, prompt in enumerate(prompts):
+        # A token was sampled from the state before it: those of a text begin at the prompt's last token.
         count = len(prompt.ids)
         if places == "prompt":
             features.append(states[number, :count])
@@ -157,6 +161,7 @@ def patch_features(tower: Any, pixels: Tensor, factor: int = 2) -> Tensor:
     states = tower(pixel_values=pixels).last_hidden_state
     if tower.config.model_type == "clip_vision_model":
         states = tower.post_layernorm(states)
+    # Without the class token the patches are a square grid, [B, width, side, side].
     side = int((states.shape[1] - 1) ** 0.5)
     grid = states[:, 1:].transpose(1, 2).unflatten(2, (side, side))
     pooled = F.interpolate(grid, size=(side // factor, side // factor), mode="bilinear", align_corners=False)

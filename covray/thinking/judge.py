@@ -110,6 +110,7 @@ class Judge:
         Raises:
             WeightsError: The judge does not know the theme, or the pictures are of another size.
         """
+        # Heads stand in the order of the record's themes.
         record = self.record
         names = list(record.details)
         if theme.name not in names:
@@ -123,6 +124,7 @@ class Judge:
             if pixels.shape[1:] != (record.size_px, record.size_px, 3):
                 size = "x".join(map(str, pixels.shape[1:3]))
                 raise WeightsError(f"pictures of {size} px: the judge reads {record.size_px}; draw them at its size")
+            # [B, themes, 2 sides, values] -> the sides of this theme.
             logits = self.network(pixels.permute(0, 3, 1, 2).float() / 255)[:, number]
             for detail, thing in logits.argmax(-1).tolist():
                 cells.append(Cell(details[detail], objects[thing]))
@@ -148,7 +150,11 @@ def load_judge(folder: Path, device: torch.device) -> Judge:
     file = folder / WEIGHTS
     tensors = read_tensors(file)
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    require_tensors(file, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, expected)
-    network.load_state_dict({name: require_finite(file, name, tensor).float() for name, tensor in tensors.items()})
+    stored = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    require_tensors(file, stored, expected)
+    weights = {}
+    for name, tensor in tensors.items():
+        weights[name] = require_finite(file, name, tensor).float()  # stored in half precision
+    network.load_state_dict(weights)
     fingerprint = fingerprint_folder(folder, (JudgeRecord.FILE, WEIGHTS))
     return Judge(network.to(device).eval(), record, fingerprint)

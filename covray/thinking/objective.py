@@ -110,6 +110,7 @@ def open_captions(config: ThinkTrainConfig, dataset: FeatureDataset, split: str,
             f"{dataset.path}: holds features of episodes, which evaluations read; ThinkDiff trains on captions only: "
             "give features of pictures"
         )
+    # A text of one token cannot be parted in two.
     parted = dataset.places == "text" and config.split.mode != "none"
     rows = dataset.of_split(split, 2 if parted else 1, most)
     return Captions(rows, dataset, config.split, dataset.tokenizer())
@@ -152,6 +153,7 @@ class AlignerObjective:
         self._record = aligner.record.model_copy(update=models)
         self._tokenizer = language.tokenizer
         self._alignment = Alignment(aligner.network.to(device), language.model)
+        # Two operations a parameter forward, two backward; the frozen decoder needs no gradients of its weights.
         self.flops_per_token = 4.0 * sum(parameter.numel() for parameter in language.model.parameters())
         self.idle_batch = self._batch([SplitSeed(config.optimizer.seed, 0, 0)], self._training).to(device)
 
@@ -168,6 +170,7 @@ class AlignerObjective:
         """Return the share of ``worker`` in the step that begins at caption ``cursor``."""
         chosen, count = self.config.optimizer, len(self._training)
         end = cursor + chosen.batch
+        # The cursor counts captions through all epochs.
         seeds = captions_at(count, chosen.seed, range(cursor, end))
         tokens = self._target_tokens(seeds, self._training)
         return StepBatches(
@@ -190,14 +193,17 @@ class AlignerObjective:
         """Return the mean loss of the validation captions, whose splits are always the same."""
         if self._validation is None:
             return None
+        # The same splits at every validation, so that its losses can be compared.
         seed = seed_of("validation", self.config.optimizer.seed)
         seeds = [SplitSeed(seed, 0, number) for number in range(len(self._validation))]
         total = torch.zeros(1, device=worker.device, dtype=torch.float64)
         for batch in self._share(seeds, self._validation, worker):
+            # No batch is left for this worker, but it takes part in the collectives.
             on_device = None if batch is None else batch.to(worker.device)
             total += evaluate(on_device).double().sum()
         (loss,) = worker.sum(total)
         mean = loss / self._target_tokens(seeds, self._validation)
+        # exp of more would be no figure to read.
         return {"validation_loss": mean, "answer_perplexity": math.exp(min(mean, 100.0))}
 
     def export(self, tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
@@ -211,7 +217,7 @@ class AlignerObjective:
         targets = [captions.parts(seed).target for seed in seeds]
         longest = self.config.language_model.max_tokens
         text = self._tokenizer(targets, truncation=True, max_length=longest)
-        return sum(len(ids) for ids in text["input_ids"])
+        return sum(map(len, text["input_ids"]))
 
     def _share(
         self, seeds: Sequence[SplitSeed], captions: Captions, worker: WorkerContext

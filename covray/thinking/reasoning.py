@@ -63,7 +63,8 @@ _NEEDS_ENCODER = ("caption", "bridge", "untrained")
 
 def row_names(config: ThinkEvaluateConfig) -> tuple[str, ...]:
     """Return the rows of the table in their order."""
-    return (*config.rows, *(named_run(entry)[0] for entry in config.aligners))
+    names = [named_run(entry)[0] for entry in config.aligners]
+    return (*config.rows, *names)
 
 
 def open_aligners(config: ThinkEvaluateConfig) -> dict[str, AlignerFolder]:
@@ -92,22 +93,25 @@ def require_reasoning(config: ThinkEvaluateConfig) -> dict[str, str]:
         raise ConfigError("aligners: name at least one, which says the models of the other rows")
     world = open_world(config)
     tasks_in(config, world)
-    kept: dict[str, str] = {}
+    further: dict[str, str] = {}
     source = None
     if config.cobsat is not None:
-        kept["cobsat"] = fingerprint_episodes(list_episodes(config, world), world)
+        further["cobsat"] = fingerprint_episodes(list_episodes(config, world), world)
+    # Features that were taken before stand in for the vision-language model.
     if config.features is not None:
         features = EpisodeFeatures(config.features)
         features.require_fit(config, aligners)
-        kept["features"] = features.fingerprint()
+        further["features"] = features.fingerprint()
         source = FeatureSource(config.features, features.width, features.vlm)
     words = bool(set(config.rows) & set(_NEEDS_ENCODER))
     fingerprints: dict[str, str] = {}
     for name, aligner in aligners.items():
         own = require_models(config, aligner, words=words, source=source)
-        fingerprints |= {key: value for key, value in own.items() if key != "aligner"}
-        fingerprints[f"{name}.aligner"] = own["aligner"]
-    return fingerprints | kept | {"judge": judge_fingerprint(config.judge)}
+        # All aligners share the models around them; their own weights tell them apart.
+        aligner_fingerprint = own.pop("aligner")
+        fingerprints |= own
+        fingerprints[f"{name}.aligner"] = aligner_fingerprint
+    return fingerprints | further | {"judge": judge_fingerprint(config.judge)}
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,7 @@ class Reasoner:
         self._config, self._world = config, open_world(config)
         self._tasks = {task.name: task for task in tasks_in(config, self._world)}
         self._folders = open_aligners(config)
+        # The models around the first aligner serve all of them.
         first = next(iter(self._folders.values()))
         words = bool(set(config.rows) & set(_NEEDS_ENCODER))
         self._features = None if config.features is None else EpisodeFeatures(config.features)
@@ -146,11 +151,12 @@ class Reasoner:
 
     def run(self, episodes: pa.Table) -> pa.Table:
         """Return the rows (``RESULT_SCHEMA``) of a block of episodes (``EPISODE_SCHEMA``)."""
-        return pa.Table.from_pylist([self._row(row) for row in episodes.to_pylist()], RESULT_SCHEMA)
+        rows = [self._row(row) for row in episodes.to_pylist()]
+        return pa.Table.from_pylist(rows, RESULT_SCHEMA)
 
     def _row(self, about: Mapping[str, Any]) -> dict[str, Any]:
         episode = episode_of(self._tasks, about)
-        row = {key: about[key] for key in ("episode", "task", "shots", "number")}
+        row = {"episode": about["episode"], "task": about["task"], "shots": about["shots"], "number": about["number"]}
         row |= {
             "words": episode.words,
             "answer_detail": episode.answer.detail,
@@ -161,9 +167,10 @@ class Reasoner:
             thoughts = self._think(about["episode"], episode, shown)
             text, answers = self._answers(episode, shown, thoughts)
         except PairError as error:
+            # An episode that fails is a row with its reason, and counts as wrong.
             return row | {"error": error.reason}
         return row | {
-            "demonstrations": [encode_png(picture) for picture in shown],
+            "demonstrations": list(map(encode_png, shown)),
             "text": text,
             "answers": [_as_row(episode, name, answer) for name, answer in answers.items()],
         }
@@ -185,10 +192,12 @@ class Reasoner:
             pictures["truth"] = self._world.truth(episode)
         if "copy" in rows:
             pictures["copy"] = shown[-1]
+        # All rows of aligners are painted together: the painter computes batches.
         contexts = self._contexts(episode, thoughts)
         pictures |= dict(zip(contexts, self._thinker.paint(list(contexts.values())), strict=True))
         answers = {}
         for name in row_names(self._config):
+            # The text is judged by its words; all other rows by what the judge sees in a picture.
             if name == "text":
                 answers[name] = _Answer(None, self._world.stated(theme, text))
                 continue
@@ -219,6 +228,7 @@ class Reasoner:
         Raises:
             PairError: The features of the evaluation have none of the episode.
         """
+        # Written and read when the features were taken.
         if self._features is not None:
             return {"text": self._features.thought(episode.task.name, number)}
         vlm = self._thinker.vlm
@@ -227,7 +237,8 @@ class Reasoner:
         ids = write_text(vlm, prompt, self._thinker.thought)
         text = vlm.prompter.text(ids.tolist())
         thoughts: dict[Places, Thought] = {}
-        for places in {"text", *(folder.places for folder in self._folders.values())}:
+        all_places = {folder.places for folder in self._folders.values()}
+        for places in {"text", *all_places}:
             (features,) = read_features(vlm, [prompt], [ids], places)
             thoughts[places] = Thought(ids, text, features)
         return thoughts

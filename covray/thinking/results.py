@@ -32,6 +32,7 @@ def tabulate(
         aligners: Those of them that are aligners.
         seed: Of the intervals.
     """
+    # By row of the table, task and shots; the mean over tasks is a task of its own.
     verdicts = _verdicts(rows, names)
     scores = []
     for (name, task, shots), sides in verdicts.items():
@@ -43,6 +44,7 @@ def tabulate(
     for name, task, shots in verdicts:
         if name not in aligners:
             continue
+        # Every other row: baselines and the other aligners.
         for other in names:
             if other == name:
                 continue
@@ -72,7 +74,8 @@ def _verdicts(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[_
     ordered = sorted(rows, key=lambda row: (row["shots"], row["task"], row["number"]))
     for name in names:
         for row in ordered:
-            own = {answer["row"]: answer for answer in row["answers"] or ()}.get(name)
+            answers = {answer["row"]: answer for answer in row["answers"] or ()}
+            own = answers.get(name)  # None where the episode failed, which counts as wrong
             for task in (row["task"], MEAN):
                 sides = verdicts.setdefault((name, task, row["shots"]), defaultdict(list))
                 for side in SIDES:

@@ -79,6 +79,7 @@ def open_aligner(path: str) -> AlignerFolder:
     """
     folder = Path(path).expanduser()
     if not (folder / AlignerRecord.FILE).is_file():
+        # A finished run has its aligner in a folder of its own.
         folder = folder / EXPORT
         if not (Path(path).expanduser() / TrainResult.FILE).is_file():
             raise WeightsError(
@@ -152,6 +153,7 @@ def require_models(
         if around.language_model is None:
             raise ConfigError(f"{where}: does not say which language model it was trained with; give --language-model")
         fingerprints["language_model"] = language_facts(around.language_model).fingerprint
+    # Without weights: only the sizes and the fingerprints are compared.
     Aligner(torch.nn.Sequential(), record).require_fit(
         where, vlm=source.fingerprint, language_model=fingerprints.get("language_model")
     )
@@ -160,6 +162,7 @@ def require_models(
             f"{source.name}: its features are {source.width} wide, {where} reads {record.input_width}; give the model "
             "that it was trained with"
         )
+    # What the aligner writes is what the painter reads in place of encoded words.
     drawn = painter_width(config.painter)
     if drawn != record.width:
         raise WeightsError(
@@ -196,6 +199,7 @@ class Thinker:
         elif features:
             self.vlm = load_vlm(vlm_facts(around.vlm), dtype, device)
         self.language: LanguageModel | None = None
+        # Words are encoded by the language model that the aligner was trained through.
         if words and around.language_model is not None:
             self.language = load_language_model(around.language_model, dtype, device)
         self.painter: Painter = load_painter(config.painter, config.engine)
@@ -220,7 +224,9 @@ class Thinker:
     def align_pictures(self, aligner: Aligner, pictures: Sequence[NDArray[np.uint8]], patches: int) -> Tensor:
         """Return the aligned features of pictures, one after another, float32 [n, width]."""
         assert self.tower is not None
-        parts = [self.align(aligner, self.tower.features([picture], patches)[0]) for picture in pictures]
+        parts = []
+        for picture in pictures:
+            parts.append(self.align(aligner, self.tower.features([picture], patches)[0]))
         return torch.cat(parts)
 
     def encode(self, text: str) -> Tensor:

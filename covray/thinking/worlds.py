@@ -90,24 +90,24 @@ class RenderedWorld:
         self._seed = seed
 
     def orders(self, config: EpisodesConfig) -> list[Order]:
-        """See ``World``."""
+        """Return the orders of the episodes."""
         return sample_orders(config.count, config.seed)
 
     def demonstrations(self, episode: Episode) -> list[NDArray[np.uint8]]:
-        """See ``World``."""
+        """Return the pictures that are shown."""
         return demonstration_pictures(episode, self._seed)
 
     def truth(self, episode: Episode) -> NDArray[np.uint8]:
-        """See ``World``."""
+        """Return a picture of the answer."""
         return answer_picture(episode, self._seed)
 
     def caption(self, episode: Episode) -> str:
-        """See ``World``."""
+        """Return a caption of the answer."""
         seed = seed_of("true caption", self._seed, episode.task.name, len(episode.demonstrations), episode.number)
         return answer_caption(episode, np.random.default_rng(seed))
 
     def stated(self, theme: Theme, text: str) -> Cell | None:
-        """See ``World``: by the words that captions of portraits are made of."""
+        """Return the one cell that a text names: by the words that captions of portraits are made of."""
         values = stated(text)
         details, things = values.get(theme.name, set()), values["object"]
         if len(details) != 1 or len(things) != 1:
@@ -115,7 +115,7 @@ class RenderedWorld:
         return Cell(*details, *things)
 
     def files(self) -> list[Path]:
-        """See ``World``."""
+        """Return the files that its pictures are from."""
         return []
 
 
@@ -131,7 +131,7 @@ class CobsatWorld:
         self._captions = {theme.name: folder.captions(theme) for theme in COBSAT}
 
     def orders(self, config: EpisodesConfig) -> list[Order]:
-        """See ``World``: those of CoBSAT's own file."""
+        """Return the orders of the episodes: those of CoBSAT's own file."""
         if config.count > len(self._folder.orders):
             raise ConfigError(
                 f"episodes.count: {config.count}, but CoBSAT's file has {len(self._folder.orders)}; give fewer"
@@ -139,29 +139,30 @@ class CobsatWorld:
         return self._folder.orders[: config.count]
 
     def demonstrations(self, episode: Episode) -> list[NDArray[np.uint8]]:
-        """See ``World``."""
+        """Return the pictures that are shown."""
         return [self._picture(episode.task.theme, cell) for cell in episode.demonstrations]
 
     def truth(self, episode: Episode) -> NDArray[np.uint8]:
-        """See ``World``."""
+        """Return a picture of the answer."""
         return self._picture(episode.task.theme, episode.answer)
 
     def caption(self, episode: Episode) -> str:
-        """See ``World``."""
+        """Return a caption of the answer."""
         theme, cell = episode.task.theme, episode.answer
         name = self._folder.picture(theme, cell).name
         return self._captions[theme.name].get(name, f"{theme.word(cell.detail)} {theme.word(cell.object)}")
 
     def stated(self, theme: Theme, text: str) -> Cell | None:
-        """See ``World``: by the names of the values."""
+        """Return the one cell that a text names: by the names of the values."""
         return named_cell(theme, text)
 
     def files(self) -> list[Path]:
-        """See ``World``."""
+        """Return the files that its pictures are from."""
         pictures = []
         for theme in COBSAT:
             for detail in theme.details:
-                pictures += [self._folder.picture(theme, Cell(detail, thing)) for thing in theme.objects]
+                for thing in theme.objects:
+                    pictures.append(self._folder.picture(theme, Cell(detail, thing)))
         return pictures
 
     def _picture(self, theme: Theme, cell: Cell) -> NDArray[np.uint8]:
@@ -191,6 +192,7 @@ def list_episodes(config: AskedEpisodes, world: World) -> pa.Table:
             for number, order in enumerate(orders):
                 rows.append(
                     {
+                        # Seeded by what the episode is, so that its id is the same in every evaluation.
                         "episode": seed_of("reasoning", task.name, shots, number),
                         "task": task.name,
                         "shots": shots,
@@ -219,6 +221,7 @@ def fingerprint_episodes(episodes: pa.Table, world: World) -> str:
 
 def named_cell(theme: Theme, text: str) -> Cell | None:
     """Return the one detail and the one object that a text names in whole words; None if it names none or several."""
+    # Blanks at both ends and between words, so that a word is not found inside another.
     spoken = f" {' '.join(re.findall('[a-z0-9]+', text.lower()))} "
     named = []
     for values in (theme.details, theme.objects):

@@ -76,6 +76,7 @@ class Checkpoints:
         hashes = {}
         for name, data in files.items():
             folder.write_bytes(name, data)
+            # Hashes are checked when a checkpoint is read: one that storage damaged must not be continued from.
             hashes[name] = _sha256(data)
         record = CheckpointRecord(
             step=state.step,
@@ -85,6 +86,7 @@ class Checkpoints:
             identity=self._identity,
             files=hashes,
         )
+        # The description is written last, so that a checkpoint without it is known to be incomplete.
         record.write(folder)
         self._delete_others(state)
 

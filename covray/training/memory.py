@@ -117,6 +117,7 @@ def architecture(backbone: BackboneConfig) -> BackboneFacts:
     path = backbone.path
     if path is not None and not is_here(path) and backbone.scale != "custom":
         path = None
+    # "random" so that no weights are looked for, which a hub id would have to download.
     return backbone_facts(backbone.model_copy(update={"path": path, "init": "random"}))
 
 
@@ -146,6 +147,7 @@ def plan_training(
             chains = examples + 1  # those of the examples, and the query's
             sizes.append(length * chains * tokens_per_image)
     mean_tokens = sum(sizes) / len(sizes)
+    # As many sentences as fit on average; a step has at least one.
     sentences_per_step = max(1, int(optimizer.batch_tokens / mean_tokens))
     if optimizer.steps is not None:
         steps, sentences = optimizer.steps, optimizer.steps * sentences_per_step
@@ -154,6 +156,7 @@ def plan_training(
         steps = -(-sentences // sentences_per_step)
     tokens = round(sentences * mean_tokens)
     share = -(-sentences_per_step // workers) * max(sizes)  # tokens of a step on the busiest worker
+    # The longest sentence fits in a micro-batch in any case.
     micro_batch = max(max(sizes), min(optimizer.micro_batch_tokens, share))
     figures = []
     for stage in STAGES:
@@ -203,10 +206,12 @@ def _plan_verifier(config: TrainConfig, llama: LlamaConfig, tokens_per_s: float 
     cursor = 0
     for _ in range(steps):
         cursor = step_end(training, cursor, config)
+    # Every answer is read once, whatever the number of epochs.
     read = [*training, *validation]
     tokens = sum(query.tokens for query in read)
     longest = max(len(query.before) + query.written[0].size for query in read)
     trainable = (llama.hidden_size + LIKELIHOODS + 2) * config.verifier.hidden
+    # Bytes of a number: float32 on a CPU, else bfloat16.
     s = 4 if config.compute.dtype == "float32" or config.compute.device == "cpu" else 2
     kept = 2 * s * llama.num_hidden_layers * llama.hidden_size * longest  # keys and values
     working = longest * (s * (2 * llama.intermediate_size + 2 * llama.hidden_size) + 4 * llama.vocab_size)
@@ -233,7 +238,8 @@ def adapter_parameters(llama: LlamaConfig, lora: LoraConfig) -> int:
     h, f = llama.hidden_size, llama.intermediate_size
     ends = {"q_proj": 2 * h, "k_proj": 2 * h, "v_proj": 2 * h, "o_proj": 2 * h}
     ends |= {"gate_proj": h + f, "up_proj": h + f, "down_proj": h + f}
-    return int(llama.num_hidden_layers * lora.rank * sum(ends[target] for target in lora.targets))
+    numbers = sum(ends[target] for target in lora.targets)
+    return int(llama.num_hidden_layers * lora.rank * numbers)
 
 
 def memory(config: TrainConfig, llama: LlamaConfig, stage: int, tokens: int, recompute: bool) -> Memory:
@@ -257,10 +263,12 @@ def memory(config: TrainConfig, llama: LlamaConfig, stage: int, tokens: int, rec
         s = 4
 
     weights = s * parameters(llama)
+    # ZeRO-3 shares the weights out and gathers one matrix at a time.
     if stage == 3:
         largest = max(llama.vocab_size * h, 2 * h * f, 3 * h * h)
         weights = weights // workers + s * largest
 
+    # Numbers that are kept of a token in a layer for the backward pass; see the module.
     targets = set(lora.targets)
     numbers = 6 * h + 3 * f + lora.rank * len(targets)
     numbers += h * bool(targets & {"q_proj", "k_proj", "v_proj"}) + h * bool(targets & {"gate_proj", "up_proj"})
@@ -272,6 +280,7 @@ def memory(config: TrainConfig, llama: LlamaConfig, stage: int, tokens: int, rec
     if not is_float32:
         logit += s
     loss = 2 * s * tokens * h + min(tokens, CHUNK) * llama.vocab_size * logit
+    # Computed again in the backward pass: only the inputs of the layers are kept.
     if recompute:
         activations = tokens * (s * h * (layers + 1) + ends)
         backward = tokens * (layer + s * (f + h))

@@ -64,6 +64,7 @@ class MetricsLog:
 
     def flush(self) -> None:
         """Write all records that are not in the file yet."""
+        # A local file has every record at once; an object of a store is written anew, with all records.
         if self._file is None:
             storage.write_bytes(self.path, _lines(self.records))
             self._written = time.monotonic()
@@ -94,6 +95,7 @@ class MetricsTail:
             data = storage.read_bytes(self._path)
         except FileNotFoundError:
             return []
+        # The reader's offset stands behind a line of the old file.
         # Shorter, or no line ends where this reader stopped: a run that continued wrote the file anew.
         was_cut = len(data) < self._offset or data[self._offset - 1 : self._offset] not in (b"", b"\n")
         if was_cut:

@@ -80,6 +80,7 @@ def adamw(parameters: list[torch.nn.Parameter], config: AdamWConfig | AlignmentC
     Biases and norms of an aligner do not decay.
     """
     if isinstance(config, AlignmentConfig):
+        # No weight decay for norms and biases.
         matrices, vectors = [], []
         for parameter in parameters:
             if parameter.ndim > 1:
@@ -88,6 +89,7 @@ def adamw(parameters: list[torch.nn.Parameter], config: AdamWConfig | AlignmentC
                 vectors.append(parameter)
         groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
         return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, weight_decay=config.weight_decay, fused=True)
+    # The rate is set before every step.
     return torch.optim.AdamW(parameters, lr=0.0, betas=config.betas, weight_decay=config.weight_decay, fused=True)
 
 

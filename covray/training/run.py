@@ -67,6 +67,7 @@ def _train(
 ) -> TrainResult | None:
     """Train ``objective``; see ``train``."""
     update: Update[B]
+    # DeepSpeed shares optimizer state, gradients or weights out among workers; without it every worker has all.
     if config.compute.deepspeed == "none":
         update = PlainUpdate(objective, config.optimizer)
     else:

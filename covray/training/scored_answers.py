@@ -85,6 +85,7 @@ def read_scored_answers(path: str, adapter: str, sentences: SentencesConfig) -> 
     columns = {"task": pa.string(), "subject": pa.string(), "pair_id": pa.int64(), "error": pa.string()}
     schema = pa.schema([*columns.items(), (BEFORE, pa.list_(pa.uint16())), (CANDIDATES, CANDIDATES_TYPE)])
     rows = ds.dataset(folder.inner_path(ROWS), schema, "parquet", folder.filesystem, partitioning)
+    # Rows of rejected episodes have no candidates to learn from.
     is_asked = ds.field("subject").isin(list(subjects)) & ds.field(CANDIDATES).is_valid() & ds.field("error").is_null()
     table = rows.to_table(filter=is_asked)
     if not len(table):
@@ -98,6 +99,7 @@ def read_scored_answers(path: str, adapter: str, sentences: SentencesConfig) -> 
     queries = []
     for row in ordered.to_pylist():
         query = _scored(row)
+        # Candidates that are all equally good say nothing of which is better.
         if len(np.unique(query.goodness)) > 1:
             queries.append(query)
     if not queries:
@@ -142,6 +144,7 @@ def _require_chains(subject: JsonObject, sentences: SentencesConfig, path: str) 
 
 def _scored(row: dict[str, Any]) -> ScoredQuery:
     """Return what is known of one query; candidates whose score is undefined are left out."""
+    # Goodness is turned so that more is better, whatever the metric.
     sign = -1.0 if TASKS[row["task"]].metrics[0].better == "lower" else 1.0
     written, goodness = [], []
     for candidate in row[CANDIDATES]:

@@ -105,12 +105,14 @@ class Trainer(Generic[B]):
             CovrayError: The checkpoint is of another configuration, or the loss is not finite.
         """
         with self._writer:
+            # All workers load the checkpoint before the first of them opens the log.
             continues = self._load_last_checkpoint()
             if self._worker.is_first:
                 kept_until = None
                 if continues:
                     kept_until = self._step
                 self._metrics = MetricsLog(self._config.out, kept_until)
+            # A validation before the first step says what training gains.
             if not continues:
                 self._log_few_steps()
                 self._validate()
@@ -119,6 +121,7 @@ class Trainer(Generic[B]):
         if self._metrics is not None:
             self._metrics.close()
         self._worker.wait_for_all()
+        # Stopped by a signal: there is no result yet.
         if self._step < self._objective.steps or self._metrics is None:
             return None
         return self._finish(self._metrics)
@@ -214,10 +217,12 @@ class Trainer(Generic[B]):
         # Worker 0 decides by its clock whether to poll, and all workers hear of it together with the loss.
         poll_is_due = self._worker.is_first and time.monotonic() - self._polled > _POLL_SIGNAL_EVERY_S
         flag = torch.tensor(float(poll_is_due), device=device, dtype=torch.float64)
+        # One collective for both: the loss and the poll.
         total, poll = self._worker.sum(torch.stack((loss, flag)))
         self._step += 1
         self._cursor = work.next_cursor
         mean = total / work.loss_tokens
+        # All workers have the same sums, so that all of them stop here.
         if not math.isfinite(mean) or not math.isfinite(norm):
             raise ConfigError(
                 f"step {self._step}: loss {mean} and gradient norm {norm} are not finite; lower "

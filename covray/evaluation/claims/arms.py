@@ -142,9 +142,9 @@ def compare(
     rows, logarithms, drawn_logarithms, queries = [], [], [], 0
     for task, metric, both in _by_task((first, second), metrics, seeds, seed, resamples):
         queries += both.queries
-        sign = 1  # more is better
+        # Turned so that above 0 is better, whatever the metric.
+        sign = 1
         if metric in lower:
-            # Turned so that above 0 is better, whatever the metric.
             sign = -1
         ours, theirs = both.means.tolist()
         difference = _estimate(ours - theirs, both.drawn[:, 0] - both.drawn[:, 1])

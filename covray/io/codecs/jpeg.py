@@ -90,6 +90,8 @@ def _without_padding(scan: bytes) -> bytes:
 
 def _warning(jpeg: bytes, colours: str) -> str | None:
     """What libjpeg warns of first, None for nothing."""
+    # Decoded at an eighth of the size: all of the file is read, and few pixels are computed. With an end marker behind
+    # it, a file is not warned of for the lack of one.
     try:
         simplejpeg.decode_jpeg(
             jpeg + b"\xff\xd9", colours, fastdct=True, min_height=1, min_width=1, min_factor=8, strict=True

@@ -96,6 +96,7 @@ def _indexed(image: Image.Image, covered: tuple[int, ...] | None) -> Raster:
 
 
 def _require_no_hdr(data: bytes) -> None:
+    """Refuse an AVIF of HDR, by its colour box: ``colr``, kind ``nclx``, primaries, then the transfer (two bytes)."""
     stated = _NCLX.search(data, 0, _HEAD_BYTES)
     if stated is not None:
         require_no_hdr("AVIF", int.from_bytes(stated[1], "big"))

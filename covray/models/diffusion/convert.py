@@ -131,6 +131,7 @@ def convert_prior(source: str, out: str, like: str | None = None) -> dict[str, A
         ConfigError: ``out``, ``source`` or ``like`` cannot be used.
     """
     file, target = Path(source).expanduser(), Path(out).expanduser()
+    # Refused before a file of gigabytes is read.
     require_new(target)
     if not file.is_file():
         raise ConfigError(f"{file}: no such file; give a downloaded checkpoint")
@@ -143,19 +144,26 @@ def convert_prior(source: str, out: str, like: str | None = None) -> dict[str, A
     unet, unet_tensors = _network(file, "unet", UNet2DConditionModel, configs.unet, _part(tensors, _UNET))
     vae, vae_tensors = _network(file, "vae", AutoencoderKL, configs.vae, _part(tensors, _VAE))
     context = _empty_prompt(file, configs.text, tensors, configs.tokenizer)
+
+    # Written beside its place and renamed: a conversion that fails leaves no half folder.
     with new_folder(target) as folder:
         for subfolder, network, weights in (("unet", unet, unet_tensors), ("vae", vae, vae_tensors)):
             network.save_config(folder / subfolder)
             save_file(weights, folder / subfolder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+        # The encoded prompt stands in for the text encoder.
         save_file({"context": context}, folder / CONTEXT_FILE)
         prediction_type = _write_scheduler(file, folder, configs.scheduler)
+        # Stable Diffusion 2 was released at two sizes; the one that predicts v is the larger.
         if prediction_type == "v_prediction" and configs.v_sample_size is not None:
             unet.register_to_config(sample_size=configs.v_sample_size)
             unet.save_config(folder / "unet")
+    parameters = 0
+    for tensor in (*unet_tensors.values(), *vae_tensors.values()):
+        parameters += tensor.numel()
     return {
         "layout": configs.layout,
         "out": out,
-        "parameters": sum(tensor.numel() for tensor in (*unet_tensors.values(), *vae_tensors.values())),
+        "parameters": parameters,
         "prediction_type": prediction_type,
         "size_px": unet.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1),
         "context": list(context.shape),
@@ -164,6 +172,7 @@ def convert_prior(source: str, out: str, like: str | None = None) -> dict[str, A
 
 def _recognise(file: Path, tensors: Tensors) -> Configs:
     """Return the configurations of Stable Diffusion 1 or 2, by the width of the prompt."""
+    # A cross-attention's key projection: its second side is the width of the prompt.
     key = tensors.get(_FIRST_KEY)
     if key is None or key.ndim != 2:
         raise WeightsError(
@@ -178,20 +187,24 @@ def _recognise(file: Path, tensors: Tensors) -> Configs:
 
 def _read_configs(folder: Path) -> Configs:
     """Return the configurations of a diffusers folder."""
-    names = {network: f"{network}/config.json" for network in ("unet", "vae", "text_encoder")}
+    names = {}
+    for network in ("unet", "vae", "text_encoder"):
+        names[network] = f"{network}/config.json"
     names["scheduler"] = "scheduler/scheduler_config.json"
     if not folder.is_dir():
         raise ConfigError(f"--like {folder}: no such folder; give one of diffusers")
     require_files(folder, names.values())
     values = {part: read_config(folder / name) for part, name in names.items()}
-    tokenizer = folder / "tokenizer"
+    tokenizer: Path | None = folder / "tokenizer"
+    if not any((folder / "tokenizer" / name).is_file() for name in TOKENIZER_FILES):
+        tokenizer = None
     return Configs(
         layout=f"like {folder}",
         unet=values["unet"],
         vae=values["vae"],
         text=values["text_encoder"],
         scheduler=values["scheduler"],
-        tokenizer=tokenizer if any((tokenizer / name).is_file() for name in TOKENIZER_FILES) else None,
+        tokenizer=tokenizer,
     )
 
 
@@ -213,6 +226,7 @@ def _network(file: Path, name: str, kind: Any, config: dict[str, Any], part: Ten
 def _weightless(name: str, build: Callable[[], Any]) -> Any:
     """Return the network that ``build`` makes, without memory. Raises WeightsError for a configuration of none."""
     try:
+        # "meta" tensors have shapes and no memory: the weights come from the file.
         with torch.device("meta"):
             return build()
     except (
@@ -243,17 +257,21 @@ def _renamed(
         WeightsError: A tensor is missing, unexpected, unused, of another shape or type, or not finite.
     """
     try:
-        converted = {name: tensor for name, tensor in convert().items() if tensor is not None}
+        converted = {}
+        for name, tensor in convert().items():
+            if tensor is not None:  # how some converters mark what a network has no place for
+                converted[name] = tensor
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise WeightsError(
             f"{file}: its {network_name} is not complete ({type(error).__name__}: {one_line(error)}); get the "
             "checkpoint again"
         ) from error
-    shapes = {f"{network_name}.{name}": tuple(tensor.shape) for name, tensor in converted.items()}
-    expected = {f"{network_name}.{name}": tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    require_tensors(file, shapes, expected)
+    # All three networks have tensors of one name, which messages must tell apart.
+    shapes = _named_shapes(network_name, converted)
+    require_tensors(file, shapes, _named_shapes(network_name, network.state_dict()))
     # The converters pass over what they do not know, and take the first pixel of a kernel where they expect only one.
     # The text encoder's fused projections are copied into three tensors, whose shapes were checked.
+    # A renamed tensor is a view of the file's: what is used is found by its address.
     used = {tensor.data_ptr(): tensor.numel() for tensor in converted.values()}
     for name, tensor in part.items():
         if tensor.dtype not in _DTYPES:
@@ -262,6 +280,11 @@ def _renamed(
         if used.get(tensor.data_ptr()) != tensor.numel() and "attn.in_proj_" not in name:
             raise WeightsError(f"{file}: {name} is not used; give --like a folder of this architecture")
     return {name: tensor.contiguous() for name, tensor in converted.items()}
+
+
+def _named_shapes(network: str, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of tensors by their names with ``network`` before them."""
+    return {f"{network}.{name}": tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def _part(tensors: Tensors, prefix: str) -> Tensors:
@@ -288,7 +311,8 @@ def _empty_prompt(file: Path, config: dict[str, Any], tensors: Tensors, tokenize
         return {name.removeprefix("text_model."): tensor for name, tensor in named.items()}
 
     weights = _renamed(file, "text_encoder", encoder, part, convert)
-    encoder.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
+    in_float32 = {name: tensor.float() for name, tensor in weights.items()}
+    encoder.load_state_dict(in_float32, assign=True)
     length, words = encoder.config.max_position_embeddings, encoder.config.vocab_size
     if tokenizer is not None:
         ids = prompt_ids(tokenizer, length, words)
@@ -303,9 +327,13 @@ def _empty_prompt(file: Path, config: dict[str, Any], tensors: Tensors, tokenize
 def _text_tensors(file: Path, layers: int, tensors: Tensors, open_clip: bool) -> Tensors:
     """Return the tensors of the text encoder that the prompt depends on, with ``layers`` layers."""
     if open_clip:
+        # Layers from the config's count on do not reach the prompt; a checkpoint has all of them.
         left_out = f"{_OPEN_CLIP}transformer.resblocks.{layers}."
         unused = {f"{_OPEN_CLIP}{name}" for name in ("text_projection", "logit_scale", "attn_mask")}
-        part = {name: tensor for name, tensor in _part(tensors, _OPEN_CLIP).items() if not name.startswith(left_out)}
+        part = {}
+        for name, tensor in _part(tensors, _OPEN_CLIP).items():
+            if not name.startswith(left_out):
+                part[name] = tensor
     else:
         part = _part(tensors, _CLIP)
         unused = {f"{_CLIP}{name}embeddings.position_ids" for name in ("", "text_model.")}
@@ -327,10 +355,12 @@ def _pad_id(config: CLIPTextConfig, open_clip: bool) -> int:
 def _write_scheduler(file: Path, folder: Path, scheduler: dict[str, Any]) -> str:
     """Load what was written to ``folder``, and write the scheduler of what its UNet predicts, which is returned."""
     path = str(folder / "scheduler" / "scheduler_config.json")
+    # What the UNet predicts is probed below; until then the usual kind stands here.
     storage.write_json(path, scheduler | {"prediction_type": "epsilon"})
     try:
         prior = load_prior(PriorConfig(path=str(folder)), EngineConfig(device="cpu", dtype="float32"), verify=False)
     except (ConfigError, WeightsError) as error:
+        # The message is of the folder that is being written, which the user has not named.
         raise type(error)(str(error).replace(str(folder), str(file))) from error
     prediction_type, _ = probe_prediction(prior, file)
     verify_scale(prior, file)

@@ -107,7 +107,8 @@ class ChainEngine:
         """
         given = dict(noise or {})
         start = time.perf_counter()
-        latents = self._encode(images, [i for i in range(len(images)) if i not in given])
+        to_invert = [index for index in range(len(images)) if index not in given]
+        latents = self._encode(images, to_invert)
         encoded = time.perf_counter()
         diffusion = self.diffuse(latents, given, distinct_denoisings(requests, endpoints), contexts)
         diffused = time.perf_counter()
@@ -115,9 +116,12 @@ class ChainEngine:
         decoded = time.perf_counter()
 
         finite_images = np.isfinite(diffusion.noise).all(axis=(1, 2, 3))
+
+        # Each request's frames are put together from the denoisings, which requests may share.
         frames, finite_requests = [], []
         for request in requests:
             of_request = np.empty((len(request.alphas), *images.shape[1:]), np.uint8)
+            # A frame that is not finite must not be used, and neither must one between noises that are not.
             finite = finite_images[request.source] and finite_images[request.label]
             for position, key in enumerate(_denoisings(request)):
                 of_request[position], finite_frame = pictures[key]
@@ -157,17 +161,21 @@ class ChainEngine:
         results: dict[Denoising, np.ndarray] = {}
         inversions, waiting = list(latents), list(denoisings)
         waves = 0
+        # A denoising can start once both of its noises are there; the other slots of its wave are inversions.
         while inversions or waiting:
             starting, inversions = inversions[: self.batch], inversions[self.batch :]
             ready, waiting = _take_ready(waiting, known, self.batch - len(starting))
-            rows = [latents[i] for i in starting]
+            rows = [latents[index] for index in starting]
             rows += [_mix(known, key) for key in ready]
-            pictures = [*starting, *(key[0] for key in ready)]
+            sources = [source for source, _, _ in ready]
+            pictures = [*starting, *sources]
             finished = self._run_wave(np.stack(rows), len(starting), self._of_wave(contexts, pictures))
             known.update(zip(starting, finished, strict=False))
             results.update(zip(ready, finished[len(starting) :], strict=True))
             waves += 1
+
         jobs, evaluations = len(latents) + len(denoisings), self.prior.schedule.evaluations
+        # By number, whatever the order of the waves was.
         stacked = np.empty((len(known), *self.prior.latent_shape), np.float32)
         for picture, z in known.items():
             stacked[picture] = z
@@ -195,6 +203,7 @@ class ChainEngine:
         """
         schedule, device = self.prior.schedule, self.prior.device
         latents = self._padded(rows, self.batch)
+        # One network pass serves both kinds of row: each has its own time and its own step.
         inverse = (torch.arange(self.batch, device=device) < inversions).long()
         previous = torch.zeros_like(latents)
         for number in range(schedule.evaluations):
@@ -218,6 +227,7 @@ class ChainEngine:
         for keys in _batches(list(latents), self.image_batch):
             rows = np.stack([latents[key] for key in keys])
             decoded, finite = self.prior.decode(self._padded(rows, self.image_batch))
+            # The decoder's pixels may be finite where the latent was not, and the other way round.
             finite_rows = finite.cpu().numpy()[: len(keys)] & np.isfinite(rows).all(axis=(1, 2, 3))
             for key, picture, is_finite in zip(keys, decoded.cpu().numpy(), finite_rows.tolist(), strict=False):
                 pictures[key] = (picture, is_finite)
@@ -255,7 +265,8 @@ def _take_ready(
 
 
 def _denoisings(request: Request) -> list[Denoising]:
-    return [(request.source, request.label, float(np.float32(alpha))) for alpha in request.alphas]
+    source, label = request.source, request.label
+    return [(source, label, float(np.float32(alpha))) for alpha in request.alphas]
 
 
 def _mix(noise: Mapping[int, np.ndarray], key: Denoising) -> np.ndarray:
@@ -264,4 +275,5 @@ def _mix(noise: Mapping[int, np.ndarray], key: Denoising) -> np.ndarray:
 
 
 def _batches(items: Sequence[T], size: int) -> Iterable[list[T]]:
-    return (list(items[start : start + size]) for start in range(0, len(items), size))
+    for start in range(0, len(items), size):
+        yield list(items[start : start + size])

@@ -56,8 +56,11 @@ def adapter_tensors(model: Lvm) -> dict[str, Tensor]:
 
 def _views(model: Lvm) -> dict[str, Tensor]:
     """Return views of the adapter's tensors by their names in its files, the mask's row of the embedding too."""
-    views = {f"{_PREFIX}{name}.weight": view for name, view in model.lora_tensors().items()}
-    views |= {f"{DRAFT_PREFIX}{name}": view for name, view in model.draft_tensors().items()}
+    views = {}
+    for name, view in model.lora_tensors().items():
+        views[f"{_PREFIX}{name}.weight"] = view
+    for name, view in model.draft_tensors().items():
+        views[f"{DRAFT_PREFIX}{name}"] = view
     if model.mask_row is not None:
         name = f"{DRAFT_PREFIX}mask" if model.lora is not None and model.lora.draft is not None else MASK_ROW
         views[name] = model.mask_row.detach()[None]
@@ -70,8 +73,7 @@ def load_adapter_tensors(model: Lvm, tensors: Mapping[str, Tensor]) -> None:
     Raises WeightsError when they are of another backbone, rank or set of targets.
     """
     views = _views(model)
-    shapes = {name: tuple(view.shape) for name, view in views.items()}
-    _require_shapes(tensors, shapes, "adapter")
+    _require_shapes(tensors, _shapes_of(views), "adapter")
     for name, view in views.items():
         view.copy_(tensors[name])
 
@@ -97,6 +99,7 @@ def adapter_files(model: Lvm, base_model_name: str) -> dict[str, bytes]:
     )
     drafts: dict[str, Tensor] = {}
     tensors: dict[str, Tensor] = {}
+    # Drafts have a file of their own: PEFT knows no such tensors.
     for name, tensor in adapter_tensors(model).items():
         target = drafts if name.startswith(DRAFT_PREFIX) else tensors
         target[name] = tensor
@@ -288,6 +291,7 @@ def export_merged(facts: BackboneFacts, adapter: str, out: Path, dtype: torch.dt
         if f"{projection}.lora_A.weight" not in tensors:
             return weight
         lora_a, lora_b = tensors[f"{projection}.lora_A.weight"].float(), tensors[f"{projection}.lora_B.weight"].float()
+        # In float32, whatever the weights are stored in; addmm adds (alpha / rank) B A.
         return weight.float().addmm_(lora_b, lora_a, alpha=lora.alpha / lora.rank)
 
     with new_folder(out) as folder:
@@ -351,8 +355,12 @@ def read_run(run: str) -> dict[str, Any]:
 def _require_backbone(tensors: Mapping[str, Tensor], lora: Lora, llama: LlamaConfig, where: str) -> None:
     """Check that ``tensors`` fit the backbone ``llama`` with the adapter ``lora``. Raises WeightsError."""
     with torch.device("meta"):
-        views = _views(Lvm(llama, lora))
-    _require_shapes(tensors, {name: tuple(view.shape) for name, view in views.items()}, where)
+        views = _views(Lvm(llama, lora))  # of a model without memory: only their shapes are asked for
+    _require_shapes(tensors, _shapes_of(views), where)
+
+
+def _shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def _require_shapes(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], where: str) -> None:

@@ -110,7 +110,9 @@ def convert_backbone(source: str, out: str, heads: int | None = None, tokenizer:
     else:
         raise ConfigError(f"{path}: no such file or folder; give a downloaded checkpoint")
     about = read_about(path)
+    # A folder that covray wrote says whose codes it knows; others are told by --tokenizer.
     facts = replace(checkpoint.facts, codebook=about.get("codebook"), tokens_per_image=about.get("tokens_per_image"))
+    # Recorded in the folder, so that chains of another codebook are refused later.
     if tokenizer is not None:
         known = load_tokenizer(TokenizerConfig(path=tokenizer), EngineConfig(device="cpu"))
         if known.codes > facts.codes:
@@ -143,27 +145,34 @@ def _read_folder(folder: Path) -> _Source:
         raise WeightsError(f"{folder}: {' or '.join(_WEIGHTS)} is missing; complete the folder, or give another")
     where = files[0] if len(files) == 1 else folder  # for messages
     tensors = read_all_tensors(files)
-    for name in [name for name in tensors if name.endswith("rotary_emb.inv_freq")]:
+    frequencies = [name for name in tensors if name.endswith("rotary_emb.inv_freq")]
+    for name in frequencies:
         del tensors[name]  # computed, but stored in old folders
+    # Tied weights are stored once; the folder that is written has both.
     if llama.tie_word_embeddings and "model.embed_tokens.weight" in tensors:
         tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
-    require_tensors(where, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, _shapes(llama))
+    stored = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    require_tensors(where, stored, _shapes(llama))
 
     def tensor(name: str) -> Tensor:
         return require_finite(where, name, tensors[name])
 
-    return _Source(layout, facts, tensor, _common_type({tensor.dtype for tensor in tensors.values()}))
+    types = {tensor.dtype for tensor in tensors.values()}
+    return _Source(layout, facts, tensor, _common_type(types))
 
 
 def _internlm_as_llama(values: dict[str, Any], file: Path) -> dict[str, Any]:
     """Return the configuration of a LLaMA that computes what the InternLM of ``values`` computes."""
     required, optional = _INTERNLM
-    missing = [key for key in required if key not in values]
-    if missing:
-        raise WeightsError(f"{file}: {missing[0]} is missing; get the folder again")
+    for key in required:
+        if key not in values:
+            raise WeightsError(f"{file}: {key} is missing; get the folder again")
     if "rotary" in values:
         raise WeightsError(f"{file}: has a rotary of a later InternLM; give a folder of DeLVM")
-    known = {key: values[key] for key in (*required, *optional) if key in values}
+    known = {}
+    for key in (*required, *optional):
+        if key in values:
+            known[key] = values[key]
     return known | {"model_type": "llama", "attention_bias": bool(values.get("bias", True))}
 
 
@@ -198,10 +207,13 @@ def _read_easylm(file: Path, heads: int | None) -> _Source:
     expected = {}
     for name, shape in _shapes(llama).items():
         expected[_easylm_name(name)] = shape[::-1] if _is_kernel(name) else shape
-    require_tensors(file, {name: entry.shape for name, entry in entries.items()}, expected)
+    # flax keeps the matrices of linear layers as [inputs, outputs], transformers the other way round.
+    stored = {name: entry.shape for name, entry in entries.items()}
+    require_tensors(file, stored, expected)
 
     def tensor(name: str) -> Tensor:
         stored_name = _easylm_name(name)
+        # One array at a time, from its place in the stream: the file may not fit in memory.
         with file.open("rb") as opened:
             opened.seek(entries[stored_name].offset)
             _, value = _next(file, _unpacker(opened))
@@ -209,11 +221,13 @@ def _read_easylm(file: Path, heads: int | None) -> _Source:
         weight = require_finite(file, stored_name, torch.frombuffer(bytearray(data), dtype=dtype).view(shape))
         if _is_kernel(name):
             weight = weight.t()
+        # EasyLM applies RoPE to neighbouring pairs of a head, transformers to its two halves.
         if re.search(r"\.[qk]_proj\.", name):
             weight = _halves(weight, llama.num_attention_heads)
         return weight
 
-    return _Source("easylm", facts, tensor, _common_type({entry.dtype for entry in entries.values()}))
+    types = {entry.dtype for entry in entries.values()}
+    return _Source("easylm", facts, tensor, _common_type(types))
 
 
 def _index(file: Path) -> dict[str, _Entry]:
@@ -227,6 +241,7 @@ def _index(file: Path) -> dict[str, _Entry]:
             key, value = _next(file, unpacker)
             if key[0] in ("opt_state", "step"):  # parts of a whole training state
                 continue
+            # A training state wraps the weights once more.
             while key[0] == "params" and len(key) > 1:
                 key = key[1:]
             name = "/".join(key)
@@ -273,6 +288,7 @@ def _array(file: Path, name: str, value: bytes) -> tuple[Shape, torch.dtype, byt
     try:
         extension = msgpack.unpackb(value)
         code = extension.code if isinstance(extension, msgpack.ExtType) else None
+        # Nothing but the extension of arrays is decoded: a stream of a stranger holds data only.
         fields: Any = msgpack.unpackb(extension.data) if code == _ARRAY else (None, None, None)
         shape, dtype, data = fields
     except (msgpack.UnpackException, ValueError, TypeError) as error:
@@ -284,6 +300,7 @@ def _array(file: Path, name: str, value: bytes) -> tuple[Shape, torch.dtype, byt
         raise WeightsError(
             f"{file}: {name} is of type {dtype!r:.40}, not {', '.join(_DTYPES)}; give another checkpoint"
         )
+    # A shape may not promise more than the bytes that are there.
     if math.prod(shape) * _DTYPES[dtype].itemsize != len(data):
         raise WeightsError(f"{file}: {name} has {len(data)} bytes for {shape}; get the checkpoint again")
     return tuple(shape), _DTYPES[dtype], data
@@ -300,7 +317,9 @@ def _easylm_llama(file: Path, entries: dict[str, _Entry], heads: int | None) -> 
 
     vocabulary, width = shape("transformer/wte/embedding")
     inner = shape("transformer/h/0/feed_forward/w1/kernel")[1]
-    layers = len({name.split("/")[2] for name in entries if name.startswith("transformer/h/")})
+    in_layers = [name for name in entries if name.startswith("transformer/h/")]
+    layers = len({name.split("/")[2] for name in in_layers})
+    # No tensor shows the number of heads; published sizes are known by their width and depth.
     if heads is None:
         for published in map(llama_config, SCALES):
             if (published.hidden_size, published.num_hidden_layers) == (width, layers):
@@ -310,6 +329,7 @@ def _easylm_llama(file: Path, entries: dict[str, _Entry], heads: int | None) -> 
             f"--heads: {file} has hidden size {width} and {layers} layers, not a published size; pass its number of "
             "heads"
         )
+    # RoPE turns pairs of a head's numbers.
     if width % (2 * heads):
         raise ConfigError(
             f"--heads {heads}: a hidden size of {width} does not divide into them, each of an even size; pass the "

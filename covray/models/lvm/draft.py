@@ -71,7 +71,9 @@ class DraftUpdate(nn.Module):
             x: Their input, [T, width].
             masks: Which tokens are masks.
         """
+        # A row of the window is tokens, then masks from place ``first`` on: only the masks' part is changed.
         first = masks.first
+        # All maps share one product with A; ``lows`` is [rows, masks, maps * rank], a map's share after another's.
         lows = F.linear(x.view(masks.rows, -1, x.shape[-1])[:, first:], self.A.to(x.dtype)).mul(self._scale)
         updated = dict(zip(self._names, parts, strict=True))
         for name, low in zip(self._targets, lows.split(self._rank, -1), strict=True):

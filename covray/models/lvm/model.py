@@ -116,8 +116,10 @@ class Layer(nn.Module):
         if beside is not None and beside.drafts:
             return self._forward_drafts(x, rotation, lengths, beside)
         parts = self.project(x, rotation)
+        # Without noisy tokens, sentences lie flat and attend causally within their lengths.
         if beside is None:
             return self.finish(x, attend(*parts, lengths))
+        # Clean tokens attend to clean ones alone; what noisy ones see, `beside` says.
         query, key, value = (part[: sum(lengths)] for part in parts)
         return self.finish(x, torch.cat((attend(query, key, value, lengths), beside.attend(*parts))))
 
@@ -130,6 +132,7 @@ class Layer(nn.Module):
         """
         clean = sum(lengths)
         cosine, sine = rotation
+        # Known tokens pass without gradients: a draft changes nothing of what the model itself computes.
         with torch.no_grad():
             known = self.project(x[:clean], (cosine[:clean], sine[:clean]))
             read = self.finish(x[:clean], attend(*known, lengths))
@@ -239,12 +242,14 @@ class Lvm(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         rotation = rotary(self.config, lengths, x.device, x.dtype)
+        # Noisy copies stand at the positions of the tokens that they are copies of.
         beside = None
         if noisy is not None:
             cosine, sine = rotation
             rotation = torch.cat((cosine, cosine[noisy.places])), torch.cat((sine, sine[noisy.places]))
             beside = NoisyAttention.of(noisy, lengths)
         for layer in self.layers:
+            # Activations are computed again in the backward pass: memory for time.
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(layer, x, rotation, lengths, beside, use_reentrant=False)
             else:
@@ -260,6 +265,7 @@ class Lvm(nn.Module):
         if batch.noisy is None:
             return self.head(hidden[batch.positions], batch.targets)
         noisy = batch.noisy
+        # Clean positions and masked places go through the head together, each with its weight.
         rows = torch.cat((batch.positions, len(batch.ids) + noisy.masked))
         targets = torch.cat((batch.targets, batch.ids[noisy.predicted]))
         clean_weights = noisy.weights.new_full(batch.positions.shape, noisy.clean_weight)

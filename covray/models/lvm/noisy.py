@@ -137,8 +137,9 @@ def visible(places: Tensor, clean: int, block: int, causal: bool = False) -> Ten
         block: Tokens of a block.
         causal: Whether a token sees only those of its block that stand before it.
     """
-    number = torch.arange(len(places), device=places.device) // block
-    start = places[number * block]
+    number = torch.arange(len(places), device=places.device) // block  # the block of each noisy token, [M]
+    start = places[number * block]  # where that block begins in the sentence, [M]
+    # All clean tokens before their block, and of the noisy ones only those of the same block.
     before = torch.arange(clean, device=places.device) < start[:, None]
     same_block = number[:, None] == number
     if causal:

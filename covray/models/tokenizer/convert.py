@@ -204,7 +204,9 @@ def convert_tokenizer(source: str, out: str) -> dict[str, Any]:
         raise WeightsError(
             f"{file}: is a network that VQModel cannot build ({one_line(error)}); give another"
         ) from error
-    tensors = _renamed(checkpoint, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tensors = _renamed(checkpoint, shapes)
+    # LlamaGen normalises its codes when it looks them up; VQModel does not.
     if checkpoint.layout == "llamagen":
         codebook = tensors["quantize.embedding.weight"]
         tensors["quantize.embedding.weight"] = F.normalize(codebook.float(), dim=-1).to(codebook.dtype)
@@ -216,7 +218,7 @@ def convert_tokenizer(source: str, out: str) -> dict[str, Any]:
     return {
         "layout": checkpoint.layout,
         "out": out,
-        "parameters": sum(tensor.numel() for tensor in tensors.values()),
+        "parameters": sum(map(Tensor.numel, tensors.values())),
         "codes": network["num_vq_embeddings"],
         "size_px": network["sample_size"],
         "pixels": pixels,
@@ -227,17 +229,20 @@ def _renamed(checkpoint: _Checkpoint, shapes: dict[str, Shape]) -> dict[str, Ten
     """Return the weights by their names in ``VQModel``, whose tensors have ``shapes``. Raises WeightsError."""
     stored = {name: tuple(tensor.shape) for name, tensor in checkpoint.tensors.items()}
     expected = {checkpoint.name(name): _stored_shape(name, shape) for name, shape in shapes.items()}
+    # All names and shapes first: what is missing is one message, before a tensor is looked at.
     require_tensors(checkpoint.file, stored, expected)
     tensors = {}
     for name, shape in shapes.items():
         stored_name = checkpoint.name(name)
         tensor = require_finite(checkpoint.file, stored_name, checkpoint.tensors[stored_name])
+        # Some layouts store the same numbers in another shape.
         tensors[name] = tensor.reshape(shape).contiguous()
     return tensors
 
 
 def _read(path: Path) -> _Checkpoint:
     """Read a checkpoint of any of the layouts."""
+    # Told apart by what lies there: a file, a configuration, or one checkpoint with its YAML.
     if path.is_file():
         return _read_llamagen(path)
     if not path.is_dir():
@@ -265,6 +270,7 @@ def _read_muse(folder: Path) -> _Checkpoint:
     if kind != "VQGANModel":
         raise WeightsError(f"{file}: is of class {kind}, not muse's VQGANModel; give another folder")
     config = _validated(_Muse, values, file)
+    # A single resolution may be given as a number.
     attended = config.attn_resolutions if isinstance(config.attn_resolutions, list) else [config.attn_resolutions]
     files = weight_files(folder, _MUSE_WEIGHTS)
     if not files:
@@ -289,8 +295,12 @@ def _read_muse(folder: Path) -> _Checkpoint:
 
 
 def _read_taming(root: Path, file: Path) -> _Checkpoint:
-    models = [(path, _taming_model(path)) for path in sorted(root.glob("**/*.yaml"))]
-    described = [(path, model) for path, model in models if model is not None]
+    # A folder of taming may hold configurations of trainers and logs as well.
+    described = []
+    for path in sorted(root.glob("**/*.yaml")):
+        model = _taming_model(path)
+        if model is not None:
+            described.append((path, model))
     if len(described) != 1:
         raise WeightsError(
             f"{root}: holds {len(described)} .yaml files with a model.params.ddconfig, not one; put the one of "
@@ -317,19 +327,24 @@ def _read_taming(root: Path, file: Path) -> _Checkpoint:
     )
     network = sizes.arguments(path)
     stored = read_tensors(file, keys=("state_dict",), inert=_LIGHTNING)
-    tensors = {name: tensor for name, tensor in stored.items() if not name.startswith("loss.")}  # the discriminator
+    tensors = {}
+    for name, tensor in stored.items():
+        if not name.startswith("loss."):  # the discriminator
+            tensors[name] = tensor
     return _Checkpoint("taming", file, network, tensors, partial(_muse_name, levels), True)
 
 
 def _read_llamagen(file: Path) -> _Checkpoint:
     tensors = read_tensors(file, keys=("ema", "model"))
     tensors.pop("quantize.codebook_used", None)  # a statistic of training
+    # The file has no configuration: its architecture is read from the names and shapes of its tensors.
     channels: list[int] = []
     while (name := f"encoder.conv_blocks.{len(channels)}.res.0.conv2.weight") in tensors:
         channels.append(tensors[name].shape[0])
     if not channels:
         raise WeightsError(f"{file}: has no encoder.conv_blocks, so is no VQ of LlamaGen; give another checkpoint")
-    blocks = sum(bool(re.fullmatch(r"encoder\.conv_blocks\.0\.res\.\d+\.conv1\.weight", name)) for name in tensors)
+    first_level = re.compile(r"encoder\.conv_blocks\.0\.res\.\d+\.conv1\.weight")
+    blocks = sum(first_level.fullmatch(name) is not None for name in tensors)
     codes, dimensions = _shape(tensors, file, "quantize.embedding.weight", 2)
     sizes = _Network(
         first=_shape(tensors, file, "encoder.conv_in.weight", 4)[0],

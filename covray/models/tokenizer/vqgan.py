@@ -95,6 +95,7 @@ class Tokenizer:
             pixels = torch.from_numpy(batch).to(self._model.device).permute(0, 3, 1, 2).float().div_(255)
             if self._signed:
                 pixels.mul_(2).sub_(1)
+            # The third item is (perplexity, one-hot codes, indices).
             _, _, (_, _, indices) = self._model.quantize(self._model.encode(pixels).latents)
             ids[start : start + count] = indices.view(len(batch), -1)[:count].cpu().numpy()
         return ids
@@ -117,6 +118,7 @@ class Tokenizer:
             codes = model.quantize.get_codebook_entry(indices, (len(batch), *self.grid, model.quantize.vq_embed_dim))
             codes = codes.to(memory_format=torch.channels_last)
             pixels = model.decoder(model.post_quant_conv(codes), codes if model.config.norm_type == "spatial" else None)
+            # Pictures on disk are in [0, 1]; the model's own range may be [-1, 1].
             if self._signed:
                 pixels.add_(1).div_(2)
             levels = pixels[:count].clamp(0, 1).mul(255).round().to(torch.uint8)
@@ -141,6 +143,7 @@ def find_tokenizer(config: TokenizerConfig) -> Path:
     if config.path not in NANO_NAMES and Path(config.path).expanduser().is_file():
         raise _foreign(config.path)
     folder = resolve_folder(config.path, config.revision, "vqgan", _HUB_PATTERNS)
+    # amused's folder has the tokenizer inside.
     if not (folder / "config.json").is_file() and (folder / "vqvae").is_dir():
         folder = folder / "vqvae"
     if _is_foreign(folder):
@@ -170,6 +173,7 @@ def load_tokenizer(config: TokenizerConfig, engine: EngineConfig) -> Tokenizer:
     device = choose_device(engine.device, "engine.device")
     model = model.to(device, memory_format=torch.channels_last)
     size_px, fingerprint = _size_px(model, config, folder), fingerprint_folder(folder, _FILES)
+    # Without covray.json nothing says which range the pixels have: it is measured.
     if not (folder / ABOUT_FILE).is_file():
         require_unsigned(model, _downsampling(model), folder)
     return Tokenizer(model, size_px, engine.image_batch, fingerprint, _is_signed(folder))
@@ -184,7 +188,9 @@ def codebook_neighbours(codebook: np.ndarray, count: int) -> np.ndarray:
         codebook: float32 [codes, dimensions].
         count: Neighbours of each code.
     """
+    # |a - b|^2 = |a|^2 + |b|^2 - 2 ab; the row's own |a|^2 does not change the order.
     squares = np.square(codebook, dtype=np.float64).sum(1)
+    # A codebook with too few codes repeats its nearest ones.
     columns = np.arange(count) % (len(codebook) - 1)
     nearest = np.empty((len(codebook), count), np.int64)
     for code, vector in enumerate(codebook.astype(np.float64)):
@@ -216,6 +222,7 @@ def _is_foreign(folder: Path) -> bool:
     """Return whether the folder is one of muse's or taming's, judging by its file names."""
     if any(folder.glob("diffusion_pytorch_model*")):
         return False
+    # Patterns of other programs' files, which load_tokenizer does not read.
     if any(any(folder.glob(pattern)) for pattern in ("pytorch_model.*", "*.ckpt", "*/*.ckpt")):
         return True
     # Of a hub id only config.json has been downloaded.

@@ -109,9 +109,11 @@ class Rows:
         return torch.cat((self.last[:, None], hidden[:, :-1]), 1)
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Drop all rows but ``rows``."""
+        """Drop all rows but ``rows``, which are those whose answers go on."""
         if len(rows) == len(self):
             return
+        # Whatever is kept by row is reduced to the same rows, in the same order: keys and values (none before the
+        # first read), which tokens are no padding [B, n], the last hidden states [B, width], positions [..., B, n].
         index = torch.tensor(rows, dtype=torch.int64, device=self.last.device)
         self.numbers = [self.numbers[row] for row in rows]
         if self.cache.get_seq_length():

@@ -116,7 +116,9 @@ class _Depth:
         self._scale = model.options.scale
 
     def __call__(self, photo: Photo, seed: int) -> Photo:
+        """Return the depth of ``photo`` as the picture of a label; ``seed`` is for labellers that sample."""
         output = self._network(photo)
+        # transformers resizes the model's depth to the size of the photograph; it is relative until it is scaled.
         answer = self._network.post_process("post_process_depth_estimation", output, photo)
         return _drawn_depth(_array(answer["predicted_depth"], photo.shape[:2]), self._scale)
 

@@ -241,6 +241,7 @@ def _figure_bodies(rng: np.random.Generator, joint: Array, head: Array, up: Arra
 
 
 def _plain(colour: Array) -> Texture:
+    """Return a texture of one colour, linear RGB [3], which has no pattern to repeat."""
     return Texture(np.stack([colour] * 2), "plain", 1.0, np.zeros(3))
 
 

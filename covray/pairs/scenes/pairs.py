@@ -64,10 +64,12 @@ def scene_pairs(
     """
     tasks = tuple(tasks)
     shares = splits or SPLITS
+    # Where the scenes of each split end, rounded to whole scenes; the last one ends at ``count``.
     bounds = np.rint(np.cumsum(list(shares.values())) / sum(shares.values()) * count).astype(int)
     start = 0
     for split, stop in zip(shares, bounds, strict=True):
         for index in range(start, stop):
+            # Scene, labels and words each have random numbers of their own: one does not shift the others.
             number = scene_seed(seed, split, index)
             view = render_scene(number, size_px)[0]
             generator = np.random.default_rng([number, 1])

@@ -104,6 +104,7 @@ def _caption(solids: list[Seen], person: Seen | None, doing: str | None, indoors
 
 
 def _listed(items: list[str], article: str = "a") -> str:
+    """Return the items in a sentence: "a cube, a ball and a cone"."""
     with_articles = [f"{article} {item}" for item in items]
     if len(items) == 1:
         return with_articles[0]

@@ -186,6 +186,7 @@ def input_kinds() -> Tensor:
 
 
 def _pixel_stem() -> nn.Sequential:
+    """Return convolutions from pixels [b, 3, 64, 64] to a cell each of the label's grid, [b, WIDTH, 8, 8]."""
     layers: list[nn.Module] = [nn.Conv2d(3, 64, 3, padding=1), nn.SiLU()]
     for inputs, outputs in ((64, 64), (64, 128), (128, WIDTH)):
         layers += [nn.Conv2d(inputs, outputs, 4, 2, 1), nn.SiLU()]

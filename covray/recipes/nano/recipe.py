@@ -84,7 +84,7 @@ def train_model(model: str, out: Path, steps: int | None, scenes: int, threads: 
 
 
 def measure(folder: Path | None = None, scenes: int = HELD_OUT_SCENES, round_trips: int = 8) -> dict[str, Any]:
-    """The figures of the model card, on scenes of the split ``test``, which no training saw.
+    """Return the figures of the model card, on scenes of the split ``test``, which no training saw.
 
     ``vae``, ``vqgan``: mean PSNR in dB by kind of picture and over all; ``codebook_in_use``: share of the codes that
     occur; ``inversion``: PSNR in dB after inversion and denoising, for ``round_trips`` scenes; ``answer_perplexity``:
@@ -92,28 +92,35 @@ def measure(folder: Path | None = None, scenes: int = HELD_OUT_SCENES, round_tri
     """
     root = folder or WEIGHTS
     require_files(root, ["prior/vae/config.json", "vqgan/config.json", "lvm/config.json"])
+    # Every picture through the autoencoders: what they lose bounds all that is painted or answered.
     held_out = np.concatenate(list(scene_pictures("test", range(scenes), 0)))
     batch = torch.from_numpy(held_out)
     vae = AutoencoderKL.from_pretrained(root / "prior" / "vae", use_safetensors=True).float()
     vqgan = VQModel.from_pretrained(root / "vqgan", use_safetensors=True).float()
     through_vae = reconstruct_vae(vae, batch).numpy()
     through_tokens, used = reconstruct_vqgan(vqgan, batch)
+
+    # Some pictures to noise and back.
     engine = EngineConfig(threads=torch.get_num_threads())
     prior = load_prior(PriorConfig(path=str(root / "prior")), engine)
     some = held_out[: round_trips * len(KINDS)]
     returned = ChainEngine(prior, engine, 32).interpolate(some, [], endpoints=range(len(some))).returned
-    trips = np.array([psnr(picture, returned[index], most_db=99.0) for index, picture in enumerate(some)], np.float64)
+    round_trip_db = []
+    for index, picture in enumerate(some):
+        round_trip_db.append(psnr(picture, returned[index], most_db=99.0))
+
+    # Guesses without a model are fitted on other scenes than those that are answered.
     training = np.concatenate(list(scene_pictures("train", range(scenes), 0)))
-    perplexities = measure_lvm(root, held_out, training)
+    answer_perplexity = {}
+    for guess, by_task in measure_lvm(root, held_out, training).items():
+        answer_perplexity[guess] = {task: round(value, 1) for task, value in by_task.items()}
     return {
         "pictures": len(held_out),
         "vae_psnr_db": _by_kind(through_vae),
         "vqgan_psnr_db": _by_kind(through_tokens.numpy()),
         "codebook_in_use": round(float(np.mean(used > 0)), 4),
-        "inversion_psnr_db": _by_kind(trips),
-        "answer_perplexity": {
-            guess: {task: round(value, 1) for task, value in found.items()} for guess, found in perplexities.items()
-        },
+        "inversion_psnr_db": _by_kind(np.array(round_trip_db, np.float64)),
+        "answer_perplexity": answer_perplexity,
     }
 
 

@@ -132,13 +132,16 @@ def text_loss(model: Any, tokenizer: Any, read: list[str], written: list[str]) -
 
 
 def _lesson(portrait: Portrait, numbers: np.random.Generator) -> tuple[str, str]:
+    """Return a text to read and the text to write for it, of one of the three tasks of the module."""
     caption = portrait_words(portrait, numbers).caption
-    lottery = numbers.random()
+    task = numbers.random()  # in [0, 1): the shares of the tasks divide it
     words = caption.split(" ")
-    if lottery < PREFIXES:
+    if task < PREFIXES:
+        # At least one word to read and one to write.
         cut = int(numbers.integers(1, len(words)))
         return " ".join(words[:cut]), " ".join(words[cut:])
-    if lottery < PREFIXES + PARAPHRASES:
+    if task < PREFIXES + PARAPHRASES:
+        # The same portrait in other words, which are drawn anew.
         return caption, portrait_words(portrait, numbers).caption
     return with_gaps(words, numbers)
 

@@ -79,14 +79,17 @@ def train_vlm(out: Path, steps: int | None, portraits: int, seed: int, device: t
         ConfigError: ``out``/vlm is there already.
     """
     result = new_part(out, "vlm")
-    data, born = write_vlm_list(portrait_manifest(out, portraits, seed), seed), out / "vlm.start"
-    if not born.exists():
-        with new_folder(born) as folder:
+    data = write_vlm_list(portrait_manifest(out, portraits, seed), seed)
+    # The trainer of ``covray vlm train`` starts from a folder, and so from random weights that are written to one.
+    start = out / "vlm.start"
+    if not start.exists():
+        with new_folder(start) as folder:
             write_start(folder, seed)
     config = training(out, data, steps or STEPS, seed, device.type, threads)
     worker = WorkerContext(device=device, log=lambda message: print(f"vlm: {message}", flush=True))
     with torch.autocast(device.type, torch.bfloat16):  # as the other recipes
         train(config, worker, _report)
+    # What the run exports is the model; its checkpoints stay with the run.
     with new_folder(result) as folder:
         shutil.copytree(out / "vlm.run" / EXPORT, folder, dirs_exist_ok=True)
 

@@ -69,7 +69,7 @@ class Rewriter(Protocol):
         """Return the data on the CPU, by names that no parameter has, for a checkpoint; the same on all workers."""
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Continue with the data of ``tensors``; further tensors may lie between them."""
+        """Continue with the data of a checkpoint; its tensors have the names of ``tensors()``, among other names."""
 
 
 class Objective(Protocol[B]):

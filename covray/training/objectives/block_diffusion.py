@@ -60,7 +60,7 @@ class BlockDiffusion(VisualSentences):
         plain = super().batches(cursor, worker)
         sentences = self.training
         share = self._noisy_batches(sentences, cursor, plain.next_cursor, worker, "training")
-        tokens = sum(len(noised_places(sentences, index)) for index in range(cursor, plain.next_cursor))
+        tokens = self._noised_tokens(sentences, cursor, plain.next_cursor)
         return replace(plain, batches=share, loss_tokens=tokens)
 
     def validate(self, evaluate: Callable[[Batch | None], Tensor], worker: WorkerContext) -> dict[str, float] | None:
@@ -77,6 +77,7 @@ class BlockDiffusion(VisualSentences):
         # loss of all tokens; clean and noisy loss of answers, and their tokens
         sums = torch.zeros(4, device=worker.device, dtype=torch.float64)
         for batch in self._noisy_batches(sentences, 0, count, worker, "validation"):
+            # Workers evaluate equally often, with a batch or without.
             if batch is None:
                 evaluate(None)
                 continue
@@ -97,12 +98,20 @@ class BlockDiffusion(VisualSentences):
             )
             sums += torch.stack(parts)
         loss, clean, nelbo, answer_tokens = worker.sum(sums)
-        tokens = sum(len(noised_places(sentences, index)) for index in range(count))
+        tokens = self._noised_tokens(sentences, 0, count)
         return {
             "validation_loss": loss / tokens,
             "answer_perplexity": math.exp(clean / answer_tokens),
             "answer_nelbo_perplexity": math.exp(nelbo / answer_tokens),
         }
+
+    @staticmethod
+    def _noised_tokens(sentences: Sentences, first: int, last: int) -> int:
+        """Return the tokens that are masked or not in the sentences ``[first, last)``, over all workers."""
+        tokens = 0
+        for index in range(first, last):
+            tokens += len(noised_places(sentences, index))
+        return tokens
 
     def _noisy_batches(
         self, sentences: Sentences, first: int, last: int, worker: WorkerContext, purpose: str
@@ -128,6 +137,7 @@ class BlockDiffusion(VisualSentences):
         chosen, diffusion = self.config.block_diffusion, self._diffusion()
         places, masked, weights = [], [], []
         start = 0
+        # Where each sentence begins in the batch, which lays them end to end.
         for index, length in zip(indices, batch.lengths, strict=True):
             own = noised_places(sentences, index)
             # The noise depends on the sentence alone: not on its batch, its worker or a restart.

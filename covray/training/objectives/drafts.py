@@ -47,6 +47,7 @@ class Drafts(VisualSentences):
         super().__init__(config, device)
         # Kept: with ZeRO-3 a worker has only its part of the frozen adapter.
         self._verifier = adapter_files(self.model, self._base_model_name)
+        # A batch of next to nothing, which a worker without a share computes for the collectives.
         ids = torch.zeros(2, dtype=torch.int64, device=device)
         first = ids[:1]
         noisy = NoisyBlocks(first, first, (1,), 1, first, torch.ones(1, device=device), 0.0, drafts=True)
@@ -57,10 +58,12 @@ class Drafts(VisualSentences):
 
     def batches(self, cursor: int, worker: WorkerContext) -> StepBatches[Batch]:
         """Return the share of ``worker`` in the step that begins at sentence ``cursor``."""
+        # The step's bounds are those of visual sentences; the loss is of the masks alone, not of the sentences' tokens.
         plain = super().batches(cursor, worker)
         sentences = self.training
 
         def add_masks(batch: Batch, indices: Sequence[int]) -> Batch:
+            # No positions: nothing is learned at the tokens themselves.
             return replace(self._with_masks(batch, sentences, indices, "training"), positions=batch.positions[:0])
 
         micro_tokens = self.config.optimizer.micro_batch_tokens
@@ -91,6 +94,7 @@ class Drafts(VisualSentences):
                 continue
             on_device = batch.to(worker.device)
             each = evaluate(on_device).double()
+            # The clean positions come first, then the masks.
             clean, drafts = each[: len(batch.positions)], each[len(batch.positions) :]
             answer = answer_positions(on_device, sentences.chains.tokens_per_image)
             sums += torch.stack((drafts.sum(), clean[answer].sum(), answer.sum().double()))
@@ -101,6 +105,7 @@ class Drafts(VisualSentences):
     def export(self, tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
         """Return the adapter that is drafted for, as it is, with the draft adapter beside it."""
         assert self.model.lora is not None
+        # A model without memory, whose draft adapter then is the given tensors: its names are those of the files.
         with torch.device("meta"):
             model = Lvm(self._facts.llama, replace(self.model.lora, targets=()))
         model.load_state_dict(dict(tensors), strict=False, assign=True)

@@ -63,9 +63,11 @@ class FrameNoise:
         ids = batch.ids.numpy().copy()
         guessed = []
         start = 0
+        # Noise stands in the query's frames only: examples are read as the dataset has them.
         for index, length in zip(indices, batch.lengths, strict=True):
             places = start + self._sentences.frames_at(index)
             start += length
+            # Frames that are not written yet stay the dataset's.
             if self.own is not None:
                 written = self.own.frames_of(index)
                 if written is not None:
@@ -77,6 +79,7 @@ class FrameNoise:
                 ids[chosen] = generator.integers(self._codes, size=len(chosen))
             elif self._neighbours is not None:
                 ids[chosen] = self._neighbours[ids[chosen], generator.integers(NEIGHBOURS, size=len(chosen))]
+            # Guessed by the model itself, in the step that reads them.
             else:
                 guessed.append(chosen)
         noisy = replace(batch, ids=torch.from_numpy(ids), target_ids=batch.ids)
@@ -110,7 +113,9 @@ def guess(model: Lvm, batch: Batch, positions: Tensor, codes: int) -> Tensor:
     """
     hidden = model.hidden(batch.ids, batch.lengths)[positions - 1]
     head = model.head.weight[:codes].to(hidden.dtype)
-    guesses = [F.linear(chunk, head).argmax(-1) for chunk in hidden.split(_CHUNK)]
+    guesses = []
+    for chunk in hidden.split(_CHUNK):  # logits of all positions at once would take gigabytes
+        guesses.append(F.linear(chunk, head).argmax(-1))
     return torch.cat(guesses)
 
 

@@ -70,6 +70,7 @@ class OwnFrames:
         self._next = self._next_refresh(cursor)
         chosen = [index for index in range(cursor, self._next) if self._is_chosen(index)]
         self._frames = {}
+        # A worker writes every world-th of the chosen sentences.
         own = self._write(chosen[worker.rank :: worker.world_size])
         sizes = [len(self._sentences.frames_at(index)) for index in chosen]
         # Every worker fills in what it wrote and leaves zeros elsewhere: the sum over the workers is all of it.
@@ -109,7 +110,8 @@ class OwnFrames:
         tokens = 0
         while cursor < self._end and tokens < self._config.refresh_tokens:
             following = self._step_end(cursor)
-            tokens += sum(self._sentences.tokens(index) for index in range(cursor, following))
+            for index in range(cursor, following):
+                tokens += self._sentences.tokens(index)
             cursor = following
         return cursor
 
@@ -119,6 +121,7 @@ class OwnFrames:
 
     def _write(self, indices: list[int]) -> dict[int, np.ndarray]:
         """Return the frames that the model writes for the sentences ``indices``, flat, by index."""
+        # Prompts of a batch are equally long.
         by_shape: dict[tuple[int, int], list[int]] = {}
         for index in indices:
             by_shape.setdefault(self._sentences.shape(index), []).append(index)
@@ -128,6 +131,7 @@ class OwnFrames:
             prompts = []
             for index in group:
                 first_frame = self._sentences.frames_at(index)[0]
+                # All that stands before the query's first frame.
                 prompts.append(self._sentences.sentence(index).ids[:first_frame])
             decoded = decoder.decode(np.empty(0, np.uint16), np.stack(prompts), length - 2)
             for index, frames in zip(group, decoded.ids, strict=True):

@@ -91,6 +91,7 @@ class Verdicts:
         """
         self.config, self._device = config, device
         assert config.lora.path is not None
+        # The files of the adapter are kept, as they are exported again beside the verifier.
         folder = Folder(config.lora.path)
         self._adapter: dict[str, bytes] = {}
         for name in (CONFIG_FILE, WEIGHTS_FILE, DIFFUSION_FILE):
@@ -115,6 +116,7 @@ class Verdicts:
             backbone=facts.fingerprint,
         )
         self.verifier = Verifier(judged, config.seed).to(device)
+        # The frozen model's features of an answer are computed once, in the first epoch.
         self._features: dict[ScoredQuery, Tensor] = {}
         self.steps = count_steps(self.training, config)
         self.flops_per_token = 2.0 * parameters(facts.llama)  # the frozen model's forward pass, of the first epoch
@@ -152,6 +154,7 @@ class Verdicts:
 
     def loss(self, forward: Callable[[Any], Any], batch: Comparisons) -> Loss:
         """Return the weighed loss of all comparisons."""
+        # Of each pair -log sigmoid(better - worse), which is softplus(worse - better) (Bradley and Terry, 1952).
         verdicts = forward(batch.features)
         each = batch.weights * F.softplus(verdicts[batch.worse] - verdicts[batch.better])
         return Loss(each.sum(), each.detach())
@@ -174,8 +177,10 @@ class Verdicts:
                 continue
             batch = self._comparisons([queries[number]]).to(worker.device)
             each = evaluate(batch)
+            # log 2 is the loss of a verifier that has no opinion: less means that it prefers the better one.
             undecided = batch.weights * math.log(2)
             is_right = torch.where(torch.isclose(each, undecided), 0.5, (each < undecided).float())
+            # How often the likelihood alone would have chosen the better one.
             log_p = batch.features[:, -LIKELIHOODS]
             is_likelier = log_p[batch.better] > log_p[batch.worse]
             answers = batch.is_answer
@@ -209,11 +214,13 @@ class Verdicts:
         features, better, worse, weights, is_answer = [], [], [], [], []
         start = 0
         for query in queries:
+            # Pictures of a query's candidates stand one after another: candidate c's picture p at c * images + p.
             first, second = ordered_pairs(query)
             images = query.written.shape[1]
             pictures = np.arange(images)
             better.append(start + (first[:, None] * images + pictures).ravel())
             worse.append(start + (second[:, None] * images + pictures).ravel())
+            # Over the mean weight of all comparisons, which is then 1.
             weights.append(np.repeat(self._weights.of(query) / self._mean_weight, images))
             is_answer.append(np.tile(pictures == images - 1, len(first)))
             features.append(self.features_of(query))
@@ -276,6 +283,7 @@ def split_queries(queries: list[ScoredQuery], config: TrainConfig) -> tuple[list
     training: list[ScoredQuery] = []
     validation: list[ScoredQuery] = []
     for query in queries:
+        # By the pair: all answers to one fall to one side.
         share = hash_number(f"verifier {config.seed} {query.pair_id}", _SHARE_BITS) / 2**_SHARE_BITS
         (validation if share < config.verifier.validation else training).append(query)
     if not training:
@@ -350,6 +358,7 @@ def require_answers(config: TrainConfig) -> list[ScoredQuery]:
             f"{missing}: objective verifier judges the answers of a run; set lora.path to its adapter and "
             "verifier.answers to its evaluation with score_candidates"
         )
+    # The answers of block diffusion are of one size of block.
     diffusion = read_adapter(path)[0].diffusion
     if diffusion is not None and diffusion.block != config.block_diffusion.block:
         raise ConfigError(f"block_diffusion.block: {path} writes blocks of {diffusion.block} tokens; set it to that")

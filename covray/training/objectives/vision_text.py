@@ -61,6 +61,7 @@ class VisionText:
         self._choose_parameters()
         self.steps = count_steps(len(self._training), config)
         self._lengths: dict[str, int] = {}
+        # A batch that a worker without a share computes for the collectives.
         sample = self._sample(self._training[0], self._blocks)
         idle = self._batch([sample], [0], "idle", 0.0, self._blocks)
         self.idle_batch = idle.to(device)
@@ -88,6 +89,7 @@ class VisionText:
             end = min(end, _end_of_epochs(count, self.config))
         numbers = range(cursor, end)
         exchanges, tokens = [], 0
+        # Which sample a number is follows from the seed and the number.
         for number in numbers:
             exchange = self._training[sample_at(self.config.seed, count, number)]
             exchanges.append(exchange)
@@ -207,10 +209,11 @@ class VisionText:
         return batches
 
     def _next_weight(self, purpose: str) -> float:
-        """Return what next tokens weigh; a validation weighs its two parts itself."""
+        """Return the weight of the autoregressive loss of next tokens, beside the loss of blocks if there is one."""
         if not self._uses_blocks:
             return 1.0
         weight = self.config.blocks.autoregressive
+        # A validation reports both losses apart, each unweighted; with weight 0 next tokens are not read at all.
         if purpose == "validation" and weight:
             return 1.0
         return weight

@@ -36,12 +36,15 @@ class CandidateReader:
             Float32 [pictures, width + LIKELIHOODS]: the mean of the states of a picture's tokens, and its likelihoods.
         """
         reader = self._reader
+        # As bytes, because candidates of one query share what stands before them, and bytes can be the key of a cache.
         last, shared = self._before(before.astype(np.int64).tobytes())
         states = reader.read_states(written, len(before), shared)
+        # A token is predicted by the state before its own: the first one by the last state of what stands before.
         predicting = torch.cat((last[None], states[:-1]))
         ids = torch.from_numpy(written.astype(np.int64)).to(states.device)
         logits = reader.logits(predicting)
         log_p = logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(1)
+        # Means of log p over each picture, and over all tokens up to its end, [pictures] each.
         of_pictures = log_p.view(-1, self._tokens_per_image).mean(1)
         so_far = of_pictures.cumsum(0) / torch.arange(1, len(of_pictures) + 1, device=states.device)
         pooled = states.float().view(len(of_pictures), self._tokens_per_image, -1).mean(1)

@@ -220,7 +220,7 @@ class Reader:
         gate = None if masks is None else MaskRows(self.batch, masks.first)
         rotation = self._rotation[0][positions], self._rotation[1][positions]
         self.passes += 1
-        self._merge()
+        self._merge()  # the merged weights are shared: they may be those of another adapter
         x = self._model.embed_ids(ids.flatten())
         for layer, cache in zip(self._layers, caches, strict=True):
             query, key, value = layer.project(x, rotation, gate)  # [batch * W, heads, head width]
