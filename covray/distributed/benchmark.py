@@ -67,6 +67,7 @@ def calibrate(config: PlanConfig, out: str, pairs: list[int] | None = None, trai
     """
     chosen, folder = build_config(config), f"{out}.work"
     small, large = _sizes(pairs, chosen)
+    # Refused before anything is built: a training that cannot run would waste the builds.
     if "vlm" in config.steps:
         raise ConfigError("steps: vlm is not measured by a benchmark; name build, or build and train")
     training = None
@@ -76,11 +77,13 @@ def calibrate(config: PlanConfig, out: str, pairs: list[int] | None = None, trai
     trained = None
     try:
         builds = [
+            # Two sizes, so that what a build costs at its start is told from what each row costs.
             _measure_build(chosen, storage.join(folder, "a"), small),
             _measure_build(chosen, storage.join(folder, "b"), large),
         ]
         if training is not None:
             trained = _measure_training(training)
+    # Builds and run are only measured; the calibration is all that stays.
     finally:
         filesystem, inner = storage.resolve(folder)
         if storage.exists(folder):
@@ -100,6 +103,7 @@ def build_rates(config: BuildConfig, builds: list[dict[str, Any]]) -> BuildRates
     last = builds[-1]
     starts = []
     for measured in builds:
+        # What of the time was neither computing nor the audit.
         starts.append(max(0.0, measured["wall_s"] - measured["last_block_s"] - measured["audit_s"]))
     return BuildRates(
         identity=identity_of("build", config.identity()),
@@ -107,6 +111,7 @@ def build_rates(config: BuildConfig, builds: list[dict[str, Any]]) -> BuildRates
         actors=last["actors"],
         start_s=_mean(starts),
         load_s=_mean([measured["load_s"] for measured in builds]),
+        # Seconds of work a row, over the share of the time that the actors work.
         row_s=last["row_s"] / last["busy_share"],
         evaluations=last["unet_evaluations"] / last["rows"],
         pictures=pictures_per_pair(config),
@@ -145,10 +150,12 @@ def train_rates(
         if "validation_loss" in record and record["step"] > 1:
             paused.add(record["step"])
     pauses = len(paused) or 1
+    # What of the time was no step: validations and checkpoints, shared out evenly.
     pause_s = max(0.0, records[-1][0] - steps[0][0] - seconds) / pauses
     workers = config.workers.count
     per_sentence = tokens / sum(record["sentences"] for record in warm)
     checked_tokens = validation_sentences * per_sentence
+    # A pause holds a validation and a checkpoint; the checkpoint is measured by itself.
     validation_s = max(0.0, pause_s - checkpoint["seconds"])
     validation_token_s = 0.0
     if checked_tokens:
@@ -168,6 +175,7 @@ def _sizes(pairs: list[int] | None, config: BuildConfig) -> tuple[int, int]:
     sizes = pairs
     if sizes is None:
         sizes = [blocks * config.most_rows_per_block for blocks in _BLOCKS]
+    # Two builds, the larger one with enough blocks to keep actors busy.
     if len(sizes) != 2 or not 0 < sizes[0] < sizes[1] or sizes[1] < _FEWEST:
         raise ConfigError(
             f"--pairs {','.join(map(str, sizes))}: give two numbers, the second the larger and {_FEWEST} at least"
@@ -226,6 +234,7 @@ def _training(config: PlanConfig, build: BuildConfig, folder: str, steps: int) -
         steps: Steps of the training.
     """
     planned = train_config(config)
+    # Pauses are frequent enough to be measured in so few steps.
     every = max(2, steps // _PAUSES)
     training = planned.model_copy(
         update={
@@ -243,6 +252,7 @@ def _training(config: PlanConfig, build: BuildConfig, folder: str, steps: int) -
     if training.compute.deepspeed not in ("auto", "none"):
         read_settings(training.compute.deepspeed)
     sentences = training.sentences
+    # The chains do not exist yet: the build's lengths and methods say what there will be.
     needed = set(union_alphas(sentences.lengths))
     if needed and sentences.method != "none":  # else no frames are read
         built = set(union_alphas(build.lengths, build.alphas))
@@ -278,6 +288,7 @@ def _measure_training(config: TrainConfig) -> TrainRates:
     train(config, lambda record: records.append((time.monotonic(), record)))
     wall_s = time.monotonic() - started
     validated, split = 0, config.sentences.validation_split
+    # A split may have fewer pairs than a validation asks for.
     if split is not None:
         pairs = sum(count_pairs(ChainDataset(config.data), config.sentences, split).values())
         validated = min(config.validation_sentences, pairs)

@@ -82,11 +82,13 @@ def evaluate(config: EvaluateConfig, patience_s: float = 0.0) -> EvaluationResul
     """
     config = with_absolute_paths(config)
     with Output(config.out, EvaluationRecord, "covray evaluate", result=RESULTS, patience_s=patience_s) as output:
+        # A plug-in's metric or task must be there before anything is read with it.
         if output.begun is not None:
             require_packages(output.begun.plugins, config.out)
         with stage("reading the dataset, the runs and the manifest"):
             work = prepare(config)
         begun = output.begun
+        # Compared before anything is computed: other data or other models would mix two evaluations.
         if begun is not None:
             output.require_same(without_places(begun.identity), without_places(work.config.identity()))
             output.require_same(begun.fingerprints, work.fingerprints)
@@ -94,6 +96,7 @@ def evaluate(config: EvaluateConfig, patience_s: float = 0.0) -> EvaluationResul
                 return _finished(work.config, output.folder, begun)
         require_trackers(work.config)
         with ray_session() as cores, one_line_errors(config.out, "evaluation"):
+            # Workers on other nodes need the plug-ins, too.
             require_on_nodes(plugins_of(work.config))
             gpus = gpus_of(config.actors, config.engine)
             with stage("loading the tokenizer, to check it"):
@@ -110,6 +113,7 @@ def report(out: str) -> EvaluationResults:
     record = EvaluationRecord.read_if_present(folder)
     if record is None or not folder.exists(RESULTS):
         raise ConfigError(f"{out}: holds no finished evaluation; run its covray evaluate again to continue it")
+    # The record may name the folder as it was called on another machine.
     config = load_config(EvaluateConfig, None, record.config).model_copy(update={"out": folder.path})
     results = EvaluationResults.read(folder)
     _write_results(config, [Subject(**subject) for subject in record.subjects], results)
@@ -131,6 +135,7 @@ def _evaluate(work: Work, output: Output[EvaluationRecord], pool: PoolOptions) -
     if plugins:  # else the key is absent, as in the files of earlier versions
         record = record.model_copy(update={"plugins": plugins})
     with output.tracked(config, record) as (tracker, record):
+        # Written once, and read by every worker: the pairs of a resumed evaluation are those it began with.
         with stage("writing the list of episodes"):
             for name, pairs in ((_QUERIES, work.queries), (_EXAMPLES, work.examples)):
                 if not folder.exists(name):
@@ -148,6 +153,7 @@ def _evaluate(work: Work, output: Output[EvaluationRecord], pool: PoolOptions) -
         with stage("writing the table and the page"):
             _write_results(config, work.subjects, results)
         _track(tracker, config, results)
+    # Last: a kill before this leaves the checkpoint, by which the same command goes on.
     delete_checkpoint(folder)
     return results
 
@@ -215,6 +221,7 @@ def read_rows(out: str, pair_ids: Collection[int] | None = None) -> list[Row]:
     partitioning = ds.partitioning(pa.schema([("task", pa.string())]), flavor="hive")
     dataset = ds.dataset(folder.inner_path(_ROWS), RESULT_SCHEMA, "parquet", folder.filesystem, partitioning)
     if pair_ids is None:
+        # The columns of tokens are most of the size, and a table needs none of them.
         table = dataset.to_table(columns=[name for name in RESULT_SCHEMA.names if name not in LARGE_COLUMNS])
     else:
         columns = [name for name in RESULT_SCHEMA.names if name not in (BEFORE, CANDIDATES)]
@@ -264,6 +271,7 @@ def _pictures(
     chosen: Mapping[str, Mapping[Rank, int]],
 ) -> list[Strip]:
     """Decode what each subject answered to the ``chosen`` queries, by task and rank."""
+    # One read for all strips of a page.
     pair_ids: set[int] = set()
     for ranks in chosen.values():
         pair_ids.update(ranks.values())
@@ -274,6 +282,7 @@ def _pictures(
     engine = config.engine.model_copy(update={"device": "cpu"})  # the driver's machine may have no GPU
     runner = _runner(config.model_copy(update={"engine": engine}), subjects)
     shown: list[tuple[str, Rank, Row]] = []  # task, rank and row
+    # Task by task and rank by rank, with the subjects in the order of the table.
     for task, ranks in chosen.items():
         for rank, pair_id in ranks.items():
             for subject in subjects:

@@ -144,11 +144,13 @@ def map_exactly_once(
         override_filesystem=output.filesystem,
         delete_checkpoint_on_success=False,
     )
+    # covray shows its own progress, in rows that are written.
     context.enable_progress_bars = False
     context.execution_options.verbose_progress = False
     context.execution_no_progress_timeout_s = 24 * 3600  # GPU nodes may take long to arrive
     # Ray Data would start 32 processes to read footers; one, of 128 threads, reads those of thousands of files.
     os.environ.setdefault("RAY_DATA_PARQUET_FOOTER_NUM_ACTORS", "1")
+    # Rows that a killed writer left half committed are finished or deleted first.
     finish_commits(output)
     committed = CommittedRows(output)
     before = committed.count()
@@ -192,6 +194,7 @@ def choose_rows_per_block(configured: int | None, rows: int, actors: int, fewest
     """
     if configured is not None:
         return configured
+    # Rounded up, so that no row is left for another block.
     wanted = max(-(-rows // (_BLOCKS_PER_ACTOR * actors)), fewest)
     # Every actor gets a block, whatever that does to batches; and one actor gets two, so that progress is seen.
     share = -(-rows // max(actors, 2))
@@ -210,6 +213,7 @@ class CommittedRows:
         """Return the rows that are written; reads only the files that are new since the last call."""
         names, new = [], []
         for name in self._folder.list_files(_COMMITTED):
+            # Files are pending until their rows are in the output.
             if name.endswith(_PENDING):
                 continue
             names.append(name)
@@ -238,6 +242,7 @@ def commit_again(output: Folder, id_column: str, ids: Callable[[], pa.ChunkedArr
     if (output / CHECKPOINT).list_files():
         return
     present = ids()
+    # A file in the form of a checkpoint, with the ids of all rows that are there.
     if len(present):
         (output / CHECKPOINT).write_bytes(f"standing{_COMMITTED}", parquet_bytes(pa.table({id_column: present})))
 
@@ -284,6 +289,7 @@ def most_actors(actors: ActorsConfig, engine: EngineConfig, cores: int, gpus: fl
     if actors.max is not None:
         return actors.max
     fit = cores // engine.threads
+    # A GPU may be shared by several actors: ``gpus`` is the share of each.
     if gpus:
         fit = int(ray.cluster_resources().get("GPU", 0) / gpus)
     return max(fit, actors.min, 1)

@@ -104,11 +104,13 @@ class Output(Generic[R]):
             CovrayError: The description cannot be used.
         """
         self.finished = self._has_result()
+        # A finished folder is only read: several commands may do so at a time.
         if not self.finished:
             self._lock.acquire()
         try:
             self.finished = self._has_result()  # the command that had the lock before may have finished
             self.begun = self._record.read_if_present(self.folder)
+            # A folder that holds something else is left alone.
             if self.begun is None:
                 self._require_fresh()
         except BaseException:

@@ -75,6 +75,7 @@ def run_trials(session: Session, grid: Grid, count: Callable[[], None]) -> None:
     folder = Folder(config.out)
     concurrency = _concurrency(config, grid, session.cores)
     trials = {trial.name: _placed(session, trial, concurrency) for trial in grid.trials}
+    # A failed trial is tried again by the same command; its record would make it count as done.
     waiting = []
     for name in trials:
         record = read_trial(config.out, name)
@@ -99,6 +100,7 @@ def run_trials(session: Session, grid: Grid, count: Callable[[], None]) -> None:
             if read_trial(config.out, name) is None:
                 _write_end(config.out, name, "failed", "ended without a result; run the same command again", [])
         ray_folder.delete()
+    # Trials whose tracker was away when they ended are logged now.
     _track_trials(config.out, trials)
 
 
@@ -127,6 +129,7 @@ class TrialDriver:
         validations: list[Validation] = []
         tokens = 0
 
+        # Tokens are summed over the steps: a validation is reported by the tokens trained so far.
         def watch(record: dict[str, Any]) -> None:
             nonlocal tokens
             tokens += record.get("tokens", 0)
@@ -185,11 +188,13 @@ def _tuner(
     config: SweepConfig, trials: Mapping[str, Trial], names: Sequence[str], progress: _Progress, concurrency: int
 ) -> tune.Tuner:
     """Return what runs the trials ``names`` of ``trials``, ``concurrency`` at a time, and tells ``progress``."""
+    # Tune's own loggers and output would stand between covray's lines.
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # covray itself says that a trial failed
     folder = Folder(config.out) / _RAY
     return tune.Tuner(
+        # A trial of Tune waits for its driver; what computes asks Ray for resources of its own.
         tune.with_resources(tune.with_parameters(_follow, trials=trials, out=config.out), {"CPU": _TRIAL_CPUS}),
         param_space={"trial": tune.grid_search(list(names))},
         tune_config=tune.TuneConfig(
@@ -229,6 +234,7 @@ def _scheduler(config: SweepConfig) -> TrialScheduler | None:
     """Return the rule that stops trials early; None for none."""
     if config.stopping == "none":
         return None
+    # The shortest training says when the first trial can be judged.
     tokens = [line.train_tokens for line in plan_sweep(config).trials]
     rule = {"time_attr": "tokens", "metric": "answer_perplexity", "mode": "min"}
     grace = max(1, int(config.grace * min(tokens)))
@@ -248,6 +254,7 @@ def _concurrency(config: SweepConfig, grid: Grid, cores: int) -> int:
     for workers in {trial.train.workers for trial in grid.trials}:
         gpus_each = workers.gpus
         if gpus_each is None:
+            # Left open, a worker takes a GPU where there are any.
             gpus_each = 0.0
             if gpus:
                 gpus_each = 1.0
@@ -262,6 +269,7 @@ def _placed(session: Session, trial: Trial, concurrency: int) -> Trial:
     """Return ``trial`` with its share of the machine, of ``concurrency`` trials, and with its place in MLflow."""
     resources = ray.cluster_resources()
     compute, workers = trial.train.compute, trial.train.workers
+    # On CPUs the trials share the cores, and each its share among its workers.
     if compute.threads is None and not resources.get("GPU", 0):
         threads = max(1, session.cores // (concurrency * workers.count))
         compute = compute.model_copy(update={"threads": threads})
@@ -272,6 +280,7 @@ def _placed(session: Session, trial: Trial, concurrency: int) -> Trial:
     tracking = session.config.tracking.model_copy(update={"uri": uri, "parent_run_id": parent})
     evaluation = trial.evaluate
     actors = evaluation.actors
+    # The evaluation of a trial may take what the trial's share of the machine is.
     if actors.max is None:
         fit = int(resources.get("GPU", 0) or session.cores // evaluation.engine.threads) // concurrency
         actors = actors.model_copy(update={"max": max(actors.min, fit)})
@@ -363,6 +372,7 @@ class _Progress(tune.Callback):
             number = list(self._ended.values()).count(status)
             if number:
                 counts.append(f"{number} {status}")
+        # The mean of the trials that ended in this call says how long the others take.
         if ended:
             seconds = (time.monotonic() - self._started) / ended
             counts.append(f"{seconds / 60:.1f} min a trial, {time_left(seconds * (total - self._before - ended))}")
@@ -408,6 +418,7 @@ def _close_run(
         Whether the store has all of it, or is not asked to.
     """
     run = RunRecord.read_if_present(trial.train.out)
+    # A run that never started, or that no tracker knows, has nothing to close.
     if run is None or not any(run_ids(run).values()):
         return True
     try:
