@@ -83,9 +83,11 @@ def backbone_facts(config: BackboneConfig) -> BackboneFacts:
                 "id (or backbone.init=random, to measure speed)"
             )
         path = "nano"
+    # Random weights need no folder: the scale alone says the architecture.
     if path is None:
         return weightless_facts(llama_config(config.scale), config.scale)
 
+    # Random weights are made here: of a hub id only the configuration is downloaded.
     patterns = _ABOUT_FILES if random else (*_ABOUT_FILES, *_WEIGHT_FILES)
     if path not in NANO_NAMES and Path(path).expanduser().is_file():
         raise WeightsError(
@@ -98,6 +100,7 @@ def backbone_facts(config: BackboneConfig) -> BackboneFacts:
     if random:
         return facts
     about = read_about(folder)
+    # Names, shapes and types of all weights, without reading their values.
     _find_tensors(folder, llama)
     return replace(
         facts,
@@ -153,6 +156,7 @@ def load_backbone(
     """
     if isinstance(lora, LoraConfig):
         lora = Lora(lora.rank, lora.alpha, lora.targets)
+    # Without memory first: the weights are read into place, and never exist twice.
     with torch.device("meta"):
         model = Lvm(facts.llama, lora, recompute)
     model.to(dtype)
@@ -162,6 +166,7 @@ def load_backbone(
             parameter.data = parameter.data.float()
         # A draft adapter is learned alone, for the model that it finds.
         parameter.requires_grad_(is_draft or (".lora_" in name and (lora is None or lora.draft is None)))
+    # A second adapter on the same backbone shares its frozen weights.
     model.allocate(device, {} if beside is None else beside.frozen_parameters())
     tensors = model.backbone_tensors()
     if facts.folder is not None and beside is None:
@@ -170,6 +175,7 @@ def load_backbone(
         _fill_randomly(tensors, facts.llama.initializer_range, seed, device)
     drafts = {f"draft.{name}": tensor for name, tensor in model.draft_tensors().items()}
     for name, tensor in (model.lora_tensors() | drafts).items():
+        # As PEFT starts LoRA: A is random and B is zero, so that the adapter changes nothing at first.
         if name.endswith("lora_A"):
             bound = tensor.shape[1] ** -0.5
             tensor.copy_(torch.empty(tensor.shape).uniform_(-bound, bound, generator=_generator(seed, name, "cpu")))
@@ -262,6 +268,7 @@ def checked_llama(values: dict[str, Any], file: Path) -> LlamaConfig:
         llama = LlamaConfig.from_dict(values)
     except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
         raise WeightsError(f"{file}: is not a LlamaConfig ({one_line(error)}); get the folder again") from error
+    # The published LLaMA is computed and nothing else: what would be ignored is refused.
     rope = llama.rope_parameters
     checks = (  # key, value, the only value that is supported
         ("hidden_act", llama.hidden_act, "silu"),
@@ -336,6 +343,7 @@ def _find_tensors(folder: Path, llama: LlamaConfig) -> dict[str, Path]:
                 _require_weight(folder, name, stored, expected.get(name))
                 files[name] = file
     tied = {"lm_head.weight"} if llama.tie_word_embeddings else set()
+    # With tied weights the head may be left out of the file.
     missing = expected.keys() - files.keys() - tied
     if missing:
         raise _disagreement(folder, f"{min(missing)} is missing")
@@ -407,5 +415,6 @@ def _generator(seed: int, name: str, device: torch.device | str) -> torch.Genera
 
 
 def _fingerprint(llama: LlamaConfig) -> str:
+    # Of random weights there are no files: the architecture decides, whatever version of transformers wrote it.
     values = {key: value for key, value in llama.to_dict().items() if key not in ("transformers_version", "dtype")}
     return hashlib.sha256(f"random {json.dumps(values, sort_keys=True)}".encode()).hexdigest()

@@ -38,10 +38,13 @@ class Window:
                 additions in a softmax, and so its last bits, follow from it.
         """
         width = len(visible)
+        # The slots of each row's window, [batch, W].
         slots = own[:, None] + torch.arange(width, device=own.device)
         offset = torch.arange(length, device=own.device) - own[:, None]  # [batch, N], 0 at the window's first slot
         inside = (offset >= 0) & (offset < width)
         of_window = visible[:, offset.clamp(0, width - 1)].transpose(0, 1)  # [batch, W, N]
+        # What lies before the window, and of the window what ``visible`` says; slots behind it hold what was given
+        # up.
         seen = (offset < 0)[:, None] | (inside[:, None] & of_window)
         return cls(slots, ~seen)
 
@@ -72,12 +75,15 @@ class LayerCache:
             The mixed values, [batch, heads * head width].
         """
         rows, heads, size = query.shape
+        # As scaled_dot_product_attention scales; heads first, for one product with the keys that all rows share.
         query = (query * size**-0.5).transpose(0, 1).contiguous()  # [heads, batch, size]
         keys, values = (part[:, :, :count].flatten(0, 1) for part in (self.keys, self.values))
         shared = torch.bmm(query, self.shared_keys.mT)  # [heads, batch, P]
         own = torch.bmm(query.view(heads * rows, 1, size), keys.mT).view(heads, rows, count)
+        # One softmax over both parts, in float32.
         weights = torch.cat((shared, own), -1).softmax(-1, dtype=torch.float32).to(query.dtype)
         mixed = torch.bmm(weights[..., : shared.shape[2]], self.shared_values)  # [heads, batch, size]
+        # The weights of the row's own tokens, with values of its own.
         own_weights = weights[..., shared.shape[2] :].reshape(heads * rows, 1, count)
         mixed += torch.bmm(own_weights, values).view(heads, rows, size)
         return mixed.transpose(0, 1).reshape(rows, -1)
@@ -97,6 +103,7 @@ class LayerCache:
         rows, width = window.slots.shape
         tokens, heads, size = query.shape
         number = torch.arange(rows, device=query.device)[:, None]
+        # Stored before they are read: a window's tokens see each other.
         for stored, new in ((self.keys, key), (self.values, value)):
             stored[:, number, window.slots] = new.view(rows, width, heads, size).permute(2, 0, 1, 3)
         query = (query * size**-0.5).transpose(0, 1).contiguous()  # [heads, batch * W, size]

@@ -91,6 +91,7 @@ class Projection(nn.Module):
     def _map(self, x: Tensor) -> tuple[Tensor, ...]:
         sizes = self._widths
         adapted = tuple(name in self.adapted for name in self.sizes)
+        # B of every adapted map; A is one matrix for all of them, as they read the same input.
         ups = (self.lora_B[name] for name in self.adapted)
         parts: tuple[Tensor, ...] = AdaptedLinear.apply(
             x, self.weight, self.bias, sizes, adapted, self.scale, self.lora_A, *ups

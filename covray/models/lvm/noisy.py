@@ -88,6 +88,7 @@ class NoisyAttention:
         """
         groups = []
         first_clean = first_noisy = 0
+        # Neighbours of equal lengths are one group: one call of the attention for all of them.
         for (length, count), same in groupby(zip(lengths, noisy.counts, strict=True)):
             masks = []
             for _ in same:
@@ -111,6 +112,7 @@ class NoisyAttention:
         Returns:
             The mixed values of the noisy tokens, [M, heads * d].
         """
+        # Clean tokens of all sentences stand first, then the noisy ones of all.
         clean, noisy = 0, sum(sentences * length for sentences, length, _, _ in self.groups)
         mixed = []
         for sentences, length, count, mask in self.groups:
@@ -119,6 +121,7 @@ class NoisyAttention:
             clean, noisy = of_clean.stop, of_noisy.stop
             if not count:
                 continue
+            # [sentences, tokens, heads, d]; noisy tokens see the keys of both.
             shape = (sentences, -1, *query.shape[1:])
             keys = torch.cat((key[of_clean].view(shape), key[of_noisy].view(shape)), 1).transpose(1, 2)
             values = torch.cat((value[of_clean].view(shape), value[of_noisy].view(shape)), 1).transpose(1, 2)

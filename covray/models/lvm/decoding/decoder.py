@@ -119,13 +119,16 @@ class LvmDecoder:
         before = len(prompt) + queries.shape[1]
         require_context(before + images * self.tokens_per_image, self.tokens_per_image, self.context_tokens)
         seeds = [0] * len(queries) if seeds is None else seeds
+        # Candidates of a query follow each other, so that they share its reading.
         rows = []
         for query, (ids, seed) in enumerate(zip(queries, seeds, strict=True)):
             rows += [_Row(query, candidate, seed, ids) for candidate in range(sampling.candidates)]
         verifier = None if sampling.choose_by != "verifier" else require_verifier(self._verifier)
+        # Candidates are given up along the way: each picture is written by itself.
         if sampling.keep < 1:
             yield from self._choose_early(prompt, rows, images, sampling, verifier)
             return
+        # The verifier judges a candidate by all of its pictures.
         pictures: dict[_Row, list[np.ndarray]] = {row: [row.ids] for row in rows}
         for row, written in self._write_rows(prompt, rows, 0, images, sampling):
             verdict = None
@@ -148,6 +151,7 @@ class LvmDecoder:
             verifier: Says which are the best; None: the likeliest are.
         """
         asked = {row.query: row.ids for row in rows}
+        # By row, the log p of what it has written so far.
         log_p = dict.fromkeys(rows, 0.0)
         for image in range(images):
             is_answer = image == images - 1
@@ -157,6 +161,7 @@ class LvmDecoder:
             for row, written in self._write_rows(prompt, list(log_p), image, 1, of_picture):
                 ids = np.concatenate((row.ids, written.ids))
                 following = replace(row, ids=ids)
+                # In float64, as the sum is over thousands of tokens.
                 longer[following] = log_p[row] + float(written.token_log_p.sum(dtype=np.float64))
                 verdict = None
                 if verifier is not None:
@@ -204,6 +209,7 @@ class LvmDecoder:
             ahead = 1
         elif strategy == "speculative":
             ahead = window_slots(require_draft(self._draft), sampling)
+        # The last token is never read: no slot is needed for it.
         buffer = reader.take_buffer(own + steps - 1 + ahead)
         caches = reader.read_prompt(prompt, buffer)
 
@@ -212,10 +218,12 @@ class LvmDecoder:
             tokens = np.frombuffer(ids, rows[0].ids.dtype)
             return reader.read_alone(tokens, len(prompt), caches if len(prompt) else None)
 
+        # A pass has one shape: rows are written ``batch`` at a time, and padded.
         for start in range(0, len(rows), self.batch):
             some = rows[start : start + self.batch]
             last = []
             for number, row in enumerate(some):
+                # Read alone, and then copied into the row's part of the cache.
                 hidden, kept = read(row.ids.tobytes())
                 last.append(hidden)
                 for cache, (keys, values) in zip(caches, kept, strict=True):

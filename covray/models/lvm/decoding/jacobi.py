@@ -78,6 +78,7 @@ def write_windows(rows: Rows, pending: PendingRows) -> Iterator[FinishedImage]:
     """Write the pictures of a batch window by window, and yield each once its row has finished it."""
     size = pending.tokens_per_image
     while True:
+        # A picture is finished once its last token is final.
         before = [count // size for count in rows.final]
         rows.advance()
         after = [count // size for count in rows.final]
@@ -102,6 +103,7 @@ class Rows:
         self.log_p = torch.zeros((batch, pending.steps + window), device=device)
         self.final = [0] * pending.rows
         """Places of each row whose tokens are final."""
+        # The state behind the query predicts the first token.
         self._logits = reader.logits(pending.hidden)[:, None]  # [batch, places, codes] from ``final`` on
         self._visible = torch.ones((window, window), dtype=torch.bool, device=device).tril()
         self._number = torch.arange(batch, device=device)[:, None]
@@ -118,8 +120,10 @@ class Rows:
         if self._relaxation is not None:
             stands = self._relaxation.accepts(self._logits[:, :-1], drafts, chosen[:, :-1])
             chosen[:, :-1] = torch.where(stands, drafts, chosen[:, :-1])
+        # Of the model at temperature 1, whatever the tokens were chosen with.
         likelihood = self._logits.gather(2, chosen[..., None])[..., 0] - self._logits.logsumexp(2)
         right = drafts == chosen[:, :-1]
+        # All drafts up to the first wrong one are right, and so is the token chosen in its place.
         accepted = 1 + right.long().cumprod(1).sum(1)  # [batch], 1 .. width
         self.ids[self._number, places] = chosen
         self.log_p[self._number, places] = likelihood
