@@ -73,6 +73,7 @@ def fetch(
         FetchError: Anything else: no connection, no such repository, unexpected bytes, a hostile archive.
     """
     artefacts = read_artefacts(catalogue)
+    # A kind stands for the first artefact of it.
     if name in ("prior", "tokenizer", "backbone"):
         name = next((entry for entry, artefact in artefacts.items() if artefact.kind == name), name)
     artefact = artefacts.get(name)
@@ -83,6 +84,7 @@ def fetch(
         raise ConfigError(f"{option}: {name} is not on the hub; leave the option out")
     folder = Path(out).expanduser() if out is not None else default_folder(name, artefact)
     result: dict[str, Any] = {"name": name, "folder": str(folder), "next": artefact.next.format(folder=folder)}
+    # What asks for a licence to be accepted is downloaded by hand, and only checked here.
     if artefact.page is not None:
         return result | _by_hand(artefact, folder)
     try:
@@ -97,6 +99,7 @@ def fetch(
             f"{folder}: cannot be read or written ({one_line(error)}); run the same command again to continue"
         ) from error
     result |= fetching.summary()
+    # A prior that was just downloaded must compute what it should, or a build would be of noise.
     if artefact.kind == "prior" and fetching.fetched:
         result["self_test"] = _self_test(folder)
     return result
@@ -134,6 +137,7 @@ class _Fetching:
         if source is None:
             source = self._resolve(artefact, revision or artefact.revision, hub_id or artefact.id or "")
         elif hub_id not in (None, source.origin) or revision not in (None, source.asked, source.revision):
+            # What is in the folder is pinned: another repository or commit needs another folder.
             present = source.origin
             if source.revision is not None:
                 present += f" at {source.revision}"
@@ -141,9 +145,11 @@ class _Fetching:
         else:
             source = _with_hashes(source, artefact.sha256)
         good, bad = self._compare(source.files)
+        # Missing files are no damage: they are what is left to fetch.
         self.damaged = [path for path, why in bad.items() if why != "missing"]
         if bad:
             self._download(source, bad)
+            # Compared again: what the hub gave must be what it named.
             fresh, wrong = self._compare({path: source.files[path] for path in bad})
             for path in wrong:
                 (self.folder / path).unlink(missing_ok=True)  # so that nothing uses it
@@ -151,6 +157,7 @@ class _Fetching:
                 raise FetchError(f"{self.folder / path}: what {source.origin} gave {why}; it was deleted, try again")
             good |= fresh
             self.fetched += bad
+        # Recorded with measured sizes and hashes, so that the next call compares all of it.
         self._record(source.model_copy(update={"files": {path: good[path] for path in source.files}}))
 
     def archive(self, archive: Archive) -> None:
@@ -163,6 +170,7 @@ class _Fetching:
                 return
         file = self.folder / archive.name
         expected = archive.sha256
+        # Of an archive that is not in the catalogue with a hash, the first download decides.
         if not expected and known is not None:
             expected = known.sha256
         if not file.is_file():
@@ -177,6 +185,7 @@ class _Fetching:
             raise FetchError(
                 f"{archive.url}: has {size} bytes and SHA-256 {sha256}, not {recorded}; it was deleted, try again"
             )
+        # An archive may not unpack to many times its size.
         files = Unpacking(self.folder, archive, max(UNPACKED_LEAST, UNPACKED_RATIO * size)).unpack(file)
         self._record(Source(origin=archive.url, sha256=sha256, files=files))
         file.unlink()
@@ -199,6 +208,7 @@ class _Fetching:
                     files_metadata=True,
                     timeout=TIMEOUT_S,
                 )
+        # Without the hub, files that were put there by hand are taken as they are.
         except Unreachable as error:
             return self._adopt(artefact, hub_id, error)
         siblings = {file.rfilename: file for file in about.siblings or ()}
@@ -215,6 +225,7 @@ class _Fetching:
         except ValidationError as error:
             raise FetchError(f"{hub_id}: {one_line(error)}; give another --id") from error
         source = _with_hashes(source, artefact.sha256)
+        # Before the download: a call that is killed goes on with the same commit.
         self._record(source)
         return source
 
@@ -261,6 +272,7 @@ class _Fetching:
         """Return the ``files`` that are in the folder as recorded, measured, and what is wrong with each other one."""
         good, bad = {}, {}
         for path, recorded in files.items():
+            # Compared from cheap to dear: presence, size, then the hash of all bytes.
             file = self.folder / path
             if not file.is_file():
                 bad[path] = "missing"
@@ -292,6 +304,7 @@ def _choose(patterns: Iterable[str | tuple[str, ...]], paths: Iterable[str]) -> 
     for pattern in patterns:
         choices = (pattern,) if isinstance(pattern, str) else pattern
         for choice in choices:
+            # Of several choices the first that matches anything is taken.
             matches = fnmatch.filter(names, choice)
             if matches:
                 chosen |= dict.fromkeys(matches)
