@@ -101,7 +101,6 @@ def plan_build(config: BuildConfig, append: bool = False) -> Plan:
     Raises:
         CovrayError: A manifest, model folder, configuration or output folder cannot be used.
     """
-    # Plug-ins that the dataset was begun with must be installed.
     _require_packages(config.out)
     config = config.model_copy(update={"pairs": absolute(config.pairs)})
     info = check_manifest(config.pairs)
@@ -115,13 +114,11 @@ def plan_build(config: BuildConfig, append: bool = False) -> Plan:
     else:
         _require_same_identity(config, output.begun, output)
         if version.is_new:
-            # The record of the version is made only to be checked: nothing is written by a plan.
             with_version(config, output.begun, info)
             before = ChainDataset(config.out)
             pairs -= before.count(errors=True)
             assert before.audit is not None
             per_task = {task: rows - asked_before(before.audit, task) for task, rows in per_task.items()}
-    # Folders and schedules, without weights.
     require_models(config)
     _require_contexts(config, info)
     if config.noise_from is not None:
@@ -194,7 +191,6 @@ def _build(
     cores: int,
 ) -> Audit:
     """Build a version in a Ray session with ``cores`` cores."""
-    # Workers on other nodes need the plug-ins, too.
     require_on_nodes(_plugins(config, info))
     gpus = gpus_of(config.actors, config.engine)
     with stage("loading the models, to check them"):
@@ -236,10 +232,8 @@ def _write_version(config: BuildConfig, info: ManifestInfo, models: BuildModels,
     usage, before = _run(config, info, models, noise, pool, version)
     seconds = round(time.monotonic() - started, 1)
     with stage("counting what was written"):
-        # The audit reads what is on the storage: it trusts no count of the workers.
         audit = audit_dataset(config.out, info.pair_ids, info.per_task, version.number)
     figures = asdict(usage) | {"seconds": seconds, "rows_of_earlier_runs": before}
-    # The counts of earlier versions stand in the audit that is replaced.
     if version.number > 1:
         figures["versions"] = [*earlier_counts(folder, version.number), audit.counts()]
     audit = audit.model_copy(update=figures)
@@ -308,7 +302,6 @@ def _run(
             batch_format="pyarrow",
             batch_size=rows_per_block,
             num_cpus=TASK_CPUS,
-            # The index of noise is put once into the object store, and not into every task.
             fn_kwargs=shared | {"root": info.root, "noise": ray.put(noise)},
         )
         return Pool(ChainActor, shared, pool, rows_per_block).map(prepared, progress)
@@ -374,7 +367,6 @@ def _load_once(config: BuildConfig, gpus: float) -> tuple[BuildConfig, BuildMode
         builder = _builder(config)
         return builder.config, builder.models()
 
-    # Where an actor will run: a driver without a GPU cannot tell whether the models fit on one.
     check = ray.remote(**like_an_actor(gpus, config.actors.node_type))(load)
     with one_line_errors(config.out, "build"):
         loaded: tuple[BuildConfig, BuildModels] = ray.get(check.remote(config))

@@ -144,13 +144,11 @@ def map_exactly_once(
         override_filesystem=output.filesystem,
         delete_checkpoint_on_success=False,
     )
-    # covray shows its own progress, in rows that are written.
     context.enable_progress_bars = False
     context.execution_options.verbose_progress = False
     context.execution_no_progress_timeout_s = 24 * 3600  # GPU nodes may take long to arrive
     # Ray Data would start 32 processes to read footers; one, of 128 threads, reads those of thousands of files.
     os.environ.setdefault("RAY_DATA_PARQUET_FOOTER_NUM_ACTORS", "1")
-    # Rows that a killed writer left half committed are finished or deleted first.
     finish_commits(output)
     committed = CommittedRows(output)
     before = committed.count()

@@ -147,7 +147,6 @@ def plan_training(
             chains = examples + 1  # those of the examples, and the query's
             sizes.append(length * chains * tokens_per_image)
     mean_tokens = sum(sizes) / len(sizes)
-    # As many sentences as fit on average; a step has at least one.
     sentences_per_step = max(1, int(optimizer.batch_tokens / mean_tokens))
     if optimizer.steps is not None:
         steps, sentences = optimizer.steps, optimizer.steps * sentences_per_step

@@ -156,7 +156,6 @@ def load_backbone(
     """
     if isinstance(lora, LoraConfig):
         lora = Lora(lora.rank, lora.alpha, lora.targets)
-    # Without memory first: the weights are read into place, and never exist twice.
     with torch.device("meta"):
         model = Lvm(facts.llama, lora, recompute)
     model.to(dtype)
@@ -166,7 +165,6 @@ def load_backbone(
             parameter.data = parameter.data.float()
         # A draft adapter is learned alone, for the model that it finds.
         parameter.requires_grad_(is_draft or (".lora_" in name and (lora is None or lora.draft is None)))
-    # A second adapter on the same backbone shares its frozen weights.
     model.allocate(device, {} if beside is None else beside.frozen_parameters())
     tensors = model.backbone_tensors()
     if facts.folder is not None and beside is None:

@@ -209,7 +209,6 @@ class LvmDecoder:
             ahead = 1
         elif strategy == "speculative":
             ahead = window_slots(require_draft(self._draft), sampling)
-        # The last token is never read: no slot is needed for it.
         buffer = reader.take_buffer(own + steps - 1 + ahead)
         caches = reader.read_prompt(prompt, buffer)
 
@@ -218,12 +217,10 @@ class LvmDecoder:
             tokens = np.frombuffer(ids, rows[0].ids.dtype)
             return reader.read_alone(tokens, len(prompt), caches if len(prompt) else None)
 
-        # A pass has one shape: rows are written ``batch`` at a time, and padded.
         for start in range(0, len(rows), self.batch):
             some = rows[start : start + self.batch]
             last = []
             for number, row in enumerate(some):
-                # Read alone, and then copied into the row's part of the cache.
                 hidden, kept = read(row.ids.tobytes())
                 last.append(hidden)
                 for cache, (keys, values) in zip(caches, kept, strict=True):
