@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -218,6 +219,10 @@ class Generator:
         for each in self.model.decoder.stream(prompt, tokens, count, request.sampling, seeds):
             picture = self.tokenizer.decode(each.ids[None])[0]
             yield WrittenPicture(each.query, each.image, each.image == count - 1, picture)
+
+    def checked(self, check: Callable[[], None]) -> AbstractContextManager[None]:
+        """Call ``check`` before each pass of the model within the block; what it raises ends the writing."""
+        return self.model.decoder.checked(check)
 
     def read_answer(self, request: Request, number: int, small: Picture) -> ReadAnswer:
         """Return an answer at its query's size, and as the task reads it.

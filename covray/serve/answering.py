@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,33 @@ class Query:
         return Request(tuple(pictures), self.examples, self.task, self.classes, self.sampling, self.seed)
 
 
+class AbandonedError(Exception):
+    """Nobody waits for the answer any longer."""
+
+
+class Waiting:
+    """A query whose client waits until the end of the block."""
+
+    def __init__(self, query: Query):
+        """Begin to wait."""
+        self.query = query
+        self.is_over = False
+
+    def __enter__(self) -> Waiting:
+        """Begin."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """End, however the block ended: nobody waits any longer."""
+        self.is_over = True
+
+
+def require_waiting(clients: Sequence[Waiting]) -> None:
+    """Raise AbandonedError where none of ``clients`` waits any longer."""
+    if all(client.is_over for client in clients):
+        raise AbandonedError
+
+
 def group(queries: Sequence[Query]) -> list[list[int]]:
     """Return the numbers of the queries that can be answered in one batch, in the order of their first."""
     groups: dict[tuple[object, ...], list[int]] = {}
@@ -47,13 +75,20 @@ def group(queries: Sequence[Query]) -> list[list[int]]:
     return list(groups.values())
 
 
-def answer_together(generator: Generator, queries: Sequence[Query]) -> list[AnswerResponse | Refusal]:
-    """Answer queries that share everything but the picture; each answer has the bits that it has alone."""
-    first = queries[0]
+def answer_together(generator: Generator, clients: Sequence[Waiting]) -> list[AnswerResponse | Refusal]:
+    """Answer queries that share everything but the picture; each answer has the bits that it has alone.
+
+    Raises:
+        AbandonedError: No client waits any longer. It is noticed before each pass of the model.
+    """
+    first = clients[0].query
+    check = functools.partial(require_waiting, clients)
+    check()
     try:
-        answers = generator.answer(first.request([query.picture for query in queries]))
+        with generator.checked(check):
+            answers = generator.answer(first.request([client.query.picture for client in clients]))
     except CovrayError as error:
-        return [Refusal(reason="refused", message=str(error))] * len(queries)
+        return [Refusal(reason="refused", message=str(error))] * len(clients)
     responses: list[AnswerResponse | Refusal] = []
     for answer in answers:
         response = AnswerResponse(
@@ -88,29 +123,47 @@ def _candidates(generator: Generator, answer: Answer) -> tuple[Candidate, ...]:
     return tuple(candidates)
 
 
-def stream_answer(generator: Generator, query: Query) -> Iterator[Frame | AnswerResponse | Refusal]:
-    """Yield each picture of one answer as soon as it is written, and at last the answer without its frames."""
+def stream_answer(generator: Generator, client: Waiting) -> Iterator[Frame | AnswerResponse | Refusal]:
+    """Yield each picture of one answer as soon as it is written, and at last the answer without its frames.
+
+    Raises:
+        AbandonedError: The client does not wait any longer. It is noticed before each pass of the model.
+    """
+    query = client.query
     request = query.request([query.picture])
     try:
-        for written in generator.stream(request):
-            yield Frame(number=written.number, is_answer=written.is_answer, picture=_png(written.picture))
-            if written.is_answer:
-                read = generator.read_answer(request, 0, written.picture)
-                yield AnswerResponse(
-                    adapter=query.adapter,
-                    task=query.task or generator.resolved.task,
-                    seed=None,
-                    query=_png(generator.as_seen(query.picture)),
-                    frames=(),
-                    picture=_png(read.picture),
-                    spread=None,
-                    data=_encoded(read.data),
-                    samples=query.sampling.candidates,
-                    candidate=None,
-                    log_likelihood=None,
-                )
+        with generator.checked(functools.partial(require_waiting, [client])):
+            for written in generator.stream(request):
+                yield Frame(number=written.number, is_answer=written.is_answer, picture=_png(written.picture))
+                if written.is_answer:
+                    yield _last_event(generator, query, request, written.picture)
     except CovrayError as error:
         yield Refusal(reason="refused", message=str(error))
+
+
+def _last_event(generator: Generator, query: Query, request: Request, small: Picture) -> AnswerResponse:
+    """Return the answer that ends a stream.
+
+    Args:
+        generator: Who wrote it.
+        query: Whose answer it is.
+        request: The request of the query alone.
+        small: The answer at the tokenizer's size.
+    """
+    read = generator.read_answer(request, 0, small)
+    return AnswerResponse(
+        adapter=query.adapter,
+        task=query.task or generator.resolved.task,
+        seed=None,
+        query=_png(generator.as_seen(query.picture)),
+        frames=(),
+        picture=_png(read.picture),
+        spread=None,
+        data=_encoded(read.data),
+        samples=query.sampling.candidates,
+        candidate=None,
+        log_likelihood=None,
+    )
 
 
 def _png(picture: Picture) -> str:

@@ -21,7 +21,7 @@ import ray
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.config import HTTPOptions
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from covray.config import ServeConfig, load_config
 from covray.distributed.metrics import LATENCY, REQUESTS, Recorder
@@ -30,7 +30,7 @@ from covray.errors import ConfigError, one_line
 from covray.generation.generator import Generator, resolve_generator
 from covray.generation.models import SharedModels
 from covray.progress import stage
-from covray.serve.answering import Query, answer_together, group, stream_answer
+from covray.serve.answering import AbandonedError, Query, Waiting, answer_together, group, stream_answer
 from covray.serve.connections import proxy_variables
 from covray.serve.gallery import read_galleries, with_galleries
 from covray.serve.http_api import LOOPBACK, Event, make_app
@@ -45,6 +45,8 @@ _DRAIN_S = 60.0
 _ADAPTERS = 4
 """Adapters beside the first that a replica keeps loaded; the one used longest ago makes room."""
 _LEAST_TOKEN = 16
+_ABANDONED = Refusal(reason="abandoned", message="nobody waits for the answer any longer")
+"""What stands in for an answer that nobody reads."""
 TOKEN_VARIABLE = "COVRAY_SERVE_TOKEN"
 R = TypeVar("R")
 
@@ -69,32 +71,47 @@ class Replica:
         self._answer_batch.set_batch_wait_timeout_s(config.batch_wait_s)
 
     async def answer(self, query: Query) -> AnswerResponse | Refusal:
-        """Return the answer to a query, which may share a batch with others."""
-        result: AnswerResponse | Refusal = await self._answer_batch(query)
+        """Return the answer to a query, which may share a batch with others.
+
+        Once a call is cancelled, its query is not computed any further, unless its batch is computed for others.
+        """
+        with Waiting(query) as client:
+            result: AnswerResponse | Refusal = await self._answer_batch(client)
         return result
 
     @serve.batch
-    async def _answer_batch(self, queries: list[Query]) -> list[AnswerResponse | Refusal]:
+    async def _answer_batch(self, clients: list[Waiting]) -> list[AnswerResponse | Refusal]:
         """Answer queries; those that share everything but the picture in one batch of the decoder."""
-        results: dict[int, AnswerResponse | Refusal] = {}
-        for numbers in group(queries):
-            members = [queries[number] for number in numbers]
+        results: list[AnswerResponse | Refusal] = [_ABANDONED] * len(clients)
+        for numbers in group([client.query for client in clients]):
             async with self._turn:
-                generator = await self._generator(members[0].adapter)
-                answers = await self._compute(functools.partial(answer_together, generator, members))
-            results.update(zip(numbers, answers, strict=True))
-        return [results[number] for number in range(len(queries))]
+                waiting = [number for number in numbers if not clients[number].is_over]
+                answers = await self._answers([clients[number] for number in waiting])
+            for number, answer in zip(waiting, answers, strict=True):
+                results[number] = answer
+        return results
+
+    async def _answers(self, clients: list[Waiting]) -> list[AnswerResponse | Refusal]:
+        """Return what answers the clients of one batch, while any of them waits."""
+        if not clients:
+            return []
+        generator = await self._generator(clients[0].query.adapter)
+        try:
+            return await self._compute(functools.partial(answer_together, generator, clients))
+        except AbandonedError:
+            return [_ABANDONED] * len(clients)
 
     async def stream(self, query: Query) -> AsyncIterator[Event]:
         """Yield the pictures of one answer; other queries wait, since the decoder has one cache."""
         async with self._turn:
             generator = await self._generator(query.adapter)
-            events: Iterator[Event] = stream_answer(generator, query)
-            try:
-                while (event := await self._compute(functools.partial(next, events, None))) is not None:
-                    yield event
-            finally:  # a client that leaves frees the decoder after the picture at work
-                self._thread.submit(events.close)  # type: ignore[attr-defined]
+            with Waiting(query) as client:  # once it leaves, the pass at work is the last
+                events: Iterator[Event] = stream_answer(generator, client)
+                try:
+                    while (event := await self._compute(functools.partial(next, events, None))) is not None:
+                        yield event
+                finally:
+                    self._thread.submit(events.close)  # type: ignore[attr-defined]
 
     async def _generator(self, adapter: str) -> Generator:
         """Return the generator of an adapter, loaded if need be."""
@@ -122,11 +139,11 @@ class ReplicaHandle:
         handle = self._handle.options(multiplexed_model_id=query.adapter)
         for _ in range(_ATTEMPTS - 1):
             try:
-                result: AnswerResponse | Refusal = await handle.answer.remote(query)
+                result: AnswerResponse | Refusal = await _result_of(handle.answer.remote(query))
                 return result
             except RayActorError:
                 continue
-        last: AnswerResponse | Refusal = await handle.answer.remote(query)
+        last: AnswerResponse | Refusal = await _result_of(handle.answer.remote(query))
         return last
 
     async def stream(self, query: Query) -> AsyncIterator[Event]:
@@ -135,8 +152,9 @@ class ReplicaHandle:
         sent = 0
         for attempts_left in reversed(range(_ATTEMPTS)):
             number = 0
+            events = handle.stream.remote(query)
             try:
-                async for event in handle.stream.remote(query):
+                async for event in events:
                     number += 1
                     if number > sent:
                         sent = number
@@ -145,6 +163,18 @@ class ReplicaHandle:
             except RayActorError:
                 if not attempts_left:
                     raise
+            except (asyncio.CancelledError, GeneratorExit):
+                events.cancel()
+                raise
+
+
+async def _result_of(response: DeploymentResponse[R]) -> R:
+    """Return what a replica answers; where nobody waits for it any longer, the replica is told."""
+    try:
+        return await response
+    except asyncio.CancelledError:
+        response.cancel()
+        raise
 
 
 class ThinkReplica:
@@ -160,7 +190,7 @@ class ThinkReplica:
         return ThoughtModels(open_parts(config.think, config.generator.engine))
 
     async def think(self, query: ThoughtQuery) -> ThoughtResponse | Refusal:
-        """Return what is thought and drawn."""
+        """Return what is thought and drawn. A query that is cancelled before its turn is never begun."""
         return await asyncio.wrap_future(self._thread.submit(self._models.think, query))
 
 
@@ -174,11 +204,11 @@ class ThinkHandle:
         """Return what is thought and drawn."""
         for _ in range(_ATTEMPTS - 1):
             try:
-                result: ThoughtResponse | Refusal = await self._handle.think.remote(query)
+                result: ThoughtResponse | Refusal = await _result_of(self._handle.think.remote(query))
                 return result
             except RayActorError:
                 continue
-        last: ThoughtResponse | Refusal = await self._handle.think.remote(query)
+        last: ThoughtResponse | Refusal = await _result_of(self._handle.think.remote(query))
         return last
 
 
@@ -313,7 +343,7 @@ def run(config: ServeConfig, token: str | None, ready: Callable[[str], None]) ->
             host = f"[{config.host}]" if ":" in config.host else config.host
             ready(f"http://{host}:{config.port}")
             threading.Event().wait()
-        except RuntimeError as error:
+        except (RuntimeError, TimeoutError) as error:
             raise ConfigError(f"no replica started ({one_line(error)}); see --debug for Ray's logs") from error
         finally:
             with stage("finishing the requests at work"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import html
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from importlib.resources import files
 from typing import Any, Protocol
@@ -55,7 +55,7 @@ class Answerer(Protocol):
 class _EventStream(StreamingResponse):
     """Server-Sent Events; frees the request's slot however it ends, also where the client leaves at once."""
 
-    def __init__(self, events: AsyncIterator[str], free: Callable[[int], None]):
+    def __init__(self, events: AsyncGenerator[str, None], free: Callable[[int], None]):
         super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-store"})
         self._events = events
         self._free = free
@@ -68,6 +68,7 @@ class _EventStream(StreamingResponse):
             status = 200
         finally:
             self._free(status)
+            await self._events.aclose()  # so that nothing is computed for a client that left
 
 
 class _RequireToken:
@@ -180,7 +181,7 @@ def _add_gallery(app: FastAPI, adapters: Adapters, galleries: Mapping[str, Galle
         return GalleryPairs(pairs=galleries.get(adapter, {}).get(task, ()))
 
 
-async def _started(events: AsyncIterator[Event], deadline: float, seconds: float) -> AsyncIterator[str]:
+async def _started(events: AsyncIterator[Event], deadline: float, seconds: float) -> AsyncGenerator[str, None]:
     """Return the rest of a stream whose first event is no refusal. Raises RefusedError."""
     async with InTime(deadline, seconds):
         first = await anext(events)
@@ -189,7 +190,9 @@ async def _started(events: AsyncIterator[Event], deadline: float, seconds: float
     return _as_text(first, events, deadline, seconds)
 
 
-async def _as_text(first: Event, events: AsyncIterator[Event], deadline: float, seconds: float) -> AsyncIterator[str]:
+async def _as_text(
+    first: Event, events: AsyncIterator[Event], deadline: float, seconds: float
+) -> AsyncGenerator[str, None]:
     """Yield each event as Server-Sent Events write it."""
     async with aclosing(events):  # type: ignore[type-var]
         event: Event | None = first

@@ -28,7 +28,7 @@ from covray.generation.files import generate
 from covray.generation.generator import Generator
 from covray.generation.request import Example
 from covray.io.images import decode
-from covray.serve.answering import Query, answer_together, stream_answer
+from covray.serve.answering import Query, Waiting, answer_together, stream_answer
 from covray.serve.app import TOKEN_VARIABLE, application, require_servable
 from covray.serve.schemas import AnswerResponse, Frame
 from covray.serve.thinking import ThoughtModels, ThoughtQuery, open_parts
@@ -60,8 +60,9 @@ def test_answers_of_a_batch_and_of_a_stream_are_those_of_generate(
     examples = (Example(Path(image).read_bytes(), Path(label).read_bytes()),)
     generator = Generator.load(GeneratorConfig(adapter=run_folder, engine=ENGINE, batch=4))
     queries = [query_of(path, sampling, examples) for path in paths]
-    together = answer_together(generator, queries)
-    for path, query, answer in zip(paths, queries, together, strict=True):
+    clients = [Waiting(query) for query in queries]
+    together = answer_together(generator, clients)
+    for path, client, answer in zip(paths, clients, together, strict=True):
         out = tmp_path / "out" / Path(path).stem
         values: dict[str, Any] = {"queries": (path,), "examples": ((image, label),), "out": str(out), "seed": 5}
         config = GenerateConfig(adapter=run_folder, engine=ENGINE, batch=4, sampling=sampling, **values)
@@ -72,7 +73,7 @@ def test_answers_of_a_batch_and_of_a_stream_are_those_of_generate(
         for name, content in answer.data.items():
             assert base64.b64decode(content) == expected[name]
         assert answer.log_likelihood == (*record.log_likelihood.frames, record.log_likelihood.answer)
-        *frames, last = stream_answer(generator, query)
+        *frames, last = stream_answer(generator, client)
         assert isinstance(last, AnswerResponse)
         assert (last.picture, last.data, last.query) == (answer.picture, answer.data, answer.query)
         pictures_sent = [frame.picture for frame in frames if isinstance(frame, Frame)]

@@ -6,7 +6,8 @@ the same prompt, queries and sampling, so that callers need not know which one t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -193,6 +194,9 @@ class Decoder(Protocol):
         seeds: Sequence[int] | None = None,
     ) -> Iterator[DecodedImage]:
         """Write the same pictures as ``decode``, and yield each once it is finished; those of one row in order."""
+
+    def checked(self, check: Callable[[], None]) -> AbstractContextManager[None]:
+        """Call ``check`` before each pass within the block; what it raises ends the writing."""
 
 
 def collect(decoded: Iterable[DecodedImage], shape: tuple[int, int, int, int], sampling: SamplingConfig) -> Decoded:

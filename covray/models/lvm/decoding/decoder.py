@@ -12,9 +12,10 @@ own, too.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -93,6 +94,15 @@ class LvmDecoder:
     def passes(self) -> int:
         """Passes over the model so far, without those that read prompts and queries."""
         return self._reader.passes
+
+    @contextlib.contextmanager
+    def checked(self, check: Callable[[], None]) -> Iterator[None]:
+        """Call ``check`` before each pass within the block; see ``base.Decoder.checked``."""
+        self._reader.check = check
+        try:
+            yield
+        finally:
+            self._reader.check = None
 
     def decode(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -73,6 +74,14 @@ class Reader:
         self._buffer: Tensor | None = None
         self.passes = 0
         """Calls of ``read_token`` and ``read_window``."""
+        self.check: Callable[[], None] | None = None
+        """Called before each of them; what it raises ends the writing."""
+
+    def _begin_pass(self) -> None:
+        if self.check is not None:
+            self.check()
+        self.passes += 1
+        self._merge()  # the merged weights are shared: they may be those of another adapter
 
     def _merge(self) -> None:
         """Make the shared weights those of this reader's adapter, where they are another's."""
@@ -182,8 +191,7 @@ class Reader:
         Returns:
             Hidden states [batch, width].
         """
-        self.passes += 1
-        self._merge()
+        self._begin_pass()
         x = self._model.embed_ids(ids)
         rotation = self._rotation[0][position : position + 1], self._rotation[1][position : position + 1]
         for layer, cache in zip(self._layers, caches, strict=True):
@@ -219,8 +227,7 @@ class Reader:
         positions = (prompt + places).clamp(max=self.context_tokens - 1).flatten()
         gate = None if masks is None else MaskRows(self.batch, masks.first)
         rotation = self._rotation[0][positions], self._rotation[1][positions]
-        self.passes += 1
-        self._merge()  # the merged weights are shared: they may be those of another adapter
+        self._begin_pass()
         x = self._model.embed_ids(ids.flatten())
         for layer, cache in zip(self._layers, caches, strict=True):
             query, key, value = layer.project(x, rotation, gate)  # [batch * W, heads, head width]

@@ -87,6 +87,24 @@ def test_decoding_leaves_the_model_as_it_was(model: Lvm) -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize("sampling", [SamplingConfig(), SamplingConfig(decoder="jacobi", window=2)])
+def test_a_check_is_made_before_each_pass_of_its_block(decoder: LvmDecoder, sampling: SamplingConfig) -> None:
+    expected = decoder.decode(PROMPT, QUERIES, IMAGES, sampling)
+    begun, calls = decoder.passes, 0
+
+    def check() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError), decoder.checked(check):
+        decoder.decode(PROMPT, QUERIES, IMAGES, sampling)
+    assert decoder.passes == begun + 3
+    assert np.array_equal(decoder.decode(PROMPT, QUERIES, IMAGES, sampling).ids, expected.ids)
+    assert calls == 4
+
+
 def test_bfloat16_keeps_the_adapter_beside_the_weights(llama_folder: Path) -> None:
     """Every token is the likeliest of a forward pass with the adapter apart, or within bfloat16's rounding of it."""
     model = load(llama_folder, LORA, dtype=torch.bfloat16)
