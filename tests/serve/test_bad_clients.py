@@ -6,6 +6,7 @@ import asyncio
 import base64
 import contextlib
 import json
+import math
 import signal
 import subprocess
 import time
@@ -14,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
+from covray.serve.app import APPLICATION
 from tests.support.backbones import write_llama
 from tests.support.commands import COVRAY, environment, free_port, kill_all, wait_for
 from tests.support.connections import PATIENCE_S, connections, head
@@ -25,6 +28,11 @@ UPLOAD_S = 30.0
 CROWD = 1000
 LENGTH = 60
 """Pictures of a chain: a stream of so many is at work for a while."""
+CANDIDATES = 1024
+"""Candidates of a query: so many take longer than ``TIME_S``, and than a test may wait."""
+TIME_S = 30.0
+IDLE_S = 2.0
+"""A replica that had no processor's time in so many seconds computes nothing."""
 
 
 @pytest.fixture(scope="module")
@@ -36,15 +44,33 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Server:
     """What the tests ask a server beside the clients that misbehave."""
 
-    def __init__(self, port: int, body: dict[str, Any]):
+    def __init__(self, process: subprocess.Popen[str], port: int, body: dict[str, Any]):
         self.port = port
+        self._process = process
         self._body = body
         self.address = f"http://127.0.0.1:{port}"
 
-    def request(self, *headers: str) -> bytes:
-        """A whole request."""
-        body = json.dumps(self._body).encode()
+    def request(self, *headers: str, **fields: Any) -> bytes:
+        """A whole request; with ``fields`` of its body besides the query."""
+        body = json.dumps(self._body | fields).encode()
         return head(len(body), *headers) + body
+
+    def replica_cpu_s(self) -> float:
+        """The processor's time that the replica has had."""
+        started = psutil.Process(self._process.pid).children(recursive=True)
+        (replica,) = (each for each in started if f"{APPLICATION}:Replica" in each.name())
+        times = replica.cpu_times()
+        return float(times.user + times.system)
+
+    async def waits_for_idle_replica(self) -> None:
+        """Wait until the replica computes nothing."""
+        deadline = time.monotonic() + PATIENCE_S
+        used = math.inf
+        while used > 0.2 * IDLE_S:
+            assert time.monotonic() < deadline, f"the replica computes for {used} s in {IDLE_S} s"
+            before = await asyncio.to_thread(self.replica_cpu_s)
+            await asyncio.sleep(IDLE_S)
+            used = await asyncio.to_thread(self.replica_cpu_s) - before
 
     def answer(self) -> str:
         """The picture that answers the query."""
@@ -111,6 +137,24 @@ async def a_stream_is_left(server: Server) -> None:
     assert await asyncio.to_thread(server.count, IN_FLIGHT) == 0
 
 
+async def a_long_answer_ends(server: Server) -> None:
+    """Nothing is computed for a client that left, nor beyond ``limits.time_s``."""
+    too_long = server.request(sampling={"temperature": 1.0, "vote": CANDIDATES})
+    async with connections(server.port, 2) as (leaver, stayer):
+        for connection in (leaver, stayer):
+            await connection.send(too_long)
+            await server.waits_for(IN_FLIGHT, 1)
+            before = await asyncio.to_thread(server.replica_cpu_s)
+            while await asyncio.to_thread(server.replica_cpu_s) - before < 1:
+                await asyncio.sleep(0.1)
+            if connection is leaver:
+                await connection.leave()
+            else:
+                assert await connection.refusal() == (504, "too_late")
+            await server.waits_for_idle_replica()
+            assert await asyncio.to_thread(server.count, IN_FLIGHT) == 0
+
+
 @pytest.mark.ray
 @pytest.mark.end_to_end
 def test_clients_that_are_slow_many_or_leave_cost_no_slot_and_no_answer(
@@ -121,8 +165,9 @@ def test_clients_that_are_slow_many_or_leave_cost_no_slot_and_no_answer(
     port = free_port()
     command = [COVRAY, "serve", "--adapter", run_folder, "--port", str(port), "--set", "generator.engine.device=cpu"]
     command += ["--set", f"limits.queue={QUEUE}", "--set", f"limits.upload_s={UPLOAD_S}"]
+    command += ["--set", f"limits.time_s={TIME_S}", "--set", f"limits.candidates={CANDIDATES}"]
     process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
-    server = Server(port, {"query": base64.b64encode(Path(query).read_bytes()).decode()})
+    server = Server(process, port, {"query": base64.b64encode(Path(query).read_bytes()).decode()})
 
     def is_ready() -> bool:
         with contextlib.suppress(httpx.HTTPError):
@@ -132,6 +177,8 @@ def test_clients_that_are_slow_many_or_leave_cost_no_slot_and_no_answer(
     async def misbehave() -> None:
         await slow_heads_beside_slow_bodies(server)
         await a_stream_is_left(server)
+        await server.waits_for_idle_replica()
+        await a_long_answer_ends(server)
 
     try:
         wait_for(is_ready, "it answers", process)
