@@ -158,7 +158,7 @@ def test_a_plan_of_a_training_for_people_names_every_figure(
 def test_a_plan_of_a_training_loads_no_ray(chains: str) -> None:
     script = (
         "import sys; from covray.cli import app as cli; sys.argv[1:] = sys.argv[2:]; cli.app(standalone_mode=False); "
-        "sys.exit(bool({'ray', 'mlflow', 'deepspeed', 'diffusers'} & set(sys.modules)))"
+        "sys.exit(bool({'ray', 'mlflow', 'deepspeed', 'diffusers', 'peft'} & set(sys.modules)))"
     )
     arguments = ["-", "train", "--plan", "--scale", "300m", "--data", chains, "--out", "never"]
     done = subprocess.run(

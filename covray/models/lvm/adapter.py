@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig as PeftLora
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -86,6 +85,8 @@ def adapter_files(model: Lvm, base_model_name: str) -> dict[str, bytes]:
 
     ``base_model_name`` is the folder or hub id of the backbone, by which ``peft`` finds it.
     """
+    from peft import LoraConfig as PeftLora  # where it is needed: it takes a second
+
     assert model.lora is not None, "the model has no adapter"
     diffusion = model.lora.diffusion
     config = PeftLora(

@@ -7,8 +7,6 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from peft import PeftConfig
-
 from covray.errors import WeightsError, one_line
 from covray.models.lvm.lora import TARGETS, Lora
 
@@ -97,6 +95,8 @@ def read_lora(values: dict[str, Any], file: str) -> Lora:
 
 def _require_valid(values: Mapping[str, Any], file: str) -> None:
     """Check that PEFT can make its configuration of ``values``. Raises WeightsError."""
+    from peft import PeftConfig  # where it is needed: it takes a second
+
     stored = {key: value for key, value in values.items() if key != "runtime_config"}  # PEFT does not read this one
     try:
         with warnings.catch_warnings(action="ignore"):  # an option that is not set may be unknown to it
