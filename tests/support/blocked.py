@@ -15,7 +15,7 @@ def _find_spec(name, path=None, target=None):
     return None if name.partition(".")[0] in {blocked!r} else _find(name, path, target)
 
 
-importlib.machinery.PathFinder.find_spec = _find_spec
+importlib.machinery.PathFinder.find_spec = staticmethod(_find_spec)  # instances, too, are asked
 """
 
 
