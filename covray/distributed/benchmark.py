@@ -77,7 +77,7 @@ def calibrate(config: PlanConfig, out: str, pairs: list[int] | None = None, trai
     trained = None
     try:
         builds = [
-            # Two sizes, so that what a build costs at its start is told from what each row costs.
+            # Builds of two sizes separate the cost of starting from the cost of a row.
             _measure_build(chosen, storage.join(folder, "a"), small),
             _measure_build(chosen, storage.join(folder, "b"), large),
         ]
@@ -189,7 +189,7 @@ def _measure_build(config: BuildConfig, folder: str, pairs: int) -> dict[str, An
     size = _SCENE_PX
     if config.prior.path in NANO_NAMES:
         size = 64
-    # A scene gives a pair for every task: enough scenes, of which the last may be cut short.
+    # A scene gives one pair a task. The number of scenes is rounded up, and surplus pairs are not used.
     scenes = scene_pairs(-(-pairs // len(TASKS)), size_px=size, splits=_SPLITS)
     with ManifestWriter(manifest) as writer:
         for pair in itertools.islice(scenes, pairs):

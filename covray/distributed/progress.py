@@ -286,7 +286,7 @@ class PoolProgress:
         rate = self._rate()
         if rate:
             facts.append(f"{rate:.2f} {self._unit}/s")
-        # No row of this run is in the shards yet, so that there is no rate: what is computed shows that work goes on.
+        # Before the first shard is written there is no rate; the computed rows show progress.
         elif self._written == self._before:
             facts.append(f"{counts.rows} computed")
         if counts.rejected:

@@ -62,7 +62,7 @@ def read_examples(examples: Sequence[ExamplePair] | None) -> tuple[Example, ...]
         files = []
         for part, value in zip(("image", "label"), pair, strict=True):
             data = _encode(f"{name} {part}", value)
-            _decode(f"{name} {part}", data)  # only to refuse what is no picture
+            _decode(f"{name} {part}", data)  # checks that it is a picture
             files.append(data)
         read.append(Example(files[0], files[1], name))
     return tuple(read)

@@ -96,7 +96,7 @@ class _Summary:
     def _scores(self, name: str) -> ArmScores | None:
         """Return the scores of an arm by its name in a claim; None where it is not done."""
         programme = self.programme
-        # Claims may name what is no arm by itself: the best one, the best length of every task, or a way to decode.
+        # A claim may also name the best arm, the best length of each task, or a way of decoding.
         if name == BEST:
             if self._best is None:
                 return None
@@ -310,7 +310,7 @@ class _Summary:
                 run, scores = self.programme.done(name, seed), self._scores(name)
                 if run is None or scores is None:
                     continue
-                # Points of a curve have one seed; the whole arm may have more, of which the same one is shown.
+                # A curve is of one seed: take that seed alone where the arm has several.
                 only = ArmScores({seed: scores.by_seed[seed]})
                 value, low, high = self._gain(only)
                 if value is not None:

@@ -83,13 +83,19 @@ def test_a_second_push_leaves_nothing_of_the_first(write_dataset: Writer, writab
     assert repository.private, "a repository that is there stays as it is"
 
 
-def test_a_run_is_pushed_with_its_card(
-    tiny_config: Callable[..., TrainConfig], writable_hub: WritableHub, tmp_path: Path
-) -> None:
+def trained(tiny_config: Callable[..., TrainConfig]) -> TrainConfig:
+    """Train a tiny run, and return its configuration."""
     config = tiny_config()
     train(config)
     record = {"config": config.model_dump(mode="json"), "identity": config.identity(), "mlflow_run_id": None}
     storage.write_json(f"{config.out}/_run.json", {"version": 1, **record, "fingerprints": {"backbone": "ab" * 32}})
+    return config
+
+
+def test_a_run_is_pushed_with_its_card(
+    tiny_config: Callable[..., TrainConfig], writable_hub: WritableHub, tmp_path: Path
+) -> None:
+    config = trained(tiny_config)
     with pytest.raises(ConfigError, match=r"its backbone is the folder .* give --base-model"):
         push(config.out, NAME, licence="apache-2.0")
     push(config.out, NAME, licence="apache-2.0", base_model="someone/lvm")
@@ -131,10 +137,7 @@ def write_evaluation(folder: Path) -> dict[str, bytes]:
 def test_cards_of_an_evaluation_and_of_the_run_it_scores_show_its_answers(
     tiny_config: Callable[..., TrainConfig], writable_hub: WritableHub, tmp_path: Path
 ) -> None:
-    config = tiny_config()
-    train(config)
-    record = {"config": config.model_dump(mode="json"), "identity": config.identity(), "mlflow_run_id": None}
-    storage.write_json(f"{config.out}/_run.json", {"version": 1, **record, "fingerprints": {"backbone": "ab" * 32}})
+    config = trained(tiny_config)
     scores = tmp_path / "scores"
     pictures = write_evaluation(scores)
     push(str(scores), NAME, licence="other")

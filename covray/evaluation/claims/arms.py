@@ -41,7 +41,7 @@ class ArmScores:
         by_seed: dict[int, Values] = {}
         for seed, rows in rows_by_seed.items():
             values: Values = {}
-            # A rejected row has no values, and is no query of the comparison.
+            # Rejected rows have no values and are left out.
             for row in rows:
                 for entry in row["values"] or ():
                     if entry["value"] is not None:

@@ -110,7 +110,7 @@ def convert_backbone(source: str, out: str, heads: int | None = None, tokenizer:
     else:
         raise ConfigError(f"{path}: no such file or folder; give a downloaded checkpoint")
     about = read_about(path)
-    # A folder that covray wrote says whose codes it knows; others are told by --tokenizer.
+    # Folders written by covray name their codebook; for others --tokenizer does.
     facts = replace(checkpoint.facts, codebook=about.get("codebook"), tokens_per_image=about.get("tokens_per_image"))
     # Recorded in the folder, so that chains of another codebook are refused later.
     if tokenizer is not None:
