@@ -59,15 +59,19 @@ class _EventStream(StreamingResponse):
         super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-store"})
         self._events = events
         self._free = free
+        self._status = CLIENT_LEFT
+
+    async def stream_response(self, send: Send) -> None:
+        """Send the events. Only the end of this counts as an answer: a call also returns when the client has left."""
+        await super().stream_response(send)
+        self._status = 200
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events."""
-        status = CLIENT_LEFT
+        """Send the events, or stop where the client leaves."""
         try:
             await super().__call__(scope, receive, send)
-            status = 200
         finally:
-            self._free(status)
+            self._free(self._status)
             await self._events.aclose()  # so that nothing is computed for a client that left
 
 

@@ -321,6 +321,7 @@ def test_a_client_that_leaves_in_the_middle_of_a_stream_frees_its_slot() -> None
         }  # fmt: skip
         await asyncio.wait_for(app(scope, receive, send), 10)  # type: ignore[arg-type]
         async with client(app) as http:
+            assert 'covray_requests_total{status="499"} 1.0' in (await http.get("/metrics")).text
             echo.go_on.set()
             assert (await http.post("/v1/answers", json={"query": ONE})).status_code == 200
         assert echo.closed == 1
