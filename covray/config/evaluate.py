@@ -182,7 +182,7 @@ class EvaluateConfig(GrownSection):
         own = {
             "temperature": self.votes.temperature, "top_k": self.votes.top_k, "top_p": self.votes.top_p,
             "frames": PictureSamplingConfig(), "answer": PictureSamplingConfig(), "best_of": 1, "keep": 1.0,
-            "vote": votes,
+            "vote": votes, "expected": None,
         }  # fmt: skip
         return sampling.model_copy(update=own)
 

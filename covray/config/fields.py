@@ -225,7 +225,7 @@ class ActorsConfig(Section):
 
 _YOUNGER_SAMPLING = {
     "keep": 1.0, "vote": 1, "decoder": None, "window": "auto", "relax": 0.0, "block": None, "passes": None,
-    "unmask": "even", "threshold": None,
+    "unmask": "even", "threshold": None, "expected": None,
 }  # fmt: skip
 """Fields of sampling that the first version did not have, and their defaults."""
 
@@ -254,6 +254,10 @@ class SamplingConfig(GrownSection):
     """Sample only from this many likeliest tokens."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     """Sample only from the likeliest tokens that together reach this probability."""
+    expected: float | None = Field(default=None, gt=0.0, le=100.0)
+    """For tasks with continuous labels (depth, normals, colorization, low light), in place of the likeliest token: the
+    code nearest to the mean of all codes' vectors, each by its probability at this temperature. It has the least
+    expected error. Null: never; as in LVM and the paper."""
     frames: PictureSamplingConfig = PictureSamplingConfig()
     """What differs for the tokens of frames; null: as above."""
     answer: PictureSamplingConfig = PictureSamplingConfig()
@@ -296,6 +300,8 @@ class SamplingConfig(GrownSection):
     def _candidates_differ(self) -> SamplingConfig:
         if self.best_of > 1 and self.is_greedy:
             raise ValueError("best_of: greedy candidates are all the same; set a temperature")
+        if self.expected is not None and not self.is_greedy:
+            raise ValueError("expected: stands for the likeliest token, and none is sampled; set the temperature to 0")
         if self.best_of > 1 and self.vote > 1:
             raise ValueError("vote: joins all candidates, best_of takes the likeliest; set one of them to 1")
         if self.keep < 1 and self.best_of == 1:
@@ -331,6 +337,10 @@ class SamplingConfig(GrownSection):
     def _for(self, pictures: PictureSamplingConfig) -> SamplingConfig:
         same = {"frames": PictureSamplingConfig(), "answer": PictureSamplingConfig()}
         return self.model_copy(update={**same, **pictures.changes()})
+
+    def for_labels(self, *, continuous: bool) -> SamplingConfig:
+        """Return how the tokens of a task's chains are chosen, by whether its labels are continuous."""
+        return self if continuous or self.expected is None else self.model_copy(update={"expected": None})
 
     @property
     def is_greedy(self) -> bool:

@@ -151,7 +151,7 @@ class Runner:
             prompts.append(result.prompt)
             seeds.append(seed_of(self.config.seed, result.pair_id))
 
-        sampling, images = self._sampling(subject), subject.length - 1
+        sampling, images = self._sampling(subject, group[0].task), subject.length - 1
         # The query belongs to the prompt, so nothing is shared by all rows.
         shared = np.empty(0, np.uint16)
         decoded = model.decoder.decode(shared, np.stack(prompts), images, sampling, seeds)
@@ -205,14 +205,15 @@ class Runner:
                 seeds.append(seed_of(self.config.seed, result.pair_id))
         if not asked:
             return
-        sampling = self._sampling(subject)
+        sampling = self._sampling(subject, asked[0].task)
         decoded = model.decoder.decode(np.empty(0, np.uint16), np.stack(prompts), 1, sampling, seeds)
         for number, result in enumerate(asked):
             candidates, _ = answer_candidates(decoded, number, sampling)
             result.probes[f"after_{probe}"] = candidates[:, 0]
 
-    def _sampling(self, subject: Subject) -> SamplingConfig:
-        return self.config.sampling_of(subject.votes, has_adapter=subject.adapter is not None)
+    def _sampling(self, subject: Subject, task: str) -> SamplingConfig:
+        sampling = self.config.sampling_of(subject.votes, has_adapter=subject.adapter is not None)
+        return sampling.for_labels(continuous=TASKS[task].continuous)
 
     def _load_episodes(self, name: str) -> tuple[Episodes, dict[tuple[str, int], int]]:
         """Return the episodes of a subject, and which row of the queries each (task, pair) is."""

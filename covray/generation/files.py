@@ -41,10 +41,10 @@ def generate(config: GenerateConfig) -> GenerationRecord:
     examples = tuple(_read_example(image, label) for image, label in config.examples)
     resolved = resolve_generator(config.generator())
     resolved.require_context(len(examples))
-    require_trained_parts(config.sampling, resolved.source.lora, config.adapter)
+    request = Request(queries, examples, config.task, config.classes, config.sampling, config.seed)
+    require_trained_parts(resolved.sampling_for(request), resolved.source.lora, config.adapter)
     with stage("loading the models"):
         generator = Generator(resolved)
-    request = Request(queries, examples, config.task, config.classes, config.sampling, config.seed)
     with stage(f"answering {len(queries)} queries with {len(examples)} examples"):
         answers = generator.answer(request)
 

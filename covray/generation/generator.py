@@ -26,6 +26,7 @@ from covray.config import (
     BuildConfig,
     GeneratorConfig,
     PriorConfig,
+    SamplingConfig,
     TokenizerConfig,
     TrainConfig,
 )
@@ -88,6 +89,17 @@ class ResolvedGenerator:
                 "spacing": config.spacing, "check_endpoints": 0.0,
             }
         )  # fmt: skip
+
+    def task_of(self, request: Request) -> str | None:
+        """Return the task of the request's answers, if it is known."""
+        return request.task or self.task
+
+    def sampling_for(self, request: Request) -> SamplingConfig:
+        """Return how tokens are chosen for the task. Raises ConfigError where that needs a task, and none is known."""
+        task = self.task_of(request)
+        if task is None and request.sampling.expected is not None:
+            raise ConfigError("sampling.expected: is for tasks with continuous labels; say which task it is")
+        return request.sampling.for_labels(continuous=task is not None and TASKS[task].continuous)
 
     @property
     def most_examples(self) -> int | None:
@@ -164,7 +176,8 @@ class Generator:
             ConfigError: The sentence exceeds the model's context, or an example cannot be used.
         """
         prompt, squares, tokens, seeds = self._read(request)
-        decoded = self.model.decoder.decode(prompt, tokens, self.resolved.length - 1, request.sampling, seeds)
+        sampling, images = self.resolved.sampling_for(request), self.resolved.length - 1
+        decoded = self.model.decoder.decode(prompt, tokens, images, sampling, seeds)
         return [
             self._answer(request, number, square_query, seeds[number], decoded)
             for number, square_query in enumerate(squares)
@@ -186,7 +199,7 @@ class Generator:
         small, spread = likeliest, None
         if request.sampling.vote > 1:
             answers = list(self.tokenizer.decode(candidates[:, -1]))
-            small = join_answers(self._task(request), answers, answer_meta(request, self.resolved.classes))
+            small = join_answers(self.resolved.task_of(request), answers, answer_meta(request, self.resolved.classes))
             spread = self._resized(request, number, draw_spread(answers), "bicubic")
         read = self.read_answer(request, number, small)
         return Answer(
@@ -216,7 +229,7 @@ class Generator:
                     yield WrittenPicture(query, number, number == count - 1, picture)
             return
         prompt, _, tokens, seeds = self._read(request)
-        for each in self.model.decoder.stream(prompt, tokens, count, request.sampling, seeds):
+        for each in self.model.decoder.stream(prompt, tokens, count, self.resolved.sampling_for(request), seeds):
             picture = self.tokenizer.decode(each.ids[None])[0]
             yield WrittenPicture(each.query, each.image, each.image == count - 1, picture)
 
@@ -232,7 +245,7 @@ class Generator:
             number: That of the query.
             small: The answer at the tokenizer's size, as ``stream`` yields it.
         """
-        task = self._task(request)
+        task = self.resolved.task_of(request)
         picture = self._resized(request, number, small, TASKS[task or PLAIN_TASK].resample)
         if task is None:
             return ReadAnswer(picture, {})
@@ -271,9 +284,6 @@ class Generator:
             seeds.append(seed_of(request.seed, digest))
         return prompt, squares, tokens, seeds
 
-    def _task(self, request: Request) -> str | None:
-        return request.task or self.resolved.task
-
     def _resized(self, request: Request, number: int, small: Picture, resample: Resample) -> Picture:
         """Return ``small`` at the size of a query, or of its centre square.
 
@@ -291,7 +301,7 @@ class Generator:
     # --- the prompt --------------------------------------------------------------------------------------------------
 
     def _prompt(self, request: Request) -> np.ndarray:
-        return self._prompt_of(request.examples, self._task(request) or PLAIN_TASK)
+        return self._prompt_of(request.examples, self.resolved.task_of(request) or PLAIN_TASK)
 
     def _make_prompt(self, examples: tuple[Example, ...], task: str) -> np.ndarray:
         """Return the chains of ``examples`` one after another, uint16 [P], as ``covray build`` makes them."""

@@ -1,4 +1,6 @@
-"""The choice of the next token from the model's logits: the likeliest, or one sampled by numbers of the place's own.
+"""The choice of the next token from the model's logits: the likeliest, the expected, or one sampled.
+
+A sampled token is chosen by random numbers of its place's own.
 
 Sampling adds Gumbel noise to the logits and takes the largest sum (Gumbel 1954; Maddison et al., arXiv:1411.0030):
 
@@ -112,6 +114,24 @@ def choose_tokens(logits: Tensor, sampling: Sampling, noise: Tensor | None) -> T
     if noise is None or sampling.temperature == 0:
         return logits.argmax(-1)
     return (allowed(logits, sampling) + noise).argmax(-1)
+
+
+def expected_tokens(logits: Tensor, codebook: Tensor) -> Tensor:
+    """Return the codes with the least expected squared distance to what ``logits`` say: those nearest to the mean code.
+
+    Where a code between two others means something between, as in depth, this errs less than the likeliest code, which
+    ignores how much lies on each side of it (minimum Bayes risk).
+
+    Args:
+        logits: Float32 [..., codes].
+        codebook: Float32 [codes, width].
+
+    Returns:
+        int64 [...].
+    """
+    mean = logits.softmax(-1) @ codebook
+    # |code - mean|^2 without the square of the mean, which is the same for all codes.
+    return (codebook.square().sum(-1) - 2 * mean @ codebook.T).argmin(-1)
 
 
 def allowed(logits: Tensor, sampling: Sampling) -> Tensor:

@@ -223,7 +223,8 @@ def _facts(results: EvaluationResults) -> list[tuple[str, str]]:
     # What the results do not record of the section has its default.
     sampling = recorded_section(config, "sampling")
     how = "greedy"
-    if not SamplingConfig.model_validate(sampling).is_greedy:
+    asked = SamplingConfig.model_validate(sampling)
+    if not asked.is_greedy or asked.expected is not None:
         values = []
         for key, value in leaves(sampling):
             if value is not None:

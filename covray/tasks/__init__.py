@@ -17,7 +17,9 @@ _OWN = (
     depth.name,
     low_light.name,
 )
-_ATTRIBUTES = ("name", "short", "resample", "metrics", "meta_keys", "render", "read", "score", "mean", "export")
+_ATTRIBUTES = (
+    "name", "short", "resample", "continuous", "metrics", "meta_keys", "render", "read", "score", "mean", "export",
+)  # fmt: skip
 """What a task has (``base.Task``)."""
 
 

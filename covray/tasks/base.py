@@ -66,6 +66,8 @@ class Task(Protocol):
     short: str
     """The name where there is little space, as in a table of seven columns in a terminal."""
     resample: Resample
+    continuous: bool
+    """Whether what lies between two values of a label is one, too: of metres and colours, not of classes or lines."""
     metrics: tuple[Metric, ...]
     """The first one is primary: pages rank and compare answers by it."""
     meta_keys: tuple[str, ...]

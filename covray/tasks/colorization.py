@@ -14,6 +14,7 @@ from covray.tasks.pictures import LPIPS, MSE, PSNR, mean_colour, read_colour, re
 name = "colorization"
 short = "colour"
 resample: Resample = "bicubic"
+continuous = True
 meta_keys: tuple[str, ...] = ()
 metrics: tuple[Metric, ...] = (MSE, LPIPS, PSNR)
 

@@ -17,6 +17,7 @@ MIN_M = 1e-3
 name = "depth"
 short = "depth"
 resample: Resample = "nearest"
+continuous = True
 meta_keys: tuple[str, ...] = ()
 metrics: tuple[Metric, ...] = (
     Metric("abs_rel", "AbsRel", "Error of depth over depth, mean over pixels.", "lower"),

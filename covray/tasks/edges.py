@@ -114,6 +114,7 @@ def export(answer: Picture, meta: Meta | None = None) -> dict[str, bytes]:
 name = "edges"
 short = "edges"
 resample: Resample = "bicubic"
+continuous = False
 meta_keys: tuple[str, ...] = ()
 metrics: tuple[Metric, ...] = (
     Metric("f", "F", "F measure of the edges at each picture's own best threshold, mean over episodes.", "higher"),

@@ -20,6 +20,7 @@ from covray.tasks.pictures import PSNR, SSIM, mean_colour, read_colour, render_c
 name = "low_light"
 short = "dark"
 resample: Resample = "bicubic"
+continuous = True
 meta_keys: tuple[str, ...] = ()
 metrics: tuple[Metric, ...] = (PSNR, SSIM)
 

@@ -12,6 +12,7 @@ from covray.tasks.base import Lpips, Meta, Metric, Picture, Resample, Score, mea
 name = "normals"
 short = "normals"
 resample: Resample = "nearest"
+continuous = True
 meta_keys: tuple[str, ...] = ()
 metrics: tuple[Metric, ...] = (
     Metric(

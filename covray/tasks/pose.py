@@ -16,6 +16,7 @@ from covray.tasks.pictures import LPIPS, MSE
 name = "pose"
 short = "pose"
 resample: Resample = "nearest"
+continuous = False
 meta_keys: tuple[str, ...] = ()
 metrics: tuple[Metric, ...] = (
     Metric(

@@ -208,6 +208,7 @@ def export(answer: Picture, meta: Meta | None = None) -> dict[str, bytes]:
 name = "segmentation"
 short = "segm."
 resample: Resample = "nearest"
+continuous = False
 meta_keys: tuple[str, ...] = ("classes", "class_numbers", "class_colours", "void", "void_number", "void_colour")
 """Which classes a label\'s colours stand for; ``class_table`` reads them."""
 metrics: tuple[Metric, ...] = (

@@ -196,6 +196,25 @@ def test_answers_are_the_decoder_s_after_the_same_prompt(
     assert differ, "the adapter changes something"
 
 
+def test_expected_tokens_are_of_continuous_labels_and_not_of_votes(
+    write_dataset: Write, write_manifest: Write, config_of: Write, runner_of: Write
+) -> None:
+    data, rows = write_dataset({"depth": 12, "segmentation": 12})
+    write_manifest(rows)
+    images: dict[float | None, dict[tuple[str, str, str], Any]] = {}
+    for expected in (None, 100.0):  # so hot that every token is the most central code
+        config = config_of(data, sampling={"expected": expected}, votes={"samples": (3,)}, baselines=())
+        runner, episodes = runner_of(config)
+        images[expected] = {
+            (row["task"], row["subject"], row["pair_id"]): row["images"] for row in runner.run(episodes).to_pylist()
+        }
+    changed = {key[:2] for key, written in images[None].items() if images[100.0][key] != written}
+    assert {task for task, _ in changed} == {"depth"}
+    votes = {subject.name for subject in runner.subjects.values() if subject.votes > 1}
+    assert votes
+    assert not votes & {name for _, name in changed}
+
+
 def test_a_vote_is_scored_as_the_joined_answer_of_all_candidates(
     llama_folder: Path, write_dataset: Write, write_manifest: Write, config_of: Write, runner_of: Write
 ) -> None:

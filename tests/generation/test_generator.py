@@ -266,6 +266,18 @@ def test_a_run_with_drafts_is_answered_by_them_and_one_without_is_refused(
     assert likelihoods[0] == pytest.approx(likelihoods[1], rel=1e-4)
 
 
+def test_expected_tokens_are_for_continuous_labels(
+    answered: Generate, write_run: Callable[..., str], pictures: Any, tmp_path: Path
+) -> None:
+    options = {"adapter": write_run(method="linear"), "queries": pictures(1, 16, 16)}
+    for task, differ in (("depth", True), ("segmentation", False)):
+        answers = []
+        for expected in (None, 100.0):  # so hot that every token is the most central code
+            answered(sampling={"expected": expected}, task=task, **options)
+            answers.append(read_png(tmp_path, "out", "picture0", "answer.png"))
+        assert np.array_equal(*answers) != differ
+
+
 # --- votes ---------------------------------------------------------------------------------------------------------
 
 
@@ -358,6 +370,9 @@ def test_options_that_do_not_add_up_are_refused(mistake: Callable[..., str], pic
     assert "out: is required" in mistake("--query", first)
     assert "task" in mistake("--query", first, "--task", "cooking", *out)
     assert "set a temperature" in mistake("--query", first, "--best-of", 3, *out)
+    expected = ("--set", "sampling.expected=0.5")
+    assert "say which task it is" in mistake("--query", first, *expected, *out)
+    assert "set the temperature to 0" in mistake("--query", first, *expected, "--temperature", 1, *out)
     both = ("--temperature", 1, "--best-of", 3, "--vote", 3)
     assert "set one of them to 1" in mistake("--query", first, *both, *out)
     (tmp_path / "out").mkdir()

@@ -7,7 +7,7 @@ import torch
 from scipy import stats
 
 from covray.config import SamplingConfig
-from covray.models.sampling import PLACES, BatchNoise, RowNoise, choose_tokens
+from covray.models.sampling import PLACES, BatchNoise, RowNoise, choose_tokens, expected_tokens
 
 CODES = 12
 
@@ -65,3 +65,18 @@ def test_nearly_equal_distributions_mostly_choose_the_same_token() -> None:
     noise = RowNoise(0, 0, CODES).read(0, 4000)
     sampling = SamplingConfig(temperature=1.0)
     assert (choose_tokens(logits, sampling, noise) == choose_tokens(other, sampling, noise)).float().mean() > 0.9
+
+
+def test_the_expected_token_errs_least() -> None:
+    generator = torch.Generator().manual_seed(3)
+    logits, codebook = 2 * torch.randn(200, CODES, generator=generator), torch.randn(CODES, 3, generator=generator)
+    risk = logits.softmax(1) @ torch.cdist(codebook, codebook).square()  # [200, codes], of choosing each code
+    chosen = expected_tokens(logits, codebook)
+    assert torch.equal(chosen, risk.argmin(1))
+    assert not torch.equal(chosen, logits.argmax(1))
+    assert torch.equal(expected_tokens(1e4 * logits, codebook), logits.argmax(1)), "one code that is certain"
+
+
+def test_between_two_depths_the_expected_token_is_the_one_between() -> None:
+    metres = torch.tensor([[1.0], [2.0], [3.0]])
+    assert int(expected_tokens(torch.tensor([0.45, 0.15, 0.4]).log(), metres)) == 1

@@ -13,6 +13,7 @@ from covray.tasks.base import Lpips, Meta, Metric, Picture, Resample, Score, req
 name = "brightness"
 short = "bright"
 resample: Resample = "nearest"
+continuous = True
 meta_keys: tuple[str, ...] = ()
 metrics: tuple[Metric, ...] = (
     Metric("level_error", "Level error", "Difference of the two brightnesses, from 0 to 1.", "lower", short="level"),

@@ -12,6 +12,7 @@ from covray.tasks.base import Lpips, Meta, Metric, Picture, Resample, Score, gre
 name = "matting"
 short = "matting"
 resample: Resample = "bicubic"
+continuous = True
 meta_keys: tuple[str, ...] = ()
 metrics: tuple[Metric, ...] = (
     Metric("matte_mad", "MAD", "Mean absolute difference of the mattes, in thousandths.", "lower"),

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from covray.config import SamplingConfig
 from covray.errors import ConfigError
 from covray.models.lvm.cache import LayerCache
-from covray.models.sampling import BatchNoise, choose_tokens
+from covray.models.sampling import BatchNoise, choose_tokens, expected_tokens
 
 GREEDY = SamplingConfig()
 
@@ -104,6 +104,8 @@ class PendingRows:
     sampling: SamplingConfig
     noise: BatchNoise | None
     """Of the rows; None: greedy."""
+    codebook: torch.Tensor | None = None
+    """Of the tokenizer, float32 [codes, width]; for ``sampling.expected``."""
 
     @property
     def own(self) -> int:
@@ -132,11 +134,18 @@ class PendingRows:
             int64 [batch, n].
         """
         frames, answer = self._by_picture
-        chosen = choose_tokens(logits, answer, noise)
+        chosen = self.choose_by(answer, logits, noise)
         if frames == answer:
             return chosen
-        of_frames = choose_tokens(logits, frames, noise)
+        of_frames = self.choose_by(frames, logits, noise)
         return torch.where(places < self.steps - self.tokens_per_image, of_frames, chosen)
+
+    def choose_by(self, sampling: SamplingConfig, logits: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
+        """Choose tokens, int64 [batch, n], at places that are all of frames or all of the answer; see ``choose``."""
+        if sampling.expected is None:
+            return choose_tokens(logits, sampling, noise)
+        assert self.codebook is not None
+        return expected_tokens(logits / sampling.expected, self.codebook)
 
     def finish(
         self, image: int, rows: Iterable[int], ids: torch.Tensor, log_p: torch.Tensor

@@ -23,7 +23,7 @@ from covray.models.lvm.decoding.base import FinishedImage, PendingRows
 from covray.models.lvm.decoding.reader import Reader
 from covray.models.lvm.lora import Diffusion
 from covray.models.masking import choose_unmasked, pass_counts
-from covray.models.sampling import allowed, choose_tokens
+from covray.models.sampling import allowed
 
 _THRESHOLDS = {"confidence": 0.85, "entropy": 1.0}
 """``sampling.threshold`` where it is null: a probability (DiffusionVL's), and nats."""
@@ -95,7 +95,7 @@ def _denoise(reader: Reader, pending: PendingRows, diffusion: Diffusion, start: 
         counts = pass_counts(block, sampling.passes or block, sampling.unmask)
     for count in counts:
         logits = reader.logits(reader.read_window(pending.caches, ids, own, visible))  # [batch, D, codes]
-        chosen = choose_tokens(logits, sampling, noise)
+        chosen = pending.choose_by(sampling, logits, noise)
         is_greedy = noise is None or sampling.temperature == 0
         scaled = logits if is_greedy else allowed(logits, sampling)
         written = choose_unmasked(scaled.softmax(-1), chosen, masked, count, sampling.unmask, threshold)

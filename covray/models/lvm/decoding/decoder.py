@@ -75,7 +75,7 @@ class LvmDecoder:
             codes: Image codes of the vocabulary; ids from there on are never written.
             tokens_per_image: Tokens of a picture.
             batch: Rows of a pass.
-            codebook: Of the tokenizer, [codes, width]; only ``sampling.relax`` needs it.
+            codebook: Of the tokenizer, [codes, width]; only ``sampling.relax`` and ``expected`` need it.
             weights: Memory for merged weights that decoders of other adapters share; see ``Reader``.
         """
         self.codes, self.tokens_per_image, self.batch = codes, tokens_per_image, batch
@@ -250,6 +250,7 @@ class LvmDecoder:
                 tokens_per_image=self.tokens_per_image,
                 sampling=sampling,
                 noise=noise,
+                codebook=None if sampling.expected is None else self._code_vectors,
             )
             for each in self._write(pending):
                 yield some[each.row], each
@@ -288,10 +289,24 @@ class LvmDecoder:
     @functools.cached_property
     def _neighbours(self) -> Tensor:
         """The codes nearest to each code, int64 [codes, n]."""
+        codebook = self._require_codebook("relax")
+        count = min(_NEIGHBOURS, len(codebook) - 1)
+        return torch.from_numpy(codebook_neighbours(codebook, count)).to(self._reader.device)
+
+    @functools.cached_property
+    def _code_vectors(self) -> Tensor:
+        """The vector of each code, float32 [codes, width]."""
+        return torch.tensor(self._require_codebook("expected"), dtype=torch.float32, device=self._reader.device)
+
+    def _require_codebook(self, name: str) -> np.ndarray:
+        """Return the tokenizer's codebook. Raises ConfigError where the decoder was made without it.
+
+        Args:
+            name: Of the field of ``sampling`` that needs it.
+        """
         if self._codebook is None:
-            raise ConfigError("sampling.relax: needs the tokenizer's codebook; set it to 0")
-        count = min(_NEIGHBOURS, len(self._codebook) - 1)
-        return torch.from_numpy(codebook_neighbours(self._codebook, count)).to(self._reader.device)
+            raise ConfigError(f"sampling.{name}: needs the tokenizer's codebook; leave it out")
+        return self._codebook
 
     def _window(self, pending: PendingRows) -> int:
         """Return the window of a Jacobi decoding; ``auto`` is decided once for every length of prompt and answer."""

@@ -8,7 +8,7 @@ import torch
 
 from covray.models.lvm.decoding.base import FinishedImage, PendingRows
 from covray.models.lvm.decoding.reader import Reader
-from covray.models.sampling import PLACES, choose_tokens
+from covray.models.sampling import PLACES
 
 
 def write_sequentially(reader: Reader, pending: PendingRows) -> Iterator[FinishedImage]:
@@ -24,7 +24,7 @@ def write_sequentially(reader: Reader, pending: PendingRows) -> Iterator[Finishe
         if pending.noise is not None and step % PLACES == 0:
             noise = pending.noise.read([step] * pending.rows, PLACES)
         of_place = None if noise is None else noise[:, step % PLACES]
-        chosen = choose_tokens(logits, pending.sampling_at(step), of_place)
+        chosen = pending.choose_by(pending.sampling_at(step), logits, of_place)
         ids[:, step] = chosen
         log_p[:, step] = logits.gather(1, chosen[:, None])[:, 0] - logits.logsumexp(1)
         if (step + 1) % pending.tokens_per_image == 0:

@@ -11,6 +11,7 @@ import torch
 from pydantic import ValidationError
 
 from covray.config import BackboneConfig, EvaluateConfig, LoraConfig, SamplingConfig
+from covray.errors import ConfigError
 from covray.models.lvm.backbone import backbone_facts, load_backbone
 from covray.models.lvm.decoding import decoder as decoder_module
 from covray.models.lvm.decoding.decoder import LvmDecoder
@@ -160,6 +161,17 @@ def test_an_identity_without_a_decoder_is_that_of_earlier_versions() -> None:
 
 
 CODEBOOK = np.random.default_rng(5).normal(size=(CODES, 4)).astype(np.float32)
+
+
+@pytest.mark.parametrize("window", [2, 16])
+def test_expected_tokens_are_those_of_the_sequential_decoder(model: Lvm, window: int) -> None:
+    options = {"expected": 1.0}
+    whole = LvmDecoder(model, CODES, TOKENS, 4, CODEBOOK)
+    expected = whole.decode(PROMPT, QUERIES, IMAGES, SamplingConfig.model_validate(options))
+    assert np.array_equal(whole.decode(PROMPT, QUERIES, IMAGES, jacobi(window, options)).ids, expected.ids)
+    assert not np.array_equal(whole.decode(PROMPT, QUERIES, IMAGES).ids, expected.ids)
+    with pytest.raises(ConfigError, match="sampling.expected: needs the tokenizer's codebook"):
+        LvmDecoder(model, CODES, TOKENS, 4).decode(PROMPT, QUERIES, IMAGES, SamplingConfig.model_validate(options))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
