@@ -106,17 +106,6 @@ class Strip(NamedTuple):
     label: Picture
 
 
-@dataclass(frozen=True, eq=False)
-class Labels:
-    """The examples of a task at the tokenizer's size, without those that cannot be read."""
-
-    pair_ids: NDArray[np.int64]
-    images: NDArray[np.uint8]
-    """[n, s, s, 3]."""
-    labels: NDArray[np.uint8]
-    """[n, s, s, 3]."""
-
-
 def answer_candidates(decoded: Decoded, number: int, sampling: SamplingConfig) -> tuple[Tokens, NDArray[np.float64]]:
     """Return the candidates that make the answer, [n, images, tokens], and the likelihood of each one's answer.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -12,8 +13,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from covray.chains.dataset import ChainDataset
-from covray.errors import DatasetError
+from covray.errors import DatasetError, PairError
 from covray.io import storage
+from covray.io.images import decode, load_picture, picture_of, square
+from covray.io.pixels import Picture
 from covray.pairs.manifest_reading import check_manifest, read_manifest, row_dicts
 from covray.pairs.rows import PairRow
 from covray.seeds import seed_of
@@ -62,6 +65,19 @@ class PairFile:
             group, row = divmod(self._row[pair_id], _ROWS_AT_ONCE)
             rows.append(self._group(group)[row])
         return rows
+
+    def picture(self, pair: PairRow, name: Literal["image", "label"], fit: Literal["stretch", "crop"]) -> Picture:
+        """Return a picture of the pair, of which with ``fit`` ``crop`` the centre square. Raises PairError."""
+        try:
+            picture = decode(load_picture(picture_of(pair[name]), self.root))
+        except PairError as error:
+            # The reason stays; the detail also says which of the two pictures it was.
+            reason, _, detail = str(error).partition(": ")
+            raise PairError(reason, f"{name}: {detail}") from error
+        # A chain shows the centre only: what lies outside cannot be answered.
+        if fit == "crop":
+            picture = square(picture, min(picture.shape[:2]), "crop")
+        return picture
 
     def _read_group(self, number: int) -> list[PairRow]:
         filesystem, inner = storage.resolve(self.path)

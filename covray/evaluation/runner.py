@@ -8,10 +8,8 @@ An episode's row follows from the configuration, its subject and its pair alone,
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -29,13 +27,13 @@ from covray.evaluation.answers import (
     AnswerPictures,
     Asked,
     EpisodeResult,
-    Labels,
     Strip,
     Tokens,
     answer_candidates,
 )
-from covray.evaluation.baselines import nearest_label, saliency
+from covray.evaluation.baselines import saliency
 from covray.evaluation.episodes import Episodes
+from covray.evaluation.example_labels import ExampleLabels
 from covray.evaluation.frames import candidate_figures
 from covray.evaluation.likelihoods import label_nats
 from covray.evaluation.lpips import LEAST_PX, load_lpips
@@ -47,16 +45,14 @@ from covray.evaluation.scores import score
 from covray.evaluation.subjects import SALIENCY, Subject
 from covray.generation.models import LoadedModel, ModelSource
 from covray.generation.votes import join_answers
-from covray.io.images import decode, load_picture, picture_of, resize, square
+from covray.io.images import resize, square
 from covray.io.pixels import Picture
 from covray.models.lvm.adapter import read_run_adapter
 from covray.models.lvm.backbone import backbone_facts
 from covray.models.tokenizer.vqgan import load_tokenizer
 from covray.pairs.manifest_reading import read_meta
-from covray.pairs.rows import PairRow
 from covray.seeds import seed_of
 from covray.tasks import TASKS
-from covray.tasks.base import Meta
 from covray.tasks.metrics import added_values
 
 
@@ -84,13 +80,12 @@ class Runner:
         if config.lpips is not None:
             self._lpips = load_lpips(Path(config.lpips))
         self.fit = self.dataset.config.get("fit", "stretch")
-        self._queries, self._examples = PairFile(queries), PairFile(examples)
+        self._queries = PairFile(queries)
+        self._labels = ExampleLabels(PairFile(examples), self.tokenizer.size_px, self.fit)
         # One at a time: episodes come sorted by subject and task, and a large model fills a GPU.
         self._model = functools.lru_cache(maxsize=1)(self._load_model)
         self._chains = functools.lru_cache(maxsize=1)(self._load_chains)
         self._episodes = functools.lru_cache(maxsize=1)(self._load_episodes)
-        self._labels = functools.lru_cache(maxsize=2)(self._load_labels)
-        self._mean = functools.lru_cache(maxsize=4)(self._load_mean)
 
     def run(self, table: pa.Table) -> pa.Table:
         """Return the rows (``RESULT_SCHEMA``) of the episodes of ``table`` (``EPISODE_SCHEMA``), in its order."""
@@ -119,7 +114,7 @@ class Runner:
         answers = self._answers(results)
         for result in results:
             try:
-                query = self._picture(self._queries.read([result.pair_id])[0], "image")
+                query = self._queries.picture(self._queries.read([result.pair_id])[0], "image", self.fit)
             except PairError as error:
                 result.error = str(error)
             if result.error is not None:
@@ -346,7 +341,7 @@ class Runner:
         for result in results:
             try:
                 pair = self._queries.read([result.pair_id])[0]
-                asked.append(Asked(result, self._picture(pair, "label"), read_meta(pair["meta"])))
+                asked.append(Asked(result, self._queries.picture(pair, "label", self.fit), read_meta(pair["meta"])))
             except PairError as error:
                 result.error = str(error)
 
@@ -410,66 +405,10 @@ class Runner:
     def _answer_without_model(self, asked: Asked) -> Picture:
         """Return the query itself, the mean label or the nearest label."""
         result = asked.result
-        subject = self.subjects[result.subject]
-        if subject.baseline == "copy":
-            return self._picture(self._queries.read([result.pair_id])[0], "image")
-        return self._answer_from_labels(subject, result, asked.meta)
-
-    def _answer_from_labels(self, subject: Subject, result: EpisodeResult, meta: Meta) -> Picture:
-        """Return the mean label or the nearest label; a pair is no example of its own."""
-        labels = self._labels(result.task)
-        others = labels.pair_ids != result.pair_id
-        if not others.any():
-            raise PairError("no_examples", f"no example of {result.task} has pictures that can be read")
-        if subject.baseline == "mean":
-            # Only these keys decide how a label is read: all else of the row's meta would defeat the cache.
-            known = {key: meta.get(key) for key in TASKS[result.task].meta_keys}
-            reading = json.dumps(known)
-            without = None  # one mean serves all queries that are no examples
-            if not others.all():
-                without = result.pair_id
-            return self._mean(result.task, without, reading)
-        image = self._picture(self._queries.read([result.pair_id])[0], "image")
-        # Compared at the tokenizer's size, at which the examples are held.
-        small = square(image, self.tokenizer.size_px, self.fit)
-        return nearest_label(small, labels.images[others], labels.labels[others])
-
-    def _load_mean(self, task: str, without: int | None, reading: str) -> Picture:
-        """Return the mean label of the examples of ``task``, but for pair ``without``; ``reading`` is meta as JSON."""
-        labels = self._labels(task)
-        others = labels.labels
-        if without is not None:
-            others = others[labels.pair_ids != without]
-        return TASKS[task].mean(others, json.loads(reading))
-
-    def _load_labels(self, task: str) -> Labels:
-        size_px = self.tokenizer.size_px
-        pair_ids, images, labels = [], [], []
-        for pair in self._examples.read(self._examples.ids_of(task)):
-            try:
-                image, label = self._picture(pair, "image"), self._picture(pair, "label")
-            # An example that cannot be read is left out; only where none is left has a query no answer.
-            except PairError:
-                continue
-            pair_ids.append(pair["pair_id"])
-            images.append(square(image, size_px, self.fit))
-            labels.append(square(label, size_px, self.fit, TASKS[task].resample))
-        shape = (-1, size_px, size_px, 3)
-        return Labels(
-            np.array(pair_ids, np.int64),
-            np.array(images, np.uint8).reshape(shape),
-            np.array(labels, np.uint8).reshape(shape),
-        )
-
-    def _picture(self, pair: PairRow, name: Literal["image", "label"]) -> Picture:
-        """Return a picture of the pair, of which with fit ``crop`` the centre square."""
-        try:
-            picture = decode(load_picture(picture_of(pair[name]), self._queries.root))
-        except PairError as error:
-            # The reason stays; the detail also says which of the two pictures it was.
-            reason, _, detail = str(error).partition(": ")
-            raise PairError(reason, f"{name}: {detail}") from error
-        # A chain shows the centre only: what lies outside cannot be answered.
-        if self.fit == "crop":
-            picture = square(picture, min(picture.shape[:2]), "crop")
-        return picture
+        baseline = self.subjects[result.subject].baseline
+        if baseline == "mean":
+            return self._labels.mean(result.task, result.pair_id, asked.meta)
+        image = self._queries.picture(self._queries.read([result.pair_id])[0], "image", self.fit)
+        if baseline == "copy":
+            return image
+        return self._labels.nearest(result.task, result.pair_id, image)

@@ -10,9 +10,10 @@ from typing import Any
 from covray.chains.shard_rows import alphas_of
 from covray.config import GenerateConfig
 from covray.errors import ConfigError, PairError, one_line
-from covray.generation.generator import Generator, resolve_generator
+from covray.generation.generator import Generator
 from covray.generation.records import AnswerRecord, GenerationRecord, LogLikelihood
 from covray.generation.request import Answer, Example, Request
+from covray.generation.resolving import resolve_generator
 from covray.io import storage
 from covray.io.drawing import draw_strip
 from covray.io.images import decode, encode_png

@@ -17,9 +17,10 @@ from covray.chains.dataset import ChainDataset
 from covray.config import GeneratorConfig, SamplingConfig, TrainConfig
 from covray.errors import ConfigError, DatasetError, one_line
 from covray.generation.files import answer_files
-from covray.generation.generator import Generator, resolve_generator
+from covray.generation.generator import Generator
 from covray.generation.inputs import ExamplePair, PictureLike, read_examples, read_picture
 from covray.generation.request import Answer, Request
+from covray.generation.resolving import resolve_generator
 from covray.io.drawing import html_picture
 from covray.io.storage import Folder
 from covray.models.lvm.adapter import read_run

@@ -27,8 +27,9 @@ from covray.config import ServeConfig, load_config
 from covray.distributed.metrics import LATENCY, REQUESTS, Recorder
 from covray.distributed.session import ray_session
 from covray.errors import ConfigError, one_line
-from covray.generation.generator import Generator, resolve_generator
+from covray.generation.generator import Generator
 from covray.generation.models import SharedModels
+from covray.generation.resolving import resolve_generator
 from covray.progress import stage
 from covray.serve.answering import AbandonedError, Query, Waiting, answer_together, group, stream_answer
 from covray.serve.connections import proxy_variables

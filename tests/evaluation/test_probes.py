@@ -82,7 +82,7 @@ def test_answers_are_those_of_the_decoder_after_the_probe_s_frames(evaluation: A
             decoded = model.decoder.decode(prompt[:0], prompt[None], 1, runner.config.sampling, [seed])
             expected[f"after_{probe}"] = decoded.ids[0, 0]
         pair = runner._queries.read([row["pair_id"]])[0]
-        label = runner._picture(pair, "label")
+        label = runner._queries.picture(pair, "label", runner.fit)
         task = TASKS[row["task"]]
         for name, tokens in expected.items():
             answer = resize(runner.tokenizer.decode(tokens[None])[0], *label.shape[:2], task.resample)

@@ -23,7 +23,7 @@ from covray.config import EvaluateConfig, SamplingConfig
 from covray.errors import CovrayError, PairError
 from covray.evaluation.baselines import saliency
 from covray.evaluation.metrics import OWN, REFERENCE
-from covray.evaluation.pair_files import choose_pairs
+from covray.evaluation.pair_files import PairFile, choose_pairs
 from covray.evaluation.runner import Runner
 from covray.evaluation.scores import score
 from covray.evaluation.subjects import subjects_of
@@ -118,14 +118,14 @@ def test_the_pictures_of_a_row_are_the_same_alone_and_among_others(evaluation: E
 
 def test_a_row_whose_pictures_are_gone_shows_none(evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch) -> None:
     runner, rows = evaluation({"depth": 12})
-    read = Runner._picture
+    read = PairFile.picture
 
-    def read_but_one(self: Runner, pair: Row, name: str) -> np.ndarray:
+    def read_but_one(self: PairFile, pair: Row, name: Any, fit: Any) -> np.ndarray:
         if pair["pair_id"] == rows[0]["pair_id"]:
             raise PairError("missing", name)
-        return read(self, pair, name)
+        return read(self, pair, name, fit)
 
-    monkeypatch.setattr(Runner, "_picture", read_but_one)
+    monkeypatch.setattr(PairFile, "picture", read_but_one)
     for row, shown in zip(rows, runner.pictures_of(rows), strict=True):
         assert (shown is None) == (row["pair_id"] == rows[0]["pair_id"])
 

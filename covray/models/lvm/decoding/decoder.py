@@ -236,11 +236,6 @@ class LvmDecoder:
                 for cache, (keys, values) in zip(caches, kept, strict=True):
                     cache.keys[:, number, : keys.shape[1]] = keys
                     cache.values[:, number, : values.shape[1]] = values
-            noise = None
-            if not sampling.is_greedy:
-                begin = first * self.tokens_per_image
-                of_rows = [RowNoise(row.seed, row.candidate, self.codes, begin) for row in some]
-                noise = BatchNoise(of_rows, self.batch, reader.device)
             pending = PendingRows(
                 caches=caches,
                 hidden=reader.padded(torch.stack(last)),
@@ -249,12 +244,19 @@ class LvmDecoder:
                 steps=steps,
                 tokens_per_image=self.tokens_per_image,
                 sampling=sampling,
-                noise=noise,
+                noise=None if sampling.is_greedy else self._noise(some, first * self.tokens_per_image),
                 codebook=None if sampling.expected is None else self._code_vectors,
             )
             for each in self._write(pending):
                 yield some[each.row], each
         reader.give_back(buffer)
+
+    def _noise(self, rows: list[_Row], begin: int) -> BatchNoise:
+        """Return the noise of a batch of rows from place ``begin`` on: that of places before it has been used."""
+        of_rows = []
+        for row in rows:
+            of_rows.append(RowNoise(row.seed, row.candidate, self.codes, begin))
+        return BatchNoise(of_rows, self.batch, self._reader.device)
 
     def _strategy(self, sampling: SamplingConfig) -> str:
         """Return the name of the strategy that ``sampling`` asks for, or that the model was trained for."""
