@@ -11,7 +11,6 @@ Training for Large Language Models", arXiv:2407.12665). A token of the first sta
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -42,6 +41,7 @@ DRAWN = (*TASK_PICTURES, "pose", "pose", "depth")
 """What a sentence of pairs draws its task from: where a person stands, and how far all is, is learned slowest."""
 DRAWN_FOURTH = (*TASK_PICTURES, "edges", "depth", "low_light")
 DRAWN_FIFTH = (*TASK_PICTURES, "pose", "normals", "edges", "depth", "low_light")
+DRAWN_SIXTH = (*TASK_PICTURES, "segmentation", "pose", "normals", "edges")
 """The same in later stages: the tasks whose answers were worst after the one before."""
 PICTURES = 16
 """Pictures that fit in the context."""
@@ -91,7 +91,12 @@ STAGES = (
     Stage(2000, 4, 1.0), Stage(900, 1, 0.7), Stage(1200, 1, 0.7, noisy=0.5),
     Stage(1700, 1, 0.7, noisy=0.7, drawn=DRAWN_FOURTH),
     Stage(1700, 1, 0.7, noisy=0.7, own=0.5, drawn=DRAWN_FIFTH),
+    Stage(1600, 1, 0.7, noisy=0.7, own=0.5, drawn=DRAWN_SIXTH),
 )  # fmt: skip
+AVERAGED = 3
+"""The LVM is the mean of the weights of the last stages. A stage is good at other tasks than the one before it, by
+chance and by what it drew; their mean is about as good as the best in each (Izmailov et al. 2018, "Averaging Weights
+Leads to Wider Optima and Better Generalization", arXiv:1803.05407)."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +182,8 @@ def train_lvm(
 
     Needs the VQGAN of ``train_vqgan`` in ``out``/vqgan. The loss is next-token cross-entropy. Muon (Jordan et al. 2024)
     trains the matrices, as it learns more a step than AdamW does; AdamW trains the rest. Every stage of ``STAGES`` ends
-    in ``out``/lvm-<number>; one that is there already is gone on from.
+    in ``out``/lvm-<number>; one that is there already is gone on from. What is saved is the mean of the last
+    ``AVERAGED``.
 
     Args:
         pictures: uint8 [scenes * 8 + CROPS * 3, 64, 64, 3].
@@ -198,6 +204,7 @@ def train_lvm(
         return "held-out answer perplexity " + ", ".join(f"{task} {value:.1f}" for task, value in perplexities.items())
 
     model = new_lvm(seed, PICTURES * size, tokenizer.codebook)
+    folders = []
     for number, stage in enumerate(STAGES, 1):
         ended = out / f"lvm-{number}"
         if not ended.is_dir():
@@ -209,7 +216,20 @@ def train_lvm(
             save_lvm(model, ended, tokenizer.codebook_fingerprint, size)
         # As rounded to float16: a stage goes on from what was kept of the one before.
         model = _load(ended, device).requires_grad_(True)
-    shutil.copytree(ended, out / "lvm", dirs_exist_ok=True)
+        folders.append(ended)
+    save_lvm(_mean(folders[-AVERAGED:], device), out / "lvm", tokenizer.codebook_fingerprint, size)
+
+
+@torch.no_grad()
+def _mean(folders: Sequence[Path], device: torch.device) -> Lvm:
+    """Return the LVM whose weights are the mean of those of ``folders``."""
+    first, *others = [_load(folder, device) for folder in folders]
+    for model in others:
+        for total, weight in zip(first.parameters(), model.parameters(), strict=True):
+            total.add_(weight)
+    for total in first.parameters():
+        total.div_(len(folders))
+    return first
 
 
 def _loss(
