@@ -176,8 +176,11 @@ def main() -> None:
             raise
 
 
-_IMPORT_S = 2.0
-"""So long a stop waits for the end of an import, so that what is open is closed."""
+_SWALLOWING = ("<frozen importlib._bootstrap>", f"{os.sep}trimesh{os.sep}")
+"""Parts of the names of files whose code may go on after any exception: imports, as some libraries do without what cannot
+be imported, and trimesh, which falls back to slower code."""
+_SWALLOWING_S = 2.0
+"""So long a stop waits for the end of such code, so that what is open is closed."""
 _AGAIN_S = 0.05
 
 
@@ -194,8 +197,8 @@ def _ended_by_signals() -> Iterator[list[int]]:
         end(number, frame)
 
     def end(_: int, frame: FrameType | None) -> None:
-        if _is_importing(frame):  # some libraries ignore any exception while they are imported
-            if time.monotonic() - first_s > _IMPORT_S:
+        if _is_swallowing(frame):
+            if time.monotonic() - first_s > _SWALLOWING_S:
                 _end_at_once(received[-1])
             signal.setitimer(signal.ITIMER_REAL, _AGAIN_S)  # no thread: the signal may have come to one that is started
             return
@@ -228,10 +231,10 @@ def _end_at_once(number: int) -> NoReturn:
     os._exit(128 + number)
 
 
-def _is_importing(frame: FrameType | None) -> bool:
-    """Return whether a module is being imported where a signal came."""
+def _is_swallowing(frame: FrameType | None) -> bool:
+    """Return whether an interrupt could be ignored where a signal came."""
     while frame is not None:
-        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+        if any(part in frame.f_code.co_filename for part in _SWALLOWING):
             return True
         frame = frame.f_back
     return False

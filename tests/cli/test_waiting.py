@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -96,19 +97,25 @@ def test_a_command_says_what_it_does_and_when_stopped_that_it_is(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_stop_while_a_module_is_imported_closes_what_is_open(tmp_path: Path) -> None:
-    """Some libraries ignore any exception while they are imported: the stop waits for the end of the import."""
-    (tmp_path / "slow.py").write_text(
-        "import signal, time\ntry:\n    signal.raise_signal(signal.SIGTERM)\n    time.sleep(0.3)\n"
-        "except BaseException:\n    pass\n"
-    )
+@pytest.mark.parametrize(("file", "statement"), [("slow", "import slow"), ("trimesh/slow", "load().normals()")])
+def test_a_stop_in_code_that_ignores_any_exception_closes_what_is_open(
+    tmp_path: Path, file: str, statement: str
+) -> None:
+    """So do some libraries while they are imported, and trimesh at work: the stop waits for the end of it."""
+    ignores = "try:\n    signal.raise_signal(signal.SIGTERM)\n    time.sleep(0.3)\nexcept BaseException:\n    pass\n"
+    (tmp_path / "slow.py").write_text(f"import signal, time\n{ignores}")
+    (tmp_path / "trimesh").mkdir()
+    normals = "def normals():\n" + textwrap.indent(ignores, "    ")
+    (tmp_path / "trimesh" / "slow.py").write_text(f"import signal, time\n{normals}")
+    (tmp_path / "trimesh" / "__init__.py").write_text("")
     script = (
-        "import time\n"
+        "import importlib, time\n"
         "from covray.cli.app import main\n"
         "import covray.cli.app as app\n"
+        f"def load():\n    return importlib.import_module({file.replace('/', '.')!r})\n"
         "def command(**_):\n"
         "    try:\n"
-        "        import slow\n"
+        f"        {statement}\n"
         "        time.sleep(20)\n"
         "    finally:\n"
         "        print('closed', flush=True)\n"
