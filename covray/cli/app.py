@@ -177,8 +177,8 @@ def main() -> None:
 
 
 _SWALLOWING = ("<frozen importlib._bootstrap>", f"{os.sep}trimesh{os.sep}")
-"""Parts of the names of files whose code may go on after any exception: imports, as some libraries do without what cannot
-be imported, and trimesh, which falls back to slower code."""
+"""Parts of the names of files whose code may go on after any exception: imports, as some libraries do without what
+cannot be imported, and trimesh, which falls back to slower code."""
 _SWALLOWING_S = 2.0
 """So long a stop waits for the end of such code, so that what is open is closed."""
 _AGAIN_S = 0.05
