@@ -286,7 +286,7 @@ class PoolProgress:
         rate = self._rate()
         if rate:
             facts.append(f"{rate:.2f} {self._unit}/s")
-        # Before the first shard is written there is no rate; the computed rows show progress.
+        # There is no rate before the first shard is written. Until then the computed rows are counted.
         elif self._written == self._before:
             facts.append(f"{counts.rows} computed")
         if counts.rejected:

@@ -49,13 +49,13 @@ class ExampleLabels:
     def mean(self, task: str, pair_id: int, meta: Meta) -> Picture:
         """Return the mean label, without that of the query, [s, s, 3].
 
-        Raises:
-            PairError: There is no other example that can be read.
-
         Args:
             task: The query's task.
             pair_id: The query.
             meta: Of the query's row.
+
+        Raises:
+            PairError: No other example can be read.
         """
         others = self._others(task, pair_id)
         # Only these keys decide how a label is read: all else of the row's meta would defeat the cache.
@@ -68,13 +68,13 @@ class ExampleLabels:
     def nearest(self, task: str, pair_id: int, image: Picture) -> Picture:
         """Return the label of the example whose image is most similar, but for the query itself, [s, s, 3].
 
-        Raises:
-            PairError: There is no other example that can be read.
-
         Args:
             task: The query's task.
             pair_id: The query.
             image: Its picture.
+
+        Raises:
+            PairError: No other example can be read.
         """
         others, labels = self._others(task, pair_id), self._of_task(task)
         # Compared at the tokenizer's size, at which the examples are held.

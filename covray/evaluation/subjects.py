@@ -153,7 +153,7 @@ def _adapter(config: EvaluateConfig, dataset: ChainDataset, entry: str) -> Itera
         recorded = about["fingerprints"]
         fingerprints = {"backbone": str(recorded["backbone"]), "codebook": str(recorded["codebook"])}
     except (KeyError, TypeError, ValidationError) as error:
-        raise ConfigError(f"{run}/_run.json: is no description of a run; give the --out of a covray train") from error
+        raise ConfigError(f"{run}/_run.json: does not describe a run; give the --out of a covray train") from error
     require_same_codebook(dataset.fingerprints["codebook"], fingerprints["codebook"], f"--adapter {run}")
     backbone = config.backbone or trained.backbone
     # Weights count, not paths: a backbone may have moved since the training.

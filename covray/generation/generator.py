@@ -17,9 +17,7 @@ import torch
 
 from covray.chains.build import BlockBuilder
 from covray.chains.prepare import prepare_block
-from covray.config import (
-    GeneratorConfig,
-)
+from covray.config import GeneratorConfig
 from covray.errors import ConfigError, DatasetError, PairError
 from covray.generation.models import LoadedModel, SharedModels
 from covray.generation.request import Answer, Example, ReadAnswer, Request, WrittenPicture

@@ -185,7 +185,7 @@ def _read_trained(adapter: str) -> _Trained:
         return _Trained(config, str(fingerprints["backbone"]), str(fingerprints["codebook"]), classes)
     except (KeyError, TypeError, ValidationError) as error:
         raise ConfigError(
-            f"{adapter}/_run.json: is no description of a run; give the --out of a covray train"
+            f"{adapter}/_run.json: does not describe a run; give the --out of a covray train"
         ) from error
 
 

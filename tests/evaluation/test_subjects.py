@@ -156,7 +156,7 @@ def test_runs_that_cannot_be_evaluated_are_refused(
     storage.write_json(f"{run}/_run.json", foreign)
     refused(DatasetError, "--adapter .*tuned: its codebook is c0dec0de", data, adapters=(run,))
     storage.write_json(f"{run}/_run.json", about | {"config": {"data": 3}})
-    refused(ConfigError, "is no description of a run", data, adapters=(run,))
+    refused(ConfigError, "does not describe a run", data, adapters=(run,))
     storage.write_json(f"{run}/_run.json", about)
 
     Path(run, "adapter", "adapter_model.safetensors").unlink()
