@@ -184,9 +184,7 @@ def _read_trained(adapter: str) -> _Trained:
             classes = None
         return _Trained(config, str(fingerprints["backbone"]), str(fingerprints["codebook"]), classes)
     except (KeyError, TypeError, ValidationError) as error:
-        raise ConfigError(
-            f"{adapter}/_run.json: does not describe a run; give the --out of a covray train"
-        ) from error
+        raise ConfigError(f"{adapter}/_run.json: does not describe a run; give the --out of a covray train") from error
 
 
 def _run_defaults(config: GeneratorConfig, run: _Trained) -> tuple[dict[str, Any], int | None]:
