@@ -100,11 +100,12 @@ async def slow_bodies_fill_the_queue(server: Server) -> None:
     """A body that never ends takes a slot for ``UPLOAD_S`` or until its client leaves; 1,000 others are refused."""
     async with connections(server.port, QUEUE) as slow:
         for connection in slow:
-            await connection.send(head(1000) + b"{")
+            connection.send(head(1000) + b"{")
             connection.trickle()
         await server.waits_for(IN_FLIGHT, QUEUE)
         async with connections(server.port, CROWD) as crowd:
-            await asyncio.gather(*(connection.send(server.request()) for connection in crowd))
+            for connection in crowd:
+                connection.send(server.request())
             refused = await asyncio.gather(*(connection.refusal() for connection in crowd))
         assert set(refused) == {(503, "queue_full")}
         for connection in slow[1:]:
@@ -119,7 +120,7 @@ async def slow_bodies_fill_the_queue(server: Server) -> None:
 async def slow_heads_beside_slow_bodies(server: Server) -> None:
     """Connections that never send a whole head take no slot, and are closed, with the reason where they began one."""
     async with connections(server.port, 2) as (silent, slow):
-        await slow.send(b"POST /v1/answers HTTP/1.1\r\nx-slow: ")
+        slow.send(b"POST /v1/answers HTTP/1.1\r\nx-slow: ")
         slow.trickle()
         await slow_bodies_fill_the_queue(server)
         assert await slow.refusal() == (408, "slow_upload")
@@ -131,7 +132,7 @@ async def a_stream_is_left(server: Server) -> None:
     """The slot and the replica of a stream are free as soon as its client is gone."""
     left = await asyncio.to_thread(server.count, LEFT)
     async with connections(server.port, 1) as (connection,):
-        await connection.send(server.request("accept: text/event-stream"))
+        connection.send(server.request("accept: text/event-stream"))
         await connection.read_until(b"event: frame")
     await server.waits_for(LEFT, left + 1)
     assert await asyncio.to_thread(server.count, IN_FLIGHT) == 0
@@ -142,7 +143,7 @@ async def a_long_answer_ends(server: Server) -> None:
     too_long = server.request(sampling={"temperature": 1.0, "vote": CANDIDATES})
     async with connections(server.port, 2) as (leaver, stayer):
         for connection in (leaver, stayer):
-            await connection.send(too_long)
+            connection.send(too_long)
             await server.waits_for(IN_FLIGHT, 1)
             before = await asyncio.to_thread(server.replica_cpu_s)
             while await asyncio.to_thread(server.replica_cpu_s) - before < 1:

@@ -50,9 +50,9 @@ def test_ray_serve_finds_what_its_proxy_calls(monkeypatch: pytest.MonkeyPatch) -
 def test_a_head_that_is_late_ends_its_connection_with_the_reason(port: int) -> None:
     async def wait() -> None:
         async with connections(port, 3) as (silent, slow, halted):
-            await slow.send(head(2)[:-2] + b"x-slow: ")
+            slow.send(head(2)[:-2] + b"x-slow: ")
             slow.trickle()
-            await halted.send(b"POST ")
+            halted.send(b"POST ")
             assert await slow.refusal() == (408, "slow_upload")
             assert await halted.refusal() == (408, "slow_upload")
             for connection in (slow, halted):
@@ -66,11 +66,11 @@ def test_a_request_at_work_and_an_idle_connection_have_no_deadline(port: int) ->
     async def wait() -> None:
         async with connections(port, 1) as (connection,):
             for _ in range(2):
-                await connection.send(head(2)[:20])
+                connection.send(head(2)[:20])
                 await asyncio.sleep(DEADLINE_S / 4)
-                await connection.send(head(2)[20:])
+                connection.send(head(2)[20:])
                 await asyncio.sleep(2 * DEADLINE_S)  # a slow body is for the application to refuse
-                await connection.send(b"ab")
+                connection.send(b"ab")
                 assert (await connection.read_until(b"\r\n\r\n2")).startswith(b"HTTP/1.1 200 ")
                 await asyncio.sleep(2 * DEADLINE_S)  # idle, as clients keep connections
 
@@ -81,9 +81,9 @@ def test_what_follows_an_answer_has_the_deadline_of_a_head(port: int) -> None:
     async def wait() -> None:
         async with connections(port, 2) as (next_head, body):
             for connection in (next_head, body):
-                await connection.send(head(0 if connection is next_head else 1000, "early: yes"))
+                connection.send(head(0 if connection is next_head else 1000, "early: yes"))
                 await connection.read_until(b"\r\n\r\n0")
-            await next_head.send(b"POST ")
+            next_head.send(b"POST ")
             for connection in (next_head, body):
                 connection.trickle()
             assert await next_head.rest() == b""
