@@ -33,7 +33,13 @@ from covray.recipes.nano.vlm import train_vlm
 WEIGHTS = NANO_FOLDER
 STEPS = {"vae": 2300, "vqgan": 3000, "prior": 3000}
 """Optimizer steps of a training; the LVM is trained in stages (``covray.recipes.nano.lvm.STAGES``)."""
-_OF_PORTRAITS = {"text": train_text, "painter": train_painter, "clip": train_clip, "judge": train_judge}
+_OF_PORTRAITS = {
+    "vlm": train_vlm,
+    "text": train_text,
+    "painter": train_painter,
+    "clip": train_clip,
+    "judge": train_judge,
+}
 HELD_OUT_SCENES = 250
 PROBE_TEST_SCENES = 200
 
@@ -55,7 +61,7 @@ def train_model(model: str, out: Path, steps: int | None, scenes: int, threads: 
         ConfigError: A model, a device or a folder is not there.
     """
     trainers = {"vae": train_vae, "vqgan": train_vqgan, "prior": train_prior}
-    known = (*trainers, "lvm", "vlm", *_OF_PORTRAITS)
+    known = (*trainers, "lvm", *_OF_PORTRAITS)
     if model not in known:
         raise ConfigError(f"{model}: no such nano model; give one of {', '.join(known)}")
     # Some models are made on others, which must be there first.
@@ -69,9 +75,6 @@ def train_model(model: str, out: Path, steps: int | None, scenes: int, threads: 
     chosen = choose_device(device, "--device")
     _require_folder(out)
     torch.set_num_threads(threads)
-    if model == "vlm":
-        train_vlm(out, steps, scenes, seed, chosen, threads)
-        return
     if model in _OF_PORTRAITS:
         _OF_PORTRAITS[model](out, steps, scenes, seed, chosen)
         return

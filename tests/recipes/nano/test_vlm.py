@@ -15,8 +15,7 @@ from covray.models.vlm.checkpoint import load_vlm, vlm_facts
 from covray.models.vlm.decoding import decode
 from covray.pairs.scenes.portrait_words import portrait_words
 from covray.pairs.scenes.portraits import sample_portrait
-from covray.recipes.nano import recipe, vlm
-from covray.training.metrics_log import read_metrics
+from covray.recipes.nano import loop, recipe, vlm
 
 CPU = torch.device("cpu")
 
@@ -49,23 +48,31 @@ def test_the_worlds_words_are_a_token_each_and_any_text_can_be_read(tokenizer) -
     assert tokenizer.decode(tokenizer(other)["input_ids"]) == other
 
 
-def test_a_training_is_continued_and_gives_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_is_continued_and_gives_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name, value in {"WIDTH": 64, "LAYERS": 1, "INNER": 32, "VISION_WIDTH": 32, "VISION_LAYERS": 1}.items():
         monkeypatch.setattr(vlm, name, value)
     monkeypatch.setattr(vlm, "VISION_INNER", 32)
     monkeypatch.setattr(vlm, "TOKENIZED_PORTRAITS", 50)
+    monkeypatch.setattr(loop, "SAVE_EVERY_S", 0.0)
     stopped = RuntimeError("killed")
+    saves: list[str] = []
 
-    def killed(*_: object) -> None:
-        raise stopped
+    def killed(*_: object) -> str:
+        saves.append("after a step")
+        if len(saves) == 2:
+            raise stopped
+        return ""
 
     with monkeypatch.context() as patched:
-        patched.setattr(vlm, "_report", killed)
+        patched.setattr(vlm, "_validated", killed)
         with pytest.raises(RuntimeError, match="killed"):
             recipe.train_model("vlm", tmp_path, 3, 20, 1, "cpu", 0)
     recipe.train_model("vlm", tmp_path, 3, 20, 1, "cpu", 0)
-    steps = [record["step"] for record in read_metrics(f"{tmp_path}/vlm.run/metrics.jsonl") if "loss" in record]
-    assert steps == [1, 2, 3]
+    shown = capsys.readouterr().out
+    assert "vlm: continues at step 2 of 3" in shown
+    assert "validation perplexity" in shown
     facts = vlm_facts(VlmModelConfig(path=str(tmp_path / "vlm")))
     assert facts.mask_id == facts.known_ids == facts.vocabulary - 1
     loaded = load_vlm(facts, torch.float32, CPU)
