@@ -96,6 +96,7 @@ def test_the_demo_runs_without_it(
 
     monkeypatch.setattr(demo, "PHOTOGRAPHS", demo.PHOTOGRAPHS[:1])
     monkeypatch.setattr(demo, "SCENES", {"train": 1})
+    monkeypatch.setattr(demo, "write_first_answers", lambda *_: None)
     monkeypatch.setattr(demo, "view", lambda *_, **__: ["index.html"])
     for step in (build, train, evaluate):
         monkeypatch.setattr(demo, step.__name__, step)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 TILE_PX = 128
 """Side of a tile: a 64 px picture at twice its size."""
 GAP_PX = 6
-PAPER, FAINT = "#ffffff", "#6b7280"
+PAPER, INK, FAINT = "#ffffff", "#1c1f24", "#6b7280"
 _FONTS = Path(__file__).parents[1] / "assets" / "fonts"
 
 
@@ -36,6 +36,29 @@ def draw_strip(pictures: Sequence[np.ndarray], captions: Sequence[str]) -> bytes
         draw.text((x + tile_px // 2, tile_px + 22), caption, FAINT, load_font(12), anchor="ms")
     buffer = io.BytesIO()
     strip.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def draw_table(columns: Mapping[str, Sequence[np.ndarray]], rows: Sequence[str]) -> bytes:
+    """Draw a table of pictures as PNG.
+
+    Args:
+        columns: By name, which stands above, the pictures uint8 [s, s, 3] from top to bottom; small ones are enlarged.
+        rows: The names of the rows, which stand at the left.
+    """
+    left, top, step = 96, 34, TILE_PX + GAP_PX
+    table = Image.new("RGB", (left + len(columns) * step, top + len(rows) * step), PAPER)
+    draw = ImageDraw.Draw(table)
+    for row, name in enumerate(rows):
+        draw.text((left - 12, top + row * step + TILE_PX // 2), name, FAINT, load_font(12), anchor="rm")
+    for column, (name, pictures) in enumerate(columns.items()):
+        x = left + column * step
+        draw.text((x + TILE_PX // 2, top - 12), name, INK, load_font(13, bold=True), anchor="ms")
+        for row, picture in enumerate(pictures):
+            tile = Image.fromarray(picture).resize((TILE_PX, TILE_PX), Image.Resampling.LANCZOS)
+            table.paste(tile, (x, top + row * step))
+    buffer = io.BytesIO()
+    table.save(buffer, "PNG")
     return buffer.getvalue()
 
 

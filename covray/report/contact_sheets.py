@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from covray.chains.dataset import ChainDataset, task_of
 from covray.chains.shard_rows import ShardRow
-from covray.io.drawing import FAINT, GAP_PX, PAPER, TILE_PX, load_font
+from covray.io.drawing import FAINT, GAP_PX, INK, PAPER, TILE_PX, load_font
 from covray.models.tokenizer.vqgan import Tokenizer
 
 _MARGIN_PX, _TOP_PX = 28, 112
@@ -22,7 +22,7 @@ _FIGURES_PX, _METHOD_PX = 230, 86
 _LEFT_PX = _MARGIN_PX + _FIGURES_PX + _METHOD_PX
 _STEP_PX = TILE_PX + GAP_PX
 _CHAIN_GAP_PX = 26
-_INK, _RULE = "#1c1f24", "#e3e5e9"
+_RULE = "#e3e5e9"
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def draw_sheet(chains: Sequence[ChainPictures], title: str, subtitle: str = "") 
     sheet = Image.new("RGB", (width, _TOP_PX + len(chains) * chain_px + _MARGIN_PX - _CHAIN_GAP_PX // 2), PAPER)
 
     draw = ImageDraw.Draw(sheet)
-    draw.text((_MARGIN_PX, 22), title, _INK, load_font(24, bold=True))
+    draw.text((_MARGIN_PX, 22), title, INK, load_font(24, bold=True))
     draw.text((_MARGIN_PX, 56), subtitle, FAINT, load_font(13))
     for column, caption in enumerate(captions):
         centre = _LEFT_PX + column * _STEP_PX + TILE_PX // 2
@@ -140,11 +140,11 @@ def draw_sheet(chains: Sequence[ChainPictures], title: str, subtitle: str = "") 
 
 def _draw_figures(draw: ImageDraw.ImageDraw, chain: ChainPictures, y: int) -> None:
     """Draw the figures of a chain at the left, from ``y`` pixels down."""
-    draw.text((_MARGIN_PX, y), str(chain.pair_id), _INK, load_font(12, bold=True))
+    draw.text((_MARGIN_PX, y), str(chain.pair_id), INK, load_font(12, bold=True))
     draw.text((_MARGIN_PX, y + 18), chain.split, FAINT, load_font(12))
     for line, (name, value) in enumerate(quality_lines(chain)):
         draw.text((_MARGIN_PX, y + 44 + 34 * line), name, FAINT, load_font(11))
-        draw.text((_MARGIN_PX, y + 58 + 34 * line), value, _INK, load_font(12))
+        draw.text((_MARGIN_PX, y + 58 + 34 * line), value, INK, load_font(12))
 
 
 def _draw_chain(sheet: Image.Image, draw: ImageDraw.ImageDraw, chain: ChainPictures, y: int) -> None:
@@ -152,7 +152,7 @@ def _draw_chain(sheet: Image.Image, draw: ImageDraw.ImageDraw, chain: ChainPictu
     # A chain without frames is drawn in one row without a name.
     for row, method in enumerate(chain.frames or [""]):
         row_y = y + row * _STEP_PX
-        draw.text((_LEFT_PX - 14, row_y + TILE_PX // 2), method, _INK, load_font(13), anchor="rm")
+        draw.text((_LEFT_PX - 14, row_y + TILE_PX // 2), method, INK, load_font(13), anchor="rm")
         for column, picture in enumerate([chain.source, *chain.frames.get(method, []), chain.label]):
             tile = Image.fromarray(picture).resize((TILE_PX, TILE_PX), Image.Resampling.LANCZOS)
             sheet.paste(tile, (_LEFT_PX + column * _STEP_PX, row_y))

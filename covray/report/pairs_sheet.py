@@ -15,7 +15,7 @@ from pyarrow import fs
 from covray.chains.records import DatasetRecord
 from covray.errors import PairError
 from covray.io import storage
-from covray.io.drawing import FAINT, GAP_PX, PAPER, TILE_PX, load_font
+from covray.io.drawing import FAINT, GAP_PX, INK, PAPER, TILE_PX, load_font
 from covray.io.images import resize
 from covray.pairs.check import COLUMNS, figures_of, name_of_pair
 from covray.pairs.loading import LoadedPair, load_pair
@@ -27,7 +27,7 @@ from covray.tasks import TASKS
 COLUMN_TITLES = ("image", "label", "label over image")
 SHOWN_PX = 2 * TILE_PX
 _MARGIN_PX, _TEXT_PX, _TOP_PX = 28, 250, 104
-_INK, _RULE, _BAD = "#1c1f24", "#e3e5e9", "#b42318"
+_RULE, _BAD = "#e3e5e9", "#b42318"
 _BAD_ROW_PX = 90
 _LINE_PX, _LINES, _LINE_CHARACTERS, _WIDE_LINE_CHARACTERS = 16, 14, 38, 150
 
@@ -119,7 +119,7 @@ def draw_pairs(shown: Sequence[ShownPair], title: str, subtitle: str) -> bytes:
 
     sheet = Image.new("RGB", (width, _TOP_PX + sum(heights_px) + _MARGIN_PX), PAPER)
     draw = ImageDraw.Draw(sheet)
-    draw.text((_MARGIN_PX, 22), title, _INK, load_font(24, bold=True))
+    draw.text((_MARGIN_PX, 22), title, INK, load_font(24, bold=True))
     draw.text((_MARGIN_PX, 56), subtitle, FAINT, load_font(13))
     for column, caption in enumerate(COLUMN_TITLES):
         draw.text((left + column * step + SHOWN_PX // 2, _TOP_PX - 10), caption, FAINT, load_font(12), anchor="ms")
@@ -138,9 +138,9 @@ def draw_pairs(shown: Sequence[ShownPair], title: str, subtitle: str) -> bytes:
 
 
 def _draw_text(draw: ImageDraw.ImageDraw, shown: ShownPair, top: int) -> None:
-    draw.text((_MARGIN_PX, top), _printable(shown.name)[-_LINE_CHARACTERS:], _INK, load_font(12, bold=True))
+    draw.text((_MARGIN_PX, top), _printable(shown.name)[-_LINE_CHARACTERS:], INK, load_font(12, bold=True))
     draw.text((_MARGIN_PX, top + _LINE_PX), _printable(shown.split), FAINT, load_font(12))
-    colour, characters = _INK, _LINE_CHARACTERS
+    colour, characters = INK, _LINE_CHARACTERS
     if shown.pair is None:
         colour, characters = _BAD, _WIDE_LINE_CHARACTERS
     # Error texts can be long and contain paths; lines beyond the sheet are left out.

@@ -1,4 +1,4 @@
-"""The last step of the demo, a picture that ThinkDiff has reasoned; ``tests/test_absent.py`` has the others."""
+"""The first and the last pictures of the demo; ``tests/test_absent.py`` has the other steps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from rich.console import Console
 
 from covray.errors import ConfigError, WeightsError
 from covray.io.images import decode
-from covray.recipes.demo import _Demo, _thinking_parts, run_demo
+from covray.io.pixels import psnr
+from covray.pairs.scenes import scene_pairs
+from covray.recipes.demo import SCENES, _Demo, _thinking_parts, run_demo
+from covray.recipes.first_answers import SHEET
 from tests.support.thinking import write_parts
 
 
@@ -23,13 +26,35 @@ def parts(tmp_path: Path, think_folders: dict[str, str], request: pytest.Fixture
     return write_parts(tmp_path / "parts", think_folders, request.param)
 
 
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The commands that the demo shows."""
+    commands: list[str] = []
+    monkeypatch.setattr(_Demo, "announce", lambda _, step, command: commands.append(command))
+    return commands
+
+
+def test_the_first_answer_is_that_of_the_command_that_is_shown(
+    tmp_path: Path, run_here: Callable[..., Any], shown: list[str]
+) -> None:
+    demo = _Demo(tmp_path, Console(quiet=True))
+    pairs = list(scene_pairs(sum(SCENES.values()), ["depth"], splits=dict(SCENES)))
+    demo.answer_first(pairs)
+    run_here(*shlex.split(shown[0]))
+    answer = decode((demo.first / "depth_answer.png").read_bytes())
+    np.testing.assert_array_equal(answer, decode((demo.first / "depth" / "depth_query" / "answer.png").read_bytes()))
+    written = (demo.first / SHEET).stat().st_mtime_ns
+    demo.answer_first(pairs)
+    assert (demo.first / SHEET).stat().st_mtime_ns == written, "a demo that goes on does not answer again"
+    query, label = (decode((demo.first / f"depth_{name}.png").read_bytes()) for name in ("query", "label"))
+    assert psnr(answer, label) > psnr(query, label), "it is nearer to the label than the query is"
+
+
 @pytest.mark.parametrize("parts", ["lvlm"], indirect=True)
 def test_the_picture_that_is_drawn_is_that_of_the_command_that_is_shown(
-    parts: Path, tmp_path: Path, run_here: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    parts: Path, tmp_path: Path, run_here: Callable[..., Any], shown: list[str]
 ) -> None:
-    shown = []
     demo = _Demo(tmp_path, Console(quiet=True))
-    monkeypatch.setattr(_Demo, "announce", lambda _, step, command: shown.append(command))
     drawn = Path(demo.think(_thinking_parts(str(parts))))
     command = shlex.split(shown[0])
     assert command.count("--image") == 2

@@ -132,10 +132,9 @@ def train(
     run.out.mkdir(parents=True, exist_ok=True)
     model.to(run.device)
     for module in model.modules():
-        if isinstance(
-            module, nn.Conv2d
-        ):  # torch has no such order for the patches of a Qwen2.5-VL, in three dimensions
-            module.to(memory_format=torch.channels_last)
+        # torch has no such order in three dimensions, as the patches of a Qwen2.5-VL have.
+        if isinstance(module, nn.Conv2d):
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
     chosen = [adamw(model.parameters(), run.learning_rate)] if optimizers is None else list(optimizers(model))
     highest = highest_rates(chosen)
     state = _State(model, chosen, run.out / f"{run.name}.state.pt")

@@ -39,7 +39,7 @@ from covray.thinking.cells import answer_caption
 from covray.training.objectives.vision_text import VisionText
 from covray.training.worker import WorkerContext
 
-STEPS = 1500
+STEPS = 1000
 SAMPLES = 64
 """Of a step: some 2,600 tokens of answers, and 7,000 with pictures and prompts."""
 WIDTH, LAYERS, HEADS, INNER = 256, 6, 4, 704
