@@ -22,7 +22,8 @@ class VlmModelConfig(Section):
     """The vision-language model: a LLaVA, Qwen2-VL or Qwen2.5-VL checkpoint of transformers."""
 
     path: str
-    """Folder of the model, or a hub id. Only safetensors are read, and no code of a checkpoint is run."""
+    """``nano`` (ships with the package), a folder, or a hub id. Only safetensors are read, and no code of a checkpoint
+    is run."""
     revision: str | None = None
     """Commit, tag or branch of a hub id; pin a commit for anything that is to be repeated."""
     mask_id: int | None = Field(default=None, ge=0)
@@ -187,8 +188,8 @@ class VlmTrainConfig(Section):
     out: str
     """Run folder to write."""
     model: str
-    """Folder of the LLaVA, Qwen2-VL or Qwen2.5-VL checkpoint that is trained, or a hub id. Only safetensors are read,
-    and no code of a checkpoint is run."""
+    """The LLaVA, Qwen2-VL or Qwen2.5-VL checkpoint that is trained: ``nano`` (ships with the package), a folder, or a
+    hub id. Only safetensors are read, and no code of a checkpoint is run."""
     revision: str | None = None
     """Commit, tag or branch of a hub id; pin a commit for anything that is to be repeated."""
     mask_id: int | None = Field(default=None, ge=0)
@@ -247,7 +248,7 @@ class VlmSourceConfig(Section):
     run: str | None = None
     """Finished run of ``covray vlm train``; null: ``model`` alone."""
     model: str | None = None
-    """Folder of a checkpoint, or a hub id; null: that of the run."""
+    """Checkpoint: ``nano`` (ships with the package), a folder, or a hub id; null: that of the run."""
     revision: str | None = None
     """Commit, tag or branch of a hub id."""
     mask_id: int | None = Field(default=None, ge=0)

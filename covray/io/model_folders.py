@@ -13,7 +13,9 @@ from covray.errors import WeightsError, one_line
 NANO_FOLDER = Path(__file__).parents[1] / "assets" / "nano"
 """The first edition of the models that ship with the package: one folder a model."""
 NANO_2_FOLDER = NANO_FOLDER.with_name("nano-2")
-"""The second edition, of a tokenizer and an LVM; its prior is the first's."""
+"""The second edition, of a tokenizer and an LVM."""
+_ONE_EDITION = ("prior", "vlm")
+"""Models that both editions have in common."""
 NANO_NAMES = ("nano", "nano-1", "nano-2")
 """Paths that name models of the package; ``nano`` is the first edition."""
 INDEX_SUFFIX = ".index.json"
@@ -34,7 +36,7 @@ def resolve_folder(path: str, revision: str | None, nano_name: str, allow_patter
     """
     if path in NANO_NAMES:
         folder = NANO_FOLDER / nano_name
-        if path == "nano-2" and nano_name != "prior":  # both editions have one prior
+        if path == "nano-2" and nano_name not in _ONE_EDITION:
             folder = NANO_2_FOLDER / nano_name
         if not folder.is_dir():
             raise WeightsError(f"{folder}: the nano {nano_name} is not installed; reinstall covray, or give a folder")

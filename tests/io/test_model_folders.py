@@ -31,6 +31,8 @@ def test_nano_is_the_folder_that_ships(tmp_path: Path, monkeypatch: pytest.Monke
         ("nano-1", "prior", "nano/prior"),
         ("nano-2", "vqgan", "nano-2/vqgan"),
         ("nano-2", "prior", "nano/prior"),
+        ("nano", "vlm", "nano/vlm"),
+        ("nano-2", "vlm", "nano/vlm"),
     ],
 )
 def test_an_edition_of_nano_is_found_by_its_name(path: str, name: str, folder: str) -> None:
