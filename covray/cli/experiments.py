@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -31,6 +32,12 @@ def claims(
         ),
     ] = None,
     tokenizer: Annotated[str, typer.Option(help="With --budget: the tokenizer of the backbones.")] = "nano",
+    arm: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="With --budget: run this arm only; repeatable. --plan lists all. Without it the command runs the rest."
+        ),
+    ] = None,
     data: Annotated[
         str | None, typer.Option(help="Without --budget: chains of 4 by both methods; by default scenes, built.")
     ] = None,
@@ -42,8 +49,8 @@ def claims(
     The first takes an hour on two cores.
     """
     if budget is None:
-        if backbone or plan:
-            raise ConfigError("--backbone, --plan: are of the programme; give --budget small or full")
+        if backbone or arm or plan:
+            raise ConfigError("--backbone, --arm, --plan: are of the programme; give --budget small or full")
         from covray.recipes.claims import run_claims
 
         results = run_claims(out, data)
@@ -55,11 +62,11 @@ def claims(
 
     programme = open_programme(out, budget, tuple(backbone or ("nano=nano",)), tokenizer)
     if plan:
-        _print_plan(programme, json_)
+        _print_plan(programme, arm or (), json_)
         return
     from covray.recipes.claims_page import run_programme
 
-    print_claims(run_programme(programme), out, json_)
+    print_claims(run_programme(programme, arm or ()), out, json_)
 
 
 def diffusionvl(
@@ -98,13 +105,13 @@ def print_claims(results: dict[str, Any], out: str, json_: bool) -> None:
     console.print(f"{escape(out.rstrip('/'))}/index.html", highlight=False, soft_wrap=True)
 
 
-def _print_plan(programme: Programme, json_: bool) -> None:
-    """Print every arm with its steps and tokens; nothing is started."""
+def _print_plan(programme: Programme, names: Sequence[str], json_: bool) -> None:
+    """Print every arm, or those of ``names``, with its steps and tokens; nothing is started."""
     from rich.table import Table
 
     from covray.recipes.claims_run import plan_programme
 
-    planned = plan_programme(programme)
+    planned = plan_programme(programme, names)
     if json_:
         print(json.dumps(planned))
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,28 +21,30 @@ from covray.report.evaluation import Strip
 PAGE, TABLE = "index.html", "table.md"
 
 
-def run_programme(programme: Programme, steps: Steps | None = None) -> dict[str, Any]:
+def run_programme(programme: Programme, names: Sequence[str] = (), steps: Steps | None = None) -> dict[str, Any]:
     """Run a programme, or continue it.
 
     Args:
         programme: Of ``open_programme``.
+        names: Arms to run now; none: all, and what is chosen among them.
         steps: By default those of the commands.
 
     Returns:
         What is written to ``claims.json``.
 
     Raises:
-        CovrayError: The folder holds another programme, or a step cannot be done.
+        CovrayError: The folder holds another programme, an arm is not known, or a step cannot be done.
     """
+    programme.chosen(names)
     with Output(programme.out, ProgrammeRecord, "covray experiments claims") as output:
         if output.begun is not None:
             output.require_same(output.begun.identity(), programme.record.identity())
         programme.record.write(programme.folder)
         if steps is None:
             with ray_session():  # one for all steps
-                replace(programme, steps=real_steps()).work()
+                replace(programme, steps=real_steps()).work(names)
         else:
-            replace(programme, steps=steps).work()
+            replace(programme, steps=steps).work(names)
         return report_programme(programme.out)
 
 

@@ -124,16 +124,32 @@ class Programme:
         """Return how an arm went; None where it is not done."""
         return ArmRun.read_if_present(self.folder, f"arms/{arm}-s{seed}.json")
 
-    def work(self) -> None:
-        """Do everything that is not done."""
+    def chosen(self, names: Sequence[str]) -> list[Arm]:
+        """Return the arms of ``names``, or all for none. Raises ConfigError for a name that no arm has."""
+        planned = arms(self.budget, self.backbones)
+        known = [arm.name for arm in planned]
+        for name in names:
+            if name not in known:
+                raise ConfigError(f"--arm {name}: there is no such arm; give one of {', '.join(known)}")
+        return [arm for arm in planned if not names or arm.name in names]
+
+    def work(self, names: Sequence[str] = ()) -> None:
+        """Do everything that is not done; with ``names`` only these arms, and what they need."""
+        chosen = self.chosen(names)
         manifest = self._render()
+        needed = {"main"}
+        for arm in chosen:
+            needed.add(arm.dataset)
         for dataset in datasets(self.budget):
-            self._build(dataset, manifest)
+            if dataset.name in needed:
+                self._build(dataset, manifest)
         self._evaluate_untuned()
-        # What is not known before the first pass: which arm of chains is the best on the validation split.
-        for arm in arms(self.budget, self.backbones):  # the best are not known before
+        for arm in chosen:
             for seed in arm.seeds:
                 self._run(arm, seed)
+        if names:
+            return
+        # Only now is it known which arm of chains is the best on the validation split.
         best = next(arm for arm in self.arms if arm.name == self.best)
         for seed in best.seeds:
             self._run(best, seed)
@@ -322,14 +338,14 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def plan_programme(programme: Programme) -> dict[str, Any]:
-    """Return every arm with its steps and its tokens over all seeds, as JSON values."""
+def plan_programme(programme: Programme, names: Sequence[str] = ()) -> dict[str, Any]:
+    """Return every arm, or those of ``names``, with its steps and its tokens over all seeds, as JSON values."""
     budget = programme.budget
     tasks = TASKS if budget.tasks is None else budget.tasks
     pairs = budget.scenes["train"] * len(tasks)
     tokenizer = load_tokenizer(TokenizerConfig(path=programme.record.tokenizer), EngineConfig())
     listed = []
-    for arm in arms(budget, programme.backbones):
+    for arm in programme.chosen(names):
         options = train_options(arm, budget, pairs, tokenizer.tokens_per_image)["optimizer"]
         tokens = options["steps"] * options["batch_tokens"] * len(arm.seeds)
         listed.append(

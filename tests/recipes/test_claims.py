@@ -166,7 +166,7 @@ def test_a_programme_killed_anywhere_does_nothing_twice_and_ends_alike(
     programme: Programme, fake: Callable[..., FakeSteps], tmp_path: Path
 ) -> None:
     whole = fake()
-    results = run_programme(programme, whole.steps())
+    results = run_programme(programme, steps=whole.steps())
     assert len(whole.done) == len(set(whole.done)) > 40
     assert results["arms_done"] == results["arms_planned"]
     other = replace(programme, out=str(tmp_path / "again"))
@@ -174,20 +174,40 @@ def test_a_programme_killed_anywhere_does_nothing_twice_and_ends_alike(
     for kill_after in (1, 2, 23, None):
         steps = fake(kill_after)
         if kill_after is None:
-            again = run_programme(other, steps.steps())
+            again = run_programme(other, steps=steps.steps())
         else:
             with pytest.raises(Interrupted):
-                run_programme(other, steps.steps())
+                run_programme(other, steps=steps.steps())
         done += steps.done
     assert len(done) == len(set(done)) == len(whole.done)
     assert again == results
-    assert run_programme(other, fake(0).steps()) == results, "a finished programme is only read"
+    assert run_programme(other, steps=fake(0).steps()) == results, "a finished programme is only read"
     (tmp_path / "again" / "claims.json").unlink()
     assert report_programme(other.out) == results
 
 
+def test_arms_are_run_one_by_one_and_the_rest_later(
+    programme: Programme, fake: Callable[..., FakeSteps], tmp_path: Path
+) -> None:
+    some = fake()
+    results = run_programme(programme, ("none", "own"), some.steps())
+    trained = {Path(folder).name for folder in some.done if Path(folder).parent.name == "runs"}
+    assert trained == {"none-s0", "none-s1", "own-s0", "own-s1"}
+    assert [Path(folder).name for folder in some.done if Path(folder).parent.name == "chains"] == ["main"]
+    assert results["arms_done"] == 4 < results["arms_planned"]
+    claimed = {claim["key"] for claim in results["claims"] if claim["gain_percent"] is not None}
+    assert claimed == set(), "no claim is of these two arms alone"
+    rest = fake()
+    whole = run_programme(programme, steps=rest.steps())
+    assert not set(rest.done) & set(some.done)
+    assert whole == run_programme(replace(programme, out=str(tmp_path / "again")), steps=fake().steps())
+    assert [arm["arm"] for arm in plan_programme(programme, ("own", "none"))["arms"]] == ["none", "own"]
+    with pytest.raises(ConfigError, match="--arm nothing: there is no such arm; give one of none, "):
+        run_programme(programme, ("nothing",), fake().steps())
+
+
 def test_verdicts_follow_from_the_scores(programme: Programme, fake: Callable[..., FakeSteps]) -> None:
-    results = run_programme(programme, fake().steps())
+    results = run_programme(programme, steps=fake().steps())
     verdicts = {claim["key"]: claim["verdict"] for claim in results["claims"]}
     assert verdicts["diffusion_none"] == verdicts["own_clean"] == verdicts["best_copy"] == "holds"
     assert verdicts["perplexity"] == "holds"
@@ -215,10 +235,10 @@ def test_another_budget_and_other_files_are_refused(
     programme: Programme, fake: Callable[..., FakeSteps], tmp_path: Path
 ) -> None:
     with pytest.raises(Interrupted):
-        run_programme(programme, fake(1).steps())
+        run_programme(programme, steps=fake(1).steps())
     changed = open_programme(programme.out, "full", ("nano=nano",), "nano")
     with pytest.raises(ConfigError, match="another configuration"):
-        run_programme(changed, fake().steps())
+        run_programme(changed, steps=fake().steps())
     with pytest.raises(ConfigError, match=r"_claims\.json"):
         report_programme(str(tmp_path))
     for entries in (("nano",), ("Nano=nano",), ("a=nano", "a=nano")):
