@@ -24,7 +24,7 @@ from covray.evaluation.records import (
 from covray.evaluation.scores import aggregate
 from covray.evaluation.statistics import mean_interval, paired_difference
 from covray.evaluation.subjects import Subject
-from covray.tasks import TASKS
+from covray.tasks import TASKS, table_order
 from covray.tasks.base import Score
 from covray.tasks.metrics import metrics_of
 
@@ -63,7 +63,7 @@ def tabulate(rows: Iterable[Row], subjects: Sequence[Subject], seed: int) -> Eva
     differences: list[Difference] = []
     failed: list[FailedEpisode] = []
     # In the order of the tasks' registry, which is that of every table.
-    for task in sorted(by_task, key=list(TASKS).index):
+    for task in sorted(by_task, key=table_order):
         table = _gather(by_task[task], subjects)
         tasks[task] = _summary(task, by_task[task], table)
         for subject in table:

@@ -15,6 +15,7 @@ from covray.chains.dataset import ChainDataset, task_of
 from covray.chains.shard_rows import ShardRow
 from covray.io.drawing import FAINT, GAP_PX, INK, PAPER, TILE_PX, load_font
 from covray.models.tokenizer.vqgan import Tokenizer
+from covray.tasks import table_order
 
 _MARGIN_PX, _TOP_PX = 28, 112
 _FIGURES_PX, _METHOD_PX = 230, 86
@@ -59,7 +60,7 @@ def decode_chains(
         tasks = map(task_of, dataset.shards)
     chosen = set(tasks)
     rows: list[ShardRow] = []
-    for task in sorted(chosen):
+    for task in sorted(chosen, key=table_order):
         rows += islice(dataset.rows(tasks=[task]), limit_per_task)
     return decode_rows(dataset, tokenizer, rows)
 

@@ -27,6 +27,7 @@ from covray.report.formatting import NONE, duration, listed, readable
 from covray.report.html import TILE_MIN_PX, Link, render
 from covray.report.live_rows import find_row
 from covray.report.pair_rows import COLUMNS, packed_rows
+from covray.tasks import table_order
 
 PAGE = "index.html"
 _MAX_EXAMPLES = 20
@@ -125,7 +126,7 @@ def view(
     with stage(f"decoding chains of {dataset_path}"):
         if chosen:
             # Sorted by task, because the page groups neighbours.
-            chains = decode_rows(dataset, vqgan, sorted(chosen, key=itemgetter("task")))
+            chains = decode_rows(dataset, vqgan, sorted(chosen, key=lambda row: table_order(row["task"])))
         else:
             chains = decode_chains(dataset, vqgan, limit_per_task)
 

@@ -15,6 +15,7 @@ from covray.io.drawing import draw_strip
 from covray.io.storage import Folder
 from covray.models.tokenizer.vqgan import Tokenizer, load_tokenizer
 from covray.progress import stage
+from covray.tasks import table_order
 
 
 def chain_strips(dataset: ChainDataset) -> dict[str, bytes]:
@@ -27,7 +28,7 @@ def chain_strips(dataset: ChainDataset) -> dict[str, bytes]:
     try:
         tokenizer = load_tokenizer(config, EngineConfig(device="cpu"))
         require_same_tokens(dataset, tokenizer, config.path)
-        for task in sorted(dataset.audit.per_task) if dataset.audit else ():
+        for task in sorted(dataset.audit.per_task, key=table_order) if dataset.audit else ():
             with stage(f"drawing a chain of {task}"):
                 strip = _strip(dataset, tokenizer, task)
             if strip is not None:

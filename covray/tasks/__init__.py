@@ -40,3 +40,9 @@ REGISTRY = load_tasks()
 """The tasks, as they were found when covray was imported."""
 TASKS: dict[str, Task] = REGISTRY.objects
 """The tasks by name, in the order of the paper's table; those of other packages follow."""
+
+
+def table_order(name: str) -> tuple[int, str]:
+    """Return a key that sorts names of tasks as ``TASKS`` has them; those that are not installed come last."""
+    names = list(TASKS)
+    return (names.index(name) if name in TASKS else len(names), name)

@@ -20,7 +20,7 @@ HOSTILE = "missing: </td><script>alert(1)</script><img src=http://evil/x onerror
 def test_the_page_holds_every_picture_to_the_pixel(write_dataset: Writer, tmp_path: Path, vqgan_folder: Path) -> None:
     out, written = write_dataset({"depth": 3, "edges": 2})
     paths = view(out, str(tmp_path / "view"))
-    assert paths == [str(tmp_path / "view" / name) for name in ("depth.png", "edges.png", "index.html")]
+    assert paths == [str(tmp_path / "view" / name) for name in ("edges.png", "depth.png", "index.html")]
     shown = {picture.tobytes() for picture in Page(Path(paths[-1]).read_text()).pictures()}
     tokens = [ids for row in written for ids in (row["source"], row["label"], *(f["tokens"] for f in row["frames"]))]
     tokenizer = load_tokenizer(TokenizerConfig(path=str(vqgan_folder)), EngineConfig())

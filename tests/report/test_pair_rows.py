@@ -85,10 +85,10 @@ def test_packed_rows_hold_what_the_shards_do(write_dataset: Writer) -> None:
 
 def test_a_pair_is_shown_by_its_id(write_dataset: Writer, tmp_path: Path) -> None:
     out, written = write_dataset({"depth": 4, "edges": 3}, rejects={1: "missing: gone"})
-    ids = [written[5]["pair_id"], written[3]["pair_id"]]
+    ids = [written[5]["pair_id"], written[3]["pair_id"]]  # edges, depth
     page = Page(Path(view(out, str(tmp_path / "view"), pair_ids=ids)[-1]).read_text())
     shown = [attributes["data-pair"] for _, attributes in page.elements if "data-pair" in attributes]
-    assert shown == [str(written[3]["pair_id"]), str(written[5]["pair_id"])], "those two, by task"
+    assert shown == list(map(str, ids)), "those two, by task"
     page.require_self_contained()
 
 
