@@ -39,12 +39,12 @@ from covray.recipes.diffusionvl_tables import (
     blocks_decoder,
     check_claims,
 )
-from covray.recipes.nano.vlm import SAMPLES, SIZE_PX, STEPS
+from covray.recipes.nano.vlm import SAMPLES, SIZE_PX, STAGES
 from covray.training.metrics_log import METRICS_FILE, read_metrics
 
 BATCH = 64
 """Samples of a step."""
-PRETRAINED_SAMPLES = STEPS * SAMPLES
+PRETRAINED_SAMPLES = sum(stage.steps for stage in STAGES) * SAMPLES
 """Samples that the nano model was trained on; a share of them is a share of its training tokens."""
 WHOLE = 96
 """Tokens of the one block of full-sequence diffusion: the longest caption fits."""

@@ -79,7 +79,8 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> Commands:
 
 
 def test_all_are_tuned_on_the_same_samples_and_held_against_the_twin(commands: Commands, tmp_path: Path) -> None:
-    results = diffusionvl.run_diffusionvl(str(tmp_path), "model", "words.parquet")
+    samples = 8000 * diffusionvl.BATCH
+    results = diffusionvl.run_diffusionvl(str(tmp_path), "model", "words.parquet", pretrained_samples=samples)
     steps = {Path(run).name: config.optimizer.steps for run, config in commands.trained.items()}
     others = {"data-1-percent-0": 80, "data-20-percent-0": 1600}
     assert {name: taken for name, taken in steps.items() if name in others} == others
@@ -110,7 +111,8 @@ def test_all_are_tuned_on_the_same_samples_and_held_against_the_twin(commands: C
     assert "| 8 | 1.00 | +0.000 (+0.000 to +0.000) |" in text
     assert diffusionvl_tables.Tables.read(str(tmp_path / "full")) == results
     before = dict(commands.trained)
-    assert diffusionvl.run_diffusionvl(str(tmp_path), "model", "words.parquet") == results
+    again = diffusionvl.run_diffusionvl(str(tmp_path), "model", "words.parquet", pretrained_samples=samples)
+    assert again == results
     assert commands.trained == before, "the same command continues in the same folders"
 
 

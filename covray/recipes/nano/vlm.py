@@ -9,7 +9,9 @@ token, which ``covray vlm train --objective block_diffusion`` converts to blocks
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,17 @@ from covray.thinking.cells import answer_caption
 from covray.training.objectives.vision_text import VisionText
 from covray.training.worker import WorkerContext
 
-STEPS = 1000
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the training with portraits of its own, which ends at a low learning rate in weights worth keeping."""
+
+    steps: int
+    rate: float
+    """Highest learning rate, as a share of ``MUON_RATE`` and ``ADAMW_RATE``."""
+
+
+STAGES = (Stage(1000, 1.0),)
 SAMPLES = 64
 """Of a step: some 2,600 tokens of answers, and 7,000 with pictures and prompts."""
 WIDTH, LAYERS, HEADS, INNER = 256, 6, 4, 704
@@ -69,10 +81,12 @@ TEMPLATE = (
 def train_vlm(out: Path, steps: int | None, portraits: int, seed: int, device: torch.device) -> None:
     """Train the model and save it as ``out``/vlm; a killed training continues.
 
+    Every stage of ``STAGES`` ends in ``out``/vlm-<number>; one that is there already is gone on from.
+
     Args:
         out: Folder of the family. Portraits are rendered once and kept in ``out``/data.
-        steps: Steps; None: the recipe's.
-        portraits: Portraits to render, a fifth of them for validation and test.
+        steps: Steps of every stage, in place of its own.
+        portraits: Portraits to render for a stage, a fifth of them for validation and test.
         seed: Of portraits, weights and order.
         device: Where the model is trained.
 
@@ -80,42 +94,60 @@ def train_vlm(out: Path, steps: int | None, portraits: int, seed: int, device: t
         ConfigError: ``out``/vlm is there already.
     """
     result = new_part(out, "vlm")
-    data = write_vlm_list(portrait_manifest(out, portraits, seed), seed)
-    start = out / "vlm.start"
-    if not start.exists():
-        with new_folder(start) as folder:
+    begun_from = out / "vlm.start"
+    if not begun_from.exists():
+        with new_folder(begun_from) as folder:
             write_start(folder, seed)
-    run = Run("vlm", out, steps or STEPS, seed, device, ADAMW_RATE)
-    objective = VisionText(_lessons(run, data), device)
-    worker = WorkerContext(device=device)
+    for number, stage in enumerate(STAGES, 1):
+        ended = out / f"vlm-{number}"
+        if not ended.is_dir():
+            data = write_vlm_list(portrait_manifest(out, portraits, seed + number - 1), seed)
+            run = Run(ended.name, out, steps or stage.steps, seed, device, stage.rate * ADAMW_RATE)
+            _train_stage(run, stage, data, begun_from, ended)
+        begun_from = ended
+    with new_folder(result) as folder:
+        shutil.copytree(begun_from, folder, dirs_exist_ok=True)
+
+
+def _train_stage(run: Run, stage: Stage, data: Path, begun_from: Path, ended: Path) -> None:
+    """Train from the model in ``begun_from`` and save what comes of it as ``ended``.
+
+    Args:
+        run: Which training this is.
+        stage: Its learning rate.
+        data: What is learned, a list of ``write_vlm_list``.
+        begun_from: A folder of transformers.
+        ended: The folder to write.
+    """
+    objective = VisionText(lessons(run, data, begun_from), run.device)
+    worker = WorkerContext(device=run.device)
 
     def loss_of(model: Any, step: int, _: torch.Generator) -> Tensor:
         # The order of the samples follows from the seed and the step.
         samples = objective.batches(step * SAMPLES, worker)
-        losses = [model(batch.to(device))[0] for batch in samples.batches if batch is not None]
+        losses = [model(batch.to(run.device))[0] for batch in samples.batches if batch is not None]
         return torch.stack(losses).sum() / samples.loss_tokens
 
     def optimizers(model: Any) -> Sequence[torch.optim.Optimizer]:
         layers = nn.ModuleList([model.model.model.language_model.layers, model.model.model.visual.blocks])
-        return muon_and_adamw(model, layers, MUON_RATE, ADAMW_RATE)
+        return muon_and_adamw(model, layers, stage.rate * MUON_RATE, stage.rate * ADAMW_RATE)
 
     def measure(model: Any) -> str:
         return _validated(model, objective, worker)
 
     model = train(objective.module, loss_of, run, measure=measure, optimizers=optimizers)
-    weights = {name: value.detach().half() for name, value in model.named_parameters()}
-    files = objective.export(weights)
-    with new_folder(result) as folder:
+    files = objective.export({name: value.detach().half() for name, value in model.named_parameters()})
+    with new_folder(ended) as folder:
         for name, content in files.items():
             (folder / name).write_bytes(content)
 
 
-def _lessons(run: Run, data: Path) -> VlmTrainConfig:
+def lessons(run: Run, data: Path, begun_from: Path) -> VlmTrainConfig:
     """Return what is learned, as ``covray vlm train`` takes it."""
     options = {
         "data": str(data),
-        "model": str(run.out / "vlm.start"),
-        "out": str(run.out / "vlm"),
+        "model": str(begun_from),
+        "out": str(run.out / run.name),
         "train": "full",
         "optimizer.steps": run.steps,
         "optimizer.batch_samples": SAMPLES,

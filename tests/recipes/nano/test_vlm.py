@@ -71,7 +71,7 @@ def test_a_training_is_continued_and_gives_a_checkpoint(
             recipe.train_model("vlm", tmp_path, 3, 20, 1, "cpu", 0)
     recipe.train_model("vlm", tmp_path, 3, 20, 1, "cpu", 0)
     shown = capsys.readouterr().out
-    assert "vlm: continues at step 2 of 3" in shown
+    assert "vlm-1: continues at step 2 of 3" in shown
     assert "validation perplexity" in shown
     facts = vlm_facts(VlmModelConfig(path=str(tmp_path / "vlm")))
     assert facts.mask_id == facts.known_ids == facts.vocabulary - 1

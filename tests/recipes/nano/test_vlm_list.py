@@ -16,6 +16,7 @@ from covray.io.images import encode_png
 from covray.models.vlm.checkpoint import load_prompter, vlm_facts
 from covray.pairs.exchanges import read_exchanges
 from covray.recipes.nano import portrait_data, vlm, vlm_list
+from covray.recipes.nano.loop import Run
 from covray.thinking.cells import has_held_out
 from covray.thinking.episodes import episode_prompt
 from covray.training.objectives.vision_text import parts_of
@@ -102,8 +103,9 @@ def test_an_episode_is_learned_from_the_tokens_that_it_is_asked_with(
 
 def test_a_training_takes_episodes(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_small(monkeypatch)
-    vlm.write_start(tmp_path / "vlm.start", 0)
-    config = vlm.training(tmp_path, path, 1, 0, "cpu", 1)
+    cpu, start = torch.device("cpu"), tmp_path / "vlm.start"
+    vlm.write_start(start, 0)
+    config = vlm.lessons(Run("vlm-1", tmp_path, 1, 0, cpu, vlm.ADAMW_RATE), path, start)
     metrics: list[dict[str, float]] = []
-    train(config, WorkerContext(device=torch.device("cpu")), lambda record: metrics.append(dict(record)))
+    train(config, WorkerContext(device=cpu), lambda record: metrics.append(dict(record)))
     assert np.isfinite(metrics[-1]["validation_loss"])
