@@ -286,7 +286,7 @@ class PoolProgress:
         rate = self._rate()
         if rate:
             facts.append(f"{rate:.2f} {self._unit}/s")
-        # There is no rate before the first shard is written. Until then the computed rows are counted.
+        # The rate is unknown until the first shard is written; the computed rows are counted instead.
         elif self._written == self._before:
             facts.append(f"{counts.rows} computed")
         if counts.rejected:

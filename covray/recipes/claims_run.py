@@ -130,7 +130,7 @@ class Programme:
         known = [arm.name for arm in planned]
         for name in names:
             if name not in known:
-                raise ConfigError(f"--arm {name}: there is no such arm; give one of {', '.join(known)}")
+                raise ConfigError(f"--arm {name}: is not an arm of this programme; give one of {', '.join(known)}")
         return [arm for arm in planned if not names or arm.name in names]
 
     def work(self, names: Sequence[str] = ()) -> None:

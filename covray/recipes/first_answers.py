@@ -60,8 +60,10 @@ def write_first_answers(questions: Mapping[str, Question], out: Path, family: st
             decode(files[name]) for name in ("example", "example_label", "query", "answer", "label")
         ]
     sheet = out / SHEET
-    sheet.write_bytes(draw_table(columns, ("example", "its label", "query", "answer", "true label")))
-    return sheet
+    # Whole or not at all: a demo that goes on takes the sheet for finished.
+    aside = sheet.with_suffix(".part")
+    aside.write_bytes(draw_table(columns, ("example", "its label", "query", "answer", "true label")))
+    return aside.replace(sheet)
 
 
 def _pictures(question: Question) -> dict[str, bytes]:

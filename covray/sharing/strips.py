@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import PurePosixPath
 
 import numpy as np
 
@@ -41,7 +42,8 @@ def chain_strips(dataset: ChainDataset) -> dict[str, bytes]:
 
 def evaluation_strips(folder: Folder) -> dict[str, bytes]:
     """Return the pictures of answers that an evaluation wrote, by their names; none where it wrote none."""
-    names = sorted(name for name in folder.list_files(".png") if name.startswith(f"{STRIPS}/"))
+    names = [name for name in folder.list_files(".png") if name.startswith(f"{STRIPS}/")]
+    names.sort(key=lambda name: table_order(PurePosixPath(name).stem))
     return {name: folder.read_bytes(name) for name in names}
 
 

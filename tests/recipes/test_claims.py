@@ -202,7 +202,7 @@ def test_arms_are_run_one_by_one_and_the_rest_later(
     assert not set(rest.done) & set(some.done)
     assert whole == run_programme(replace(programme, out=str(tmp_path / "again")), steps=fake().steps())
     assert [arm["arm"] for arm in plan_programme(programme, ("own", "none"))["arms"]] == ["none", "own"]
-    with pytest.raises(ConfigError, match="--arm nothing: there is no such arm; give one of none, "):
+    with pytest.raises(ConfigError, match="--arm nothing: is not an arm of this programme; give one of none, "):
         run_programme(programme, ("nothing",), fake().steps())
 
 

@@ -73,6 +73,10 @@ def test_a_training_is_continued_and_gives_a_checkpoint(
     shown = capsys.readouterr().out
     assert "vlm-1: continues at step 2 of 3" in shown
     assert "validation perplexity" in shown
+    monkeypatch.setattr(vlm, "_validated", lambda *_: "")
+    recipe.train_model("vlm", tmp_path / "whole", 3, 20, 1, "cpu", 0)
+    weights = [(folder / "vlm" / "model.safetensors").read_bytes() for folder in (tmp_path, tmp_path / "whole")]
+    assert weights[0] == weights[1], "a killed training ends with the same bits"
     facts = vlm_facts(VlmModelConfig(path=str(tmp_path / "vlm")))
     assert facts.mask_id == facts.known_ids == facts.vocabulary - 1
     loaded = load_vlm(facts, torch.float32, CPU)
