@@ -73,7 +73,7 @@ def diffusionvl(
     model: Annotated[str, typer.Option(help="The autoregressive checkpoint: covray nano train vlm makes one.")],
     out: OutFolder,
     data: Annotated[str | None, typer.Option(help="Manifest with words; by default portraits, rendered.")] = None,
-    budget: Annotated[str, typer.Option(metavar="small|full", help="Seeds, samples and ablations.")] = "full",
+    budget: Annotated[str, typer.Option(metavar="small|medium|full", help="Seeds, samples and ablations.")] = "full",
     json_: Json = False,
 ) -> None:
     """Blocks against the model tuned as long token by token: quality, speed, ablations. The same command continues."""

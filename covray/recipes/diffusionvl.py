@@ -78,6 +78,7 @@ class Budget:
 
 BUDGETS = {
     "small": Budget((0,), 0.01, (), (4,), (8, 4, 2), portraits=4000, prompts=400, timed=20),
+    "medium": Budget((0, 1, 2), 0.05, (0.01,), (4, 16), (8, 4, 2, 1), portraits=16_000, prompts=1000, timed=50),
     "full": Budget(
         (0, 1, 2), 0.05, (0.01, 0.20), (4, 16, 32), (8, 6, 4, 3, 2, 1), portraits=30_000, prompts=4000, timed=200
     ),

@@ -5,6 +5,7 @@ A picture teaches the object in every theme, and the detail of the themes that i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,15 +83,15 @@ def train_judge(out: Path, steps: int | None, portraits: int, seed: int, device:
 
     def measure(average: JudgeNetwork) -> str:
         asked = lessons["val"]
-        return _line(accuracies(average, asked.decoded[:_MEASURED], asked.labels[:_MEASURED]))
+        return described(accuracies(_judged_by(average), asked.decoded[:_MEASURED], asked.labels[:_MEASURED]))
 
     network = JudgeNetwork(len(PORTRAITS), WIDTHS)
     model = train(network, loss_of, Run("judge", out, steps or STEPS, seed, device, 1e-3), measure=measure)
     table: dict[str, Any] = {}
     for split in ("val", HELD_OUT_SPLIT):
         for name, pictures in (("rendered", lessons[split].pictures), ("decoded", lessons[split].decoded)):
-            shares = table[f"{split}, {name}"] = accuracies(model, pictures, lessons[split].labels)
-            print(f"judge: {split}, {name}: {_line(shares)}", flush=True)
+            shares = table[f"{split}, {name}"] = accuracies(_judged_by(model), pictures, lessons[split].labels)
+            print(f"judge: {split}, {name}: {described(shares)}", flush=True)
     record = JudgeRecord(
         size_px=SIZE_PX,
         widths=list(WIDTHS),
@@ -102,20 +103,15 @@ def train_judge(out: Path, steps: int | None, portraits: int, seed: int, device:
 
 
 @torch.inference_mode()
-def accuracies(model: JudgeNetwork, pictures: Tensor, labels: Tensor) -> dict[str, dict[str, float]]:
+def accuracies(logits_of: Callable[[Tensor], Tensor], pictures: Tensor, labels: Tensor) -> dict[str, dict[str, float]]:
     """Return the share of right choices by theme: ``detail``, ``object``, and ``both`` where the detail is visible.
 
     Args:
-        model: The judge's network.
+        logits_of: Returns logits [n, themes, 2 sides, 10] of some of the pictures.
         pictures: uint8 [n, s, s, 3].
         labels: int64 [n, themes, 2].
     """
-    model.eval()
-    device = next(model.parameters()).device
-    chosen = []
-    for batch in pictures.split(256):
-        chosen.append(model(batch.to(device).permute(0, 3, 1, 2).float() / 255).argmax(-1).cpu())
-    right = torch.cat(chosen) == labels
+    right = torch.cat([logits_of(batch).argmax(-1).cpu() for batch in pictures.split(256)]) == labels
     table = {}
     for number, theme in enumerate(PORTRAITS):
         # Where the style hides the detail, there is nothing to be right about.
@@ -153,17 +149,28 @@ def labels_of(portrait: Portrait, only_held_out: bool = False) -> list[list[int]
     return labels
 
 
+def labelled(portraits: Portraits, only_held_out: bool = False) -> tuple[list[int], Tensor]:
+    """Return which portraits show one solid, and their labels, int64 [n, themes, 2 sides]; see ``labels_of``."""
+    single = [number for number, portrait in enumerate(portraits.contents) if len(portrait.solids) == 1]
+    return single, torch.tensor([labels_of(portraits.contents[number], only_held_out) for number in single])
+
+
 def _lessons(vae: PortraitVae, name: str, portraits: Portraits, only_held_out: bool) -> _Lessons:
     """Return what the portraits of one solid teach, or ask."""
     decoded = vae.pictures(name, vae.latents(name, portraits.pictures))
-    single = [number for number, portrait in enumerate(portraits.contents) if len(portrait.solids) == 1]
-    labels = [labels_of(portraits.contents[number], only_held_out) for number in single]
-    return _Lessons(
-        torch.from_numpy(portraits.pictures[single]), torch.from_numpy(decoded[single]), torch.tensor(labels)
-    )
+    single, labels = labelled(portraits, only_held_out)
+    return _Lessons(torch.from_numpy(portraits.pictures[single]), torch.from_numpy(decoded[single]), labels)
 
 
-def _line(table: dict[str, dict[str, float]]) -> str:
+def _judged_by(model: JudgeNetwork) -> Callable[[Tensor], Tensor]:
+    """Return what gives the logits of uint8 pictures."""
+    model.eval()
+    device = next(model.parameters()).device
+    return lambda batch: model(batch.to(device).permute(0, 3, 1, 2).float() / 255)
+
+
+def described(table: dict[str, dict[str, float]]) -> str:
+    """Return accuracies in one line, ``theme detail/object``."""
     shown = []
     for theme, shares in table.items():
         shown.append(f"{theme} {shares['detail']:.3f}/{shares['object']:.3f}")

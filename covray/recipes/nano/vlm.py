@@ -1,6 +1,7 @@
 """Recipe of the nano vision-language model: a Qwen2.5-VL of 6 M parameters for portraits and few-shot episodes.
 
     captions and few-shot episodes -> tokenizer of their words, random weights -> next-token loss of the answers
+    portraits                      -> the vision tower alone learns what they show -> next-token loss, other portraits
 
 Data, their order and the loss are those of ``covray vlm train``. The optimizer is Muon, as for the nano LVM: after 40
 steps the answers' loss was 0.74 nats, and 1.78 with AdamW. The result is a folder of transformers, trained token by
@@ -35,6 +36,7 @@ from covray.pairs.scenes.portraits import sample_portrait
 from covray.recipes.nano.loop import Run, muon_and_adamw, new_part, train
 from covray.recipes.nano.lvm import ADAMW_RATE, MUON_RATE
 from covray.recipes.nano.portrait_data import SIZE_PX, portrait_manifest
+from covray.recipes.nano.vision import train_vision
 from covray.recipes.nano.vlm_list import EPISODE_INSTRUCTION, INSTRUCTIONS, sample_episode, write_vlm_list
 from covray.seeds import seed_of
 from covray.thinking.cells import answer_caption
@@ -49,9 +51,11 @@ class Stage:
     steps: int
     rate: float
     """Highest learning rate, as a share of ``MUON_RATE`` and ``ADAMW_RATE``."""
+    looks: int = 0
+    """Steps before, in which the vision tower alone learns what portraits show (``covray.recipes.nano.vision``)."""
 
 
-STAGES = (Stage(1000, 1.0),)
+STAGES = (Stage(1000, 1.0), Stage(600, 0.7, looks=2000))
 SAMPLES = 64
 """Of a step: some 2,600 tokens of answers, and 7,000 with pictures and prompts."""
 WIDTH, LAYERS, HEADS, INNER = 256, 6, 4, 704
@@ -101,9 +105,15 @@ def train_vlm(out: Path, steps: int | None, portraits: int, seed: int, device: t
     for number, stage in enumerate(STAGES, 1):
         ended = out / f"vlm-{number}"
         if not ended.is_dir():
-            data = write_vlm_list(portrait_manifest(out, portraits, seed + number - 1), seed)
+            manifest = portrait_manifest(out, portraits, seed + number - 1)
+            if stage.looks:
+                looked = out / f"{ended.name}-looks"
+                if not looked.is_dir():
+                    run = Run(looked.name, out, steps or stage.looks, seed, device, ADAMW_RATE)
+                    train_vision(run, manifest, begun_from, looked)
+                begun_from = looked
             run = Run(ended.name, out, steps or stage.steps, seed, device, stage.rate * ADAMW_RATE)
-            _train_stage(run, stage, data, begun_from, ended)
+            _train_stage(run, stage, write_vlm_list(manifest, seed), begun_from, ended)
         begun_from = ended
     with new_folder(result) as folder:
         shutil.copytree(begun_from, folder, dirs_exist_ok=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from covray.config.vlm import VlmDecodingConfig, VlmModelConfig
@@ -15,7 +16,8 @@ from covray.models.vlm.checkpoint import load_vlm, vlm_facts
 from covray.models.vlm.decoding import decode
 from covray.pairs.scenes.portrait_words import portrait_words
 from covray.pairs.scenes.portraits import sample_portrait
-from covray.recipes.nano import loop, recipe, vlm
+from covray.recipes.nano import loop, recipe, vision, vlm
+from covray.recipes.nano.portrait_data import portrait_manifest
 
 CPU = torch.device("cpu")
 
@@ -48,13 +50,34 @@ def test_the_worlds_words_are_a_token_each_and_any_text_can_be_read(tokenizer) -
     assert tokenizer.decode(tokenizer(other)["input_ids"]) == other
 
 
-def test_a_training_is_continued_and_gives_a_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"WIDTH": 64, "LAYERS": 1, "INNER": 32, "VISION_WIDTH": 32, "VISION_LAYERS": 1}.items():
         monkeypatch.setattr(vlm, name, value)
     monkeypatch.setattr(vlm, "VISION_INNER", 32)
     monkeypatch.setattr(vlm, "TOKENIZED_PORTRAITS", 50)
+
+
+@pytest.mark.usefixtures("small")
+def test_eyes_learn_without_a_word_of_the_language_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    start, ended = tmp_path / "start", tmp_path / "ended"
+    start.mkdir()
+    vlm.write_start(start, 0)
+    run = loop.Run("eyes", tmp_path, 2, 0, CPU, 1e-3)
+    vision.train_vision(run, portrait_manifest(tmp_path, 40, 0), start, ended)
+    before, after = load_file(start / "model.safetensors"), load_file(ended / "model.safetensors")
+    changed = {name for name, weights in before.items() if not torch.equal(weights.half(), after[name])}
+    assert before.keys() == after.keys()
+    assert changed
+    assert all(name.startswith("visual.") for name in changed)
+    assert (ended / "tokenizer.json").read_bytes() == (start / "tokenizer.json").read_bytes()
+    assert "held-out cells, right: " in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("small")
+def test_a_training_is_continued_and_gives_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(loop, "SAVE_EVERY_S", 0.0)
     stopped = RuntimeError("killed")
     saves: list[str] = []
