@@ -82,7 +82,8 @@ def vlm_facts(config: VlmModelConfig) -> VlmFacts:
         require_stored_floats(weight_files(folder, (_WEIGHTS, _INDEX)))
     except (OSError, SafetensorError) as error:
         raise WeightsError(f"{folder}: cannot be read ({one_line(error)}); get the folder again") from error
-    known = len(_tokenizer(folder))
+    # Not its length: ids of added tokens may leave gaps, and a mask must be no token's id.
+    known = max(_tokenizer(folder).get_vocab().values()) + 1
     mask_id, blocks = _read_blocks(folder)
     if config.mask_id is not None:
         mask_id = config.mask_id

@@ -69,7 +69,7 @@ class Prompter:
             text: What is asked.
 
         Raises:
-            ConfigError: The text holds a placeholder of a picture.
+            ConfigError: The text holds a placeholder of a picture, or nothing is asked.
         """
         return self.turn([*pictures, text])
 
@@ -81,7 +81,7 @@ class Prompter:
             number_pictures: Write "Picture 1: " and so on before pictures, if the model's template can.
 
         Raises:
-            ConfigError: A text holds a placeholder of a picture.
+            ConfigError: A text holds a placeholder of a picture, or there is not one token.
         """
         pictures = [part for part in parts if not isinstance(part, str)]
         text = " ".join(part for part in parts if isinstance(part, str))
@@ -94,6 +94,9 @@ class Prompter:
                 f"prompt {text[:60]!r}: has a placeholder of a picture in it; leave it out, pictures are put before "
                 "the text"
             )
+        # The first token of an answer is predicted by the last one of its prompt.
+        if not ids:
+            raise ConfigError("prompt: is empty, and the model has no chat template to put around it; write a prompt")
         images: dict[str, Tensor] = {}
         counts: list[int] = []
         if pictures:
@@ -106,8 +109,15 @@ class Prompter:
         return Prompt(np.array(expanded, np.int64), images)
 
     def sample(self, prompt: Prompt, answer: str) -> Sample:
-        """Return ``prompt`` with its ``answer`` and the end token."""
+        """Return ``prompt`` with its ``answer`` and the end token.
+
+        Raises:
+            ConfigError: The answer holds a placeholder of a picture.
+        """
         tokens = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
+        # It would take the features of the next picture, which is another one or none.
+        if self._image_id in tokens:
+            raise ConfigError(f"answer {answer[:60]!r}: has a placeholder of a picture in it; remove it from the data")
         ids = np.concatenate((prompt.ids, np.array([*tokens, self.end_id], np.int64)))
         return Sample(ids, len(prompt.ids), len(ids), self.end_id, prompt.images)
 

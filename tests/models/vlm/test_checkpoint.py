@@ -125,3 +125,25 @@ def test_prompts_are_those_of_the_processor_of_transformers(vlm_folder: Callable
     prompt = prompter.prompt([picture(0)], "what is it")
     assert prompt.ids.tolist() == expected["input_ids"][0].tolist()
     assert torch.equal(prompt.images["pixel_values"], expected["pixel_values"])
+
+
+def test_a_mask_is_no_token_where_ids_have_gaps(copy: Path) -> None:
+    file = copy / "tokenizer.json"
+    about = json.loads(file.read_text())
+    assert about["model"]["vocab"]["it"] == 25
+    about["model"]["vocab"]["it"] = 26  # 26 ids, of which the last is 26
+    file.write_text(json.dumps(about))
+    assert vlm_facts(VlmModelConfig(path=str(copy))).mask_id == 27
+
+
+def test_an_answer_cannot_smuggle_a_picture_in(vlm: LoadedVlm) -> None:
+    prompt = vlm.prompter.prompt([picture(0)], "what is it")
+    with pytest.raises(ConfigError, match="answer 'a red <image>': has a placeholder of a picture in it"):
+        vlm.prompter.sample(prompt, "a red <image>")
+
+
+def test_a_prompt_of_no_token_is_refused(vlm: LoadedVlm) -> None:
+    vlm.prompter._template = None
+    with pytest.raises(ConfigError, match="prompt: is empty"):
+        vlm.prompter.prompt([], "")
+    assert len(vlm.prompter.prompt([picture(0)], "").ids) > 1
