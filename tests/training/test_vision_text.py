@@ -116,6 +116,11 @@ def test_a_whole_model_is_a_folder_like_the_one_it_began_with(vlm_config: Callab
     loaded = load_vlm(facts, torch.float32, CPU)
     (answer,) = decode(loaded, [loaded.prompter.prompt([], "what is it")], VlmDecodingConfig(), facts.blocks)
     assert answer.passes
+    # Trained on, token by token, it has forgotten its blocks; its mask it keeps.
+    further = vlm_config("further", objective="autoregressive", train="full", model=f"{config.out}/adapter")
+    train(further)
+    after = vlm_facts(VlmModelConfig(path=f"{further.out}/adapter"))
+    assert (after.blocks, after.mask_id) == (None, facts.mask_id)
 
 
 @pytest.mark.parametrize("objective", ["autoregressive", "block_diffusion"])

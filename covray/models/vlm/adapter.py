@@ -162,7 +162,8 @@ def model_files(vlm: Vlm, tensors: Mapping[str, Tensor], facts: VlmFacts, blocks
         folder = Path(scratch)
         vlm.model.save_pretrained(folder, state_dict=state, max_shard_size="1000GB")
         copy_texts(facts.folder, folder)
-        if blocks is not None:
+        # The file copied from a folder that knew blocks would say that this model still does.
+        if blocks is not None or facts.blocks is not None:
             (folder / BLOCKS_FILE).write_bytes(blocks_file(facts.mask_id, blocks))
         for file in sorted(folder.iterdir()):
             files[file.name] = file.read_bytes()
