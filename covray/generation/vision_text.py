@@ -96,7 +96,10 @@ def answerer_facts(config: VlmSourceConfig) -> AnswererFacts:
             "or revision it was trained on (--model)"
         )
     folder = Folder(config.run) / EXPORT
-    weights = hashlib.sha256(folder.read_bytes(WEIGHTS_FILE)).hexdigest()
+    try:
+        weights = hashlib.sha256(folder.read_bytes(WEIGHTS_FILE)).hexdigest()
+    except OSError as error:
+        raise WeightsError(f"{folder.path}: cannot be read ({one_line(error)}); restore it") from error
     blocks = adapter_blocks(folder.path)
     return AnswererFacts(facts, folder.path, trained.lora, blocks, f"{facts.fingerprint}+{weights}")
 
@@ -128,7 +131,7 @@ def stream_answer(config: VlmGenerateConfig) -> Iterator[str]:
     decoding_blocks(config.decoding, answerer.trained)  # refuses what the model was not trained for
     prompt = answerer.prompt(pictures, config.prompt)
     ids: list[int] = []
-    shown = ""
+    text = shown = ""
     for piece in stream(answerer.vlm, [prompt], config.decoding, answerer.trained):
         ids += piece.ids
         text = answerer.vlm.prompter.text(ids)
@@ -136,6 +139,9 @@ def stream_answer(config: VlmGenerateConfig) -> Iterator[str]:
         if text.startswith(shown) and not text.endswith("\ufffd"):
             yield text[len(shown) :]
             shown = text
+    # An answer that is cut within a character has no later token to wait for.
+    if len(text) > len(shown) and text.startswith(shown):
+        yield text[len(shown) :]
 
 
 def _read_run(run: str) -> tuple[VlmTrainConfig, str]:
