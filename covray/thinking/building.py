@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from covray.config.think import ThinkFeaturesConfig
 from covray.errors import PairError
@@ -79,8 +80,12 @@ def _rows(exchanges: Exchanges, most: int | None) -> Iterator[dict[str, Any]]:
 
 
 def facts_of(config: ThinkFeaturesConfig) -> VlmFacts | TowerFacts:
-    """Return what is known of the model before its weights are loaded. Raises WeightsError."""
-    return tower_facts(config.vlm) if config.variant == "clip" else vlm_facts(config.vlm)
+    """Return what is known of the model before its weights are loaded. Raises CovrayError."""
+    if config.variant != "clip":
+        return vlm_facts(config.vlm)
+    facts = tower_facts(config.vlm)
+    facts.count(config.patches)  # refuses a grid of which nothing is left
+    return facts
 
 
 def feature_width(facts: VlmFacts | TowerFacts) -> int:
@@ -139,7 +144,7 @@ class FeatureBuilder:
             return row | {"error": error.reason}
         if self._tower is not None:
             features = self._tower.features([picture], self._config.patches)[0]
-            return row | {"text": sample["caption"], "features": pack(features), "count": len(features)}
+            return row | _with_features({"text": sample["caption"]}, features)
         return row | self._thought(self._instructed(sample["sample"], picture))
 
     def _asked(self, about: Mapping[str, Any]) -> Prompt:
@@ -159,13 +164,12 @@ class FeatureBuilder:
         config = self._config
         with torch.inference_mode():
             (thought,) = think(self._vlm, [prompt], config.thought, config.places)
-        features = thought.features
-        # Half-precision models overflow on some inputs; such a sample is a row with its reason.
-        if not torch.isfinite(features).all():
-            return {"error": "not_finite"}
-        return {
-            "text": thought.text,
-            "ids": thought.ids.astype(np.int32),
-            "features": pack(features),
-            "count": len(features),
-        }
+        return _with_features({"text": thought.text, "ids": thought.ids.astype(np.int32)}, thought.features)
+
+
+def _with_features(said: dict[str, Any], features: Tensor) -> dict[str, Any]:
+    """Return what is said of a sample with its features, or only an error where they cannot be stored."""
+    # Shards hold float16, which ends at 65504: what overflows there is as little a feature as what did in the model.
+    if not torch.isfinite(features.half()).all():
+        return {"error": "not_finite"}
+    return said | {"features": pack(features), "count": len(features)}

@@ -11,6 +11,7 @@ import hashlib
 import json
 import tempfile
 import threading
+import urllib.parse
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -150,10 +151,7 @@ class FeatureDataset:
         Raises:
             DatasetError: There are none, or a shard cannot be read.
         """
-        tables = []
-        for name in self._folder.list_files(".parquet"):
-            if name.startswith(f"{SHARDS}/split={split}/"):
-                tables.append(self._read_texts(name))
+        tables = list(map(self._read_texts, self._shards(split)))
         rows = pa.concat_tables(tables) if tables else _TEXT_SCHEMA.empty_table()
         # Failed samples have an error and no features.
         usable = pc.is_null(rows["error"])
@@ -168,12 +166,21 @@ class FeatureDataset:
     def longest(self, split: str) -> int:
         """Return the most features that a row of a split has. Raises DatasetError."""
         counts = [0]
-        for name in self._folder.list_files(".parquet"):
-            if name.startswith(f"{SHARDS}/split={split}/"):
-                inner = self._folder.inner_path(name)
-                table = pq.read_table(inner, columns=["count"], filesystem=self._folder.filesystem, partitioning=None)
-                counts += table["count"].to_pylist()
+        for name in self._shards(split):
+            inner = self._folder.inner_path(name)
+            table = pq.read_table(inner, columns=["count"], filesystem=self._folder.filesystem, partitioning=None)
+            counts += table["count"].to_pylist()
         return max(counts)
+
+    def _shards(self, split: str) -> list[str]:
+        """Return the names of a split's shards."""
+        names = []
+        for name in self._folder.list_files(".parquet"):
+            folder, _, _ = name.rpartition("/")
+            # Arrow escapes characters in the names of folders: "split=train%20set".
+            if urllib.parse.unquote(folder) == f"{SHARDS}/split={split}":
+                names.append(name)
+        return names
 
     def _read_texts(self, name: str) -> pa.Table:
         """Return the rows of a shard without their features, each with its place."""

@@ -12,11 +12,11 @@ import torch
 from transformers import AutoConfig, T5Config, T5ForConditionalGeneration
 
 from covray.config.think import ThinkFeaturesConfig, ThinkTrainConfig
-from covray.errors import ConfigError
+from covray.errors import ConfigError, WeightsError, one_line
 from covray.io.model_folders import is_here, resolve_folder
 from covray.models.aligner.language import language_facts
 from covray.thinking.building import facts_of, feature_width, read_samples
-from covray.thinking.towers import TowerFacts
+from covray.thinking.towers import TowerFacts, pooled_count
 
 _WIDTHS = {
     "Qwen/Qwen2-VL-2B-Instruct": 1536, "Qwen/Qwen2-VL-7B-Instruct": 3584, "Qwen/Qwen2-VL-72B-Instruct": 8192,
@@ -131,7 +131,7 @@ def _features_of(config: ThinkFeaturesConfig) -> tuple[int, int]:
         width = _WIDTHS[name]
     elif not is_here(name) and name in _TOWERS and config.variant == "clip":
         width, side = _TOWERS[name]
-        return width, 1 + (side // config.patches) ** 2
+        return width, pooled_count(side, config.patches)
     else:
         facts = facts_of(config)
         width = feature_width(facts)
@@ -150,8 +150,14 @@ def _t5_config(config: ThinkTrainConfig) -> Any:
             vocab_size=32_128, d_model=width, d_kv=head, d_ff=inner, num_layers=layers, num_heads=heads,
             feed_forward_proj="gated-gelu", tie_word_embeddings=False,
         )  # fmt: skip
-    if is_here(name):
-        return AutoConfig.from_pretrained(
-            resolve_folder(name, config.language_model.revision, "text", ()), local_files_only=True
-        )
-    return language_facts(config.language_model).config
+    if not is_here(name):
+        return language_facts(config.language_model).config
+    # Its sizes are enough: a folder here may be a configuration without weights.
+    folder = resolve_folder(name, config.language_model.revision, "text", ())
+    try:
+        loaded = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise WeightsError(f"{folder}: cannot be read ({one_line(error)}); get the folder again") from error
+    if loaded.model_type != "t5":
+        raise WeightsError(f"{folder}: is of type {loaded.model_type}; give a T5, such as google/flan-t5-xxl")
+    return loaded

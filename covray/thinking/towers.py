@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, Blip2VisionModel, CLIPVisionModel
 
 from covray.config.vlm import VlmModelConfig
-from covray.errors import WeightsError, one_line
+from covray.errors import ConfigError, WeightsError, one_line
 from covray.io.model_folders import fingerprint_folder, require_files, resolve_folder
 from covray.io.tensor_files import read_all_tensors, require_tensors, weight_files
 from covray.thinking.features import patch_features
@@ -52,9 +52,12 @@ class TowerFacts:
         return int(self.config.hidden_size)
 
     def count(self, factor: int) -> int:
-        """Return the features of a picture whose grid is made ``factor`` times smaller on each side."""
-        side = self.config.image_size // self.config.patch_size // factor
-        return 1 + int(side) ** 2
+        """Return the features of a picture whose grid is made ``factor`` times smaller on each side.
+
+        Raises:
+            ConfigError: Nothing is left of the grid.
+        """
+        return pooled_count(int(self.config.image_size // self.config.patch_size), factor)
 
 
 def tower_facts(config: VlmModelConfig) -> TowerFacts:
@@ -112,6 +115,21 @@ class Tower:
         images = [Image.fromarray(picture) for picture in pictures]
         pixels = self._processor(images, return_tensors="pt")["pixel_values"]
         return patch_features(self._model, pixels.to(self._device, self._dtype), factor)
+
+
+def pooled_count(side: int, factor: int) -> int:
+    """Return the features of a picture: a class token, and a grid of patches that is made smaller.
+
+    Args:
+        side: Patches on a side of the grid.
+        factor: How many times smaller the grid is made, on each side.
+
+    Raises:
+        ConfigError: Nothing is left of the grid.
+    """
+    if factor > side:
+        raise ConfigError(f"patches: {side} patches on a side cannot be made {factor} times fewer; give at most {side}")
+    return 1 + (side // factor) ** 2
 
 
 def _of_tower(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -12,8 +14,8 @@ from covray.config.think import ThinkFeaturesConfig
 from covray.errors import ConfigError, DatasetError
 from covray.io.images import decode
 from covray.models.vlm.checkpoint import load_vlm, vlm_facts
-from covray.thinking.building import FeatureBuilder, read_samples
-from covray.thinking.dataset import FeatureDataset, unpack
+from covray.thinking.building import FeatureBuilder, facts_of, feature_width, read_samples
+from covray.thinking.dataset import SHARDS, FeatureDataset, unpack
 from covray.thinking.features import think
 from tests.support.thinking import PICTURES, write_features
 from tests.support.vlms import picture
@@ -102,3 +104,32 @@ def test_readers_want_a_finished_folder_and_a_split_that_has_features(
     rows = dataset.of_split("train")
     assert isinstance(rows._rows, pa.Table)
     assert rows._rows["sample"].to_pylist() == sorted(rows._rows["sample"].to_pylist())
+
+
+def test_a_split_is_found_whose_name_arrow_escapes(features_config: Callable[..., ThinkFeaturesConfig]) -> None:
+    dataset = FeatureDataset(write_features(features_config()))
+    shards = Path(dataset.path, SHARDS)
+    val = pq.read_table(shards / "split=val", partitioning=None)
+    named = val.append_column("split", pa.array(["held out/2"] * len(val)))
+    pq.write_to_dataset(named, shards, partition_cols=["split"], row_group_size=1)
+    assert not (shards / "split=held out/2").exists()
+    assert len(dataset.of_split("held out/2")) == len(dataset.of_split("val")) == 4
+    assert dataset.longest("held out/2") == dataset.longest("val") > 0
+
+
+def test_a_grid_of_which_nothing_is_left_is_refused(features_config: Callable[..., ThinkFeaturesConfig]) -> None:
+    assert feature_width(facts_of(features_config(variant="clip", patches=4))) == 16
+    with pytest.raises(ConfigError, match="patches: 4 patches on a side cannot be made 5 times fewer; give at most 4"):
+        facts_of(features_config(variant="clip", patches=5))
+
+
+@pytest.mark.parametrize("value", [float("nan"), 1e5])
+def test_features_that_a_shard_cannot_hold_are_a_row_with_its_reason(
+    value: float, features_config: Callable[..., ThinkFeaturesConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = features_config(variant="clip")
+    samples = read_samples(config)
+    builder = FeatureBuilder(config, samples.root)
+    monkeypatch.setattr(builder._tower, "features", lambda *_: torch.full((1, 5, 16), value))
+    (row,) = builder.build(samples.rows.slice(1, 1)).to_pylist()
+    assert (row["error"], row["features"], row["count"]) == ("not_finite", None, 0)

@@ -9,7 +9,7 @@ import pytest
 
 from covray.config import load_config
 from covray.config.think import ThinkFeaturesConfig, ThinkTrainConfig
-from covray.errors import ConfigError
+from covray.errors import ConfigError, WeightsError
 from covray.thinking.plan import plan_aligner, plan_features
 
 PAPER = Path(__file__).parents[2] / "configs" / "paper"
@@ -48,3 +48,22 @@ def test_a_plan_counts_the_data_and_reads_sizes_of_folders(
     assert plan_features(features_config(variant="clip"), None, None).features_per_row == 5
     with pytest.raises(ConfigError, match="places: prompt has as many features as a prompt has tokens"):
         plan_features(features_config(places="prompt"), None, None)
+    with pytest.raises(ConfigError, match="patches: 4 patches on a side cannot be made 8 times fewer"):
+        plan_features(features_config(variant="clip", patches=8), None, None)
+
+
+def test_a_published_grid_that_is_pooled_away_is_refused() -> None:
+    options = {"data": "none.json", "out": "none", "patches": 32}
+    config = load_config(ThinkFeaturesConfig, PAPER / "thinkdiff-clip.yaml", options)
+    with pytest.raises(ConfigError, match="patches: 16 patches on a side cannot be made 32 times fewer"):
+        plan_features(config, 10, None)
+
+
+def test_a_folder_that_is_no_t5_is_refused(tmp_path: Path) -> None:
+    options = {"data": "features", "out": "run", "language_model.path": str(tmp_path)}
+    config = load_config(ThinkTrainConfig, PAPER / "thinkdiff-lvlm.yaml", options)
+    with pytest.raises(WeightsError, match=r"cannot be read .*; get the folder again"):
+        plan_aligner(config, 3584, 64, encoder=False)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(WeightsError, match="is of type llama; give a T5"):
+        plan_aligner(config, 3584, 64, encoder=False)
