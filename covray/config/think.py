@@ -128,7 +128,8 @@ class EpisodesConfig(Section):
         for number in shots:
             if not 1 <= number <= 8:
                 raise ValueError(f"{number} shots: of ten values an episode takes 1 to 8; give others")
-        return shots
+        # Twice the same number would be the same episodes twice, counted as if there were twice as many.
+        return tuple(dict.fromkeys(shots))
 
 
 class PainterConfig(Section):

@@ -83,6 +83,9 @@ class EpisodeFeatures:
             PairError: It has none.
             DatasetError: A shard cannot be read.
         """
+        # The features of all its episodes failed: each is a row with its reason, as a single one would be.
+        if task not in self._dataset.result.per_split:
+            raise PairError("no_features", "the features of no episode of this task could be taken")
         if task not in self._tasks:
             rows = self._dataset.of_split(task)
             self._tasks[task] = rows, rows.numbers()

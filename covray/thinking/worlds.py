@@ -175,8 +175,10 @@ def open_world(config: AskedEpisodes) -> World:
 
 
 def tasks_in(config: AskedEpisodes, world: World) -> list[Task]:
-    """Return the tasks of an evaluation. Raises ConfigError for a name that no task has."""
+    """Return the tasks of an evaluation. Raises ConfigError for a name that no task has, and for no name at all."""
     tasks = {task.name: task for task in tasks_of(world.themes)}
+    if config.tasks is not None and not config.tasks:
+        raise ConfigError("tasks: there is none; name at least one, or leave tasks out for all of them")
     for name in config.tasks or ():
         if name not in tasks:
             raise ConfigError(f"tasks: {name} is none of {', '.join(tasks)}; give one of them")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from covray.thinking.episodes import COBSAT, PORTRAITS, Order, make_episode, tas
 from covray.thinking.judge import JudgeNetwork, JudgeRecord, load_judge, save_judge
 from covray.thinking.objective import train_aligner
 from covray.thinking.reasoning import Reasoner, require_reasoning
-from covray.thinking.records import ReasoningResults
+from covray.thinking.records import FeaturesResult, ReasoningResults
 from covray.thinking.results import CHANCE, tabulate, to_csv
 from covray.thinking.worlds import list_episodes, named_cell, open_world
 from tests.support.thinking import write_features, write_painter
@@ -294,6 +295,28 @@ def test_features_of_other_episodes_are_refused_in_one_line(
     with pytest.raises(DatasetError, match=message) as error:
         require_reasoning(config)
     assert "\n" not in str(error.value)
+
+
+def test_a_task_without_any_features_is_episodes_with_their_reason(
+    of_episodes: Callable[..., ThinkFeaturesConfig], make: Make, parts: dict[str, str]
+) -> None:
+    features = Path(write_features(of_episodes()))
+    shutil.rmtree(features / "shards" / "split=Style-II")
+    result = FeaturesResult.read(str(features))
+    result.model_copy(update={"per_split": {"Colour-I": 2}}).write(str(features))
+    config = make(features=str(features), aligners=[f"ours={parts['text']}"])
+    rows = Reasoner(config).run(list_episodes(config, open_world(config))).to_pylist()
+    assert [(row["task"], row["error"]) for row in rows] == [
+        ("Colour-I", None), ("Colour-I", None), ("Style-II", "no_features"), ("Style-II", "no_features"),
+    ]  # fmt: skip
+
+
+def test_episodes_are_asked_once_and_of_some_task(make: Make) -> None:
+    config = make(episodes__shots=[2, 4, 2])
+    ids = list_episodes(config, open_world(config))["episode"].to_pylist()
+    assert len(ids) == len(set(ids)) == 2 * 2 * 2
+    with pytest.raises(ConfigError, match="tasks: there is none; name at least one"):
+        list_episodes(make(tasks=[]), open_world(config))
 
 
 def test_features_of_pictures_and_of_episodes_are_not_taken_for_each_other(
