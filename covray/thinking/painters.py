@@ -306,7 +306,12 @@ def load_painter(config: PainterConfig, engine: EngineConfig) -> UnetPainter | P
     require_files(folder, ["model_index.json"])
     device, dtype = resolve_device(engine)
     names = _KINDS[config.kind]
-    name = str(diffusers.DiffusionPipeline.load_config(folder, local_files_only=True).get("_class_name"))
+    try:
+        name = str(diffusers.DiffusionPipeline.load_config(folder, local_files_only=True).get("_class_name"))
+    except (OSError, ValueError, AttributeError) as error:
+        raise WeightsError(
+            f"{folder}: model_index.json cannot be read ({one_line(error)}); get the folder again"
+        ) from error
     if name not in names:
         raise WeightsError(f"{folder}: is a {name}, not a {' or '.join(names)}; give another painter.kind")
     try:

@@ -184,6 +184,9 @@ def test_a_folder_loads_as_its_kind_and_as_no_other(tmp_path: Path) -> None:
     assert np.array_equal(loaded.paint([features_of(0)])[0], expected[0])
     with pytest.raises(WeightsError, match=r"is a FluxPipeline, not a StableDiffusion3Pipeline; give another"):
         load_painter(config_of("sd3", path=str(tmp_path / "flux")), CPU)
+    (tmp_path / "flux" / "model_index.json").write_text("{")
+    with pytest.raises(WeightsError, match=r"model_index.json cannot be read .*; get the folder again"):
+        load_painter(config_of("flux", path=str(tmp_path / "flux")), CPU)
     with pytest.raises(WeightsError, match="no such folder"):
         load_painter(config_of("flux", path=str(tmp_path / "none")), CPU)
     with pytest.raises(ConfigError, match="int: draws from no features of T5; give one of FluxPipeline, Stable"):
