@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,6 +29,7 @@ from covray.generation.vision_text import load_answerer
 from covray.io.storage import Folder
 from covray.models.vlm.batch import Blocks, collate
 from covray.pairs.exchanges import Exchange
+from covray.training.objectives.base import perplexity
 from covray.training.objectives.vision_text import parts_of, read_data
 
 ANSWERS_FILE = "answers.jsonl"
@@ -191,7 +191,7 @@ def summarize_rows(rows: Sequence[Row]) -> dict[str, Any]:
         "captions_with_all_facts": _mean(complete),
         "bleu": None,
         "chrf": None,
-        "answer_perplexity": math.exp(-log_likelihood / likelihood_tokens),
+        "answer_perplexity": perplexity(-log_likelihood / likelihood_tokens),
         "tokens_per_s": _ratio(tokens, seconds),
         "tokens_per_pass": _ratio(tokens, passes),
     }

@@ -30,7 +30,7 @@ from covray.thinking.dataset import FeatureDataset, FeatureRows
 from covray.thinking.splits import SplitSeed, split_tokens, split_words
 from covray.thinking.training import captions_at
 from covray.training.metrics_log import Metrics
-from covray.training.objectives.base import Loss, StepBatches
+from covray.training.objectives.base import Loss, StepBatches, perplexity
 from covray.training.optimizers import PlainUpdate
 from covray.training.records import TrainResult
 from covray.training.trainer import Trainer
@@ -203,8 +203,7 @@ class AlignerObjective:
             total += evaluate(on_device).double().sum()
         (loss,) = worker.sum(total)
         mean = loss / self._target_tokens(seeds, self._validation)
-        # exp of more would be no figure to read.
-        return {"validation_loss": mean, "answer_perplexity": math.exp(min(mean, 100.0))}
+        return {"validation_loss": mean, "answer_perplexity": perplexity(mean)}
 
     def export(self, tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
         """Return the files of the aligner's folder."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from covray.models.vlm.adapter import load_adapter
 from covray.models.vlm.checkpoint import load_vlm, vlm_facts
 from covray.models.vlm.convert import convert_vlm
 from covray.models.vlm.decoding import decode
+from covray.training.objectives.base import perplexity
 from covray.training.objectives.vision_text import VisionText
 from covray.training.run import train
 from covray.training.worker import Signal, WorkerContext
@@ -184,6 +186,15 @@ def test_a_converted_folder_is_trained_as_the_model_it_was(
     assert (facts.mask_id, facts.blocks) == (result["mask_id"], None), "not yet trained for blocks"
     with pytest.raises(WeightsError, match="already"):
         convert_vlm(converted.checkpoint(), str(tmp_path / "again"))
+
+
+def test_a_loss_beyond_all_bounds_does_not_end_a_training(vlm_config: Callable[..., VlmTrainConfig]) -> None:
+    objective = VisionText(vlm_config(), CPU)
+    metrics = objective.validate(lambda batch: torch.full((1,), 1e6), WorkerContext())
+    assert metrics is not None
+    assert metrics["validation_loss"] > 1000, "exp of it is no float"
+    assert metrics["answer_perplexity"] == perplexity(100.0) > 1e43
+    assert perplexity(1.0) == math.e
 
 
 def test_contradictions_are_refused(vlm_config: Callable[..., VlmTrainConfig]) -> None:

@@ -6,6 +6,7 @@ is a class with these members, and needs no change of the trainer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, Self, TypeVar
@@ -54,6 +55,12 @@ class Loss:
     """The sum, a scalar with a gradient."""
     each: Tensor
     """The loss of every position that carries loss, float32 [P]."""
+
+
+def perplexity(nats: float) -> float:
+    """Return the perplexity of a mean loss; all above 100 nats are as bad."""
+    # Python's exp raises OverflowError from 710 on, which would end a training that only diverges.
+    return math.exp(min(nats, 100.0))
 
 
 class Rewriter(Protocol):

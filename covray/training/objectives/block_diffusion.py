@@ -14,7 +14,6 @@ change a step.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -31,7 +30,7 @@ from covray.models.lvm.model import Batch
 from covray.models.lvm.noisy import NoisyBlocks
 from covray.models.masking import mask_blocks, noise_levels
 from covray.seeds import seed_of
-from covray.training.objectives.base import StepBatches
+from covray.training.objectives.base import StepBatches, perplexity
 from covray.training.objectives.visual_sentences import VisualSentences, answer_positions
 from covray.training.worker import WorkerContext
 
@@ -101,8 +100,8 @@ class BlockDiffusion(VisualSentences):
         tokens = self._noised_tokens(sentences, 0, count)
         return {
             "validation_loss": loss / tokens,
-            "answer_perplexity": math.exp(clean / answer_tokens),
-            "answer_nelbo_perplexity": math.exp(nelbo / answer_tokens),
+            "answer_perplexity": perplexity(clean / answer_tokens),
+            "answer_nelbo_perplexity": perplexity(nelbo / answer_tokens),
         }
 
     @staticmethod

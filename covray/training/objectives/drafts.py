@@ -29,7 +29,7 @@ from covray.models.lvm.draft_files import DRAFT_FILE, DRAFT_WEIGHTS
 from covray.models.lvm.model import Batch, Lvm
 from covray.models.lvm.noisy import NoisyBlocks
 from covray.seeds import seed_of
-from covray.training.objectives.base import StepBatches
+from covray.training.objectives.base import StepBatches, perplexity
 from covray.training.objectives.block_diffusion import noised_places, require_mask
 from covray.training.objectives.visual_sentences import VisualSentences, answer_positions
 from covray.training.worker import WorkerContext
@@ -100,7 +100,7 @@ class Drafts(VisualSentences):
             sums += torch.stack((drafts.sum(), clean[answer].sum(), answer.sum().double()))
         loss, answer_loss, answer_tokens = worker.sum(sums)
         masks = sum(self._count(sentences, index) for index in range(count))
-        return {"validation_loss": loss / masks, "answer_perplexity": math.exp(answer_loss / answer_tokens)}
+        return {"validation_loss": loss / masks, "answer_perplexity": perplexity(answer_loss / answer_tokens)}
 
     def export(self, tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
         """Return the adapter that is drafted for, as it is, with the draft adapter beside it."""

@@ -28,7 +28,7 @@ from covray.models.vlm.checkpoint import load_vlm, vlm_facts
 from covray.models.vlm.prompts import Prompter, Sample, pad_to_block
 from covray.pairs.exchanges import Exchange, Exchanges, read_exchanges
 from covray.seeds import seed_of
-from covray.training.objectives.base import Loss, StepBatches
+from covray.training.objectives.base import Loss, StepBatches, perplexity
 from covray.training.worker import WorkerContext
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -137,14 +137,14 @@ class VisionText:
         clean, nelbo = worker.sum(sums)
         tokens = sum(self._answer_tokens(exchange) for exchange in self._validation)
         if not self._uses_blocks:
-            return {"validation_loss": clean / tokens, "answer_perplexity": math.exp(clean / tokens)}
+            return {"validation_loss": clean / tokens, "answer_perplexity": perplexity(clean / tokens)}
         weight = self.config.blocks.autoregressive
         metrics = {
             "validation_loss": (nelbo + weight * clean) / tokens,
-            "answer_nelbo_perplexity": math.exp(min(nelbo / tokens, 100.0)),
+            "answer_nelbo_perplexity": perplexity(nelbo / tokens),
         }
         if weight:
-            metrics["answer_perplexity"] = math.exp(clean / tokens)
+            metrics["answer_perplexity"] = perplexity(clean / tokens)
         return metrics
 
     def export(self, tensors: Mapping[str, Tensor]) -> dict[str, bytes]:

@@ -5,7 +5,6 @@ The paper's objective: one cross-entropy over the tokens of examples, frames and
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,7 +24,7 @@ from covray.models.lvm.lora import Diffusion, Lora
 from covray.models.lvm.model import Batch, Lvm
 from covray.models.lvm.scales import parameters
 from covray.training.data import sources_of
-from covray.training.objectives.base import Loss, Rewriter, StepBatches
+from covray.training.objectives.base import Loss, Rewriter, StepBatches, perplexity
 from covray.training.objectives.frame_noise import FrameNoise
 from covray.training.objectives.own_frames import OwnFrames
 from covray.training.worker import WorkerContext
@@ -158,7 +157,7 @@ class VisualSentences:
         loss, answer_loss, answer_tokens = worker.sum(sums)
         return {
             "validation_loss": loss / loss_tokens(sentences, 0, count),
-            "answer_perplexity": math.exp(answer_loss / answer_tokens),
+            "answer_perplexity": perplexity(answer_loss / answer_tokens),
         }
 
     def export(self, tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
