@@ -168,14 +168,15 @@ def _draw_mat(root: str, uri: str, share: float) -> NDArray[np.uint8]:
 
 def _draw_grey(root: str, uri: str, share: float) -> NDArray[np.uint8]:
     file = read_label_file(load_picture(Picture(uri=uri), root))
-    levels = file.samples if file.palette is None else file.palette[file.samples]
+    levels = file.samples if file.palette is None else file.colours()
     if levels.ndim == 2:
         levels = levels[..., None]
     spread = levels.max(axis=2) - levels.min(axis=2)
     if spread.max() > (JPEG_SPREAD if file.lossy else 0):
         raise PairError("unsupported", f"{uri}: is in colour, where grey is expected, as white as an edge is sure")
-    white = 255 if levels.dtype == np.uint8 else 65535
-    if levels.max() == 1:
+    # Programs that shrink PNGs keep black and white in one bit, and sixteen greys in four: white is then 1 or 15.
+    white = file.maximum
+    if levels.max() == 1 < white:
         raise PairError("unsupported", f"{uri}: has levels 0 and 1, where white is {white}; multiply them by {white}")
     drawn = levels.mean(axis=2) / white >= share
     if drawn.mean() > MOST_EDGES:

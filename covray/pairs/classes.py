@@ -98,24 +98,16 @@ def _levels_of(file: LabelFile) -> Iterable[NDArray[Any]]:
     yield file.samples
     if file.palette is not None and (file.palette == file.palette[:, :1]).all():
         # Programs that shrink PNGs make grey levels a palette of greys, in an order of their own.
-        yield _looked_up(file)[..., 0]
+        yield file.colours()[..., 0]
 
 
 def _colours_of(file: LabelFile) -> NDArray[Any]:
     """Return the colours [h, w, 3] that a mask shows."""
     if file.palette is not None:
-        return _looked_up(file)
+        return file.colours()
     if file.samples.ndim == 3:
         return file.samples
     return np.repeat(file.samples[..., None], 3, axis=2)  # a grey is a colour of three equal channels
-
-
-def _looked_up(file: LabelFile) -> NDArray[np.uint8]:
-    """Return the colours [h, w, 3] of a mask with a palette. Raises PairError for a number beyond it."""
-    assert file.palette is not None
-    if file.samples.max() >= len(file.palette):
-        raise PairError("damaged", f"a pixel of colour {file.samples.max()}, the palette has {len(file.palette)}")
-    return file.palette[file.samples]
 
 
 def _by_level(levels: NDArray[Any], file: LabelFile, coding: MaskCoding) -> NDArray[np.uint8]:
@@ -181,7 +173,7 @@ def _require_recognised(file: LabelFile, indices: NDArray[np.uint8]) -> None:
     if file.palette is not None:
         used = np.unique(file.samples)
         greys = bool((file.palette[used] == used[:, None]).all())
-        voc = bool((_looked_up(file) == palette(256)[indices]).all())
+        voc = bool((file.colours() == palette(256)[indices]).all())
         if not greys and not voc:
             raise PairError(
                 "ambiguous", "a palette of other colours than PASCAL VOC's; declare the classes with --classes"

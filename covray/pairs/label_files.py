@@ -38,6 +38,15 @@ class LabelFile:
     """Whether the format (JPEG, AVIF, most WebP) changes values when it packs them."""
     one_bit: bool = False
     """Whether the file has one bit a pixel: black and white, or 0 and 1."""
+    maximum: int = 255
+    """The level of full intensity in ``samples`` or ``palette``: 1, 3 or 15 in a PNG of so few bits."""
+
+    def colours(self) -> NDArray[np.uint8]:
+        """Return what the palette shows, red, green and blue [h, w, 3]. Raises PairError for an index beyond it."""
+        assert self.palette is not None
+        if self.samples.max() >= len(self.palette):
+            raise PairError("damaged", f"a pixel of colour {self.samples.max()}, the palette has {len(self.palette)}")
+        return self.palette[self.samples]
 
 
 @dataclass(frozen=True)
@@ -73,11 +82,14 @@ def read_label_file(data: bytes) -> LabelFile:
             raise PairError("unsupported", "integers beyond 16 bits; save 8 or 16 bits")
         samples = samples.astype(np.uint16)
     palette = None if raster.palette is None else raster.palette[:, :3]
-    one_bit = palette is None and raster.maximum == 1
-    return LabelFile(samples, palette, raster.orientation, _is_lossy(data), one_bit)
+    maximum = 255
+    if palette is None:
+        maximum = raster.maximum or 65535  # wide integers name no range; they were fitted into 16 bits above
+    return LabelFile(samples, palette, raster.orientation, _is_lossy(data), maximum == 1, maximum)
 
 
 def _is_lossy(data: bytes) -> bool:
+    # The first bytes tell: RIFF's form of WebP (only its chunk VP8L is lossless), JPEG's marker, AVIF's box.
     if data[8:12] == b"WEBP":
         return b"VP8L" not in data
     return data.startswith(b"\xff\xd8\xff") or data[4:8] == b"ftyp"

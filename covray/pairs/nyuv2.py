@@ -131,6 +131,8 @@ def _read_normals(root: str, uri: str) -> NDArray[np.uint8]:
     picture = read_label_file(load_picture(Picture(uri=uri), root)).samples
     if picture.ndim != 3:
         raise PairError("unsupported", f"{uri}: one channel, where three of a direction are expected")
+    if picture.dtype != np.uint8:
+        raise PairError("unsupported", f"{uri}: 16 bits a channel, where 8 bits of a direction are expected")
     drawn = only_directions(picture)
     valid = drawn.any(axis=2)
     drawn[valid, 0] = 255 - drawn[valid, 0]

@@ -211,6 +211,9 @@ def _draw_depth(pair: Pair, file: LabelFile, rules: LabelRules) -> NDArray[np.ui
         raise PairError(
             "undeclared", "16 bits of depth without a unit; give --metres-per-level, such as 0.001 for millimetres"
         )
+    # A PNG of few bits is one of 8 bits that a program has shrunk: what was 255 is now 1, 3 or 15.
+    if file.maximum < 255:
+        levels = np.rint(levels * (255 / file.maximum)).astype(np.uint8)
     if file.palette is None and file.samples.ndim == 3:  # as it is: of a JPEG the channels may differ by a little
         return file.samples.astype(np.uint8)
     return np.repeat(levels.astype(np.uint8)[..., None], 3, axis=2)
@@ -233,7 +236,7 @@ def _grey_levels(file: LabelFile) -> NDArray[np.uint8] | NDArray[np.uint16]:
     """Return the grey levels [h, w] of a label, which may be saved with three channels or a palette."""
     levels = file.samples
     if file.palette is not None:
-        levels = file.palette[levels]
+        levels = file.colours()
     if levels.ndim == 2:
         return levels
     # Three channels are grey where they are equal; in a lossy file, where they are nearly so.
@@ -241,7 +244,7 @@ def _grey_levels(file: LabelFile) -> NDArray[np.uint8] | NDArray[np.uint16]:
     allowed = GREY_SPREAD if file.lossy else 0
     if spread > allowed:
         raise PairError("unsupported", "depth in colour, where grey is expected; the colours of a map have no unit")
-    return np.rint(levels.mean(axis=2)).astype(np.uint8)
+    return np.rint(levels.mean(axis=2)).astype(levels.dtype)
 
 
 def _draw_normals(file: LabelFile) -> NDArray[np.uint8]:

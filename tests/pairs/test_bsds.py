@@ -18,6 +18,7 @@ from covray.io.images import Picture
 from covray.pairs.bsds import MAX_MAT_BYTES, agreement, bsds_pairs
 from covray.tasks import edges
 from tests.support.photographs import bomb, label_of, photo, reasons, save
+from tests.support.picture_files import png_file
 
 DRAWN = np.zeros((5, 16, 24), np.uint8)  # five annotators: column k is drawn by k of them
 for column in range(6):
@@ -127,6 +128,25 @@ def test_grey_labels_of_another_coding_are_rejected(hed: Path) -> None:
     assert reasons(pairs, hed) == expected
     (good,) = (pair for pair in pairs if "error" not in pair.meta)
     assert np.array_equal(label_of(good, hed)[..., 0], lines * 255)
+
+
+@pytest.mark.parametrize("bits", [1, 4])
+def test_white_of_a_png_of_few_bits_is_an_edge(hed: Path, bits: int) -> None:
+    """Programs that shrink PNGs write 0 and 255 as 0 and 1, or with other greys as 0 and 15."""
+    levels = np.zeros((16, 24, 1), np.uint8)
+    levels[4] = 2**bits - 1
+    save(hed / "few.jpg", photo(0))
+    (hed / "few.png").write_bytes(png_file(levels, 0, bits))
+    (hed / "few.lst").write_text("few.jpg few.png")
+    (pair,) = bsds_pairs(hed, listing="few.lst")
+    assert np.array_equal(np.flatnonzero(label_of(pair, hed)[:, 0, 0]), [4])
+
+
+def test_an_index_beyond_its_palette_is_one_bad_pair(hed: Path) -> None:
+    save(hed / "odd.jpg", photo(0))
+    (hed / "odd.png").write_bytes(png_file(np.full((16, 24, 1), 9), 3, 8, [(b"PLTE", b"\0\0\0\xff\xff\xff")]))
+    (hed / "odd.lst").write_text("odd.jpg odd.png")
+    assert reasons(bsds_pairs(hed, listing="odd.lst"), hed) == {"odd.jpg": "damaged"}
 
 
 def test_an_image_that_a_list_names_twice_is_refused(hed: Path) -> None:

@@ -13,6 +13,7 @@ from covray.io.images import Picture
 from covray.pairs.nyuv2 import nyuv2_pairs
 from covray.tasks import depth, normals
 from tests.support.photographs import bomb, label_of, photo, reasons, save
+from tests.support.picture_files import png_file
 
 DEPTH_MM = np.full((16, 24), 3000, np.uint16)
 DEPTH_MM[0, :5] = (0, 1, 712, 9999, 65535)  # invalid, invalid a level off, ..., invalid as full scale
@@ -87,6 +88,13 @@ def test_a_normal_that_is_no_direction_is_none(root: Path, level: tuple[int, int
     assert not valid[3].any()
     assert valid[:3].all()
     assert valid[4:].all()
+
+
+def test_normals_of_sixteen_bits_are_refused(root: Path) -> None:
+    """Read as 8 bits none of them would be a direction, and the label black."""
+    path = root / "test/000000_normal.png"
+    path.write_bytes(png_file(np.full((16, 24, 3), (32896, 32896, 65535)), 2, 16))
+    assert reasons(nyuv2_pairs(root, "normals", "test"), root) == {"test/000000_img.png": "unsupported"}
 
 
 def test_depth_turns_with_its_image_and_normals_are_refused(root: Path) -> None:

@@ -21,6 +21,7 @@ from covray.pairs.user_labels import LabelRules, checked_pairs
 from covray.pairs.user_lists import read_user_list
 from covray.tasks import depth, normals, segmentation
 from tests.support.photographs import bomb, photo, save
+from tests.support.picture_files import png_file
 
 MILLIMETRES = np.full((16, 24), 5500, np.uint16)
 MILLIMETRES[0, :3] = (0, 712, 9000)
@@ -95,6 +96,23 @@ def test_depth_of_sixteen_bits_needs_its_unit(root: Path) -> None:
         (result,) = checked(root, pair("depth"), metres_per_level=scale)
         assert np.abs(depth.read(label_of(result, root))[5:] - metres).max() <= 5 / 255
         assert depth.read(label_of(result, root))[0, 0] == 0
+
+
+def test_depth_of_sixteen_bits_in_three_channels_is_that_of_one(root: Path) -> None:
+    """In 8 bits 5500 would be 124."""
+    (root / "b.png").write_bytes(png_file(np.repeat(MILLIMETRES[..., None], 3, axis=2), 2, 16))
+    (result,) = checked(root, pair("depth"))
+    assert error(result).startswith("undeclared: b.png: 16 bits of depth")
+    (result,) = checked(root, pair("depth"), metres_per_level=0.001)
+    assert np.abs(depth.read(label_of(result, root))[5:] - 5.5).max() <= 5 / 255
+
+
+def test_white_of_depth_in_few_bits_is_ten_metres(root: Path) -> None:
+    """A program that shrinks PNGs writes levels 0, 17, ... 255 as 0, 1, ... 15: the picture is the same."""
+    levels = np.arange(16 * 24).reshape(16, 24, 1) % 16
+    (root / "b.png").write_bytes(png_file(levels, 0, 4))
+    (result,) = checked(root, pair("depth"))
+    assert np.array_equal(label_of(result, root), np.repeat(levels * 17, 3, axis=2))
 
 
 @pytest.mark.parametrize(("scale", "levels"), [(1.0, "0 to 9000 of 1 m"), (1e-8, "0 to 9000 of 1e-08 m")])
