@@ -180,14 +180,17 @@ def shares(text: str | None) -> dict[str, float] | None:
     """Read ``name=share,name=share``, or None for None.
 
     Raises:
-        ConfigError: A part is not ``name=share``, a share is negative, or all are 0.
+        ConfigError: A part is not ``name=share``, a name stands twice, a share is negative, or all are 0.
     """
     if text is None:
         return None
-    result = {}
+    result: dict[str, float] = {}
     try:
         for part in text.split(","):
             name, share = part.split("=")
+            name = name.strip()
+            if not name or name in result:
+                raise ValueError
             result[name] = float(share)
     except ValueError as error:
         raise ConfigError(f"--splits {text}: write name=share, for example train=8,val=1,test=1") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -136,10 +137,13 @@ def label_rules(
     from covray.pairs.classes import load_classes
     from covray.pairs.user_labels import LabelRules
 
+    # Typer's lower bound lets 0 and NaN pass, by which every label would be without depth.
+    if metres_per_level is not None and not 0 < metres_per_level < math.inf:
+        raise ConfigError(f"--metres-per-level {metres_per_level:g}: must be above 0; 0.001 is for millimetres")
     masks = None if classes is None else load_classes(classes)
     timeout_s, most_mb, attempts = limits
     web = web_rules(hosts or [], timeout_s, int(most_mb * 1e6), attempts)
-    return LabelRules(masks, metres_per_level or None, orientation, web)
+    return LabelRules(masks, metres_per_level, orientation, web)
 
 
 def _write_again(out: str, retry: str, rules: LabelRules, json_: bool) -> None:

@@ -93,7 +93,7 @@ def _read_file(argument: str, path: str) -> bytes:
         return storage.read_bytes(path)
     except FileNotFoundError as error:
         raise ConfigError(f"{argument} {path}: is not there; give a picture file") from error
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise ConfigError(f"{argument} {path}: cannot be read ({one_line(error)}); give a picture file") from error
 
 

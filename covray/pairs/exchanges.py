@@ -163,7 +163,11 @@ def _exchanges_of_row(file: str, where: str, row: Mapping[Any, Any], base: str) 
         if isinstance(key, str):
             key = key.strip().lower()
         values[key] = stripped(value)
-    split = values.get("split") or "train"
+    split = values.get("split")
+    if split is None or split == "":
+        split = "train"
+    if not isinstance(split, str):
+        raise ManifestError(f"{file}, {where}: split is {split!r}, not a name")
     if "conversations" in values:
         yield from _turns(file, where, values, base, split)
         return
@@ -245,12 +249,17 @@ def _csv_rows(file: str) -> Iterator[tuple[str, Any]]:
     lines = (text for _, text in numbered_lines(file))
     header = next(lines, "")
     separator = next((mark for mark in (",", ";", "\t", "|") if mark in header), ",")
-    names: list[str] = []
-    if header:
-        cells_of_header = next(csv.reader([header], delimiter=separator))
-        names = [name.strip() for name in cells_of_header]
     reader = csv.reader(lines, strict=True, delimiter=separator, skipinitialspace=True)
+    names: list[str] = []
+    # The header is not of ``reader``: its line decides the separator, so that the others are one line further down.
     try:
+        if header:
+            cells_of_header = next(csv.reader([header], delimiter=separator))
+            names = [name.strip() for name in cells_of_header]
+        # Keys of any case are one key: of two such columns the last would win.
+        named = [name.lower() for name in names if name]
+        if len(set(named)) < len(named):
+            raise ManifestError(f"{file}, line 1: a column name twice; give each column a name of its own")
         for cells in reader:
             where = f"line {reader.line_num + 1}"
             if not any(cell.strip() for cell in cells):

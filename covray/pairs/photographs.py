@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from covray.errors import ConfigError, ManifestError
 from covray.io import storage
 from covray.pairs.sources import ENDINGS, list_pictures, path_below
-from covray.pairs.values import absolute
+from covray.pairs.values import absolute, reading
 
 _WILDCARDS = re.compile(r"[*?\[]")
 _TOKENS = re.compile(r"\*\*/|\*\*|\*|\?|\[[^\]/]+\]|.", re.DOTALL)
@@ -25,7 +25,7 @@ def find_photographs(places: Sequence[str]) -> tuple[str, list[str]]:
 
     Raises:
         ManifestError: A place holds no photographs, or cannot be read.
-        ConfigError: The places have no common root.
+        ConfigError: The places have no common root, or one is no pattern.
     """
     folders = [_fixed_part(place) for place in places]
     root = _root(folders)
@@ -33,7 +33,9 @@ def find_photographs(places: Sequence[str]) -> tuple[str, list[str]]:
     for place, folder in zip(places, folders, strict=True):
         pictures = list_pictures(folder)
         if folder != place:
-            matches = _path_pattern(place.removeprefix(folder).lstrip("/")).fullmatch
+            # "." stands for a pattern without a folder, of which it is no part: ".*" means hidden names.
+            pattern = place if folder == "." and not place.startswith("./") else place.removeprefix(folder).lstrip("/")
+            matches = _path_pattern(pattern).fullmatch
             pictures = [name for name in pictures if matches(name)]
         if not pictures:
             raise ManifestError(f"{place}: holds no photographs ({', '.join(ENDINGS)})")
@@ -74,13 +76,21 @@ def common_root(folders: Sequence[str]) -> str:
 def _fixed_part(place: str) -> str:
     """Return the folder that a pattern's first wildcard is below; a place without wildcards as it is."""
     first = _WILDCARDS.search(place)
-    if first is None or storage.exists(place):  # a folder may have such a name
+    if first is None:
         return place
+    with reading(place):
+        if storage.exists(place):  # a folder may have such a name
+            return place
     return place[: first.start()].rpartition("/")[0] or ("/" if place.startswith("/") else ".")
 
 
 def _path_pattern(pattern: str) -> re.Pattern[str]:
-    """Return a pattern of paths as a regular expression: ``**`` stands for any folders, ``*`` for no slash."""
+    """Return a pattern of paths as a regular expression: ``**`` stands for any folders, ``*`` for no slash.
+
+    Raises:
+        ConfigError: It holds a set of characters that is none.
+    """
+    # Not by fnmatch, whose * crosses folders; glob would look at the disk, and knows no other storage.
     folders = "(?:[^/]+/)*"
     spelled = {"**/": folders, "**": ".*", "*": "[^/]*", "?": "[^/]"}
     expression = ""
@@ -94,4 +104,7 @@ def _path_pattern(pattern: str) -> re.Pattern[str]:
             expression += f"[{members}]"
         else:
             expression += re.escape(token)
-    return re.compile(expression, re.DOTALL)
+    try:
+        return re.compile(expression, re.DOTALL)
+    except re.error as error:
+        raise ConfigError(f"{pattern}: is no pattern ({error.msg}); write a set of characters as [a-z]") from error

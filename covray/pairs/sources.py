@@ -23,7 +23,7 @@ from covray.io import storage
 from covray.io.images import encode_png, load_picture
 from covray.pairs.label_files import Orientation, align, read_layout
 from covray.pairs.manifest import Pair, Picture
-from covray.pairs.values import plain
+from covray.pairs.values import plain, reading
 from covray.pairs.work import PairWork, one_by_one
 from covray.tasks.base import Meta
 
@@ -159,7 +159,11 @@ def list_pictures(folder: str) -> list[str]:
     Hidden files and folders are left out, and links to folders are not followed; a line of the log counts the files of
     other endings. Raises ManifestError where the folder cannot be read.
     """
-    names = storage.list_files(folder) if "://" in folder else _local_files(folder)
+    if "://" in folder:
+        with reading(folder):
+            names = storage.list_files(folder)
+    else:
+        names = _local_files(folder)
     pictures = []
     others = Counter[str]()
     for name in names:
@@ -176,7 +180,7 @@ def list_pictures(folder: str) -> list[str]:
 
 
 def _local_files(folder: str) -> list[str]:
-    # Not by pyarrow: it follows links to folders, in circles where they lead back.
+    # pyarrow is not used here: it follows links to folders, in circles where they lead back.
     base = Path(folder).expanduser()
     if not base.is_dir():
         raise ManifestError(f"{folder}: no such folder; give a folder of photographs")

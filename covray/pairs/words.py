@@ -67,19 +67,22 @@ def words_of(row: PairRow) -> Words | None:
     """Return the words of a manifest's ``row``, a dict by column; None where it has no caption.
 
     Raises:
-        ManifestError: ``attributes`` is no JSON object.
+        ManifestError: ``attributes`` is no JSON object, or a question is not whole.
     """
     caption = row.get("caption")
     if caption is None:
         return None
     try:
         attributes = json.loads(row.get("attributes") or "{}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ManifestError(f"pair {row.get('pair_id')}: attributes is not JSON ({error})") from error
     if not isinstance(attributes, dict):
         raise ManifestError(f"pair {row.get('pair_id')}: attributes is not a JSON object")
     questions = []
     for item in row.get("questions") or []:
+        # Parquet columns may hold nulls, which would fail only where the texts are tokenized.
+        if not item or None in item.values():
+            raise ManifestError(f"pair {row.get('pair_id')}: a question lacks its kind, its text or its answer")
         questions.append(Question(item["kind"], item["question"], item["answer"]))
     return Words(caption, attributes, tuple(questions))
 
@@ -90,6 +93,7 @@ def read_captioned(path: str | os.PathLike[str]) -> Iterator[tuple[PairRow, Word
     Raises:
         ManifestError: The manifest has no column ``caption``, or cannot be read.
     """
+    # Imported here: manifest_reading imports this module.
     from covray.pairs.manifest_reading import check_manifest, read_manifest, row_dicts
 
     info = check_manifest(path, captions=True)

@@ -18,6 +18,7 @@ from PIL import Image
 
 from covray import __version__
 from covray.cli import training
+from covray.cli.options import shares
 from covray.pairs.manifest import MANIFEST_SCHEMA
 from covray.pairs.manifest_reading import check_manifest
 from covray.tasks import TASKS
@@ -444,7 +445,8 @@ def test_splits_of_pairs_are_shares(run: Callable[..., Done], mistake: Callable[
     out = tmp_path / "pairs.parquet"
     done = run("pairs", "scenes", "--count", 3, "--splits", "train=2,val=1", "--tasks", "depth", "--json", "--out", out)
     assert json.loads(done.out.splitlines()[-1])["splits"] == {"train": 2, "val": 1}
-    for wrong in ("train", "train=x", "train=0", "train=-1,val=2", ""):
+    assert shares("train=8, val=1") == {"train": 8, "val": 1}
+    for wrong in ("train", "train=x", "train=0", "train=-1,val=2", "", "train=1,=1", "val=1,val=2"):
         line = mistake("pairs", "scenes", "--splits", wrong, "--out", tmp_path / "other.parquet")
         assert f"--splits {wrong}: " in line
 

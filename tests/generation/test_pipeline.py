@@ -181,6 +181,7 @@ def test_what_is_no_picture_is_refused_by_the_name_of_its_argument(
         "mode F; convert": Image.fromarray(np.zeros((4, 4), np.float32)),
         "not_an_image": tmp_path / "text.png",
         "is not there": "none.png",
+        "cannot be read": "a\0.png",
         "is a list": picture.tolist(),
         "is a NoneType": None,
     }

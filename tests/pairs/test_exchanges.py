@@ -100,7 +100,10 @@ def test_conversations_of_llava(tmp_path: Path) -> None:
         ("a.json", [{"image": "a.png", "caption": 3}], "caption is int, not a text"),
         ("a.json", [{"image": "a.png", "conversations": [{"from": "human"}, {}]}], "a turn has no 'value'|'from'"),
         ("a.json", [{"image": "a.png", "conversations": [{}]}], "each with its answer"),
+        ("a.json", [{"image": "a.png", "caption": "a ball", "split": 1}], "item 1: split is 1, not a name"),
         ("a.csv", "image,caption\na.png\n", "line 2: 1 cells for 2 columns"),
+        ("a.csv", "image,caption,Caption\na.png,a ball,a box\n", "line 1: a column name twice"),
+        ("a.csv", f"image,{'x' * 200_000}\na.png,a ball\n", "line 1: field larger than field limit"),
         ("a.json", [], "has no captions or questions"),
     ],
 )

@@ -31,6 +31,7 @@ def root(tmp_path: Path) -> Path:
         (["2023/**"], ["a.png", "x/b.png"]),
         (["2024/a?.png", "2024/[!b]*.png"], ["a.png", "ab.png"]),
         (["odd[1]"], ["c.png"]),
+        (["20[0-9]4/ab*"], ["2024/ab.png"]),
     ],
 )
 def test_places_give_their_photographs_once_below_one_root(root: Path, places: list[str], names: list[str]) -> None:
@@ -45,6 +46,29 @@ def test_a_place_without_photographs_and_places_without_a_root_are_one_line(root
     with pytest.raises(ConfigError, match="lie on several storages"):
         common_root(["s3://a/photos", "/photos"])
     assert common_root(["s3://a/b/c", "s3://a/b/d"]) == "s3://a/b"
+
+
+def test_a_pattern_that_is_none_is_one_line(root: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^\[z-a\]\.png: is no pattern \(bad character range z-a\); write"):
+        find_photographs([f"{root}/2024/[z-a].png"])
+
+
+def test_hidden_photographs_are_not_those_of_all_names(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(root / "2024")
+    assert find_photographs(["*.png"])[1] == find_photographs(["./*.png"])[1] == ["a.png", "ab.png"]
+    with pytest.raises(ManifestError, match="holds no photographs"):
+        find_photographs([".*.png"])
+
+
+@pytest.mark.parametrize("place", ["s3://bucket/photos", "s3://bucket/photos/*.jpg"])
+def test_a_storage_that_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    def refuse(path: str) -> None:
+        raise OSError("AWS Error ACCESS_DENIED")
+
+    monkeypatch.setattr("covray.io.storage.exists", refuse)
+    monkeypatch.setattr("covray.io.storage.list_files", refuse)
+    with pytest.raises(ManifestError, match=r"^s3://bucket/photos.*: cannot be read: AWS Error ACCESS_DENIED$"):
+        find_photographs([place])
 
 
 def test_many_folders_become_one_manifest(root: Path, command) -> None:

@@ -75,3 +75,14 @@ def test_attributes_of_another_program_are_checked(tmp_path: Path, attributes: s
     pq.write_table(table.set_column(place, "attributes", pa.array([attributes])), path)
     with pytest.raises(ManifestError, match="attributes is not"):
         list(read_captioned(path))
+
+
+@pytest.mark.parametrize("question", [None, {"kind": "object", "question": "What is it?", "answer": None}])
+def test_questions_of_another_program_are_checked(tmp_path: Path, question: object) -> None:
+    path = _written(tmp_path / "a.parquet", CAPTIONED, captions=True)
+    table = pq.read_table(path)
+    place = table.schema.get_field_index("questions")
+    changed = pa.array([[question]], table.schema.field(place).type)
+    pq.write_table(table.set_column(place, table.schema.field(place), changed), path)
+    with pytest.raises(ManifestError, match="a question lacks its kind, its text or its answer"):
+        list(read_captioned(path))
