@@ -20,6 +20,7 @@ from covray.io.images import picture_of
 from covray.pairs.loading import LoadedPair, load_pair
 from covray.pairs.manifest_reading import ManifestInfo, check_manifest, read_manifest, read_meta, row_dicts
 from covray.pairs.rows import PairRow
+from covray.pairs.values import storable
 from covray.progress import stage
 from covray.tasks import TASKS, depth, pose, segmentation
 from covray.tasks.base import Meta
@@ -137,7 +138,8 @@ def name_of_pair(row: PairRow) -> str:
     name = picture_of(row["image"]).uri or meta.get("photo")
     if name is None and "scene" in meta:
         name = f"scene {meta['scene']}"
-    return str(name or row["pair_id"])
+    # JSON keeps the bytes of a file's name that are no UTF-8 as lone surrogates, which no table and no page can hold.
+    return str(storable(str(name or row["pair_id"])))
 
 
 def _segmentation_figures(pair: LoadedPair, meta: Meta) -> LabelFigures:

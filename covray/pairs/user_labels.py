@@ -101,13 +101,17 @@ def checked_pairs(pairs: Iterable[Pair], root: str, rules: LabelRules) -> Iterat
 def in_order(change: Callable[[Pair], Pair], pairs: Iterable[Pair]) -> Iterator[Pair]:
     """Yield ``change`` of each pair, in their order, on several threads: files and servers let one wait."""
     waiting: deque[Future[Pair]] = deque()
-    with ThreadPoolExecutor(_THREADS) as readers:
+    readers = ThreadPoolExecutor(_THREADS)
+    try:
         for pair in pairs:
             waiting.append(readers.submit(change, pair))
             if len(waiting) >= _AHEAD:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+    finally:
+        # After an error or Ctrl-C the pairs ahead are of no use, and each may be minutes of waiting for a server.
+        readers.shutdown(cancel_futures=True)
 
 
 def check_pair(pair: Pair, root: str | None, rules: LabelRules) -> Pair:
@@ -308,7 +312,11 @@ def _hint(uri: str, root: str) -> str:
     place = os.path.join(os.path.expanduser(root), folder)
     if "://" in root or ".." in folder.split("/") or not os.path.isdir(place):
         return ""
-    for entry in os.listdir(place):
+    try:
+        entries = os.listdir(place)
+    except OSError:  # a folder whose files can be opened by name may not be listed
+        return ""
+    for entry in entries:
         if unicodedata.normalize("NFC", entry).casefold() == unicodedata.normalize("NFC", name).casefold():
             return f"; {entry!r} is there: capitals matter"
     return ""

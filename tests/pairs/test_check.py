@@ -125,6 +125,14 @@ def test_what_cannot_be_used_is_named_with_its_reason(manifest: Path) -> None:
     assert report.tasks["colorization"].image_px == {"24x16": 1}
 
 
+def test_a_photograph_whose_name_is_not_utf8_has_one_to_show(tmp_path: Path) -> None:
+    """As ``covray pairs photos`` names a file whose name is in Latin-1."""
+    good = drawn("colorization", photo(1), photo="caf\udce9.png")
+    bad = Pair("colorization", "train", Picture(uri="x.png"), Picture(), {"photo": "caf\udce9.png"})
+    report = report_of(tmp_path / "pairs.parquet", good, bad, root=tmp_path)
+    assert (report.pairs, [bad.name for bad in report.bad]) == (2, ["x.png"])
+
+
 def test_a_mask_whose_classes_cannot_be_read_is_named(tmp_path: Path) -> None:
     save(tmp_path / "a.png", photo(3))
     save(tmp_path / "train.png", np.zeros((16, 24, 3), np.uint8))

@@ -1,6 +1,7 @@
 """A user's pairs are opened: what is there is read by what is known of it, what is not is named before any build."""
 
 import json
+import threading
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +13,13 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from covray.errors import ManifestError
+from covray.cli.pairs_lists import label_rules
+from covray.errors import ConfigError, ManifestError
 from covray.io.images import Picture, decode, load_picture
 from covray.pairs.classes import VOID
 from covray.pairs.manifest import Pair
 from covray.pairs.manifest_reading import check_manifest
-from covray.pairs.user_labels import LabelRules, checked_pairs
+from covray.pairs.user_labels import LabelRules, checked_pairs, in_order
 from covray.pairs.user_lists import read_user_list
 from covray.tasks import depth, normals, segmentation
 from tests.support.photographs import bomb, photo, save
@@ -255,6 +257,37 @@ def test_what_is_missing_or_broken_is_said_and_keeps_its_pictures(root: Path) ->
     assert messages[0] == "missing: image: 'none.png' is not below the root"
     assert messages[1] == "missing: label: 'none.png' is not below the root"
     assert messages[2] == "missing: image: 'A.png' is not below the root; 'a.png' is there: capitals matter"
+
+
+def test_a_folder_that_cannot_be_listed_gives_no_hint(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: str) -> list[str]:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr("os.listdir", refuse)
+    first, _ = checked(root, pair("depth", "A.png"), pair("depth", "a.png"))
+    assert first.meta["error"] == "missing: image: 'A.png' is not below the root"
+
+
+def test_pairs_ahead_are_not_opened_once_nobody_wants_them() -> None:
+    go_on, opened = threading.Event(), []
+
+    def slow(each: Pair) -> Pair:
+        opened.append(each)
+        if len(opened) > 1:
+            go_on.wait(10)
+        return each
+
+    results: Any = in_order(slow, [pair("depth", f"{number}.png") for number in range(100)])
+    assert next(results).image.uri == "0.png"
+    threading.Timer(0.3, go_on.set).start()
+    results.close()
+    assert len(opened) < 20
+
+
+@pytest.mark.parametrize("metres", [0.0, float("nan"), float("inf")])
+def test_a_unit_of_no_length_is_refused(metres: float) -> None:
+    with pytest.raises(ConfigError, match=r"^--metres-per-level .*: must be above 0; 0\.001 is for millimetres$"):
+        label_rules(None, metres, None, None, (30.0, 64.0, 3))
 
 
 def test_a_root_without_any_of_the_images_is_refused(root: Path) -> None:
