@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from covray.tasks.base import Counts, Lpips, Meta, Metric, Picture, Resample, Score, grey_png, require_labels
 
+_PIXELS_AT_ONCE = 2**14
+"""Pixels that are compared with all colours at a time."""
 VOC_CLASSES = 21
 """Classes of a segmentation whose ``meta`` names none: PASCAL VOC's twenty and the background."""
 
@@ -124,10 +126,15 @@ def read_classes(picture: Picture, classes: int) -> NDArray[np.uint8]:
 def _nearest(picture: Picture, indices: Sequence[int]) -> NDArray[np.uint8]:
     chosen = np.array(indices, np.uint8)
     colours = palette(256)[chosen].astype(np.int32)
-    pixels = picture.reshape(-1, 3).astype(np.int32)
-    # |p - c|^2 = |p|^2 - 2 p.c + |c|^2, and |p|^2 does not change which colour is nearest.
-    distance = (colours**2).sum(1)[None, :] - 2 * pixels @ colours.T
-    return chosen[distance.argmin(1)].reshape(picture.shape[:2])
+    pixels = picture.reshape(-1, 3)
+    nearest = np.empty(len(pixels), np.uint8)
+    # Some at a time: a photograph of 12 megapixels and 256 classes would need 25 GB for its distances.
+    for start in range(0, len(pixels), _PIXELS_AT_ONCE):
+        part = slice(start, start + _PIXELS_AT_ONCE)
+        # |p - c|^2 = |p|^2 - 2 p.c + |c|^2, and |p|^2 does not change which colour is nearest.
+        distance = (colours**2).sum(1)[None, :] - 2 * pixels[part].astype(np.int32) @ colours.T
+        nearest[part] = chosen[distance.argmin(1)]
+    return nearest.reshape(picture.shape[:2])
 
 
 def score(answer: Picture, label: Picture, meta: Meta | None = None, *, lpips: Lpips | None = None) -> Score:

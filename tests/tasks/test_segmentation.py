@@ -1,6 +1,7 @@
 """Classes as VOC colours: no two alike, exact both ways, and robust to what a generator does to a colour."""
 
 import io
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -24,6 +25,18 @@ VOC = [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128), (128, 0,
 def test_all_256_classes_come_back() -> None:
     classes = np.arange(256, dtype=np.uint8).reshape(8, 32)
     assert np.array_equal(read_classes(render(classes), 256), classes)
+
+
+def test_a_large_picture_takes_no_more_memory_than_itself() -> None:
+    """All distances at once would be 800 MB."""
+    classes = np.random.default_rng(0).integers(0, 256, (500, 400)).astype(np.uint8)
+    picture = render(classes)
+    tracemalloc.start()
+    try:
+        assert np.array_equal(read_classes(picture, 256), classes)
+        assert tracemalloc.get_traced_memory()[1] < 100e6
+    finally:
+        tracemalloc.stop()
 
 
 def test_the_colours_are_those_of_voc() -> None:
