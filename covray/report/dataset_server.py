@@ -137,30 +137,28 @@ def _handler(server: DatasetServer) -> type[BaseHTTPRequestHandler]:
                 self._send(HTTPStatus.FORBIDDEN, b"use the address that covray view prints", "text/plain")
                 return
             try:
-                self._answer()
+                answer = self._answer()
             except (CovrayError, OSError) as error:
-                self._send(HTTPStatus.CONFLICT, one_line(error).encode(), "text/plain; charset=utf-8")
+                answer = HTTPStatus.CONFLICT, one_line(error).encode(), "text/plain; charset=utf-8"
+            self._send(*answer)
 
-        def _answer(self) -> None:
-            url = urlsplit(self.path)
-            if url.path == "/":
-                self._send(HTTPStatus.OK, server.page(), _HTML)
-                return
-            query = parse_qs(url.query)
+        def _answer(self) -> tuple[HTTPStatus, bytes, str]:
+            """Return the status of the answer, its body and what kind of text that is."""
             try:
+                url = urlsplit(self.path)
+                query = parse_qs(url.query)
+                if url.path == "/":
+                    return HTTPStatus.OK, server.page(), _HTML
                 if url.path == "/rows":
                     # The first of each: a name may be given several times in an address.
                     generation, shards = (int(query[name][0]) for name in ("generation", "shards"))
-                    self._send(HTTPStatus.OK, server.rows(generation, max(0, shards)), _JSON)
-                    return
+                    return HTTPStatus.OK, server.rows(generation, max(0, shards)), _JSON
                 if url.path == "/pair":
-                    self._send(HTTPStatus.OK, server.pair(int(query["id"][0])), _HTML)
-                    return
+                    return HTTPStatus.OK, server.pair(int(query["id"][0])), _HTML
             # Addresses come from anyone on this machine: a missing or odd number is an answer, not a traceback.
             except (KeyError, ValueError):
-                self._send(HTTPStatus.BAD_REQUEST, b"a number is missing in the address", "text/plain")
-                return
-            self._send(HTTPStatus.NOT_FOUND, b"not found", "text/plain")
+                return HTTPStatus.BAD_REQUEST, b"a number is missing in the address", "text/plain"
+            return HTTPStatus.NOT_FOUND, b"not found", "text/plain"
 
         def _send(self, status: HTTPStatus, body: bytes, kind: str) -> None:
             self.send_response(status)
@@ -169,8 +167,10 @@ def _handler(server: DatasetServer) -> type[BaseHTTPRequestHandler]:
             # A page that stays open asks for rows that change while a build writes.
             self.send_header("Cache-Control", "no-store")
             self.send_header("X-Content-Type-Options", "nosniff")
-            self.end_headers()
-            self.wfile.write(body)
+            # A reader may close the page in the middle of an answer: nobody is there to be told, nor is it an error.
+            with contextlib.suppress(ConnectionError, TimeoutError):
+                self.end_headers()
+                self.wfile.write(body)
 
         def log_message(self, format: str, *args: object) -> None:
             """Print nothing: the terminal shows the address, and errors are shown on the page."""

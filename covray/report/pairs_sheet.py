@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 from pyarrow import fs
 
 from covray.chains.records import DatasetRecord
-from covray.errors import PairError
+from covray.errors import ConfigError, PairError, one_line
 from covray.io import storage
 from covray.io.drawing import FAINT, GAP_PX, INK, PAPER, TILE_PX, load_font
 from covray.io.images import resize
@@ -21,6 +21,7 @@ from covray.pairs.check import COLUMNS, figures_of, name_of_pair
 from covray.pairs.loading import LoadedPair, load_pair
 from covray.pairs.manifest_reading import ManifestInfo, check_manifest, read_manifest, read_meta, row_dicts
 from covray.pairs.rows import PairRow
+from covray.pairs.values import reading
 from covray.progress import stage
 from covray.tasks import TASKS
 
@@ -33,16 +34,21 @@ _LINE_PX, _LINES, _LINE_CHARACTERS, _WIDE_LINE_CHARACTERS = 16, 14, 38, 150
 
 
 def is_manifest(path: str) -> bool:
-    """Return whether ``path`` is a file, or a folder of Parquet files that is no dataset of chains."""
-    filesystem, inner = storage.resolve(path)
-    if filesystem.get_file_info(inner).type == fs.FileType.File:
-        return True
-    if storage.exists(storage.join(path, DatasetRecord.FILE)):
-        return False
-    # A folder of a manifest holds Parquet files directly.
-    for entry in filesystem.get_file_info(fs.FileSelector(inner, allow_not_found=True)):
-        if entry.path.lower().endswith((".parquet", ".pq")):
+    """Return whether ``path`` is a file, or a folder of Parquet files that is no dataset of chains.
+
+    Raises:
+        ManifestError: The storage cannot be asked.
+    """
+    with reading(path):
+        filesystem, inner = storage.resolve(path)
+        if filesystem.get_file_info(inner).type == fs.FileType.File:
             return True
+        if storage.exists(storage.join(path, DatasetRecord.FILE)):
+            return False
+        # A folder of a manifest holds Parquet files directly.
+        for entry in filesystem.get_file_info(fs.FileSelector(inner, allow_not_found=True)):
+            if entry.path.lower().endswith((".parquet", ".pq")):
+                return True
     return False
 
 
@@ -65,9 +71,11 @@ def view_pairs(manifest: str, out: str, limit_per_task: int = 12) -> list[str]:
 
     Raises:
         ManifestError: for a manifest that cannot be read. Pairs that cannot be used are shown with their reason.
+        ConfigError: ``out`` cannot be written.
     """
     # Checked as a whole first: a sheet of a manifest that a build would refuse misleads.
     info = check_manifest(manifest)
+    storage.require_writable(out)
     paths = []
     with stage(f"reading {info.rows} pairs") as reading:
         rows_by_task = _sampled_rows(manifest, limit_per_task)
@@ -76,7 +84,10 @@ def view_pairs(manifest: str, out: str, limit_per_task: int = 12) -> list[str]:
             shown = [shown_pair(row, info.root) for row in rows]
             title = f"{task}: {len(shown)} of {info.per_task[task]} pairs"
             path = storage.join(out, f"{task}.png")
-            storage.write_bytes(path, draw_pairs(shown, title, _subtitle(manifest, info)))
+            try:
+                storage.write_bytes(path, draw_pairs(shown, title, _subtitle(manifest, info)))
+            except OSError as error:  # the disk may have become full
+                raise ConfigError(f"{path}: cannot be written ({one_line(error)}); give another --out") from error
             paths.append(path)
     return paths
 

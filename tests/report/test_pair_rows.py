@@ -6,6 +6,7 @@ import base64
 import json
 import math
 import shutil
+import socket
 import threading
 import urllib.error
 import urllib.request
@@ -154,3 +155,19 @@ def test_a_dataset_that_goes_away_is_one_line_and_the_server_lives(write_dataset
         assert "no _dataset.json there" in refusal(server, "rows?generation=0&shards=0")[1]
         shutil.move(tmp_path / "moved", out)
         assert json.loads(ask(server, "rows?generation=0&shards=0"))["rows"]["count"] == 2
+
+
+def test_a_reader_that_leaves_in_the_middle_of_an_answer_is_no_error(
+    write_dataset: Writer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, _ = write_dataset({"depth": 2})
+    monkeypatch.setattr(DatasetServer, "page", lambda self: bytes(50_000_000))  # more than the system takes at once
+    with serving(out) as server:
+        with socket.create_connection(("127.0.0.1", server.port)) as reader:
+            reader.sendall(f"GET / HTTP/1.0\r\nHost: 127.0.0.1:{server.port}\r\n\r\n".encode())
+            assert reader.recv(12) == b"HTTP/1.0 200"
+        for path, status in (("http://[", 400), ("/x", 404)):
+            with socket.create_connection(("127.0.0.1", server.port)) as reader:
+                reader.sendall(f"GET {path} HTTP/1.0\r\nHost: 127.0.0.1:{server.port}\r\n\r\n".encode())
+                assert int(reader.recv(100).split()[1]) == status
+    assert capsys.readouterr().err == ""

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from covray.cli import app as cli
+from covray.errors import ConfigError
 from covray.io.images import Picture, encode_png
 from covray.pairs.loading import LoadedPair
 from covray.pairs.manifest import ManifestWriter, Pair
@@ -59,6 +60,12 @@ def test_a_sheet_a_task_shows_so_many_pairs_and_the_same_each_time(manifest: Pat
     assert pixels(first[0]).shape[0] == 104 + 4 * (SHOWN_PX + 26) + 28
     again = [Path(path).read_bytes() for path in view_pairs(str(manifest), str(tmp_path / "again"), 4)]
     assert first == again
+
+
+def test_an_out_that_cannot_be_written_is_one_line(manifest: Path, tmp_path: Path) -> None:
+    out = tmp_path / "pairs.parquet" / "view"
+    with pytest.raises(ConfigError, match=f"^--out {out}: cannot be written"):
+        view_pairs(str(manifest), str(out))
 
 
 def test_manifests_are_told_from_datasets(manifest: Path, tmp_path: Path) -> None:
