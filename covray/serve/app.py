@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import functools
-import ipaddress
 import logging
 import os
 import socket
@@ -34,7 +33,7 @@ from covray.progress import stage
 from covray.serve.answering import AbandonedError, Query, Waiting, answer_together, group, stream_answer
 from covray.serve.connections import proxy_variables
 from covray.serve.gallery import read_galleries, with_galleries
-from covray.serve.http_api import LOOPBACK, Event, make_app
+from covray.serve.http_api import Event, is_loopback, make_app
 from covray.serve.schemas import AdapterInfo, Adapters, AnswerResponse, Refusal, ThoughtResponse
 from covray.serve.thinking import ThoughtModels, ThoughtQuery, open_parts
 from covray.tasks import TASKS
@@ -309,7 +308,7 @@ def require_servable(config: ServeConfig, token: str | None) -> Adapters:
     """
     if token is not None:
         _require_long(token)
-    if token is None and not _is_loopback(config.host):
+    if token is None and not is_loopback(config.host):
         raise ConfigError(
             f"--host {config.host}: others can reach it; set a token in COVRAY_SERVE_TOKEN, or leave --host out"
         )
@@ -377,15 +376,6 @@ def _gpus(config: ServeConfig) -> float:
 def _require_long(token: str) -> None:
     if len(token) < _LEAST_TOKEN:
         raise ConfigError(f"--token: is shorter than {_LEAST_TOKEN} characters; make one with openssl rand -hex 32")
-
-
-def _is_loopback(host: str) -> bool:
-    if host in LOOPBACK:
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _require_free(host: str, port: int) -> None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import asyncio
 import hmac
 import html
+import ipaddress
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from importlib.resources import files
 from typing import Any, Protocol
 
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, PlainTextResponse, Response, StreamingResponse
 from prometheus_client import generate_latest
 from pydantic import BaseModel
@@ -94,6 +96,16 @@ class _RequireToken:
         await self._app(scope, receive, send)
 
 
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine can reach ``host``: all of 127.0.0.0/8 is this machine."""
+    if host in LOOPBACK:
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return False
+
+
 def make_app(
     config: ServeConfig, adapters: Adapters, answerer: Answerer, token: str | None, observe: Observe | None = None,
     thinker: ThoughtAnswerer | None = None, galleries: Mapping[str, Gallery] | None = None,
@@ -118,10 +130,12 @@ def make_app(
     )
     if token is not None:
         app.add_middleware(_RequireToken, token=token)
-    elif config.host in LOOPBACK:
+    elif is_loopback(config.host):
         # A page of another host, whose name leads to this machine, must not reach the server through a browser.
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]"])
+        own = f"[{config.host}]" if ":" in config.host else config.host
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]", own])
     app.add_exception_handler(RefusedError, _on_refused)
+    app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http_error)
     counters = Counters()
     slots = Slots(config.limits.queue, counters, observe)
@@ -290,6 +304,13 @@ def _refusal(error: RefusedError) -> Response:
 async def _on_refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, RefusedError)
     return _refusal(error)
+
+
+async def _on_invalid(request: Request, error: Exception) -> Response:
+    """Return what FastAPI finds wrong with an address, as every refusal is."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    return _json(Refusal(reason="invalid", message=f"{first['loc'][-1]}: {first['msg']}; see /docs"), 422)
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:

@@ -9,10 +9,12 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from covray.serve.reading import RefusedError
 
 CLIENT_LEFT = 499
+"""Status of a request whose client left before its answer: HTTP has none, and this is nginx's."""
 Observe = Callable[[int, float], None]
 """Takes the HTTP status of a request of answers, and its seconds."""
 
@@ -21,6 +23,7 @@ class Counters:
     """The counters of ``/metrics``."""
 
     def __init__(self) -> None:
+        # Of its own: the default registry of the process would refuse the same names a second time, as in tests.
         self.registry = CollectorRegistry()
         options: dict[str, Any] = {"registry": self.registry}
         self.requests = Counter("covray_requests", "Requests of answers, by status.", ["status"], **options)
@@ -77,7 +80,7 @@ class Slot:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        """End; an error other than a refusal means that the client left."""
+        """End with the status that the client gets; one that has left gets none."""
         if self._kept:
             return
         status = CLIENT_LEFT
@@ -87,6 +90,9 @@ class Slot:
             status = error.status
         elif isinstance(error, HTTPException):
             status = error.status_code
+        elif isinstance(error, Exception) and not isinstance(error, ClientDisconnect):
+            # When the client leaves, its task is cancelled, or reading its body fails; all else is the server's fault.
+            status = 500
         self._free(status)
 
 
@@ -110,6 +116,7 @@ class InTime:
 
     async def __aexit__(self, *error: Any) -> None:
         """End. Raises RefusedError where it was too late."""
+        # By hand in place of an inner ``async with``: what is refused must leave this block as RefusedError.
         try:
             await self._timeout.__aexit__(*error)
         except TimeoutError as late:

@@ -104,6 +104,7 @@ def test_the_route_gives_pairs_by_name_and_opens_no_file() -> None:
 
     async def without_parameters() -> None:
         async with client(app) as http:
-            assert (await http.get("/v1/gallery")).status_code == 422
+            message = refused(await http.get("/v1/gallery"), 422, "invalid")
+            assert message == "adapter: Field required; see /docs"
 
     asyncio.run(without_parameters())

@@ -345,6 +345,27 @@ def test_another_hosts_page_does_not_reach_a_loopback_server() -> None:
     assert get(served(Echo()), "/v1/adapters", headers={"host": "localhost:8000"}).status_code == 200
 
 
+@pytest.mark.parametrize("host", ["127.0.0.2", "::1"])
+def test_every_address_of_this_machine_is_kept_from_other_hosts_pages(host: str) -> None:
+    app = served(Echo(), host=host)
+    assert get(app, "/v1/adapters", headers={"host": "evil.example"}).status_code == 400
+    own = f"[{host}]" if ":" in host else host
+    assert get(app, "/v1/adapters", headers={"host": f"{own}:8000"}).status_code == 200
+
+
+def test_a_failure_of_the_server_is_not_counted_as_a_client_that_left() -> None:
+    class Failing(Echo):
+        async def answer(self, query: Query) -> AnswerResponse | Refusal:
+            raise RuntimeError("a replica died")
+
+    app = served(Failing(), limits={"queue": 1})
+    with pytest.raises(RuntimeError, match="a replica died"):
+        post(app, json={"query": ONE})
+    counted = get(app, "/metrics").text
+    assert 'covray_requests_total{status="500"} 1.0' in counted
+    assert "covray_requests_in_flight 0.0" in counted
+
+
 def test_the_pages_load_nothing_from_elsewhere_and_name_every_route() -> None:
     app = served(Echo())
     for path in ("/", "/docs"):
