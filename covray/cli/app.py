@@ -89,7 +89,7 @@ pairs_app = typer.Typer(help="Make a manifest of (image, label) pairs, and check
 pairs_app.command(cls=once_spelled(tasks="task"))(pairs.photos)
 pairs_app.command(cls=Command)(pairs.label)
 pairs_app.command(cls=once_spelled(tasks="task"))(pairs.scenes)
-pairs_app.command()(pairs.portraits)
+pairs_app.command(cls=Command)(pairs.portraits)
 pairs_app.command(cls=Command)(pairs_lists.manifest)
 pairs_app.command(cls=Command)(pairs_lists.hub)
 pairs_app.command(cls=Command)(pairs.coco)

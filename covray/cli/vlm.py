@@ -128,14 +128,19 @@ def evaluate(
     results = evaluate_vlm(resolved)
     if json_:
         print(json.dumps(results))
-        return
+    else:
+        print_scores(results)
+
+
+def print_scores(results: dict[str, Any]) -> None:
+    """Print the scores of an evaluation. Kinds of questions are texts of the data, and are printed as they are."""
     table = Table("", "mean", "95% interval", "prompts", "most frequent answer", box=None, pad_edge=False)
     _add_row(table, "questions", results["questions"])
     for kind, accuracy in results["questions_by_kind"].items():
-        _add_row(table, f"  {kind}", accuracy)
+        _add_row(table, f"  {escape(kind)}", accuracy)
     _add_row(table, "facts of captions", results["facts"])
     for theme, mean in results["facts_by_theme"].items():
-        _add_row(table, f"  {theme}", mean)
+        _add_row(table, f"  {escape(theme)}", mean)
     _add_row(table, "captions with all facts", results["captions_with_all_facts"])
     _add_row(table, "chrF++ of captions", results.get("chrf"))  # absent in results of covray 0.1.0
     console.print(table)

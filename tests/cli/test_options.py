@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from typer.testing import CliRunner
 
 from covray.cli.app import app
 from covray.cli.cluster import STEPS, submitted_config
+from covray.cli.command import Command
+from covray.cli.vlm import print_scores
 from covray.config import BuildConfig, EvaluateConfig, TrainConfig
 from covray.config.think import ThinkFeaturesConfig
 from covray.distributed.dashboard import VARIABLE, is_dashboard_asked
@@ -156,3 +159,27 @@ def test_a_folder_that_was_begun_under_such_a_name_continues(tmp_path: Path) -> 
     assert isinstance(config, TrainConfig)
     assert config.out == str(begun)
     assert parsed("train", "--data", "d", "--out", tmp_path / "run.v1") is not None
+
+
+def test_every_command_takes_what_all_take() -> None:
+    """``--debug`` and ``--dashboard`` are of the class, and so is what a command says while it works."""
+
+    def commands(group: Any) -> Iterator[Any]:
+        for command in group.commands.values():
+            if hasattr(command, "commands"):
+                yield from commands(command)
+            else:
+                yield command
+
+    others = [command.name for command in commands(typer.main.get_command(app)) if not isinstance(command, Command)]
+    assert others == []
+
+
+def test_kinds_of_questions_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    mean = {"mean": 0.5, "low": None, "high": None, "episodes": 3}
+    others = dict.fromkeys(("questions", "facts", "captions_with_all_facts", "bleu", "answer_perplexity"))
+    speed = dict.fromkeys(("tokens_per_s", "tokens_per_pass"))
+    print_scores({"questions_by_kind": {"[/where]": mean}, "facts_by_theme": {"[red]": mean}, **others, **speed})
+    printed = capsys.readouterr().out
+    assert "  [/where]" in printed
+    assert "  [red]" in printed
