@@ -61,6 +61,7 @@ def _print_audit(audit: dict[str, Any], out: str) -> None:
         reasons = ", ".join(f"{reason} {number}" for reason, number in counts["reasons"].items())
         table.add_row(task, str(counts["written"]), str(counts["rejected"]), escape(reasons))
     console.print(table)
+    # A build that found nothing left to do measured no speed.
     facts = [f"{audit['written']} chains in {escape(out)}"]
     if audit.get("chains_per_s"):
         facts.append(f"{audit['chains_per_s']:.2f} chains/s by {audit['actors']} actors")
@@ -97,6 +98,7 @@ def view(
     if serve:
         _serve_view(dataset, out, port, pair or [], json_)
         return
+    # Told by what is there, not by the name: both can be folders.
     if is_manifest(dataset):
         if pair:
             raise ConfigError(f"--pair: {dataset} is a manifest; give a dataset of covray build, or leave it out")
@@ -124,6 +126,7 @@ def _serve_view(dataset: str, out: str | None, port: int, pair_ids: list[int], j
     def ready(address: str) -> None:
         address += f"#id={pair_ids[0]}" if pair_ids else ""
         if json_:
+            # Flushed: the program that reads this waits for it, and the server goes on for ever.
             print(json.dumps({"address": address}), flush=True)
         else:
             console.print(f"{address}  (Ctrl-C ends it)", highlight=False, soft_wrap=True)

@@ -26,6 +26,7 @@ class Command(TyperCommand):
             ConfigError: An argument is not text, such as a file name in another encoding: storage knows UTF-8 only.
         """
         arguments = []
+        # Taken out by hand: declared as options, they would stand in the signature of every command.
         for position, argument in enumerate(args):
             if not _is_text(argument):
                 raise ConfigError(f"{argument}: is not a name in UTF-8; rename the file")

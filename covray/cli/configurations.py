@@ -31,6 +31,7 @@ def config(
         _print_names("files, which --config takes by name", [file for file in files if not file.startswith("cluster/")])
         _print_names("files of clusters, to save and edit", [file for file in files if file.startswith("cluster/")])
     elif name in STEPS:
+        # Not by rich, which wraps lines and reads brackets as markup: the text is to be saved as a file.
         sys.stdout.write(annotated_yaml(name))
     elif name in files:
         sys.stdout.write(files[name].read_text(encoding="utf-8"))

@@ -51,6 +51,7 @@ def claims(
     if budget is None:
         if backbone or arm or plan:
             raise ConfigError("--backbone, --arm, --plan: are of the programme; give --budget small or full")
+        # Recipes import torch, for which no --help should wait.
         from covray.recipes.claims import run_claims
 
         results = run_claims(out, data)
@@ -141,6 +142,7 @@ def thinking(
     if json_:
         print(json.dumps(results))
         return
+    # Every other key is a number of shots, with a table of its own.
     composed = results.pop(COMPOSITIONS)
     for shots, own in results.items():
         _print_rows(shots, own)

@@ -28,6 +28,7 @@ def fetch(
     json_: Json = False,
 ) -> None:
     """Download weights or a dataset by name, checked by SHA-256. Run it again to resume, verify and repair."""
+    # Under another name: the command's function is called fetch itself.
     from covray.fetching.fetch import fetch as fetch_artefact
     from covray.fetching.fetch import list_artefacts
 
@@ -158,6 +159,7 @@ def nano_probe(
         for number, (metric, value) in enumerate(scores.items()):
             ceiling = result.ceiling.get(task, {}).get(metric)
             cells = [f"{task} {metric}", f"{value:.3f}", "" if ceiling is None else f"{ceiling:.3f}"]
+            # Perplexity and nats are of the task: they stand in the row of its first metric.
             if number == 0:
                 nats = result.label_nats.get(task)
                 cells += [f"{result.perplexity[task]:.1f}", "" if nats is None else f"{nats:.0f}"]

@@ -110,6 +110,7 @@ def hub(
     if task not in TASKS:
         raise ConfigError(f"--task: {unknown_task(task)}")
     rules = label_rules(classes, metres_per_level, label_orientation, allow_host, (timeout, max_mb, attempts))
+    # Before the hub is asked: rejected rows name their pictures themselves.
     if retry is not None:
         _write_again(out, retry, rules, json_)
         return

@@ -110,6 +110,7 @@ def write_manifest(
     with ManifestWriter(out, root, captions) as writer:
         for pair in _shown(pairs, total):
             writer.add(pair)
+    # Read back as a build reads it: what that would refuse is said now.
     with stage(f"checking {out}"):
         info = check_manifest(out, captions)
     result = {

@@ -63,8 +63,12 @@ def _print_sources(memory: Sequence[dict[str, Any]], figures: Sequence[dict[str,
         console.print(table)
     if figures:
         table = Table("figure", "", "source", box=None, pad_edge=False)
-        for one in figures:
-            value = f"{one['value']:,.0f}" if one["value"] >= 1 else f"{one['value']:g}"
-            value = f"{one['value']:.3g}" if one["value"] >= 1e12 else value
-            table.add_row(one["name"], f"{value} {one['unit']}".strip(), escape(one["source"]))
+        for entry in figures:
+            value = entry["value"]
+            text = f"{value:g}"
+            if value >= 1e12:  # rates of a GPU, of which all digits would fill the column
+                text = f"{value:.3g}"
+            elif value >= 1:
+                text = f"{value:,.0f}"
+            table.add_row(entry["name"], f"{text} {entry['unit']}".strip(), escape(entry["source"]))
         console.print(table)

@@ -47,4 +47,5 @@ def serve(
     def ready(address: str) -> None:
         console.print(f"{address}  (Ctrl-C ends it)", highlight=False, soft_wrap=True)
 
+    # A variable that is set and empty is no token.
     run(resolved, token or None, ready)

@@ -37,6 +37,7 @@ def sweep(
     """
     require_speed(tokens_per_s, plan)
     if resume:
+        # The trials of a sweep share its settings: what differs from the folder would not be comparable.
         if out is None or config or sets or data or manifest or concurrency or track or tracking_uri:
             raise ConfigError("--resume: takes --out SWEEP alone; the sweep's folder has its configuration")
         from covray.distributed.sweep import resumed
@@ -69,6 +70,7 @@ def report(
     from covray.evaluation.records import EvaluationRecord
     from covray.io import storage
 
+    # The file with the record tells what the folder is; what has none is refused as no sweep.
     if storage.exists(storage.join(folder, EvaluationRecord.FILE)):
         evaluation = evaluations.report(folder)
         if json_:

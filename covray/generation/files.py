@@ -38,6 +38,7 @@ def generate(config: GenerateConfig) -> GenerationRecord:
         CovrayError: Where it can be, before any model is loaded.
     """
     _require_out(config.out)
+    # Every picture is opened before a model is loaded: a wrong file is refused at once, not after minutes.
     queries = tuple(_read_picture("--query", path) for path in config.queries)
     examples = tuple(_read_example(image, label) for image, label in config.examples)
     resolved = resolve_generator(config.generator())
@@ -56,6 +57,7 @@ def generate(config: GenerateConfig) -> GenerationRecord:
         for file, data in files.items():
             _write(folder, f"{name}/{file}", data)
         records.append(_answer_record(name, query, tuple(sorted(files)), answer))
+    # Written last, so that a folder with this file is whole.
     record = GenerationRecord(
         config=_resolved_values(config, generator),
         fingerprints={**generator.fingerprints(), "adapter": _adapter_hash(config.adapter)},
@@ -71,6 +73,7 @@ def generate(config: GenerateConfig) -> GenerationRecord:
 
 def _require_out(out: str) -> None:
     storage.require_writable(out)
+    # An earlier generation may be replaced; the files of anything else would be mixed with its answers.
     files = storage.list_files(out)
     if files and GenerationRecord.FILE not in files:
         raise ConfigError(f"--out {out}: holds files that are no generation of covray; give another folder")
@@ -91,6 +94,7 @@ def _read_example(image: str, label: str) -> Example:
     """Return the encoded files, once both are known to be pictures."""
     for path in (image, label):
         _read_picture("--example", path)
+    # The encoded bytes are kept: chains of examples are made as a build makes them, from files.
     return Example(storage.read_bytes(image), storage.read_bytes(label), f"--example {image} {label}")
 
 
@@ -120,6 +124,7 @@ def _answer_record(folder: str, query: str, files: tuple[str, ...], answer: Answ
         candidate=answer.candidate,
         log_likelihood=LogLikelihood(frames=tuple(frames), answer=of_answer),
     )
+    # A field that is never set is left out of the file, which for single answers stays as it was before votes.
     if answer.spread is None:
         return record
     return record.model_copy(update={"samples": answer.samples})
@@ -141,6 +146,7 @@ def _folder_names(paths: Sequence[str]) -> list[str]:
     """Return a folder a query: the file's name without its ending, numbered where several have one."""
     names: list[str] = []
     for path in paths:
+        # Queries of several folders may have one name; the second answer would replace the first.
         stem = posixpath.splitext(posixpath.basename(path))[0]
         name, number = stem, 1
         while name in names:

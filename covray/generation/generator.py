@@ -49,6 +49,7 @@ class Generator:
         """Load tokenizer and model; the prior is loaded by the first request that needs it. See ``load``."""
         config = resolved.config
         assert config.tokenizer is not None
+        # The last bits of sums depend on the number of threads, and with them can depend the choice of a token.
         torch.set_num_threads(config.engine.threads)
         self.resolved = resolved
         self._shared = shared or SharedModels()
@@ -63,6 +64,7 @@ class Generator:
             )
         self.model = LoadedModel.load(resolved.source, config.engine, self.tokenizer, config.batch, shared)
         self._builder: BlockBuilder | None = None
+        # A cache of this instance: one of the class would keep every generator, with its models, alive.
         self._prompt_of = functools.lru_cache(maxsize=_PROMPTS)(self._make_prompt)
 
     @classmethod

@@ -196,6 +196,7 @@ class Pipeline:
         Where there are several candidates, the pictures are known only when all are written. The arguments are those of
         a call, and are checked before anything is yielded.
         """
+        # No generator itself: arguments are refused by the call, not when the first picture is taken.
         return self._stream(self._request({"query": query}, examples, task, sampling, classes, seed))
 
     def _stream(self, request: Request) -> Iterator[StreamedPicture]:

@@ -12,6 +12,7 @@ from covray.io.pixels import Picture
 from covray.models.lvm.decoding.base import GREEDY
 
 
+# Compared and hashed by its bytes: a generator keeps the tokens of prompts by their examples.
 @dataclass(frozen=True)
 class Example:
     """An image and its label, as encoded picture files."""
@@ -22,6 +23,7 @@ class Example:
     """What errors call it."""
 
 
+# Without ==, as all that holds arrays: comparing two arrays gives an array, which is neither true nor false.
 @dataclass(frozen=True, eq=False)
 class Request:
     """Queries to answer after the same examples."""

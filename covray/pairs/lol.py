@@ -45,6 +45,7 @@ def lol_pairs(root: str | os.PathLike[str], split: str = "train", count: int | N
     names: set[str] = set()
     for folder in (low, high):
         uris = list_below(root, folder.rstrip("/"), "give the folder LOLdataset.zip was unpacked in")
+        # Names of both folders: a photograph without its other half is reported, not passed over.
         names.update(uri.removeprefix(folder) for uri in uris)
     entries = {}
     for name in names:

@@ -24,7 +24,6 @@ TASKS = ("depth", "normals")
 DEPTH_FOLDERS = {"train": "sync", "test": "official_splits/test"}
 SPLITS = tuple(DEPTH_FOLDERS)
 
-
 NO_DEPTH_MM = (0, 1, 65535)
 """Levels without depth: 0, 1 (invalid values that were stored a level off; the literature counts depth above 1 mm),
 and the largest of 16 bits, which is no distance that the camera measures (10 m at most)."""
@@ -118,11 +117,12 @@ def _read_depth(root: str, uri: str) -> NDArray[np.uint8]:
 
 
 def _normals(root: str, folder: str) -> dict[str, Entry]:
-    """Return the labels of the frames that have a picture and normals of one number, by the picture's path."""
+    """Return the labels of all frames by the picture's path; one half of a frame may be absent."""
     hint = f"normals are expected as {folder}/000000_img.png and 000000_normal.png"
     entries = {}
     for place, number in _frames(list_below(root, folder, hint), r"(\d+)_img\.png", r"(\d+)_normal\.png"):
         label = functools.partial(_read_normals, root, f"{place}{number}_normal.png")
+        # A picture that EXIF turns would need other directions, not turned ones.
         entries[f"{place}{number}_img.png"] = Entry(label, {"source": "nyuv2 normals"}, orientation="fixed")
     return entries
 
@@ -134,6 +134,7 @@ def _read_normals(root: str, uri: str) -> NDArray[np.uint8]:
     if picture.dtype != np.uint8:
         raise PairError("unsupported", f"{uri}: 16 bits a channel, where 8 bits of a direction are expected")
     drawn = only_directions(picture)
+    # DSINE's x points to the left: the red channel is mirrored, but black stays "no direction".
     valid = drawn.any(axis=2)
     drawn[valid, 0] = 255 - drawn[valid, 0]
     return drawn

@@ -101,6 +101,7 @@ def _sample(groups: Sequence[_Group], count: int, seed: int) -> dict[_Group, lis
 
 def _groups(file: str, source: RowSource) -> list[_Group]:
     """Return the row groups of a file that has the columns. Raises ManifestError."""
+    # The footer alone says what is in a file: datasets of the hub have terabytes.
     with reading(file):
         filesystem, inner = storage.resolve(file)
         with pq.ParquetFile(inner, filesystem=filesystem) as parquet:
@@ -122,6 +123,7 @@ def _items(chosen: Mapping[_Group, list[int]]) -> list[Item]:
     for group, rows in chosen.items():
         rows.sort()
         for start in range(0, len(rows), ROWS_PER_ITEM):
+            # The rows are in the name: with another sample a part is other work, and must not be taken for this one.
             part = tuple(rows[start : start + ROWS_PER_ITEM])
             items.append((f"{group.name(0)}+{','.join(map(str, part))}", _Part(group, part)))
     return items
@@ -139,6 +141,7 @@ def _made(source: RowSource, rules: LabelRules, items: Sequence[Item]) -> Iterat
 
 def _pairs(source: RowSource, part: _Part) -> Iterator[Pair]:
     file = part.group.file
+    # Image and label may be one column.
     columns = list(dict.fromkeys([source.image_column, source.label_column]))
     with reading(file):
         filesystem, inner = storage.resolve(file)

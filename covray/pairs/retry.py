@@ -36,6 +36,7 @@ def retried_pairs(manifest: str, reasons: Collection[str], rules: LabelRules) ->
     def made_again(pair: Pair) -> Pair:
         if not _is_due(pair.meta, reasons):
             return pair
+        # The old reason is dropped first: the check writes it again where it still holds.
         known = {key: value for key, value in pair.meta.items() if key != "error"}
         return check_pair(replace(pair, meta=known), info.root, rules)
 

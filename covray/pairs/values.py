@@ -40,6 +40,7 @@ def plain(value: Any) -> Any:
         return {str(key): plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [plain(inner) for inner in value]
+    # Python's JSON would write NaN, which no other reader accepts.
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, np.generic | np.ndarray):
@@ -61,6 +62,7 @@ def plain_type(kind: pa.DataType) -> pa.DataType:
         return pa.binary()
     if pa.types.is_struct(kind):
         fields = [(part.name, plain_type(part.type)) for part in kind]
+        # In one order, uri before bytes: writers order the fields of a struct as they like.
         return pa.struct(sorted(fields, reverse=True))
     return kind
 

@@ -47,6 +47,7 @@ class PairWork:
     def __iter__(self) -> Iterator[Pair]:
         """Make the pairs in this process, one item after another."""
         make = self.load()
+        # Enough for the batches of a model, and never more pictures than an actor would hold.
         step = min(_ITEMS_AT_ONCE, self.items_per_block)
         for start in range(0, len(self.items), step):
             for pairs in make(self.items[start : start + step]):
@@ -54,6 +55,7 @@ class PairWork:
 
     def changed(self, change: Callable[[Pair], Pair], **settings: Any) -> PairWork:
         """Return the work with ``change``, which can be pickled, applied to all pairs; ``settings`` say what it is."""
+        # A partial of a function of this module: a closure could not be pickled, and sent to an actor.
         load = functools.partial(_load_changed, self.load, change)
         return replace(self, load=load, settings={**self.settings, **settings})
 
@@ -61,6 +63,7 @@ class PairWork:
         """Return a SHA-256 (hex) over the names of the items in their order."""
         whole = hashlib.sha256()
         for name, _ in self.items:
+            # JSON escapes line ends and broken UTF-8, so that no two lists of names are one text.
             whole.update(json.dumps(name).encode() + b"\n")
         return whole.hexdigest()
 

@@ -38,6 +38,7 @@ def draw_answers(results: EvaluationResults, strips: Sequence[Strip]) -> dict[st
     for task, about in results.tasks.items():
         rows = [strip for strip in strips if strip.task == task and strip.subject in shown]
         if rows:
+            # In the order of the sheet: groupby, which draws a query once for all its rows, joins neighbours only.
             rows.sort(key=lambda strip: (RANKS.index(strip.rank), strip.pair_id, shown.index(strip.subject)))
             drawn[task] = _draw_task(rows, about.primary)
     return drawn
@@ -78,6 +79,7 @@ def _draw_task(rows: Sequence[Strip], metric: str) -> bytes:
             y += step
         y += _MARGIN_PX
     buffer = io.BytesIO()
+    # Smaller by a slower search: the picture goes into a repository, which keeps every version.
     sheet.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
@@ -100,6 +102,7 @@ def _wrapped(name: str) -> list[str]:
             lines[-1] = longer
         else:
             lines.append(word)
+    # A single word can be wider than the column: it is cut, a character at a time.
     for number, line in enumerate(lines):
         while font.getlength(line) > most:
             line = f"{line.rstrip('…')[:-1]}…"

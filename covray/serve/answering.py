@@ -83,6 +83,7 @@ def answer_together(generator: Generator, clients: Sequence[Waiting]) -> list[An
     """
     first = clients[0].query
     check = functools.partial(require_waiting, clients)
+    # Before the first pass, too: making the chains of examples takes seconds, which nobody may be waiting for.
     check()
     try:
         with generator.checked(check):
@@ -115,6 +116,7 @@ def _candidates(generator: Generator, answer: Answer) -> tuple[Candidate, ...]:
         return ()
     candidates = []
     for tokens, nats in zip(answer.candidate_tokens, answer.candidate_log_likelihood.tolist(), strict=True):
+        # Given up before its answer (sampling.keep): there are no tokens to show.
         if math.isinf(nats):
             candidates.append(Candidate(picture=None, log_likelihood=None))
         else:

@@ -115,6 +115,7 @@ class Replica:
 
     async def _generator(self, adapter: str) -> Generator:
         """Return the generator of an adapter, loaded if need be."""
+        # The first stays loaded; those that Ray Serve multiplexes may be unloaded for others.
         if adapter == next(iter(self._configs)):
             return self._first
         loaded: Generator = await self._load(adapter)
@@ -155,6 +156,7 @@ class ReplicaHandle:
             events = handle.stream.remote(query)
             try:
                 async for event in events:
+                    # Events follow from the query: what a replica sent before it died, the next one sends again.
                     number += 1
                     if number > sent:
                         sent = number

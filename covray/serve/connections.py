@@ -31,6 +31,7 @@ def proxy_variables(upload_s: float) -> Mapping[str, str]:
 
 def install() -> list[Any]:
     """Make uvicorn of this process use ``DeadlineProtocol``; return the middlewares that Ray Serve asks for: none."""
+    # By its name, which uvicorn imports: Ray Serve gives no way to pass a class.
     uvicorn.config.HTTP_PROTOCOLS["auto"] = f"{__name__}:{DeadlineProtocol.__name__}"
     return []
 
@@ -81,6 +82,7 @@ class DeadlineProtocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
         self._deadline = None
         if self._is_at_work() or self.transport.is_closing():
             return
+        # A connection that never sent a byte is a spare one, as browsers open them: it is closed without an answer.
         if self._has_sent and self.cycle is None:
             message = f"the head of the request did not arrive in {self._seconds:g} s; send it again, faster"
             body = Refusal(reason="slow_upload", message=message).model_dump_json().encode() + b"\n"

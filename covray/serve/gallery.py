@@ -85,6 +85,7 @@ def _read_gallery(run: str, count: int) -> Gallery:
             pair = _encoded(row, info.root)
             if pair is not None and len(pairs) < count:
                 pairs.append(pair)
+    # Example pairs are an extra: a manifest that was moved or damaged since is no reason not to serve.
     except (CovrayError, OSError, KeyError, ValidationError, pa.ArrowException):
         return {}
     return {task: tuple(pairs) for task, pairs in gallery.items() if pairs}
@@ -103,6 +104,7 @@ def _spread_rows(
         count: Rows of each task.
     """
     filesystem, _ = storage.resolve(manifest)
+    # Manifests can be large: once every task has rows, no further row group is read.
     missing = set(tasks)
     for name in files:
         if not missing:

@@ -61,6 +61,7 @@ async def read_query(request: Request, config: ServeConfig, adapters: Collection
             "too_many_candidates",
             f"sampling: {asked.sampling.candidates} candidates, at most {limits.candidates} are accepted",
         )
+    # On a thread: decoding large pictures would hold up every other request.
     return await asyncio.to_thread(_decoded, asked, name, limits.pixels)
 
 

@@ -100,6 +100,7 @@ class AnswerResponse(Section):
     """All candidates by their number, where there are several; empty in a stream."""
 
 
+# Texts are bounded here: the limits of a server count the body's bytes, and every word is tokens to compute.
 class ThoughtSettings(Section):
     """What is said beside the pictures of a thought: the part ``settings`` of a multipart request."""
 

@@ -121,6 +121,7 @@ def mean_where_valid(
         values: Arrays of one shape, 0 where they are not valid.
         valid: Returns which elements of an array are valid; it broadcasts to the array's shape.
     """
+    # Numbers at first, which take the shape of the first array; so only one array is in memory at a time.
     total, count = np.zeros(()), np.zeros(())
     for value in values:
         total = total + value

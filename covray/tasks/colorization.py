@@ -21,6 +21,7 @@ metrics: tuple[Metric, ...] = (MSE, LPIPS, PSNR)
 
 def grey(picture: Picture) -> Picture:
     """Return the picture [h, w, 3] in three equal channels, by ITU-R BT.601 luma (.2989, .5870, .1140), as LVM does."""
+    # The weights sum to 0.9999; rounding keeps white at 255.
     luma = np.rint(picture @ np.array([0.2989, 0.5870, 0.1140])).clip(0, 255).astype(np.uint8)
     return np.repeat(luma[..., None], 3, axis=2)
 

@@ -75,6 +75,7 @@ def mean(labels: Iterable[Picture], meta: Meta | None = None, *, robust: bool = 
     valid = stacked >= MIN_M
     shown = 2 * valid.sum(axis=0) >= len(stacked)
     depth_m = np.zeros(shown.shape)
+    # Only where some label has a depth: the median of nothing but NaN is a warning.
     if shown.any():
         depth_m[shown] = np.nanmedian(np.where(valid, stacked, np.nan)[:, shown], axis=0)
     return render(depth_m)

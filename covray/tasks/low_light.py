@@ -49,6 +49,7 @@ class Exposure:
     def sample(cls, generator: np.random.Generator) -> Exposure:
         """Sample an exposure: ev and read noise uniform, full well log-uniform in the ranges of this module."""
         low, high = np.log(FULL_WELL_RANGE_E)
+        # Drawn in this order, which decides what a seed gives.
         return cls(
             ev=float(generator.uniform(*EV_RANGE)),
             full_well_e=float(np.exp(generator.uniform(low, high))),
@@ -95,6 +96,7 @@ def darken(
     """
     if exposure is None:
         exposure = Exposure.sample(generator)
+    # In linear light: twice the photons are twice the number there, as they are not in sRGB.
     return render(to_srgb(expose(to_linear(image / 255.0), exposure, generator)))
 
 

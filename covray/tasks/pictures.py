@@ -29,6 +29,7 @@ def ssim(answer: Picture, label: Picture) -> float | None:
     """
     if min(label.shape[:2]) < 11:
         return None
+    # The paper's own window and covariance: scikit-image has others by default, which give other figures.
     similarity = structural_similarity(
         label, answer, channel_axis=2, data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
     )

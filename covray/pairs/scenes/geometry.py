@@ -111,6 +111,7 @@ def _placed(kind: str, scale: Array, rotation: Array, offset: Array, texture: Te
     """
     vertices, faces, smooth = _unit_mesh(kind)
     moved = (vertices * scale) @ rotation.T + offset
+    # A normal is scaled by the inverse: where a surface is stretched, it leans away from that axis.
     turned_normals = None if smooth is None else unit((smooth / scale) @ rotation.T)
     return Body(kind, moved, faces, turned_normals, texture)
 
@@ -202,6 +203,7 @@ def sample_figure(rng: np.random.Generator) -> tuple[Array, list[Body]]:
         joint[knee] = joint[hip] + thigh * 0.23 * height
         shin = unit(thigh - forward * rng.uniform(0, 0.7))
         joint[ankle] = joint[knee] + shin * 0.23 * height
+    # Set down with the lower ankle 5 cm above the floor; the head, which is no joint, goes with it.
     joint[:, 2] += 0.05 - joint[[10, 13], 2].min()
     head[2] += joint[1, 2] - up[2] * 0.30 * height
 
@@ -253,10 +255,12 @@ def _rod(start: Array, end: Array, radius: float, texture: Texture) -> Body:
     """A round-looking stretch between two joints; at these sizes its ends need no caps."""
     axis = end - start
     length = float(np.linalg.norm(axis))
+    # An axis that is nearly upright has no cross product with the vertical.
     side = np.cross(axis, [0.0, 0, 1]) if abs(axis[2]) < 0.99 * length else np.array([1.0, 0, 0])
     z, x = axis / max(length, 1e-9), unit(side)
     rotation = np.stack([x, np.cross(z, x), z], axis=1)
     body = _placed("cylinder", np.array([2 * radius, 2 * radius, length]), rotation, start, texture)
     radial = body.vertices - start - np.outer((body.vertices - start) @ z, z)
+    # In the middle of an end no direction is outward, and a zero vector has none.
     body.vertex_normals = unit(radial + 1e-9 * x)
     return body

@@ -26,6 +26,7 @@ NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
 
 def portrait_words(portrait: Portrait, rng: np.random.Generator) -> Words:
     """Return the words of ``portrait``; ``rng`` chooses among equal ways to say the same."""
+    # The choices below are drawn in their order: another order would give every seed other words.
     visible = {"colour", "texture", "background"} - hidden_themes(portrait.style)
     if len(portrait.solids) == 1:
         caption, questions = _caption_of_one(portrait, visible, rng), _questions_of_one(portrait, visible, rng)

@@ -285,6 +285,7 @@ class _PortraitStage(Stage):
             colours[rays @ unit(self.ahead - 0.16 * right - np.array([0, 0, 0.01])) > np.cos(0.075)] = (1.0, 0.85, 0.3)
         elif self.background == "space":
             cell = np.floor(np.stack([rays @ right, rays[:, 2]], axis=1) * 45)
+            # The fraction of a large sine, shaders' usual hash: a star is where it is whatever the camera sees besides.
             lottery = np.sin(cell @ np.array([12.9898, 78.233])) * 43758.5453
             colours[(lottery - np.floor(lottery)) > 0.94] = 0.85
         return colours

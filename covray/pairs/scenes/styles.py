@@ -30,6 +30,7 @@ def styled(view: View, style: str) -> NDArray[np.uint8]:
     if style == "grey":
         return np.repeat(_luma(colour)[..., None], 3, axis=2)
     if style == "sepia":
+        # Of a grey the rows of the matrix are factors: their sums. The last ones make it browner.
         toned = _luma(colour)[..., None] * _SEPIA.sum(axis=1) * np.array([0.85, 0.74, 0.58])
         return np.rint(np.clip(toned, 0, 255)).astype(np.uint8)
     if style == "sketch":
