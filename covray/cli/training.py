@@ -163,16 +163,20 @@ def export(
         str | None, typer.Option("--as", metavar="datasets|webdataset|mds", help="Format that chains are written in.")
     ] = None,
     licence: Annotated[str | None, typer.Option("--licence", help="Licence that the card names.")] = None,
+    scores: Annotated[
+        str | None, typer.Option("--scores", help="Evaluation of the run, whose table and pictures the card shows.")
+    ] = None,
 ) -> None:
     """A run's adapter (PEFT), alone or merged into its backbone; or chains in the format of another loader."""
     if form is None:
         from covray.sharing.runs import export_run_with_card
 
-        export_run_with_card(source, out, merge, licence)
+        export_run_with_card(source, out, merge, licence, scores)
     else:
         from covray.sharing.formats import export_chains
 
-        if merge:
-            raise ConfigError("--merge: is for a run; leave out --as, or --merge")
+        if merge or scores is not None:
+            option = "--merge" if merge else "--scores"
+            raise ConfigError(f"{option}: is for a run; leave out --as, or {option}")
         export_chains(source, out, form, licence)
     console.print(escape(out), highlight=False, soft_wrap=True)

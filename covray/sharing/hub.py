@@ -21,14 +21,8 @@ from covray.io.model_folders import NANO_NAMES
 from covray.io.storage import Folder
 from covray.models.lvm.adapter import read_run_adapter
 from covray.progress import stage
-from covray.sharing.cards import (
-    answer_pictures,
-    dataset_card,
-    evaluation_card,
-    model_card,
-    require_licence,
-    score_table,
-)
+from covray.sharing.cards import dataset_card, evaluation_card, model_card, require_licence
+from covray.sharing.runs import scores_of
 from covray.sharing.strips import chain_strips, evaluation_strips
 from covray.training.records import RunRecord, TrainResult
 
@@ -112,8 +106,7 @@ def _run(folder: Folder, licence: str, base_model: str | None, scores: str | Non
     base = _base_model(folder, record, base_model)
     table, strips = "", {}
     if scores is not None:
-        strips = evaluation_strips(Folder(scores))
-        table = "## Scores\n" + score_table(EvaluationResults.read(scores)) + answer_pictures(strips)
+        table, strips = scores_of(scores)
     files = {}
     for name in (folder / "adapter").list_files():
         # At the top for PEFT, and where covray reads a run; the hub stores equal files once.

@@ -6,12 +6,17 @@ import contextlib
 from pathlib import Path
 
 from covray.errors import CovrayError
+from covray.evaluation.records import EvaluationResults
+from covray.io.storage import Folder
 from covray.models.lvm.adapter import export_run
-from covray.sharing.cards import model_card
+from covray.sharing.cards import answer_pictures, model_card, score_table
+from covray.sharing.strips import evaluation_strips
 from covray.training.records import RunRecord, TrainResult
 
 
-def export_run_with_card(run: str, out: str, merge: bool, licence: str | None = None) -> None:
+def export_run_with_card(
+    run: str, out: str, merge: bool, licence: str | None = None, scores: str | None = None
+) -> None:
     """Write what the finished ``run`` learned to the new folder ``out``, and a model card where its records allow one.
 
     Args:
@@ -19,11 +24,29 @@ def export_run_with_card(run: str, out: str, merge: bool, licence: str | None = 
         out: The folder.
         merge: Whether the adapter is merged into its backbone.
         licence: For the card.
+        scores: Folder of an evaluation whose table and pictures the card shows.
 
     Raises:
-        CovrayError: As ``export_run``.
+        CovrayError: As ``export_run``, or the evaluation is unfinished.
     """
+    table = ""
+    strips: dict[str, bytes] = {}
+    if scores is not None:
+        table, strips = scores_of(scores)  # before anything is written
     export_run(run, out, merge)
+    target = Path(out).expanduser()
     with contextlib.suppress(CovrayError):  # of a run whose records an earlier version wrote
-        card = model_card(RunRecord.read(run), TrainResult.read(run), None, licence)
-        (Path(out).expanduser() / "README.md").write_text(card, encoding="utf-8")
+        card = model_card(RunRecord.read(run), TrainResult.read(run), None, licence, table)
+        (target / "README.md").write_text(card, encoding="utf-8")
+        for name, picture in strips.items():
+            Folder(str(target)).write_bytes(name, picture)
+
+
+def scores_of(evaluation: str) -> tuple[str, dict[str, bytes]]:
+    """Return a card's section on the scores of an evaluation, and the pictures that it shows by their names.
+
+    Raises:
+        CovrayError: The folder is no finished evaluation.
+    """
+    strips = evaluation_strips(Folder(evaluation))
+    return "## Scores\n" + score_table(EvaluationResults.read(evaluation)) + answer_pictures(strips), strips

@@ -364,6 +364,7 @@ def test_files_that_are_no_manifest_are_named(mistake: Callable[..., str], tmp_p
         (["nano", "train", "vae", "--out", "list.csv/o"], "list.csv/o: cannot be written"),
         (["nano", "measure", "--weights", "absent"], "absent: "),
         (["demo", "--out", "list.csv"], "list.csv: "),
+        (["export", "chains", "--as", "mds", "--scores", "eval", "--out", "o"], "--scores: is for a run"),
         (["export", "absent", "--merge", "--out", "o"], "absent: has no _run.json"),
         (["export", ".", "--out", "list.csv"], "list.csv: already exists"),
     ],

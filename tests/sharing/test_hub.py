@@ -15,12 +15,13 @@ from PIL import Image
 
 from covray.chains.dataset import ChainDataset
 from covray.config import TrainConfig
-from covray.errors import ConfigError
+from covray.errors import ConfigError, CovrayError
 from covray.evaluation.records import EvaluationRecord, EvaluationResults
 from covray.io import storage
 from covray.models.lvm.adapter import read_run_adapter
 from covray.sharing import hub as hub_module
 from covray.sharing.hub import PushError, push
+from covray.sharing.runs import export_run_with_card
 from covray.training.run import train
 from tests.support.commands import tokens_of
 from tests.support.hub import WritableHub
@@ -142,8 +143,11 @@ def test_cards_of_an_evaluation_and_of_the_run_it_scores_show_its_answers(
     pictures = write_evaluation(scores)
     push(str(scores), NAME, licence="other")
     push(config.out, NAME, licence="other", base_model="someone/lvm", scores=str(scores))
-    for kind in ("dataset", "model"):
-        files = writable_hub.repositories[kind, NAME].files
+    exported = tmp_path / "exported"
+    export_run_with_card(config.out, str(exported), merge=False, scores=str(scores))
+    here = {str(file.relative_to(exported)): file.read_bytes() for file in exported.rglob("*.*")}
+    pushed = [writable_hub.repositories[kind, NAME].files for kind in ("dataset", "model")]
+    for files in (*pushed, here):
         card = files["README.md"].decode()
         assert "| depth | abs_rel (lower is better) | run | 0.25 | 0.2 to 0.3 | 3 |" in card
         for name, picture in pictures.items():
@@ -154,6 +158,15 @@ def test_cards_of_an_evaluation_and_of_the_run_it_scores_show_its_answers(
     files = writable_hub.repositories["model", NAME].files
     assert not [name for name in files if name.startswith("strips")]
     assert "query, frames, answer" not in files["README.md"].decode()
+
+
+def test_a_run_is_not_exported_with_the_scores_of_no_evaluation(
+    tiny_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    config = trained(tiny_config)
+    with pytest.raises(CovrayError, match=r"_evaluation\.json|results\.json"):
+        export_run_with_card(config.out, str(tmp_path / "out"), merge=False, scores=str(tmp_path))
+    assert not (tmp_path / "out").exists(), "refused before anything is written"
 
 
 @pytest.mark.parametrize(
