@@ -104,9 +104,7 @@ def _run(folder: Folder, licence: str, base_model: str | None, scores: str | Non
         raise ConfigError(f"{folder.path}: is unfinished; run the same covray train again")
     read_run_adapter(folder.path)  # complete, or refused
     base = _base_model(folder, record, base_model)
-    table, strips = "", {}
-    if scores is not None:
-        table, strips = scores_of(scores)
+    table, strips = scores_of(scores)
     files = {}
     for name in (folder / "adapter").list_files():
         # At the top for PEFT, and where covray reads a run; the hub stores equal files once.

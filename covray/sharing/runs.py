@@ -29,10 +29,7 @@ def export_run_with_card(
     Raises:
         CovrayError: As ``export_run``, or the evaluation is unfinished.
     """
-    table = ""
-    strips: dict[str, bytes] = {}
-    if scores is not None:
-        table, strips = scores_of(scores)  # before anything is written
+    table, strips = scores_of(scores)  # refused before anything is written
     export_run(run, out, merge)
     target = Path(out).expanduser()
     with contextlib.suppress(CovrayError):  # of a run whose records an earlier version wrote
@@ -42,11 +39,12 @@ def export_run_with_card(
             Folder(str(target)).write_bytes(name, picture)
 
 
-def scores_of(evaluation: str) -> tuple[str, dict[str, bytes]]:
+def scores_of(evaluation: str | None) -> tuple[str, dict[str, bytes]]:
     """Return a card's section on the scores of an evaluation, and the pictures that it shows by their names.
 
-    Raises:
-        CovrayError: The folder is no finished evaluation.
+    Both are empty for None. Raises CovrayError for a folder that is no finished evaluation.
     """
+    if evaluation is None:
+        return "", {}
     strips = evaluation_strips(Folder(evaluation))
     return "## Scores\n" + score_table(EvaluationResults.read(evaluation)) + answer_pictures(strips), strips
