@@ -11,6 +11,7 @@ import json
 import os
 import posixpath
 import re
+import secrets
 import urllib.parse
 from collections.abc import Iterator
 from typing import Any
@@ -70,12 +71,24 @@ def require_writable(out: str) -> None:
     try:
         folder = Folder(out)
         existed = folder.exists()
-        folder.write_bytes(".writable", b"")
-        folder.delete_file(".writable")
-        if not existed:
-            folder.delete()
+        # A name of its own that counts as partial: commands in one folder neither trip over nor delete each other's.
+        probe = f".writable.{secrets.token_hex(4)}{_ASIDE_ENDING}"
+        folder.write_bytes(probe, b"")
+        folder.delete_file(probe)
+        # Meanwhile another command may have begun here: its files must not go with the folder.
+        if not existed and not folder.list_files():
+            _delete_empty(folder)
     except OSError as error:
         raise ConfigError(f"--out {out}: cannot be written ({one_line(error)}); give another folder") from error
+
+
+def _delete_empty(folder: Folder) -> None:
+    """Delete a folder that is empty; one that a file has just come into stays, as far as its storage can tell."""
+    if not isinstance(folder.filesystem, fs.LocalFileSystem):
+        folder.delete()
+        return
+    with contextlib.suppress(OSError):  # unlike pyarrow's delete_dir, rmdir refuses a folder that holds something
+        os.rmdir(folder.inner)
 
 
 def list_files(path: str, suffix: str = "") -> list[str]:

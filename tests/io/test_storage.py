@@ -183,3 +183,23 @@ def test_a_hub_that_cannot_be_reached_is_an_os_error_of_one_line(monkeypatch: py
         storage.require_writable("hf://datasets/owner/name")
     filesystem, _ = storage.resolve(path)
     assert isinstance(pickle.loads(pickle.dumps(filesystem)), fs.PyFileSystem)  # noqa: S301 (our own bytes)
+
+
+def test_a_folder_is_tried_without_disturbing_who_works_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    delete_file = Folder.delete_file
+
+    def begin_meanwhile(folder: Folder, name: str) -> None:
+        seen.extend(folder.list_files())
+        folder.write_bytes("_run.json", b"{}")  # as another command that begins between the look and the end
+        delete_file(folder, name)
+
+    monkeypatch.setattr(Folder, "delete_file", begin_meanwhile)
+    storage.require_writable(str(tmp_path / "out"))
+    assert [storage.is_partial(name) for name in seen] == [True]
+    assert storage.list_files(str(tmp_path)) == ["out/_run.json"]
+
+
+def test_an_absent_folder_that_was_tried_stays_absent(tmp_path: Path) -> None:
+    storage.require_writable(str(tmp_path / "out"))
+    assert not list(tmp_path.iterdir())
