@@ -27,6 +27,8 @@ UNREACHABLE = "unreachable"
 """Reason of a picture that its host did not give: tried again by ``--retry unreachable``."""
 MAX_REDIRECTS = 5
 _CHUNK = 2**16
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+"""What networks without IPv4 reach it by: the last 32 bits are its address (RFC 6052)."""
 _FIRST_PAUSE_S = 0.5
 _TEMPORARY = (408, 425, 429, 500, 502, 503, 504)
 """Status codes that another attempt may change."""
@@ -211,9 +213,18 @@ def _address(place: _Place, rules: WebRules, deadline: float) -> str:
 def _is_public(address: str) -> bool:
     """Return whether an address is of the internet; one of IPv4 can be written as one of IPv6."""
     parsed = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(parsed, ipaddress.IPv6Address) and parsed.ipv4_mapped is not None:
-        return parsed.ipv4_mapped.is_global
+    if isinstance(parsed, ipaddress.IPv6Address):
+        # A gateway passes on to the address within, so that one decides, however public the outer one looks.
+        within = _ipv4_within(parsed)
+        return parsed.is_global if within is None else within.is_global
     return parsed.is_global
+
+
+def _ipv4_within(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
+    """Return the address of IPv4 that an address of IPv6 leads to; None for one of IPv6 alone."""
+    if address in _NAT64:
+        return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    return address.ipv4_mapped or address.sixtofour
 
 
 def _left(deadline: float) -> float:

@@ -70,7 +70,13 @@ def test_what_fails_twice_is_tried_a_third_time(web_server: WebServer) -> None:
 
 @pytest.mark.parametrize(
     ("host", "addresses"),
-    [("inside.example.org", ["10.1.2.3"]), ("inside.example.org", ["8.8.8.8", "::ffff:192.168.0.1"]), ("x", ["::1"])],
+    [
+        ("inside.example.org", ["10.1.2.3"]),
+        ("inside.example.org", ["8.8.8.8", "::ffff:192.168.0.1"]),
+        ("x", ["::1"]),
+        ("x", ["64:ff9b::10.1.2.3"]),  # by a gateway from IPv6 (NAT64)
+        ("x", ["2002:7f00:1::1"]),  # 6to4
+    ],
 )
 def test_a_name_of_a_private_address_is_never_contacted(
     monkeypatch: pytest.MonkeyPatch, host: str, addresses: list[str]
