@@ -28,6 +28,9 @@ _NOT_READ = {
 }  # fmt: skip
 _RAW, _OLD_JPEG, _JPEG = 1, 6, 7
 _UNSPECIFIED, _ASSOCIATED, _UNASSOCIATED = 0, 1, 2
+MAX_CHANNELS = 8
+"""Samples a pixel of the largest picture that is read; a smaller one may have more."""
+_MAX_BITS = 32
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,10 @@ def read_tiff(data: bytes, max_pixels: int) -> Raster:
     check_size(width_px, height_px, max_pixels)
     if directory.has_successor:
         raise several_frames("TIFF")
+    # Before anything is as long as the file says: planes that share a strip cost a few bytes each.
+    channels = directory.value(Tag.SAMPLES_PER_PIXEL, 1)
+    if width_px * height_px * channels > MAX_CHANNELS * max_pixels:
+        raise PairError("too_large", f"{width_px} x {height_px} px of {channels} samples; save RGB or RGBA")
     layout = _layout(directory, width_px, height_px)
     _require_strips(directory, layout)
     raster = _raster(directory, layout)
@@ -78,6 +85,8 @@ def _layout(directory: Directory, width_px: int, height_px: int) -> _Layout:
         raise PairError("unsupported", f"TIFF of {name} has no agreed range; save 8 or 16 bits")
     if len(set(bits)) > 1:
         raise PairError("unsupported", f"TIFF of {', '.join(map(str, bits))} bits; save 8 or 16 bits")
+    if bits[0] > _MAX_BITS:  # the field may say four billion, and 2 to that power takes minutes to compute
+        raise PairError("unsupported", f"TIFF of {bits[0]} bits; save 8 or 16 bits")
     compression = directory.value(Tag.COMPRESSION, _RAW)
     if compression == _OLD_JPEG:
         raise PairError("unsupported", "TIFF with JPEG data of the old style (compression 6); save it anew")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import struct
+import time
 import zlib
 
 import numpy as np
@@ -226,6 +227,15 @@ def test_strips_that_share_bytes_cannot_multiply_work() -> None:
     data = bytes(tiff)
     many = bytes(Tiff(tiff.samples, 8, 1, rows_per_strip=1, tags=((259, 3, (7,)), (279, 4, (len(data) // 2,) * 64))))
     assert refusal(many).startswith(("damaged: strips overlap", "truncated: "))
+
+
+def test_numbers_of_a_tiff_that_nothing_could_hold_cost_no_time() -> None:
+    started = time.monotonic()
+    of_bits = Tiff(GREY, 8, 1, deflated=True, tags=((258, 4, (200_000_000,)),))
+    assert refusal(bytes(of_bits)) == "unsupported: TIFF of 200000000 bits; save 8 or 16 bits"
+    of_channels = Tiff(GREY, 8, 1, deflated=True, planar=True, tags=((277, 4, (2**25,)),))
+    assert refusal(bytes(of_channels)).startswith("too_large: 8 x 8 px of 33554432 samples")
+    assert time.monotonic() - started < 1
 
 
 def test_known_formats_that_are_not_read_are_named() -> None:
