@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 
@@ -41,7 +42,7 @@ def resolve_folder(path: str, revision: str | None, nano_name: str, allow_patter
         if not folder.is_dir():
             raise WeightsError(f"{folder}: the nano {nano_name} is not installed; reinstall covray, or give a folder")
         return folder
-    local = Path(path).expanduser()
+    local = _local(path)
     if local.is_dir():
         return local
     if not is_hub_id(path):
@@ -49,14 +50,19 @@ def resolve_folder(path: str, revision: str | None, nano_name: str, allow_patter
     return _download(path, revision, allow_patterns)
 
 
+def _local(path: str) -> Path:
+    # Path.expanduser raises for a home that nobody has; os.path's leaves the ~, and the folder is simply not there.
+    return Path(os.path.expanduser(path))
+
+
 def is_here(path: str) -> bool:
     """Return whether the models of ``path`` ship with the package or are a folder of this machine."""
-    return path in NANO_NAMES or Path(path).expanduser().is_dir()
+    return path in NANO_NAMES or _local(path).is_dir()
 
 
 def is_hub_id(path: str) -> bool:
     """Return whether ``path`` is ``owner/name`` on a hub, and no folder here."""
-    local = Path(path).expanduser()
+    local = _local(path)
     if local.is_dir() or local.is_absolute() or path.startswith((".", "~")):
         return False
     return path.count("/") == 1

@@ -75,7 +75,7 @@ class Record(RecordPart):
             values = folder.read_json(name)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:  # the last: JSON that is nested without end
             raise cls.ERROR(f"{path}: cannot be read ({one_line(error)}); {cls.FIX}") from error
         if not isinstance(values, dict):
             raise cls.ERROR(f"{path}: is not a JSON object; {cls.FIX}")

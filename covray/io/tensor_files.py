@@ -173,7 +173,9 @@ def new_folder(out: Path) -> Iterator[Path]:
     in the block deletes the folder. Raises ConfigError for an ``out`` that exists or cannot be written.
     """
     require_new(out)
-    draft = out.absolute().parent / f".{out.name}.{secrets.token_hex(4)}"
+    # Without links and dots: the system renames no folder to "." or over a link.
+    target = Path(os.path.realpath(out))
+    draft = target.parent / f".{target.name}.{secrets.token_hex(4)}"
     try:
         draft.mkdir(parents=True)
     except OSError as error:
@@ -184,7 +186,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         for path in draft.rglob("*"):
             if not path.is_symlink():
                 path.chmod(permitted if path.is_dir() else permitted & 0o666)
-        os.replace(draft, out)
+        os.replace(draft, target)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -247,5 +249,8 @@ def _is_zip(file: Path) -> bool:
 
 
 def _is_legacy(file: Path) -> bool:
-    with file.open("rb") as opened:
-        return _LEGACY_MAGIC in opened.read(32)
+    try:
+        with file.open("rb") as opened:
+            return _LEGACY_MAGIC in opened.read(32)
+    except OSError as error:  # is_zipfile says "no zip" of a file that it cannot open
+        raise WeightsError(f"{file}: cannot be read ({one_line(error)}); get it again") from error

@@ -39,7 +39,7 @@ def test_an_edition_of_nano_is_found_by_its_name(path: str, name: str, folder: s
     assert resolve_folder(path, None, name, ["*.json"]) == weights.NANO_FOLDER.parent / folder
 
 
-@pytest.mark.parametrize("path", ["/no/such/folder", "./none", "~/no-such", "a/b/c", "plain"])
+@pytest.mark.parametrize("path", ["/no/such/folder", "./none", "~/no-such", "~nobody-here/no-such", "a/b/c", "plain"])
 def test_a_path_that_is_no_hub_id_never_asks_the_hub(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
     with pytest.raises(WeightsError, match="no such folder"):

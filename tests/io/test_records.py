@@ -109,3 +109,10 @@ def test_a_format_may_have_no_version_another_name_and_its_own_error(tmp_path: P
     assert record.to_json() == {"steps": 3}
     with pytest.raises(ConfigError, match="start again"):
         Unversioned.read(str(tmp_path))
+
+
+def test_json_that_is_nested_without_end_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "_album.json").write_text("[" * 100_000)
+    with pytest.raises(DatasetError, match=r"_album.json: cannot be read \(maximum recursion depth") as refused:
+        Album.read(tmp_path.as_posix())
+    assert "\n" not in str(refused.value)

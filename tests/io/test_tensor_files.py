@@ -120,3 +120,23 @@ def test_a_new_folder_is_readable_as_the_umask_says(tmp_path: Path, umask: int, 
         os.umask(before)
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*")}
     assert modes == {"model": of_folders, "unet": of_folders, "a.safetensors": of_files, "config.json": of_files}
+
+
+def test_a_new_folder_may_be_the_working_folder_or_the_target_of_a_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to("there")
+    monkeypatch.chdir(tmp_path / "here")
+    for out in (Path(), tmp_path / "link"):
+        with new_folder(out) as draft:
+            (draft / "config.json").write_text("{}")
+    files = sorted(file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*.json"))
+    assert files == ["here/config.json", "there/config.json"]
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_what_cannot_be_opened_is_told(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"a\.bin: cannot be read \(No such file or directory\)"):
+        read_tensors(tmp_path / "a.bin")
