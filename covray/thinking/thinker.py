@@ -15,11 +15,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import ValidationError
 from torch import Tensor
 
 from covray.config.think import LanguageModelConfig, ThinkModelsConfig, ThoughtConfig
 from covray.config.vlm import VlmModelConfig
-from covray.errors import ConfigError, WeightsError
+from covray.errors import ConfigError, WeightsError, one_line
 from covray.io.device import resolve_device
 from covray.io.model_folders import fingerprint_folder
 from covray.models.aligner.aligner import WEIGHTS, Aligner, load_aligner
@@ -94,19 +95,25 @@ def models_around(config: ThinkModelsConfig, aligner: AlignerFolder) -> ModelsAr
 
     Raises:
         ConfigError: Neither names the model that the features are of.
+        WeightsError: What the aligner's folder says of its training cannot be read.
     """
     features = aligner.record.features or {}
-    vlm = config.vlm
-    if vlm is None:
-        if "vlm" not in features:
-            raise ConfigError(f"{aligner.path}: does not say which model its features are of; give it as --vlm")
-        vlm = VlmModelConfig.model_validate(features["vlm"])
-    language_model = config.language_model
-    if language_model is None and aligner.record.trained_through is not None:
-        language_model = LanguageModelConfig.model_validate(aligner.record.trained_through)
-    thought = config.thought
-    if thought is None:
-        thought = ThoughtConfig.model_validate(features.get("thought", {}))
+    vlm, language_model, thought = config.vlm, config.language_model, config.thought
+    if vlm is None and "vlm" not in features:
+        raise ConfigError(f"{aligner.path}: does not say which model its features are of; give it as --vlm")
+    try:
+        if vlm is None:
+            vlm = VlmModelConfig.model_validate(features["vlm"])
+        if language_model is None and aligner.record.trained_through is not None:
+            language_model = LanguageModelConfig.model_validate(aligner.record.trained_through)
+        if thought is None:
+            thought = ThoughtConfig.model_validate(features.get("thought", {}))
+    # The record takes any object there: it may be of a newer covray, or written by hand.
+    except ValidationError as error:
+        raise WeightsError(
+            f"{aligner.path / AlignerRecord.FILE}: describes its models in another way than this version "
+            f"({one_line(error)}); {AlignerRecord.FIX}"
+        ) from error
     return ModelsAround(vlm, language_model, thought)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -176,3 +177,13 @@ def _thought(runs: dict[str, str]) -> Any:
 
     about = json.loads(Path(runs["lvlm"], "adapter", "aligner.json").read_text())
     return ThoughtConfig.model_validate(about["features"]["thought"])
+
+
+def test_an_aligner_of_another_covray_is_refused_in_one_line(make: Make, runs: dict[str, str], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(Path(runs["lvlm"], "adapter"), tmp_path / "aligner"))
+    about = json.loads((folder / "aligner.json").read_text())
+    about["features"]["thought"]["pace"] = 3
+    (folder / "aligner.json").write_text(json.dumps(about))
+    with pytest.raises(WeightsError, match=r"aligner\.json: describes its models in another way than this") as error:
+        generate(make(run=str(folder), prompt="what"))
+    assert "\n" not in str(error.value)
