@@ -170,8 +170,11 @@ def _whole_texts(features: Sequence[Tensor], texts: Sequence[str], tokenizer: An
     """Return what makes batches whose target is the whole text."""
 
     def make(seeds: Sequence[SplitSeed]) -> AlignmentBatch:
-        numbers = [seed.index for seed in seeds]
-        return collate([features[n] for n in numbers], [texts[n] for n in numbers], tokenizer, LONGEST)
+        own_features, targets = [], []
+        for seed in seeds:
+            own_features.append(features[seed.index])
+            targets.append(texts[seed.index])
+        return collate(own_features, targets, tokenizer, LONGEST)
 
     return make
 

@@ -77,9 +77,10 @@ def make_episodes(family: Family, folder: Path, shots: int, count: int, seed: in
     shown = [demonstration_pictures(episode, seed) for episode in episodes]
 
     def prompts() -> list[Any]:
-        prompter = family.vlm.prompter
-        pairs = zip(episodes, shown, strict=True)
-        return [episode_prompt(prompter, episode, own, EPISODE_INSTRUCTION) for episode, own in pairs]
+        made = []
+        for episode, pictures in zip(episodes, shown, strict=True):
+            made.append(episode_prompt(family.vlm.prompter, episode, pictures, EPISODE_INSTRUCTION))
+        return made
 
     thoughts = kept_thoughts(folder / f"episodes-{shots}.safetensors", family.vlm, prompts)
     return EpisodeSet(episodes, shown, thoughts, seed)
@@ -104,8 +105,9 @@ class RowJudge:
         # A row is judged once: the file also says how long it took.
         if not file.exists():
             started = time.monotonic()
-            answers = make()
-            verdicts = [judge(episode, answer) for episode, answer in zip(whole.episodes, answers, strict=True)]
+            verdicts = []
+            for episode, answer in zip(whole.episodes, make(), strict=True):
+                verdicts.append(judge(episode, answer))
             row = _columns(verdicts) | {"seconds": round(time.monotonic() - started, 1)}
             storage.write_json(str(file), row)
             print(f"{name}: {np.mean(row['right']):.3f} right", flush=True)
@@ -117,6 +119,7 @@ class RowJudge:
         cells: list[Cell] = []
         for start in range(0, len(whole.episodes), PAINTED):
             numbers = range(start, min(start + PAINTED, len(whole.episodes)))
+            # Episodes of several themes stand in one part, and a judge is asked for one theme at a time.
             for number, picture in zip(numbers, draw(numbers), strict=True):
                 cells += self._family.judge.choose(whole.episodes[number].task.theme, [picture])
         return cells
@@ -136,8 +139,11 @@ def ceilings(rows: RowJudge, family: Family, whole: EpisodeSet) -> dict[str, Cal
 
     def encoded(captions: Sequence[str]) -> list[Tensor]:
         states, mask = family.encoder.encode(list(captions))
+        without_padding = []
         # Padding is cut off: the painter reads a sequence of its own length.
-        return [own[is_token] for own, is_token in zip(states, mask, strict=True)]
+        for own, is_token in zip(states, mask, strict=True):
+            without_padding.append(own[is_token])
+        return without_padding
 
     def true_caption(numbers: range) -> list[Tensor]:
         captions = []
@@ -199,6 +205,7 @@ def aligned_features(
 def decoded_cells(family: Family, whole: EpisodeSet, variant: Variant, aligner: Aligner) -> list[Cell | None]:
     """Return what the texts state that the frozen decoder writes for the aligned features (the proxy task)."""
     alignment = Alignment(aligner.network, family.language.model)
+    # Aligners of patches are not asked for texts, so that patches do not come here.
     source = whole.thoughts.generated if variant.reads == "generated" else whole.thoughts.read
     cells = []
     # Some at a time: the decoder writes them in one batch.
@@ -223,8 +230,9 @@ def cell_of(text: str, theme: Theme) -> Cell | None:
 
 
 def _columns(verdicts: Sequence[Verdict]) -> dict[str, list[bool]]:
-    return {
-        "right": [verdict.right for verdict in verdicts],
-        "named": [verdict.named for verdict in verdicts],
-        "hidden": [verdict.hidden for verdict in verdicts],
-    }
+    columns: dict[str, list[bool]] = {"right": [], "named": [], "hidden": []}
+    for verdict in verdicts:
+        columns["right"].append(verdict.right)
+        columns["named"].append(verdict.named)
+        columns["hidden"].append(verdict.hidden)
+    return columns

@@ -52,6 +52,7 @@ def table_of(
 
 def _row(verdicts: Verdicts, episodes: Sequence[Episode]) -> dict[str, Any]:
     scores = _scores(verdicts, "right")
+    # Seen and held-out cells apart; a small budget may ask for no held-out one, and its mean is None.
     unseen = np.array([is_held_out(episode.task.theme, episode.answer) for episode in episodes])
     by_task = {}
     for task, places in _tasks(episodes).items():
@@ -83,6 +84,7 @@ def _differences(
 
 def _scores(verdicts: Verdicts, key: str) -> NDArray[np.float64]:
     """Return the mean over seeds for each episode, [episodes]."""
+    # Seeds of one episode are no independent episodes: counted singly they would narrow the intervals.
     return np.mean([own[key] for own in verdicts], axis=0, dtype=np.float64)
 
 

@@ -42,12 +42,13 @@ class Thoughts:
 
     def chosen(self, numbers: Sequence[int]) -> Thoughts:
         """Return those of the given numbers."""
-        return Thoughts(
-            ids=[self.ids[number] for number in numbers],
-            texts=[self.texts[number] for number in numbers],
-            generated=[self.generated[number] for number in numbers],
-            read=[self.read[number] for number in numbers],
-        )
+        chosen = Thoughts([], [], [], [])
+        for number in numbers:
+            chosen.ids.append(self.ids[number])
+            chosen.texts.append(self.texts[number])
+            chosen.generated.append(self.generated[number])
+            chosen.read.append(self.read[number])
+        return chosen
 
 
 def joined(blocks: Sequence[Thoughts]) -> Thoughts:
@@ -76,14 +77,17 @@ def kept_thoughts(file: Path, vlm: LoadedVlm, prompts: Callable[[], Sequence[Pro
         save_file(_think(vlm, prompts()), aside)
         os.replace(aside, file)
     kept = load_file(file)
-    # The file holds the texts end to end; their lengths cut them apart.
-    ids = [own.numpy() for own in kept["ids"].split(kept["lengths"].tolist())]
-    return Thoughts(
-        ids=ids,
-        texts=[vlm.prompter.text(own.tolist()) for own in ids],
-        generated=[own.float() for own in kept["generated"].split(kept["lengths"].tolist())],
-        read=[own.float() for own in kept["read"].split(kept["prompts"].tolist())],
-    )
+    # The file holds texts and prompts end to end; their lengths cut them apart.
+    lengths = kept["lengths"].tolist()
+    ids, generated = kept["ids"].split(lengths), kept["generated"].split(lengths)
+    read = kept["read"].split(kept["prompts"].tolist())
+    thoughts = Thoughts([], [], [], [])
+    for own_ids, own_generated, own_read in zip(ids, generated, read, strict=True):
+        thoughts.ids.append(own_ids.numpy())
+        thoughts.texts.append(vlm.prompter.text(own_ids.tolist()))
+        thoughts.generated.append(own_generated.float())
+        thoughts.read.append(own_read.float())
+    return thoughts
 
 
 def _think(vlm: LoadedVlm, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
@@ -96,14 +100,17 @@ def _think(vlm: LoadedVlm, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         written = []
         for answer in decode(vlm, part, SAMPLING, None):
             # An unfinished model may write a placeholder of a picture, which a second pass would look for.
-            written.append(np.array([token for token in answer.ids if token not in never], np.int64))
-        generated += [states.half().cpu() for states in read_features(vlm, part, written)]
-        read += [states.half().cpu() for states in read_features(vlm, part, written, "prompt")]
+            tokens = [token for token in answer.ids if token not in never]
+            written.append(np.array(tokens, np.int64))
         ids += written
+        for states in read_features(vlm, part, written):
+            generated.append(states.half().cpu())
+        for states in read_features(vlm, part, written, "prompt"):
+            read.append(states.half().cpu())
     return {
         "ids": torch.from_numpy(np.concatenate(ids)),
-        "lengths": torch.tensor([len(own) for own in ids]),
-        "prompts": torch.tensor([len(own) for own in read]),
+        "lengths": torch.tensor(list(map(len, ids))),
+        "prompts": torch.tensor(list(map(len, read))),
         "generated": torch.cat(generated),
         "read": torch.cat(read),
     }
