@@ -86,6 +86,7 @@ def answerer_facts(config: VlmSourceConfig) -> AnswererFacts:
         facts = vlm_facts(checkpoint)
         return AnswererFacts(facts, None, None, facts.blocks, facts.fingerprint)
     trained, fingerprint = _read_run(config.run)
+    # A run of whole weights is a checkpoint of its own; an adapter needs the one that it was trained on.
     if trained.train != "lora":
         facts = vlm_facts(VlmModelConfig(path=str(Path(config.run) / EXPORT)))
         return AnswererFacts(facts, None, None, facts.blocks, facts.fingerprint)

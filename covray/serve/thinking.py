@@ -49,6 +49,7 @@ def open_parts(config: ThinkServeConfig, engine: EngineConfig) -> ThinkParts:
     """
     folder = str(config.folder).rstrip("/")
     aligner = open_aligner(f"{folder}/aligner")
+    # The folder has the one model that its aligner's features are of.
     model = "clip" if aligner.variant == "clip" else "vlm"
     models = ThinkModelsConfig(
         vlm=VlmModelConfig(path=f"{folder}/{model}"),
@@ -58,6 +59,7 @@ def open_parts(config: ThinkServeConfig, engine: EngineConfig) -> ThinkParts:
         ),
         engine=engine,
     )
+    # With the encoder, which only some requests need: none of them may find it missing.
     require_models(models, aligner, words=True)
     return ThinkParts(aligner, models, config.instruction)
 
@@ -76,6 +78,7 @@ class ThoughtModels:
         question = Question(query.words, query.prompt, self._parts.instruction, query.is_bridge)
         try:
             text, frames = answer(self._thinker, self._parts.aligner, self._aligner, question, query.pictures)
+        # A query can ask what only the models themselves refuse, such as more features than a video reads.
         except CovrayError as error:
             return Refusal(reason="refused", message=str(error))
         pictures = tuple(base64.b64encode(encode_png(frame)).decode() for frame in frames)

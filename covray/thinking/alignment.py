@@ -78,6 +78,7 @@ class Alignment(nn.Module):
         aligned = self.aligner(batch.features)
         if batch.words is None or batch.words_mask is None:
             return aligned, batch.mask
+        # Encoded words depend on no trained weight: without a graph they cost no memory for the backward pass.
         with torch.no_grad():
             encoded = self.language_model.encoder(input_ids=batch.words, attention_mask=batch.words_mask)
         states = encoded.last_hidden_state.to(aligned.dtype)
@@ -86,12 +87,14 @@ class Alignment(nn.Module):
     def forward(self, batch: AlignmentBatch) -> Tensor:
         """Return the cross-entropy of every label that carries loss in nats, float32 [P], row by row."""
         states, mask = self.read(batch)
+        # The labels one place later, as the decoder was pretrained, with padding in place of what is ignored.
         decoder_ids = self.language_model.prepare_decoder_input_ids_from_labels(batch.labels)
         output = self.language_model(
             encoder_outputs=BaseModelOutput(last_hidden_state=states.to(self.language_model.dtype)),
             attention_mask=mask,
             decoder_input_ids=decoder_ids,
         )
+        # Selected, then in float32: logits over a whole vocabulary are rounded too coarsely in bfloat16.
         carries = batch.labels != IGNORED
         return F.cross_entropy(output.logits[carries].float(), batch.labels[carries], reduction="none")
 

@@ -34,6 +34,7 @@ def plain_portrait(theme: Theme, cell: Cell) -> Portrait:
     chosen = {}
     for name in THEMES:
         choices = _choices(theme, cell, name)
+        # The plainest value may be held out with this object.
         plainest = _PLAINEST.get(name, choices[0])
         chosen[name] = plainest if plainest in choices else choices[0]
     return _portrait(cell, chosen)
@@ -75,6 +76,7 @@ def _choices(theme: Theme, cell: Cell, name: str) -> list[str]:
         return [cell.detail]
     choices = []
     for value in THEMES[name]:
+        # Some styles draw without colour or texture: such a portrait would not show what it is asked to show.
         hides = name == "style" and theme.name in hidden_themes(value)
         if not hides and not held_out(name, value, cell.object):
             choices.append(value)
@@ -87,4 +89,5 @@ def _portrait(cell: Cell, values: dict[str, str]) -> Portrait:
 
 
 def _seed(purpose: str, episode: Episode, seed: int, place: int) -> int:
+    # All that tells an episode from others, so that none shares its pictures.
     return seed_of(purpose, seed, episode.task.name, len(episode.demonstrations), episode.number, place)

@@ -42,6 +42,7 @@ def require_contexts(config: BuildConfig, info: ManifestInfo) -> None:
         WeightsError: The text encoder or the aligner cannot be used, or its width is not the prior's.
     """
     prior = config.prior
+    # Without frames of diffusion no prior is loaded, and nothing reads a context.
     if not needs_prior(config) or prior.context == "empty":
         return
     if prior.context == "aligned":
@@ -133,11 +134,13 @@ class AlignedReader:
     def read(self, text_or_image: str | np.ndarray) -> torch.Tensor:
         """Return the aligned features of an image, float32 [n, d]."""
         assert isinstance(text_or_image, np.ndarray)
+        # One image at a time: its context must not depend on the block that it comes in.
         if self._tower is not None:
             features = self._tower.features([text_or_image], self._patches)[0]
         else:
             prompt = self._vlm.prompter.prompt([text_or_image], self._instruction)
             features = think(self._vlm, [prompt], self._thought)[0].features
+        # Aligners are float32, whatever the engine computes the models around them in.
         states: torch.Tensor = self._aligner(features.to(self._device, torch.float32))
         return states
 
@@ -166,4 +169,5 @@ def _require_aligner(prior: PriorConfig) -> None:
 
 def _models(prior: PriorConfig) -> ThinkModelsConfig:
     """Return the models around an aligner, with the prior in the painter's place."""
+    # A painter's checks are what a prior needs: its UNet must be as wide as what the aligner writes.
     return ThinkModelsConfig(painter=PainterConfig(kind="unet", path=prior.path, revision=prior.revision))

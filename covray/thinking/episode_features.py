@@ -60,7 +60,9 @@ class EpisodeFeatures:
                     f"{path}: holds states of texts, the aligner {name} reads those of prompts; evaluate it without "
                     "--features"
                 )
+        # What decides texts and states; how they are drawn and judged is the evaluation's own business.
         asked = config.model_dump(mode="json", include={"episodes", "tasks", "seed", "thought"})
+        # Null means: as the features were taken.
         if config.thought is None:
             asked.pop("thought")
         other = differences({key: identity[key] for key in asked}, asked)
@@ -87,6 +89,7 @@ class EpisodeFeatures:
         if task not in self._dataset.result.per_split:
             raise PairError("no_features", "the features of no episode of this task could be taken")
         if task not in self._tasks:
+            # Texts and ids of a task are read once; features stay on the disk until their episode asks.
             rows = self._dataset.of_split(task)
             self._tasks[task] = rows, rows.numbers()
         rows, numbers = self._tasks[task]

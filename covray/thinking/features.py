@@ -77,6 +77,7 @@ def write_text(vlm: LoadedVlm, prompt: Prompt, config: ThoughtConfig) -> NDArray
     ids = torch.from_numpy(prompt.ids)[None].to(device)
     inputs: dict[str, Tensor] = {name: tensor.to(device) for name, tensor in prompt.images.items()}
     if "image_grid_thw" in inputs:
+        # From these, which the processor of transformers makes otherwise, come Qwen's positions.
         inputs["mm_token_type_ids"] = (ids == vlm.model.image_id).int()
     # What a checkpoint's generation_config.json may set otherwise is set here: Qwen2-VL's has top_k 1.
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}

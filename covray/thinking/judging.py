@@ -141,6 +141,7 @@ class VlmJudge:
         options = "\n".join(f"({number}) {theme.word(value)}" for number, value in enumerate(values, 1))
         text = f"{question}\n{options}\nAnswer with the number of one option."
         ids = write_text(self._vlm, self._vlm.prompter.prompt([picture], text), self._greedy)
+        # Models answer "(3)", "3." or "Option 3".
         digits = re.sub(r"\D", "", self._vlm.prompter.text(ids.tolist()))
         number = int(digits) if digits else 0
         return values[number - 1] if 1 <= number <= len(values) else None

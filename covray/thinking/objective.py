@@ -213,6 +213,7 @@ class AlignerObjective:
 
     def _target_tokens(self, seeds: Sequence[SplitSeed], captions: Captions) -> int:
         """Return the tokens to write of captions, over all workers."""
+        # From the texts alone: every worker counts all captions of a step, but reads features of its own only.
         targets = [captions.parts(seed).target for seed in seeds]
         longest = self.config.language_model.max_tokens
         text = self._tokenizer(targets, truncation=True, max_length=longest)

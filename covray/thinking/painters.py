@@ -96,6 +96,7 @@ class PipelinePainter(ABC):
         output = self._pipeline(
             num_inference_steps=config.steps,
             guidance_scale=config.guidance,
+            # On the CPU, so that every device begins with the same noise.
             generator=torch.Generator("cpu").manual_seed(config.seed),
             output_type="np",
             return_dict=False,
@@ -167,9 +168,11 @@ class Sd3Painter(PipelinePainter):
         if words:
             states, _ = self._encode(pipe.tokenizer_3, pipe.text_encoder_3, words, self._config.words)
             features = torch.cat((features, states), 1)
+        # diffusers wants both prompts equally long: as many T5 tokens as there are features.
         count = features.shape[1]
         text, _, pooled, _ = self._encode_clip(words, count)
         empty, _, empty_pooled, _ = self._encode_clip("", count)
+        # The features take the place of the T5 tokens behind CLIP's.
         clip = text[:, : text.shape[1] - count]
         return {
             "prompt_embeds": torch.cat((clip.to(features), features), 1),
@@ -202,7 +205,7 @@ class PixArtPainter(PipelinePainter):
         inputs = {
             "prompt_embeds": features,
             "prompt_attention_mask": mask,
-            "negative_prompt": None,
+            "negative_prompt": None,  # its default, an empty text, is refused beside embeddings
             "use_resolution_binning": False,
         }
         if self._config.guidance > 1:

@@ -39,6 +39,7 @@ class SplitSeed:
 
     def generator(self) -> np.random.Generator:
         """Return a new generator."""
+        # Made anew at each call: a caption is parted alike whoever asks, and however often.
         return np.random.default_rng(seed_of("split", self.seed, self.epoch, self.index))
 
 
@@ -63,10 +64,12 @@ def split_tokens(count: int, mode: SplitMode, longest: int, seed: SplitSeed) -> 
         raise ValueError(f"a caption of {count} tokens has no two parts")
     generator = seed.generator()
     if mode == "prefix":
+        # Both sides get a token; the upper bound of ``integers`` is exclusive.
         cut = int(generator.integers(1, min(count - 1, longest) + 1))
         return Split(places[:cut], places[cut:])
     shuffled = generator.permutation(count)
     half = count // 2
+    # Sorted again: both parts are read in the order of the text.
     return Split(np.sort(shuffled[:half]), np.sort(shuffled[half:]))
 
 

@@ -74,6 +74,7 @@ def tower_facts(config: VlmModelConfig) -> TowerFacts:
         raise WeightsError(f"{folder}: {_CONFIG} cannot be read ({one_line(error)}); get the folder again") from error
     if loaded.model_type not in _CLASSES:
         raise WeightsError(f"{folder}: is of type {loaded.model_type}; give one of {', '.join(_CLASSES)}")
+    # A whole model has its tower's configuration inside; that of a tower's own folder is the tower's.
     vision = getattr(loaded, "vision_config", loaded)
     return TowerFacts(folder, vision, loaded.model_type, fingerprint_folder(folder, _FILES))
 
@@ -90,6 +91,7 @@ class Tower:
         self.facts = facts
         network = _CLASSES[facts.kind]
         try:
+            # Names and shapes alone, to refuse a wrong folder before a second copy of the weights is made.
             with torch.device("meta"):
                 shapes = network(facts.config).state_dict()
             tensors = _of_tower(read_all_tensors(weight_files(facts.folder, (_WEIGHTS, _INDEX))), shapes)
@@ -135,6 +137,7 @@ def pooled_count(side: int, factor: int) -> int:
 def _of_tower(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors of a tower by the names of its own class, from a whole model's file or its own."""
     own = {}
+    # A whole CLIP or BLIP-2 has hundreds of tensors beside the tower's; they are left out, not refused.
     for name, tensor in tensors.items():
         inner = name.removeprefix(_PREFIX)
         if inner in expected:

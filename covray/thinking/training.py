@@ -137,15 +137,18 @@ class AlignerTraining:
             FloatingPointError: The loss is not finite; the aligner is as it was before the step.
         """
         device = next(self._alignment.aligner.parameters()).device
+        # Counted through all epochs: a step may lie across the end of one.
         first, size = self.step * self._config.batch, self._config.batch
         batch = self._batches(captions_at(self._count, self._config.seed, range(first, first + size))).to(device)
         self._alignment.train()
         loss = self._alignment(batch).mean()
+        # Before the backward pass, so that the weights stay those of the last good step.
         if not loss.isfinite():
             raise FloatingPointError(f"step {self.step}: the loss is {float(loss)}; set a smaller learning rate")
         loss.backward()
         if self._config.clip is not None:
             nn.utils.clip_grad_norm_(self._alignment.aligner.parameters(), self._config.clip)
+        # A function of the step alone: a schedule with a state of its own would have to be saved, too.
         for group in self._optimizer.param_groups:
             group["lr"] = aligner_rate(self._config, self.step)
         self._optimizer.step()
@@ -155,6 +158,7 @@ class AlignerTraining:
 
     def state(self) -> dict[str, Any]:
         """Return what a training continues from, for ``torch.save``."""
+        # Copies: the next step changes the parameters in place.
         aligner = {name: tensor.clone() for name, tensor in self._alignment.aligner.state_dict().items()}
         return {"step": self.step, "aligner": aligner, "optimizer": self._optimizer.state_dict()}
 

@@ -64,15 +64,18 @@ class UnetPainter:
     def _draw(self, features: Sequence[Tensor]) -> NDArray[np.uint8]:
         prior, guided = self._prior, self._config.guidance > 1
         contexts = [own.to(prior.device, prior.dtype) for own in features]
+        # The unconditional half reads the empty prompt, as in the prior's own training.
         if guided:
             contexts += [prior.context[0]] * len(features)
         lengths = torch.tensor([len(own) for own in contexts], device=prior.device)
         context = nn.utils.rnn.pad_sequence(contexts, batch_first=True)
         mask = torch.arange(context.shape[1], device=prior.device) < lengths[:, None]
+        # One noise for all pictures, drawn on the CPU: a picture is the same beside others and on every device.
         generator = torch.Generator("cpu").manual_seed(self._config.seed)
         noise = torch.randn((1, *prior.latent_shape), generator=generator)
         latents = noise.to(prior.device).repeat(len(features), 1, 1, 1)
         previous = torch.zeros_like(latents)
+        # 0 is the schedule's way from noise to picture; 1 would be its inverse.
         denoise = torch.zeros(len(features), dtype=torch.int64, device=prior.device)
         for number in range(prior.schedule.evaluations):
             rows = latents.repeat(2, 1, 1, 1) if guided else latents

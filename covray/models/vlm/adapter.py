@@ -45,10 +45,12 @@ def add_adapter(vlm: Vlm, rank: int, alpha: float, targets: Sequence[str], mask:
         mask: Whether the mask's row of the embedding is trained, too.
         seed: Of A; B is zero.
     """
+    # PEFT draws A from the global generator, whose state belongs to whoever called.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(_peft_config(rank, alpha, targets, vlm.mask_id if mask else None), vlm.model)
     for name, parameter in vlm.named_parameters():
+        # In float32 whatever the model is: a step's update is below what bfloat16 can add to a weight.
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
         elif "lora_" in name:
@@ -78,6 +80,7 @@ def adapter_files(vlm: Vlm, tensors: Mapping[str, Tensor], facts: VlmFacts, bloc
     for name, tensor in tensors.items():
         stored[_PEFT + name.removeprefix(_OWN).replace(_NAME, "")] = tensor.contiguous()
     config = vlm.model.peft_config["default"].to_dict()
+    # PEFT keeps the targets as a set: JSON has none, and its order differs from process to process.
     about = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     about |= {"base_model_name_or_path": str(facts.folder), "inference_mode": True}
     files = {WEIGHTS_FILE: save(stored, {"format": "pt"})}
@@ -133,6 +136,7 @@ def load_adapter(vlm: Vlm, folder: str, rank: int, alpha: float, targets: Sequen
     add_adapter(vlm, rank, alpha, targets, blocks is not None, 0)
     parameters = {name: value for name, value in vlm.named_parameters() if value.requires_grad}
     by_file = {_PEFT + name.removeprefix(_OWN).replace(_NAME, ""): value for name, value in parameters.items()}
+    # All names and shapes first: an adapter that is half another one's would answer, wrongly.
     for name in sorted(by_file.keys() | stored.keys()):
         shapes = [list(side[name].shape) if name in side else None for side in (stored, by_file)]
         if shapes[0] != shapes[1]:
@@ -174,5 +178,6 @@ def copy_texts(source: Path, folder: Path) -> None:
     """Copy the files of tokenizer, image processor and templates that ``folder`` does not have."""
     for file in sorted(source.iterdir()):
         is_text = file.is_file() and file.suffix in (".json", ".txt", ".model", ".jinja")
+        # An index names the shards of the source, which may be cut otherwise here.
         if is_text and not (folder / file.name).exists() and not file.name.endswith(".index.json"):
             shutil.copy(file, folder / file.name)

@@ -132,6 +132,7 @@ def add_noise(sample: Sample, blocks: Blocks, levels: NoiseLevels, generator: np
     """
     places = np.arange(blocks.first(sample.prompt), len(sample.ids))
     shares = noise_levels(len(places) // blocks.size, levels.low, levels.high, generator)
+    # Whole blocks are drawn: a first block that begins within the prompt is uncovered up to the answer.
     of_block, weight = mask_blocks(shares, blocks.size, levels.weight, generator)
     return NoisySample(
         places=places,
@@ -162,6 +163,7 @@ def collate(
     next_weights = torch.zeros(len(samples), longest - 1)
     for row, (sample, scale) in enumerate(zip(samples, row_scales, strict=True)):
         ids[row, : len(sample.ids)] = torch.from_numpy(sample.ids)
+        # A token is predicted at the place before it, the answer's first by the prompt's last.
         next_weights[row, sample.prompt - 1 : sample.end - 1] = next_weight * scale
     images: dict[str, Tensor] = {}
     with_images = [sample.images for sample in samples if sample.images]
@@ -201,6 +203,7 @@ def training_mask(batch: VlmBatch) -> Tensor:
     # Without noise nothing is learned by blocks, and the model is the autoregressive one.
     context = "causal" if batch.noise is None else batch.blocks.context
     of_clean = clean_mask(clean - start, size, context) & is_token[:, None]
+    # Padding, too, must see something: softmax over no key is NaN, which the next layer would hand on.
     of_clean = of_clean | torch.eye(len(clean), dtype=torch.bool, device=device)
     if batch.noise is None:
         return of_clean[:, None]

@@ -88,6 +88,7 @@ def vlm_facts(config: VlmModelConfig) -> VlmFacts:
     if config.mask_id is not None:
         mask_id = config.mask_id
     rows = int(loaded.get_text_config().vocab_size)
+    # A row of the embedding that no token uses is free to be the mask's; without one a row is added.
     if mask_id is None:
         mask_id = known if known < rows else rows
     if not known <= mask_id <= rows:
@@ -120,7 +121,7 @@ def load_vlm(facts: VlmFacts, dtype: torch.dtype, device: torch.device) -> Loade
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
-            attn_implementation="sdpa",
+            attn_implementation="sdpa",  # flash attention takes no mask of blocks
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -136,6 +137,7 @@ def load_vlm(facts: VlmFacts, dtype: torch.dtype, device: torch.device) -> Loade
             rows[facts.mask_id] = rows[: facts.known_ids].float().mean(0).to(rows.dtype)
     model.to(device).eval()
     prompter = load_prompter(facts)
+    # A chat's turn may end with another token than the tokenizer's texts.
     stop = model.generation_config.eos_token_id
     stops = stop if isinstance(stop, list) else [stop]
     known_stops = {token for token in stops if token is not None}
@@ -152,6 +154,7 @@ def load_prompter(facts: VlmFacts) -> Prompter:
     if tokenizer.eos_token_id is None:
         raise WeightsError(f"{facts.folder}: its tokenizer has no end token; set eos_token in tokenizer_config.json")
     try:
+        # The default backend needs torchvision.
         processor = AutoImageProcessor.from_pretrained(
             facts.folder, backend="pil", trust_remote_code=False, local_files_only=True
         )
@@ -167,6 +170,7 @@ def blocks_file(mask_id: int, blocks: Blocks | None) -> bytes:
         about["trained"] = False
     else:
         about |= {"block": blocks.size, "context": blocks.context, "start": blocks.start}
+    # Absent where it is false, as in the files of before it.
     if blocks is not None and blocks.shift:
         about["shift"] = True
     return (json.dumps(about, indent=2) + "\n").encode()

@@ -40,6 +40,7 @@ def convert_vlm(config: VlmModelConfig, out: str) -> JsonObject:
     facts = vlm_facts(config)
     if (facts.folder / BLOCKS_FILE).is_file():
         raise WeightsError(f"{config.path}: has mask {facts.mask_id} already; give it to covray vlm train --model")
+    # In the type that the folder has: a conversion must not round a weight.
     stored = facts.config.dtype if isinstance(facts.config.dtype, torch.dtype) else torch.float32
     vlm = load_vlm(facts, stored, torch.device("cpu")).model
     with new_folder(Path(out)) as folder:

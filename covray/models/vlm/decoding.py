@@ -136,6 +136,7 @@ class _Writer:
     def write_tokens(self, prompts: Sequence[Prompt]) -> Iterator[Piece]:
         """Write one token a pass."""
         self._begin(prompts)
+        # With blocks of one token a row's first block begins right behind its prompt.
         rows = self._rows(self._model, prompts, Blocks(1), self._decoding.max_tokens)
         alone = torch.ones(1, 1, dtype=torch.bool, device=self._model.device)
         place = 0
@@ -186,6 +187,7 @@ class _Writer:
         place = passes = 0
         draft = torch.full((1, size), self._model.mask_id, device=device)
         while True:
+            # A place has one noise for its draft and its check, so that both choose alike from like logits.
             noise = self._noise_of(rows, place, size + 1)
             first = choose_tokens(self._model.logits(rows.last[:, None]), decoding, _part(noise, 0, 1))
             draft[:, 0], draft[:, 1:] = first[:, 0], self._model.mask_id
@@ -196,9 +198,11 @@ class _Writer:
             passes += 2
             chosen = choose_tokens(self._model.logits(hidden[:, :-1]), decoding, _part(noise, 1, size))
             agreed = int((chosen == ids[:, 1:])[0].int().cumprod(0).sum()) + 1
+            # What was read behind the last agreed token is taken back: it stood on a wrong one.
             if agreed < size:
                 rows.cache.crop(agreed - size)
                 rows.last = hidden[:, agreed - 1]
+            # This row is alone in its batch, as number 0.
             (piece,) = self._finish(rows, ids[:, :agreed], passes)
             yield replace(piece, row=number)
             if piece.is_last:
@@ -211,6 +215,7 @@ class _Writer:
         if not self._decoding.temperature:
             return
         vocabulary = self._model.model.get_output_embeddings().weight.shape[0]
+        # Seeded by the prompt's own tokens: an answer is the same in every batch.
         for number, prompt in enumerate(prompts):
             seed = seed_of("covray vlm", self._decoding.seed, *prompt.ids.tolist())
             self._noise[number] = RowNoise(seed, 0, vocabulary)
@@ -234,6 +239,7 @@ class _Writer:
         if known is not None:
             ids, masked = torch.where(known.is_known, known.ids, ids), ~known.is_known
         every = torch.ones(size, size, dtype=torch.bool, device=device)
+        # Drawn once for all passes: a place then changes its choice only with its logits.
         noise = self._noise_of(rows, first, size)
         threshold = decoding.threshold or _THRESHOLDS.get(decoding.unmask, 0.0)
         counts = [1] * size  # by entropy a pass decides by itself, and writes at least one
@@ -245,6 +251,7 @@ class _Writer:
             hidden = rows.read(self._embed(ids, known), every, keep=False)
             logits = self._model.logits(rows.predicting(hidden))
             chosen = choose_tokens(logits, decoding, noise)
+            # A token is as sure as it was probable in the distribution that it was drawn from.
             scaled = logits if noise is None else allowed(logits, decoding)
             written = choose_unmasked(scaled.softmax(-1), chosen, masked, count, decoding.unmask, threshold)
             ids = torch.where(written, chosen, ids)
@@ -278,6 +285,7 @@ class _Writer:
         for row, tokens in enumerate(ids.tolist()):
             number = rows.numbers[row]
             written = tokens if prompt_tokens is None else tokens[prompt_tokens[row] :]
+            # The last block may be longer than what is left to write.
             written = written[: self._decoding.max_tokens - self._written[number]]
             self._written[number] += len(written)
             end = next((place for place, token in enumerate(written) if token in self._vlm.stop_ids), None)

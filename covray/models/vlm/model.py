@@ -74,7 +74,7 @@ class Vlm(nn.Module):
         if not self._has_m_rope:
             return places.expand_as(ids)
         is_token = places < lengths[:, None]
-        kinds = (ids == self.image_id).int()
+        kinds = (ids == self.image_id).int()  # as transformers numbers them: 0 text, 1 pictures
         grid = images.get("image_grid_thw")
         positions: Tensor
         positions, _ = self.model.model.get_rope_index(ids, kinds, image_grid_thw=grid, attention_mask=is_token)
@@ -117,9 +117,11 @@ class Vlm(nn.Module):
         if batch.noise is not None:
             noise = batch.noise
             rows = torch.arange(len(noise.places), device=self.device)[:, None]
+            # Looked up like a token: PEFT trains this row in a layer around the embedding, not in its weight.
             mask_row = self.model.get_input_embeddings()(torch.tensor([self.mask_id], device=self.device))
             noisy = torch.where(noise.masked[..., None], mask_row, embeddings[rows, noise.places])
             embeddings = torch.cat((embeddings, noisy), 1)
+            # A noisy token stands for a clean one, at the same position.
             noisy_positions = positions.gather(-1, noise.places.expand(*positions.shape[:-1], -1))
             positions = torch.cat((positions, noisy_positions), -1)
         hidden = self.read(embeddings, positions, training_mask(batch))
@@ -134,6 +136,7 @@ class Vlm(nn.Module):
             predicted.append(self._predicting_noisy(hidden, batch, noise)[noise.masked])
             targets.append(batch.ids.gather(1, noise.places)[noise.masked])
             weights.append(noise.weights[noise.masked])
+        # Only what carries loss meets the head: logits of every place would be the largest tensor by far.
         each = F.cross_entropy(self.logits(torch.cat(predicted)), torch.cat(targets), reduction="none")
         return (each * torch.cat(weights)).sum(), each.detach()
 

@@ -86,9 +86,11 @@ class Prompter:
         pictures = [part for part in parts if not isinstance(part, str)]
         text = " ".join(part for part in parts if isinstance(part, str))
         words = self._chat(parts, number_pictures)
+        # Some templates write the start token themselves; a second one would be another prompt.
         bos = self.tokenizer.bos_token
         begins = bos is not None and words.startswith(bos)
         ids = self.tokenizer(words, add_special_tokens=not begins)["input_ids"]
+        # A placeholder in the text itself would be given the features of a picture.
         if ids.count(self._image_id) != len(pictures):
             raise ConfigError(
                 f"prompt {text[:60]!r}: has a placeholder of a picture in it; leave it out, pictures are put before "
@@ -102,6 +104,7 @@ class Prompter:
         if pictures:
             images = dict(self._image_processor([Image.fromarray(one) for one in pictures], return_tensors="pt"))
             counts = self._picture_tokens(images)
+        # Embeddings of placeholders are replaced one by one: each picture needs as many as it has features.
         expanded: list[int] = []
         remaining = iter(counts)
         for token in ids:
@@ -114,6 +117,7 @@ class Prompter:
         Raises:
             ConfigError: The answer holds a placeholder of a picture.
         """
+        # An answer goes on where the prompt ends, so it has no start token of its own.
         tokens = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
         # It would take the features of the next picture, which is another one or none.
         if self._image_id in tokens:
@@ -146,11 +150,13 @@ class Prompter:
     def _picture_tokens(self, images: dict[str, Tensor]) -> list[int]:
         """Return how many tokens each picture takes."""
         if "image_grid_thw" in images:
+            # Qwen's tower makes one token of each square of patches.
             merged = self._image_processor.merge_size**2
             return [int(grid.prod()) // merged for grid in images["image_grid_thw"]]
         vision = self._config.vision_config
         count, _, height, width = images["pixel_values"].shape
         tokens = (height // vision.patch_size) * (width // vision.patch_size) + LLAVA_TOWERS[vision.model_type]
+        # LLaVA drops the tower's first token by default, CLIP's class token.
         if self._config.vision_feature_select_strategy == "default":
             tokens -= 1
         return [tokens] * count

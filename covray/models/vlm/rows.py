@@ -69,6 +69,7 @@ class Rows:
         positions = model.positions(ids, torch.tensor(lengths, device=device), images)
         self._slots = max(starts)
         self.known = Known.of(ids, embeddings, starts, lengths, blocks.size)
+        # A first block may begin almost a whole block before its prompt ends.
         self._positions = _positions_from(positions, starts, lengths, blocks.size + tokens)
         slots = torch.arange(self._slots, device=device)
         self._is_token = slots >= self._slots - torch.tensor(starts, device=device)[:, None]  # [B, slots]
@@ -139,6 +140,7 @@ class Rows:
             padded_positions[..., row, self._slots - start :] = positions[..., row, :start]
         places = torch.arange(self._slots, device=embeddings.device) - self._slots
         mask = clean_mask(places, self._blocks.size, self._blocks.context) & self._is_token[:, None]
+        # Padding, too, must see something: softmax over no key is NaN, which the next layer would hand on.
         mask = mask | torch.eye(self._slots, dtype=torch.bool, device=mask.device)
         self.last = self._read_first(padded, padded_positions, mask)[:, -1]
 

@@ -111,6 +111,7 @@ def guess(model: Lvm, batch: Batch, positions: Tensor, codes: int) -> Tensor:
         positions: int64 [G].
         codes: Ids below this are image codes; others are never guessed.
     """
+    # Read as the dataset has them: two passes, not one for each token (Mihaylova & Martins).
     hidden = model.hidden(batch.ids, batch.lengths)[positions - 1]
     head = model.head.weight[:codes].to(hidden.dtype)
     guesses = []

@@ -74,7 +74,7 @@ class OwnFrames:
         own = self._write(chosen[worker.rank :: worker.world_size])
         sizes = [len(self._sentences.frames_at(index)) for index in chosen]
         # Every worker fills in what it wrote and leaves zeros elsewhere: the sum over the workers is all of it.
-        tokens = torch.zeros(sum(sizes), dtype=torch.int32)
+        tokens = torch.zeros(sum(sizes), dtype=torch.int32)  # collectives know no uint16
         for index, part in zip(chosen, tokens.split(sizes), strict=True):
             if index in own:
                 part.copy_(torch.from_numpy(own[index].astype(np.int32)))

@@ -142,6 +142,7 @@ class Verdicts:
         """Return the share of ``worker`` in the step that begins at query ``cursor``."""
         end = step_end(self.training, cursor, self.config)
         queries = [query_at(self.training, number, self.config.seed) for number in range(cursor, end)]
+        # One micro-batch: a comparison is two numbers, and features of a query are cached.
         own = queries[worker.rank :: worker.world_size]
         return StepBatches(
             next_cursor=end,
@@ -299,7 +300,7 @@ def query_at(queries: list[ScoredQuery], number: int, seed: int) -> ScoredQuery:
     return queries[_order(len(queries), seed, epoch)[place]]
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=2)  # a step may lie across the end of an epoch
 def _order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
     """Return the order of the queries in an epoch, int64 [count]."""
     return np.random.default_rng(seed_of(seed, "verdicts", epoch)).permutation(count)

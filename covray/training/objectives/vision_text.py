@@ -178,6 +178,7 @@ class VisionText:
                 is_vision = ".visual." in name or ".vision_tower." in name
                 parameter.requires_grad_(config.train == "full" or not is_vision)
         if config.compute.recompute:
+            # transformers recomputes in training mode only.
             self._model.train()
             self._model.model.activation_checkpointing_enable({"use_reentrant": False})
 
@@ -194,6 +195,7 @@ class VisionText:
         samples = []
         for exchange, number in list(zip(exchanges, numbers, strict=True))[worker.rank :: worker.world_size]:
             samples.append((self._sample(exchange, blocks), number))
+        # Samples of one length keep the order of the step: batches and sums follow from the step alone.
         samples.sort(key=lambda numbered: len(numbered[0].ids))
         batches: list[VlmBatch | None] = []
         for first in range(0, most * size, size):
@@ -249,6 +251,7 @@ class VisionText:
 
     def _answer_tokens(self, exchange: Exchange) -> int:
         """Return the tokens of an answer with its end, without padding."""
+        # Every worker counts all answers of a step, and the answers to questions repeat.
         known = self._lengths.get(exchange.answer)
         if known is None:
             known = self._lengths[exchange.answer] = answer_tokens(self._prompter, exchange.answer)
@@ -338,6 +341,7 @@ def count_steps(count: int, config: VlmTrainConfig) -> int:
     """Return the steps of a training on ``count`` samples: as configured, or as many as its epochs take."""
     if config.optimizer.steps is not None:
         return config.optimizer.steps
+    # The last step takes what is left of the epochs.
     return math.ceil(_end_of_epochs(count, config) / config.optimizer.batch_samples)
 
 

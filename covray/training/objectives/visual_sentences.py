@@ -196,6 +196,7 @@ def end_of_training(sentences: Sentences, config: TrainConfig) -> int:
 
 def answer_positions(batch: Batch, tokens_per_image: int) -> Tensor:
     """Return which of ``batch.positions`` predict a token of an answer, the last picture of a sentence: bool [P]."""
+    # The sentence of a position is the first that ends behind it.
     ends = torch.tensor(batch.lengths, device=batch.ids.device).cumsum(0)
     end = ends[torch.searchsorted(ends, batch.positions, right=True)]
     return batch.positions + 1 >= end - tokens_per_image
@@ -232,6 +233,7 @@ def _load_model(config: TrainConfig, facts: BackboneFacts, lora: Lora, device: t
                 start.setdefault(name, tensor)
         load_adapter_tensors(model, start)
     if config.compute.compile:
+        # Layer by layer: one graph serves all of them, and names of parameters stay as they are.
         for layer in model.layers:
             layer.compile()
     return model
