@@ -145,6 +145,10 @@ def check_pair(pair: Pair, root: str | None, rules: LabelRules) -> Pair:
     except PairError as error:
         reason, _, detail = str(error).partition(": ")
         return replace(pair, label=Picture(), meta=meta | {"error": f"{reason}: {label.uri or 'label'}: {detail}"})
+    # Columns of the list that are called so would be read as the classes of what is drawn here.
+    if pair.task == segmentation.name:
+        for key in segmentation.meta_keys:
+            meta.pop(key, None)
     meta |= known
     # A label in the user's own coding is replaced by the picture that it is drawn as.
     if not np.array_equal(drawn, shown):

@@ -16,7 +16,7 @@ from PIL import Image
 from covray.cli.pairs_lists import label_rules
 from covray.errors import ConfigError, ManifestError
 from covray.io.images import Picture, decode, load_picture
-from covray.pairs.classes import VOID
+from covray.pairs.classes import VOID, ClassesFile
 from covray.pairs.manifest import Pair
 from covray.pairs.manifest_reading import check_manifest
 from covray.pairs.user_labels import LabelRules, checked_pairs, in_order
@@ -163,6 +163,15 @@ def test_classes_that_a_row_names_are_pascal_vocs_numbers_and_colours(root: Path
         (result,) = checked(root, pair("segmentation", classes=names))
         assert np.array_equal(segmentation.read(label_of(result, root), result.meta), truth)
         assert result.meta["classes"] == names
+
+
+def test_columns_that_are_called_as_classes_are_do_not_change_them(root: Path) -> None:
+    """A list's column "void" of its own meaning would keep the first class from being scored."""
+    save(root / "b.png", np.ones((16, 24), np.uint8))
+    masks = ClassesFile.model_validate({"classes": ["soil", "road"]}).coding()
+    own = {"void": 0, "class_numbers": [7, 8], "class_colours": "red"}
+    (result,) = checked(root, pair("segmentation", lens="wide", **own), masks=masks)
+    assert result.meta == {"lens": "wide", "classes": ["soil", "road"], "label_file": "b.png"}
 
 
 def test_normals_that_are_no_directions_are_none(root: Path) -> None:
