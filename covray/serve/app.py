@@ -387,6 +387,8 @@ def _require_free(host: str, port: int) -> None:
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
+    except UnicodeError as error:  # of a name with an empty part, or too long a one
+        raise ConfigError(f"--host {host}: is no name of a host; give an address here") from error
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise ConfigError(f"--port {port}: another program listens there; give another port") from error

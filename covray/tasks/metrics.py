@@ -112,10 +112,16 @@ def added_values(
         if name.partition("/")[0] != task:
             continue
         metric = metric_registry().find(name)
-        value = metric.score(answer, label, meta)
-        if value is not None and not math.isfinite(value):
-            raise ConfigError(f"metrics: {name} returned {value}; a metric returns a finite number, or None")
-        values[metric.metric.name] = None if value is None else float(value)
+        returned = metric.score(answer, label, meta)
+        value: float | None = None
+        if returned is not None:
+            try:
+                value = float(returned)  # what computes with arrays may return a number of NumPy's or torch's
+            except (TypeError, ValueError):
+                value = math.nan
+            if not math.isfinite(value):
+                raise ConfigError(f"metrics: {name} returned {returned}; a metric returns a finite number, or None")
+        values[metric.metric.name] = value
     return values
 
 

@@ -108,6 +108,8 @@ def test_what_a_server_cannot_do_is_refused_before_it_starts(write_run: Run) -> 
         require_servable(config_of(run_folder), "secret")
     with pytest.raises(ConfigError, match="--host"):
         require_servable(config_of(run_folder, host="192.0.2.1"), "0123456789abcdef")
+    with pytest.raises(ConfigError, match=r"^--host a\.\.b: is no name of a host"):
+        require_servable(config_of(run_folder, host="a..b"), "0123456789abcdef")
     with pytest.raises(ConfigError, match="generator"):
         config_of(run_folder, "generator.adapter=other")
     with socket.socket() as taken:

@@ -13,12 +13,14 @@ from torchmetrics.functional import mean_absolute_percentage_error
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_jaccard_index
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+from covray.errors import ConfigError
 from covray.evaluation.metrics import lower_is_better
 from covray.evaluation.scores import aggregate, score
 from covray.tasks import TASKS, depth, edges, normals, pose, segmentation
 from covray.tasks.base import Score
 from covray.tasks.depth import depth_errors
 from covray.tasks.edges import THRESHOLDS, edge_counts, f_measure
+from covray.tasks.metrics import added_values
 from covray.tasks.normals import angle_figures
 from covray.tasks.pictures import ssim
 from covray.tasks.pose import pck
@@ -342,3 +344,19 @@ def test_every_metric_has_a_text_and_is_the_same_in_every_task() -> None:
         "nats_frames",
         "nats_answer",
     }
+
+
+@pytest.mark.parametrize("returned", ["much", [0.5], float("nan")])
+def test_a_plugins_metric_that_returns_no_number_is_one_line(returned: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Odd:
+        def find(self, name: str) -> Odd:
+            return self
+
+        def score(self, answer: Any, label: Any, meta: Any = None) -> Any:
+            return returned
+
+    monkeypatch.setattr("covray.tasks.metrics.metric_registry", Odd)
+    with pytest.raises(
+        ConfigError, match=r"^metrics: depth/odd returned .*; a metric returns a finite number, or None$"
+    ):
+        added_values("depth", ["depth/odd"], *[np.zeros((4, 4, 3), np.uint8)] * 2, None)
