@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,7 +21,7 @@ from covray.evaluation.records import (
     TaskSummary,
 )
 from covray.evaluation.scores import aggregate
-from covray.evaluation.statistics import mean_interval, paired_difference
+from covray.evaluation.statistics import mean_interval, paired_difference, perplexity
 from covray.evaluation.subjects import Subject
 from covray.tasks import TASKS, table_order
 from covray.tasks.base import Score
@@ -232,7 +231,7 @@ def _interval(values: Sequence[float | None], seed: int, *, exponent: bool) -> d
     mean, low, high = found.mean, found.low, found.high
     if exponent:
         # The mean of logarithms is that of a geometric mean; its bounds are logarithms, too.
-        mean, low, high = math.exp(mean), _exp(low), _exp(high)
+        mean, low, high = perplexity(mean), _exp(low), _exp(high)
     return {"mean": mean, "low": low, "high": high, "episodes": found.episodes}
 
 
@@ -284,4 +283,4 @@ def _value(row: Row, metric: str) -> float | None:
 def _exp(value: float | None) -> float | None:
     if value is None:
         return None
-    return math.exp(value)
+    return perplexity(value)

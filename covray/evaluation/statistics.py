@@ -5,6 +5,7 @@ The unit is the episode. None (or NaN) is an episode for which the metric is und
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ from numpy.typing import NDArray
 
 RESAMPLES = 10_000
 LEVEL = 0.95
+LARGEST_NATS = 700.0
+"""Nats are capped here before they become a perplexity: the exponent of more is no float."""
 _NUMBERS_AT_ONCE = 4_000_000
 """Random numbers drawn at a time: 32 MB."""
 
@@ -82,6 +85,11 @@ def paired_difference(first: Values, second: Values, seed: int = 0, resamples: i
     as_large = _as_large_by_chance(differences, seed, resamples)
     # The observed signs count as one of the draws (Phipson & Smyth 2010), so that the p value is never 0.
     return Difference(**vars(observed), p_value=(as_large + 1) / (resamples + 1))
+
+
+def perplexity(nats: float) -> float:
+    """Return the exponent of ``nats`` a token, at most that of ``LARGEST_NATS``: a model may have diverged."""
+    return math.exp(min(nats, LARGEST_NATS))
 
 
 def _as_large_by_chance(differences: NDArray[np.float64], seed: int, draws: int) -> int:

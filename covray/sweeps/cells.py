@@ -13,13 +13,11 @@ import numpy as np
 from scipy.stats import t
 
 from covray.evaluation.metrics import OWN, REFERENCE
-from covray.evaluation.statistics import LEVEL
+from covray.evaluation.statistics import LEVEL, perplexity
 from covray.sweeps.records import CellEntry, CellScore, TrialEntry, TrialScore
 
 METHODS = ("none", "linear", "diffusion", "copy", "coarse")
 """In the order of the table."""
-LARGEST_NATS = 700.0
-"""Logarithms are capped here: a bound beside a seed that diverged may be more than a float holds."""
 _LOGARITHMIC_METRICS = (OWN, REFERENCE)
 """Perplexities are averaged as logarithms."""
 
@@ -177,7 +175,7 @@ def _mean_over_seeds(metric: str, scores: Sequence[TrialScore]) -> tuple[float |
 def _exp(nats: float | None) -> float | None:
     if nats is None:
         return None
-    return math.exp(min(nats, LARGEST_NATS))
+    return perplexity(nats)  # capped: a bound beside a seed that diverged may be more than a float holds
 
 
 def _known_mean(values: Iterable[float | None]) -> float | None:

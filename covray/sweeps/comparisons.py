@@ -15,7 +15,8 @@ from typing import Literal
 
 import numpy as np
 
-from covray.sweeps.cells import LARGEST_NATS, Cell, t_interval, vary, vary_length_from_none
+from covray.evaluation.statistics import LARGEST_NATS
+from covray.sweeps.cells import Cell, t_interval, vary, vary_length_from_none
 from covray.sweeps.records import ClaimEntry, ClaimRow, Efficiency, OverallGain, Return, Verdict
 
 Pair = tuple[Cell, Cell]

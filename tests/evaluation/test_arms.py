@@ -123,3 +123,30 @@ def test_the_ratio_of_two_gains_is_what_the_one_gains_more() -> None:
     assert result.gain.low == pytest.approx(20)
     assert result.seeds == 1
     assert compare_gains((small, small_base), (arm({7: [0.1]}), large_base), IOU) is None
+
+
+def test_one_query_of_one_seed_is_no_evidence() -> None:
+    result = compare(arm({0: [0.6]}), arm({0: [0.3]}), IOU)
+    assert result is not None
+    (row,) = result.rows
+    assert (row.difference.low, row.difference.high, row.better) == (None, None, None)
+    assert result.gain is not None
+    assert result.gain.value == pytest.approx(100)
+    assert (result.gain.low, result.gain.high) == (None, None)
+    # A second task that can be resampled has its own interval; that of the mean gain stays unknown.
+    many = [joined({"segmentation": arm({0: [value]}), "depth": arm({0: [value] * 5}, "depth", "abs_rel")})
+            for value in (0.6, 0.3)]  # fmt: skip
+    both = compare(many[0], many[1], IOU | {"depth": "abs_rel"})
+    assert both is not None
+    assert both.gain is not None
+    assert [each.better for each in both.rows] == [None, False]
+    assert both.gain.low is None
+
+
+def test_a_score_that_is_not_a_number_is_undefined() -> None:
+    first, second = arm({0: [0.6, math.nan, 0.5]}), arm({0: [0.3, 0.4, 0.2]})
+    result = compare(first, second, IOU)
+    assert result is not None
+    assert result.queries == 2
+    assert result.rows[0].better is True
+    assert first.mean("segmentation", "iou") == pytest.approx(0.55)

@@ -176,6 +176,12 @@ def test_a_metric_that_is_never_defined_has_no_mean() -> None:
     assert "\ndepth,first,abs_rel,,,,0\n" in to_csv(results)
 
 
+def test_the_perplexity_of_a_diverged_model_is_a_number() -> None:
+    results = tabulate([row("first", 1, perplexity_own=2e4), row("first", 2, perplexity_own=3e4)], SUBJECTS, seed=0)
+    (score,) = results.scores
+    assert score.mean == score.high == math.exp(700)
+
+
 def test_a_task_of_which_every_episode_failed_is_still_named() -> None:
     rows = [row(subject, 1, task, error="damaged: x") for subject in ("copy", "first") for task in ("edges", "depth")]
     results = tabulate(rows, SUBJECTS, seed=0)

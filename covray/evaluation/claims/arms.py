@@ -44,7 +44,8 @@ class ArmScores:
             # Rejected rows have no values and are left out.
             for row in rows:
                 for entry in row["values"] or ():
-                    if entry["value"] is not None:
+                    # NaN is undefined, too, as in ``statistics``: a mean with it would read as a significant loss.
+                    if entry["value"] is not None and not math.isnan(entry["value"]):
                         values.setdefault((row["task"], entry["metric"]), {})[row["pair_id"]] = entry["value"]
             by_seed[seed] = values
         return cls(by_seed)
@@ -112,7 +113,7 @@ class _Resampled:
     means: NDArray[np.float64]
     """[arms]."""
     drawn: NDArray[np.float64]
-    """[resamples, arms]."""
+    """[resamples, arms]; no resamples where one query of one seed is all there is."""
     queries: int
 
 
@@ -158,7 +159,7 @@ def compare(
     gain = None
     # The mean of logarithms over tasks is the geometric mean of their ratios; so is every resample.
     if logarithms:
-        gain = _in_percent(_estimate(float(np.mean(logarithms)), np.mean(drawn_logarithms, axis=0)))
+        gain = _mean_gain(logarithms, drawn_logarithms)
     return Comparison(tuple(rows), gain, len(seeds), queries)
 
 
@@ -191,8 +192,7 @@ def compare_gains(
             drawn_logarithms.append(sign * drawn)
     if not logarithms:
         return None
-    gain = _in_percent(_estimate(float(np.mean(logarithms)), np.mean(drawn_logarithms, axis=0)))
-    return Comparison((), gain, len(seeds), queries)
+    return Comparison((), _mean_gain(logarithms, drawn_logarithms), len(seeds), queries)
 
 
 def rank_correlation(first: Mapping[int, float], second: Mapping[int, float], seed: int = 0) -> Estimate | None:
@@ -285,6 +285,9 @@ def _by_task(
         counts = _counts(generator, len(ordered), resamples)
         # [resamples, arms]; resample r weighs the seeds and, independently, the queries.
         drawn = np.einsum("rs,rsa->ra", drawn_seeds, np.einsum("rq,saq->rsa", counts, values))
+        # All resamples of a single value are that value: an interval without width would look significant.
+        if len(seeds) * len(ordered) == 1:
+            drawn = drawn[:0]
         yield task, metric, _Resampled(values.mean(axis=(0, 2)), drawn, len(ordered))
 
 
@@ -308,6 +311,13 @@ def _log_ratio(metric: str, means: NDArray[np.float64]) -> NDArray[np.float64]:
     if metric not in _LOGARITHMS:
         means = np.log(np.maximum(means, 1e-12))  # a resample may have nothing right at all
     return np.asarray(means[..., 0] - means[..., 1])
+
+
+def _mean_gain(logarithms: Sequence[float], drawn: Sequence[NDArray[np.float64]]) -> Estimate:
+    """Return the mean gain over tasks in percent, of the logarithms of their ratios and of the resampled ones."""
+    # A task that cannot be resampled leaves the spread of the mean unknown.
+    most = min(map(len, drawn))
+    return _in_percent(_estimate(float(np.mean(logarithms)), np.mean([task[:most] for task in drawn], axis=0)))
 
 
 def _estimate(value: float, drawn: NDArray[np.float64]) -> Estimate:
