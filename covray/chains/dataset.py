@@ -57,7 +57,10 @@ class ChainDataset:
         finished = 0
         if audit is not None:
             finished = audit.version
-        self.version = version or named or max(finished, 1)
+        # Compared with None: the 0 of ``FOLDER@0`` is a version that there is not, and must be refused as one.
+        if version is None:
+            version = named
+        self.version = max(finished, 1) if version is None else version
         """The version that is read."""
         if not 1 <= self.version <= len(record.pair_sets):
             raise DatasetError(f"{path}: has {len(record.pair_sets)} versions, no version {self.version}")
@@ -207,6 +210,11 @@ class ChainDataset:
         """
         if row.get("error") is not None:
             raise DatasetError(f"{self.path}: pair {row.get('pair_id')} was rejected ({row['error']}); it has no chain")
+        # Checked here, as shorter lengths need no alpha either and would pass for a chain of two.
+        if length < 2:
+            raise DatasetError(
+                f"{self.path}: a chain of {length} cannot be; ask for 2 pictures or more, both ends counted"
+            )
         # Both ends are in every row; such a chain needs no frames.
         if method == "none" or length == 2:
             return np.stack([row["source"], row["label"]])

@@ -23,7 +23,9 @@ from covray.chains.loading import Chains
 from covray.chains.sentences import Sentences
 from covray.chains.shard_rows import ShardRow, alphas_of
 from covray.config import EngineConfig, SentencesConfig, TokenizerConfig
+from covray.errors import ConfigError
 from covray.io.drawing import draw_strip, html_picture
+from covray.methods import NO_FRAMES
 from covray.models.tokenizer.vqgan import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -51,8 +53,12 @@ def load_chains(
         errors: Also rejected rows, which have no pictures.
 
     Raises:
+        ConfigError: ``tasks`` is a name in place of a list.
         DatasetError: There is no dataset, or it is unfinished.
     """
+    # A name is iterable, too: its letters would be tasks that no row has.
+    if isinstance(tasks, str):
+        raise ConfigError(f"tasks: {tasks!r} is one name; give a list of them, such as [{tasks!r}]")
     dataset = ChainDataset(os.fspath(path))
     return ChainTable(dataset, None if tasks is None else tuple(tasks), split, errors)
 
@@ -127,8 +133,16 @@ class ChainTable:
 
     @property
     def method(self) -> str:
-        """How frames are made where a call does not say: ``diffusion``, else ``linear``, else ``none``."""
-        return next(iter(self.dataset.methods), "none")  # the names are sorted
+        """How frames are made where a call does not say: ``diffusion``, else ``linear``, else the first that was built.
+
+        ``none`` where none was.
+        """
+        built = self.dataset.methods
+        # Controls such as ``copy`` come first in the alphabet; nobody means them by default.
+        for preferred in ("diffusion", "linear"):
+            if preferred in built:
+                return preferred
+        return next(iter(built), NO_FRAMES)
 
     def sentences(self, config: SentencesConfig | None = None, *, seed: int = 0) -> SentenceDataset:
         """Return visual sentences of the chains, as ``covray train`` makes them with the same settings and seed.
@@ -189,7 +203,9 @@ class ChainRow:
         Raises:
             DatasetError: Such frames were not built, or the pair was rejected.
         """
-        return self.table.dataset.chain(self.values, length or self.table.lengths[-1], method or self.table.method)
+        if length is None:
+            length = self.table.lengths[-1]
+        return self.table.dataset.chain(self.values, length, method or self.table.method)
 
     def pictures(self, length: int | None = None, method: str | None = None) -> tuple[Image.Image, ...]:
         """Return the pictures of ``tokens(length, method)``, decoded by the dataset's tokenizer."""

@@ -196,6 +196,14 @@ def test_a_description_that_says_too_little_is_refused(
         ChainDataset(out)
 
 
+def test_versions_are_counted_from_one(write_dataset: Writer) -> None:
+    out, _ = write_dataset({"depth": 3})
+    assert ChainDataset(f"{out}@1").version == 1
+    for version in (0, 2):
+        with pytest.raises(DatasetError, match=f"has 1 versions, no version {version}"):
+            ChainDataset(f"{out}@{version}")
+
+
 def test_no_dataset_and_another_version_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"no _dataset\.json"):
         ChainDataset(str(tmp_path))

@@ -15,7 +15,7 @@ from covray.chains.loading import Chains
 from covray.chains.sentences import Sentences
 from covray.chains.table import load_chains
 from covray.config import EngineConfig, SentencesConfig, TokenizerConfig
-from covray.errors import DatasetError
+from covray.errors import ConfigError, DatasetError
 from covray.io import storage
 from covray.models.tokenizer.vqgan import load_tokenizer
 from tests.support.datasets import TOKENS
@@ -41,6 +41,20 @@ def test_rows_are_those_of_the_dataset(write_dataset: WriteDataset) -> None:
     assert [row.task for row in load_chains(path, tasks=["pose"], split="val")] == ["pose"]
     with pytest.raises(IndexError, match="there are 8 rows"):
         chains[8]
+
+
+def test_controls_are_not_the_frames_that_are_meant_by_default(write_dataset: WriteDataset) -> None:
+    path, _ = write_dataset({"depth": 3}, methods=("copy", "diffusion", "linear"))
+    assert load_chains(path).method == "diffusion"
+
+
+def test_what_names_no_chains_is_refused(write_dataset: WriteDataset) -> None:
+    path, _ = write_dataset({"depth": 3})
+    with pytest.raises(ConfigError, match=r"one name; give a list of them, such as \['depth'\]"):
+        load_chains(path, tasks="depth")
+    for length in (0, 1):
+        with pytest.raises(DatasetError, match=f"a chain of {length} cannot be"):
+            load_chains(path)[0].tokens(length)
 
 
 def test_arrow_and_pandas_hold_the_same(write_dataset: WriteDataset) -> None:
