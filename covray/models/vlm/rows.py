@@ -61,7 +61,8 @@ class Rows:
         self._model, self._blocks = model, blocks
         lengths = [len(prompt.ids) for prompt in prompts]
         starts = [blocks.first(length) for length in lengths]
-        ids = torch.zeros(len(prompts), max(lengths), dtype=torch.int64, device=device)
+        # Padded with an id that is never a picture's placeholder, as all placeholders are given features.
+        ids = torch.full((len(prompts), max(lengths)), model.mask_id, dtype=torch.int64, device=device)
         for row, prompt in enumerate(prompts):
             ids[row, : lengths[row]] = torch.from_numpy(prompt.ids)
         images = _join_images(prompts, device)

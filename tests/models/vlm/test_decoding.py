@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -206,3 +207,14 @@ def test_fewer_passes_are_fewer(vlm: LoadedVlm) -> None:
 def test_what_does_not_fit_is_refused(vlm: LoadedVlm, options: Any, blocks: Blocks | None, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         decode(vlm, prompts_of(vlm)[:1], VlmDecodingConfig(**options), blocks)
+
+
+def test_padding_is_never_a_picture(vlm: LoadedVlm) -> None:
+    """Some vocabularies begin with the placeholder of pictures, where others have padding."""
+    prompts = []
+    for prompt in prompts_of(vlm):
+        prompts.append(Prompt(np.where(prompt.ids == vlm.model.image_id, 0, prompt.ids), prompt.images))
+    vlm.model.image_id = 0
+    decoding = VlmDecodingConfig(max_tokens=6)
+    together = decode(vlm, prompts, decoding, None)
+    assert together == [decode(vlm, [prompt], decoding, None)[0] for prompt in prompts]
