@@ -64,6 +64,7 @@ def generate(config: ThinkGenerateConfig) -> ThinkAnswer:
     if text is not None:
         folder.write_bytes(_TEXT_FILE, f"{text}\n".encode())
         files.append(_TEXT_FILE)
+    # Written last: a folder with a record has all the files that it names.
     record = ThinkAnswer(
         config=config.model_dump(mode="json"), fingerprints=fingerprints, text=text, files=tuple(files)
     )

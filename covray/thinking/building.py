@@ -49,6 +49,7 @@ def read_samples(config: ThinkFeaturesConfig) -> Samples:
     if config.of == "episodes":
         world = open_world(config)
         episodes = list_episodes(config, world)
+        # One schema for both kinds: shards are parted by the split, those of episodes by their task.
         rows = episodes.rename_columns({"episode": "sample", "task": "split"})
         return Samples(rows, None, fingerprint_episodes(episodes, world))
     assert config.data is not None

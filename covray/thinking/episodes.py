@@ -263,6 +263,7 @@ def open_cobsat(folder: Path) -> CobsatFolder:
         DatasetError: Pictures are missing, or the orders cannot be read.
     """
     cobsat = CobsatFolder(folder, _read_orders(folder / "load_datasets" / "prompts_list_default.json"))
+    # All are looked for, so that one message says how much of a download is missing.
     missing = []
     for theme in COBSAT:
         for detail in theme.details:
@@ -281,6 +282,7 @@ def open_cobsat(folder: Path) -> CobsatFolder:
 def _read_orders(file: Path) -> list[Order]:
     try:
         rows = json.loads(file.read_text(encoding="utf-8"))
+        # CoBSAT's own names: x is the side that words name, theta the one that must be found.
         orders = [Order(tuple(row["x_list"]), tuple(row["theta_list"])) for row in rows]
         for order in orders:
             for places in (order.named, order.hidden):

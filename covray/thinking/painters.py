@@ -102,6 +102,7 @@ class PipelinePainter(ABC):
             return_dict=False,
             **inputs,
         )[0]
+        # [1, h, w, 3] of a picture, [1, frames, h, w, 3] of a video.
         frames = np.asarray(output, np.float32)
         frames = frames.reshape(-1, *frames.shape[-3:])
         pixels: NDArray[np.uint8] = np.rint(frames.clip(0, 1) * 255).astype(np.uint8)

@@ -99,8 +99,11 @@ def plan_aligner(config: ThinkTrainConfig, width: int, features: int, *, encoder
     t5 = _t5_config(config)
     with torch.device("meta"):
         model = T5ForConditionalGeneration(t5)
+    # Nothing calls the encoder where no words are read, so that it is not kept.
     kept: list[Any] = [model.decoder, model.lm_head, *([model.encoder] if encoder else [])]
+    # By identity: a tied weight is a parameter of several parts, and stored once.
     frozen = {id(value): value.numel() for part in kept for value in part.parameters()}
+    # Two linear layers with their biases, and the weight of the norm.
     trained = t5.d_model * (width + t5.d_model + 2) + (t5.d_model if config.aligner.norm != "none" else 0)
     number_bytes = _BYTES["bfloat16" if config.compute.dtype == "auto" else config.compute.dtype]
     captions = min(config.optimizer.micro_batch, config.optimizer.batch)

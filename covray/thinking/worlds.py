@@ -182,6 +182,7 @@ def tasks_in(config: AskedEpisodes, world: World) -> list[Task]:
     for name in config.tasks or ():
         if name not in tasks:
             raise ConfigError(f"tasks: {name} is none of {', '.join(tasks)}; give one of them")
+    # In the world's order, however they are named: the same tasks are the same evaluation.
     return [task for name, task in tasks.items() if config.tasks is None or name in config.tasks]
 
 
@@ -215,6 +216,7 @@ def episode_of(tasks: Mapping[str, Task], about: Mapping[str, Any]) -> Episode:
 def fingerprint_episodes(episodes: pa.Table, world: World) -> str:
     """Return a SHA-256 (hex) of what episodes ask, and of the files of their pictures."""
     whole = hashlib.sha256(json.dumps([world.benchmark, episodes.to_pylist()]).encode())
+    # Names of CoBSAT's pictures say what they should show; copies of it differ in their bytes.
     for file in world.files():
         with file.open("rb") as opened:
             whole.update(f"{file.name}\0{hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())

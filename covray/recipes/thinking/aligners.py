@@ -117,6 +117,7 @@ def trained_aligner(
         run = Run(place.name, folder, budget.aligner_steps, seed, family.device, LEARNING_RATE)
         aligner = Aligner(train(aligner.network, loss, run), aligner.record)
     save_aligner(place, aligner)
+    # Read back, as a programme that is continued reads it.
     return load_aligner(place, family.device)
 
 
@@ -196,6 +197,7 @@ class _DiffusionLoss:
         rows = nn.utils.rnn.pad_sequence(own, batch_first=True).to(self._device)
         lengths = torch.tensor([len(features) for features in own], device=self._device)
         mask = torch.arange(rows.shape[1], device=self._device) < lengths[:, None]
+        # The painter was trained on these 1000 steps of noise.
         timesteps = torch.randint(1000, (self._batch,), generator=generator).to(self._device)
         clean = self._latents[index].to(self._device).float()
         noise = torch.randn(clean.shape, generator=generator).to(self._device)

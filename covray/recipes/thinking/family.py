@@ -49,6 +49,7 @@ class Family:
 def train_family(folder: Path, budget: Budget, threads: int, device: torch.device, seed: int) -> None:
     """Train the nano parts that ``folder`` does not have yet; a killed training continues."""
     for part in PARTS:
+        # A part's folder is renamed into place once it is whole: one that is there is trained.
         if not (folder / part).is_dir():
             train_model(part, folder, budget.steps.get(part), budget.portraits, threads, device.type, seed)
 

@@ -127,6 +127,7 @@ def make_lessons(family: Family, folder: Path, budget: Budget, seed: int) -> Les
     if not kept:
         raise ConfigError(f"{family.folder}/vlm: writes no captions; train it for more steps")
     patches = []
+    # About 64 at a time: the tower's states of all pictures at once would not fit.
     for batch in np.array_split(pictures, max(1, len(pictures) // 64)):
         patches += list(patch_features(family.tower, normed(batch).to(family.device)).cpu())
     return Lessons(whole.chosen(kept), [patches[number] for number in kept], latents[kept])
@@ -156,6 +157,7 @@ def _begin(folder: Path, about: dict[str, Any]) -> None:
     except OSError as error:
         raise ConfigError(f"--out {folder}: cannot be written ({one_line(error)}); give another folder") from error
     if file.exists():
+        # Through JSON and back, as the file was: the budget's tuples become lists.
         differing = differences(storage.read_json(str(file)), json.loads(json.dumps(about)))
         if differing:
             raise ConfigError(
