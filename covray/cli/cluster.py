@@ -91,6 +91,7 @@ def require_actors(context: typer.Context, arguments: list[str]) -> None:
     source = arguments[0] if arguments else ""
     if source not in sources:
         raise ConfigError(f"pairs {source}: no such source; give one of {', '.join(sources)}")
+    # Parsed by the command itself: its mistakes are found here, before anything is sent.
     parsed = sources[source].make_context(f"covray submit pairs {source}", arguments[1:])
     if parsed.params.get("actors") is None:
         raise ConfigError(f"pairs {source}: is made in one process; give --actors, or run it here without submit")

@@ -102,4 +102,5 @@ def _listed(values: Sequence[str], incomplete: str) -> list[str]:
     """Return what a comma-separated list becomes with each of ``values`` that its last part can be."""
     before, comma, last = incomplete.rpartition(",")
     named = before.split(",")
+    # What the list names already is not offered again.
     return [f"{before}{comma}{value}" for value in values if value.startswith(last) and value not in named]

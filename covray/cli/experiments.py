@@ -94,6 +94,7 @@ def print_claims(results: dict[str, Any], out: str, json_: bool) -> None:
 
     table = Table("claim", "equal", "gain", "95%", "verdict", box=None, pad_edge=False)
     for claim in results["claims"]:
+        # A claim whose arms have not run, or have no common scores.
         if claim["gain_percent"] is None:
             continue
         interval = "–" if claim["low"] is None else f"{claim['low']:+.1f} to {claim['high']:+.1f}"

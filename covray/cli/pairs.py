@@ -58,6 +58,7 @@ def photos(
 
     chosen = split_commas(task) or list(PHOTO_TASKS)
     pairs = photo_pairs(folder, chosen, size, shares(splits), seed, count)
+    # The total that the progress shows; None where all photographs are taken.
     write_drawn(out, root_of(folder), base, pairs, count and count * len(set(chosen)), json_, actors)
 
 
@@ -128,6 +129,7 @@ def scenes(
     from covray.tasks import TASKS
 
     chosen = split_commas(task) or list(TASKS)
+    # Asked here: the generator below would refuse it only after the manifest was begun.
     unknown = [name for name in chosen if name not in TASKS and name != CAPTION_TASK]
     if unknown:
         raise ConfigError(f"--task {unknown[0]}: no such task; the tasks are {', '.join(TASKS)}")
@@ -276,6 +278,7 @@ def _print_report(report: PairsReport, limit: int) -> None:
         table.add_row(name, str(task.pairs), str(task.usable), splits, *sizes)
     console.print(table)
     for name, task in report.tasks.items():
+        # Less than 0.05% would be shown as 0.0%.
         shares = [f"{escape(meaning)} {share:.1%}" for meaning, share in task.shares().items() if share >= 0.0005]
         ranges = [f"{quantity} {low:.4g} to {high:.4g}" for quantity, (low, high) in task.ranges.items()]
         if shares or ranges:

@@ -57,6 +57,7 @@ def made_by(pairs: Iterable[Pair], out: str, actors: int | None) -> Iterator[Ite
         return
     if not isinstance(pairs, PairWork):
         raise ConfigError("--actors: this source makes its pairs one after another; leave --actors out")
+    # Refused now, not after Ray has started.
     manifest_place(out)
     from covray.distributed.pairs import pairs_on_ray  # Ray takes seconds to import: only where it is needed
 
@@ -139,6 +140,7 @@ def _shown(pairs: Iterable[Pair], total: int | None) -> Iterator[Pair]:
         with own_display():
             yield from track(pairs, "pairs", total=total, console=Console(stderr=True))
         return
+    # In a file or a pipe a bar would be a line a step.
     with stage("making pairs") as making:
         began = time.monotonic()
         for number, pair in enumerate(pairs, start=1):

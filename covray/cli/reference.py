@@ -71,6 +71,7 @@ def _argument(parameter: Any) -> str:
 
 def _items(command: Any) -> Iterator[str]:
     """Yield a line for each argument and option of a command."""
+    # The annotations say more than the parsed options: the words of a Literal, and that a text is a path.
     types = get_type_hints(command.callback)
     for parameter in command.params:
         if getattr(parameter, "hidden", False):

@@ -94,7 +94,8 @@ def _print_sweep_plan(planned: dict[str, Any], json_: bool) -> None:
         return
     trials, total = planned["trials"], planned["total"]
     shown = {"trials": f"{len(trials):,}", "left out": f"{len(planned['left_out']):,}"}
-    shown |= {key: f"{value:,.1f}" if isinstance(value, float) else f"{value:,}" for key, value in total.items()}
+    for key, value in total.items():
+        shown[key] = f"{value:,.1f}" if isinstance(value, float) else f"{value:,}"
     if planned["builds"] is not None:
         lengths = ", ".join(map(str, planned["builds"]["lengths"]))
         shown["builds first"] = f"chains of {lengths} by {', '.join(planned['builds']['methods']) or 'no method'}"

@@ -70,6 +70,7 @@ def features(
     if json_:
         print(json.dumps(result))
         return
+    # The version is of the file, and says nothing of the features.
     shown = {key: value for key, value in result.items() if key != "version"}
     print_values(shown, False)
     where = escape(resolved.out.rstrip("/"))

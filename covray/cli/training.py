@@ -113,10 +113,13 @@ def _print_plan(planned: TrainPlan, json_: bool) -> None:
     values = {key: value for key, value in asdict(planned).items() if value is not None}
     memory = values.pop("memory")
     if json_:
+        # asdict leaves out the total, which is a property.
         totals = [part | {"total": figure.total} for part, figure in zip(memory, planned.memory, strict=True)]
         print(json.dumps(values | {"trainable_share": planned.trainable_share, "memory": totals}))
         return
-    shown = {key: f"{value:,.1f}" if isinstance(value, float) else f"{value:,}" for key, value in values.items()}
+    shown = {}
+    for key, value in values.items():
+        shown[key] = f"{value:,.1f}" if isinstance(value, float) else f"{value:,}"
     shown["trainable"] += f" ({planned.trainable_share:.2%})"
     print_values(shown, False)
     table = Table("GiB a worker", "weights", "adapter", "activations", "working", "total", box=None, pad_edge=False)
@@ -132,6 +135,7 @@ def _print_plan(planned: TrainPlan, json_: bool) -> None:
 def print_training(result: dict[str, Any], out: str) -> None:
     """Print what a training reached, and warn if no step was better than its start."""
     print_losses(result, "tokens/s")
+    # A run without a validation split has neither figure, and no warning.
     if result.get("validation_loss", 0.0) > result.get("validation_loss_before", 0.0):
         console.print(
             "[yellow]no step was better on the validation split than what training began with[/yellow]: lower "

@@ -97,6 +97,7 @@ def generate(
     parts = []
     for part in stream_answer(resolved):
         parts.append(part)
+        # JSON is one object, which waits for the end.
         if not json_:
             print(part, end="", flush=True)
     print(json.dumps({"prompt": resolved.prompt, "answer": "".join(parts)}) if json_ else "")

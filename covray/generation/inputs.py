@@ -80,8 +80,10 @@ def _encode(argument: str, value: Any) -> bytes:
         raise ConfigError(f'{argument}: is a PIL picture of mode {value.mode}; convert it, as by .convert("RGB")')
     buffer = io.BytesIO()
     try:
+        # Turned here, so that it does not matter whether the PNG keeps the orientation.
         if value.getexif().get(_ORIENTATION, 1) != 1:
             value = ImageOps.exif_transpose(value)
+        # Packed fast: it is unpacked at once.
         value.save(buffer, "PNG", compress_level=1)
     except (OSError, ValueError) as error:  # PIL reads a file's pixels only here, and they may be damaged
         raise ConfigError(f"{argument}: cannot be read ({one_line(error)}); give another picture") from error

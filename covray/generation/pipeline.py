@@ -130,6 +130,7 @@ class Pipeline:
             CovrayError: The run cannot be used, or its models are not there.
         """
         path = os.fspath(run)
+        # The run is the argument, also where a configuration names another adapter.
         config = (config or GeneratorConfig()).model_copy(update={"adapter": path})
         resolved = resolve_generator(config)
         return cls(Generator(resolved), _trained_tasks(path))

@@ -196,6 +196,7 @@ def _run_defaults(config: GeneratorConfig, run: _Trained) -> tuple[dict[str, Any
             lengths = " and ".join(map(str, chosen.lengths))
             raise ConfigError(f"--length: {config.adapter} was trained on chains of {lengths} pictures; say which")
         defaults["length"] = chosen.lengths[0]
+    # Nothing is left for the dataset to say, which may not be there any more.
     if None not in (config.tokenizer, config.prior, config.fit, config.spacing):
         return defaults, None
     tokens_per_image = None

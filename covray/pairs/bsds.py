@@ -171,6 +171,7 @@ def _draw_grey(root: str, uri: str, share: float) -> NDArray[np.uint8]:
     levels = file.samples if file.palette is None else file.colours()
     if levels.ndim == 2:
         levels = levels[..., None]
+    # Grey in three channels is taken; colours have no reading as a share of annotators.
     spread = levels.max(axis=2) - levels.min(axis=2)
     if spread.max() > (JPEG_SPREAD if file.lossy else 0):
         raise PairError("unsupported", f"{uri}: is in colour, where grey is expected, as white as an edge is sure")
@@ -190,6 +191,7 @@ def _check_mat(data: bytes) -> None:
     A header of 128 bytes is followed by elements: kind, size in bytes, content. Kind 15 is a compressed element, kind
     14 an array, which may hold arrays (MAT-File Format, MathWorks).
     """
+    # The header's last four bytes: version 1.0 and the letters MI, both in the writer's order of bytes.
     order = {b"\x00\x01IM": "<", b"\x01\x00MI": ">"}.get(data[124:128])
     if order is None:
         raise PairError("unsupported", "no MATLAB 5 file")
@@ -202,6 +204,7 @@ def _check_mat(data: bytes) -> None:
         at += 8 + len(content)
         if kind == 15:
             try:
+                # One byte more than is allowed tells enough: a bomb is never unpacked.
                 content = zlib.decompressobj().decompress(content, room + 1)
             except zlib.error as error:
                 raise PairError("damaged", f"a compressed part is broken: {error}") from error

@@ -96,6 +96,7 @@ def checked_here(manifest: str, info: ManifestInfo) -> Iterator[pa.Table]:
 
 def check_block(table: pa.Table, root: str | None) -> pa.Table:
     """Return ``CHECKED_SCHEMA`` of the manifest rows ``table``, whose URIs are below ``root``."""
+    # A pair that cannot be used is a row with its error: a block never fails.
     rows = [_checked(row, root) for row in row_dicts(table)]
     return pa.Table.from_pylist(rows, CHECKED_SCHEMA)
 
@@ -177,6 +178,7 @@ def _normals_figures(pair: LoadedPair, meta: Meta) -> LabelFigures:
     vectors = pair.label.astype(np.float32) / 127.5 - 1
     length = np.linalg.norm(vectors, axis=2)
     known = pair.label.any(axis=2)
+    # Rounding to 8 bits changes the length of a unit vector by less than 0.01.
     unusual = {"length not 1": int((known & (np.abs(length - 1) > 0.1)).sum())}
     return LabelFigures({"direction": int(known.sum()), "no direction": int((~known).sum())}, unusual)
 

@@ -284,6 +284,7 @@ def _kind_of_maps(root: str, place: str, labels: list[str]) -> str:
     A map with levels of the kind that it is not is rejected when it is drawn.
     """
     votes: Counter[str] = Counter()
+    # A sample, the same each time: COCO has 118,000 maps.
     for uri in draw(labels, None if len(labels) < _MAPS_READ else _MAPS_READ, 0):
         try:
             levels = set(np.unique(read_levels(load_picture(Picture(uri=uri), root))).tolist())
@@ -387,6 +388,7 @@ class _Images:
             error = PairError("ambiguous", f"the image has {len(users)} annotations, of the image ids {named}")
         else:
             return render
+        # Raised when the pair is made, so that it becomes a row with its reason.
         return functools.partial(_raise, error)
 
 
@@ -397,6 +399,7 @@ def _raise(error: PairError) -> NDArray[np.uint8]:
 def _read(root: str, path: str, hint: str, kind: type[T]) -> T:
     """Return the JSON file at ``path`` as ``kind``; ManifestError names the first entry that is not of the format."""
     try:
+        # Strict: "5" for 5 would otherwise pass, and a wrong file be read half.
         return TypeAdapter(kind).validate_json(as_utf8(read_file(root, path, hint)), strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]

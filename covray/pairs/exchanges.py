@@ -125,6 +125,7 @@ def _is_manifest(path: str) -> bool:
         return False
     if not path.lower().endswith(".parquet"):
         return True  # a folder
+    # A list of words may be Parquet as well; only a manifest has ids of pairs.
     with reading(path):
         filesystem, inner = storage.resolve(path)
         return "pair_id" in pq.read_schema(inner, filesystem=filesystem).names

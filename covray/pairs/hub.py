@@ -43,6 +43,7 @@ def find_dataset(name: str, split: str, subset: str | None = None, revision: str
         licence = licence or converted_licence
     if not paths:
         raise ManifestError(f"{name}: holds no Parquet files; download it, and make a list for covray pairs manifest")
+    # The addresses hold the commit: what actors read later is what was listed now.
     files = [f"hf://datasets/{name}@{commit}/{path}" for path in _chosen(name, paths, split, subset)]
     return HubDataset(name, commit, licence, tuple(files))
 
@@ -86,6 +87,7 @@ _TIMEOUT_S = 20.0
 
 def _chosen(name: str, paths: Sequence[str], split: str, subset: str | None) -> list[str]:
     """Return the files of a split. Raises ManifestError where there are none, or of several subsets."""
+    # As a whole part of the path: of train-00000-of-00002.parquet, and not of constraints.parquet.
     of_split = re.compile(rf"(^|[/_.-]){re.escape(split)}([-_./]|$)")
     chosen = [path for path in paths if of_split.search(path)]
     if not chosen and len(paths) == 1:

@@ -86,6 +86,7 @@ class Pair:
         if self.task == CAPTION_TASK and self.words is not None:
             label = self.words.caption
         for part in (self.task, picture_identity(self.image), label):
+            # Names of files need not be UTF-8: their other bytes are lone surrogates.
             encoded = part.encode("utf-8", "surrogatepass")
             digest.update(len(encoded).to_bytes(8, "big") + encoded)
         return int.from_bytes(digest.digest()[:8], "big", signed=True)
@@ -236,6 +237,7 @@ class ManifestWriter:
     def _publish(self) -> None:
         filesystem, inner = storage.resolve(self.path)
         if isinstance(filesystem, fs.LocalFileSystem):
+            # On the disk before it gets its name, so that a crash leaves the old file or a whole new one.
             with open(self._aside, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(self._aside, inner)

@@ -123,6 +123,7 @@ def read_manifest(path: str | os.PathLike[str], columns: Sequence[str]) -> Itera
     for file in files:
         with reading(file), pq.ParquetFile(file, filesystem=filesystem) as parquet:
             for batch in parquet.iter_batches(256, columns=list(columns)):
+                # Other writers have their own order of columns, large strings and dictionaries.
                 yield batch.select(list(columns)).cast(schema)
 
 
@@ -340,6 +341,7 @@ def _first_uri(name: str, file: str, filesystem: fs.FileSystem) -> str | None:
 
 def _check_unique(path: str, pair_ids: NDArray[np.int64]) -> None:
     """Refuse an id that is there twice. Raises ManifestError."""
+    # Sorted in place of a set, which for a hundred million ids would take some 10 GB.
     ordered = np.sort(pair_ids)
     repeats = ordered[1:][ordered[1:] == ordered[:-1]]
     if len(repeats):

@@ -67,6 +67,7 @@ def common_root(folders: Sequence[str]) -> str:
         scheme, separator, path = absolute(folder).rpartition("://")
         schemes.add(scheme + separator)
         paths.append(path.rstrip("/"))
+    # Buckets are the first parts of their paths: two of them have nothing in common.
     common = posixpath.commonpath(paths) if len(schemes) == 1 else ""
     if not common:
         raise ConfigError(f"{', '.join(folders)}: lie on several storages; make a manifest of each")

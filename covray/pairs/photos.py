@@ -66,6 +66,7 @@ def photo_pairs(
         ManifestError: the folder holds no photographs.
     """
     places = [os.fspath(folder)] if isinstance(folder, str | os.PathLike) else list(folder)
+    # A task that is named twice gives its pairs once.
     tasks = tuple(dict.fromkeys(tasks))
     shares = dict(SPLITS if splits is None else splits)
     unknown = ", ".join(sorted(set(tasks) - set(PHOTO_TASKS)))
@@ -125,6 +126,7 @@ def _pairs_of_photo(recipe: _Recipe, name: str, _: None) -> list[Pair]:
     identity = f"uri:{name}"
     try:
         data = load_picture(Picture(uri=name), recipe.root)
+        # By its bytes: a copy under another name belongs to the same split.
         identity = hashlib.sha256(data).hexdigest()
         photo = shrunk(decode(data), recipe.size_px)
     except PairError as error:
@@ -155,6 +157,7 @@ def shrunk(photo: NDArray[np.uint8], size_px: int) -> NDArray[np.uint8]:
 
 def split_of(identity: str, shares: dict[str, float]) -> str:
     """Return the split that a photograph belongs to, by its own hash alone."""
+    # A place between 0 and the sum of the shares, of which each split takes the next part.
     place = hash_number(f"split {identity}") / 2**256 * sum(shares.values())
     used = {split: share for split, share in shares.items() if share > 0}
     for split, share in used.items():

@@ -72,6 +72,7 @@ def labelled(task: str, split: str, root: str, entries: Mapping[str, Entry], cou
     """
     if not entries:
         raise ManifestError(f"{root}: holds no pairs of {task} for {split}")
+    # Sampled by name, before a file is opened: the same sample wherever the files lie.
     items = [(uri, entries[uri]) for uri in draw(entries, count, seed)]
     make = functools.partial(_make_pair, task, split, root)
     settings = {"task": task, "split": split, "root": root, "meta_sha256": _meta_sha256(items)}
@@ -80,6 +81,7 @@ def labelled(task: str, split: str, root: str, entries: Mapping[str, Entry], cou
 
 def _meta_sha256(items: Iterable[tuple[str, Entry]]) -> str:
     """Return a SHA-256 (hex) over the ``meta`` of the entries, which name the source and its settings."""
+    # Other options can give the same images other labels: names alone do not tell the work.
     whole = hashlib.sha256()
     for _, entry in items:
         whole.update(json.dumps(plain(entry.meta), sort_keys=True).encode())
@@ -101,6 +103,7 @@ def _pair(task: str, split: str, root: str, uri: str, entry: Entry) -> Pair:
             raise PairError("label_shape", sizes)
     except PairError as error:
         return Pair(task, split, image, Picture(), {**entry.meta, "error": str(error)})
+    # A label that lies on the disk as it is drawn is named, not copied.
     stored = Picture(uri=entry.label_uri) if entry.label_uri else Picture(bytes=encode_png(label))
     return Pair(task, split, image, stored, dict(entry.meta))
 
@@ -140,6 +143,7 @@ def path_below(folder: str, base: str) -> str:
     """
     base_storage, base_path = storage.resolve(base)
     folder_storage, folder_path = storage.resolve(folder)
+    # With a slash at both ends, since /data/a does not hold /data/ab.
     outer, inner = f"{base_path.rstrip('/')}/", f"{folder_path.rstrip('/')}/"
     if base_storage != folder_storage or not inner.startswith(outer):
         raise ConfigError(f"root: {base} does not hold {folder}")
@@ -147,10 +151,14 @@ def path_below(folder: str, base: str) -> str:
 
 
 def _moved(prefix: str, pair: Pair) -> Pair:
-    image, label = (
-        replace(picture, uri=prefix + picture.uri) if picture.uri else picture for picture in (pair.image, pair.label)
-    )
-    return replace(pair, image=image, label=label)
+    return replace(pair, image=_below(prefix, pair.image), label=_below(prefix, pair.label))
+
+
+def _below(prefix: str, picture: Picture) -> Picture:
+    """Return ``picture`` with ``prefix`` before its URI, if it has one."""
+    if not picture.uri:
+        return picture
+    return replace(picture, uri=prefix + picture.uri)
 
 
 def list_pictures(folder: str) -> list[str]:
@@ -167,6 +175,7 @@ def list_pictures(folder: str) -> list[str]:
     pictures = []
     others = Counter[str]()
     for name in names:
+        # Thumbnails, and what programs keep for themselves.
         if any(part.startswith(".") for part in name.split("/")):
             continue
         if name.lower().endswith(ENDINGS):

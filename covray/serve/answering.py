@@ -50,6 +50,7 @@ class Waiting:
     def __init__(self, query: Query):
         """Begin to wait."""
         self.query = query
+        # Set by the event loop and read by the thread that computes: a flag needs no lock.
         self.is_over = False
 
     def __enter__(self) -> Waiting:
@@ -89,6 +90,7 @@ def answer_together(generator: Generator, clients: Sequence[Waiting]) -> list[An
         with generator.checked(check):
             answers = generator.answer(first.request([client.query.picture for client in clients]))
     except CovrayError as error:
+        # One for all: what can be refused is what they share.
         return [Refusal(reason="refused", message=str(error))] * len(clients)
     responses: list[AnswerResponse | Refusal] = []
     for answer in answers:

@@ -262,6 +262,7 @@ def build_application(config: ServeConfig, adapters: Adapters, token: str | None
             pass  # they are here so that Ray Serve deploys them
 
     door = serve.deployment(
+        # Made in the door's own process: FastAPI's application cannot be pickled.
         serve.ingress(build_door)(Door),
         name="Door",
         # One process counts all requests, and refuses beyond the queue itself, with the reason.
@@ -344,6 +345,7 @@ def run(config: ServeConfig, token: str | None, ready: Callable[[str], None]) ->
                 serve.run(deployments, name=APPLICATION, logging_config={"log_level": "ERROR"})
             host = f"[{config.host}]" if ":" in config.host else config.host
             ready(f"http://{host}:{config.port}")
+            # Until a signal.
             threading.Event().wait()
         except (RuntimeError, TimeoutError) as error:
             raise ConfigError(f"no replica started ({one_line(error)}); see --debug for Ray's logs") from error
@@ -385,6 +387,7 @@ def _require_free(host: str, port: int) -> None:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
+            # As servers do: an address that a server has just left can be taken again.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except UnicodeError as error:  # of a name with an empty part, or too long a one

@@ -150,6 +150,7 @@ def _encoded(row: PairRow, root: str | None) -> GalleryPair | None:
     except (PairError, OSError):
         return None
     label = _small(pair.label, TASKS[row["task"]].resample)
+    # As text: a browser rounds whole numbers of 64 bits.
     return GalleryPair.of(str(row["pair_id"]), _small(pair.image, "bicubic"), label)
 
 

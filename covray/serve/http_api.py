@@ -129,6 +129,7 @@ def make_app(
         redoc_url=None,
     )
     if token is not None:
+        # Before any route: a path that is not there is refused alike, and tells nothing of what is.
         app.add_middleware(_RequireToken, token=token)
     elif is_loopback(config.host):
         # A page of another host, whose name leads to this machine, must not reach the server through a browser.
@@ -173,7 +174,9 @@ def _add_answers(
     async def answer(request: Request) -> Response:
         """Answer a query. With ``accept: text/event-stream`` each picture is sent as soon as it is written."""
         with slots.take() as slot:
+            # Read with the slot taken: a body that arrives slowly is memory, too.
             query = await read_query(request, config, names)
+            # From here on: the body had a limit of its own.
             deadline = asyncio.get_running_loop().time() + seconds
             if "text/event-stream" in request.headers.get("accept", ""):
                 events = await _started(answerer.stream(query), deadline, seconds)

@@ -99,6 +99,7 @@ async def read_asked(
 async def _read_body(request: Request, limits: LimitsConfig) -> bytes:
     """Return the body, of which no more than the limit is ever kept. Raises RefusedError."""
     too_large = RefusedError(413, "too_large", f"the body is larger than {limits.bytes} bytes; send smaller pictures")
+    # An announced length is refused at once; without one, or with a lie, the limit ends the reading.
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length) > limits.bytes:
         raise too_large

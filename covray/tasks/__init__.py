@@ -32,6 +32,7 @@ def load_tasks() -> Registry[Task]:
         require_attributes("task", _ATTRIBUTES),
         lambda _, task: str(task.name),
     )
+    # Now, and not when one is asked for: configurations check names of tasks as they are read.
     registry.load_all()
     return registry
 

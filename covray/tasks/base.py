@@ -139,5 +139,6 @@ def grey_png(values: NDArray[np.uint8] | NDArray[np.uint16]) -> bytes:
 def npy_file(values: NDArray[Any]) -> bytes:
     """Return ``values`` as NumPy's own file."""
     buffer = io.BytesIO()
+    # Pickles run code where they are read: an array that needs one is a mistake here.
     np.save(buffer, values, allow_pickle=False)
     return buffer.getvalue()

@@ -30,6 +30,7 @@ metrics: tuple[Metric, ...] = (
 
 def render(depth_m: NDArray[np.floating]) -> Picture:
     """Draw depth [h, w] in metres (0, NaN or infinite where there is none) as a picture [h, w, 3]."""
+    # Sensors and models write no depth as 0, NaN or infinity.
     valid = np.isfinite(depth_m) & (depth_m >= MIN_M)
     level = np.clip(np.rint(np.where(valid, depth_m, 0.0) / MAX_M * 255), 1, 255)  # 0 is kept for "none"
     return np.repeat(np.where(valid, level, 0).astype(np.uint8)[..., None], 3, axis=2)

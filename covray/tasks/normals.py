@@ -39,6 +39,7 @@ def read(picture: Picture, meta: Meta | None = None) -> NDArray[np.float32]:
     vectors = picture.astype(np.float32) / 255 * 2 - 1
     length = np.linalg.norm(vectors, axis=2, keepdims=True)
     valid = picture.any(axis=2, keepdims=True) & (length > 1e-3)
+    # The maximum only keeps zero vectors, which become zero all the same, from being divided by zero.
     return np.where(valid, vectors / np.maximum(length, 1e-3), 0).astype(np.float32)
 
 

@@ -143,6 +143,7 @@ def _questions_of_one(portrait: Portrait, visible: set[str], rng: np.random.Gene
     if "colour" in visible:
         asked.append(Question("colour", f"What colour is the {solid.thing}?", solid.colour))
         named, answer = solid.colour, "yes"
+        # Half of the answers are no, so that saying yes is worth nothing.
         if rng.random() >= 0.5:
             named, answer = _pick(rng, [colour for colour in COLOURS if colour != solid.colour]), "no"
         asked.append(Question("is", f"Is the {solid.thing} {named}?", answer))
@@ -161,6 +162,7 @@ def _questions_of_two(portrait: Portrait, visible: set[str], rng: np.random.Gene
             asked.append(Question(f"{end} colour", f"What colour is the solid on the {end}?", solid.colour))
     asked.append(Question("same object", "Are the two objects the same or different?", same[left.thing == right.thing]))
     if left.thing != right.thing:
+        # In either order, or the first name would be the answer.
         first, second = (left, right) if rng.random() < 0.5 else (right, left)
         ask = f"Which is left, the {first.thing} or the {second.thing}?"
         asked.append(Question("which is left", ask, left.thing))

@@ -107,6 +107,7 @@ def sample_portrait(rng: np.random.Generator, unseen: bool = False) -> Portrait:
         shared = str(rng.choice(["colour", "thing", "neither"], p=[0.47, 0.47, 0.06]))
     while True:
         portrait = _any_portrait(rng, shared)
+        # A test picture must show a held-out cell; of training ones a hidden cell is kept out, too.
         fits = bool(portrait.held_out_themes(visible=True)) if unseen else not portrait.held_out_themes()
         if fits:
             return portrait
@@ -237,6 +238,7 @@ def _mesh(thing: str) -> trimesh.Trimesh:
         parts = [create.torus(major_radius=0.37, minor_radius=0.13)]
         parts[0].apply_transform(trimesh.transformations.rotation_matrix(np.pi / 2, [1, 0, 0]))
     elif thing == "pyramid":
+        # trimesh has no pyramid; a cone of four sections is one.
         parts = [create.cone(radius=0.66, height=1.0, sections=4)]
         parts[0].apply_transform(trimesh.transformations.rotation_matrix(np.pi / 4 + 0.35, [0, 0, 1]))
     elif thing == "cross":

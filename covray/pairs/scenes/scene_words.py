@@ -133,6 +133,7 @@ def _questions(things: list[Seen], doing: str | None, rng: np.random.Generator) 
     if len(solids) >= 2:
         chosen = rng.choice(len(solids), 2, replace=False)
         pair = [solids[int(index)] for index in chosen]
+        # Drawn in any order: the first name need not be the answer.
         left = min(pair, key=lambda thing: thing.x)
         asked.append(Question("which is left", f"Which is left, the {pair[0].kind} or the {pair[1].kind}?", left.kind))
     return asked
