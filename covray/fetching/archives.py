@@ -95,6 +95,8 @@ class Unpacking:
             inner_path(member.name)
         except ValueError as error:
             raise FetchError(f"{file}: {one_line(error)}; nothing was unpacked of it, do not use it") from error
+        if member.bytes < 0:  # the next header would be looked for before this one, again and again
+            raise FetchError(f"{file}: {member.name} has a size below 0; nothing was unpacked of it, do not use it")
         self.total_bytes += member.bytes
         if self.total_bytes > self.limit_bytes:
             raise FetchError(f"{file}: unpacks to more than {self.limit_bytes} bytes; nothing was unpacked of it")

@@ -62,7 +62,7 @@ class Artefact(Section):
     id: str | None = None
     revision: str | None = None
     """Commit or tag of ``id``; null is the main branch at the time of the first download."""
-    files: tuple[str | tuple[str, ...], ...] = ()
+    files: tuple[InnerPath | tuple[InnerPath, ...], ...] = ()
     """Patterns of the files that covray reads; of a list of patterns, the first that any file matches."""
     sha256: dict[str, Sha256] = Field(default_factory=dict)
     """SHA-256 of files, where it is known; it is the same on any mirror."""

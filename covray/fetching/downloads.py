@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import http.client
 import os
+import ssl
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +21,8 @@ _TRIES = 4
 """Attempts in a row without a single byte, after which a download ends."""
 TIMEOUT_S = 30.0
 _CHUNK = 2**20
+_TEMPORARY = (408, 429)
+"""Status codes below 500 that another attempt may change."""
 
 
 class Unreachable(Exception):
@@ -117,7 +121,8 @@ def _pull(url: str, part: Path, show: Callable[[int, int | None], None]) -> bool
     """
     tag = _tag(part).read_text(encoding="utf-8") if _tag(part).is_file() else ""
     have = part.stat().st_size if tag and part.is_file() else 0
-    request = urllib.request.Request(url, headers={"User-Agent": "covray", "Accept-Encoding": "identity"})
+    address = urllib.parse.quote(url, safe="/%:@+,;=&$!~*()'?[]#")  # urllib takes no spaces, and ASCII only
+    request = urllib.request.Request(address, headers={"User-Agent": "covray", "Accept-Encoding": "identity"})
     if have:
         request.add_header("Range", f"bytes={have}-")
         request.add_header("If-Range", tag)
@@ -127,8 +132,8 @@ def _pull(url: str, part: Path, show: Callable[[int, int | None], None]) -> bool
             if continued and not answer.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
                 raise FetchError(f"{url}: the server sent another part than requested; delete {part}, and try again")
             have = have if continued else 0
-            length = answer.headers.get("Content-Length")
-            total = have + int(length) if length else None
+            length = answer.headers.get("Content-Length", "")
+            total = have + int(length) if length.isdecimal() else None
             etag = answer.headers.get("ETag", "")
             # A weak ETag (W/) does not promise equal bytes.
             version = etag if etag.startswith('"') else answer.headers.get("Last-Modified", "")
@@ -145,13 +150,15 @@ def _pull(url: str, part: Path, show: Callable[[int, int | None], None]) -> bool
             if not complete:
                 part.unlink()
             return complete
-        if error.code >= 500:
+        if error.code >= 500 or error.code in _TEMPORARY:
             return False
         raise FetchError(f"{url}: the server answers {error.code} ({error.reason}); get it by hand") from error
     except urllib.error.URLError as error:
         raise Unreachable(f"the server cannot be reached ({one_line(error)})") from error
-    except (http.client.HTTPException, TimeoutError, ConnectionError):
-        return False
+    except (http.client.InvalidURL, UnicodeError) as error:  # before HTTPException, which it is one of
+        raise FetchError(f"{url}: is no address ({one_line(error)}); correct it in the catalogue") from error
+    except (http.client.HTTPException, TimeoutError, ConnectionError, ssl.SSLError):
+        return False  # TLS tells of a cut connection by an error of its own
 
 
 def _tag(part: Path) -> Path:

@@ -83,7 +83,8 @@ def fetch(
         option = "--id" if revision is None else "--revision"
         raise ConfigError(f"{option}: {name} is not on the hub; leave the option out")
     folder = Path(out).expanduser() if out is not None else default_folder(name, artefact)
-    result: dict[str, Any] = {"name": name, "folder": str(folder), "next": artefact.next.format(folder=folder)}
+    following = artefact.next.replace("{folder}", str(folder))  # not format: a user's command may have other braces
+    result: dict[str, Any] = {"name": name, "folder": str(folder), "next": following}
     # What asks for a licence to be accepted is downloaded by hand, and only checked here.
     if artefact.page is not None:
         return result | _by_hand(artefact, folder)

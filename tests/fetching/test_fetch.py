@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import ssl
 import subprocess
 import sys
 import tarfile
@@ -51,7 +52,7 @@ class Hub(ThreadingHTTPServer):
         self.private = False
         self.files: dict[str, bytes] = {}
         self.cuts: dict[str, list[int]] = defaultdict(list)
-        """After so many bytes the connection breaks, by name, once each; -1: the answer is 403."""
+        """After so many bytes the connection breaks, by name, once each; -1: the answer is 403, -429: it is 429."""
         self.requests: list[tuple[str, str, str | None]] = []
         """Method, path and range of each."""
         self.tokens: set[str | None] = set()
@@ -128,6 +129,9 @@ class _Handler(BaseHTTPRequestHandler):
         cut = self.server.cuts[name].pop(0) if self.server.cuts[name] else None
         if data is None or cut == -1:
             self._answer(404 if data is None else 403, b"")
+            return
+        if cut == -429:
+            self._answer(429, b"")
             return
         headers, status, start = {"ETag": f'"{_sha(data)}"'}, 200, 0
         wanted = self.headers.get("Range")
@@ -267,6 +271,8 @@ def test_what_is_fetched_of_a_prior_is_all_that_a_prior_needs(tmp_path: Path) ->
         ({"id": "owner/model", "files": ["a"], "sha256": {"a": "b1946ac9"}}, "sha256"),
         ({"archives": [{"url": "file:///etc/passwd", "members": ["*"]}]}, "url"),
         ({"archives": [{"url": "https://example.org/a.zip", "members": ["*"], "into": "../b"}]}, "leads out"),
+        ({"page": "https://example.org", "files": ["/etc/*"]}, "leads out"),
+        ({"page": "https://example.org", "files": [["../a", "b"]]}, r"files\.0"),
     ],
 )
 def test_a_manifest_with_a_mistake_is_refused(
@@ -612,6 +618,58 @@ def test_a_connection_that_brings_nothing_is_given_up(
     assert waits == sorted(waits) != []
 
 
+def test_a_connection_that_tls_says_is_cut_is_continued(
+    hub: Hub, dataset: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    urlopen = downloads.urllib.request.urlopen
+    cuts = [ssl.SSLEOFError(8, "EOF occurred in violation of protocol")]
+
+    def cut_once(*arguments: Any, **options: Any) -> Any:
+        answer = urlopen(*arguments, **options)
+        read = answer.read
+
+        def reading(size: int) -> bytes:
+            if cuts and answer.fp is not None and answer.length < answer_bytes:
+                raise cuts.pop()
+            return bytes(read(100_000))
+
+        answer_bytes = answer.length
+        answer.read = reading
+        return answer
+
+    monkeypatch.setattr(downloads.urllib.request, "urlopen", cut_once)
+    dataset(zipped(MEMBERS))
+    fetch("it")
+    assert hub.ranges("set.zip") == [None, "bytes=100000-"]
+    assert read("data/sets")["set/b.png"] == MEMBERS["set/b.png"]
+
+
+def test_a_server_that_asks_for_patience_gets_it(
+    hub: Hub, dataset: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(downloads.time, "sleep", lambda _: None)
+    dataset(zipped(MEMBERS))
+    hub.cuts["set.zip"] = [-429]
+    fetch("it")
+    assert hub.ranges("set.zip") == [None, None]
+
+
+def test_an_address_may_hold_any_character(hub: Hub, known: Callable[..., None]) -> None:
+    hub.files["gr\u00fcn 1.zip"] = zipped(MEMBERS)
+    archive = {"url": f"{hub.url}/files/gr\u00fcn 1.zip", "members": ["set/*.png"]}
+    known(kind="dataset", folder="sets", archives=[archive])
+    fetch("it")
+    assert read("data/sets")["set/b.png"] == MEMBERS["set/b.png"]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1:port", "a..b"])
+def test_what_is_no_address_is_one_line(known: Callable[..., None], host: str) -> None:
+    known(kind="dataset", folder="sets", archives=[{"url": f"http://{host}/set.zip", "members": ["set/*.png"]}])
+    with pytest.raises(FetchError, match=rf"http://{host}/set.zip: is no address \(.*\); correct it") as error:
+        fetch("it")
+    assert "\n" not in str(error.value)
+
+
 def test_another_archive_than_the_manifests_or_the_first_is_refused(hub: Hub, dataset: Callable[..., None]) -> None:
     data = zipped(MEMBERS)
     for wrong in ({"sha256": "0" * 64}, {"bytes": len(data) + 1}):
@@ -643,6 +701,10 @@ def test_offline_an_archive_is_named_with_its_place_and_taken_from_there(
 LINK_OUT = special("set/a.png", tarfile.SYMTYPE, "../../../../escaped")
 
 
+BACKWARDS = special("set/a.png", tarfile.REGTYPE)
+BACKWARDS.size = -512
+
+
 def zip_with_link() -> bytes:
     info = zipfile.ZipInfo("set/a.png")
     info.external_attr = 0o120777 << 16
@@ -672,6 +734,7 @@ def zip_with_link() -> bytes:
         (tarred({"set/b.png": b"good"}, special("set/a.png", tarfile.CHRTYPE)), "special file"),
         (tarred({"set/b.png": b"good"}, special("set/a.png", tarfile.SYMTYPE, "b.png")), "set/a.png is a link"),
         (tarred({"set/a.png": bytes(2_000_000)}), "unpacks to more than 1000000 bytes"),
+        (tarred({"set/b.png": b"good"}, BACKWARDS), "set/a.png has a size below 0"),
         (tarred(MEMBERS)[:-2000], "cannot be unpacked"),
         (b"<html>try again</html>", "cannot be unpacked"),
     ],
@@ -759,14 +822,14 @@ def test_a_catalogue_of_ones_own_is_read_beside_covrays(hub: Hub, known: Callabl
     known(id="owner/model", files=["config.json"])
     hub.files["mine.zip"] = zipped({"mine/a.txt": b"a"})
     entry = {
-        "kind": "dataset", "licence": "mine", "size": "1 file", "next": "covray pairs manifest {folder}",
+        "kind": "dataset", "licence": "mine", "size": "1 file", "next": "covray pairs manifest {folder} {x}",
         "archives": [{"url": f"{hub.url}/files/mine.zip", "members": ["mine/*"]}],
     }  # fmt: skip
     catalogue = Path("catalogue.yaml")
     catalogue.write_text(yaml.safe_dump({"mine": entry}))
     result = fetch("mine", "out", catalogue=catalogue)
     assert Path("out", "mine", "a.txt").read_bytes() == b"a"
-    assert result["next"].endswith(" out")
+    assert result["next"].endswith(" out {x}")  # only the folder's name is filled in
     names = [artefact["name"] for artefact in list_artefacts(catalogue)]
     assert names == [*read_artefacts(), "mine"]
     for text, message in (
