@@ -10,6 +10,7 @@ the rest of a run folder.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -27,6 +28,8 @@ CHECKPOINTS = "checkpoints"
 EXPORT = "adapter"
 """The folder of the result, a copy of the files that the chosen checkpoint exports."""
 _STATE_FILE = "state.safetensors"
+_NAME = re.compile(r"step-\d{8,}")
+"""What ``checkpoint_name`` returns."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ class Checkpoints:
             OSError: The storage failed.
         """
         corrupt = []
-        for name in sorted(_folder_names(self._folder.list_files()), reverse=True):
+        for name in sorted(_checkpoint_names(self._folder.list_files()), reverse=True):
             folder = self._folder / name
             try:
                 record, tensors = _read(folder)
@@ -120,28 +123,30 @@ class Checkpoints:
 
     def _delete_others(self, state: State) -> None:
         """Keep the last checkpoints up to ``state`` and the best; delete later and incomplete ones."""
-        files = self._folder.list_files()
-        suffix = f"/{CheckpointRecord.FILE}"
-        whole = set()
-        for file in files:
-            if file.endswith(suffix):
-                whole.add(file.removesuffix(suffix))
+        files = set(self._folder.list_files())
+        names = _checkpoint_names(files)
+        whole = {name for name in names if f"{name}/{CheckpointRecord.FILE}" in files}
         newest = checkpoint_name(state.step)
         # Names sort as their steps do. Later ones are of a run that was continued from an earlier checkpoint.
         up_to_now = sorted(name for name in whole if name <= newest)
         kept = set(up_to_now[-self._keep :])
         if state.best is not None:
             kept.add(checkpoint_name(state.best.step))
-        for name in _folder_names(files) - kept:
+        for name in names - kept:
             folder = self._folder / name
             if name in whole:  # first: a kill in between must not leave half a checkpoint that counts
                 folder.delete_file(CheckpointRecord.FILE)
             folder.delete()
 
 
-def _folder_names(files: Iterable[str]) -> set[str]:
-    """Return the names of the folders that ``files`` lie in."""
-    return {file.split("/")[0] for file in files}
+def _checkpoint_names(files: Iterable[str]) -> set[str]:
+    """Return the names of the checkpoints that ``files`` lie in; what else a user keeps there is left alone."""
+    names = set()
+    for file in files:
+        name, below, _ = file.partition("/")
+        if below and _NAME.fullmatch(name):
+            names.add(name)
+    return names
 
 
 def require_same(path: str, recorded: JsonObject, current: JsonObject, *, open_matches: bool = False) -> None:

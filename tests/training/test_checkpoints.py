@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,6 +48,19 @@ def test_only_the_last_and_the_best_stay_and_later_ones_go(tiny_config: Callable
     assert checkpoints_of(config).read_last()[1] == ["step-00000008"]
     checkpoints_of(config).write(state(7, best=2), {})  # as a run that continued from 6
     assert sorted(entry.name[-1] for entry in folder.iterdir()) == ["2", "6", "7"]
+
+
+def test_what_else_lies_beside_checkpoints_is_left_alone(tiny_config: Callable[..., TrainConfig]) -> None:
+    config = tiny_config(checkpoints__keep=1)
+    checkpoints_of(config).write(state(2), {})
+    folder = Path(config.out, "checkpoints")
+    shutil.copytree(folder / "step-00000002", folder / "step-00000002.good")
+    (folder / ".DS_Store").write_bytes(b"a file manager's")
+    checkpoints_of(config).write(state(4), {})
+    assert sorted(entry.name for entry in folder.iterdir()) == [".DS_Store", "step-00000002.good", "step-00000004"]
+    read, corrupt = checkpoints_of(config).read_last()
+    assert read is not None
+    assert (read.step, corrupt) == (4, [])
 
 
 def test_a_checkpoint_of_another_configuration_is_refused_with_what_differs(
