@@ -56,8 +56,8 @@ def ray_session(variables: Mapping[str, str] | None = None) -> Iterator[int]:
     # Ray's own reports go to its log folder; covray itself says what concerns the user.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    address = os.environ.get("RAY_ADDRESS")
-    if address:
+    address = cluster_address()
+    if address is not None:
         try:
             with stage(f"connecting to the Ray cluster at {address}"):
                 _require_answer(address)
@@ -88,6 +88,15 @@ def ray_session(variables: Mapping[str, str] | None = None) -> Iterator[int]:
         yield cores
     finally:
         ray.shutdown()
+
+
+def cluster_address() -> str | None:
+    """Return the cluster that RAY_ADDRESS names; None where a Ray of our own is started."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    # By ``local`` Ray, too, means one of its own; ours has more CPUs than cores, see READING_CPUS.
+    if address in ("", "local"):
+        return None
+    return address
 
 
 def _start_patiently(cores: int) -> None:
@@ -133,7 +142,7 @@ def _require_answer(address: str) -> None:
         return
     try:
         socket.create_connection((host.strip("[]"), int(port)), _CONNECT_PATIENCE_S).close()
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the second: a host's name with an empty or endless part
         raise ConfigError(
             f"RAY_ADDRESS={address}: nothing listens there ({one_line(error)}); start the cluster, or unset RAY_ADDRESS"
         ) from error

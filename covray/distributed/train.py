@@ -29,7 +29,7 @@ from covray.distributed.control import ControlActor
 from covray.distributed.interrupts import GracefulStop
 from covray.distributed.pool import on
 from covray.distributed.resumable import Output
-from covray.distributed.session import here, ray_session
+from covray.distributed.session import cluster_address, here, ray_session
 from covray.distributed.trackers.together import RunTrackers
 from covray.distributed.train_checks import C, CheckedRun, absolute_paths, binding_record, check, open_run
 from covray.distributed.train_progress import TrainProgress
@@ -254,7 +254,7 @@ def resolve_compute(config: C, cores: int, choose_stage: Callable[[C, int | None
 
 def _require_resources(config: AnyTrainConfig, gpus: float) -> None:
     """Refuse more workers, of ``gpus`` each, than this machine holds; a cluster may still grow. Raises ConfigError."""
-    if "RAY_ADDRESS" in os.environ:
+    if cluster_address() is not None:
         return
     workers, resources = config.workers, ray.cluster_resources()
     for name, each in (("CPU", workers.cpus), ("GPU", gpus)):

@@ -5,9 +5,9 @@ A check never ends the command: a check that fails is a finding. Nothing is down
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 
+from covray.distributed.session import cluster_address
 from covray.doctor import machine, models, ray, storage
 from covray.doctor.findings import EXPECTED_ERRORS, Finding, error_finding
 
@@ -25,7 +25,7 @@ def examine(path: str = ".", prior: str = "nano", tokenizer: str = "nano", backb
     Yields:
         The findings, as they are made.
     """
-    address = os.environ.get("RAY_ADDRESS")
+    address = cluster_address()
     checks: dict[str, Callable[[], Sequence[Finding]]] = {
         "packages": machine.check_packages,
         "processor": machine.check_processor,
@@ -37,7 +37,7 @@ def examine(path: str = ".", prior: str = "nano", tokenizer: str = "nano", backb
         "token": ray.check_token,
     }
     # A cluster has its ports already; a machine without one may become a head.
-    if address and address != "local":
+    if address is not None:
         checks["cluster"] = lambda: ray.check_cluster(address)
     else:
         checks["ports"] = ray.check_ports

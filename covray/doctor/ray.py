@@ -18,7 +18,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from covray.distributed.session import ray_session
+from covray.distributed.session import cluster_address, ray_session
 from covray.doctor.findings import FULL, GIB, Finding, clock_skew, error_finding, first_line, skew_status
 from covray.doctor.machine import memory_bytes
 from covray.doctor.storage import nearest_existing
@@ -97,7 +97,7 @@ def check_token() -> list[Finding]:
     """Check whether Ray's token is there, and who can read it. The token itself is never read."""
     # Ray looks for its token in this order: a variable, the file that a variable names, a file in the home folder.
     mode = os.environ.get("RAY_AUTH_MODE", "").lower()
-    cluster = bool(os.environ.get("RAY_ADDRESS"))
+    cluster = cluster_address() is not None
     if mode and mode != "token":
         message = f"RAY_AUTH_MODE={mode}: everyone who reaches a port of Ray can run code"
         advice = "unset RAY_AUTH_MODE, or set it to token"

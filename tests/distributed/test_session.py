@@ -16,8 +16,10 @@ from ray._private.ray_constants import PROCESS_TYPE_GCS_SERVER
 from ray._private.services import ProcessInfo
 from ray.exceptions import AuthenticationError
 
+from covray.config import TrainConfig, load_config
 from covray.distributed.dashboard import VARIABLE
-from covray.distributed.session import ray_session
+from covray.distributed.session import READING_CPUS, ray_session
+from covray.distributed.train import resolve_compute
 from covray.errors import ConfigError
 
 ADVICE = ". Ensure that the token is available.\nSee: its page"
@@ -61,6 +63,27 @@ def test_a_dead_address_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("RAY_ADDRESS", dead)
     with pytest.raises(ConfigError, match=f"{dead}: nothing listens there"), ray_session():
         raise AssertionError("Ray itself would have asked for half a minute")
+
+
+def test_an_address_that_is_no_host_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "head..example.org:6379")
+    with pytest.raises(ConfigError, match=r"head\.\.example\.org:6379: nothing listens there \(.*idna") as caught:
+        ray_session().__enter__()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("address", ["", "local"])
+def test_an_address_that_names_no_cluster_is_a_ray_of_our_own(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    started: list[dict[str, object]] = []
+    monkeypatch.setattr(ray, "init", lambda **options: started.append(options))
+    with ray_session() as cores:
+        assert started[0]["num_cpus"] == cores + READING_CPUS
+    # Nobody will bring further nodes: what does not fit now never will.
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    config = load_config(TrainConfig, None, {"data": "chains", "out": "run", "workers.count": 3})
+    with pytest.raises(ConfigError, match="3 workers of 1 CPU do not fit in 2"):
+        resolve_compute(config, 2, lambda *_: "none")
 
 
 def test_a_ray_that_is_late_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
