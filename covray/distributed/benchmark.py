@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import datetime
 import itertools
+import os
 import platform
 import time
 from collections.abc import Sequence
@@ -319,16 +320,14 @@ def _mean(values: Sequence[float]) -> float:
 
 def hardware() -> str:
     """Return processor, cores and GPU of this machine."""
-    names = []
-    file = Path("/proc/cpuinfo")  # on Linux; it has a line for each core
+    processor = platform.processor() or platform.machine()
+    file = Path("/proc/cpuinfo")  # on Linux; on ARM it has no names, and must not count the cores
     if file.exists():
         for line in file.read_text().splitlines():
             if line.startswith("model name"):
-                names.append(line.split(":")[1].strip())
-    processor = platform.processor()
-    if names:
-        processor = names[0]
-    text = f"{processor}, {len(names) or 1} cores"
+                processor = line.split(":")[1].strip()
+                break
+    text = f"{processor}, {os.cpu_count() or 1} cores"
     if torch.cuda.is_available():
         text += f", {torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     return text

@@ -39,7 +39,7 @@ from covray.distributed.pool import (
 from covray.distributed.progress import start_progress_actor
 from covray.distributed.resumable import Output
 from covray.distributed.session import ray_session
-from covray.errors import ManifestError
+from covray.errors import ManifestError, one_line
 from covray.io.storage import Folder, absolute
 from covray.pairs.manifest import MANIFEST_SCHEMA, Pair, manifest_row, pair_of_row
 from covray.pairs.records import PairsRecord
@@ -240,4 +240,5 @@ def _read_part(folder: Folder, name: str, columns: list[str]) -> pa.Table:
         path = (folder / PARTS).inner_path(name)
         return pq.ParquetFile(path, filesystem=folder.filesystem).read(columns)
     except (OSError, pa.ArrowException) as error:
-        raise ManifestError(f"{folder.join(PARTS, name)}: cannot be read ({error}); {PairsRecord.FIX}") from error
+        part = folder.join(PARTS, name)
+        raise ManifestError(f"{part}: cannot be read ({one_line(error)}); {PairsRecord.FIX}") from error

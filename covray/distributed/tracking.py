@@ -307,7 +307,8 @@ def _environment(**changes: str) -> Iterator[None]:
 
 def _shown(text: str) -> str:
     """Return ``text`` without the password that a URI in it may carry."""
-    return re.sub(r"(://[^:/@\s]*:)[^@/\s]*@", r"\1***@", text)
+    # Up to the last @ before a slash: passwords hold @, too, though they should not.
+    return re.sub(r"(://[^:/@\s]*:)[^/\s]*@", r"\1***@", text)
 
 
 def _line(error: BaseException) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from covray.config import BuildConfig, PlanConfig, TrainConfig, load_config
+from covray.distributed import benchmark
 from covray.distributed.benchmark import build_rates, calibrate, train_rates
 from covray.distributed.progress import BlockReport, ProgressActor
 from covray.errors import ConfigError, CovrayError
@@ -129,3 +131,18 @@ def test_what_could_lose_the_measurements_is_found_before_the_first_build(
         calibrate(PlanConfig(steps=("build", "train"), train=train), out)
     assert "\n" not in str(error.value)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder"]
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "processor"),
+    [("model name\t: A Chip @ 2GHz\nmodel name\t: A Chip @ 2GHz\n", "A Chip @ 2GHz"), ("processor\t: 0\n", "arm64")],
+)
+def test_hardware_has_its_cores_also_where_they_have_no_names(
+    monkeypatch: pytest.MonkeyPatch, cpuinfo: str, processor: str
+) -> None:
+    file = SimpleNamespace(exists=lambda: True, read_text=lambda: cpuinfo)
+    monkeypatch.setattr(benchmark, "Path", lambda _: file)
+    monkeypatch.setattr(benchmark.platform, "processor", lambda: "")
+    monkeypatch.setattr(benchmark.platform, "machine", lambda: "arm64")
+    monkeypatch.setattr(benchmark.os, "cpu_count", lambda: 64)
+    assert benchmark.hardware().startswith(f"{processor}, 64 cores")

@@ -93,6 +93,7 @@ def test_without_mlflow_a_store_is_refused_in_one_line_and_no_tracking_is_not(mo
     ("uri", "said"),
     [
         ("http://user:secret@127.0.0.1:9", "Connection refused"),
+        ("http://user:se@secret@127.0.0.1:9", "Connection refused"),
         ("http://nosuchhost.invalid", "resolve"),
         ("gopher://x", "unsupported URI"),
         ("mlruns", "maintenance"),
