@@ -27,7 +27,7 @@ from covray.models.vlm.adapter import WEIGHTS_FILE, adapter_blocks, load_adapter
 from covray.models.vlm.batch import Blocks
 from covray.models.vlm.checkpoint import LoadedVlm, VlmFacts, load_vlm, vlm_facts
 from covray.models.vlm.decoding import Answer, decode, decoding_blocks, stream
-from covray.models.vlm.prompts import Prompt
+from covray.models.vlm.prompts import Prompt, require_proportions
 from covray.training.checkpoints import EXPORT
 from covray.training.records import RunRecord, TrainResult
 
@@ -159,7 +159,9 @@ def _read_run(run: str) -> tuple[VlmTrainConfig, str]:
 
 def _read_picture(path: str) -> NDArray[np.uint8]:
     try:
-        return decode_picture(Path(path).expanduser().read_bytes())
+        picture = decode_picture(Path(path).expanduser().read_bytes())
+        require_proportions(picture)
+        return picture
     except OSError as error:
         raise ConfigError(f"--image {path}: cannot be read ({one_line(error)})") from error
     except PairError as error:

@@ -9,7 +9,7 @@ from covray.config import EngineConfig
 from covray.config.serve import ThinkServeConfig
 from covray.config.think import LanguageModelConfig, PainterConfig, ThinkModelsConfig
 from covray.config.vlm import VlmModelConfig
-from covray.errors import CovrayError
+from covray.errors import CovrayError, PairError
 from covray.io.images import encode_png
 from covray.io.pixels import Picture
 from covray.serve.schemas import Refusal, ThoughtResponse
@@ -81,5 +81,7 @@ class ThoughtModels:
         # A query can ask what only the models themselves refuse, such as more features than a video reads.
         except CovrayError as error:
             return Refusal(reason="refused", message=str(error))
+        except PairError as error:
+            return Refusal(reason=error.reason, message=str(error))
         pictures = tuple(base64.b64encode(encode_png(frame)).decode() for frame in frames)
         return ThoughtResponse(text=text, pictures=pictures)

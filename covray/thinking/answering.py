@@ -15,7 +15,7 @@ from covray.io import storage
 from covray.io.images import decode, encode_png
 from covray.io.storage import Folder
 from covray.models.aligner.aligner import Aligner
-from covray.models.vlm.prompts import Prompt, Prompter
+from covray.models.vlm.prompts import Prompt, Prompter, require_proportions
 from covray.thinking.episodes import word_texts
 from covray.thinking.records import ThinkAnswer
 from covray.thinking.thinker import AlignerFolder, Thinker, open_aligner, require_models
@@ -108,6 +108,7 @@ def read_pictures(files: Sequence[str]) -> list[NDArray[np.uint8]]:
     for file in files:
         try:
             pictures.append(decode(storage.read_bytes(file)))
+            require_proportions(pictures[-1])
         except OSError as error:
             raise ConfigError(f"--image {file}: cannot be read; give a picture file") from error
         except PairError as error:

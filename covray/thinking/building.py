@@ -141,12 +141,12 @@ class FeatureBuilder:
             if self._config.of == "episodes":
                 return row | self._thought(self._asked(sample))
             picture = decode(load_picture(Picture(sample["uri"], sample["bytes"]), self._root))
+            if self._tower is not None:
+                features = self._tower.features([picture], self._config.patches)[0]
+                return row | _with_features({"text": sample["caption"]}, features)
+            return row | self._thought(self._instructed(sample["sample"], picture))
         except PairError as error:
             return row | {"error": error.reason}
-        if self._tower is not None:
-            features = self._tower.features([picture], self._config.patches)[0]
-            return row | _with_features({"text": sample["caption"]}, features)
-        return row | self._thought(self._instructed(sample["sample"], picture))
 
     def _asked(self, about: Mapping[str, Any]) -> Prompt:
         """Return the prompt of an episode. Raises PairError for a picture that cannot be used."""

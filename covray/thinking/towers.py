@@ -19,6 +19,7 @@ from covray.config.vlm import VlmModelConfig
 from covray.errors import ConfigError, WeightsError, one_line
 from covray.io.model_folders import fingerprint_folder, require_files, resolve_folder
 from covray.io.tensor_files import read_all_tensors, require_tensors, weight_files
+from covray.models.vlm.prompts import require_proportions
 from covray.thinking.features import patch_features
 
 _CONFIG = "config.json"
@@ -113,7 +114,12 @@ class Tower:
         Args:
             pictures: uint8 [h, w, 3] each.
             factor: How many times smaller the grid of patches is made, on each side.
+
+        Raises:
+            PairError: See ``require_proportions``.
         """
+        for picture in pictures:
+            require_proportions(picture)
         images = [Image.fromarray(picture) for picture in pictures]
         pixels = self._processor(images, return_tensors="pt")["pixel_values"]
         return patch_features(self._model, pixels.to(self._device, self._dtype), factor)

@@ -7,12 +7,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 from covray.config.vlm import VlmGenerateConfig, VlmSourceConfig, VlmTrainConfig
-from covray.errors import WeightsError
+from covray.errors import ConfigError, WeightsError
 from covray.generation import vision_text
 from covray.models.vlm.decoding import Piece
 from tests.support.vlm_trainings import trained
+from tests.support.vlms import picture
 
 
 @pytest.mark.parametrize(
@@ -40,3 +42,10 @@ def test_a_run_without_its_adapter_is_refused_in_one_line(vlm_config: Callable[.
     Path(run, "adapter", "adapter_model.safetensors").unlink()
     with pytest.raises(WeightsError, match=r"adapter: cannot be read .*; restore it"):
         vision_text.answerer_facts(VlmSourceConfig(run=run))
+
+
+def test_a_strip_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
+    Image.fromarray(picture(0, 2, 500)).save(tmp_path / "strip.png")
+    config = VlmGenerateConfig(model="absent", prompt="what", images=(str(tmp_path / "strip.png"),))
+    with pytest.raises(ConfigError, match=r"--image .*strip.png: unsupported: 500x2 px"):
+        next(vision_text.stream_answer(config))

@@ -75,6 +75,15 @@ def test_a_thought_is_what_think_generate_writes(
     assert [base64.b64decode(one) for one in response.pictures] == [expected]
 
 
+@pytest.mark.parametrize("variant", ["lvlm", "clip"])
+def test_a_strip_is_a_refusal_and_is_not_scaled_up(variant: str, parts: Parts) -> None:
+    models = ThoughtModels(open_parts(think(parts(variant)), ENGINE))
+    refused = models.think(ThoughtQuery((picture(0, 2, 500),), prompt="what is it"))
+    assert isinstance(refused, Refusal)
+    assert refused.reason == "unsupported"
+    assert refused.message.endswith("500x2 px; vision models read pictures up to 200 times as long as wide")
+
+
 def test_what_a_model_refuses_is_a_refusal(parts: Parts) -> None:
     models = ThoughtModels(open_parts(think(parts("lvlm")), ENGINE))
     prompter = models._thinker.vlm.prompter  # type: ignore[union-attr]

@@ -19,7 +19,7 @@ from covray.config.think import ThinkFeaturesConfig, ThinkGenerateConfig, ThinkT
 from covray.errors import ConfigError, CovrayError, DatasetError, WeightsError
 from covray.io.images import decode
 from covray.models.aligner.aligner import load_aligner
-from covray.thinking.answering import generate
+from covray.thinking.answering import generate, read_pictures
 from covray.thinking.objective import train_aligner
 from covray.thinking.painters import load_painter
 from tests.support.thinking import write_features, write_painter
@@ -187,3 +187,9 @@ def test_an_aligner_of_another_covray_is_refused_in_one_line(make: Make, runs: d
     with pytest.raises(WeightsError, match=r"aligner\.json: describes its models in another way than this") as error:
         generate(make(run=str(folder), prompt="what"))
     assert "\n" not in str(error.value)
+
+
+def test_a_strip_is_refused(tmp_path: Path) -> None:
+    Image.fromarray(picture(0, 2, 500)).save(tmp_path / "strip.png")
+    with pytest.raises(ConfigError, match=r"--image .*strip.png: unsupported: 500x2 px; .*; give another picture"):
+        read_pictures([str(tmp_path / "strip.png")])

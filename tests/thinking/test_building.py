@@ -12,10 +12,10 @@ import torch
 
 from covray.config.think import ThinkFeaturesConfig
 from covray.errors import ConfigError, DatasetError
-from covray.io.images import decode
+from covray.io.images import decode, encode_png
 from covray.models.vlm.checkpoint import load_vlm, vlm_facts
 from covray.thinking.building import FeatureBuilder, facts_of, feature_width, read_samples
-from covray.thinking.dataset import SHARDS, FeatureDataset, unpack
+from covray.thinking.dataset import SAMPLE_SCHEMA, SHARDS, FeatureDataset, unpack
 from covray.thinking.features import think
 from tests.support.thinking import PICTURES, write_features
 from tests.support.vlms import picture
@@ -133,3 +133,12 @@ def test_features_that_a_shard_cannot_hold_are_a_row_with_its_reason(
     monkeypatch.setattr(builder._tower, "features", lambda *_: torch.full((1, 5, 16), value))
     (row,) = builder.build(samples.rows.slice(1, 1)).to_pylist()
     assert (row["error"], row["features"], row["count"]) == ("not_finite", None, 0)
+
+
+@pytest.mark.parametrize("variant", ["lvlm", "clip"])
+def test_a_strip_is_a_row_with_its_reason(variant: str, features_config: Callable[..., ThinkFeaturesConfig]) -> None:
+    config = features_config(variant=variant)
+    (sample,) = read_samples(config).rows.slice(1, 1).to_pylist()
+    strip = sample | {"bytes": encode_png(picture(0, 2, 500))}
+    (row,) = FeatureBuilder(config, None).build(pa.Table.from_pylist([strip], SAMPLE_SCHEMA)).to_pylist()
+    assert (row["error"], row["features"]) == ("unsupported", None)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 from covray.config.vlm import VlmDecodingConfig, VlmModelConfig, VlmTrainConfig
@@ -24,6 +25,7 @@ from covray.training.run import train
 from covray.training.worker import Signal, WorkerContext
 from tests.support.trainings import curve
 from tests.support.vlm_trainings import STEPS
+from tests.support.vlms import picture
 
 CPU = torch.device("cpu")
 
@@ -151,6 +153,9 @@ def test_a_bad_picture_is_named(vlm_config: Callable[..., VlmTrainConfig], tmp_p
     (tmp_path / "list.csv").write_text("image,caption\nabsent.png,a ball\n")
     config = vlm_config(data=str(tmp_path / "list.csv"), texts__validation_split=None)
     with pytest.raises(ManifestError, match=r"absent\.png"):
+        VisionText(config, CPU)
+    Image.fromarray(picture(0, 2, 500)).save(tmp_path / "absent.png")
+    with pytest.raises(ManifestError, match=r"500x2 px; .*; correct or remove its row"):
         VisionText(config, CPU)
 
 

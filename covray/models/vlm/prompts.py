@@ -15,10 +15,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from covray.errors import ConfigError
+from covray.errors import ConfigError, PairError
 
 LLAVA_TOWERS = {"clip_vision_model": 1, "siglip_vision_model": 0}
 """Vision towers of LLaVA, and their tokens that are no patch of the picture."""
+
+
+_LONGEST = 200
+"""How many times as long as wide a picture may be; Qwen's image processor refuses more."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ class Prompter:
 
         Raises:
             ConfigError: The text holds a placeholder of a picture, or nothing is asked.
+            PairError: See ``require_proportions``.
         """
         return self.turn([*pictures, text])
 
@@ -82,6 +87,7 @@ class Prompter:
 
         Raises:
             ConfigError: A text holds a placeholder of a picture, or there is not one token.
+            PairError: See ``require_proportions``.
         """
         pictures = [part for part in parts if not isinstance(part, str)]
         text = " ".join(part for part in parts if isinstance(part, str))
@@ -101,6 +107,8 @@ class Prompter:
             raise ConfigError("prompt: is empty, and the model has no chat template to put around it; write a prompt")
         images: dict[str, Tensor] = {}
         counts: list[int] = []
+        for picture in pictures:
+            require_proportions(picture)
         if pictures:
             images = dict(self._image_processor([Image.fromarray(one) for one in pictures], return_tensors="pt"))
             counts = self._picture_tokens(images)
@@ -160,6 +168,19 @@ class Prompter:
         if self._config.vision_feature_select_strategy == "default":
             tokens -= 1
         return [tokens] * count
+
+
+def require_proportions(picture: NDArray[np.uint8]) -> None:
+    """Refuse a picture that is far longer than wide. Raises PairError (``unsupported``).
+
+    Image processors scale its shorter side up to that of a tower: a small file of 2 x 8,000,000 pixels would take
+    hundreds of gigabytes.
+    """
+    height, width = picture.shape[:2]
+    if max(height, width) > _LONGEST * min(height, width):
+        raise PairError(
+            "unsupported", f"{width}x{height} px; vision models read pictures up to {_LONGEST} times as long as wide"
+        )
 
 
 def pad_to_block(sample: Sample, padding: int) -> Sample:

@@ -25,7 +25,7 @@ from covray.io.images import Picture, decode, load_picture
 from covray.models.vlm.adapter import adapter_files, add_adapter, model_files
 from covray.models.vlm.batch import Blocks, NoiseLevels, VlmBatch, add_noise, collate
 from covray.models.vlm.checkpoint import load_vlm, vlm_facts
-from covray.models.vlm.prompts import Prompter, Sample, pad_to_block
+from covray.models.vlm.prompts import Prompter, Sample, pad_to_block, require_proportions
 from covray.pairs.exchanges import Exchange, Exchanges, read_exchanges
 from covray.seeds import seed_of
 from covray.training.objectives.base import Loss, StepBatches, perplexity
@@ -321,7 +321,9 @@ def parts_of(exchange: Exchange, root: str | None, instruction: str) -> list[str
 
 def _pixels(picture: Picture, root: str | None) -> np.ndarray:
     try:
-        return decode(load_picture(picture, root))
+        pixels = decode(load_picture(picture, root))
+        require_proportions(pixels)
+        return pixels
     except PairError as error:
         raise ManifestError(f"a picture of the data cannot be used: {error}; correct or remove its row") from error
 

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from covray.config.vlm import VlmModelConfig
-from covray.errors import ConfigError, WeightsError
+from covray.errors import ConfigError, PairError, WeightsError
 from covray.models.vlm.batch import Blocks
 from covray.models.vlm.checkpoint import BLOCKS_FILE, LoadedVlm, blocks_file, load_prompter, load_vlm, vlm_facts
 from covray.models.vlm.convert import convert_vlm
@@ -147,3 +147,10 @@ def test_a_prompt_of_no_token_is_refused(vlm: LoadedVlm) -> None:
     with pytest.raises(ConfigError, match="prompt: is empty"):
         vlm.prompter.prompt([], "")
     assert len(vlm.prompter.prompt([picture(0)], "").ids) > 1
+
+
+def test_a_strip_is_refused_before_it_is_scaled_up(vlm: LoadedVlm) -> None:
+    vlm.prompter.prompt([picture(0, 2, 400)], "what is it")
+    for height, width in ((2, 401), (401, 2)):
+        with pytest.raises(PairError, match=f"unsupported: {width}x{height} px; .* up to 200 times as long as wide"):
+            vlm.prompter.prompt([picture(0, height, width)], "what is it")
