@@ -41,7 +41,8 @@ def named_run(entry: str) -> tuple[str, str]:
     A "=" below a folder belongs to the path, such as in ``runs/lr=0.1``.
     """
     name, separator, run = entry.partition("=")
-    if separator and "/" not in name:
+    # A row of a table must have a name: "=RUN" is a path that is not there, and refused as one.
+    if separator and name and "/" not in name:
         return name, run
     return entry.rstrip("/").rpartition("/")[2], entry
 

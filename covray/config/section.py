@@ -72,7 +72,7 @@ def load_config(
             raise ConfigError(f"--config {file}: holds {type(loaded).__name__}, not keys and values")
         values = _without_empty_sections(model, _without_null(loaded or {}))
     for key, value in _without_null(copy.deepcopy(options or {})).items():  # sets change what is below a section
-        _set(values, key, value)
+        _set(values, str(key), value)  # YAML has keys that are numbers; the model refuses them by name
     for assignment in sets:
         key, separator, text = assignment.partition("=")
         if not separator or not key:

@@ -5,7 +5,7 @@ One file, such as ``paper/thinkdiff-lvlm``, may serve all four commands: each le
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -86,7 +86,7 @@ class AlignmentConfig(Section):
     """Where the cosine ends."""
     cosine_steps: int = Field(default=200_000, ge=1)
     """Steps of the whole cosine, the warm-up's among them; a training of fewer steps ends before it does."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """Of AdamW."""
     weight_decay: float = Field(default=0.05, ge=0)
     """Of the matrices; biases and the norm have none."""

@@ -270,14 +270,7 @@ def _plan_training(config: PlanConfig, train: TrainConfig, basis: _TrainBasis, t
     rate = fleet.nodes * fleet.interruptions_per_s
     kept_s = work.start_s + min(work.checkpoint_every_steps, work.steps) * work.step_s
     _require_progress(rate, kept_s, "train", "the way to a checkpoint", "train.checkpoints.every_steps")
-    # Losses come at random in time, and what they destroy is worked for again: seconds of work without a loss grow by
-    # about exp(rate * seconds to a checkpoint).
-    expected_losses = rate * work.seconds_to(work.steps) * math.exp(rate * kept_s)
-    if config.replicas * expected_losses > _MAX_LOSSES:
-        raise ConfigError(
-            f"train_on.interruptions: about {expected_losses:,.0f} nodes would be lost, {config.replicas} times: more "
-            "than can be simulated; take machines that stay, or lower replicas"
-        )
+    _require_few_losses(config, "train", rate * work.seconds_to(work.steps) * math.exp(rate * kept_s))
     outcomes = _simulate(config, lambda generator: simulate_training(work, fleet, generator))
     losses = float(np.mean([outcome.interruptions for outcome in outcomes]))
     notes = list(basis.notes)
@@ -314,6 +307,7 @@ def _plan_vlm(config: PlanConfig) -> VlmPlan:
     rate = fleet.nodes * fleet.interruptions_per_s
     kept_s = trained.start_s + min(trained.checkpoint_every_steps, trained.steps) * trained.step_s
     _require_progress(rate, kept_s, "vlm", "the way to a checkpoint", "vlm.checkpoints.every_steps")
+    _require_few_losses(config, "vlm", rate * trained.seconds_to(trained.steps) * math.exp(rate * kept_s))
     outcomes = _simulate(config, lambda generator: simulate_training(trained, fleet, generator))
     return VlmPlan(
         parameters=work.parameters,
@@ -346,6 +340,19 @@ def _require_progress(rate: float, seconds: float, section: str, what: str, key:
         raise ConfigError(
             f"{section}_on.interruptions: {rate * _HOUR_S:.1f} an hour, and {what} takes {seconds / 60:.0f} min: "
             f"hardly anything would ever be kept; lower {key}, or take machines that stay"
+        )
+
+
+def _require_few_losses(config: PlanConfig, section: str, expected: float) -> None:
+    """Refuse a training that is expected to lose more nodes than can be simulated. Raises ConfigError.
+
+    Losses come at random in time, and what they destroy is worked for again: seconds of work without a loss grow by
+    about exp(rate * seconds to a checkpoint), which ``expected`` counts.
+    """
+    if config.replicas * expected > _MAX_LOSSES:
+        raise ConfigError(
+            f"{section}_on.interruptions: about {expected:,.0f} nodes would be lost, {config.replicas} times: more "
+            "than can be simulated; take machines that stay, or lower replicas"
         )
 
 

@@ -238,7 +238,13 @@ def _sizes(model: str) -> tuple[_Sizes, str]:
         loaded = AutoConfig.from_pretrained(os.path.expanduser(model), trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"vlm.model: {model}: config.json cannot be read ({one_line(error)}); correct it") from error
-    return _count(loaded, bool(loaded.tie_word_embeddings)), f"counted from {model}/config.json"
+    try:
+        counted = _count(loaded, bool(loaded.tie_word_embeddings))
+    except ValueError as error:  # its message lists every model that transformers knows
+        raise ConfigError(
+            f"vlm.model: {model}: its config.json is of a {loaded.model_type}, no vision-language model; give one"
+        ) from error
+    return counted, f"counted from {model}/config.json"
 
 
 def _count(config: Any, tied: bool) -> _Sizes:

@@ -390,6 +390,7 @@ def test_the_papers_trainings_are_the_papers(scale: str, epochs: int) -> None:
         ("runs/lr=0.1", "lr=0.1", "runs/lr=0.1"),
         ("tuned=runs/lr=0.1", "tuned", "runs/lr=0.1"),
         ("s3://bucket/a=b", "a=b", "s3://bucket/a=b"),
+        ("=first", "=first", "=first"),
     ],
 )
 def test_an_adapter_has_the_name_that_it_is_given_or_its_folders(entry: str, name: str, run: str) -> None:
@@ -424,6 +425,8 @@ def test_thinkdiffs_settings_are_the_published_ones() -> None:
     assert (cobsat.episodes.shots, cobsat.episodes.count) == ((2, 4), 1000)
     with pytest.raises(ConfigError, match=r"optimizer\.rate: no such key in ThinkConfig"):
         load_config(ThinkConfig, CONFIGS / "paper" / "thinkdiff-lvlm.yaml", {"optimizer.rate": 1})
+    with pytest.raises(ConfigError, match=r"^optimizer\.betas\.1: Input should be less than 1"):
+        load_config(ThinkConfig, CONFIGS / "paper" / "thinkdiff-lvlm.yaml", {"optimizer.betas": [0.9, 1.5]})
     with pytest.raises(ConfigError, match="9 shots: of ten values an episode takes 1 to 8; give others"):
         load_config(ThinkConfig, CONFIGS / "paper" / "thinkdiff-lvlm.yaml", {"episodes.shots": [2, 9]})
 

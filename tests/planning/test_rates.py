@@ -190,7 +190,7 @@ def test_a_file_that_is_no_calibration_is_refused(
     "content",
     [
         b"", b"- 1", b"a: [", b"\xff\xfe\x00", b"!!python/object/apply:os.system [ls]", b"build: " + b"[" * 700,
-        b"build: &b {identity: *b}",
+        b"build: &b {identity: *b}", b"1: 2",
     ],
 )  # fmt: skip
 def test_other_content_is_refused_in_one_line(content: bytes, tmp_path: Path) -> None:

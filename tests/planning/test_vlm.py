@@ -12,6 +12,7 @@ from covray.config import PlanConfig, load_config
 from covray.config.vlm import VlmModelConfig
 from covray.distributed.benchmark import calibrate
 from covray.errors import ConfigError
+from covray.io.model_folders import resolve_folder
 from covray.models.vlm.checkpoint import load_vlm, vlm_facts
 from covray.planning.plan import plan
 from covray.planning.records import VlmPlan
@@ -61,6 +62,13 @@ def test_what_costs_more_takes_longer(tmp_path: Path) -> None:
 def test_what_is_not_known_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"vlm\.model: some/model is no folder here"):
         planned(vlm__model="some/model")
+    with pytest.raises(
+        ConfigError, match=r"^vlm\.model: .*: its config\.json is of a llama, no vision-language model"
+    ) as error:
+        planned(vlm__model=str(resolve_folder("nano", None, "lvm", ())))
+    assert "\n" not in str(error.value)
+    with pytest.raises(ConfigError, match=r"^vlm_on\.interruptions: about .* nodes would be lost"):
+        planned(vlm__optimizer__steps=10**9, vlm_on__interruptions=0.1)
     with pytest.raises(ConfigError, match=r"vlm\.data: is not for a plan"):
         planned(vlm__data="words.json")
     with pytest.raises(ConfigError, match="vlm is not measured by a benchmark"):
