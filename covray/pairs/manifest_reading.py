@@ -194,6 +194,8 @@ def _undecoded(kind: pa.DataType) -> pa.DataType:
     """Return a type with bytes in place of text."""
     if pa.types.is_struct(kind):
         return pa.struct([(part.name, _undecoded(part.type)) for part in kind])
+    if pa.types.is_list(kind):
+        return pa.list_(_undecoded(kind.value_type))
     if _is_text(kind):
         return pa.large_binary()
     return kind
@@ -203,6 +205,8 @@ def _replaced(value: Any, kind: pa.DataType) -> Any:
     """Return a value that was read as ``_undecoded`` says, with text of the type ``kind`` decoded."""
     if pa.types.is_struct(kind) and value is not None:
         return {part.name: _replaced(value[part.name], part.type) for part in kind}
+    if pa.types.is_list(kind) and value is not None:
+        return [_replaced(item, kind.value_type) for item in value]
     if isinstance(value, bytes) and _is_text(kind):
         return value.decode("utf-8", "replace")
     return value

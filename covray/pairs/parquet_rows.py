@@ -147,7 +147,8 @@ def _pairs(source: RowSource, part: _Part) -> Iterator[Pair]:
         filesystem, inner = storage.resolve(file)
         with pq.ParquetFile(inner, filesystem=filesystem) as parquet:
             table = parquet.read_row_group(part.group.number, columns=columns)
-    values = table.take(pa.array(part.rows)).to_pylist()
+        # Within ``reading``: Parquet may call text what is not UTF-8, which shows here only.
+        values = table.take(pa.array(part.rows)).to_pylist()
     for row, cells in zip(part.rows, values, strict=True):
         number = part.group.first + row
         image, label = (

@@ -162,6 +162,14 @@ def test_rows_of_parquet_files_become_pairs_in_order_and_a_sample_is_part_of_the
     assert all(pair in list(row_pairs(files, SOURCE, LabelRules(), count=6, seed=1)) for pair in sample)
 
 
+def test_a_text_that_is_no_utf8_is_one_line(tmp_path: Path) -> None:
+    file = str(tmp_path / "a.parquet")
+    broken = pa.array([b"\xff.png"]).view(pa.string())
+    pq.write_table(pa.table({"picture": broken, "annotation": pa.array(["a.png"])}), file)
+    with pytest.raises(ManifestError, match=r"a\.parquet: cannot be read: 'utf-8' codec can't decode"):
+        list(row_pairs([file], SOURCE, LabelRules()))
+
+
 def test_a_file_without_the_column_is_one_line(tmp_path: Path) -> None:
     file = str(write_rows(tmp_path / "a.parquet", 0, 1))
     with pytest.raises(ManifestError, match=r"has no column image; its columns are picture, annotation, other: give"):

@@ -86,3 +86,15 @@ def test_questions_of_another_program_are_checked(tmp_path: Path, question: obje
     pq.write_table(table.set_column(place, table.schema.field(place), changed), path)
     with pytest.raises(ManifestError, match="a question lacks its kind, its text or its answer"):
         list(read_captioned(path))
+
+
+def test_questions_that_are_no_utf8_are_read_all_the_same(tmp_path: Path) -> None:
+    path = _written(tmp_path / "a.parquet", CAPTIONED, captions=True)
+    table = pq.read_table(path)
+    place = table.schema.get_field_index("questions")
+    broken = pa.array([b"a \xff?"]).view(pa.string())
+    items = pa.StructArray.from_arrays([broken] * 3, fields=list(table.schema.field(place).type.value_type))
+    changed = pa.ListArray.from_arrays(pa.array([0, 1], pa.int32()), items)
+    pq.write_table(table.set_column(place, table.schema.field(place), changed), path)
+    ((_, words),) = read_captioned(path)
+    assert words.questions == (Question("a \ufffd?", "a \ufffd?", "a \ufffd?"),)
