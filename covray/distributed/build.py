@@ -118,7 +118,10 @@ def plan_build(config: BuildConfig, append: bool = False) -> Plan:
             before = ChainDataset(config.out)
             pairs -= before.count(errors=True)
             assert before.audit is not None
-            per_task = {task: rows - asked_before(before.audit, task) for task, rows in per_task.items()}
+            added = {}
+            for task, rows in per_task.items():
+                added[task] = rows - asked_before(before.audit, task)
+            per_task = added
     require_models(config)
     _require_contexts(config, info)
     if config.noise_from is not None:
@@ -306,10 +309,13 @@ def _run(
         )
         return Pool(ChainActor, shared, pool, rows_per_block).map(prepared, progress)
 
+    columns = ["pair_id", "task", "split", "image", "label", "meta"]
+    if reads_captions(config):
+        columns.append("caption")
     rows_in = RowsIn(
         filesystem=storage.resolve(config.pairs)[0],
         files=info.files,
-        columns=["pair_id", "task", "split", "image", "label", "meta", *(["caption"] * reads_captions(config))],
+        columns=columns,
         id_column="pair_id",
         total=info.rows,
         unit="pairs",

@@ -53,12 +53,16 @@ def without_places(identity: Mapping[str, Any]) -> dict[str, Any]:
 
     A manifest has none, but the ids of its pairs say which pictures they are, and pairs that it lacks are refused.
     """
-    kept = {key: value for key, value in identity.items() if key not in ("data", "manifest")}
+    kept = dict(identity)
+    for key in ("data", "manifest"):
+        kept.pop(key, None)
     # Of NAME=RUN the name alone: the weights of the run are among the fingerprints.
     kept["adapters"] = [named_run(entry)[0] for entry in identity.get("adapters", ())]
     for key in ("tokenizer", "backbone"):
         if isinstance(identity.get(key), dict):
-            kept[key] = {name: value for name, value in identity[key].items() if name not in ("path", "revision")}
+            kept[key] = dict(identity[key])
+            for place in ("path", "revision"):
+                kept[key].pop(place, None)
     return kept
 
 

@@ -124,6 +124,7 @@ def _take(
     seconds = round(time.monotonic() - started, 1)
     with stage("counting what was written"):
         result = _count(config, samples, seconds)
+    # The result first: a kill in between leaves a finished folder, not one that would start afresh.
     result.write(folder)
     delete_checkpoint(folder)
     folder.delete_file(_SAMPLES)
@@ -171,7 +172,11 @@ def _load_once(config: ThinkFeaturesConfig, root: str | None, gpus: float) -> di
         builder = FeatureBuilder(config, root)
         with tempfile.TemporaryDirectory() as local:
             builder.save_tokenizer(local)
-            return {file.name: file.read_bytes() for file in Path(local).iterdir() if file.is_file()}
+            files = {}
+            for file in Path(local).iterdir():
+                if file.is_file():
+                    files[file.name] = file.read_bytes()
+            return files
 
     files: dict[str, bytes] = ray.get(load.remote(config))
     return files

@@ -126,6 +126,7 @@ class FolderLock:
             DatasetError: Another command is at work there.
             ConfigError: The folder cannot be written.
         """
+        # Before the claim is there: another thread of this process would take it for one that was left behind.
         _own_tokens.add(self._token)
         try:
             self._existed = self._folder.exists()
@@ -174,6 +175,7 @@ class FolderLock:
             except FileNotFoundError:
                 return False
             return True
+        # The time of an object cannot be set: it is written again.
         if not self._folder.exists(self._name):
             return False
         self._claim()
@@ -218,6 +220,7 @@ class FolderLock:
     def _rivals(self) -> list[_Rival]:
         """Return the other claims; delete those of processes that have ended."""
         times = self._times()
+        # Our own claim was written a moment ago: its time is the storage's now.
         now = times.pop(self._name, max(times.values(), default=0.0))
         rivals = []
         for name, touched in times.items():
@@ -304,6 +307,7 @@ class _Rival:
 def _machine() -> str:
     """Return what is the same for two processes exactly when each can ask whether the other runs."""
     try:
+        # Containers share the machine's boot, but may each count processes of their own.
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
     except OSError:
@@ -326,6 +330,7 @@ def _runs(process: int, started: int | None) -> bool:
 def _stat_of(process: int) -> list[str]:
     """Return the fields of a Linux process from its state on; none when there is no such process."""
     try:
+        # The name before them stands in brackets, and may hold spaces and brackets itself.
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return []
@@ -342,4 +347,4 @@ def _start_of(process: int) -> int | None:
     fields = _stat_of(process)
     if not fields:
         return None
-    return int(fields[19])
+    return int(fields[19])  # starttime: the 22nd of proc(5), where the state is the third

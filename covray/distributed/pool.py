@@ -137,6 +137,7 @@ def map_exactly_once(
         The rows that earlier calls have written.
     """
     output = rows_out.output
+    # A copy: what else this process does with Ray Data must write no checkpoint here.
     context = DataContext.get_current().copy()
     context.checkpoint_config = CheckpointConfig(
         id_column=rows_in.id_column,
@@ -149,6 +150,7 @@ def map_exactly_once(
     context.execution_no_progress_timeout_s = 24 * 3600  # GPU nodes may take long to arrive
     # Ray Data would start 32 processes to read footers; one, of 128 threads, reads those of thousands of files.
     os.environ.setdefault("RAY_DATA_PARQUET_FOOTER_NUM_ACTORS", "1")
+    # Before Ray Data looks: of a block that is still announced it deletes the shards.
     finish_commits(output)
     committed = CommittedRows(output)
     before = committed.count()
@@ -375,6 +377,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
             continue
         seen.add(id(current))
         yield current
+        # Ray keeps what a worker raised in an attribute of its own, beside Python's links.
         queue += [getattr(current, "cause", None), current.__cause__, current.__context__]
 
 

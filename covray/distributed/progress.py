@@ -245,7 +245,7 @@ class PoolProgress:
             task = bar.add_task("starting actors", total=self._total, completed=self._before, note="")
             while True:
                 stopped = self._stop.wait(POLL_S)
-                counts = self._look(last=stopped)
+                counts = self._look(last=stopped)  # once more after the end, for the blocks committed since
                 description, *notes = self._facts(counts)
                 bar.update(task, completed=self._written, description=description, note=", ".join(notes))
                 if stopped:
@@ -272,6 +272,7 @@ class PoolProgress:
                 self._written = self._count_written()
             now = time.monotonic()
             self._count_due = now + (now - began) / _COUNTING_SHARE
+            # The rate counts from the first rows: what was before is the start of the actors.
             if self._first is None and self._written > self._before:
                 self._first = (now, self._written)
         return self._counts()

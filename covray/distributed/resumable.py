@@ -172,6 +172,7 @@ class Output(Generic[R]):
         Raises:
             ConfigError: MLflow does not answer.
         """
+        # Commands make their description anew; without these ids every restart would begin other runs.
         earlier = getattr(self.begun, "tracker_runs", None)
         if earlier is not None:
             record = record.model_copy(update={"tracker_runs": earlier})

@@ -175,7 +175,7 @@ def _start(cores: int) -> None:
     if sys.platform == "linux":
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # a training's workers among themselves
     ray.init(
-        address="local",
+        address="local",  # without it Ray would join a cluster that was started on this machine
         num_cpus=cores + READING_CPUS,
         resources={_CORES: cores},
         include_dashboard=is_dashboard_asked(),
@@ -205,7 +205,7 @@ def _keeping_sigterm_handler() -> Iterator[None]:
 @contextmanager
 def _without_backend_greeting() -> Iterator[None]:
     """Hide the line that Ray's C++ side writes to the file descriptor itself, that it obeys RAY_BACKEND_LOG_LEVEL."""
-    sys.stderr.flush()
+    sys.stderr.flush()  # what Python holds back would be written to nowhere
     kept = os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)

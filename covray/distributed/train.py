@@ -140,9 +140,11 @@ def run_workers(
         raise ConfigError(f"{config.out}: {_reason(error)}; run the same command again to continue") from error
     finally:
         threads.shutdown(wait=False)
+    # What a worker reported itself is one line for the user; Ray Train wraps it in errors of its own.
     failure = ray.get(control.failure.remote())
     if failure is not None:
         raise failure
+    # Workers that end well without a result were asked to stop.
     if not folder.exists(TrainResult.FILE):
         stop.end()
     (folder / _RAY_FOLDER).delete()

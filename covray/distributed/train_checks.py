@@ -206,6 +206,7 @@ def binding_record(output: Output[RunRecord]) -> RunRecord | None:
 def absolute_paths(config: TrainConfig) -> TrainConfig:
     """Return ``config`` with paths that mean the same in a worker's folder. A backbone without a folder is a hub id."""
     update: dict[str, Any] = {"data": storage.absolute(config.data), "out": storage.absolute(config.out)}
+    # By repr, which gives the same number back: the weight is part of the identity.
     update["mix"] = tuple(f"{storage.absolute(path)}={weight!r}" for path, weight in config.weighted_data[1:])
     backbone, compute, lora = config.backbone, config.compute, config.lora
     if config.verifier.answers is not None:
@@ -355,6 +356,7 @@ def _data_fingerprint(dataset: ChainDataset) -> str:
     """Return the SHA-256 (hex) of what decides the chains: configuration, models, pairs and how many were good."""
     pairs = dataset.record.pairs
     parts = [dataset.identity, dataset.fingerprints, pairs and pairs.to_json(), dataset.count()]
+    # Only where there are any, so that runs of earlier versions keep their fingerprint.
     if dataset.record.plugins is not None:
         parts.append(dataset.record.plugins)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -173,10 +173,11 @@ def _follow(parameters: dict[str, str], trials: Mapping[str, Trial], out: str) -
             tune.report(validation.to_json())
         return
     # Anywhere in the cluster but in the bundle of this trial, where nothing else fits.
+    # Two calls at a time: ``take`` answers while ``run`` works.
     driver = ray.remote(TrialDriver).options(num_cpus=0, max_concurrency=2, scheduling_strategy="SPREAD").remote()
     running = driver.run.remote(trial, out)
     while True:
-        ended, _ = ray.wait([running], timeout=_POLL_S)
+        ended, _ = ray.wait([running], timeout=_POLL_S)  # before ``take``, so that the last validation is not lost
         for values in ray.get(driver.take.remote()):
             tune.report(values)
         if ended:
@@ -242,6 +243,7 @@ def _scheduler(config: SweepConfig) -> TrialScheduler | None:
         # It would pause trials to wait for others; a paused one loses its workers, and gains nothing.
         never: Any = float("inf")
         return MedianStoppingRule(**rule, grace_period=grace, min_samples_required=2, min_time_slice=never)
+    # At its last step a trial is not stopped by the rule: it would miss its evaluation.
     return ASHAScheduler(**rule, grace_period=grace, max_t=max(*tokens, grace + 1), stop_last_trials=False)
 
 

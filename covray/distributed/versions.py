@@ -124,6 +124,7 @@ def asked_before(audit: Audit, task: str) -> int:
 
 def pair_set(info: ManifestInfo) -> PairSet:
     """Return what the description says of a manifest's pairs."""
+    # Sorted: a manifest is the same set whatever the order of its rows and files.
     ids = info.pair_ids.copy()
     ids.sort()
     return PairSet(rows=info.rows, sha256=hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest())

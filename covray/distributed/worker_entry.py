@@ -73,5 +73,6 @@ def work(settings: dict[str, WorkerSettings]) -> None:
         else:
             train(config, worker, ray.train.report)
     except CovrayError as error:
+        # Waited for: the process may end before a call that nobody waits for is sent.
         ray.get(control.report_failure.remote(error))
         raise

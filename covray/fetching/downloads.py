@@ -85,6 +85,7 @@ def download(url: str, file: Path) -> None:
         with _progress(file.name) as show:
             most, idle = 0, 0
             while not _pull(url, part, show):
+                # More than ever before: a server that starts anew each time also brings nothing.
                 size = part.stat().st_size if part.is_file() else 0
                 idle = 0 if size > most else idle + 1
                 most = max(most, size)
@@ -137,6 +138,7 @@ def _pull(url: str, part: Path, show: Callable[[int, int | None], None]) -> bool
             etag = answer.headers.get("ETag", "")
             # A weak ETag (W/) does not promise equal bytes.
             version = etag if etag.startswith('"') else answer.headers.get("Last-Modified", "")
+            # Before the bytes: a kill must not leave those of this version under the tag of another.
             _tag(part).write_text(version, encoding="utf-8")
             with part.open("ab" if continued else "wb") as out:
                 while chunk := answer.read(_CHUNK):

@@ -75,7 +75,10 @@ def fetch(
     artefacts = read_artefacts(catalogue)
     # A kind stands for the first artefact of it.
     if name in ("prior", "tokenizer", "backbone"):
-        name = next((entry for entry, artefact in artefacts.items() if artefact.kind == name), name)
+        for entry, candidate in artefacts.items():
+            if candidate.kind == name:
+                name = entry
+                break
     artefact = artefacts.get(name)
     if artefact is None:
         raise ConfigError(f"{name}: no such artefact; give one of {', '.join(artefacts)}")

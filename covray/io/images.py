@@ -189,6 +189,7 @@ def _fetch_local(uri: str, root: str) -> bytes:
     path = _local(uri)
     if path is None:
         raise PairError("outside_root", f"{_show(uri)} is not below the manifest's root")
+    # Links are followed before the comparison: one within the root may lead out of it.
     real_root = os.path.realpath(root)
     real = os.path.realpath(os.path.join(real_root, path))
     if os.path.commonpath((real_root, real)) != real_root:

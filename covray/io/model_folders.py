@@ -116,13 +116,15 @@ def fingerprint_folder(folder: Path, patterns: Iterable[str]) -> str:
     files: set[Path] = set()
     for pattern in patterns:
         files.update(file for file in folder.glob(pattern) if file.is_file())
-    for index in [file for file in files if file.name.endswith(INDEX_SUFFIX)]:
-        files.update(file for file in indexed_files(index) if file.is_file())
+    for file in list(files):  # a copy: what the indexes list is added meanwhile
+        if file.name.endswith(INDEX_SUFFIX):
+            files.update(listed for listed in indexed_files(file) if listed.is_file())
     if not files:
         raise WeightsError(f"{folder}: holds no model files; give a complete model folder")
     whole = hashlib.sha256()
     for name in sorted(file.relative_to(folder).as_posix() for file in files):
         with (folder / name).open("rb") as opened:
+            # Parted by a zero byte, which no name holds: other names and hashes cannot make the same text.
             whole.update(f"{name}\0{hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())
     return whole.hexdigest()
 

@@ -175,6 +175,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     require_new(out)
     # Without links and dots: the system renames no folder to "." or over a link.
     target = Path(os.path.realpath(out))
+    # Beside it: a folder is renamed in one step only within its filesystem.
     draft = target.parent / f".{target.name}.{secrets.token_hex(4)}"
     try:
         draft.mkdir(parents=True)
@@ -202,10 +203,13 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
 def _read_pytorch(file: Path, keys: Sequence[str], inert: Sequence[str]) -> dict[str, Tensor]:
     values = _unpickle(file, inert)
     if keys:
-        key = next((key for key in keys if isinstance(values, dict) and isinstance(values.get(key), dict)), None)
-        if key is None:
+        found = None
+        for key in keys:
+            if found is None and isinstance(values, dict) and isinstance(values.get(key), dict):
+                found = values[key]
+        if found is None:
             raise WeightsError(f"{file}: has no {' or '.join(keys)} in it; give the checkpoint of a whole model")
-        values = values[key]
+        values = found
     if not isinstance(values, dict):
         raise WeightsError(f"{file}: holds a {type(values).__name__}, not tensors by name; give another checkpoint")
     return values

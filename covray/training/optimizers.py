@@ -128,12 +128,13 @@ class PlainUpdate(Generic[B]):
         if dist.is_initialized():
             dist.all_reduce(self.gradients)
         norm = torch.linalg.vector_norm(self.gradients)
+        # As torch's clip_grad_norm_; multiplied in any case, so that the GPU is not waited for.
         if self._clip is not None:
             self.gradients.mul_(torch.clamp(self._clip / (norm + 1e-6), max=1.0))
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._optimizer.step()
-        self.gradients.zero_()
+        self.gradients.zero_()  # in place: the parameters' gradients are views of it
         return float(norm)
 
     def tensors(self) -> dict[str, Tensor]:

@@ -111,6 +111,7 @@ def fingerprint_of(queries: list[ScoredQuery]) -> str:
     """Return the SHA-256 (hex) of answers and scores."""
     digest = hashlib.sha256()
     for query in queries:
+        # In one byte order, so that all machines agree.
         digest.update(f"{query.task} {query.pair_id} {query.written.shape}".encode())
         for values in (query.before.astype("<u2"), query.written.astype("<u2"), query.goodness.astype("<f8")):
             digest.update(values.tobytes())

@@ -206,6 +206,7 @@ class Trainer(Generic[B]):
     def _take_step(self, work: StepBatches[B], started: float) -> bool:
         """Take the step that began at ``started``, and record its metrics; return whether to poll for a signal."""
         device = self._worker.device
+        # In float64: how the step is cut into micro-batches must not show in the loss.
         loss = torch.zeros((), device=device, dtype=torch.float64)
         for number, batch in enumerate(work.batches, 1):
             on_device = None  # no batch is left for this worker, but it takes part in the collectives
@@ -260,12 +261,14 @@ class Trainer(Generic[B]):
         if self._saved_step == self._step:
             return
         self._saved_step = self._step
+        # On all workers, though only the first writes: under ZeRO they gather the tensors together.
         tensors = self._update.tensors()
         if self._objective.rewriter is not None:
             tensors |= self._objective.rewriter.tensors()
         if self._metrics is None:
             return
         self._wait_for_checkpoint()
+        # Before the checkpoint: the steps up to it are never taken again, so their records must be in the file.
         self._metrics.flush()
         state = State(self._step, self._cursor, tensors, self._best, self._numerics)
         self._writing = self._writer.submit(self._write_checkpoint, state)

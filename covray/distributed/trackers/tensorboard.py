@@ -41,6 +41,7 @@ class TensorBoardTracker:
         from torch.utils.tensorboard import SummaryWriter
 
         if self._folder.exists():
+            # Of each metric the newest point alone, which says where to go on.
             earlier = EventAccumulator(str(self._folder), size_guidance={SCALARS: 1}).Reload()
             for name in earlier.Tags()[SCALARS]:
                 self._newest[name] = earlier.Scalars(name)[-1].step

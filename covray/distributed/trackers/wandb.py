@@ -53,6 +53,7 @@ class WandbTracker:
     def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """Log metrics; the curves of a run that is continued go on after the steps that it has."""
         values = {name: value for name, value in metrics.items() if value is not None}
+        # wandb drops values of a step that is behind; scores come with step 0, at the end.
         if step >= self._run.step:
             self._run.log(values, step=step)
         else:

@@ -161,6 +161,7 @@ def _require_all_rows(png: _Png, samples: NDArray) -> None:
     last = len(samples) - 1
     if png.interlaced:
         last -= last % 2 == 0  # the last pass has the odd rows
+    # Rows are decoded in their order: where the last has a value, all before it were there.
     if samples[last].any():
         return
     inflater, counted, rest = zlib.decompressobj(), 0, b"".join(png.data)
@@ -202,6 +203,7 @@ def _keyed_alpha(png: _Png, samples: NDArray, maximum: int) -> NDArray:
     channels = _CHANNELS[png.colour]
     if png.transparency is None or len(png.transparency) < 2 * channels:
         raise PairError("damaged", "the transparent colour (tRNS) is cut")
+    # 16 bits a channel whatever the depth; of the smaller depths the low bits count.
     key = np.array(struct.unpack(f">{channels}H", png.transparency[: 2 * channels])) & maximum
     hidden = samples == key[0] if channels == 1 else (samples == key).all(axis=-1)
     return np.where(hidden, 0, maximum).astype(samples.dtype)

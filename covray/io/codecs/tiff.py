@@ -214,6 +214,7 @@ def _channels(directory: Directory, layout: _Layout) -> list[NDArray]:
     channels = [interleaved[..., number] for number in range(interleaved.shape[-1])]
     if len(channels) < layout.channels and layout.extra[-1] != _UNSPECIFIED:
         raise PairError("unsupported", f"TIFF of {layout.channels} samples a pixel; save RGB or RGBA")
+    # Pillow drops samples that the file calls unspecified; the last one stands for them, and counts nothing either.
     return channels + channels[-1:] * (layout.channels - len(channels))
 
 

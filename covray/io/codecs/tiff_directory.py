@@ -162,6 +162,7 @@ def read_directory(data: bytes) -> Directory:
             (values_at,) = struct.unpack_from(order + variant.offset_code, data, values_at)
         if values_at + length > len(data):
             raise PairError("truncated", f"ends before the values of tag {tag}")
+        # Of a tag that is there twice the first counts, as for libtiff, which decodes by the same directory.
         entries.setdefault(tag, _Entry(entry_at, code, numbers, values_at))
     successor = data[end : end + struct.calcsize(order + variant.offset_code)]
     return Directory(data, at, order, variant, entries, has_successor=any(successor))
