@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from covray.config.section import JsonObject
-from covray.errors import ConfigError, WeightsError
+from covray.errors import ConfigError, WeightsError, one_line
 from covray.models.diffusion.solvers import (
     Levels,
     Tables,
@@ -116,8 +116,11 @@ def make_schedule(
     _refuse_unknown(config)
     try:
         scheduler = DDIMScheduler.from_config(config)
-    except (NotImplementedError, TypeError, ValueError) as error:
-        raise WeightsError(f"scheduler_config.json: {error}; covray needs a DDIM-compatible schedule") from error
+    except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        raise WeightsError(
+            f"scheduler_config.json: {one_line(error)}; covray needs a DDIM-compatible schedule"
+        ) from error
+    _require_levels(scheduler)
     if solver == "dpm":
         denoise, invert = _dpm(scheduler, steps)
     else:
@@ -132,6 +135,18 @@ def make_schedule(
         multistep=bool(tables["previous_scale"].any()),
         **tables,
     )
+
+
+def _require_levels(scheduler: DDIMScheduler) -> None:
+    """Refuse betas that are no noise levels: a step divides by the signal. Raises WeightsError."""
+    signal, steps = scheduler.alphas_cumprod, scheduler.config.num_train_timesteps
+    # diffusers takes ``trained_betas`` of any number; a timestep beyond them would be read from nowhere.
+    if len(signal) != steps:
+        raise WeightsError(
+            f"scheduler_config.json: has {len(signal)} trained_betas for {steps} training steps; get the folder again"
+        )
+    if not bool(((signal > 0) & (signal <= 1)).all()):
+        raise WeightsError("scheduler_config.json: its betas leave no signal at some step; get the folder again")
 
 
 def _ddim(scheduler: DDIMScheduler, steps: int, evaluations: int) -> tuple[Tables, Tables]:
@@ -193,3 +208,10 @@ def _refuse_unknown(config: JsonObject) -> None:
             stated = repr(value) if key in config else f"absent, which means {value!r}"
             choices = " or ".join(repr(choice) for choice in allowed)
             raise WeightsError(f"scheduler_config.json: {key} is {stated}; covray implements {choices}")
+    # Negative offsets would count timesteps from the end of the tables, without an error.
+    for key, least in (("num_train_timesteps", 1), ("steps_offset", 0)):
+        value = config.get(key, least)
+        if not isinstance(value, int) or value < least:
+            raise WeightsError(
+                f"scheduler_config.json: {key} is {value!r}, not a whole number from {least}; get the folder again"
+            )

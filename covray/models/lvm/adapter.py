@@ -73,6 +73,7 @@ def load_adapter_tensors(model: Lvm, tensors: Mapping[str, Tensor]) -> None:
     """
     views = _views(model)
     _require_shapes(tensors, _shapes_of(views), "adapter")
+    _require_mask(model.lora, model.config, "adapter")
     for name, view in views.items():
         view.copy_(tensors[name])
 
@@ -358,6 +359,18 @@ def _require_backbone(tensors: Mapping[str, Tensor], lora: Lora, llama: LlamaCon
     with torch.device("meta"):
         views = _views(Lvm(llama, lora))  # of a model without memory: only their shapes are asked for
     _require_shapes(tensors, _shapes_of(views), where)
+    _require_mask(lora, llama, where)
+
+
+def _require_mask(lora: Lora | None, llama: LlamaConfig, where: str) -> None:
+    """Check that the vocabulary of ``llama`` has the mask of ``lora``. Raises WeightsError."""
+    # The adapter holds the mask's row of the embedding, so that no shape tells where in the table it belongs.
+    mask_id = None if lora is None else lora.mask_id
+    if mask_id is not None and not 0 <= mask_id < llama.vocab_size:
+        raise WeightsError(
+            f"{where}: its mask has id {mask_id}, the backbone has {llama.vocab_size} ids; give the adapter of this "
+            "backbone"
+        )
 
 
 def _shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -264,8 +265,15 @@ def checked_llama(values: dict[str, Any], file: Path) -> LlamaConfig:
         raise WeightsError(f"{file}: has a quantization_config; give the weights as they were before quantisation")
     try:
         llama = LlamaConfig.from_dict(values)
-    except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
+    except (StrictDataclassError, ArithmeticError, TypeError, ValueError, KeyError) as error:
         raise WeightsError(f"{file}: is not a LlamaConfig ({one_line(error)}); get the folder again") from error
+    # transformers takes sizes of any sign, and a base of the rotation that makes every angle infinite.
+    for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings"):
+        if getattr(llama, key) < 1:
+            raise WeightsError(f"{file}: {key} is {getattr(llama, key)}, not above 0; get the folder again")
+    theta = llama.rope_parameters.get("rope_theta")
+    if not isinstance(theta, int | float) or not 0 < theta < math.inf:
+        raise WeightsError(f"{file}: rope_theta is {theta!r}, not a number above 0; get the folder again")
     # The published LLaMA is computed and nothing else: what would be ignored is refused.
     rope = llama.rope_parameters
     checks = (  # key, value, the only value that is supported
@@ -311,7 +319,7 @@ def read_about(folder: Path) -> dict[str, Any]:
         return {}
     try:
         about = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"{file}: cannot be read ({one_line(error)}); get the folder again") from error
     version = about.get("version") if isinstance(about, dict) else None
     if version != 1:

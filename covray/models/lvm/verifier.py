@@ -101,13 +101,18 @@ def read_verifier(folder: Folder, adapter: str) -> Verifier:
             "verifier for this one"
         )
     require_all_finite(folder, VERIFIER_WEIGHTS, tensors)
-    verifier = Verifier(facts)
-    try:
-        verifier.load_state_dict(tensors)
-    except RuntimeError as error:
+    # Compared before the network is made: sizes that a damaged file invents would take terabytes.
+    expected = {
+        "first.weight": (facts.hidden, facts.width + LIKELIHOODS),
+        "first.bias": (facts.hidden,),
+        "last.weight": (1, facts.hidden),
+    }
+    if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != expected:
         raise WeightsError(
             f"{folder.join(VERIFIER_WEIGHTS)}: has not the sizes of {VERIFIER_FILE}; get the adapter again"
-        ) from error
+        )
+    verifier = Verifier(facts)
+    verifier.load_state_dict(tensors)
     return verifier.requires_grad_(False)
 
 

@@ -244,7 +244,7 @@ def _is_signed(folder: Path) -> bool:
         return False
     try:
         about = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"{file}: cannot be read ({one_line(error)}); get the folder again") from error
     version, pixels = (about.get("version"), about.get("pixels")) if isinstance(about, dict) else (None, None)
     if version != 1 or pixels not in ([0, 1], [-1, 1]):

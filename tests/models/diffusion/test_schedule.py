@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -226,3 +227,22 @@ def test_steps_that_cannot_cover_the_schedule_are_refused(steps: int) -> None:
 def test_dpm_steps_finer_than_the_training_steps_are_refused(steps: int) -> None:
     with pytest.raises(ConfigError, match=f"prior.steps: {steps} steps of dpm"):
         make_schedule(STABLE_DIFFUSION, steps, "dpm")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_train_timesteps": -4}, "num_train_timesteps is -4, not a whole number from 1"),
+        ({"num_train_timesteps": "many"}, "num_train_timesteps is 'many', not a whole number"),
+        ({"steps_offset": -60}, "steps_offset is -60, not a whole number from 0"),
+        ({"steps_offset": None}, "steps_offset is None, not a whole number"),
+        ({"trained_betas": [0.1, 0.2]}, "has 2 trained_betas for 1000 training steps"),
+        ({"beta_end": 1.5}, "its betas leave no signal"),
+        ({"trained_betas": [0.1] * 999 + [1.0]}, "its betas leave no signal"),
+    ],
+)
+@pytest.mark.parametrize("solver", ["ddim", "dpm"])
+def test_a_damaged_schedule_is_refused_in_one_line(changes: dict[str, Any], message: str, solver: Any) -> None:
+    with pytest.raises(WeightsError, match=f"^scheduler_config.json: .*{message}.*; ") as raised:
+        make_schedule(STABLE_DIFFUSION | changes, 50 if solver == "ddim" else 12, solver)
+    assert "\n" not in str(raised.value)

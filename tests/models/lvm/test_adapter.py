@@ -21,6 +21,7 @@ from transformers import LlamaForCausalLM
 from covray.config import BackboneConfig, LoraConfig
 from covray.errors import ConfigError, CovrayError, WeightsError
 from covray.io import storage
+from covray.io.storage import Folder
 from covray.models.lvm import adapter as adapter_module
 from covray.models.lvm.adapter import (
     adapter_files,
@@ -32,10 +33,11 @@ from covray.models.lvm.adapter import (
     read_run_adapter,
     save_adapter,
 )
-from covray.models.lvm.backbone import backbone_facts
-from covray.models.lvm.lora import TARGETS
+from covray.models.lvm.backbone import backbone_facts, load_backbone
+from covray.models.lvm.lora import TARGETS, Diffusion, Lora
 from covray.models.lvm.model import Lvm
 from covray.models.lvm.peft_options import READ, WITHOUT_EFFECT
+from covray.models.lvm.verifier import VERIFIER_FILE, Verifier, VerifierFacts, read_verifier, verifier_files
 from tests.support.backbones import CODES, load, random_batch, write_llama
 
 LENGTHS = (24, 9, 24, 24)
@@ -597,3 +599,30 @@ assert "covray" not in sys.modules
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_mask_outside_the_vocabulary_is_refused(llama_folder: Path, tmp_path: Path) -> None:
+    config = BackboneConfig(scale="custom", path=str(llama_folder))
+    facts = backbone_facts(config)
+    lora = Lora(4, 8.0, ("q_proj",), diffusion=Diffusion(CODES + 1, 4))
+    model = load_backbone(facts, config, lora, dtype=torch.float32, device=torch.device("cpu"), seed=0)
+    save_adapter(model, str(tmp_path / "adapter"), str(llama_folder))
+    file = tmp_path / "adapter" / "adapter_config.json"
+    for mask_id in (-1, facts.llama.vocab_size):
+        values = json.loads(file.read_text()) | {"trainable_token_indices": {"embed_tokens": [mask_id]}}
+        file.write_text(json.dumps(values))
+        with pytest.raises(WeightsError, match=f"its mask has id {mask_id}, the backbone has") as raised:
+            export_merged(facts, str(tmp_path / "adapter"), tmp_path / "merged")
+        assert "\n" not in str(raised.value)
+        assert not (tmp_path / "merged").exists()
+
+
+def test_a_verifier_of_invented_sizes_takes_no_memory(tmp_path: Path) -> None:
+    verifier = Verifier(VerifierFacts(8, 4, "a" * 64, "b" * 64))
+    for name, data in verifier_files(verifier, dict(verifier.state_dict())).items():
+        (tmp_path / name).write_bytes(data)
+    assert read_verifier(Folder(str(tmp_path)), "a" * 64).facts == verifier.facts
+    file = tmp_path / VERIFIER_FILE
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"width": 2**19, "hidden": 2**19}))
+    with pytest.raises(WeightsError, match=f"has not the sizes of {VERIFIER_FILE}"):
+        read_verifier(Folder(str(tmp_path)), "a" * 64)

@@ -239,6 +239,11 @@ def test_the_scale_must_be_the_folders(folder: Path) -> None:
         ({"num_hidden_layers": 3}, r"model.layers.2.\S+ is missing"),
         ({"num_hidden_layers": 1}, r"unexpected tensor model.layers.1."),
         ({"attention_bias": True}, r"_proj.bias is missing"),
+        ({"num_attention_heads": 0}, "is not a LlamaConfig"),
+        ({"intermediate_size": -96}, "intermediate_size is -96, not above 0"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0, not above 0"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, "rope_theta is 0, not a number"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": "large"}}, "rope_theta is 'large', not a number"),
     ],
 )
 def test_a_folder_that_is_no_lvm_is_refused_in_one_line(folder: Path, changes: dict[str, Any], message: str) -> None:
@@ -287,6 +292,10 @@ def break_index(folder: Path) -> None:
     storage.write_json(str(folder / f"{WEIGHTS}.index.json"), {"weights": []})
 
 
+def nest_about(folder: Path) -> None:
+    (folder / "covray.json").write_text("[" * 200_000)
+
+
 def about(**values: Any) -> Callable[[Path], None]:
     return lambda folder: storage.write_json(str(folder / "covray.json"), values)
 
@@ -305,6 +314,7 @@ def about(**values: Any) -> Callable[[Path], None]:
         (break_index, "index.json: cannot be read"),
         (about(version=2), "covray.json: is of version 2, not 1"),
         (about(version=1, codebook=3), "codebook is 3"),
+        (nest_about, "covray.json: cannot be read"),
         (about(version=1, codebook="a", tokens_per_image="many"), "tokens_per_image is 'many'"),
     ],
 )

@@ -430,7 +430,7 @@ def test_the_pixels_are_part_of_what_a_tokenizer_is(plain: Weights, tmp_path: Pa
     before = load(tmp_path / "out")
     (tmp_path / "out" / "covray.json").write_text('{"version": 1, "pixels": [-1, 1]}')
     assert load(tmp_path / "out").fingerprint != before.fingerprint
-    for text in ("{", "[]", '{"version": 2, "pixels": [0, 1]}', '{"version": 1, "pixels": [0, 255]}'):
+    for text in ("{", "[" * 200_000, "[]", '{"version": 2, "pixels": [0, 1]}', '{"version": 1, "pixels": [0, 255]}'):
         (tmp_path / "out" / "covray.json").write_text(text)
         with pytest.raises(WeightsError, match=r"covray\.json: ") as raised:
             load(tmp_path / "out")
