@@ -104,6 +104,7 @@ class DatasetServer:
                 # The pair shown longest ago goes first; it is decoded again when asked for.
                 if len(self._pairs) > _KEPT_PAIRS:
                     self._pairs.popitem(last=False)
+            self._pairs.move_to_end(pair_id)
             return self._pairs[pair_id]
 
 
@@ -133,7 +134,10 @@ def _handler(server: DatasetServer) -> type[BaseHTTPRequestHandler]:
         def do_GET(self) -> None:
             """Answer the page, new rows or a pair."""
             # A page of another site that resolves to this machine has that site's name here.
-            if self.headers.get("Host") not in (f"{HOST}:{server.port}", f"localhost:{server.port}"):
+            own = {f"{HOST}:{server.port}", f"localhost:{server.port}"}
+            if server.port == 80:  # browsers leave out the port of http
+                own |= {HOST, "localhost"}
+            if self.headers.get("Host") not in own:
                 self._send(HTTPStatus.FORBIDDEN, b"use the address that covray view prints", "text/plain")
                 return
             try:

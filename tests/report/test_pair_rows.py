@@ -21,6 +21,7 @@ import pytest
 from covray.chains.dataset import ChainDataset
 from covray.chains.quality import chain_quality
 from covray.errors import ConfigError, DatasetError
+from covray.report.contact_sheets import decode_rows
 from covray.report.dataset import view
 from covray.report.dataset_server import DatasetServer
 from covray.report.pair_rows import COLUMNS, packed_rows
@@ -171,3 +172,33 @@ def test_a_reader_that_leaves_in_the_middle_of_an_answer_is_no_error(
                 reader.sendall(f"GET {path} HTTP/1.0\r\nHost: 127.0.0.1:{server.port}\r\n\r\n".encode())
                 assert int(reader.recv(100).split()[1]) == status
     assert capsys.readouterr().err == ""
+
+
+def test_the_port_of_http_may_be_left_out(write_dataset: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, _ = write_dataset({"depth": 2})
+    with serving(out) as server:
+        address = ("127.0.0.1", server.port)
+        monkeypatch.setattr(DatasetServer, "port", 80)
+        for host, status in (("127.0.0.1", 200), ("localhost:80", 200), ("evil.example", 403)):
+            with socket.create_connection(address) as reader:
+                reader.sendall(f"GET / HTTP/1.0\r\nHost: {host}\r\n\r\n".encode())
+                assert int(reader.recv(100).split()[1]) == status
+
+
+def test_the_pair_that_was_shown_longest_ago_is_decoded_again(
+    write_dataset: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, written = write_dataset({"depth": 3})
+    first, second, third = (int(row["pair_id"]) for row in written)
+    decoded = []
+
+    def decode(dataset: Any, tokenizer: Any, rows: Any) -> Any:
+        decoded.append(rows[0]["pair_id"])
+        return decode_rows(dataset, tokenizer, rows)
+
+    monkeypatch.setattr("covray.report.dataset_server.decode_rows", decode)
+    monkeypatch.setattr("covray.report.dataset_server._KEPT_PAIRS", 2)
+    with serving(out) as server:
+        for pair_id in (first, second, first, third, first, second):
+            ask(server, f"pair?id={pair_id}")
+    assert decoded == [first, second, third, second]
