@@ -67,6 +67,7 @@ class DatasetRecord(Record):
         """Return the record of a version, counted from 1, as a dataset that was never larger has it."""
         if version == 1:
             return self
+        # Versions count from 1, and the first has no entry here.
         later = (self.appended or [])[version - 2]
         return self.model_copy(update={"pairs": later.pairs, "config": self.config | {"pairs": later.manifest}})
 

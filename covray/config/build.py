@@ -66,6 +66,7 @@ class BuildConfig(GrownSection):
     @field_validator("lengths", "alphas", "methods")
     @classmethod
     def _sorted_set(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
+        # In one order, so that the identity does not depend on how they were typed.
         return tuple(sorted(set(value)))
 
     @field_validator("spacing")

@@ -180,6 +180,7 @@ class EvaluateConfig(GrownSection):
             sampling = sampling.model_copy(update={"choose_by": "answer"})
         if votes == 1:
             return sampling
+        # What picks one candidate, or one code, has no place in a vote over samples.
         own = {
             "temperature": self.votes.temperature, "top_k": self.votes.top_k, "top_p": self.votes.top_p,
             "frames": PictureSamplingConfig(), "answer": PictureSamplingConfig(), "best_of": 1, "keep": 1.0,

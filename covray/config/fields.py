@@ -113,6 +113,7 @@ class PriorConfig(GrownSection):
     @classmethod
     def _steps_of_solver(cls, values: Any) -> Any:
         """Give ``dpm`` its own default of steps."""
+        # Before validation: after it a default looks like a value that was given.
         if isinstance(values, dict) and values.get("solver") == "dpm":
             return {"steps": DPM_STEPS} | values
         return values
@@ -137,6 +138,7 @@ class PriorConfig(GrownSection):
         """Yield the younger fields that are as in plain DDIM, with one evaluation a step and the empty prompt."""
         if self.solver == "ddim":
             yield "solver"
+        # As many as there are steps means all of them, which is what null means.
         if self.evaluations in (None, self.steps):
             yield "evaluations"
         if self.context == "empty":
@@ -335,6 +337,7 @@ class SamplingConfig(GrownSection):
         return self._for(self.answer)
 
     def _for(self, pictures: PictureSamplingConfig) -> SamplingConfig:
+        # Cleared, so that asking again changes nothing: pictures written one by one do ask again.
         same = {"frames": PictureSamplingConfig(), "answer": PictureSamplingConfig()}
         return self.model_copy(update={**same, **pictures.changes()})
 

@@ -191,6 +191,7 @@ def _section_in(annotation: Any) -> type[Section] | None:
 
 def _as_yaml(value: Any) -> str:
     """Return a default as a file or ``--set`` would give it."""
+    # PyYAML ends a lone value with the mark of a document's end.
     return yaml.safe_dump(to_jsonable_python(value), default_flow_style=True, width=1000).removesuffix("...\n").strip()
 
 

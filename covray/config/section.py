@@ -112,11 +112,14 @@ def differences(theirs: JsonObject, ours: JsonObject, *, open_matches: bool = Fa
     ``open_matches``: what ours leaves open (null or ``auto``) agrees with anything.
     """
     first, second = dict(leaves(theirs)), dict(leaves(ours))
-    return [
-        f"{key} was {first.get(key)!r}, is {second.get(key)!r}"
-        for key in sorted(first.keys() | second.keys())
-        if first.get(key) != second.get(key) and not (open_matches and second.get(key) in (None, "auto"))
-    ]
+    differing = []
+    for key in sorted(first.keys() | second.keys()):
+        # A key that is absent reads as null: sections leave out younger fields that ask for nothing.
+        was, now = first.get(key), second.get(key)
+        is_open = open_matches and now in (None, "auto")
+        if was != now and not is_open:
+            differing.append(f"{key} was {was!r}, is {now!r}")
+    return differing
 
 
 def leaves(value: JsonObject, prefix: str = "") -> Iterator[tuple[str, JsonValue]]:

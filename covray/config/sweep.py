@@ -50,6 +50,7 @@ class GridConfig(Section):
             return value
         if not value:
             raise ValueError("give at least one")
+        # In the order given, in which trials are started.
         return tuple(dict.fromkeys(value))
 
 

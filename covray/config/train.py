@@ -332,6 +332,7 @@ class TrainConfig(Section):
     def _with_unset(self, values: dict[str, Any]) -> TrainConfig:
         """Return the configuration with ``values`` in the optimizer, which count as not set."""
         optimizer = self.optimizer.model_copy(update=values)
+        # A copy counts what it updates as set; a resume asks which keys the user set.
         optimizer.model_fields_set.difference_update(values)
         return self.model_copy(update={"optimizer": optimizer})
 
@@ -360,6 +361,7 @@ class TrainConfig(Section):
 
 def weighted_path(text: str) -> tuple[str, float]:
     """Return the path and the weight of ``PATH=WEIGHT``; what stands behind another ``=`` belongs to the path."""
+    # From the right: a path may hold an =, a weight cannot.
     path, equals, weight = text.rpartition("=")
     try:
         return (path, float(weight)) if equals else (text, 1.0)

@@ -126,6 +126,7 @@ class VlmBlocksConfig(GrownSection):
     @classmethod
     def _values_of_preset(cls, values: Any) -> Any:
         if isinstance(values, dict) and values.get("preset") == "diffusionvl":
+            # Values that were given win over those of the preset.
             return DIFFUSIONVL | values
         return values
 

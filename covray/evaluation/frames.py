@@ -81,6 +81,7 @@ def candidate_figures(reference: NDArray[np.uint8], written: NDArray[np.uint8]) 
         written: What a model wrote, [candidates, frames + 1, s, s, 3].
     """
     query, references = reference[0], reference[1:]
+    # Every candidate is a chain of its own: frames of different ones are never mixed.
     figures = []
     for candidate in written:
         figures.append(frame_figures(query, candidate[:-1], candidate[-1], references))

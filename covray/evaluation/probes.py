@@ -111,6 +111,7 @@ def picture_nats(model: LoadedModel, result: EpisodeResult, answer_nats: float) 
     assert result.chain is not None
     assert result.prompt is not None
     frames, label = result.chain[1:-1].reshape(-1), result.chain[-1]
+    # ``answer_nats`` are a mean over tokens, these are sums: they add up over a chain.
     return {
         NATS_FRAMES: model.answer_nats(result.prompt, frames) * len(frames),
         NATS_ANSWER: answer_nats * len(label),

@@ -52,6 +52,7 @@ def mask_blocks(
     if weight == "level":
         return uniform < levels[:, None], 1 / levels
     counts = np.ceil(levels * block).clip(1, block)
+    # The tokens with the smallest of independent numbers are a draw without order.
     rank = uniform.argsort(1).argsort(1)
     return rank < counts[:, None], block / counts
 
@@ -103,8 +104,10 @@ def choose_unmasked(
         ascending, order = entropy.sort(dim=1, stable=True)
         # Ascending, so that the largest of the first k is the k-th itself.
         within = ascending.cumsum(1) - ascending <= threshold
+        # Or a block whose tokens are all unsure would never end.
         within[:, 0] = True
         return torch.zeros_like(masked).scatter_(1, order, within) & masked
+    # -1 is below any probability: places that have a token rank last.
     confidence = probabilities.gather(2, chosen[..., None])[..., 0].masked_fill(~masked, -1)
     rank = confidence.argsort(dim=1, descending=True, stable=True).argsort(1)
     best = (rank < count) & masked

@@ -63,6 +63,7 @@ def evaluations_per_pair(build: BuildConfig, pairs_per_source: float = 1.0) -> f
     frames = 0
     if "diffusion" in build.methods:
         frames = len(union_alphas(build.lengths, build.alphas)) + PROBES * (build.spacing == "path")
+    # Both ends of a checked pair are returned from their noise.
     denoisings = frames + 2 * build.check_endpoints
     return build.prior.evaluations_each_way * (inversions_per_pair(build, pairs_per_source) + denoisings)
 
@@ -101,6 +102,7 @@ def build_flops(build: BuildConfig, pairs_per_source: float = 1.0) -> float:
             )
         gflops = _PRIOR_GFLOPS[size]
         inverted = inversions_per_pair(build, pairs_per_source)
+        # What is no inversion is a denoising: both take equally many evaluations.
         denoised = evaluations / build.prior.evaluations_each_way - inverted
         flops += evaluations * gflops.unet + inverted * gflops.encoder + denoised * gflops.decoder
     return flops * _GIGA

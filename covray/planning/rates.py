@@ -104,6 +104,7 @@ def read_calibration(path: str) -> Calibration:
         text = storage.read_bytes(path).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"calibration {path}: cannot be read; give a file that covray benchmark wrote") from error
+    # Before it is parsed: YAML of megabytes, given by mistake, takes minutes.
     if len(text) > _MAX_FILE_CHARACTERS:
         raise ConfigError(f"calibration {path}: is not a calibration; give a file that covray benchmark wrote")
     try:
@@ -185,6 +186,7 @@ def scale_build(rates: BuildRates, cost: RowCost) -> tuple[BuildRates, float]:
             "calibration: of builds with and without a prior one was measured and the other is planned; run covray "
             "benchmark with what is planned"
         )
+    # Beside the UNet the tokenizer is a few per cent; without a prior it is all there is.
     times = cost.evaluations / rates.evaluations if cost.evaluations else cost.pictures / rates.pictures
     update = {
         "row_s": rates.row_s * times,

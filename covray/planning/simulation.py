@@ -216,6 +216,7 @@ class _Build:
             self.booting += 1
             self._at(self.now + self.fleet.boot_s, self._join, node)
             if self.fleet.interruptions_per_s:
+                # Drawn at the request: a node can be taken away while it boots, too.
                 life = self.generator.exponential(1 / self.fleet.interruptions_per_s)
                 self._at(self.now + life, self._interrupt, node)
 
@@ -260,6 +261,7 @@ class _Build:
                 node.idle_since = self.now
                 self._at(self.now + self.fleet.idle_timeout_s, self._leave, node, self.now)
             return
+        # The driver hands out one block at a time, so that many actors wait for it.
         begin = self.handed_out_at = max(self.now, self.handed_out_at + self.gap_s)
         node.blocks[slot] = _Block(begin, seconds)
         heapq.heappush(self.events, (begin + seconds, next(self.order), self._commit, (node, slot)))
@@ -287,6 +289,7 @@ class _Build:
         self._remove(node)
         # Idle actors of other nodes repeat the lost blocks at once.
         for block in filter(None, node.blocks):
+            # A block that still waits for the driver has not begun: nothing of it is lost.
             self.lost_s += max(0.0, self.now - block.begin)
             self.lost_blocks.append(block.seconds)
         while self.idle and self.lost_blocks:
@@ -318,6 +321,7 @@ def simulate_training(work: TrainWork, fleet: Fleet, generator: np.random.Genera
     while True:
         # Every start goes on from the last checkpoint, and ends with the training or with the next loss.
         left = work.start_s + whole_s - kept_s
+        # Exponential times have no memory, so that every start may draw a new one.
         life = generator.exponential(1 / rate) if rate else math.inf
         if life >= left:
             break

@@ -237,6 +237,7 @@ class ChainEngine:
         """Return ``rows`` [k, c, h, w] on the device, followed by zeros: [batch, c, h, w]."""
         latents = torch.zeros((batch, *rows.shape[1:]), device=self.prior.device)
         latents[: len(rows)] = torch.from_numpy(rows).to(self.prior.device)
+        # The layout of the networks' weights: in another one every convolution would convert.
         return latents.contiguous(memory_format=torch.channels_last)
 
 
@@ -266,6 +267,7 @@ def _take_ready(
 
 def _denoisings(request: Request) -> list[Denoising]:
     source, label = request.source, request.label
+    # Alphas that a shard cannot tell apart are one denoising.
     return [(source, label, float(np.float32(alpha))) for alpha in request.alphas]
 
 

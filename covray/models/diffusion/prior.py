@@ -129,6 +129,7 @@ class Prior:
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Return latents, float32 [B, c, h, w], the mean of the VAE's posterior, of uint8 pictures [B, S, S, 3]."""
         pixels = images.to(self.device).permute(0, 3, 1, 2).to(self.dtype) / 127.5 - 1.0  # channels_last by its strides
+        # The mean and no sample: the latent of a picture must not depend on chance.
         mean = self.vae.encode(pixels).latent_dist.mean.float()
         return (mean - self._shift) * self.vae.config.scaling_factor
 
@@ -139,6 +140,7 @@ class Prior:
         latents = latents.to(self.dtype, memory_format=torch.channels_last)
         pixels = self.vae.decode(latents, return_dict=False)[0].float().permute(0, 2, 3, 1)
         finite = pixels.isfinite().flatten(1).all(1)
+        # NaN has no byte: such a pixel becomes grey, and ``finite`` tells.
         scaled = (pixels.nan_to_num(0.0) * 0.5 + 0.5).clamp(0.0, 1.0) * 255.0
         return scaled.round().to(torch.uint8), finite
 
@@ -239,6 +241,7 @@ def probe_prediction(prior: Prior, where: str | Path = "prior") -> tuple[str, fl
     output = prior.predict(noise, timesteps)
     if not bool(output.isfinite().all()):
         raise WeightsError(f"{where}: the UNet answers Gaussian noise with values that are not finite; get it again")
+    # Least squares of the answer on the noise, through the origin.
     slope = float((output * noise).sum() / noise.square().sum())
     return ("epsilon" if slope > 0.5 else "v_prediction"), slope
 
@@ -298,7 +301,9 @@ def propose_batch(prior: Prior) -> int:
 
 def smallest_good_batch(speeds: dict[int, float]) -> int:
     """Return the smallest batch whose samples a second (``speeds`` by batch) are within 3% of the best."""
-    return min(size for size, speed in speeds.items() if speed >= 0.97 * max(speeds.values()))
+    # Smaller ones are as fast within the noise of the clock, and leave memory and less padding.
+    enough = 0.97 * max(speeds.values())
+    return min(size for size, speed in speeds.items() if speed >= enough)
 
 
 def _time_prediction(prior: Prior, size: int, repetitions: int = 3) -> float:
@@ -306,6 +311,7 @@ def _time_prediction(prior: Prior, size: int, repetitions: int = 3) -> float:
     latents = torch.zeros((size, *prior.latent_shape), device=prior.device)
     latents = latents.contiguous(memory_format=torch.channels_last)
     timesteps = torch.zeros(size, dtype=torch.int64, device=prior.device)
+    # Once without the clock: the first call with a shape chooses kernels and takes memory.
     prior.predict(latents, timesteps)
     torch.cuda.synchronize()
     start = time.perf_counter()

@@ -63,6 +63,7 @@ def digest(prior: Prior) -> list[float]:
 
     Both probe pictures are inverted, and the frame between them is denoised.
     """
+    # Two rows: one wave inverts both pictures, a second one denoises the frame beside a row of padding.
     engine = ChainEngine(prior, EngineConfig(device="cpu"), batch=2)
     latents = prior.encode(torch.from_numpy(probe_pictures(prior.size_px))).cpu().numpy()
     halfway = (0, 1, 0.5)
@@ -78,6 +79,7 @@ def golden(fingerprint: str) -> dict[str, Any] | None:
 
 def compare(digest: Sequence[float], recorded: Sequence[float]) -> float:
     """Return the largest difference of two digests, to compare with ``TOLERANCE``; infinity for values not finite."""
+    # NaN is neither more nor less than the tolerance: it must count as the largest difference.
     with np.errstate(invalid="ignore"):
         difference = np.abs(np.subtract(digest, recorded, dtype=np.float64))
     return float(np.where(np.isfinite(difference), difference, np.inf).max())

@@ -77,6 +77,7 @@ def ddim_tables(prediction_type: str, levels: Levels, timesteps: torch.Tensor, e
     latent_scale, output_scale = _evaluated_step(prediction_type, levels)
     latent_kept, data_scale = _data_step(levels)
     p, r = _data_prediction(prediction_type, levels)
+    # The coordinate in which the grid is uniform; the data is extrapolated along it.
     place = (levels.noise / levels.signal) ** (1 / RHO)
     steps = len(timesteps)
     rows = []
@@ -160,6 +161,7 @@ def sigma_grid(sigmas: np.ndarray, steps: int) -> np.ndarray:
     """
     ends = sigmas[0] ** (1 / RHO), sigmas[-1] ** (1 / RHO)
     grid = np.linspace(*ends, steps + 1) ** RHO
+    # The nearest level, as a network is trained on whole timesteps.
     distance = np.abs(sigmas[None, :] - grid[:, None])
     return distance.argmin(axis=1)
 

@@ -138,6 +138,7 @@ def read_adapter(folder: str) -> tuple[Lora, dict[str, Tensor]]:
     source = Folder(folder)
     try:
         values = source.read_json(CONFIG_FILE)
+        # Read once: the digest that a verifier names must be of the bytes that are loaded.
         weights = source.read_bytes(WEIGHTS_FILE)
         tensors = load(weights)
     except FileNotFoundError as error:
@@ -307,6 +308,7 @@ def export_run(run: str, out: str, merge: bool) -> None:
         ConfigError: The folder is not a finished run, or ``out`` cannot be used.
         WeightsError: The backbone is missing, or has changed since the training.
     """
+    # An export is complete by a rename, which object stores do not have.
     if "://" in out:
         raise ConfigError(f"--out {out}: is not on this machine; export to a folder here, and copy it from there")
     target = Path(out).expanduser()

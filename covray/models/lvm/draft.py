@@ -80,6 +80,7 @@ class DraftUpdate(nn.Module):
             part = updated[name]
             whole = part.view(masks.rows, -1, part.shape[-1])
             changed = whole[:, first:] + F.linear(low, self.B[name].to(x.dtype))
+            # Put together rather than adding zeros to the tokens, whose bits must not be touched.
             updated[name] = torch.cat((whole[:, :first], changed), 1).view(part.shape)
         return tuple(updated.values())
 

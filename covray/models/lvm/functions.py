@@ -49,13 +49,16 @@ class AdaptedLinear(torch.autograd.Function):
             lora_a: A of all adapted parts, [targets * rank, width].
             *lora_b: B of every adapted part, [n, rank].
         """
+        # Scaled where it is narrow: rank columns in place of the outputs'.
         low = F.linear(x, lora_a.to(x.dtype)).mul_(scale)  # [T, targets * rank]
         lows, ups = iter(low.chunk(len(lora_b), -1)), iter(lora_b)
         biases = [None] * len(sizes) if bias is None else bias.split(sizes)
         parts = []
         for rows, offset, has in zip(weight.split(sizes), biases, adapted, strict=True):
             part = F.linear(x, rows, offset)
-            parts.append(part.addmm_(next(lows), next(ups).to(x.dtype).t()) if has else part)
+            if has:
+                part.addmm_(next(lows), next(ups).to(x.dtype).t())
+            parts.append(part)
         ctx.save_for_backward(x, weight, low, lora_a, *lora_b)
         ctx.sizes, ctx.adapted, ctx.scale = sizes, adapted, scale
         return tuple(parts)
@@ -74,7 +77,12 @@ class AdaptedLinear(torch.autograd.Function):
                 up = next(ups)
                 to_lows.append(above @ up.to(x.dtype))  # [T, rank]
                 low_of_part = next(lows)
-                to_b.append((above.t() @ low_of_part).to(up.dtype) if ctx.needs_input_grad[6] else None)
+                # A frozen adapter, beside a draft that is learned, gets no gradient.
+                gradient = None
+                if ctx.needs_input_grad[6]:
+                    gradient = (above.t() @ low_of_part).to(up.dtype)
+                to_b.append(gradient)
+        # Back through the scale, once for all parts.
         to_low = torch.cat(to_lows, -1).mul_(ctx.scale)
         if to_x is not None:
             to_x.addmm_(to_low, lora_a.to(x.dtype))
@@ -91,6 +99,7 @@ class FrozenRmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Return ``x`` [T, width] divided by the root mean square of its rows, times ``weight``."""
+        # The operator behind F.rms_norm, called for the inverse rms that it returns as well.
         normed, inverse_rms = torch.ops.aten._fused_rms_norm(x, [x.shape[-1]], weight, eps)
         ctx.save_for_backward(x, weight, inverse_rms)
         return normed
@@ -100,6 +109,7 @@ class FrozenRmsNorm(torch.autograd.Function):
         """Return the gradient of x."""
         x, weight, inverse_rms = ctx.saved_tensors
         scaled = upstream[0] * weight
+        # A mean over a wide row needs more digits than bfloat16 has.
         along = (scaled * x).mean(-1, keepdim=True, dtype=torch.float32) * inverse_rms.square()
         return scaled.sub_(x * along.to(x.dtype)).mul_(inverse_rms.to(x.dtype)), None, None
 
@@ -117,12 +127,14 @@ class Rotate(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradient of x."""
         cosine, sine = ctx.saved_tensors
+        # The transpose of a rotation is the rotation by minus its angle.
         return rotated_pairs(upstream[0], cosine, -sine), None, None
 
 
 def rotated_pairs(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Return [x1 cos - x2 sin, x2 cos + x1 sin] for the halves x1, x2 of ``x`` [..., d]."""
     half = x.shape[-1] // 2
+    # In the memory of one product: torch.cat of the halves would copy them all again.
     turned = x * cosine
     turned[..., :half].addcmul_(x[..., half:], sine[..., :half], value=-1)
     turned[..., half:].addcmul_(x[..., :half], sine[..., half:])
@@ -155,6 +167,7 @@ class ChunkedLoss(torch.autograd.Function):
         for start in range(0, len(hidden), CHUNK):
             rows = slice(start, start + CHUNK)
             chunk, target = hidden[rows], targets[rows, None]
+            # In float32 from here on: bfloat16 has no digits for the differences that make a loss.
             logits = (chunk @ matrix.t()).float()
             normaliser = logits.logsumexp(-1, keepdim=True)
             losses[rows] = (normaliser - logits.gather(-1, target))[:, 0]
@@ -169,6 +182,7 @@ class ChunkedLoss(torch.autograd.Function):
                 if to_weight is not None:
                     to_weight += low.t() @ chunk
         ctx.save_for_backward(to_hidden, to_weight)
+        # For metrics only: a gradient through each loss would need the logits again.
         ctx.mark_non_differentiable(losses)
         total = losses.sum() if weights is None else (losses * weights).sum()
         return total, losses

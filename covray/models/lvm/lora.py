@@ -40,6 +40,7 @@ class Lora:
     """Of an adapter that was trained by block diffusion."""
     draft: Draft | None = None
     """A draft adapter beside it."""
+    # Left out of ``==``: two reads of one file are two networks.
     verifier: Verifier | None = field(default=None, compare=False)
     """A verifier of its answers beside it; it changes nothing that the model computes."""
 

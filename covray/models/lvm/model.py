@@ -77,6 +77,7 @@ class RmsNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x`` [T, width]; shape and type stay."""
         weight = self.weight.to(x.dtype)  # the fused kernel wants one type
+        # FrozenRmsNorm is for a gradient of x alone; in all other cases PyTorch's own does no needless work.
         if weight.requires_grad or not x.requires_grad:
             return F.rms_norm(x, (x.shape[-1],), weight, self.eps)
         normed: Tensor = FrozenRmsNorm.apply(x, weight, self.eps)
@@ -239,6 +240,7 @@ class Lvm(nn.Module):
             [T, width], or [T + M, width], the clean tokens first.
         """
         x = self.embed_ids(ids if noisy is None else torch.cat((ids, noisy.ids)))
+        # Autocast leaves what the embedding returns as it is, and with it the residual stream.
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         rotation = rotary(self.config, lengths, x.device, x.dtype)
@@ -280,6 +282,7 @@ class Lvm(nn.Module):
         for name, parameter in list(self.named_parameters()):
             owner, _, own_name = name.rpartition(".")
             tensor = shared[name] if name in shared else torch.empty_like(parameter, device=device)
+            # A tensor of the meta device has no data to move: another parameter takes its place.
             placed = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
             setattr(self.get_submodule(owner), own_name, placed)
 
@@ -356,6 +359,7 @@ def rotary(
     """
     size = config.hidden_size // config.num_attention_heads
     theta = float(config.rope_parameters["rope_theta"])
+    # In float32 whatever the model's type: bfloat16 cannot tell neighbouring positions apart from 256 on.
     frequencies = 1.0 / theta ** (torch.arange(0, size, 2, device=device, dtype=torch.float32) / size)
     positions = torch.cat([torch.arange(length, device=device, dtype=torch.float32) for length in lengths])
     angles = positions[:, None] * frequencies

@@ -57,6 +57,7 @@ class Verifier(nn.Module):
         self.last = nn.Linear(facts.hidden, 1, bias=False)
         bound = inputs**-0.5
         with torch.no_grad():
+            # A generator of its own: PyTorch's global one depends on what ran before.
             self.first.weight.uniform_(-bound, bound, generator=torch.Generator().manual_seed(seed))
             self.first.bias.zero_()
             self.last.weight.zero_()

@@ -61,6 +61,7 @@ def _picture(size_px: int) -> NDArray[np.uint8]:
             for across in range(-_WAVES, _WAVES + 1):
                 if down or across:
                     phase = 2 * np.pi * (across * x + down * y + rng.uniform())
+                    # Weaker where the frequency is higher, as in photographs.
                     total += rng.normal() * np.cos(phase) / np.hypot(across, down)
         return (total - total.mean()) / total.std()
 

@@ -160,6 +160,7 @@ class PendingRows:
         """
         places = slice(image * self.tokens_per_image, (image + 1) * self.tokens_per_image)
         image_ids = ids[:, places].cpu().numpy().astype(np.uint16)
+        # A copy: on a CPU this is the memory that the decoder goes on writing to.
         image_log_p = log_p[:, places].cpu().numpy().copy()
         for row in rows:
             yield FinishedImage(row, image, image_ids[row], image_log_p[row])
@@ -224,11 +225,13 @@ def collect(decoded: Iterable[DecodedImage], shape: tuple[int, int, int, int], s
             verdicts[each.query, each.candidate] = each.verdict
         ids[each.query, each.candidate, each.image] = each.ids
         token_log_p[each.query, each.candidate, each.image] = torch.from_numpy(each.token_log_p)
+    # In float64: candidates differ by little beside a sum of thousands of terms.
     by_image = token_log_p.double().sum(-1).numpy()
     if not shape[2]:
         return Decoded(ids, by_image, np.zeros(shape[0], np.int64))
     if sampling.choose_by == "verifier":
         return Decoded(ids, by_image, verdicts.argmax(1), verdicts)
+    # Sums can be compared, as all candidates of a query have equally many tokens.
     scored = by_image[..., -1:] if sampling.choose_by == "answer" else by_image
     return Decoded(ids, by_image, scored.sum(-1).argmax(1))
 

@@ -177,6 +177,7 @@ class LvmDecoder:
                 if verifier is not None:
                     verdict = self._judge(verifier, prompt, asked[row.query], ids)
                 worth[following] = longer[following] if verdict is None else verdict
+                # The verdict on a frame only decides who goes on: a decoded picture has that on its answer.
                 said = verdict if is_answer else None
                 yield DecodedImage(row.query, row.candidate, image, written.ids, written.token_log_p, said)
             kept = _best(worth, sampling.keep)
@@ -219,6 +220,7 @@ class LvmDecoder:
             ahead = 1
         elif strategy == "speculative":
             ahead = window_slots(require_draft(self._draft), sampling)
+        # The last token that is written is never read, hence the 1.
         buffer = reader.take_buffer(own + steps - 1 + ahead)
         caches = reader.read_prompt(prompt, buffer)
 
@@ -328,5 +330,6 @@ def _best(worth: Mapping[_Row, float], keep: float) -> set[_Row]:
     kept = set()
     for rows in of_query.values():
         ranked = sorted(rows, key=lambda row: worth[row], reverse=True)
+        # Rounded up, so that at least one goes on.
         kept.update(ranked[: math.ceil(keep * len(rows))])
     return kept

@@ -69,7 +69,9 @@ class Reader:
         self._model = model if self._weights is None else _plain(model, self._weights)
         self._merge()
         self._layers: list[Any] = list(self._model.layers)
+        # Without the rows of special ids, which are never written: no mask has to forbid them.
         self._head = self._model.head.weight[:codes].detach().to(weight.dtype)
+        # Of all places of the context, once: a step only looks them up.
         self._rotation = rotary(model.config, (self.context_tokens,), self.device, self._dtype)
         self._buffer: Tensor | None = None
         self.passes = 0
@@ -161,6 +163,7 @@ class Reader:
         self._merge()
         x = self._model.embed_ids(torch.from_numpy(ids.astype(np.int64)).to(self.device))
         rotation = self._rotation[0][position : position + count], self._rotation[1][position : position + count]
+        # Row i sees all that stands before, and of its own tokens those up to i.
         mask = torch.ones((count, position + count), dtype=torch.bool, device=self.device).tril(position)
         kept = []
         for number, layer in enumerate(self._layers):
@@ -245,6 +248,7 @@ class Reader:
 def _plain(model: Lvm, memory: MergedWeights) -> Lvm:
     """Return a model for a copy of ``model`` with its adapter merged, whose weights lie in ``memory``."""
     assert model.lora is not None
+    # A draft's update cannot be merged: it is added where masks are read, and nowhere else.
     kept = None if model.lora.draft is None else replace(model.lora, targets=())
     with torch.device("meta"):
         plain = Lvm(model.config, kept).to(model.embed.weight.dtype)
@@ -259,6 +263,7 @@ def _fill_merged(plain: Lvm, model: Lvm) -> None:
     assert model.lora is not None
     weights = plain.backbone_tensors()
     for name, tensor in model.backbone_tensors().items():
+        # From the frozen weights every time: to take one adapter off and add another would round twice.
         weights[name].copy_(tensor)
     updates = model.lora_tensors()
     for name, low in updates.items():
