@@ -203,6 +203,10 @@ def _build(
     if output.begun is not None:
         output.require_same(output.begun.identity, config.identity())
         output.require_same(output.begun.fingerprints, models.fingerprints)
+    if version.is_new:
+        # The version before is finished, but a kill may have left a part of its checkpoint: its other pairs would be
+        # built again. Before the description names the new version, after which the checkpoint is that one's.
+        delete_checkpoint(output.folder)
     with output.tracked(config, record) as (tracker, _):
         # A checkpoint that is gone is made again from the shards, so that no pair is written twice.
         if output.begun is not None:

@@ -81,15 +81,18 @@ def pairs_on_ray(work: PairWork, out: str, actors: int | None) -> Iterator[Itera
             record.write(folder)
         else:
             _require_same_work(output, record)
-        if not (folder / CHECKPOINT).list_files():  # parts without it are of a command killed while it deleted them
+        # Parts without items or checkpoint are of a command that was killed while it deleted them.
+        if not folder.exists(ITEMS) or not (folder / CHECKPOINT).list_files():
+            _delete_contents(folder / CHECKPOINT)
             _delete_contents(folder / PARTS)
         with ray_session() as cores:
             _make(work, folder, ActorsConfig(max=actors), cores)
         yield ordered_pairs(folder, len(work.items))
-        # The description goes last: until then the folder is known as ours, wherever this is killed.
+        # The list of items goes first: without it nobody continues from half a checkpoint. The description goes last:
+        # until then the folder is known as ours, wherever this is killed.
+        folder.delete_file(ITEMS)
         _delete_contents(folder / CHECKPOINT)
         _delete_contents(folder / PARTS)
-        folder.delete_file(ITEMS)
     folder.delete()
 
 

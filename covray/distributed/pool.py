@@ -250,6 +250,8 @@ def commit_again(output: Folder, id_column: str, ids: Callable[[], pa.ChunkedArr
 def delete_checkpoint(output: Folder) -> None:
     """Forget what was committed, once the result stands."""
     folder = output / CHECKPOINT
+    if not folder.exists():
+        return
     folder.filesystem.delete_dir_contents(folder.inner, missing_dir_ok=True)
     folder.filesystem.delete_dir(folder.inner)
 

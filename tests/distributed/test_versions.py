@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,13 @@ import pytest
 
 from covray.chains.audit import audit_dataset
 from covray.chains.dataset import ChainDataset, shard_folder
+from covray.chains.prepare import BuildModels
 from covray.chains.records import AppendedPairs, Audit, DatasetRecord
 from covray.chains.shard_rows import shard_schema
 from covray.config import BuildConfig
+from covray.distributed import build as building
 from covray.distributed.build import plan_build
+from covray.distributed.pool import CHECKPOINT, parquet_bytes
 from covray.distributed.resumable import Output
 from covray.distributed.versions import choose_version, earlier_counts, grows, pair_set, with_version
 from covray.errors import DatasetError
@@ -136,7 +140,8 @@ def test_an_append_keeps_every_pair_and_the_classes(write_dataset: Writer) -> No
         with_version(config, record, info_of([*ids[1:], 1]))
 
 
-def test_a_plan_counts_the_new_pairs_alone(write_dataset: Writer, tmp_path: Path) -> None:
+def finished_dataset(write_dataset: Writer, tmp_path: Path) -> BuildConfig:
+    """Write a dataset of four pairs; return the build of a manifest with four more."""
     manifests = tmp_path / "manifests"
     manifests.mkdir()
     for name, first in (("a", 0), ("b", 4)):
@@ -146,14 +151,53 @@ def test_a_plan_counts_the_new_pairs_alone(write_dataset: Writer, tmp_path: Path
     out, rows = write_dataset({"depth": 4}, methods=("linear",))
     small = check_manifest(str(manifests / "a.parquet"))
     config = BuildConfig(pairs=str(manifests), out=out, methods=("linear",))
-    with pytest.raises(DatasetError, match="leave out --append"):
-        plan_build(config.model_copy(update={"out": str(tmp_path / "absent")}), append=True)
     for row, pair_id in zip(rows, small.pair_ids.tolist(), strict=True):
         row["pair_id"] = pair_id
     for shard in Path(out, "shards").rglob("*.parquet"):
         shard.unlink()
     pq.write_table(pa.Table.from_pylist(rows, shard_schema(False)), Path(out, "shards/task=depth/part.parquet"))
     record = DatasetRecord.read(out)
-    record.model_copy(update={"pairs": pair_set(small), "identity": config.identity()}).write(out)
+    settings = config.model_dump(mode="json") | {"rows_per_block": 2}
+    described = {"pairs": pair_set(small), "identity": config.identity(), "config": settings}
+    record.model_copy(update=described).write(out)
+    return config
+
+
+def test_a_plan_counts_the_new_pairs_alone(write_dataset: Writer, tmp_path: Path) -> None:
+    config = finished_dataset(write_dataset, tmp_path)
+    with pytest.raises(DatasetError, match="leave out --append"):
+        plan_build(config.model_copy(update={"out": str(tmp_path / "absent")}), append=True)
     planned = plan_build(config, append=True)
     assert (planned.pairs, planned.per_task) == (4, {"depth": 4})
+
+
+def test_an_append_counts_all_pairs_of_the_version_before_as_written(
+    write_dataset: Writer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = finished_dataset(write_dataset, tmp_path)
+    record = DatasetRecord.read(config.out)
+    ids = ChainDataset(config.out).table(["pair_id"])["pair_id"]
+    # A build that is killed while it deletes its checkpoint leaves a part of it.
+    checkpoint = Folder(config.out) / CHECKPOINT
+    checkpoint.write_bytes("left.parquet", parquet_bytes(pa.table({"pair_id": ids.slice(0, 2)})))
+    models = BuildModels(8, 8, record.tokens_per_image, record.codes or 0, None, dict(record.fingerprints))
+    committed: list[int] = []
+
+    def write(*_: object) -> None:
+        for name in checkpoint.list_files(".parquet"):
+            committed.extend(pq.read_table(checkpoint.inner_path(name))["pair_id"].to_pylist())
+        raise InterruptedError
+
+    monkeypatch.setattr(building, "ray_session", lambda: contextlib.nullcontext(2))
+    monkeypatch.setattr(building, "require_on_nodes", lambda _: None)
+    monkeypatch.setattr(building, "gpus_of", lambda *_: 0.0)
+    monkeypatch.setattr(building, "most_actors", lambda *_: 1)
+    monkeypatch.setattr(building, "_load_once", lambda config, _: (config, models))
+    monkeypatch.setattr(building, "_write_version", write)
+    with pytest.raises(InterruptedError):
+        building.build(config, append=True)
+    assert sorted(committed) == sorted(ids.to_pylist())
+    committed.clear()
+    with pytest.raises(InterruptedError):  # and so does the next one, which continues the version
+        building.build(config)
+    assert sorted(committed) == sorted(ids.to_pylist())

@@ -172,3 +172,33 @@ def test_what_was_begun_is_continued_as_it_was_begun_alone(
     (folder / "own.txt").write_text("a stranger's")
     with pytest.raises(DatasetError, match="holds files"), pool.pairs_on_ray(work, out, 2):
         pytest.fail("a stranger's folder")
+
+
+def test_a_command_killed_while_it_deletes_makes_no_item_twice(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make(work: PairWork, folder: Folder, actors: object, cores: int) -> None:
+        """In this process, a part for each item that no checkpoint has committed."""
+        folder.write_bytes(pool.ITEMS, b"items")
+        (folder / PARTS).create()
+        present = (folder / CHECKPOINT).list_files()
+        for number, pairs in enumerate(work.load()(work.items)):
+            if f"{number}.parquet" not in present:
+                row = {"item": number, "of": "pairs", "pairs": [manifest_row(pair, True) for pair in pairs]}
+                part = f"{number}-{len(present)}.parquet"  # as Ray Data's, another name in another run
+                pq.write_table(pa.Table.from_pylist([row], PART_SCHEMA), (folder / PARTS).inner_path(part))
+                (folder / CHECKPOINT).write_bytes(f"{number}.parquet", b"committed")
+
+    def delete_one(folder: Folder) -> None:
+        folder.delete_file(folder.list_files()[0])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pool, "_make", make)
+    monkeypatch.setattr(pool, "ray_session", lambda: contextlib.nullcontext(1))
+    work, out = photo_pairs(root / "photos"), str(tmp_path / "pairs.parquet")
+    assert len(work.items) > 1
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt), pool.pairs_on_ray(work, out, 2):
+        killed.setattr(pool, "_delete_contents", delete_one)
+    with pool.pairs_on_ray(work, out, 2) as made:
+        assert list(made) == list(work)
+    assert not Path(parts_folder(out)).exists()
