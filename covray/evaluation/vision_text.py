@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from covray.config.vlm import VlmEvaluateConfig
-from covray.errors import ConfigError
+from covray.errors import ConfigError, one_line
 from covray.evaluation.bleu import corpus_bleu
 from covray.evaluation.caption_facts import right_facts
 from covray.evaluation.records import VlmEvaluationRecord
@@ -319,7 +319,16 @@ def finished_rows(out: str) -> list[Row]:
     folder = Folder(out)
     if not folder.exists(RESULTS_FILE):
         raise ConfigError(f"{folder.path}: holds no finished evaluation; give the --out of covray vlm evaluate")
-    return read_rows(folder.read_bytes(ANSWERS_FILE).decode().splitlines())
+    where = folder.join(ANSWERS_FILE)
+    try:
+        lines = folder.read_bytes(ANSWERS_FILE).decode().splitlines()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{where}: cannot be read ({one_line(error)}); evaluate again into another folder") from error
+    rows = read_rows(lines)
+    # Half a line is normal while an evaluation is under way; in a finished one it hides all rows behind it.
+    if len(rows) < len(lines):
+        raise ConfigError(f"{where}: line {len(rows) + 1} is damaged; evaluate again into another folder")
+    return rows
 
 
 def _accuracy(rows: Sequence[Row]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,17 @@ from torchmetrics.functional.text import bleu_score
 
 from covray.config import load_config
 from covray.config.vlm import VlmEvaluateConfig, VlmTrainConfig
+from covray.errors import ConfigError
 from covray.evaluation.bleu import corpus_bleu
 from covray.evaluation.caption_facts import right_facts
 from covray.evaluation.vision_text import (
+    ANSWERS_FILE,
+    RESULTS_FILE,
     BatchAnswerer,
     Row,
     caption_chrf,
     compare_rows,
+    finished_rows,
     read_rows,
     row_lines,
     summarize_rows,
@@ -89,6 +94,18 @@ def test_two_models_are_compared_prompt_by_prompt() -> None:
     seeds = compare_rows([first, first], [first, second])
     assert (seeds["questions"].mean, seeds["questions"].episodes) == (0.25, 2), "a prompt's mean over seeds"
     assert compare_rows([first[:2]], [second[:2]])["facts"] is None
+
+
+def test_a_finished_evaluation_is_whole_or_refused(tmp_path: Path) -> None:
+    lines = row_lines([row("colour", "red", "red"), row("colour", "red", "blue"), row("colour", "red", "red")])
+    (tmp_path / RESULTS_FILE).write_text("{}")
+    with pytest.raises(ConfigError, match=r"answers\.jsonl: cannot be read .*; evaluate again"):
+        finished_rows(str(tmp_path))
+    (tmp_path / ANSWERS_FILE).write_text("\n".join(lines) + "\n")
+    assert row_lines(finished_rows(str(tmp_path))) == lines
+    (tmp_path / ANSWERS_FILE).write_text("\n".join([lines[0], lines[1][:30], lines[2]]) + "\n")
+    with pytest.raises(ConfigError, match=r"answers\.jsonl: line 2 is damaged; evaluate again into another folder"):
+        finished_rows(str(tmp_path))
 
 
 def test_chrf_is_of_each_caption(monkeypatch: pytest.MonkeyPatch) -> None:
