@@ -26,6 +26,8 @@ from covray.thinking.episodes import VALUES, Cell, Theme
 WEIGHTS = "judge.safetensors"
 SIDES = 2
 """Heads of a theme: detail, object."""
+_GROUPS = 8
+"""Of the group norms: they divide the channels of every level."""
 _GRID = 4
 """The last features are pooled to this many cells a side: where something is matters for arrangements."""
 
@@ -54,7 +56,7 @@ class _Level(nn.Module):
         super().__init__()
         self.down = nn.Conv2d(inputs, width, 3, stride=2, padding=1)
         self.first, self.second = (nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
-        self.norms = nn.ModuleList(nn.GroupNorm(8, width) for _ in range(3))
+        self.norms = nn.ModuleList(nn.GroupNorm(_GROUPS, width) for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, inputs, s, s] -> [B, width, s / 2, s / 2]."""
@@ -146,7 +148,10 @@ def load_judge(folder: Path, device: torch.device) -> Judge:
         WeightsError: A file is missing, cannot be read, or does not fit the other.
     """
     record = JudgeRecord.read(str(folder))
-    network = JudgeNetwork(len(record.details), record.widths)
+    _require_judge(folder, record)
+    # Without memory: sizes are the file's word until its tensors are known to have them.
+    with torch.device("meta"):
+        network = JudgeNetwork(len(record.details), record.widths)
     file = folder / WEIGHTS
     tensors = read_tensors(file)
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
@@ -155,6 +160,19 @@ def load_judge(folder: Path, device: torch.device) -> Judge:
     weights = {}
     for name, tensor in tensors.items():
         weights[name] = require_finite(file, name, tensor).float()  # stored in half precision
-    network.load_state_dict(weights)
+    network.load_state_dict(weights, assign=True)
     fingerprint = fingerprint_folder(folder, (JudgeRecord.FILE, WEIGHTS))
     return Judge(network.to(device).eval(), record, fingerprint)
+
+
+def _require_judge(folder: Path, record: JudgeRecord) -> None:
+    """Refuse a record of no judge. Raises WeightsError."""
+    is_network = bool(record.widths) and all(width > 0 and width % _GROUPS == 0 for width in record.widths)
+    is_named = record.details.keys() == record.objects.keys()
+    for values in (*record.details.values(), *record.objects.values()):
+        is_named &= len(values) == VALUES
+    if not (is_network and is_named and record.details):
+        raise WeightsError(
+            f"{folder / JudgeRecord.FILE}: is of no judge, which has levels of {_GROUPS} channels or a multiple, and "
+            f"{VALUES} details and objects a theme; {JudgeRecord.FIX}"
+        )

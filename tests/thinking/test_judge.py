@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,3 +57,15 @@ def test_what_it_cannot_judge_is_refused(folder: Path) -> None:
     (folder / WEIGHTS).write_bytes(b"")
     with pytest.raises(WeightsError, match="cannot be read"):
         load_judge(folder, CPU)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"widths": []}, {"widths": [8, 12]}, {"details": {"colour": ["red"]}}, {"objects": {}}],
+    ids=lambda wrong: next(iter(wrong)),
+)
+def test_a_record_of_no_judge_is_refused_in_one_line(wrong: dict[str, Any], folder: Path) -> None:
+    JudgeRecord.read(str(folder)).model_copy(update=wrong).write(str(folder))
+    with pytest.raises(WeightsError, match=r"judge\.json: is of no judge, .*; train it again") as error:
+        load_judge(folder, CPU)
+    assert "\n" not in str(error.value)
