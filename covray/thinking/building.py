@@ -156,6 +156,7 @@ class FeatureBuilder:
 
     def _instructed(self, sample: int, picture: NDArray[np.uint8]) -> Prompt:
         """Return the prompt of a picture, with the instruction that it draws."""
+        # Drawn by the sample's own id, so that blocks and restarts change no prompt.
         instructions = self._config.instructions
         generator = np.random.default_rng(seed_of("instruction", self._config.seed, sample))
         instruction = instructions[int(generator.integers(len(instructions)))]

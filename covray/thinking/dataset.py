@@ -253,6 +253,7 @@ class FeatureRows:
 
 def pack(features: Tensor) -> bytes:
     """Return features [n, width] as the bytes of a shard."""
+    # Little-endian by name: a shard means the same on every machine.
     halves: NDArray[np.float16] = features.detach().float().cpu().numpy().astype("<f2")
     return halves.tobytes()
 

@@ -155,6 +155,7 @@ class AlignerObjective:
         self._alignment = Alignment(aligner.network.to(device), language.model)
         # Two operations a parameter forward, two backward; the frozen decoder needs no gradients of its weights.
         self.flops_per_token = 4.0 * sum(parameter.numel() for parameter in language.model.parameters())
+        # One caption, which a worker without a share computes for the collectives.
         self.idle_batch = self._batch([SplitSeed(config.optimizer.seed, 0, 0)], self._training).to(device)
 
     @property

@@ -213,6 +213,7 @@ class Reasoner:
         if "bridge" in self._config.rows:
             contexts["bridge"] = self._thinker.encode(thoughts["text"].text)
         for name, aligner in self._aligners.items():
+            # The untrained aligner has no folder, and reads texts as ThinkDiff does.
             places: Places = self._folders[name].places if name in self._folders else "text"
             contexts[name] = self._thinker.align(aligner, thoughts[places].features)
         return contexts

@@ -136,6 +136,7 @@ def drawn(family: Family, aligner: Aligner, cases: Sequence[Case]) -> list[Pictu
         pixels = normed(np.stack(renders(case))).to(family.device)
         own = aligner.network(patch_features(family.tower, pixels).flatten(0, 1))
         if case.words:
+            # A text alone has no padding that would have to be cut off.
             states, _ = family.encoder.encode([case.words])
             own = torch.cat((own, states[0]))
         features.append(own)

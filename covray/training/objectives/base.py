@@ -25,6 +25,7 @@ class DeviceBatch(Protocol):
 
 
 B = TypeVar("B", bound=DeviceBatch)
+# For protocols that only take batches: type checkers want their variance declared.
 B_contra = TypeVar("B_contra", bound=DeviceBatch, contravariant=True)
 
 

@@ -46,6 +46,7 @@ class BlockDiffusion(VisualSentences):
         """
         super().__init__(config, device)
         block = require_blocks(config, self._facts, self.training.chains.tokens_per_image).block
+        # One block of masks, which a worker without a share computes for the collectives.
         ids = torch.zeros(block + 1, dtype=torch.int64, device=device)
         places = torch.arange(1, block + 1, device=device)
         noisy = NoisyBlocks(ids[1:], places, (block,), block, places[:1] - 1, torch.ones(1, device=device), 0.0)
