@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from covray.errors import ConfigError, last_line, one_line
+from covray.errors import ConfigError, last_line
 from covray.methods import frame_makers
 from covray.plugins import missing_packages
 from covray.progress import stage
@@ -64,5 +64,5 @@ def problem_here(used: Mapping[str, str]) -> str:
         try:
             registries[noun].find(name)
         except ConfigError as error:
-            return one_line(error)
+            return str(error)
     return ""

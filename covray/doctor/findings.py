@@ -38,7 +38,8 @@ def error_finding(name: str, error: BaseException) -> Finding:
     covray's own errors say what to do after their last semicolon; for all others the advice is general.
     """
     if isinstance(error, CovrayError):
-        message, _, advice = one_line(error).rpartition("; ")
+        # Whole: of a message that names a long path, one_line would drop the advice.
+        message, _, advice = " ".join(str(error).split()).rpartition("; ")
         if message:
             return Finding(name, "problem", message, advice)
     advice = "try it by hand as the same user; the rest of the report stands without it"

@@ -19,7 +19,7 @@ from covray.doctor import checks, machine, models
 from covray.doctor import ray as of_ray
 from covray.doctor import storage as of_storage
 from covray.doctor.checks import examine
-from covray.doctor.findings import GIB, Finding
+from covray.doctor.findings import GIB, Finding, error_finding
 from covray.doctor.ray import NodeReport, Versions, judge_node
 from covray.errors import WeightsError
 from covray.io import storage
@@ -517,3 +517,9 @@ def test_problems_come_first_and_end_the_command_with_1(
 
 def test_a_mistaken_option_ends_it_with_2(run: Callable[..., Done]) -> None:
     assert run("doctor", "--nosuch")[0] == 2
+
+
+def test_the_advice_of_a_long_message_is_whole() -> None:
+    path = "/" + "a folder/" * 40
+    finding = error_finding("prior", WeightsError(f"{path}: holds no model files; give a complete model folder"))
+    assert finding == Finding("prior", "problem", f"{path}: holds no model files", "give a complete model folder")
