@@ -69,13 +69,6 @@ class BuildConfig(GrownSection):
         # In one order, so that the identity does not depend on how they were typed.
         return tuple(sorted(set(value)))
 
-    @field_validator("spacing")
-    @classmethod
-    def _ascending(cls, value: Any) -> Any:
-        if isinstance(value, tuple) and (not value or list(value) != sorted(set(value))):
-            raise ValueError("give even, path, or alphas that ascend")
-        return value
-
     @model_validator(mode="after")
     def _noise_fits(self) -> BuildConfig:
         if self.prior.context != "empty" and (self.keep_noise or self.noise_from is not None):

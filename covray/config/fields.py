@@ -56,6 +56,13 @@ def _known_method(name: str) -> str:
     return name
 
 
+def _ascending(spacing: Any) -> Any:
+    """Return ``spacing`` if it is none of alphas, or of some that ascend. Raises ValueError."""
+    if isinstance(spacing, tuple) and (not spacing or list(spacing) != sorted(set(spacing))):
+        raise ValueError("give even, path, or alphas that ascend")
+    return spacing
+
+
 FrameMethod = Annotated[str, AfterValidator(_known_frame_method)]
 """A method of ``covray.methods`` that makes frames, covray's own or installed; ``copy`` and ``coarse`` are controls."""
 ChainMethod = Annotated[str, AfterValidator(_known_method)]
@@ -64,7 +71,7 @@ Length = Annotated[int, Field(ge=2, le=64)]
 """Pictures of a chain, both ends counted."""
 Alpha = Annotated[float, Field(gt=0.0, lt=1.0)]
 """Where a frame stands between image (0) and label (1)."""
-Spacing = Literal["even", "path"] | tuple[Alpha, ...]
+Spacing = Annotated[Literal["even", "path"] | tuple[Alpha, ...], AfterValidator(_ascending)]
 """At which alphas the frames of a chain are made."""
 ExamplePairs = Annotated[int, Field(ge=0, le=63)]
 """Example pairs before a query."""

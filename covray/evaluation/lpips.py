@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from covray.errors import WeightsError, one_line
+from covray.io.tensor_files import read_tensors
 
 ALEXNET = "alexnet-owt-7be5be79.pth"
 """The file of torchvision's AlexNet trained on ImageNet; its name ends in the beginning of its SHA-256."""
@@ -93,24 +94,25 @@ def load_lpips(path: Path) -> Lpips:
     Raises:
         WeightsError: The file is not what its name says, or is not torchvision's AlexNet.
     """
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such file; give {ALEXNET} of torchvision")
+    linear = load_file(_LINEAR)
+    weights = [linear[f"lin{number}.model.1.weight"] for number in range(len(_LAYERS))]
     try:
-        data = path.read_bytes()
         # The file's own name says its digest; under another name the tensors alone decide.
-        if path.name == ALEXNET and hashlib.sha256(data).hexdigest()[:8] != "7be5be79":
+        if path.name == ALEXNET and hashlib.sha256(path.read_bytes()).hexdigest()[:8] != "7be5be79":
             raise WeightsError(f"{path}: is damaged, its SHA-256 is not that of its name; get it again")
-        trunk = _read(path)
+        trunk = read_tensors(path)
         convolutions = []
         for layer in _LAYERS:
             name = f"features.{layer.number}"
             convolutions.append((trunk[f"{name}.weight"], trunk[f"{name}.bias"]))
-    except (OSError, EOFError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
+        lpips = Lpips(convolutions, weights)
+        # Computed once: shapes or types that do not fit must not show in the midst of an evaluation.
+        black = np.zeros((LEAST_PX, LEAST_PX, 3), np.uint8)
+        is_finite = math.isfinite(lpips(black, black))
+    except (OSError, KeyError, RuntimeError) as error:
         raise WeightsError(f"{path}: is not torchvision's AlexNet ({one_line(error)}); give {ALEXNET}") from error
-    linear = load_file(_LINEAR)
-    weights = [linear[f"lin{number}.model.1.weight"] for number in range(len(_LAYERS))]
-    return Lpips(convolutions, weights)
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a pickle, of which nothing but tensors is loaded."""
-    tensors: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-    return tensors
+    if not is_finite:
+        raise WeightsError(f"{path}: holds values that are not finite; give {ALEXNET}")
+    return lpips

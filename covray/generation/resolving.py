@@ -57,13 +57,14 @@ class ResolvedGenerator:
         config = self.config
         # Chains without frames are the two pictures as they are: then the prior is not loaded.
         methods: tuple[str | None, ...] = ()
+        spacing: Any = "even"
         if config.method not in (None, NO_FRAMES) and self.length > 2:
-            methods = (config.method,)
+            methods, spacing = (config.method,), config.spacing
         return BuildConfig.model_validate(
             {
                 "pairs": "", "out": "", "lengths": (self.length,), "methods": methods,
                 "prior": config.prior, "tokenizer": config.tokenizer, "fit": config.fit, "engine": config.engine,
-                "spacing": config.spacing, "check_endpoints": 0.0,
+                "spacing": spacing, "check_endpoints": 0.0,
             }
         )  # fmt: skip
 

@@ -114,7 +114,8 @@ def plan_vlm(config: PlanConfig, train: VlmTrainConfig, peak: float) -> VlmWork:
     row = _row(config, train)
     workers, chosen = config.vlm_on.gpus, train.optimizer
     samples = chosen.epochs * config.vlm_data.samples
-    steps = chosen.steps or -(-round(samples) // chosen.batch_samples)
+    # A training takes at least one sample, however small a share of an epoch is asked for.
+    steps = chosen.steps or -(-max(1, round(samples)) // chosen.batch_samples)
     trained = _trained(train, sizes)
     flops = _sample_flops(train, sizes, row) * chosen.batch_samples
     seconds = flops / workers / (config.assumed.train_utilisation * peak)

@@ -57,9 +57,23 @@ def test_weights_that_are_something_else_are_refused_in_one_line(tmp_path: Path,
         assert "\n" not in str(caught.value)
     torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
     torch.save([torch.zeros(1)], tmp_path / "list.pth")
-    for name in ("other.pth", "list.pth", "absent.pth"):
-        with pytest.raises(WeightsError, match="is not torchvision's AlexNet"):
+    with pytest.raises(WeightsError, match="is not torchvision's AlexNet"):
+        load_lpips(tmp_path / "other.pth")
+    with pytest.raises(WeightsError, match=r"absent\.pth: no such file; give alexnet"):
+        load_lpips(tmp_path / "absent.pth")
+    with pytest.raises(WeightsError, match=r"list\.pth: holds a list, not tensors by name"):
+        load_lpips(tmp_path / "list.pth")
+    trunk = torch.load(weights)
+    halves = {name: tensor.half() for name, tensor in trunk.items()}
+    narrow = trunk | {"features.3.weight": trunk["features.3.weight"][:, :60]}
+    for name, tensors in (("half.pth", halves), ("narrow.pth", narrow)):
+        torch.save(tensors, tmp_path / name)
+        with pytest.raises(WeightsError, match=rf"{name}: is not torchvision's AlexNet \("):
             load_lpips(tmp_path / name)
+    trunk["features.10.bias"][3] = torch.nan
+    torch.save(trunk, tmp_path / "nan.pth")
+    with pytest.raises(WeightsError, match=r"nan\.pth: holds values that are not finite"):
+        load_lpips(tmp_path / "nan.pth")
 
 
 def test_a_pickle_runs_nothing(tmp_path: Path) -> None:

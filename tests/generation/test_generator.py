@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +22,9 @@ from covray.config import (
     BuildConfig,
     GenerateConfig,
     GeneratorConfig,
+    PriorConfig,
     SamplingConfig,
+    TokenizerConfig,
     load_config,
 )
 from covray.errors import ConfigError, CovrayError
@@ -30,6 +32,7 @@ from covray.generation import models
 from covray.generation.files import generate
 from covray.generation.generator import Generator
 from covray.generation.request import Example, Request
+from covray.generation.resolving import ResolvedGenerator
 from covray.io import storage
 from covray.io.images import square
 from covray.models.lvm.adapter import save_adapter
@@ -104,6 +107,23 @@ def test_the_model_reads_the_chains_that_a_build_makes_and_its_answer_is_written
     strip = Image.open(tmp_path / "out" / "query0" / "strip.png")
     assert strip.width // 128 == (2 if method == "none" else 4)
     assert json.loads((tmp_path / "out" / "generation.json").read_text()) == result
+
+
+def test_chains_without_frames_need_no_spacing() -> None:
+    # Of a run on plain pairs, whose dataset has frames at alphas of its own.
+    for method, length in (("none", None), ("linear", 2)):
+        config = GeneratorConfig(
+            method=method, length=length, spacing=(0.6, 0.9), prior=PriorConfig(), tokenizer=TokenizerConfig(),
+            fit="stretch",
+        )  # fmt: skip
+        resolved = ResolvedGenerator(config, cast(Any, None), None, None, None, None)
+        built = resolved.build_config()
+        assert (built.methods, built.lengths, built.spacing) == ((), (2,), "even")
+
+
+def test_alphas_of_examples_ascend() -> None:
+    with pytest.raises(ConfigError, match=r"^spacing: give even, path, or alphas that ascend"):
+        load_config(GenerateConfig, None, {"queries": ["a.png"], "out": "out", "spacing": [0.9, 0.6]})
 
 
 def test_the_run_decides_and_options_win(answered: Generate, write_run: Callable[..., str], pictures: Any) -> None:

@@ -56,6 +56,7 @@ def test_what_costs_more_takes_longer(tmp_path: Path) -> None:
     assert seconds(vlm__train="lora") < base
     assert seconds(vlm__compute__recompute=False) < base
     assert seconds(vlm_data__answer_tokens=400) > base
+    assert planned(vlm__model=folder, vlm_data__samples=1, vlm__optimizer__epochs=0.1).train_steps == 1
     assert seconds(vlm_on__gpus=64) == pytest.approx(base / 2)
 
 
