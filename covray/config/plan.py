@@ -109,4 +109,5 @@ class PlanConfig(Section):
     def _in_order(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
         if not value:
             raise ValueError("name build, train or vlm, or several")
+        # The order of the alphabet is that of the work: build, train, vlm.
         return tuple(sorted(set(value)))

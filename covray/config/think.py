@@ -280,6 +280,7 @@ class ThinkFeaturesConfig(ThinkStep):
             **dict.fromkeys(("data", "root", "vlm", "cobsat"), True),
             "engine": {"device", "compile", "image_batch"},
         }
+        # Fields without effect on these features may differ: they do not refuse a resume.
         unused = ["patches"] if self.variant == "lvlm" else ["thought", "places", "instructions", "seed"]
         unused += ["places", "instructions", "samples"] if self.of == "episodes" else ["of", "episodes", "tasks"]
         return self.model_dump(mode="json", exclude=left_out | dict.fromkeys(unused, True))
@@ -422,6 +423,7 @@ class ThinkEvaluateConfig(ThinkModelsConfig):
                 raise ValueError(f"aligners: {name} names two rows of the table; give NAME=RUN")
         if not (self.rows or names):
             raise ValueError("give aligners, rows, or both")
+        # An untrained aligner has the sizes of the first one that is named: without any there is none.
         if "untrained" in self.rows and not names:
             return self.model_copy(update={"rows": tuple(row for row in self.rows if row != "untrained")})
         return self

@@ -49,6 +49,7 @@ def find_metric(name: str) -> Metric | None:
 
 def lower_is_better() -> list[str]:
     """Return the names of the metrics of which less is better, sorted."""
+    # A set, as several tasks have one metric.
     return sorted({metric.name for metric in all_metrics() if metric.better == "lower"})
 
 

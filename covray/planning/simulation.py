@@ -347,6 +347,7 @@ def launch_times(fleet: Fleet) -> list[float]:
     times: list[float] = []
     wave = 0
     while len(times) < fleet.nodes:
+        # A wave counts for the next one when it has booted.
         allowed = max(_MIN_LAUNCHES, math.ceil(fleet.upscaling_speed * len(times)))
         times += [wave * fleet.boot_s] * min(allowed, fleet.nodes - len(times))
         wave += 1

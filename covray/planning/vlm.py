@@ -250,6 +250,7 @@ def _sizes(model: str) -> tuple[_Sizes, str]:
 
 def _count(config: Any, tied: bool) -> _Sizes:
     text = config.get_text_config()
+    # On the meta device parameters have sizes and take no memory.
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
     vision = 0

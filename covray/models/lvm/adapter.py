@@ -261,6 +261,7 @@ def read_start(config: LoraConfig, llama: LlamaConfig) -> dict[str, Tensor]:
 
 
 def _sizes(lora: Lora | LoraConfig) -> dict[str, Any]:
+    # Sorted, as targets in another order are the same adapter.
     return {"lora": {"rank": lora.rank, "alpha": lora.alpha, "targets": sorted(lora.targets)}}
 
 

@@ -88,6 +88,7 @@ def read_lora(values: dict[str, Any], file: str) -> Lora:
     if not names or not names <= set(TARGETS):
         raise WeightsError(f"{file}: adapts {targets!r:.200}, covray only {', '.join(TARGETS)}; give another adapter")
     _require_valid(values, file)
+    # rsLoRA (arXiv:2312.03732) scales by alpha / sqrt(rank), all else here by alpha / rank.
     if values.get("use_rslora"):
         alpha *= math.sqrt(rank)
     return Lora(rank, float(alpha), tuple(name for name in TARGETS if name in names))

@@ -161,6 +161,7 @@ class Rows:
         end = self.ids.shape[1]
         behind = known[:, None] + torch.arange(self._window, device=known.device)
         repeated = self.ids[self._number, known[:, None] - 1].expand(-1, self._window)
+        # What is behind the end lands on the last place, which never counts.
         self.ids[self._number, behind.clamp(max=end - 1)] = repeated
 
 
