@@ -40,6 +40,7 @@ def require_on_nodes(used: Mapping[str, str]) -> None:
     addresses, answers = [], []
     for node in ray.nodes():
         if node["Alive"]:
+            # Soft: where a node goes meanwhile, another one answers in its place.
             there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=True)
             addresses.append(node["NodeManagerAddress"])
             answers.append(ask.options(scheduling_strategy=there).remote(dict(used)))

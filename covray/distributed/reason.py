@@ -201,6 +201,7 @@ def read_rows(out: str, *, pictures: bool, episodes: list[int] | None = None) ->
         chosen = ds.field("episode").isin(episodes)
     columns = [name for name in RESULT_SCHEMA.names if pictures or name != "demonstrations"]
     rows = []
+    # In small batches: rows hold pictures, also where these are dropped at once.
     for batch in dataset.to_batches(columns=columns, filter=chosen, batch_size=64):
         for row in batch.to_pylist():
             if not pictures:

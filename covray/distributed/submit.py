@@ -70,6 +70,7 @@ def submit(
         with tempfile.TemporaryDirectory() as folder:
             if config is not None:
                 Path(folder, _FILE).write_text(yaml.safe_dump(config.model_dump(mode="json")), encoding="utf-8")
+            # With the package of this machine: the cluster may have another version, or none.
             job = client.submit_job(
                 entrypoint=shlex.join(command),
                 submission_id=submission_id,

@@ -171,6 +171,7 @@ class MlflowTracker:
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":
                 return None
             raise
+        # A deleted run is still found, but takes no values.
         if run.info.lifecycle_stage != "active":
             return None
         # Where each metric stopped: a resumed training logs some steps again, and the store must have them once.

@@ -139,7 +139,7 @@ def run_workers(
     except ray.exceptions.RayError as error:
         raise ConfigError(f"{config.out}: {_reason(error)}; run the same command again to continue") from error
     finally:
-        threads.shutdown(wait=False)
+        threads.shutdown(wait=False)  # after a second signal the workers would be waited for to their end
     # What a worker reported itself is one line for the user; Ray Train wraps it in errors of its own.
     failure = ray.get(control.failure.remote())
     if failure is not None:

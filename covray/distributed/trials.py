@@ -228,7 +228,7 @@ def _fit(tuner: tune.Tuner, progress: _Progress, count: Callable[[], None]) -> N
                     count_due = time.monotonic() + _COUNT_EVERY_S
                     count()
     finally:
-        threads.shutdown(wait=False)
+        threads.shutdown(wait=False)  # after a signal Tune would be waited for to its end
 
 
 def _scheduler(config: SweepConfig) -> TrialScheduler | None:

@@ -59,6 +59,7 @@ def _check_package(requirement: Requirement) -> Finding | None:
         installed = version(requirement.name)
     except PackageNotFoundError:
         return Finding(requirement.name, "problem", "is not installed", advice)
+    # A specifier by itself leaves out nightly builds, which are pre-releases.
     if requirement.specifier.contains(installed, prereleases=True):
         return None
     return Finding(requirement.name, "problem", f"{installed}, covray needs {requirement.specifier}", advice)

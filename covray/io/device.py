@@ -33,7 +33,7 @@ def choose_device(wanted: str, field: str) -> torch.device:
         if not torch.backends.mps.is_available():
             raise ConfigError(f"{field}: is mps, but torch sees no Metal GPU; set auto or cpu")
         return MPS
-    available = torch.cuda.is_available()
+    available = torch.cuda.is_available()  # also of AMD's GPUs, which torch calls cuda
     if wanted == "cuda" and not available:
         raise ConfigError(f"{field}: is cuda, but torch sees no GPU; set auto or cpu")
     return torch.device("cuda" if wanted != "cpu" and available else "cpu")

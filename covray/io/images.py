@@ -113,6 +113,7 @@ def read_raster(data: bytes, max_pixels: int = MAX_PIXELS) -> Raster:
 def _read(data: bytes, max_pixels: int) -> Raster:
     if not data:
         raise PairError("empty", "zero bytes")
+    # By its first half: a transfer as text breaks the second, and is then named as the reason.
     if data.startswith(png.SIGNATURE[:4]):
         return png.read_png(data, max_pixels)
     if data.startswith(tiff_directory.MAGIC):

@@ -14,6 +14,7 @@ Picture = NDArray[np.uint8]
 
 def mse(first: Picture, second: Picture) -> float:
     """Return the mean squared error of two uint8 pictures of one shape, on a scale of 0 to 1."""
+    # Not as bytes, whose differences wrap around below 0.
     return float(np.mean(((first.astype(np.float64) - second) / 255) ** 2))
 
 

@@ -79,6 +79,7 @@ class Record(RecordPart):
             raise cls.ERROR(f"{path}: cannot be read ({one_line(error)}); {cls.FIX}") from error
         if not isinstance(values, dict):
             raise cls.ERROR(f"{path}: is not a JSON object; {cls.FIX}")
+        # Before the fields, any of which another version may lack.
         version = values.pop("version", None)
         if version != cls.VERSION:
             raise cls.ERROR(f"{path}: is of version {version}, not {cls.VERSION}; use the covray that wrote it")

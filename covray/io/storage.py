@@ -241,6 +241,7 @@ def _hub_filesystem() -> fs.FileSystem:
 def _quoted(address: str) -> str:
     """Return ``address`` with what no URI may hold escaped: pyarrow drops all from a ``#`` on, and refuses the rest."""
     scheme, _, rest = address.partition("://")
+    # In the address of a file a ? is a character of its name; elsewhere options follow it.
     path, mark, options = (rest, "", "") if scheme == "file" else rest.partition("?")
     host, slash, path = path.partition("/")
     path = re.sub("%(?![0-9A-Fa-f]{2})", "%25", path)

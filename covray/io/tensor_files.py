@@ -85,7 +85,7 @@ def read_tensors(file: Path, keys: Sequence[str] = (), inert: Sequence[str] = ()
     """
     values = _read_safetensors(file) if file.suffix == ".safetensors" else _read_pytorch(file, keys, inert)
     for name, value in values.items():
-        named = isinstance(name, str) and name.isprintable()
+        named = isinstance(name, str) and name.isprintable()  # else it could break the lines of a message
         if not (named and isinstance(value, Tensor) and value.layout == torch.strided):
             shown = name if named else repr(name)[:60]
             raise WeightsError(f"{file}: {shown} is not a plain tensor; give the weights alone, as safetensors")

@@ -79,6 +79,7 @@ def fetch(url: str, rules: WebRules) -> bytes:
         except _Temporary as error:
             if attempt == rules.attempts:
                 raise PairError(UNREACHABLE, f"{_show(url)}: {error} (attempt {attempt})") from error
+            # Longer each time, and by chance: workers that failed together do not come back together.
             time.sleep(_FIRST_PAUSE_S * 2 ** (attempt - 1) * (1 + random.random()))
     raise AssertionError("there is at least one attempt")
 
@@ -100,7 +101,7 @@ def _fetch_once(url: str, rules: WebRules) -> bytes:
     """Make one attempt, redirects included. Raises PairError or _Temporary."""
     deadline = time.monotonic() + rules.timeout_s
     for _ in range(MAX_REDIRECTS + 1):
-        place = _require_allowed(url, rules)
+        place = _require_allowed(url, rules)  # anew after each redirect, which is as untrusted as the first address
         try:
             with _answer(place, rules, deadline) as answer:
                 if answer.status in (301, 302, 303, 307, 308):
@@ -143,7 +144,7 @@ def _matches(pattern: str, host: str, port: int) -> bool:
     if port != 443:
         return False
     if pattern.startswith("*."):
-        return host.endswith(pattern[1:])
+        return host.endswith(pattern[1:])  # with the dot: notexample.org is another domain than example.org
     return host == pattern
 
 
@@ -152,6 +153,7 @@ def _answer(place: _Place, rules: WebRules, deadline: float) -> Iterator[http.cl
     """Open the answer of a host; the connection is closed when the time is over, and at the end."""
     address = _address(place, rules, deadline)
     plain = socket.create_connection((address, place.port), timeout=_left(deadline))
+    # No handshake yet: it waits for the server, and the timer must run by then.
     connection = _tls().wrap_socket(plain, server_hostname=place.host, do_handshake_on_connect=False)
     timer = threading.Timer(_left(deadline), _close, [connection])
     timer.daemon = True
@@ -160,6 +162,7 @@ def _answer(place: _Place, rules: WebRules, deadline: float) -> Iterator[http.cl
         connection.do_handshake()
         request = http.client.HTTPConnection(place.host, place.port)
         request.sock = connection
+        # Not compressed: the limit of bytes would not hold for what is unpacked.
         headers = {"User-Agent": "covray", "Accept": "image/*", "Connection": "close", "Accept-Encoding": "identity"}
         request.request("GET", place.target, headers=headers)
         with contextlib.closing(request.getresponse()) as answer:

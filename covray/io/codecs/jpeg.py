@@ -18,6 +18,7 @@ MAX_SCANS = 500
 _SOI, _EOI, _SOS, _DHT, _DAC, _DQT, _DRI, _APP14 = 0xD8, 0xD9, 0xDA, 0xC4, 0xCC, 0xDB, 0xDD, 0xEE
 _TABLES = (_DHT, _DAC, _DQT, _DRI)
 _FRAMES = tuple(marker for marker in range(0xC0, 0xD0) if marker not in (_DHT, 0xC8, _DAC))
+# FF 00 is a byte of the data, FF FF padding, and restart markers (D0 to D7) stand within a scan.
 _MARKER_IN_SCAN = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 
 

@@ -113,6 +113,7 @@ def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
             raise PairError("truncated", f"ends within chunk {name!r}")
         if not name.isalpha():
             raise PairError("damaged", f"a chunk named {name!r}")
+        # Chunks that begin with a capital are critical to the picture, by definition; tRNS is in fact.
         counts = name[0:1].isupper() or name == b"tRNS"
         if counts and zlib.crc32(body, zlib.crc32(name)) != int.from_bytes(check, "big"):
             raise PairError("damaged", f"the checksum of chunk {name!r} is wrong")

@@ -113,6 +113,7 @@ def _require_strips(directory: Directory, layout: _Layout) -> None:
         if offset + count > len(directory.data) or count < _plain_bytes(directory, layout, number, tiled):
             raise PairError("truncated", f"strip {number} is shorter than its rows, or lies beyond the file")
     if layout.compression == _JPEG:
+        # Each is looked through as a whole: strips that share bytes would multiply the work.
         if sum(counts) > len(directory.data):
             raise PairError("damaged", "strips overlap")
         for offset, count in zip(offsets, counts, strict=True):
