@@ -30,6 +30,7 @@ from covray.fetching.catalogue import (
     write_record,
 )
 from covray.fetching.downloads import TIMEOUT_S, Unreachable, download, hub_errors, is_offline
+from covray.io.model_folders import local_path
 
 
 def list_artefacts(catalogue: Path | None = None) -> list[dict[str, Any]]:
@@ -85,7 +86,7 @@ def fetch(
     if artefact.id is None and (revision is not None or hub_id is not None):
         option = "--id" if revision is None else "--revision"
         raise ConfigError(f"{option}: {name} is not on the hub; leave the option out")
-    folder = Path(out).expanduser() if out is not None else default_folder(name, artefact)
+    folder = local_path(out) if out is not None else default_folder(name, artefact)
     following = artefact.next.replace("{folder}", str(folder))  # not format: a user's command may have other braces
     result: dict[str, Any] = {"name": name, "folder": str(folder), "next": following}
     # What asks for a licence to be accepted is downloaded by hand, and only checked here.

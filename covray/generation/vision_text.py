@@ -22,6 +22,7 @@ from covray.config.vlm import (
 from covray.errors import ConfigError, PairError, WeightsError, one_line
 from covray.io.device import resolve_device
 from covray.io.images import decode as decode_picture
+from covray.io.model_folders import local_path
 from covray.io.storage import Folder
 from covray.models.vlm.adapter import WEIGHTS_FILE, adapter_blocks, load_adapter
 from covray.models.vlm.batch import Blocks
@@ -159,7 +160,7 @@ def _read_run(run: str) -> tuple[VlmTrainConfig, str]:
 
 def _read_picture(path: str) -> NDArray[np.uint8]:
     try:
-        picture = decode_picture(Path(path).expanduser().read_bytes())
+        picture = decode_picture(local_path(path).read_bytes())
         require_proportions(picture)
         return picture
     except OSError as error:

@@ -42,7 +42,7 @@ def resolve_folder(path: str, revision: str | None, nano_name: str, allow_patter
         if not folder.is_dir():
             raise WeightsError(f"{folder}: the nano {nano_name} is not installed; reinstall covray, or give a folder")
         return folder
-    local = _local(path)
+    local = local_path(path)
     if local.is_dir():
         return local
     if not is_hub_id(path):
@@ -50,19 +50,20 @@ def resolve_folder(path: str, revision: str | None, nano_name: str, allow_patter
     return _download(path, revision, allow_patterns)
 
 
-def _local(path: str) -> Path:
+def local_path(path: str) -> Path:
+    """Return ``path`` with ``~`` and ``~name`` as the homes that they stand for."""
     # Path.expanduser raises for a home that nobody has; os.path's leaves the ~, and the folder is simply not there.
     return Path(os.path.expanduser(path))
 
 
 def is_here(path: str) -> bool:
     """Return whether the models of ``path`` ship with the package or are a folder of this machine."""
-    return path in NANO_NAMES or _local(path).is_dir()
+    return path in NANO_NAMES or local_path(path).is_dir()
 
 
 def is_hub_id(path: str) -> bool:
     """Return whether ``path`` is ``owner/name`` on a hub, and no folder here."""
-    local = _local(path)
+    local = local_path(path)
     if local.is_dir() or local.is_absolute() or path.startswith((".", "~")):
         return False
     return path.count("/") == 1

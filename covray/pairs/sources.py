@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from covray.errors import ConfigError, ManifestError, PairError
 from covray.io import storage
 from covray.io.images import encode_png, load_picture
+from covray.io.model_folders import local_path
 from covray.pairs.label_files import Orientation, align, read_layout
 from covray.pairs.manifest import Pair, Picture
 from covray.pairs.values import plain, reading
@@ -190,7 +191,7 @@ def list_pictures(folder: str) -> list[str]:
 
 def _local_files(folder: str) -> list[str]:
     # pyarrow is not used here: it follows links to folders, in circles where they lead back.
-    base = Path(folder).expanduser()
+    base = local_path(folder)
     if not base.is_dir():
         raise ManifestError(f"{folder}: no such folder; give a folder of photographs")
     names: list[str] = []

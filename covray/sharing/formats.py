@@ -22,6 +22,7 @@ from covray.chains.dataset import ChainDataset
 from covray.chains.shard_rows import ShardRow, frame_order, shard_schema
 from covray.config.section import JsonObject
 from covray.errors import ConfigError
+from covray.io.model_folders import local_path
 from covray.io.tensor_files import new_folder, require_new
 from covray.progress import stage
 from covray.sharing.cards import dataset_card
@@ -62,7 +63,7 @@ def export_chains(path: str, out: str, form: str, licence: str | None = None) ->
         raise ConfigError(f"--as {form}: is none of {', '.join(get_args(Format))}")
     if "://" in out:
         raise ConfigError(f"--out {out}: is not on this machine; export to a folder here, and copy it from there")
-    target = Path(out).expanduser()
+    target = local_path(out)
     # Refused before anything is written.
     require_new(target)
     dataset = ChainDataset(path)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path
 
 from covray.errors import CovrayError
 from covray.evaluation.records import EvaluationResults
+from covray.io.model_folders import local_path
 from covray.io.storage import Folder
 from covray.models.lvm.adapter import export_run
 from covray.sharing.cards import answer_pictures, model_card, score_table
@@ -31,7 +31,7 @@ def export_run_with_card(
     """
     table, strips = scores_of(scores)  # refused before anything is written
     export_run(run, out, merge)
-    target = Path(out).expanduser()
+    target = local_path(out)
     with contextlib.suppress(CovrayError):  # of a run whose records an earlier version wrote
         card = model_card(RunRecord.read(run), TrainResult.read(run), None, licence, table)
         (target / "README.md").write_text(card, encoding="utf-8")

@@ -22,7 +22,7 @@ from covray.config.think import LanguageModelConfig, ThinkModelsConfig, ThoughtC
 from covray.config.vlm import VlmModelConfig
 from covray.errors import ConfigError, WeightsError, one_line
 from covray.io.device import resolve_device
-from covray.io.model_folders import fingerprint_folder
+from covray.io.model_folders import fingerprint_folder, local_path
 from covray.models.aligner.aligner import WEIGHTS, Aligner, load_aligner
 from covray.models.aligner.language import LanguageModel, language_facts, load_language_model
 from covray.models.aligner.records import AlignerRecord
@@ -78,11 +78,11 @@ def open_aligner(path: str) -> AlignerFolder:
     Raises:
         WeightsError: There is none.
     """
-    folder = Path(path).expanduser()
+    folder = local_path(path)
     if not (folder / AlignerRecord.FILE).is_file():
         # A finished run has its aligner in a folder of its own.
         folder = folder / EXPORT
-        if not (Path(path).expanduser() / TrainResult.FILE).is_file():
+        if not (local_path(path) / TrainResult.FILE).is_file():
             raise WeightsError(
                 f"{path}: is neither a finished run of covray think train nor the folder of an aligner; give one"
             )

@@ -2,14 +2,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 
+from covray.config import BackboneConfig, EngineConfig, TokenizerConfig
 from covray.errors import WeightsError
 from covray.io import model_folders as weights
 from covray.io.model_folders import fingerprint_folder, require_files, resolve_folder
+from covray.models.lvm.backbone import backbone_facts
+from covray.models.tokenizer.vqgan import load_tokenizer
 
 
 def test_an_existing_folder_is_itself(tmp_path: Path) -> None:
@@ -142,3 +146,16 @@ def test_the_hub_is_asked_for_what_an_index_lists(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert resolve_folder("owner/name", "main", "prior", PATTERNS) == commit
     assert asked == [("main", list(PATTERNS)), ("c0ffee", ["unet/odd[[]1].safetensors"])]
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        lambda path: backbone_facts(BackboneConfig(scale="custom", path=path)),
+        lambda path: load_tokenizer(TokenizerConfig(path=path), EngineConfig(device="cpu")),
+    ],
+)
+def test_a_model_below_a_home_that_nobody_has_is_one_line(load: Callable[[str], object]) -> None:
+    with pytest.raises(WeightsError, match="~nobody-here/model: no such folder") as refused:
+        load("~nobody-here/model")
+    assert "\n" not in str(refused.value)

@@ -28,7 +28,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from covray.config import EngineConfig, PriorConfig
 from covray.errors import ConfigError, WeightsError, one_line
 from covray.io import storage
-from covray.io.model_folders import require_files
+from covray.io.model_folders import local_path, require_files
 from covray.io.tensor_files import new_folder, read_tensors, require_finite, require_new, require_tensors
 from covray.models.diffusion.empty_prompt import CONTEXT_FILE, TOKENIZER_FILES, prompt_ids
 from covray.models.diffusion.prior import load_prior, probe_prediction, read_config, verify_scale
@@ -130,7 +130,7 @@ def convert_prior(source: str, out: str, like: str | None = None) -> dict[str, A
         WeightsError: The file is damaged, is none of these, or would be refused by ``load_prior``.
         ConfigError: ``out``, ``source`` or ``like`` cannot be used.
     """
-    file, target = Path(source).expanduser(), Path(out).expanduser()
+    file, target = local_path(source), local_path(out)
     # Refused before a file of gigabytes is read.
     require_new(target)
     if not file.is_file():
@@ -140,7 +140,7 @@ def convert_prior(source: str, out: str, like: str | None = None) -> dict[str, A
             f"{file}: is not a .safetensors file; get the checkpoint as one, or as a folder of diffusers"
         )
     tensors = read_tensors(file)
-    configs = _recognise(file, tensors) if like is None else _read_configs(Path(like).expanduser())
+    configs = _recognise(file, tensors) if like is None else _read_configs(local_path(like))
     unet, unet_tensors = _network(file, "unet", UNet2DConditionModel, configs.unet, _part(tensors, _UNET))
     vae, vae_tensors = _network(file, "vae", AutoencoderKL, configs.vae, _part(tensors, _VAE))
     context = _empty_prompt(file, configs.text, tensors, configs.tokenizer)

@@ -19,6 +19,7 @@ from transformers import LlamaConfig
 from covray.config import BackboneConfig, LoraConfig, differences
 from covray.errors import ConfigError, WeightsError, one_line
 from covray.io import storage
+from covray.io.model_folders import local_path
 from covray.io.storage import Folder
 from covray.io.tensor_files import new_folder, require_finite, require_new
 from covray.models.lvm.backbone import BackboneFacts, backbone_facts, stored_tensors, write_backbone
@@ -312,7 +313,7 @@ def export_run(run: str, out: str, merge: bool) -> None:
     # An export is complete by a rename, which object stores do not have.
     if "://" in out:
         raise ConfigError(f"--out {out}: is not on this machine; export to a folder here, and copy it from there")
-    target = Path(out).expanduser()
+    target = local_path(out)
     require_new(target)  # before a large backbone is read
     about = read_run(run)
     adapter = Folder(run) / ADAPTER

@@ -30,7 +30,7 @@ from transformers import GenerationConfig, LlamaConfig
 from covray.config import BackboneConfig, LoraConfig
 from covray.errors import ConfigError, WeightsError, one_line
 from covray.io import storage
-from covray.io.model_folders import NANO_NAMES, fingerprint_folder, require_files, resolve_folder
+from covray.io.model_folders import NANO_NAMES, fingerprint_folder, local_path, require_files, resolve_folder
 from covray.io.tensor_files import STORED_FLOATS, duplicate_tensor, quantised_tensor, weight_files
 from covray.models.lvm.lora import Lora
 from covray.models.lvm.model import Lvm, is_adapter
@@ -90,7 +90,7 @@ def backbone_facts(config: BackboneConfig) -> BackboneFacts:
 
     # Random weights are made here: of a hub id only the configuration is downloaded.
     patterns = _ABOUT_FILES if random else (*_ABOUT_FILES, *_WEIGHT_FILES)
-    if path not in NANO_NAMES and Path(path).expanduser().is_file():
+    if path not in NANO_NAMES and local_path(path).is_file():
         raise WeightsError(
             f"{path}: is a file, not a folder; if EasyLM wrote it, run covray convert backbone {path} --out DIR"
         )

@@ -24,6 +24,7 @@ from transformers import LlamaConfig
 
 from covray.config import EngineConfig, TokenizerConfig
 from covray.errors import ConfigError, WeightsError, one_line
+from covray.io.model_folders import local_path
 from covray.io.tensor_files import (
     Shape,
     new_folder,
@@ -101,7 +102,7 @@ def convert_backbone(source: str, out: str, heads: int | None = None, tokenizer:
         WeightsError: The checkpoint is damaged, is none of these, or is not an LVM.
         ConfigError: ``out`` cannot be used, or ``heads`` is needed.
     """
-    path, target = Path(source).expanduser(), Path(out).expanduser()
+    path, target = local_path(source), local_path(out)
     require_new(target)
     if path.is_file():
         checkpoint = _read_easylm(path, heads)

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from covray.errors import ConfigError, WeightsError, one_line
 from covray.io import storage
+from covray.io.model_folders import local_path
 from covray.io.tensor_files import (
     Shape,
     new_folder,
@@ -188,7 +189,7 @@ def convert_tokenizer(source: str, out: str) -> dict[str, Any]:
         WeightsError: The checkpoint is damaged, is none of these, or computes what ``VQModel`` cannot.
         ConfigError: ``out`` cannot be used.
     """
-    path, target = Path(source).expanduser(), Path(out).expanduser()
+    path, target = local_path(source), local_path(out)
     require_new(target)
     checkpoint = _read(path)
     file, network = checkpoint.file, checkpoint.network

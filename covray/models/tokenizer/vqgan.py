@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from covray.config import EngineConfig, TokenizerConfig
 from covray.errors import ConfigError, DatasetError, WeightsError, one_line
 from covray.io.device import choose_device
-from covray.io.model_folders import NANO_NAMES, fingerprint_folder, require_files, resolve_folder
+from covray.io.model_folders import NANO_NAMES, fingerprint_folder, local_path, require_files, resolve_folder
 from covray.io.tensor_files import require_stored_floats, weight_files
 from covray.models.tokenizer.pixel_range import require_unsigned
 
@@ -140,7 +140,7 @@ def find_tokenizer(config: TokenizerConfig) -> Path:
     Raises:
         WeightsError: The folder is missing or incomplete, or of another program.
     """
-    if config.path not in NANO_NAMES and Path(config.path).expanduser().is_file():
+    if config.path not in NANO_NAMES and local_path(config.path).is_file():
         raise _foreign(config.path)
     folder = resolve_folder(config.path, config.revision, "vqgan", _HUB_PATTERNS)
     # amused's folder has the tokenizer inside.

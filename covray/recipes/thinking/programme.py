@@ -16,6 +16,7 @@ from covray.config import differences
 from covray.errors import ConfigError, one_line
 from covray.io import storage
 from covray.io.device import choose_device
+from covray.io.model_folders import local_path
 from covray.recipes.nano.clip import normed
 from covray.recipes.nano.portrait_data import PortraitVae, portrait_manifest, read_portraits
 from covray.recipes.nano.vlm_list import INSTRUCTIONS
@@ -59,7 +60,7 @@ def run_thinking(out: str, budget_name: str, threads: int, device: str = "auto",
         WeightsError: A nano part cannot be loaded.
     """
     budget = budget_of(budget_name)
-    folder, chosen = Path(out).expanduser(), choose_device(device, "--device")
+    folder, chosen = local_path(out), choose_device(device, "--device")
     _begin(folder, {"budget": asdict(budget), "seed": seed})
     torch.set_num_threads(threads)
     train_family(folder / "nano", budget, threads, chosen, seed)
