@@ -55,7 +55,7 @@ class Stage:
     """Steps before, in which the vision tower alone learns what portraits show (``covray.recipes.nano.vision``)."""
 
 
-STAGES = (Stage(1000, 1.0), Stage(600, 0.7, looks=2000))
+STAGES = (Stage(1000, 1.0), Stage(500, 0.7, looks=2000))
 SAMPLES = 64
 """Of a step: some 2,600 tokens of answers, and 7,000 with pictures and prompts."""
 WIDTH, LAYERS, HEADS, INNER = 256, 6, 4, 704
