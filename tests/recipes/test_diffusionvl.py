@@ -127,5 +127,5 @@ def test_portraits_are_rendered_once(commands: Commands, tmp_path: Path, monkeyp
 
 
 def test_another_budget_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--budget huge: is none of small, full"):
+    with pytest.raises(ConfigError, match="--budget huge: is none of small, medium, full"):
         diffusionvl.run_diffusionvl(str(tmp_path), "model", budget="huge")
