@@ -128,8 +128,11 @@ def _print_plan(programme: Programme, names: Sequence[str], json_: bool) -> None
 def thinking(
     out: OutFolder,
     budget: Annotated[
-        Literal["small", "full"],
-        typer.Option(help="full: the table; small: every station in about an hour, whose figures mean nothing."),
+        Literal["small", "medium", "full"],
+        typer.Option(
+            help="full: the table; medium: with fewer captions, steps and episodes; small: every station in about an "
+            "hour, whose figures mean nothing."
+        ),
     ] = "full",
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",

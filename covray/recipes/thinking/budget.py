@@ -30,9 +30,10 @@ class Budget:
 
 BUDGETS = {
     "full": Budget(portraits=40_000),
+    "medium": Budget(portraits=16_000, captions=6000, aligner_steps=1000, episodes=30, painter_steps=15),
     "small": Budget(
         portraits=4000,
-        steps={"text": 600, "vlm": 600, "painter": 600, "clip": 200, "judge": 400},
+        steps={"text": 600, "vlm": 300, "painter": 600, "clip": 200, "judge": 400},
         captions=1000,
         aligner_steps=300,
         episodes=8,
