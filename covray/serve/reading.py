@@ -9,6 +9,7 @@ from typing import TypeVar
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from starlette.datastructures import FormData, UploadFile
+from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
 from covray.config import ServeConfig
@@ -97,7 +98,7 @@ async def read_asked(
 
 
 async def _read_body(request: Request, limits: LimitsConfig) -> bytes:
-    """Return the body, of which no more than the limit is ever kept. Raises RefusedError."""
+    """Return the body, of which no more than the limit is ever kept. Raises RefusedError or ClientDisconnect."""
     too_large = RefusedError(413, "too_large", f"the body is larger than {limits.bytes} bytes; send smaller pictures")
     # An announced length is refused at once; without one, or with a lie, the limit ends the reading.
     length = request.headers.get("content-length", "")
@@ -114,6 +115,11 @@ async def _read_body(request: Request, limits: LimitsConfig) -> bytes:
         raise RefusedError(
             408, "slow_upload", f"the body did not arrive in {limits.upload_s:g} s; send it again, faster or smaller"
         ) from error
+    except (RefusedError, ClientDisconnect):
+        raise
+    except Exception as error:
+        # Behind Ray Serve's proxy a client that leaves is any error of the call that fetches its body.
+        raise ClientDisconnect from error
     return bytes(body)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from fastapi import FastAPI
 from PIL import Image
+from starlette.requests import ClientDisconnect
 
 from covray.config import ServeConfig
 from covray.serve.answering import Query, group
@@ -111,6 +112,16 @@ def refused(response: httpx.Response, status: int, reason: str) -> str:
     body = response.json()
     assert body["reason"] == reason
     return str(body["message"])
+
+
+def asked(**headers: bytes) -> dict[str, Any]:
+    """The scope of a request of an answer."""
+    sent = {"host": b"127.0.0.1", "content-type": b"application/json"} | headers
+    return {
+        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",
+        "path": "/v1/answers", "raw_path": b"/v1/answers", "query_string": b"",
+        "headers": [(name.encode(), value) for name, value in sent.items()],
+    }  # fmt: skip
 
 
 def test_json_and_multipart_ask_the_same() -> None:
@@ -314,12 +325,7 @@ def test_a_client_that_leaves_in_the_middle_of_a_stream_frees_its_slot() -> None
             if b"event: frame" in message.get("body", b""):
                 first_event.set()
 
-        headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json"), (b"accept", b"text/event-stream")]
-        scope = {
-            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",
-            "path": "/v1/answers", "raw_path": b"/v1/answers", "query_string": b"", "headers": headers,
-        }  # fmt: skip
-        await asyncio.wait_for(app(scope, receive, send), 10)  # type: ignore[arg-type]
+        await asyncio.wait_for(app(asked(accept=b"text/event-stream"), receive, send), 10)  # type: ignore[arg-type]
         async with client(app) as http:
             assert 'covray_requests_total{status="499"} 1.0' in (await http.get("/metrics")).text
             echo.go_on.set()
@@ -327,6 +333,28 @@ def test_a_client_that_leaves_in_the_middle_of_a_stream_frees_its_slot() -> None
         assert echo.closed == 1
 
     asyncio.run(leave())
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no such request in the proxy"), None])
+def test_a_client_that_leaves_in_the_midst_of_its_body_is_no_failure_of_the_server(error: Exception | None) -> None:
+    app = served(Echo(), limits={"queue": 1})
+    messages = [{"type": "http.request", "body": b"{", "more_body": True}]
+
+    async def receive() -> dict[str, Any]:
+        if messages:
+            return messages.pop()
+        if error is not None:  # what a proxy makes of it
+            raise error
+        return {"type": "http.disconnect"}
+
+    async def send(_: Any) -> None:
+        """Nobody is there."""
+
+    with pytest.raises(ClientDisconnect):
+        asyncio.run(app(asked(), receive, send))  # type: ignore[arg-type]
+    counted = get(app, "/metrics").text
+    assert 'covray_requests_total{status="499"} 1.0' in counted
+    assert "covray_requests_in_flight 0.0" in counted
 
 
 def test_the_token_is_asked_of_all_that_says_something_of_the_models() -> None:

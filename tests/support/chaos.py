@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import random
@@ -29,13 +30,21 @@ def rng() -> random.Random:
     return random.Random(seed)
 
 
+def is_alive(process: psutil.Process) -> bool:
+    """Return whether ``process`` still runs; one that has ended and waits for its parent to take note does not."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    return False
+
+
 @pytest.fixture
 def started() -> Iterator[list[psutil.Process]]:
     """Processes that a test saw start: at its end all of them must be gone."""
     processes: list[psutil.Process] = []
     yield processes
     # Ray's agents try for a while to report that their raylet is gone before they go too.
-    _, alive = psutil.wait_procs(processes, timeout=120)
+    _, there = psutil.wait_procs(processes, timeout=120)
+    alive = [process for process in there if is_alive(process)]
     for process in alive:
         process.kill()
     assert not alive, f"left running: {alive}"
