@@ -118,7 +118,7 @@ def test_a_killed_training_of_an_aligner_gives_the_same_weights(
 
 
 def test_a_budget_that_is_none_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--budget huge: give full or small"):
+    with pytest.raises(ConfigError, match="--budget huge: give one of full, medium, small"):
         programme.run_thinking(str(tmp_path), "huge", 1, "cpu")
 
 

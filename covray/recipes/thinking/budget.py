@@ -46,5 +46,5 @@ BUDGETS = {
 def budget_of(name: str) -> Budget:
     """Return a budget. Raises ConfigError for a name that is none."""
     if name not in BUDGETS:
-        raise ConfigError(f"--budget {name}: give {' or '.join(BUDGETS)}")
+        raise ConfigError(f"--budget {name}: give one of {', '.join(BUDGETS)}")
     return BUDGETS[name]
