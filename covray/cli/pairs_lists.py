@@ -76,7 +76,7 @@ def manifest(
         if column is not None:
             columns[key] = column
     pairs = checked_pairs(read_user_list(file, task, split, root, columns), place, rules)
-    # Three errors of each reason in full: the list is the user's own, to be mended.
+    # Three errors of each reason in full, because users can correct their own lists.
     write_manifest(out, place, checked(pairs, None, examples=3), json_)
 
 

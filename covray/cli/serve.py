@@ -47,5 +47,5 @@ def serve(
     def ready(address: str) -> None:
         console.print(f"{address}  (Ctrl-C ends it)", highlight=False, soft_wrap=True)
 
-    # A variable that is set and empty is no token.
+    # A variable may be set and empty: that counts as no token.
     run(resolved, token or None, ready)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 RESAMPLES = 10_000
 LEVEL = 0.95
 LARGEST_NATS = 700.0
-"""Nats are capped here before they become a perplexity: the exponent of more is no float."""
+"""Nats are capped here before they become a perplexity: beyond about 709 the exponential overflows."""
 _NUMBERS_AT_ONCE = 4_000_000
 """Random numbers drawn at a time: 32 MB."""
 

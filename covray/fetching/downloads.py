@@ -158,7 +158,7 @@ def _pull(url: str, part: Path, show: Callable[[int, int | None], None]) -> bool
     except urllib.error.URLError as error:
         raise Unreachable(f"the server cannot be reached ({one_line(error)})") from error
     except (http.client.InvalidURL, UnicodeError) as error:  # before HTTPException, which it is one of
-        raise FetchError(f"{url}: is no address ({one_line(error)}); correct it in the catalogue") from error
+        raise FetchError(f"{url}: is not a valid address ({one_line(error)}); correct it in the catalogue") from error
     except (http.client.HTTPException, TimeoutError, ConnectionError, ssl.SSLError):
         return False  # TLS tells of a cut connection by an error of its own
 

@@ -35,7 +35,7 @@ def load_pair(row: PairRow, root: str | None) -> LoadedPair:
         raise PairError("unknown_task", f"{row['task']!r} is none of {', '.join(TASKS)}")
     meta = _meta(row)
     image = _decoded(row["image"], "image", root)
-    # Why there is no label is known since the manifest was made, and says more than that it is missing.
+    # The manifest recorded why the label is missing; that reason tells the user more.
     if not any((row["label"] or {}).values()):
         _raise_noted_error(meta)
     label = _decoded(row["label"], "label", root)

@@ -665,7 +665,7 @@ def test_an_address_may_hold_any_character(hub: Hub, known: Callable[..., None])
 @pytest.mark.parametrize("host", ["127.0.0.1:port", "a..b"])
 def test_what_is_no_address_is_one_line(known: Callable[..., None], host: str) -> None:
     known(kind="dataset", folder="sets", archives=[{"url": f"http://{host}/set.zip", "members": ["set/*.png"]}])
-    with pytest.raises(FetchError, match=rf"http://{host}/set.zip: is no address \(.*\); correct it") as error:
+    with pytest.raises(FetchError, match=rf"http://{host}/set.zip: is not a valid address \(.*\); correct it") as error:
         fetch("it")
     assert "\n" not in str(error.value)
 

@@ -45,7 +45,7 @@ def add_adapter(vlm: Vlm, rank: int, alpha: float, targets: Sequence[str], mask:
         mask: Whether the mask's row of the embedding is trained, too.
         seed: Of A; B is zero.
     """
-    # PEFT draws A from the global generator, whose state belongs to whoever called.
+    # PEFT draws A from the global generator; the caller's random numbers must not change by that.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(_peft_config(rank, alpha, targets, vlm.mask_id if mask else None), vlm.model)
