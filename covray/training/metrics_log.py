@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Iterable
 
+from covray.errors import DatasetError
 from covray.io import storage
 
 METRICS_FILE = "metrics.jsonl"
@@ -20,13 +21,17 @@ _REWRITE_EVERY_S = 5.0
 
 
 def read_metrics(path: str) -> list[Metrics]:
-    """Return the records of the file at ``path``; none where it is absent."""
+    """Return the records of the file at ``path``; none where it is absent.
+
+    Raises:
+        DatasetError: A line is no record, as after an edit by hand.
+    """
     try:
         data = storage.read_bytes(path)
     except FileNotFoundError:
         return []
     whole_lines = data[: data.rfind(b"\n") + 1]  # a process that was killed leaves half a line
-    return [json.loads(line) for line in whole_lines.splitlines()]
+    return _parse(whole_lines, path)
 
 
 class MetricsLog:
@@ -101,11 +106,10 @@ class MetricsTail:
         if was_cut:
             self._offset = 0
         end = data.rfind(b"\n") + 1
-        lines = data[self._offset : end].splitlines()
+        lines = data[self._offset : end]
         self._offset = max(end, self._offset)
         records = []
-        for line in lines:
-            record: Metrics = json.loads(line)
+        for record in _parse(lines, self._path):
             kind = "validation_loss"
             if "loss" in record:
                 kind = "loss"
@@ -114,6 +118,22 @@ class MetricsTail:
                 self._newest_step[kind] = int(record["step"])
                 records.append(record)
         return records
+
+
+def _parse(lines: bytes, path: str) -> list[Metrics]:
+    """Return the records of whole lines of the file at ``path``. Raises DatasetError for a line that is none."""
+    records = []
+    for line in lines.splitlines():
+        try:
+            record = json.loads(line)
+            usable = isinstance(record["step"], int)
+        except (ValueError, TypeError, KeyError, RecursionError):
+            usable = False
+        if not usable:
+            shown = line[:40].decode(errors="replace")
+            raise DatasetError(f"{path}: has a line that is no record of a step: {shown!r}; delete this line")
+        records.append(record)
+    return records
 
 
 def _lines(records: Iterable[Metrics]) -> bytes:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from covray.errors import DatasetError
 from covray.training.metrics_log import MetricsLog, MetricsTail, read_metrics
 
 
@@ -53,3 +56,18 @@ def test_the_tail_gives_every_record_once_though_the_file_is_cut_back(tmp_path: 
             seen += [record["step"] for record in tail.read_new()]
         log.close()
     assert seen == list(range(1, 9))
+
+
+@pytest.mark.parametrize("line", ["half a record", '["step"]', '{"loss": 0.5}', '{"step": "third"}'])
+def test_a_line_that_is_no_record_is_named(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(f'{{"step": 1, "loss": 0.5}}\n{line}\n')
+    for read in (
+        lambda: read_metrics(str(file)),
+        lambda: MetricsLog(str(tmp_path), 1),
+        MetricsTail(str(tmp_path)).read_new,
+    ):
+        with pytest.raises(DatasetError) as refusal:
+            read()
+        assert str(file) in str(refusal.value)
+        assert repr(line) in str(refusal.value)
