@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import ray
+import torch
 from ray.data import Dataset
 
 from covray.chains.audit import audit_dataset
@@ -353,9 +354,7 @@ class ChainActor(PoolActor):
 
 
 def _builder(config: BuildConfig) -> BlockBuilder:
-    # Here, not above: the driver computes nothing, and need not wait for PyTorch.
-    import torch
-
+    # Here, not above: they load transformers, for which the driver, that computes nothing, need not wait.
     from covray.chains.build import BlockBuilder
     from covray.thinking.chain_contexts import load_context_reader
 
