@@ -13,7 +13,7 @@ from covray.config.train import AdamWConfig, CheckpointsConfig, ComputeConfig, W
 
 DIFFUSIONVL = {
     "size": 8, "context": "block", "start": "sequence", "low": 0.001, "high": 1.0, "weight": "level",
-    "autoregressive": 0.0, "mean": "samples",
+    "autoregressive": 0.0, "mean": "samples", "shift": False,
 }  # fmt: skip
 """``blocks.preset: diffusionvl``: the published values (arXiv:2512.15713 and its code)."""
 
@@ -117,8 +117,9 @@ class VlmBlocksConfig(GrownSection):
     """Weight of the next-token loss of the same answers; 0 with ``context: block``, whose tokens see what follows."""
     mean: Literal["tokens", "samples"] = "tokens"
     """The loss of a step is a mean over the tokens of all answers, or over the means of the samples."""
-    shift: bool = False
-    """Predict a token at the place before it, as the autoregressive model does (Fast-dLLM v2), or at its own."""
+    shift: bool = True
+    """Predict a token at the place before it, as the autoregressive model does (Fast-dLLM v2), or at its own. Files
+    leave it out where it is false."""
     anneal: tuple[Annotated[int, Field(ge=1, le=1024)], ...] = ()
     """Sizes of blocks before ``size``, each for an equal share of the training (Fast-dVLM); empty: ``size`` at once."""
 

@@ -127,7 +127,7 @@ def ablations(budget: Budget) -> list[Variant]:
     variants += [
         Variant("no autoregressive loss", {"blocks.autoregressive": 0.0}),
         Variant("clean half by blocks", {"blocks.context": "block", "blocks.autoregressive": 0.0}),
-        Variant("shifted", {"blocks.shift": True}),
+        Variant("not shifted", {"blocks.shift": False}),
         Variant("weights 1/t", {"blocks.weight": "level"}),
         Variant("annealed 2, 4, 8", {"blocks.anneal": [2, 4]}),
         Variant("diffusionvl", _DIFFUSIONVL),

@@ -98,7 +98,7 @@ def test_all_are_tuned_on_the_same_samples_and_held_against_the_twin(commands: C
     assert speeds["blocks of 8 in 2"] == 4
     assert speeds["full sequence, no cache"] == pytest.approx(1 / 3)
     names = [line.variant for line in results.ablations]
-    assert {"blocks", "size 4", "size 16", "size 32", "clean half by blocks", "shifted", "diffusionvl"} < set(names)
+    assert {"blocks", "size 4", "size 16", "size 32", "clean half by blocks", "not shifted", "diffusionvl"} < set(names)
     assert all(line.nelbo_perplexity == 2 for line in results.ablations)
     assert list(results.claims.values()) == [True, True, True, True]
     worse = replace(of_questions[8], low=-0.3, high=-0.1)
