@@ -151,7 +151,8 @@ def run_diffusionvl(
         pretrained_samples: Samples that the checkpoint was trained on.
 
     Returns:
-        The tables, which are also written to ``results.json`` and ``tables.md`` of the budget's folder.
+        The tables, which are also written to ``results.json`` and ``tables.md`` of the budget's folder, each as soon as
+        it is made.
 
     Raises:
         CovrayError: As ``covray vlm train`` and ``evaluate``.
@@ -163,14 +164,19 @@ def run_diffusionvl(
     programme = Programme(folder, model, data or _render(folder, chosen.portraits), chosen)
     with ray_session():
         quality = _quality(programme, pretrained_samples)
+        _write(folder, Tables(budget=budget, quality=quality))
         speed = _speed(programme, pretrained_samples)
+        claims = check_claims(quality, speed)
+        _write(folder, Tables(budget=budget, quality=quality, speed=speed, claims=claims))
         ablated = _ablate(programme, pretrained_samples)
-    results = Tables(
-        budget=budget, quality=quality, speed=speed, ablations=ablated, claims=check_claims(quality, speed)
-    )
-    Folder(folder).write_bytes(TABLES, as_markdown(results).encode())
-    results.write(Folder(folder))
+        results = Tables(budget=budget, quality=quality, speed=speed, ablations=ablated, claims=claims)
+        _write(folder, results)
     return results
+
+
+def _write(folder: str, tables: Tables) -> None:
+    Folder(folder).write_bytes(TABLES, as_markdown(tables).encode())
+    tables.write(folder)
 
 
 def _render(out: str, portraits: int) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pydantic import Field
+
 from covray.evaluation.statistics import Difference
 from covray.io.records import Record, RecordPart
 
@@ -47,16 +49,16 @@ class Ablation(RecordPart):
 
 
 class Tables(Record):
-    """What the programme found."""
+    """What the programme found; lists that are empty are not made yet."""
 
     FILE = "results.json"
     FIX = "run the programme again"
 
     budget: str
     quality: list[Quality]
-    speed: list[Speed]
-    ablations: list[Ablation]
-    claims: dict[str, bool | None]
+    speed: list[Speed] = Field(default_factory=list)
+    ablations: list[Ablation] = Field(default_factory=list)
+    claims: dict[str, bool | None] = Field(default_factory=dict)
     """Whether the claims of DiffusionVL hold here; null: not measured."""
 
 
@@ -97,6 +99,9 @@ def as_markdown(results: Tables) -> str:
     }
     sections = []
     for title, table in tables.items():
+        # One line has the heads only.
+        if len(table) == 1:
+            continue
         sections.append(f"## {title}\n{_markdown(table)}")
     return "\n".join(sections)
 

@@ -129,3 +129,22 @@ def test_portraits_are_rendered_once(commands: Commands, tmp_path: Path, monkeyp
 def test_another_budget_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--budget huge: is none of small, medium, full"):
         diffusionvl.run_diffusionvl(str(tmp_path), "model", budget="huge")
+
+
+def test_a_table_is_there_as_soon_as_it_is_made(
+    commands: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(config: VlmEvaluateConfig) -> dict[str, Any]:
+        if config.batch == 1:
+            raise KeyboardInterrupt
+        return commands.evaluate(config)
+
+    monkeypatch.setattr(diffusionvl, "evaluate_vlm", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        diffusionvl.run_diffusionvl(str(tmp_path), "model", "words.parquet")
+    begun = (tmp_path / "full" / "tables.md").read_text()
+    monkeypatch.setattr(diffusionvl, "evaluate_vlm", commands.evaluate)
+    diffusionvl.run_diffusionvl(str(tmp_path), "model", "words.parquet")
+    whole = (tmp_path / "full" / "tables.md").read_text()
+    assert whole.startswith(begun)
+    assert [line for line in begun.splitlines() if line.startswith("##")] == ["## Quality"]
