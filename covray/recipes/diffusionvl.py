@@ -42,14 +42,15 @@ from covray.recipes.diffusionvl_tables import (
 from covray.recipes.nano.vlm import SAMPLES, SIZE_PX, STAGES
 from covray.training.metrics_log import METRICS_FILE, read_metrics
 
-BATCH = 64
-"""Samples of a step."""
+BATCH = 16
+"""Samples of a step. Blocks learn more of the same samples in many small steps: after 5% of ``nano``'s training the
+perplexity by the bound is 3.8 with steps of 64, and 3.0 with steps of 16."""
 PRETRAINED_SAMPLES = sum(stage.steps for stage in STAGES) * SAMPLES
 """Samples that the nano model was trained on; a share of them is a share of its training tokens."""
 WHOLE = 96
 """Tokens of the one block of full-sequence diffusion: the longest caption fits."""
 TABLES = "tables.md"
-_LEARNING_RATE = 3e-4
+_LEARNING_RATE = 4e-4
 _DIFFUSIONVL = {"blocks.preset": "diffusionvl"}
 
 

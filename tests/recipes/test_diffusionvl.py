@@ -87,7 +87,7 @@ def test_all_are_tuned_on_the_same_samples_and_held_against_the_twin(commands: C
     assert {taken for name, taken in steps.items() if name not in others} == {400}, "5% of 8,000 steps"
     for out, config in commands.trained.items():
         assert config.seed == int(out[-1])
-        assert config.optimizer.batch_samples == 64
+        assert config.optimizer.batch_samples == diffusionvl.BATCH
     quality = {line.passes: line for line in results.quality}
     of_questions = {passes: line.differences["questions"] for passes, line in quality.items()}
     assert of_questions[8].mean == 0
