@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from covray.errors import ConfigError
+from covray.errors import ConfigError, one_line
 from covray.progress import own_display
 
 SAVE_EVERY_S = 120.0
@@ -45,6 +46,10 @@ def new_part(out: Path, name: str) -> Path:
     return part
 
 
+_UNLOADABLE = (OSError, EOFError, RuntimeError, ValueError, TypeError, KeyError, pickle.UnpicklingError)
+"""What torch raises for a file that is damaged, or whose tensors do not fit the model."""
+
+
 class _State:
     """What a training is made of between two steps: the model, its average and its optimizers."""
 
@@ -55,15 +60,23 @@ class _State:
         self.path = path
 
     def load(self, device: torch.device) -> int:
-        """Load the last save and return the step to go on with; 0 where there is none."""
+        """Load the last save and return the step to go on with; 0 where there is none.
+
+        Raises ConfigError for a file that is damaged, or is of another model.
+        """
         if not self.path.exists():
             return 0
-        saved = torch.load(self.path, map_location=device, weights_only=True)
-        self.model.load_state_dict(saved["model"])
-        self.average.load_state_dict(saved["average"])
-        for optimizer, values in zip(self.optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(values)
-        return int(saved["step"])
+        try:
+            saved = torch.load(self.path, map_location=device, weights_only=True)
+            self.model.load_state_dict(saved["model"])
+            self.average.load_state_dict(saved["average"])
+            for optimizer, values in zip(self.optimizers, saved["optimizers"], strict=True):
+                optimizer.load_state_dict(values)
+            return int(saved["step"])
+        except _UNLOADABLE as error:
+            raise ConfigError(
+                f"{self.path}: cannot be continued ({one_line(error)}); correct that, or delete the file to begin again"
+            ) from error
 
     def save(self, step: int) -> None:
         """Save the state after ``step`` steps; a kill meanwhile leaves the save before."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from covray.errors import ConfigError
 from covray.recipes.nano import loop
 
 CPU = torch.device("cpu")
@@ -89,6 +90,23 @@ def test_a_kill_during_a_save_leaves_the_save_before(tmp_path: Path, monkeypatch
         with pytest.raises(_Killed):
             _train(tmp_path / "killed")
     assert _same(_train(tmp_path / "killed"), whole)
+
+
+def test_a_damaged_state_is_named_and_not_trained_over(tmp_path: Path) -> None:
+    _train(tmp_path)
+    state = tmp_path / "tiny.state.pt"
+    whole = state.read_bytes()
+    for damaged in (b"", whole[:100], b"no zip archive"):
+        state.write_bytes(damaged)
+        with pytest.raises(ConfigError, match=r"tiny\.state\.pt: cannot be continued .* or delete the file"):
+            _train(tmp_path)
+        assert state.read_bytes() == damaged
+
+
+def test_the_state_of_another_model_is_refused(tmp_path: Path) -> None:
+    _train(tmp_path)
+    with pytest.raises(ConfigError, match="cannot be continued"):
+        loop.train(nn.Conv2d(3, 3, 1), _loss, loop.Run("tiny", tmp_path, STEPS, 0, CPU, 1e-2))
 
 
 def test_the_seed_decides_and_nothing_else(tmp_path: Path) -> None:
