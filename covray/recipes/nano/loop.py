@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import time
@@ -49,6 +50,9 @@ def new_part(out: Path, name: str) -> Path:
 _UNLOADABLE = (OSError, EOFError, RuntimeError, ValueError, TypeError, KeyError, pickle.UnpicklingError)
 """What torch raises for a file that is damaged, or whose tensors do not fit the model."""
 
+_SAME_RATE = 1e-5
+"""Relative difference up to which learning rates are the same: another machine may round the schedule otherwise."""
+
 
 class _State:
     """What a training is made of between two steps: the model, its average and its optimizers."""
@@ -91,6 +95,28 @@ class _State:
             aside,
         )
         os.replace(aside, self.path)
+
+
+def _require_same_rates(state: _State, highest: Sequence[Sequence[float]], step: int, steps: int) -> None:
+    """Refuse a state whose learning rates are not those of this training; they follow from its number of steps.
+
+    Args:
+        state: As it was loaded: its optimizers have the learning rates of the last step.
+        highest: The highest learning rates of each optimizer.
+        step: How many steps the state has taken.
+        steps: Steps of this training.
+
+    Raises:
+        ConfigError: The state is of a training with other steps or learning rates.
+    """
+    share = schedule(step - 1, steps)
+    for optimizer, rates in zip(state.optimizers, highest, strict=True):
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            if step > steps or not math.isclose(group["lr"], rate * share, rel_tol=_SAME_RATE):
+                raise ConfigError(
+                    f"{state.path}: was trained with another number of steps than {steps}, or at another learning "
+                    "rate; train as many steps as before, or delete the file to begin again"
+                )
 
 
 class _Progress:
@@ -153,6 +179,7 @@ def train(
     state = _State(model, chosen, run.out / f"{run.name}.state.pt")
     first = state.load(run.device)
     if first:
+        _require_same_rates(state, highest, first, run.steps)
         print(f"{run.name}: continues at step {first} of {run.steps}", flush=True)
     progress = _Progress(run, first)
     saved = time.monotonic()

@@ -103,6 +103,16 @@ def test_a_damaged_state_is_named_and_not_trained_over(tmp_path: Path) -> None:
         assert state.read_bytes() == damaged
 
 
+@pytest.mark.parametrize("steps", [STEPS - 1, STEPS + 1, 2 * STEPS])
+def test_a_state_is_not_continued_with_other_steps(tmp_path: Path, steps: int) -> None:
+    """The learning rate of its steps came down for another end."""
+    _train(tmp_path)
+    state = (tmp_path / "tiny.state.pt").read_bytes()
+    with pytest.raises(ConfigError, match=f"another number of steps than {steps}"):
+        loop.train(_model(), _loss, loop.Run("tiny", tmp_path, steps, 0, CPU, 1e-2))
+    assert (tmp_path / "tiny.state.pt").read_bytes() == state
+
+
 def test_the_state_of_another_model_is_refused(tmp_path: Path) -> None:
     _train(tmp_path)
     with pytest.raises(ConfigError, match="cannot be continued"):
