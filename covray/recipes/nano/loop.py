@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from covray.errors import ConfigError, one_line
+from covray.errors import ConfigError, CovrayError, one_line
 from covray.progress import own_display
 
 SAVE_EVERY_S = 120.0
@@ -167,6 +167,10 @@ def train(
         measure: Describes the average in one line, which is printed at every save.
         on_step: May change (model, step) before a step, such as the codebook by k-means.
         optimizers: Shares the parameters out among optimizers, each at its highest learning rate; by default one AdamW.
+
+    Raises:
+        ConfigError: The state in ``out`` is damaged, or of another training.
+        CovrayError: The loss or its gradient is not finite.
     """
     run.out.mkdir(parents=True, exist_ok=True)
     model.to(run.device)
@@ -192,7 +196,9 @@ def train(
         with torch.autocast(run.device.type, torch.bfloat16):
             loss = loss_of(model, step, generator)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        # Before the weights change: a save would keep what is not finite, and the training could not be continued.
+        _require_finite(run.name, step + 1, loss, norm)
         for optimizer in chosen:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -205,6 +211,15 @@ def train(
                 # What is measured and returned is the average of the weights.
                 print(f"{run.name}: step {step + 1}  {measure(state.average.module)}", flush=True)
     return state.average.module
+
+
+def _require_finite(name: str, step: int, loss: Tensor, norm: Tensor) -> None:
+    """Refuse the loss or the gradient norm of a step. Raises CovrayError."""
+    if not (torch.isfinite(loss) and torch.isfinite(norm)):
+        raise CovrayError(
+            f"{name}: step {step}: loss {float(loss.detach())} and gradient norm {float(norm)} are not finite; "
+            "train in another --out with another --seed"
+        )
 
 
 def highest_rates(optimizers: Sequence[torch.optim.Optimizer]) -> list[list[float]]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from covray.errors import ConfigError
+from covray.errors import ConfigError, CovrayError
 from covray.recipes.nano import loop
 
 CPU = torch.device("cpu")
@@ -117,6 +118,31 @@ def test_the_state_of_another_model_is_refused(tmp_path: Path) -> None:
     _train(tmp_path)
     with pytest.raises(ConfigError, match="cannot be continued"):
         loop.train(nn.Conv2d(3, 3, 1), _loss, loop.Run("tiny", tmp_path, STEPS, 0, CPU, 1e-2))
+
+
+def _not_a_number(loss: Tensor) -> Tensor:
+    return loss * float("nan")
+
+
+def _steep(loss: Tensor) -> Tensor:
+    """The same value with a gradient that is not finite: a square root of zero."""
+    return loss + (loss - loss.detach()).sqrt()
+
+
+@pytest.mark.parametrize("spoil", [_not_a_number, _steep])
+def test_what_is_not_finite_ends_the_training_and_is_not_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Tensor], Tensor]
+) -> None:
+    whole = _train(tmp_path / "whole")
+    monkeypatch.setattr(loop, "SAVE_EVERY_S", -1)
+
+    def spoilt(model: nn.Module, step: int, generator: torch.Generator) -> Tensor:
+        loss = _loss(model, step, generator)
+        return spoil(loss) if step == 4 else loss
+
+    with pytest.raises(CovrayError, match=r"tiny: step 5: loss .* not finite"):
+        _train(tmp_path / "spoilt", spoilt)
+    assert _same(_train(tmp_path / "spoilt"), whole)
 
 
 def test_the_seed_decides_and_nothing_else(tmp_path: Path) -> None:
