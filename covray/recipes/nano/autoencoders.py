@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL, VQModel
 from sklearn.cluster import KMeans
 from torch import Tensor
 
+from covray.io.tensor_files import new_folder
 from covray.recipes.nano.data import CROPS, KINDS, Pictures
 from covray.recipes.nano.loop import Run, draw, psnr, train
 from covray.recipes.nano.patches import VALUES, patches, write_encoder
@@ -71,7 +72,8 @@ def train_vae(pictures: Tensor, held_out: Tensor, out: Path, steps: int, seed: i
     with torch.no_grad():
         latents = torch.cat([model.encode(batch * 2 - 1).latent_dist.mean for batch in batches(held_out, device)])
     model.register_to_config(scaling_factor=round(1 / float(latents.std()), 5))
-    model.half().save_pretrained(out / "vae", safe_serialization=True)
+    with new_folder(out / "vae") as folder:
+        model.half().save_pretrained(folder, safe_serialization=True)
 
 
 def reconstruct_vae(model: Any, pictures: Tensor) -> Tensor:
@@ -138,7 +140,8 @@ def train_vqgan(pictures: Tensor, validation: Tensor, out: Path, steps: int, see
         model, loss_of, Run("vqgan", out, steps, seed, device, 1e-3), on_step=on_step,
         measure=lambda average: describe_vqgan(average, validation),
     )  # fmt: skip
-    model.half().save_pretrained(out / "vqgan", safe_serialization=True)
+    with new_folder(out / "vqgan") as folder:
+        model.half().save_pretrained(folder, safe_serialization=True)
 
 
 def patch_codes(corpus: Pictures, seed: int) -> Tensor:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from covray.io import storage
+from covray.io.tensor_files import new_folder
 from covray.pairs.scenes.portrait_values import OBJECTS, held_out, hidden_themes
 from covray.pairs.scenes.portraits import HELD_OUT_SPLIT, Portrait
 from covray.recipes.nano.loop import Run, new_part, train
@@ -98,8 +99,9 @@ def train_judge(out: Path, steps: int | None, portraits: int, seed: int, device:
         details={theme.name: list(theme.details) for theme in PORTRAITS},
         objects={theme.name: list(theme.objects) for theme in PORTRAITS},
     )
-    save_judge(result, model, record)
-    storage.write_json(str(result / ACCURACIES), table)
+    with new_folder(result) as folder:
+        save_judge(folder, model, record)
+        storage.write_json(str(folder / ACCURACIES), table)
 
 
 @torch.inference_mode()

@@ -40,10 +40,10 @@ class Run:
 
 
 def new_part(out: Path, name: str) -> Path:
-    """Return the folder of the model ``name`` in the folder of the family. Raises ConfigError where it exists."""
+    """Return the folder of the model ``name`` in the folder of the family. Raises ConfigError if it exists."""
     part = out / name
     if part.exists():
-        raise ConfigError(f"{part}: already exists; it is finished, or give another --out")
+        raise ConfigError(f"{part}: already exists; give another --out, or delete it to train it again")
     return part
 
 

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from covray.config import BackboneConfig, EngineConfig, TokenizerConfig
+from covray.io.tensor_files import new_folder
 from covray.models.lvm.backbone import BackboneFacts, backbone_facts, load_backbone, write_backbone
 from covray.models.lvm.model import Batch, Lvm, rotary
 from covray.models.lvm.scales import SPECIAL_IDS, llama_config
@@ -426,7 +427,9 @@ def save_lvm(model: Lvm, folder: Path, codebook: str, tokens_per_image: int) -> 
     """Write ``model`` as a Hugging Face folder in float16, with ``covray.json``: whose codes its ids are."""
     codes = model.config.vocab_size - SPECIAL_IDS
     facts = BackboneFacts(model.config, None, "", codes, codebook, tokens_per_image)
-    write_backbone(folder, facts, model.backbone_tensors().__getitem__, torch.float16)
+    # Whole or not at all: a stage whose folder is there is not trained again.
+    with new_folder(folder) as draft:
+        write_backbone(draft, facts, model.backbone_tensors().__getitem__, torch.float16)
 
 
 def _batch(sentences: Sequence[Tensor], counts: Tensor) -> Batch:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from covray.io.tensor_files import new_folder
 from covray.recipes.nano.autoencoders import batches
 from covray.recipes.nano.loop import Run, train
 
@@ -85,13 +86,13 @@ def train_prior(pictures: Tensor, held_out: Tensor, out: Path, steps: int, seed:
         return f"held-out noise error {float(F.mse_loss(answer, noise)):.5f}"
 
     model = train(new_unet(), loss_of, Run("prior", out, steps, seed, device, 6e-4), measure=measure)
-    folder = out / "prior"
-    model.half().save_pretrained(folder / "unet", safe_serialization=True)
     vae.register_to_config(_name_or_path="")  # the folder it was read from is nobody's concern
-    vae.half().save_pretrained(folder / "vae", safe_serialization=True)
-    scheduler.save_pretrained(folder / "scheduler")
-    save_file({"context": context.half().cpu().contiguous()}, folder / "empty_prompt.safetensors")
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "covray nano prior"}) + "\n")
+    with new_folder(out / "prior") as folder:
+        model.half().save_pretrained(folder / "unet", safe_serialization=True)
+        vae.half().save_pretrained(folder / "vae", safe_serialization=True)
+        scheduler.save_pretrained(folder / "scheduler")
+        save_file({"context": context.half().cpu().contiguous()}, folder / "empty_prompt.safetensors")
+        (folder / "model_index.json").write_text(json.dumps({"_class_name": "covray nano prior"}) + "\n")
 
 
 def _latents(vae: AutoencoderKL, pictures: Tensor, device: torch.device) -> Tensor:

@@ -23,6 +23,7 @@ from covray.recipes.nano.autoencoders import reconstruct_vae, reconstruct_vqgan,
 from covray.recipes.nano.clip import train_clip
 from covray.recipes.nano.data import CROPS, KINDS, Pictures, pictures, scene_pictures
 from covray.recipes.nano.judge import train_judge
+from covray.recipes.nano.loop import new_part
 from covray.recipes.nano.lvm import measure_lvm, train_lvm
 from covray.recipes.nano.painter import train_painter
 from covray.recipes.nano.prior import train_prior
@@ -58,7 +59,7 @@ def train_model(model: str, out: Path, steps: int | None, scenes: int, threads: 
         seed: Seed of pictures, weights and batches.
 
     Raises:
-        ConfigError: A model, a device or a folder is not there.
+        ConfigError: A model, a device or a folder is not there, or the model is trained already.
     """
     trainers = {"vae": train_vae, "vqgan": train_vqgan, "prior": train_prior}
     known = (*trainers, "lvm", *_OF_PORTRAITS)
@@ -78,6 +79,7 @@ def train_model(model: str, out: Path, steps: int | None, scenes: int, threads: 
     if model in _OF_PORTRAITS:
         _OF_PORTRAITS[model](out, steps, scenes, seed, chosen)
         return
+    new_part(out, model)  # refused before anything is rendered
     training = torch.from_numpy(pictures(out / "data", "train", scenes, CROPS, seed))
     held_out = torch.from_numpy(pictures(out / "data", "val", HELD_OUT_SCENES, 0, seed).copy())
     if model == "lvm":

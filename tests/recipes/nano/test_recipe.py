@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
 from covray.config import EngineConfig, PriorConfig, TokenizerConfig
@@ -109,6 +110,36 @@ def test_a_killed_vqgan_ends_where_it_would_have(family: Path, tmp_path: Path, m
     whole, continued = load_file(family / name), load_file(tmp_path / name)
     assert whole.keys() == continued.keys()
     assert all(torch.equal(whole[key], continued[key]) for key in whole)
+
+
+@pytest.mark.parametrize("name", ["vae", "vqgan", "prior", "lvm"])
+def test_a_trained_model_is_refused_before_anything_is_rendered(
+    family: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (family / "lvm").mkdir(exist_ok=True)
+    monkeypatch.setattr(recipe, "pictures", lambda *_: pytest.fail("pictures were rendered"))
+    with pytest.raises(ConfigError, match=f"{name}: already exists"):
+        recipe.train_model(name, family, 3, 1, torch.get_num_threads(), "cpu", 0)
+
+
+def test_a_kill_while_a_model_is_written_leaves_no_folder(
+    family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(autoencoders, "VAE_CHANNELS", (8, 8, 8))
+    save = AutoencoderKL.save_pretrained
+
+    def killed(model: AutoencoderKL, folder: Path, **options: bool) -> None:
+        save(model, folder, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(AutoencoderKL, "save_pretrained", killed)
+        with pytest.raises(KeyboardInterrupt):
+            autoencoders.train_vae(_pictures(40), _pictures(4), tmp_path, 3, 0, CPU)
+    assert [path.name for path in tmp_path.iterdir()] == ["vae.state.pt"]
+    autoencoders.train_vae(_pictures(40), _pictures(4), tmp_path, 3, 0, CPU)
+    weights = "vae/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / weights).read_bytes() == (family / weights).read_bytes()
 
 
 def test_the_shipped_networks_have_their_shapes_and_fit_in_the_package() -> None:
