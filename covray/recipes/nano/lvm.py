@@ -197,7 +197,7 @@ def train_lvm(
     torch.manual_seed(seed)
     tokenizer = load_tokenizer(TokenizerConfig(path=str(out / "vqgan")), EngineConfig())
     corpus = _corpus(pictures, tokenizer, out, seed)
-    validation = scenes_alone(_tokens(held_out, tokenizer, out / "data" / "held-out"))
+    validation = scenes_alone(_tokens(held_out, tokenizer, _tokens_path(out, "held-out", seed)))
     size = tokenizer.tokens_per_image
 
     def measure(model: Any) -> str:
@@ -451,19 +451,25 @@ def _optimizers(model: Lvm, rate: float) -> list[torch.optim.Optimizer]:
 
 
 def _corpus(pictures: Tensor, tokenizer: Tokenizer, out: Path, seed: int) -> Corpus:
-    tokens = _tokens(pictures, tokenizer, out / "data" / "train")
+    tokens = _tokens(pictures, tokenizer, _tokens_path(out, "train", seed))
     size = tokens.shape[-1]
     scenes, photographs = tokens[: -3 * CROPS], tokens[-3 * CROPS :]
     shots = torch.from_numpy(views(out / "data", VIEW_SCENES, seed))
     return Corpus(
         scenes.reshape(-1, len(KINDS), size),
         photographs.reshape(-1, 3, size),
-        _tokens(shots, tokenizer, out / "data" / "views").reshape(-1, VIEWS, size),
+        _tokens(shots, tokenizer, _tokens_path(out, "views", seed)).reshape(-1, VIEWS, size),
     )
 
 
+def _tokens_path(out: Path, name: str, seed: int) -> Path:
+    """Return how the file of the tokens of the pictures ``name`` of a seed begins."""
+    # Seed 0 is not named: files of begun trainings, nearly all of that seed, are still found.
+    return out / "data" / (f"{name}-{seed}" if seed else name)
+
+
 def _tokens(pictures: Tensor, tokenizer: Tokenizer, path: Path) -> Tensor:
-    """Tokens uint16 [n, tokens] of ``pictures``, kept beside ``path`` for a training that goes on."""
+    """Return the tokens of ``pictures``, uint16 [n, tokens], kept in a file beside ``path`` for a resumed training."""
     kept = path.with_name(f"{path.name}-tokens-{len(pictures)}-{tokenizer.codebook_fingerprint[:12]}.npy")
     if not kept.exists():
         aside = kept.with_suffix(".part.npy")

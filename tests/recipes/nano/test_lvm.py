@@ -237,6 +237,24 @@ def test_a_stage_goes_on_from_the_weights_of_the_one_before(
     assert again == [first, second, last]
 
 
+def test_another_seed_learns_from_its_own_pictures(
+    tmp_path: Path, small: LlamaConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _prepare_family(tmp_path, monkeypatch)
+    learned: list[lvm.Corpus] = []
+    monkeypatch.setattr(lvm, "_loss", lambda corpus, *_: learned.append(corpus))
+    monkeypatch.setattr(lvm, "train", lambda model, *_, **__: model)
+    pictures = _random_pictures()
+    for seed, own in ((0, pictures), (1, pictures.flip(1))):
+        for folder in tmp_path.glob("lvm*"):
+            shutil.rmtree(folder)
+        lvm.train_lvm(own, own[:8], tmp_path, 2, seed, CPU)
+    first, other = learned[0], learned[-1]
+    assert not torch.equal(first.scenes, other.scenes)
+    assert not torch.equal(first.photographs, other.photographs)
+    assert not torch.equal(first.views, other.views)
+
+
 def _random_pictures() -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, 256, (8 * 4 + 3, 64, 64, 3), generator=generator, dtype=torch.uint8)
