@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from covray.config import BackboneConfig, EngineConfig, TokenizerConfig
+from covray.errors import ConfigError
 from covray.io.tensor_files import new_folder
 from covray.models.lvm.backbone import BackboneFacts, backbone_facts, load_backbone, write_backbone
 from covray.models.lvm.model import Batch, Lvm, rotary
@@ -193,9 +194,14 @@ def train_lvm(
         steps: Optimizer steps of every stage, in place of its own.
         seed: Seed of weights and batches.
         device: Where to train.
+
+    Raises:
+        ConfigError: A stage that is there was trained on the codes of another VQGAN.
     """
     torch.manual_seed(seed)
     tokenizer = load_tokenizer(TokenizerConfig(path=str(out / "vqgan")), EngineConfig())
+    for number in range(1, len(STAGES) + 1):
+        _require_codebook(out / f"lvm-{number}", tokenizer)
     corpus = _corpus(pictures, tokenizer, out, seed)
     validation = scenes_alone(_tokens(held_out, tokenizer, _tokens_path(out, "held-out", seed)))
     size = tokenizer.tokens_per_image
@@ -219,6 +225,18 @@ def train_lvm(
         model = _load(ended, device).requires_grad_(True)
         folders.append(ended)
     save_lvm(_mean(folders[-AVERAGED:], device), out / "lvm", tokenizer.codebook_fingerprint, size)
+
+
+def _require_codebook(stage: Path, tokenizer: Tokenizer) -> None:
+    """Refuse the folder of a stage, if there is one, whose tokens mean other patches. Raises ConfigError."""
+    if not stage.is_dir():
+        return
+    codebook = backbone_facts(BackboneConfig(scale="custom", path=str(stage))).codebook
+    if codebook != tokenizer.codebook_fingerprint:
+        raise ConfigError(
+            f"{stage}: was trained on the codes of another vqgan than the one in {stage.parent}; delete it and its "
+            f"{stage.name}.state.pt to train it again, or give another --out"
+        )
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from covray.config import BackboneConfig
+from covray.errors import ConfigError
 from covray.models.lvm.backbone import backbone_facts, load_backbone
 from covray.models.lvm.model import Batch
 from covray.models.lvm.scales import SPECIAL_IDS
@@ -235,6 +236,17 @@ def test_a_stage_goes_on_from_the_weights_of_the_one_before(
     lvm.train_lvm(pictures, pictures[:8], tmp_path, 2, 0, CPU)
     again = [(folder / "model.safetensors").read_bytes() for folder in folders]
     assert again == [first, second, last]
+
+
+def test_a_stage_of_another_codebook_is_not_gone_on_from(
+    tmp_path: Path, small: LlamaConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _prepare_family(tmp_path, monkeypatch)
+    lvm.save_lvm(lvm.new_lvm(0, 64, CODEBOOK), tmp_path / "lvm-2", "0" * 64, 256)
+    monkeypatch.setattr(lvm, "_corpus", lambda *_: pytest.fail("pictures were tokenized"))
+    pictures = _random_pictures()
+    with pytest.raises(ConfigError, match=r"lvm-2: was trained on the codes of another vqgan"):
+        lvm.train_lvm(pictures, pictures[:8], tmp_path, 2, 0, CPU)
 
 
 def test_another_seed_learns_from_its_own_pictures(
