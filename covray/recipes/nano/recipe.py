@@ -43,6 +43,10 @@ _OF_PORTRAITS = {
 }
 HELD_OUT_SCENES = 250
 PROBE_TEST_SCENES = 200
+MIN_PORTRAITS = 10
+"""With fewer, one of the splits may have none: a tenth of the portraits is for validation, and a tenth for the test."""
+MAX_SEED = 2**32
+"""scikit-learn's k-means takes no larger seeds."""
 
 
 def train_model(model: str, out: Path, steps: int | None, scenes: int, threads: int, device: str, seed: int) -> None:
@@ -59,7 +63,7 @@ def train_model(model: str, out: Path, steps: int | None, scenes: int, threads: 
         seed: Seed of pictures, weights and batches.
 
     Raises:
-        ConfigError: A model, a device or a folder is not there, or the model is trained already.
+        ConfigError: The model, the device, the folder, the number of portraits or the seed cannot be used.
     """
     trainers = {"vae": train_vae, "vqgan": train_vqgan, "prior": train_prior}
     known = (*trainers, "lvm", *_OF_PORTRAITS)
@@ -74,6 +78,11 @@ def train_model(model: str, out: Path, steps: int | None, scenes: int, threads: 
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"--device {device}: give auto, cpu or cuda")
     chosen = choose_device(device, "--device")
+    # The language model reads words only.
+    if model in _OF_PORTRAITS and model != "text" and scenes < MIN_PORTRAITS:
+        raise ConfigError(f"--scenes {scenes}: the {model} is trained on {MIN_PORTRAITS} portraits or more; give them")
+    if seed >= MAX_SEED:
+        raise ConfigError(f"--seed {seed}: is too large; give one below {MAX_SEED}")
     _require_folder(out)
     torch.set_num_threads(threads)
     if model in _OF_PORTRAITS:

@@ -15,6 +15,7 @@ from covray.config import EngineConfig, PriorConfig, TokenizerConfig
 from covray.errors import ConfigError, WeightsError
 from covray.models.diffusion.prior import load_prior
 from covray.models.tokenizer.vqgan import load_tokenizer
+from covray.pairs.scenes.portraits import portrait_pairs
 from covray.recipes.nano import autoencoders, loop, recipe
 from covray.recipes.nano import prior as nano_prior
 from covray.recipes.nano.data import Pictures
@@ -210,6 +211,21 @@ def test_a_training_that_cannot_start_says_why(tmp_path: Path, model: str, devic
         recipe.train_model(model, tmp_path, 1, 1, 1, device, 0)
     assert said in str(caught.value)
     assert not list(tmp_path.iterdir())  # nothing was rendered before
+
+
+@pytest.mark.parametrize("name", ["vlm", "judge"])
+def test_fewer_portraits_than_have_all_splits_are_refused(tmp_path: Path, name: str) -> None:
+    for count in range(recipe.MIN_PORTRAITS, 16):
+        assert {pair.split for pair in portrait_pairs(count, 8)} == {"train", "val", "test"}
+    with pytest.raises(ConfigError, match=f"--scenes 9: the {name} is trained on 10 portraits or more"):
+        recipe.train_model(name, tmp_path, 1, 9, 1, "cpu", 0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_seed_that_k_means_does_not_take_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--seed 4294967296: is too large"):
+        recipe.train_model("vqgan", tmp_path, 1, 1, 1, "cpu", 2**32)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_gpu_that_is_not_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
