@@ -21,10 +21,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from covray.errors import ConfigError
 from covray.evaluation.scores import score
 from covray.models.tokenizer.vqgan import Tokenizer
 from covray.pairs.scenes import CLASSES
-from covray.recipes.nano.data import KINDS
+from covray.recipes.nano.data import KINDS, SIZE_PX
 from covray.recipes.nano.loop import highest_rates, muon_and_adamw, set_rates
 from covray.recipes.nano.lvm import ADAMW_RATE, MUON_RATE, TASK_PICTURES
 from covray.recipes.nano.writing import neighbour_nats
@@ -113,6 +114,29 @@ class QueryReader(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x[:, : CELLS**2]))
+
+
+def require_probe(judge: Tokenizer, candidate: Tokenizer | None) -> None:
+    """Refuse tokenizers that a probe cannot read or write.
+
+    Args:
+        judge: The tokenizer of the labels.
+        candidate: The tokenizer that is judged; None for a query of pixels.
+
+    Raises:
+        ConfigError: One is of other pictures than the rendered ones, or the judge does not write 8 x 8 tokens.
+    """
+    for name, tokenizer in (("query", candidate), ("--judge", judge)):
+        if tokenizer is not None and tokenizer.size_px != SIZE_PX:
+            raise ConfigError(
+                f"{name}: reads pictures of {tokenizer.size_px} px; give a tokenizer of {SIZE_PX} px, as scenes are "
+                "rendered"
+            )
+    if judge.grid != (CELLS, CELLS):
+        raise ConfigError(
+            f"--judge: writes {judge.tokens_per_image} tokens a picture; give a tokenizer that writes {CELLS**2}, such "
+            "as nano"
+        )
 
 
 def probe_data(scenes: NDArray[np.uint8], judge_labels: NDArray[np.uint16], tokenizer: Tokenizer | None) -> ProbeData:

@@ -27,7 +27,7 @@ from covray.recipes.nano.loop import new_part
 from covray.recipes.nano.lvm import measure_lvm, train_lvm
 from covray.recipes.nano.painter import train_painter
 from covray.recipes.nano.prior import train_prior
-from covray.recipes.nano.probe import ProbeResult, run_probe
+from covray.recipes.nano.probe import ProbeResult, require_probe, run_probe
 from covray.recipes.nano.text import train_text
 from covray.recipes.nano.vlm import train_vlm
 
@@ -160,12 +160,13 @@ def probe(query: str, out: Path, judge: str, scenes: int, steps: int, threads: i
         seed: Seed of scenes, weights and batches.
 
     Raises:
-        ConfigError: ``out`` cannot be written.
+        ConfigError: ``out`` cannot be written, or a tokenizer is of other sizes than the probe's.
         WeightsError: A tokenizer cannot be loaded.
     """
     engine = EngineConfig(threads=threads)
     candidate = None if query == "pixels" else load_tokenizer(TokenizerConfig(path=query), engine)
     judging = load_tokenizer(TokenizerConfig(path=judge), engine)
+    require_probe(judging, candidate)
     _require_folder(out)
     torch.set_num_threads(threads)
     train = Pictures.of(pictures(out / "data", "train", scenes, 0, seed), 0).scenes

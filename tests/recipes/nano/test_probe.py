@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from covray.config import EngineConfig, TokenizerConfig
+from covray.errors import ConfigError
 from covray.models.tokenizer.vqgan import Tokenizer, load_tokenizer
 from covray.recipes.nano import probe, recipe
 from covray.recipes.nano.data import KINDS, scene_pictures
@@ -96,6 +97,17 @@ def test_a_reader_learns_its_pairs_by_heart_and_the_same_seed_gives_the_same_bit
     learned = np.mean(list(probe.read_answers(first, data)[1].values()))
     assert learned < untrained / 3
     assert all(torch.equal(one, other) for one, other in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_tokenizers_of_other_sizes_are_refused_before_anything_is_rendered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, judge: Tokenizer
+) -> None:
+    monkeypatch.setattr(recipe, "pictures", lambda *_: pytest.fail("pictures were rendered"))
+    with pytest.raises(ConfigError, match="--judge: writes 256 tokens a picture; give a tokenizer that writes 64"):
+        recipe.probe("pixels", tmp_path, "nano-2", 2, 1, torch.get_num_threads(), 0)
+    large = load_tokenizer(TokenizerConfig(path="nano", size_px=128), EngineConfig(image_batch=8))
+    with pytest.raises(ConfigError, match="query: reads pictures of 128 px; give a tokenizer of 64 px"):
+        probe.require_probe(judge, large)
 
 
 def test_a_probe_scores_every_task_and_writes_what_it_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
