@@ -6,7 +6,7 @@ that rows differ only in how the query comes in. The answers are decoded by the 
 scores. A query of pixels shows what there is to read; a candidate is judged by the share of it that its tokens leave,
 and by what its tokens of a label cost to write (``writing``).
 
-``covray nano probe --tokenizer nano/vqgan``: 1,500 steps of 64 pairs, 25 minutes on two cores.
+``covray nano probe nano/vqgan --out nano``: 1,500 steps of 64 pairs, 25 minutes on two cores.
 """
 
 from __future__ import annotations
@@ -222,7 +222,7 @@ class ProbeResult:
     """What a probe read from one kind of query."""
 
     query: str
-    """``pixels``, or the candidate's folder."""
+    """``pixels`` or ``tokens``."""
     tokens_per_image: int | None
     """None for pixels."""
     scores: dict[str, dict[str, float]]
