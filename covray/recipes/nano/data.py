@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -140,7 +142,11 @@ def pictures(folder: Path, split: str, scenes: int, crops: int, seed: int) -> ND
             parts.append(kept(part, scene_pictures(split, range(first, last), seed), last - first))
         if crops:
             parts.append(kept(folder / f"crops-{crops}-{seed}.npy", photo_pictures(crops, seed), crops))
-        _join(path, parts)
+        # Another training in the folder may have joined them, and deleted some, in the meantime.
+        if not path.exists():
+            _join(path, parts)
+        for part in parts:
+            part.unlink(missing_ok=True)
     return _mapped(path)
 
 
@@ -160,26 +166,36 @@ def kept(path: Path, blocks: Iterable[NDArray[Any]], total: int) -> Path:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         rendered = list(track(blocks, f"rendering {path.stem}", total=total, disable=not sys.stderr.isatty()))
-        aside = path.with_suffix(".part.npy")
-        np.save(aside, np.concatenate(rendered))
-        aside.rename(path)
+        with whole_file(path) as aside:
+            np.save(aside, np.concatenate(rendered))
     return path
 
 
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield a file beside ``path`` that is renamed to ``path`` at the end, and deleted after an exception.
+
+    Its name has the number of this process: two trainings in one folder may make the same file at the same time.
+    """
+    aside = path.with_suffix(f".{os.getpid()}.part{path.suffix}")
+    try:
+        yield aside
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
 def _join(path: Path, parts: Sequence[Path]) -> None:
-    """Write the arrays of ``parts`` as one to ``path``, a part at a time in memory, and delete them."""
+    """Write the arrays of ``parts`` as one to ``path``, a part at a time in memory."""
     arrays = [np.load(part, mmap_mode="r") for part in parts]
     rows = sum(len(array) for array in arrays)
-    aside = path.with_suffix(".part.npy")
-    joined = np.lib.format.open_memmap(aside, "w+", np.uint8, (rows, *arrays[0].shape[1:]))
-    first = 0
-    for array in arrays:
-        joined[first : first + len(array)] = array
-        first += len(array)
-    joined.flush()
-    aside.rename(path)
-    for part in parts:
-        part.unlink()
+    with whole_file(path) as aside:
+        joined = np.lib.format.open_memmap(aside, "w+", np.uint8, (rows, *arrays[0].shape[1:]))
+        first = 0
+        for array in arrays:
+            joined[first : first + len(array)] = array
+            first += len(array)
+        joined.flush()
 
 
 def _mapped(path: Path) -> NDArray[np.uint8]:

@@ -29,7 +29,7 @@ from covray.models.lvm.backbone import BackboneFacts, backbone_facts, load_backb
 from covray.models.lvm.model import Batch, Lvm, rotary
 from covray.models.lvm.scales import SPECIAL_IDS, llama_config
 from covray.models.tokenizer.vqgan import Tokenizer, load_tokenizer
-from covray.recipes.nano.data import CROPS, KINDS, VIEWS, views
+from covray.recipes.nano.data import CROPS, KINDS, VIEWS, views, whole_file
 from covray.recipes.nano.loop import Run, muon_and_adamw, train
 from covray.recipes.nano.patches import patch_tokens
 
@@ -490,7 +490,6 @@ def _tokens(pictures: Tensor, tokenizer: Tokenizer, path: Path) -> Tensor:
     """Return the tokens of ``pictures``, uint16 [n, tokens], kept in a file beside ``path`` for a resumed training."""
     kept = path.with_name(f"{path.name}-tokens-{len(pictures)}-{tokenizer.codebook_fingerprint[:12]}.npy")
     if not kept.exists():
-        aside = kept.with_suffix(".part.npy")
-        np.save(aside, patch_tokens(pictures.numpy(), tokenizer.codebook))
-        aside.rename(kept)
+        with whole_file(kept) as aside:
+            np.save(aside, patch_tokens(pictures.numpy(), tokenizer.codebook))
     return torch.from_numpy(np.load(kept))

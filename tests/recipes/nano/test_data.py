@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,6 +51,35 @@ def test_a_rendering_in_parts_is_the_same_and_goes_on_after_the_last_whole_part(
     assert np.array_equal(data.pictures(tmp_path / "parts", "train", 3, 1, 0), whole)
     assert len(rendered) == 4  # two whole, one that was killed and made again
     assert [path.name for path in (tmp_path / "parts").iterdir()] == ["train-3-1-0.npy"]
+
+
+def test_another_training_may_render_the_same_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = np.array(data.pictures(tmp_path / "whole", "train", 3, 0, 0))
+    monkeypatch.setattr(data, "PART_SCENES", 2)
+    render, save, other = data.render_scene, np.save, []
+
+    def render_in_both(seed: int, *rest: int) -> list:
+        if not other and list(tmp_path.glob("both/*.npy")):  # the first part is there
+            other.append(True)
+            data.pictures(tmp_path / "both", "train", 3, 0, 0)
+        return render(seed, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(data, "render_scene", render_in_both)
+        assert np.array_equal(data.pictures(tmp_path / "both", "train", 3, 0, 0), whole)
+    assert other
+    assert [path.name for path in (tmp_path / "both").iterdir()] == ["train-3-0-0.npy"]
+
+    def save_in_both(file: Path, array: np.ndarray) -> None:
+        save(file, array)
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "getpid", lambda: -1)  # another process
+            patched.setattr(np, "save", save)
+            data.pictures(tmp_path / "saved", "train", 1, 0, 0)
+
+    monkeypatch.setattr(np, "save", save_in_both)
+    assert np.array_equal(data.pictures(tmp_path / "saved", "train", 1, 0, 0), whole[:8])
+    assert [path.name for path in (tmp_path / "saved").iterdir()] == ["train-1-0-0.npy"]
 
 
 def test_a_batch_is_inputs_then_labels_then_crops() -> None:
