@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, T5EncoderModel
 
 from covray.io.model_folders import NANO_FOLDER
 from covray.io.tensor_files import new_folder
-from covray.pairs.scenes.portraits import Portrait
+from covray.pairs.scenes.portraits import HELD_OUT_SPLIT
 from covray.recipes.nano.loop import Run, new_part, train
 from covray.recipes.nano.portrait_data import PortraitVae, describe, numbers_of, portrait_manifest, read_portraits
 from covray.recipes.nano.prior import new_scheduler, new_unet
@@ -72,17 +72,18 @@ def train_painter(out: Path, steps: int | None, portraits: int, seed: int, devic
     manifest = portrait_manifest(out, portraits, seed)
     vae = PortraitVae(out, device)
     encoder = CaptionEncoder(out / "text", device)
-    parts = read_portraits(manifest)
-    latents = {}
-    for split in ("train", "val"):
-        latents[split] = vae.latents(f"{manifest.stem}-{split}", parts[split].pictures)
+    latents, contents = {}, {}
+    # The pictures, hundreds of megabytes, are not kept: the painter is trained on their latents.
+    for split, portraits_of_split in read_portraits(manifest).items():
+        if split != HELD_OUT_SPLIT:
+            latents[split] = vae.latents(f"{manifest.stem}-{split}", portraits_of_split.pictures)
+            contents[split] = portraits_of_split.contents
     scheduler = new_scheduler()
     alphas = scheduler.alphas_cumprod.to(device)
     torch.manual_seed(seed)
 
     def error(model: Any, split: str, index: Tensor, generator: torch.Generator) -> Tensor:
-        contents: list[Portrait] = [parts[split].contents[number] for number in index.tolist()]
-        texts = describe(contents, numbers_of(generator))
+        texts = describe([contents[split][number] for number in index.tolist()], numbers_of(generator))
         empty = torch.rand(len(texts), generator=generator) < EMPTY
         for place in torch.nonzero(empty)[:, 0].tolist():
             texts[place] = ""
