@@ -1,1 +1,1 @@
-"""The recipe of the nano models."""
+"""The recipes of the nano models."""

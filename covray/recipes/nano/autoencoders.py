@@ -28,12 +28,12 @@ KIND_WEIGHTS = {
     "colour": 1.0, "grey": 0.5, "dark": 0.5, "segmentation": 2.0, "pose": 1.5, "normals": 2.0, "edges": 4.0,
     "depth": 0.5, "photographs": 1.0,
 }  # fmt: skip
-"""Share of each kind of picture in the error that the codebook makes small. By counts alone nearly all codes would be
-spent on the textures of photographs; labels have few distinct patches, and a wrong one shows."""
+"""Weight of each kind of picture in the error that k-means minimizes. Without weights nearly all codes would describe
+textures of photographs; labels have few distinct patches, and a wrong one is easily seen."""
 
 
 def new_vae() -> AutoencoderKL:
-    """An untrained nano VAE: 64 px to 4 x 16 x 16 latents."""
+    """Return an untrained nano VAE: 64 px to 4 x 16 x 16 latents."""
     levels = len(VAE_CHANNELS)
     model = AutoencoderKL(
         block_out_channels=VAE_CHANNELS,
@@ -52,8 +52,17 @@ def new_vae() -> AutoencoderKL:
     return model
 
 
-def train_vae(pictures: Tensor, held_out: Tensor, out: Path, steps: int, seed: int, device: torch.device) -> None:
-    """Train the VAE on uint8 ``pictures`` [n, 64, 64, 3] and save it, with its scaling factor, as ``out``/vae."""
+def train_vae(pictures: Tensor, validation: Tensor, out: Path, steps: int, seed: int, device: torch.device) -> None:
+    """Train the VAE and save it, with its scaling factor, as ``out``/vae.
+
+    Args:
+        pictures: The training pictures, uint8 [n, 64, 64, 3].
+        validation: uint8 [n, 64, 64, 3], measured at every save; the scaling factor is that of their latents.
+        out: Folder of the family; ``out``/vae.state.pt holds the state from which a stopped training resumes.
+        steps: Optimizer steps of 16 pictures.
+        seed: Seed of weights and batches.
+        device: Where to train.
+    """
     torch.manual_seed(seed)
 
     def loss_of(model: Any, step: int, generator: torch.Generator) -> Tensor:
@@ -63,28 +72,29 @@ def train_vae(pictures: Tensor, held_out: Tensor, out: Path, steps: int, seed: i
         decoded = model.decode(posterior.mean + posterior.std * noise).sample
         error = (decoded.float() - pixels).square().mean()
         divergence = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).float().mean()
+        # A slight penalty, as in latent diffusion (Rombach et al. 2022): latents stay bounded and keep detail.
         return error + 1e-4 * divergence
 
     model = train(
         new_vae(), loss_of, Run("vae", out, steps, seed, device, 1e-3),
-        measure=lambda average: f"held-out PSNR {float(reconstruct_vae(average, held_out).mean()):.2f} dB",
+        measure=lambda average: f"held-out PSNR {float(reconstruct_vae(average, validation).mean()):.2f} dB",
     )  # fmt: skip
     with torch.no_grad():
-        latents = torch.cat([model.encode(batch * 2 - 1).latent_dist.mean for batch in batches(held_out, device)])
+        latents = torch.cat([model.encode(batch * 2 - 1).latent_dist.mean for batch in batches(validation, device)])
     model.register_to_config(scaling_factor=round(1 / float(latents.std()), 5))
     with new_folder(out / "vae") as folder:
         model.half().save_pretrained(folder, safe_serialization=True)
 
 
 def reconstruct_vae(model: Any, pictures: Tensor) -> Tensor:
-    """PSNR in dB [n] of ``pictures`` uint8 [n, 64, 64, 3] after encoding (posterior mean) and decoding."""
+    """Return the PSNR in dB, [n], of ``pictures`` uint8 [n, 64, 64, 3] encoded (posterior mean) and decoded."""
     device = next(model.parameters()).device
-    found = []
+    psnr_db = []
     with torch.inference_mode():
         for batch in batches(pictures, device):
             decoded = model.decode(model.encode(batch * 2 - 1).latent_dist.mean).sample
-            found.append(psnr((decoded / 2 + 0.5).clamp(0, 1), batch))
-    return torch.cat(found)
+            psnr_db.append(psnr((decoded / 2 + 0.5).clamp(0, 1), batch))
+    return torch.cat(psnr_db)
 
 
 def new_vqgan() -> VQModel:
@@ -116,7 +126,7 @@ def train_vqgan(pictures: Tensor, validation: Tensor, out: Path, steps: int, see
     Args:
         pictures: The training pictures, uint8 [scenes * 8 + CROPS * 3, 64, 64, 3], of ``covray.recipes.nano.data``.
         validation: uint8 [n, 64, 64, 3], measured at every save.
-        out: Folder of the family; ``out``/vqgan.state.pt keeps the state of a training that was stopped.
+        out: Folder of the family; ``out``/vqgan.state.pt holds the state from which a stopped training resumes.
         steps: Optimizer steps of ``VQGAN_BATCH`` pictures.
         seed: Seed of codebook, weights and batches.
         device: Where to train.
@@ -130,6 +140,7 @@ def train_vqgan(pictures: Tensor, validation: Tensor, out: Path, steps: int, see
         return (decode_latents(model, quantised).float() - pixels).square().mean()
 
     def on_step(model: Any, step: int) -> None:
+        # Here and not before the training: a resumed one has the codebook in its state.
         if step == 0:
             model.quantize.embedding.weight.data.copy_(patch_codes(corpus, seed))
 
@@ -167,7 +178,7 @@ def patch_codes(corpus: Pictures, seed: int) -> Tensor:
             distinct.append(values)
             weights.append(weight * counts)
     points, mass = np.concatenate(distinct).astype(np.float32) / 255, np.concatenate(weights)
-    # Where plain patches are most of the mass, k-means++ and plain draws begin with many equal ones.
+    # A few plain patches have most of the mass: k-means++, and draws by mass, would begin with many equal codes.
     share = np.sqrt(mass)
     first = points[rng.choice(len(points), CODES, replace=False, p=share / share.sum())]
     clusters = KMeans(CODES, init=first, n_init=1, max_iter=30, random_state=seed).fit(points, sample_weight=mass)
@@ -175,12 +186,15 @@ def patch_codes(corpus: Pictures, seed: int) -> Tensor:
 
 
 def decode_latents(model: Any, latents: Tensor) -> Tensor:
-    """Pictures of continuous latents: ``VQModel.decode`` itself takes ids only where ``lookup_from_codebook`` is on."""
+    """Return the pictures of continuous latents.
+
+    ``VQModel.decode`` itself takes only ids where ``lookup_from_codebook`` is on.
+    """
     return model.decoder(model.post_quant_conv(latents))
 
 
 def nearest(model: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
-    """The codes nearest to ``latents`` [n, c, h, w]: their vectors, and their ids [n, h * w]."""
+    """Return the codes nearest to ``latents`` [n, c, h, w]: their vectors in the same shape, and ids [n, h * w]."""
     codes = model.quantize.embedding.weight
     flat = latents.detach().permute(0, 2, 3, 1).reshape(-1, latents.shape[1]).float()
     with torch.no_grad(), torch.autocast(flat.device.type, enabled=False):
@@ -190,25 +204,25 @@ def nearest(model: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def reconstruct_vqgan(model: Any, pictures: Tensor) -> tuple[Tensor, np.ndarray]:
-    """PSNR in dB [n] of ``pictures`` after writing and reading tokens, and how often each code was used [codes]."""
+    """Return the PSNR in dB, [n], of ``pictures`` through tokens, and how often each code is used, [codes]."""
     device = next(model.parameters()).device
-    found, used = [], np.zeros(model.quantize.n_e, np.int64)
+    psnr_db, used = [], np.zeros(model.quantize.n_e, np.int64)
     with torch.inference_mode():
         for batch in batches(pictures, device):
             quantised, ids = nearest(model, model.encode(batch).latents)
             decoded = decode_latents(model, quantised)
-            found.append(psnr(decoded.clamp(0, 1), batch))
+            psnr_db.append(psnr(decoded.clamp(0, 1), batch))
             used += np.bincount(ids.flatten().cpu().numpy(), minlength=len(used))
-    return torch.cat(found), used
+    return torch.cat(psnr_db), used
 
 
-def describe_vqgan(model: Any, held_out: Tensor) -> str:
-    """One line for the progress: held-out PSNR and the share of the codebook in use."""
-    found, used = reconstruct_vqgan(model, held_out)
-    return f"held-out PSNR {float(found.mean()):.2f} dB through tokens, {np.mean(used > 0):.0%} of the codes in use"
+def describe_vqgan(model: Any, validation: Tensor) -> str:
+    """Return the validation PSNR and the share of the codebook in use, in one line."""
+    psnr_db, used = reconstruct_vqgan(model, validation)
+    return f"held-out PSNR {float(psnr_db.mean()):.2f} dB through tokens, {np.mean(used > 0):.0%} of the codes in use"
 
 
 def batches(pictures: Tensor, device: torch.device, size: int = 64) -> Iterable[Tensor]:
-    """``pictures`` uint8 [n, h, w, 3] as float [<= size, 3, h, w] in [0, 1], in order."""
+    """Yield ``pictures`` uint8 [n, h, w, 3] as float [<= size, 3, h, w] in [0, 1], in order."""
     for chunk in pictures.split(size):
         yield chunk.to(device).permute(0, 3, 1, 2).float() / 255

@@ -1,6 +1,6 @@
 """Recipe of the nano CLIP: a picture tower and a text tower that learn which caption belongs to which portrait.
 
-ThinkDiff-CLIP reads the picture tower's patches; both towers together are a second opinion on the judge's.
+ThinkDiff-CLIP reads the picture tower's patches; both towers together check the judge's verdicts.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def train_clip(out: Path, steps: int | None, portraits: int, seed: int, device: 
         model.eval()
         with torch.inference_mode():
             logits = similarities(model, parts["val"], index, torch.Generator().manual_seed(0)).logits_per_image
-        found = (logits.argmax(1).cpu() == index).float().mean()
-        return f"{float(found):.2f} of {len(index)} validation pictures find their captions"
+        right = (logits.argmax(1).cpu() == index).float().mean()
+        return f"{float(right):.2f} of {len(index)} validation pictures find their captions"
 
     model = train(
         CLIPModel(new_config(tokenizer)), loss_of, Run("clip", out, steps or STEPS, seed, device, 1e-3), measure=measure
@@ -86,7 +86,7 @@ def train_clip(out: Path, steps: int | None, portraits: int, seed: int, device: 
 
 
 def new_config(tokenizer: Any) -> CLIPConfig:
-    """Return the architecture: 64 patches and a class token a picture; a text is what its end token knows."""
+    """Return the architecture: 64 patches and a class token a picture; a text is represented by its end token."""
     vision = {
         "hidden_size": VISION_WIDTH,
         "intermediate_size": 4 * VISION_WIDTH,

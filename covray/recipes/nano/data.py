@@ -29,7 +29,7 @@ CROPS = 3000
 """Crops of photographs to train on, three pictures each."""
 VIEWS = 4
 PART_SCENES = 500
-"""Scenes of a file while they are rendered: what a kill can cost, 20 s of one core."""
+"""Scenes that are rendered into one file. A kill costs at most the scenes of one file: 20 s of one core."""
 PHOTOGRAPHS = (
     "skimage/astronaut.png", "skimage/coffee.png", "skimage/hubble_deep_field.jpg", "skimage/retina.jpg",
     "skimage/ihc.png", "skimage/camera.png", "skimage/coins.png", "skimage/moon.png", "skimage/clock_motion.png",
@@ -41,7 +41,7 @@ _FOLDERS = {"skimage": ("skimage", "data"), "sklearn": ("sklearn", "datasets/ima
 
 
 def photograph_path(name: str) -> Path:
-    """Where the photograph ``name`` (``package/file``) was installed with scikit-image or scikit-learn."""
+    """Return where the photograph ``name`` (``package/file``) was installed with scikit-image or scikit-learn."""
     package, file = name.split("/")
     module, folder = _FOLDERS[package]
     return Path(str(files(module))) / folder / file
@@ -60,11 +60,12 @@ def scene_pictures(split: str, scenes: Iterable[int], seed: int) -> Iterator[NDA
 
 
 def photo_pictures(crops: int, seed: int) -> Iterator[NDArray[np.uint8]]:
-    """Three pictures of every random crop of a photograph, uint8 [3, 64, 64, 3]: colour, grey, dark."""
+    """Yield three pictures of every random crop of a photograph, uint8 [3, 64, 64, 3]: colour, grey, dark."""
     rng = np.random.default_rng([seed, 2])
     photographs = [np.array(Image.open(photograph_path(name)).convert("RGB")) for name in PHOTOGRAPHS]
     for index in range(crops):
         photograph = photographs[index % len(photographs)]
+        # Larger than a picture: crops are made smaller, never larger.
         side = int(rng.integers(96, min(photograph.shape[:2]) + 1))
         top, left = (int(rng.integers(0, length - side + 1)) for length in photograph.shape[:2])
         crop = square(photograph[top : top + side, left : left + side], SIZE_PX, "stretch", "bicubic")
@@ -123,7 +124,7 @@ def _draw(population: int, generator: torch.Generator) -> int:
 def pictures(folder: Path, split: str, scenes: int, crops: int, seed: int) -> NDArray[np.uint8]:
     """Return all pictures of a split, uint8 [scenes * 8 + crops * 3, 64, 64, 3], mapped from a file in ``folder``.
 
-    They are rendered once. A rendering that is stopped goes on after the last whole part.
+    They are rendered once. A rendering that was stopped resumes after its last complete part.
 
     Args:
         folder: Where the file and its parts are kept.
@@ -133,7 +134,7 @@ def pictures(folder: Path, split: str, scenes: int, crops: int, seed: int) -> ND
         seed: Seed of scenes and crops.
     """
     path = folder / f"{split}-{scenes}-{crops}-{seed}.npy"
-    # In files of their own, so that a rendering that is killed loses one of them.
+    # Parts are written to their own files, so that a killed rendering loses only the part under way.
     if not path.exists():
         parts = []
         for first in range(0, scenes, PART_SCENES):
@@ -162,7 +163,13 @@ def _views_of(scene: int) -> NDArray[np.uint8]:
 
 
 def kept(path: Path, blocks: Iterable[NDArray[Any]], total: int) -> Path:
-    """Write the ``blocks`` one after another to the file ``path``, if it is not there yet, and return ``path``."""
+    """Write ``blocks``, joined along their first axis, to the file ``path`` unless it exists, and return ``path``.
+
+    Args:
+        path: A file of NumPy, ``.npy``.
+        blocks: The arrays; an iterator is not asked for any if the file exists.
+        total: Number of blocks, for the progress bar.
+    """
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         rendered = list(track(blocks, f"rendering {path.stem}", total=total, disable=not sys.stderr.isatty()))

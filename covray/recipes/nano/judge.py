@@ -27,14 +27,14 @@ STEPS = 4000
 BATCH = 64
 WIDTHS = (32, 64, 96, 128)
 THROUGH_VAE = 0.5
-"""Share of the pictures that are decoded latents: what a painter draws has lost what the VAE loses."""
+"""Share of the pictures that are decoded latents: what a painter draws has lost the detail that the VAE loses."""
 NOISE = 0.04
 """Highest standard deviation of the noise on pixels in [0, 1]."""
 UNKNOWN = -100
 """Label of a detail that cannot be seen, PyTorch's own."""
 ACCURACIES = "accuracy.json"
 _MEASURED = 1000
-"""Validation pictures, at most, that are judged at a save."""
+"""Validation pictures, at most, that are judged at every save."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def train_judge(out: Path, steps: int | None, portraits: int, seed: int, device:
     def loss_of(model: JudgeNetwork, _: int, generator: torch.Generator) -> Tensor:
         index = torch.randint(len(learned.labels), (BATCH,), generator=generator)
         decoded = torch.rand(BATCH, generator=generator) < THROUGH_VAE
-        # Half of them as rendered, half as the VAE returns them: what is judged is painted through it.
+        # Half as rendered, half as the VAE returns them: painted pictures come through the VAE.
         chosen = torch.where(decoded[:, None, None, None], learned.decoded[index], learned.pictures[index])
         pixels = chosen.permute(0, 3, 1, 2).float() / 255
         spread = NOISE * torch.rand((BATCH, 1, 1, 1), generator=generator)
@@ -158,14 +158,21 @@ def labelled(portraits: Portraits, only_held_out: bool = False) -> tuple[list[in
 
 
 def _lessons(vae: PortraitVae, name: str, portraits: Portraits, only_held_out: bool) -> _Lessons:
-    """Return what the portraits of one solid teach, or ask."""
+    """Return the pictures and labels of the portraits of one solid.
+
+    Args:
+        vae: Which the pictures go through.
+        name: Of the portraits, in the name of the file of decoded pictures.
+        portraits: The portraits of a split.
+        only_held_out: See ``labels_of``.
+    """
     decoded = vae.pictures(name, vae.latents(name, portraits.pictures))
     single, labels = labelled(portraits, only_held_out)
     return _Lessons(torch.from_numpy(portraits.pictures[single]), torch.from_numpy(decoded[single]), labels)
 
 
 def _judged_by(model: JudgeNetwork) -> Callable[[Tensor], Tensor]:
-    """Return what gives the logits of uint8 pictures."""
+    """Return a function from uint8 pictures [n, s, s, 3] to the logits of ``model``."""
     model.eval()
     device = next(model.parameters()).device
     return lambda batch: model(batch.to(device).permute(0, 3, 1, 2).float() / 255)

@@ -1,4 +1,4 @@
-"""The training loop the nano models share: seeded by step, resumable anywhere, bf16 where the CPU has it."""
+"""The training loop the nano models share: seeded by the step, resumable after any kill, under bf16 autocast."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from covray.progress import own_display
 SAVE_EVERY_S = 120.0
 REPORT_EVERY_S = 8.0
 EMA_DECAY = 0.99
-"""The learning rate falls to next to nothing by itself: the average only smooths the last hundred steps."""
+"""The learning rate itself falls to 2%, so that the average only has to smooth the last hundred steps."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,12 @@ class Run:
     name: str
     """Name of the model in progress lines and in the file that keeps the state."""
     out: Path
-    """Folder of the family; ``out``/<name>.state.pt keeps the state of a training that was stopped."""
+    """Folder of the family; ``out``/<name>.state.pt holds the state from which a stopped training resumes."""
     steps: int
     seed: int
     device: torch.device
     learning_rate: float
-    """Highest learning rate of the one AdamW that is used where ``train`` gets no ``optimizers``."""
+    """Highest learning rate of the AdamW that ``train`` makes if it gets no ``optimizers``."""
 
 
 def new_part(out: Path, name: str) -> Path:
@@ -55,7 +55,7 @@ _SAME_RATE = 1e-5
 
 
 class _State:
-    """What a training is made of between two steps: the model, its average and its optimizers."""
+    """What a training needs to resume: the model, its average and its optimizers."""
 
     def __init__(self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], path: Path) -> None:
         self.model = model
@@ -64,7 +64,7 @@ class _State:
         self.path = path
 
     def load(self, device: torch.device) -> int:
-        """Load the last save and return the step to go on with; 0 where there is none.
+        """Load the last save and return how many steps it has taken; 0 if there is none.
 
         Raises ConfigError for a file that is damaged, or is of another model.
         """
@@ -128,7 +128,7 @@ class _Progress:
         self.losses: list[float] = []
 
     def step(self, done: int, loss: float) -> None:
-        """Take note of the loss of the step after which ``done`` steps are done."""
+        """Record the loss of a step; ``done`` counts the steps taken, this one included."""
         self.losses.append(loss)
         now = time.monotonic()
         if now - self.reported <= REPORT_EVERY_S and done < self.run.steps:
@@ -166,7 +166,7 @@ def train(
         run: What is trained, where, and for how long.
         measure: Describes the average in one line, which is printed at every save.
         on_step: May change (model, step) before a step, such as the codebook by k-means.
-        optimizers: Shares the parameters out among optimizers, each at its highest learning rate; by default one AdamW.
+        optimizers: Returns the optimizers of a model, each at its highest learning rate; by default one AdamW.
 
     Raises:
         ConfigError: The state in ``out`` is damaged, or of another training.
@@ -175,7 +175,8 @@ def train(
     run.out.mkdir(parents=True, exist_ok=True)
     model.to(run.device)
     for module in model.modules():
-        # torch has no such order in three dimensions, as the patches of a Qwen2.5-VL have.
+        # Convolutions over pictures are faster in this order. That of Qwen2.5-VL's patches has three dimensions, and
+        # torch no such order for it.
         if isinstance(module, nn.Conv2d):
             module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
     chosen = [adamw(model.parameters(), run.learning_rate)] if optimizers is None else list(optimizers(model))
@@ -250,7 +251,7 @@ def muon_and_adamw(
 
 
 def adamw(parameters: Any, learning_rate: float) -> torch.optim.Optimizer:
-    """Return the AdamW that all nano models have."""
+    """Return AdamW with the settings that all nano models share."""
     return torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
 
 

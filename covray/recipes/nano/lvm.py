@@ -1,12 +1,12 @@
 """Recipe of the nano LVM: a LLaMA pre-trained on plain visual sentences, as LVM was, without any chains.
 
 Sentences are pairs of one task, views of a few scenes, or single pictures. Most are short: attention over the whole
-context of 16 pictures costs more than it teaches, and a pair after one or two examples is what the model is asked for.
-LoRA teaches chains later; the pre-training teaches pictures, pairs and tasks.
+context of 16 pictures costs more than it teaches, and in use the model answers after one or two examples. LoRA teaches
+chains later; the pre-training teaches pictures, pairs and tasks.
 
-A picture is 256 tokens, which are dear to train on. So most pairs are seen at a quarter of the positions: the model
-reads and writes patches of four tokens first, and single tokens after (``patch_loss``; Shao et al. 2024, "Patch-Level
-Training for Large Language Models", arXiv:2407.12665). A token of the first stages costs 4.3 times less.
+A picture is 256 tokens, which makes training expensive. So most pairs are seen at a quarter of the positions: the model
+first reads and writes patches of four tokens, then single tokens (``patch_loss``; Shao et al. 2024, "Patch-Level
+Training for Large Language Models", arXiv:2407.12665). A token of the stage of patches costs 4.3 times less.
 """
 
 from __future__ import annotations
@@ -40,35 +40,35 @@ TASK_PICTURES = {
 }  # fmt: skip
 """Image and label of every task, by kind of picture."""
 DRAWN = (*TASK_PICTURES, "pose", "pose", "depth")
-"""What a sentence of pairs draws its task from: where a person stands, and how far all is, is learned slowest."""
+"""Tasks that a sentence of pairs draws from: poses and depths, which are learned slowest, are drawn more often."""
 DRAWN_FOURTH = (*TASK_PICTURES, "edges", "depth", "low_light")
 DRAWN_FIFTH = (*TASK_PICTURES, "pose", "normals", "edges", "depth", "low_light")
 DRAWN_SIXTH = (*TASK_PICTURES, "segmentation", "pose", "normals", "edges")
-"""The same in later stages: the tasks whose answers were worst after the one before."""
+"""The same in later stages: tasks whose answers were worst after the stage before are drawn more often."""
 PICTURES = 16
 """Pictures that fit in the context."""
 PAIRS_OF_A_STEP = (2, 2, 2, 2, 3, 3, 4, 8)
-"""Pairs of a sentence, drawn for each step; the sentences of a step are equally long."""
+"""Pairs of a sentence: each step draws one of these, so that its sentences are equally long."""
 BATCH_TOKENS = 6144
-"""Tokens of a step, about; one sentence where it is longer."""
+"""Tokens of a step, at most; a step has at least one sentence."""
 PAIRS_SHARE, VIEWS_SHARE = 0.9, 0.05
 IMAGES_LOSS = 0.25
-"""Share of the tokens of images that carry loss; all of a label's do. Most of an image nobody can foretell, and the
-little the model has to give is better spent on what follows from what it sees."""
+"""Share of the tokens of images that carry loss; all of a label's do. Most tokens of an image cannot be predicted, and
+so small a model does better to learn labels, which follow from what it sees."""
 HEADS = 2
-"""Heads of 128, as wide as those of LLaMA. What attention costs a CPU goes by the number of heads, as its softmax does:
+"""Heads of 128, as wide as those of LLaMA. On a CPU attention costs more with more heads, as its softmax does:
 with two a step is 1.3 times as fast as with four of 64."""
 MUON_RATE, ADAMW_RATE = 4e-3, 3e-3
 VIEW_SCENES = 1500
 KERNEL_DIMENSIONS = 8
-"""A codebook's vectors lie as far apart as if they had so few dimensions, however many there are."""
+"""Distances between codes are scaled to those of vectors of this many dimensions, however many the codebook has."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of the training that begins with fresh optimizers and ends at a low learning rate, in weights of its own.
+    """A part of the training with optimizers of its own, which ends at a low learning rate.
 
-    A stage is what can be stopped after: its weights are worth keeping, and the next goes on from them.
+    Its weights are saved, and the next stage starts from them.
     """
 
     steps: int
@@ -77,16 +77,17 @@ class Stage:
     rate: float
     """Highest learning rate, as a share of ``MUON_RATE`` and ``ADAMW_RATE``."""
     noisy: float = 0.0
-    """Share of labels that are read with tokens of other labels among their own.
+    """Share of labels in which the model reads tokens of other labels among the true ones.
 
-    What comes next in a label is told by its last tokens and by the query. A model that always reads true tokens leans
-    on them, and then writes on from its own mistakes; one that cannot trust them learns to read the query."""
+    The next token of a label can be predicted from the label's last tokens, and from the query. A model that always
+    reads true tokens relies on them, and then continues its own mistakes; one that cannot trust them learns to read the
+    query."""
     own: float = 0.0
-    """Share of labels that are read as the model itself would write them: its likeliest tokens, each after the tokens
+    """Share of labels that the model reads as it would write them: its likeliest tokens, each predicted from the tokens
     before it as ``noisy`` left them (two passes; Mihaylova & Martins 2019, "Scheduled Sampling for Transformers",
-    arXiv:1906.07651). Its own mistakes agree with one another, as tokens of other labels do not."""
+    arXiv:1906.07651). Its own mistakes agree with one another; tokens of other labels do not."""
     drawn: tuple[str, ...] = DRAWN
-    """What a sentence of pairs draws its task from."""
+    """Tasks that a sentence of pairs draws from."""
 
 
 STAGES = (
@@ -96,9 +97,9 @@ STAGES = (
     Stage(1600, 1, 0.7, noisy=0.7, own=0.5, drawn=DRAWN_SIXTH),
 )  # fmt: skip
 AVERAGED = 3
-"""The LVM is the mean of the weights of the last stages. A stage is good at other tasks than the one before it, by
-chance and by what it drew; their mean is about as good as the best in each (Izmailov et al. 2018, "Averaging Weights
-Leads to Wider Optima and Better Generalization", arXiv:1803.05407)."""
+"""Stages, the last ones, whose mean weights are the LVM. By chance and by what it draws, a stage is good at other tasks
+than the stage before; their mean is about as good in each task as the best of them (Izmailov et al. 2018, "Averaging
+Weights Leads to Wider Optima and Better Generalization", arXiv:1803.05407)."""
 
 
 @dataclass(frozen=True)
@@ -106,11 +107,11 @@ class Sentence:
     """Pictures one after another, as tokens; each field is [pictures * tokens]."""
 
     ids: Tensor
-    """What is to be said, int64."""
+    """The true tokens, int64."""
     read: Tensor
-    """What the model reads of it, int64; other than ``ids`` in labels with noise."""
+    """The tokens that the model reads, int64; in labels with noise they differ from ``ids``."""
     own: Tensor
-    """What it reads as it would write it itself, bool; whole labels."""
+    """Where the model reads its own likeliest tokens instead, bool; whole labels."""
     counts: Tensor
     """Where ``ids`` carry loss, bool."""
 
@@ -178,18 +179,18 @@ class Corpus:
 
 
 def train_lvm(
-    pictures: Tensor, held_out: Tensor, out: Path, steps: int | None, seed: int, device: torch.device
+    pictures: Tensor, validation: Tensor, out: Path, steps: int | None, seed: int, device: torch.device
 ) -> None:
     """Train the LVM on the tokens of uint8 ``pictures`` (``covray.recipes.nano.data.pictures``) and save ``out``/lvm.
 
     Needs the VQGAN of ``train_vqgan`` in ``out``/vqgan. The loss is next-token cross-entropy. Muon (Jordan et al. 2024)
-    trains the matrices, as it learns more a step than AdamW does; AdamW trains the rest. Every stage of ``STAGES`` ends
-    in ``out``/lvm-<number>; one that is there already is gone on from. What is saved is the mean of the last
-    ``AVERAGED``.
+    trains the matrices, as it learns more a step than AdamW does; AdamW trains the rest. Every stage of ``STAGES`` is
+    saved as ``out``/lvm-<number>; a stage whose folder exists is not trained again. What is saved as ``out``/lvm is the
+    mean of the last ``AVERAGED``.
 
     Args:
         pictures: uint8 [scenes * 8 + CROPS * 3, 64, 64, 3].
-        held_out: Pictures of ``scene_pictures``, uint8 [n, 64, 64, 3], whose answers are measured at every save.
+        validation: Pictures of ``scene_pictures``, uint8 [n, 64, 64, 3], whose answers are measured at every save.
         out: Folder of the family.
         steps: Optimizer steps of every stage, in place of its own.
         seed: Seed of weights and batches.
@@ -203,11 +204,11 @@ def train_lvm(
     for number in range(1, len(STAGES) + 1):
         _require_codebook(out / f"lvm-{number}", tokenizer)
     corpus = _corpus(pictures, tokenizer, out, seed)
-    validation = scenes_alone(_tokens(held_out, tokenizer, _tokens_path(out, "held-out", seed)))
+    validation_corpus = scenes_alone(_tokens(validation, tokenizer, _tokens_path(out, "held-out", seed)))
     size = tokenizer.tokens_per_image
 
     def measure(model: Any) -> str:
-        perplexities = answer_perplexity(model, validation, 2, 4, device)
+        perplexities = answer_perplexity(model, validation_corpus, 2, 4, device)
         return "held-out answer perplexity " + ", ".join(f"{task} {value:.1f}" for task, value in perplexities.items())
 
     model = new_lvm(seed, PICTURES * size, tokenizer.codebook)
@@ -221,7 +222,7 @@ def train_lvm(
                 optimizers=partial(_optimizers, rate=stage.rate),
             )  # fmt: skip
             save_lvm(model, ended, tokenizer.codebook_fingerprint, size)
-        # As rounded to float16: a stage goes on from what was kept of the one before.
+        # Read back, rounded to float16: after a kill the next stage starts from the folder, too.
         model = _load(ended, device).requires_grad_(True)
         folders.append(ended)
     save_lvm(_mean(folders[-AVERAGED:], device), out / "lvm", tokenizer.codebook_fingerprint, size)
@@ -273,9 +274,9 @@ def _loss(
 
 
 def written(model: Lvm, batch: Batch) -> Tensor:
-    """Return the likeliest token of ``model`` at every place of ``batch``, after the tokens it reads there, int64 [T].
+    """Return the likeliest token of ``model`` at every place of ``batch``, given the tokens that it reads, int64 [T].
 
-    The first token of the batch, which nothing stands before, is left as it is.
+    The first token of the batch is left as it is: it has none before it to be predicted from.
     """
     with torch.no_grad():
         likeliest = model.logits(batch.ids, batch.lengths).argmax(-1)
@@ -283,7 +284,7 @@ def written(model: Lvm, batch: Batch) -> Tensor:
 
 
 def patch_loss(model: Lvm, batch: Batch, patch: int) -> tuple[Tensor, Tensor]:
-    """Negative log likelihood of the tokens of patches, each foretold from the patches before its own.
+    """Return the negative log likelihood of the tokens of patches, each predicted from the patches before its own.
 
     A patch is embedded as the mean of its tokens, and all its tokens are predicted with the one head from the state of
     the patch before (Shao et al. 2024, section 2). A patch stands at the position of its first token, so that the
@@ -318,8 +319,8 @@ def new_lvm(seed: int, context: int, codebook: NDArray[np.float32]) -> Lvm:
     """Return an untrained nano LVM.
 
     Weights are normal with a deviation of 0.02; those that write to the residual stream are smaller (GPT-2). Embedding
-    and head of the codes are no noise but ``_code_features``, so that the model need not learn from pairs which codes
-    look alike: after a minute of training on patches this stood where noise stood after two and a half.
+    and head of the codes are ``_code_features`` instead of noise, so that the model does not have to learn which codes
+    look alike: one minute of training on patches reached the loss that noise reached after two and a half.
 
     Args:
         seed: Seed of the weights.
@@ -393,7 +394,7 @@ def answer_perplexity(model: Lvm, corpus: Corpus, pairs: int, sentences: int, de
         sentences: Sentences a task.
         device: Where the model is.
     """
-    found = {}
+    perplexities = {}
     for task in TASK_PICTURES:
         generator = torch.Generator().manual_seed(0)
         pictures = [corpus.pairs(task, pairs, generator).reshape(-1).long() for _ in range(sentences)]
@@ -402,17 +403,17 @@ def answer_perplexity(model: Lvm, corpus: Corpus, pairs: int, sentences: int, de
         batch = _batch(pictures, answer)
         with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16):
             _, each = model(batch.to(device))
-        found[task] = float(each.mean().exp())
-    return found
+        perplexities[task] = float(each.mean().exp())
+    return perplexities
 
 
 def baselines(training: Corpus, held_out: Corpus) -> dict[str, dict[str, float]]:
-    """Perplexity of the labels' tokens by task, for guesses that need no network; fitted on ``training``.
+    """Return the perplexity of the labels' tokens by task, for guesses without a network, fitted on ``training``.
 
     ``unigram``: how often a code occurs in labels of the task (one added to each count). ``copy``: the query's token at
     the same place with probability c, else the unigram; c is what fits best.
     """
-    found: dict[str, dict[str, float]] = {"unigram": {}, "copy": {}}
+    perplexities: dict[str, dict[str, float]] = {"unigram": {}, "copy": {}}
     codes = llama_config("nano").vocab_size - SPECIAL_IDS
     for task, kinds in TASK_PICTURES.items():
         image, label = (KINDS.index(kind) for kind in kinds)
@@ -428,13 +429,13 @@ def baselines(training: Corpus, held_out: Corpus) -> dict[str, dict[str, float]]
             return -(copying * (image == label) + (1 - copying) * unigram[label]).log().mean(-1)
 
         best = copying[nats(seen_image, seen, copying).argmin()]
-        found["unigram"][task] = float(nats(query, answer, torch.zeros(1)).exp())
-        found["copy"][task] = float(nats(query, answer, best).exp())
-    return found
+        perplexities["unigram"][task] = float(nats(query, answer, torch.zeros(1)).exp())
+        perplexities["copy"][task] = float(nats(query, answer, best).exp())
+    return perplexities
 
 
 def scenes_alone(tokens: Tensor) -> Corpus:
-    """The tokens [n * 8 kinds, tokens] of ``scene_pictures`` as a corpus without photographs and views."""
+    """Return tokens [n * 8 kinds, tokens] of ``scene_pictures`` as a corpus without photographs and views."""
     size = tokens.shape[-1]
     return Corpus(
         tokens.reshape(-1, len(KINDS), size), tokens[:0].reshape(0, 3, size), tokens[:0].reshape(0, VIEWS, size)
@@ -451,9 +452,10 @@ def save_lvm(model: Lvm, folder: Path, codebook: str, tokens_per_image: int) -> 
 
 
 def _batch(sentences: Sequence[Tensor], counts: Tensor) -> Batch:
-    """Sentences of one length, with loss on the tokens of ``counts``, bool [sentences, length]."""
+    """Return sentences of one length as a batch, with loss on the tokens of ``counts``, bool [sentences, length]."""
     counts = counts.clone()
-    counts[:, 0] = False  # nothing stands before it
+    counts[:, 0] = False  # there is nothing to predict the first token from
+    # A token is predicted at the position before its own.
     places = counts.flatten().nonzero()[:, 0] - 1
     return Batch(torch.cat(tuple(sentences)), (counts.shape[1],) * len(sentences), places)
 

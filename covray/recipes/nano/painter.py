@@ -1,7 +1,7 @@
 """Recipe of the nano painter: a UNet that draws portraits from what the nano language model's encoder says of captions.
 
-A tenth of the captions is empty, for the guidance: with the empty prompt the painter is a prior like the family's, and
-its folder is a prior's. What fits of the shipped prior's weights is where it begins.
+A tenth of the captions is replaced by the empty text, for guidance. Given the empty text the painter is a prior like
+the family's, and its folder has a prior's layout. It begins with those weights of the shipped prior that fit.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from covray.recipes.nano.prior import new_scheduler, new_unet
 STEPS = 10_000
 BATCH = 32
 EMPTY = 0.1
+"""Share of the captions that are replaced by the empty text."""
 _VALIDATED = 256
+"""Validation portraits, at most, that are measured at every save."""
 
 
 class CaptionEncoder:
@@ -118,9 +120,9 @@ def _save(result: Path, model: Any, vae: PortraitVae, scheduler: Any, encoder: C
     Args:
         result: The folder, which does not exist.
         model: The UNet.
-        vae: Of its latents.
-        scheduler: Of its noise.
-        encoder: Which reads the captions.
+        vae: The VAE of the latents that it draws.
+        scheduler: The noise schedule that it was trained with.
+        encoder: The encoder whose states it reads.
     """
     with new_folder(result) as folder:
         model.half().save_pretrained(folder / "unet", safe_serialization=True)
@@ -132,7 +134,7 @@ def _save(result: Path, model: Any, vae: PortraitVae, scheduler: Any, encoder: C
 
 
 def new_painter(width: int) -> UNet2DConditionModel:
-    """Return the prior's UNet with cross-attention to states of ``width``; what fits of the shipped prior is copied."""
+    """Return the prior's UNet with cross-attention to states of ``width``, and the shipped prior's weights that fit."""
     unet = new_unet(width)
     shipped: Any = UNet2DConditionModel.from_pretrained(NANO_FOLDER / "prior" / "unet", use_safetensors=True)
     own = unet.state_dict()

@@ -1,18 +1,18 @@
 """A ``VQModel`` whose latents are the pixels of patches: a token describes its own 4 x 4 pixels and nothing else.
 
 A convolutional encoder writes into each token what lies up to three tokens around it, and its group norms something of
-the whole picture. A decoder does not mind; a model that writes tokens one by one does: it has to say every contour
-several times, and errs several times (``covray.recipes.nano.writing``). So the codebook is that of patches themselves,
-and what a decoder learns is to see a picture in them.
+the whole picture. That is no harm to a decoder, but to a model that writes tokens one by one: it has to write every
+contour several times, and can err each time (``covray.recipes.nano.writing``). So the codebook is one of patches
+themselves, and only the decoder is learned.
 
 ``write_encoder`` makes a stock ``VQModel`` do this, so that what is shipped needs no code of its own:
 
 - A residual block whose second convolution is zero is its shortcut, which is linear; a convolution that halves the size
-  can gather 2 x 2 pixels into channels. So the encoder up to its last norm can hand a patch on.
+  can gather 2 x 2 pixels into channels. So the encoder up to its last norm can pass a patch on unchanged.
 - The last group norm takes the mean and the variance of a group of channels over the whole picture. Every value is
   there twice, with both signs, so that the mean is 0; two channels of each group hold a constant of either sign, so
-  large that the variance is the constant's. So the norm does nothing but scale.
-- silu(x) - silu(-x) = x: the last convolution takes the activation back.
+  large that the variance is the constant's. So the norm only scales.
+- silu(x) - silu(-x) = x: the last convolution undoes the activation.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ VALUES = COLOURS * PATCH_PX**2
 TOKENS_BATCH = 8
 """Pictures whose distances to all codes are in memory at a time: few enough for a core's cache."""
 _CONSTANT = 1012.0
-"""So large that a picture's own part of a group's variance is some 1e-6 of it. It is exact in float16, and what a norm
-divides by for groups of 14 channels nearly so."""
+"""So large that a picture itself makes up about 1e-6 of a group's variance. It is exact in float16; the norm's
+weight for groups of 14 channels is nearly so."""
 
 
 def patches(pictures: Tensor) -> Tensor:
-    """Pictures, [n, 3, h, w] -> their patches, [n, h / 4, w / 4, 48]: what the encoder computes."""
+    """Return the patches, [n, h / 4, w / 4, 48], of pictures [n, 3, h, w]: what the encoder computes."""
     return F.pixel_unshuffle(pictures, PATCH_PX).permute(0, 2, 3, 1)
 
 
@@ -45,7 +45,7 @@ def patches(pictures: Tensor) -> Tensor:
 def patch_tokens(pictures: NDArray[np.uint8], codebook: NDArray[np.float32]) -> NDArray[np.uint16]:
     """Return the tokens of pictures as the tokenizer would, without the cost of its encoder.
 
-    Of two codes that are equally near but for rounding the tokenizer may take the other, for one token in a thousand.
+    Where two codes are equally near but for rounding, the tokenizer may take the other: one token in a thousand.
 
     Args:
         pictures: uint8 [n, h, w, 3].
@@ -57,13 +57,13 @@ def patch_tokens(pictures: NDArray[np.uint8], codebook: NDArray[np.float32]) -> 
     codes = torch.from_numpy(codebook.copy())
     squares = codes.square().sum(1)
     height, width = pictures.shape[1:3]
-    # Made once: small arrays kept from every round would lie between the large ones that a round frees, and memory
+    # Allocated once: small arrays kept from every round would lie between the large ones that a round frees, and memory
     # would grow by 0.8 MB a picture.
     tokens = np.empty((len(pictures), height * width // PATCH_PX**2), np.uint16)
     for start in range(0, len(pictures), TOKENS_BATCH):
         pixels = torch.from_numpy(np.array(pictures[start : start + TOKENS_BATCH])).permute(0, 3, 1, 2).float() / 255
         points = patches(pixels).flatten(1, 2)
-        distances = squares - 2 * points @ codes.T  # but for the square of the patch
+        distances = squares - 2 * points @ codes.T  # less the square of the patch, the same for all codes
         tokens[start : start + TOKENS_BATCH] = distances.argmin(-1).numpy()
     return tokens
 
@@ -86,7 +86,7 @@ def write_encoder(model: Any) -> None:
     last = model.encoder.down_blocks[2].resnets[0].conv_shortcut
     last.weight[:, :VALUES, 0, 0] = _by_group(signed[:, _unshuffled_twice()], torch.zeros(groups, 2, VALUES))
     last.bias.copy_(_by_group(torch.zeros(2 * VALUES), torch.tensor([_CONSTANT, -_CONSTANT]).expand(groups, 2)))
-    norm.weight.fill_(_CONSTANT * (2 / size) ** 0.5)  # what the norm divides by
+    norm.weight.fill_(_CONSTANT * (2 / size) ** 0.5)  # the deviation that the norm divides by
     model.encoder.conv_out.weight[..., 1, 1] = _by_group(signed, torch.zeros(groups, 2, VALUES)).T
     model.quant_conv.weight.copy_(identity[..., None, None])
     model.quant_conv.bias.zero_()
@@ -119,7 +119,7 @@ def _by_group(values: Tensor, constant: Tensor) -> Tensor:
 
 
 def _unshuffled_twice() -> Tensor:
-    """Which value of a patch each channel holds after its pixels are gathered twice, int64 [48]."""
+    """Return which value of a patch each channel holds after its pixels are gathered twice, int64 [48]."""
     numbers = torch.arange(VALUES).view(1, VALUES, 1, 1).float()
     gathered = F.pixel_unshuffle(F.pixel_unshuffle(F.pixel_shuffle(numbers, PATCH_PX), 2), 2)
     return gathered.flatten().long()

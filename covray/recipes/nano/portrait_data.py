@@ -1,6 +1,6 @@
-"""What the nano models of ThinkDiff are trained on: rendered portraits, their latents, and words made anew.
+"""What the nano models of ThinkDiff are trained on: rendered portraits, their latents, and newly worded captions.
 
-The manifest of the portraits is that of the nano vision-language model, rendered once for all. No picture of its splits
+The nano vision-language model is trained on the same manifest, which is rendered once. No picture of its splits
 ``train`` and ``val`` shows a held-out cell; every picture of ``test`` does.
 """
 
@@ -28,8 +28,8 @@ from covray.recipes.nano.data import kept
 from covray.seeds import seed_of
 
 SIZE_PX = 64
-_SHOWN = 12
-"""Digits of a fingerprint in the name of a file."""
+_FINGERPRINT_DIGITS = 12
+"""Digits of the VAE's fingerprint in the names of files."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Portraits:
 
 
 def portrait_manifest(out: Path, count: int, seed: int) -> Path:
-    """Return the manifest of ``count`` portraits, which is written to ``out``/data if it is not there."""
+    """Return the manifest of ``count`` portraits, which is written to ``out``/data unless it exists."""
     path = out / "data" / f"portraits-{count}-{seed}.parquet"
     if not path.exists():
         print(f"rendering {count} portraits", flush=True)
@@ -90,7 +90,7 @@ def unseen_captions(count: int, seed: int) -> list[str]:
 
 
 class PortraitVae:
-    """The VAE of the family in ``out``, the shipped one where it has none, and what it makes of portraits.
+    """The VAE of the family in ``out``, or else the shipped one, with the latents and pictures it makes of portraits.
 
     Latents and pictures are computed once and kept in ``out``/data, under the fingerprint of the VAE.
     """
@@ -100,16 +100,16 @@ class PortraitVae:
         own = out / "vae"
         folder = own if own.is_dir() else NANO_FOLDER / "prior" / "vae"
         vae: Any = AutoencoderKL.from_pretrained(folder, use_safetensors=True)
-        vae.register_to_config(_name_or_path="")  # the folder it was read from is nobody's concern
+        vae.register_to_config(_name_or_path="")  # a saved copy would name a folder of this machine
         self.model = vae.float().to(device)
         self._data, self._device = out / "data", device
-        self._fingerprint = fingerprint_folder(folder, ("config.json", "*.safetensors"))[:_SHOWN]
+        self._fingerprint = fingerprint_folder(folder, ("config.json", "*.safetensors"))[:_FINGERPRINT_DIGITS]
 
     def latents(self, name: str, pictures: NDArray[np.uint8]) -> Tensor:
         """Return the scaled means of the posterior, fp16 [n, 4, 16, 16], of uint8 pictures [n, 64, 64, 3].
 
         Args:
-            name: Of the pictures, in the name of the file.
+            name: Name of the pictures, with which the name of the file begins.
             pictures: The pictures.
         """
 

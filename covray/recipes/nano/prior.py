@@ -24,7 +24,7 @@ BATCH = 32
 
 
 def new_unet(context_width: int = CONTEXT[1]) -> UNet2DConditionModel:
-    """An untrained nano UNet: 4 x 16 x 16 latents, attention at 8 x 8 to a context of ``context_width``."""
+    """Return an untrained nano UNet: 4 x 16 x 16 latents, attention at 8 x 8 to a context of ``context_width``."""
     return UNet2DConditionModel(
         sample_size=16,
         in_channels=4,
@@ -40,7 +40,7 @@ def new_unet(context_width: int = CONTEXT[1]) -> UNet2DConditionModel:
 
 
 def new_scheduler() -> DDIMScheduler:
-    """Stable Diffusion's noise schedule, as its repositories configure it (facts: Stable Diffusion 2.1)."""
+    """Return Stable Diffusion's noise schedule, as its repositories configure it (facts: Stable Diffusion 2.1)."""
     return DDIMScheduler(
         beta_schedule="scaled_linear",
         beta_start=0.00085,
@@ -54,16 +54,25 @@ def new_scheduler() -> DDIMScheduler:
     )
 
 
-def train_prior(pictures: Tensor, held_out: Tensor, out: Path, steps: int, seed: int, device: torch.device) -> None:
-    """Train the UNet on the latents of uint8 ``pictures`` and save ``out``/prior (unet, vae, scheduler, context).
+def train_prior(pictures: Tensor, validation: Tensor, out: Path, steps: int, seed: int, device: torch.device) -> None:
+    """Train the UNet on latents of pictures and save ``out``/prior (unet, vae, scheduler, context).
 
     Needs the VAE of ``train_vae`` in ``out``/vae. The loss is DDPM's: squared error of the noise at a uniform timestep.
+
+    Args:
+        pictures: The training pictures, uint8 [n, 64, 64, 3].
+        validation: uint8 [n, 64, 64, 3], measured at every save.
+        out: Folder of the family; ``out``/prior.state.pt holds the state from which a stopped training resumes.
+        steps: Optimizer steps of ``BATCH`` pictures.
+        seed: Seed of context, weights and batches.
+        device: Where to train.
     """
     torch.manual_seed(seed)
     vae = AutoencoderKL.from_pretrained(out / "vae", use_safetensors=True).float().to(device)
-    latents, seen = (_latents(vae, part, device) for part in (pictures, held_out))
+    latents, of_validation = (_latents(vae, part, device) for part in (pictures, validation))
     scheduler = new_scheduler()
     alphas = scheduler.alphas_cumprod.to(device)
+    # Rounded to float16, as it is saved: the UNet is trained with the context that it is used with.
     context = torch.randn((1, *CONTEXT), generator=torch.Generator().manual_seed(seed)).half().float().to(device)
 
     def noised(clean: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,13 +89,13 @@ def train_prior(pictures: Tensor, held_out: Tensor, out: Path, steps: int, seed:
         return F.mse_loss(answer.float(), noise)
 
     def measure(model: Any) -> str:
-        noisy, timesteps, noise = noised(seen[:256].to(device).float(), torch.Generator().manual_seed(0))
+        noisy, timesteps, noise = noised(of_validation[:256].to(device).float(), torch.Generator().manual_seed(0))
         with torch.inference_mode():
             answer = model(noisy, timesteps, encoder_hidden_states=context.expand(len(noisy), -1, -1)).sample
         return f"held-out noise error {float(F.mse_loss(answer, noise)):.5f}"
 
     model = train(new_unet(), loss_of, Run("prior", out, steps, seed, device, 6e-4), measure=measure)
-    vae.register_to_config(_name_or_path="")  # the folder it was read from is nobody's concern
+    vae.register_to_config(_name_or_path="")  # the saved copy would name a folder of this machine
     with new_folder(out / "prior") as folder:
         model.half().save_pretrained(folder / "unet", safe_serialization=True)
         vae.half().save_pretrained(folder / "vae", safe_serialization=True)
@@ -96,10 +105,10 @@ def train_prior(pictures: Tensor, held_out: Tensor, out: Path, steps: int, seed:
 
 
 def _latents(vae: AutoencoderKL, pictures: Tensor, device: torch.device) -> Tensor:
-    """Scaled latents of uint8 ``pictures``, fp16 [n, 4, 16, 16], as the prior is to see them (posterior means)."""
+    """Return the scaled posterior means of uint8 ``pictures``, fp16 [n, 4, 16, 16], on which the prior is trained."""
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16):
-        found = [
+        means = [
             (vae.encode(batch * 2 - 1).latent_dist.mean.float() * vae.config.scaling_factor).half().cpu()
             for batch in batches(pictures, device)
         ]
-    return torch.cat(found)
+    return torch.cat(means)

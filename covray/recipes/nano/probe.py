@@ -1,10 +1,10 @@
-"""How much of a label can be read from a picture's tokens: a judge of tokenizers, before an LVM is trained on one.
+"""How much of a label can be read from a picture's tokens: compares tokenizers before an LVM is trained on one.
 
 A bidirectional transformer of the nano LVM's size sees one query, as pixels or as the tokens of a candidate, and a
-task, and predicts all tokens of the label at once. The label's tokens are those of one judge for all candidates, so
-that rows differ only in how the query comes in. The answers are decoded by the judge and scored as an evaluation
-scores. A query of pixels shows what there is to read; a candidate is judged by the share of it that its tokens leave,
-and by what its tokens of a label cost to write (``writing``).
+task, and predicts all tokens of the label at once. The label's tokens are those of one tokenizer, the judge, for all
+candidates, so that only the query differs. The answers are decoded by the judge and scored as in an evaluation. The
+scores of a query of pixels show what can be read at all; a candidate is judged by how near its tokens come to them, and
+by what its tokens of a label cost to write (``writing``).
 
 ``covray nano probe nano/vqgan --out nano``: 1,500 steps of 64 pairs, 25 minutes on two cores.
 """
@@ -44,7 +44,7 @@ COUNTED_SCENES = 2000
 
 @dataclass(frozen=True)
 class ProbeData:
-    """What a probe is trained on, and what it is scored on: the same scenes as pictures and as tokens."""
+    """Queries and labels of the same scenes, for training or for scoring."""
 
     queries: Tensor
     """Pixels uint8 [n, 3 kinds, 64, 64, 3], or a candidate's tokens int64 [n, 3 kinds, t]."""
@@ -73,14 +73,14 @@ class _Block(nn.Module):
 
 
 class QueryReader(nn.Module):
-    """A query and its task to logits of the label's tokens."""
+    """A network from a query and its task to logits of the label's tokens."""
 
     def __init__(self, codes: int | None, grid: int, label_codes: int) -> None:
         """Make an untrained reader.
 
         Args:
             codes: Codes of the candidate, or None for a query of pixels.
-            grid: Tokens along a side of the candidate's pictures; of no meaning for pixels.
+            grid: Tokens along a side of the candidate's pictures; not used for pixels.
             label_codes: Codes of the judge.
         """
         super().__init__()
@@ -286,7 +286,9 @@ def _scores(
     table: dict[str, dict[str, float]] = {}
     for index, task in enumerate(TASKS):
         labels = np.ascontiguousarray(scenes[:, KINDS.index(TASK_PICTURES[task][1])])
-        results = [score(task, one, label, META) for one, label in zip(answer(labels, index), labels, strict=True)]
+        results = []
+        for answered, label in zip(answer(labels, index), labels, strict=True):
+            results.append(score(task, answered, label, META))
         table[task] = {}
         for name in results[0].values:
             values = [result.values[name] for result in results]

@@ -42,6 +42,9 @@ _OF_PORTRAITS = {
     "judge": train_judge,
 }
 HELD_OUT_SCENES = 250
+"""Scenes of the split ``val`` that are rendered for a training, and of ``test`` for ``measure``."""
+VALIDATION_PICTURES = 512
+"""Pictures of the split ``val``, of 64 scenes, that are measured at every save."""
 PROBE_TEST_SCENES = 200
 MIN_PORTRAITS = 10
 """With fewer, one of the splits may have none: a tenth of the portraits is for validation, and a tenth for the test."""
@@ -50,7 +53,7 @@ MAX_SEED = 2**32
 
 
 def train_model(model: str, out: Path, steps: int | None, scenes: int, threads: int, device: str, seed: int) -> None:
-    """Train ``model`` into the folder ``out``; a killed training continues.
+    """Train a model of the family; the same call resumes a training that was stopped.
 
     Args:
         model: ``vae``, ``vqgan``, ``prior`` or ``lvm`` of scenes; ``vlm``, ``text``, ``painter``, ``clip`` or ``judge``
@@ -69,7 +72,7 @@ def train_model(model: str, out: Path, steps: int | None, scenes: int, threads: 
     known = (*trainers, "lvm", *_OF_PORTRAITS)
     if model not in known:
         raise ConfigError(f"{model}: no such nano model; give one of {', '.join(known)}")
-    # Some models are made on others, which must be there first.
+    # Some models read what another has written: it must be trained first.
     before = {"prior": "vae", "lvm": "vqgan", "painter": "text", "clip": "text"}.get(model)
     if before and not (out / before).is_dir():
         raise ConfigError(
@@ -90,11 +93,12 @@ def train_model(model: str, out: Path, steps: int | None, scenes: int, threads: 
         return
     new_part(out, model)  # refused before anything is rendered
     training = torch.from_numpy(pictures(out / "data", "train", scenes, CROPS, seed))
-    held_out = torch.from_numpy(pictures(out / "data", "val", HELD_OUT_SCENES, 0, seed).copy())
+    # Into memory: they are read at every save.
+    validation = torch.from_numpy(pictures(out / "data", "val", HELD_OUT_SCENES, 0, seed)[:VALIDATION_PICTURES].copy())
     if model == "lvm":
-        train_lvm(training, held_out[:512], out, steps, seed, chosen)
+        train_lvm(training, validation, out, steps, seed, chosen)
     else:
-        trainers[model](training, held_out[:512], out, steps or STEPS[model], seed, chosen)
+        trainers[model](training, validation, out, steps or STEPS[model], seed, chosen)
 
 
 def measure(folder: Path | None = None, scenes: int = HELD_OUT_SCENES, round_trips: int = 8) -> dict[str, Any]:
@@ -106,15 +110,15 @@ def measure(folder: Path | None = None, scenes: int = HELD_OUT_SCENES, round_tri
     """
     root = folder or WEIGHTS
     require_files(root, ["prior/vae/config.json", "vqgan/config.json", "lvm/config.json"])
-    # Every picture through the autoencoders: what they lose bounds all that is painted or answered.
+    # Every picture goes through both autoencoders: what they lose bounds every chain and every answer.
     held_out = np.concatenate(list(scene_pictures("test", range(scenes), 0)))
-    batch = torch.from_numpy(held_out)
+    tensor = torch.from_numpy(held_out)
     vae = AutoencoderKL.from_pretrained(root / "prior" / "vae", use_safetensors=True).float()
     vqgan = VQModel.from_pretrained(root / "vqgan", use_safetensors=True).float()
-    through_vae = reconstruct_vae(vae, batch).numpy()
-    through_tokens, used = reconstruct_vqgan(vqgan, batch)
+    through_vae = reconstruct_vae(vae, tensor).numpy()
+    through_tokens, used = reconstruct_vqgan(vqgan, tensor)
 
-    # Some pictures to noise and back.
+    # Some pictures are inverted and denoised; for all of them this would take long.
     engine = EngineConfig(threads=torch.get_num_threads())
     prior = load_prior(PriorConfig(path=str(root / "prior")), engine)
     some = held_out[: round_trips * len(KINDS)]
@@ -123,7 +127,7 @@ def measure(folder: Path | None = None, scenes: int = HELD_OUT_SCENES, round_tri
     for index, picture in enumerate(some):
         round_trip_db.append(psnr(picture, returned[index], most_db=99.0))
 
-    # Guesses without a model are fitted on other scenes than those that are answered.
+    # Guesses without a model are fitted on other scenes than those that they answer.
     training = np.concatenate(list(scene_pictures("train", range(scenes), 0)))
     answer_perplexity = {}
     for guess, by_task in measure_lvm(root, held_out, training).items():
@@ -146,7 +150,7 @@ def _by_kind(values: np.ndarray) -> dict[str, float]:
 
 
 def probe(query: str, out: Path, judge: str, scenes: int, steps: int, threads: int, seed: int) -> ProbeResult:
-    """Judge the tokenizer ``query`` by what a small network reads from its tokens; see ``covray.recipes.nano.probe``.
+    """Score the tokenizer ``query`` by what a small network reads from its tokens; see ``covray.recipes.nano.probe``.
 
     The result is also written to ``out``/probe-<query>.json.
 

@@ -4,8 +4,8 @@
     a quarter   a caption                            -> another caption of the same portrait
     a quarter   a caption with gaps                  -> what stood there (Raffel et al. 2020)
 
-ThinkDiff trains its aligner against the decoder, and its painter reads the encoder. A caption says every fact twice, so
-that a beginning tells the rest by its meaning. Captions are made anew in every step; nothing is rendered.
+ThinkDiff trains its aligner against the decoder, and its painter reads the encoder. A caption states every fact twice,
+so that the rest follows from the meaning of its beginning. Every step has new captions; nothing is rendered.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from covray.recipes.nano.portrait_data import numbers_of, unseen_captions
 from covray.recipes.nano.vlm import new_tokenizer
 
 STEPS = 1500
-"""Muon needs few: after 100 steps the loss was 0.58 nats a token, and 1.17 with AdamW."""
+"""Few suffice with Muon: after 100 steps the loss was 0.58 nats a token, and 1.17 with AdamW."""
 BATCH = 64
 WIDTH, LAYERS, HEADS, INNER = 256, 4, 4, 512
 PREFIXES, PARAPHRASES = 0.5, 0.25
@@ -41,6 +41,7 @@ GAPS = 10
 IGNORED = -100
 """Label of padding, PyTorch's own."""
 _VALIDATED = 256
+"""Captions with held-out cells that are measured at every save."""
 
 
 def train_text(out: Path, steps: int | None, portraits: int, seed: int, device: torch.device) -> None:
@@ -65,7 +66,7 @@ def train_text(out: Path, steps: int | None, portraits: int, seed: int, device: 
         return text_loss(model, tokenizer, read, written)
 
     def optimizers(model: Any) -> Sequence[torch.optim.Optimizer]:
-        # Not the embeddings, and not what writes tokens: those are not maps from features to features.
+        # Muon is for maps from features to features, which embeddings and the head are not.
         matrices = [
             module for module in model.modules() if isinstance(module, nn.Linear) and module is not model.lm_head
         ]
@@ -132,7 +133,7 @@ def lessons(count: int, numbers: np.random.Generator) -> tuple[list[str], list[s
 
 
 def text_loss(model: Any, tokenizer: Any, read: list[str], written: list[str]) -> Tensor:
-    """Return the mean cross-entropy of the tokens of ``written``, their ends among them."""
+    """Return the mean cross-entropy of the tokens of ``written``, including their end tokens."""
     device = next(model.parameters()).device
     source = tokenizer(read, padding=True, return_tensors="pt").to(device)
     target = tokenizer(written, padding=True, return_tensors="pt").to(device)
@@ -150,7 +151,7 @@ def _lesson(portrait: Portrait, numbers: np.random.Generator) -> tuple[str, str]
     task = numbers.random()  # in [0, 1): the shares of the tasks divide it
     words = caption.split(" ")
     if task < PREFIXES:
-        # At least one word to read and one to write.
+        # There is at least one word to read and one to write.
         cut = int(numbers.integers(1, len(words)))
         return " ".join(words[:cut]), " ".join(words[cut:])
     if task < PREFIXES + PARAPHRASES:

@@ -1,8 +1,8 @@
-"""The eyes of the nano vision-language model: its vision tower learns by itself what portraits show.
+"""The vision tower of the nano vision-language model learns by itself what portraits show.
 
 Captions and questions teach objects and textures slowly: few of their tokens depend on them, and most of a step's time
 goes into the language model. Here the tower alone learns them from the judge's labels, as the towers of large models
-are trained before they meet a language model. What it learns to write with is thrown away.
+are trained before they are joined to a language model. The heads that it is trained with are not kept.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from covray.thinking.episodes import PORTRAITS, VALUES
 
 BATCH = 64
 _MEASURED = 1000
-"""Validation pictures, at most, that are looked at at a save."""
+"""Pictures of a split, at most, that are measured at every save."""
 
 
 class Looks(nn.Module):
@@ -52,9 +52,9 @@ def train_vision(run: Run, manifest: Path, begun_from: Path, ended: Path) -> Non
     """Train the vision tower of a model and save the model with it.
 
     Args:
-        run: Which training this is.
-        manifest: Portraits; those of one solid are looked at.
-        begun_from: A folder of transformers.
+        run: The training.
+        manifest: Portraits; those of one solid are learned.
+        begun_from: Folder of the model to start from, as transformers writes it.
         ended: The folder to write.
     """
     model: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(begun_from, use_safetensors=True).float()
@@ -66,7 +66,7 @@ def train_vision(run: Run, manifest: Path, begun_from: Path, ended: Path) -> Non
 
     def loss_of(looks: Any, _: int, generator: torch.Generator) -> Tensor:
         index = torch.randint(len(learned), (BATCH,), generator=generator)
-        # A portrait in a mirror shows the same.
+        # A mirrored portrait has the same labels.
         mirrored = torch.rand(BATCH, generator=generator) < 0.5
         pictures = torch.where(mirrored[:, None, None, None], learned[index].flip(2), learned[index])
         logits = looks(**_read(processor, pictures, run.device)).float()
@@ -76,7 +76,7 @@ def train_vision(run: Run, manifest: Path, begun_from: Path, ended: Path) -> Non
         return muon_and_adamw(looks, looks.tower.blocks, MUON_RATE, ADAMW_RATE)
 
     def right(looks: Any, split: str) -> str:
-        # Of the held-out split only what was held out; nothing else is new there.
+        # Of the test split only the held-out cells count: nothing else is new there.
         some, asked = labelled(parts[split], split == HELD_OUT_SPLIT)
         pictures = torch.from_numpy(parts[split].pictures[some[:_MEASURED]])
         return described(

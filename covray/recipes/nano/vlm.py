@@ -46,7 +46,7 @@ from covray.training.worker import WorkerContext
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of the training with portraits of its own, which ends at a low learning rate in weights worth keeping."""
+    """A part of the training with portraits of its own, which ends at a low learning rate; its weights are saved."""
 
     steps: int
     rate: float
@@ -57,7 +57,7 @@ class Stage:
 
 STAGES = (Stage(1000, 1.0), Stage(500, 0.7, looks=2000))
 SAMPLES = 64
-"""Of a step: some 2,600 tokens of answers, and 7,000 with pictures and prompts."""
+"""Samples of a step: about 2,600 tokens of answers, and 7,000 with pictures and prompts."""
 WIDTH, LAYERS, HEADS, INNER = 256, 6, 4, 704
 VISION_WIDTH, VISION_LAYERS, VISION_INNER = 128, 4, 512
 PATCH_PX = 8
@@ -85,7 +85,7 @@ TEMPLATE = (
 def train_vlm(out: Path, steps: int | None, portraits: int, seed: int, device: torch.device) -> None:
     """Train the model and save it as ``out``/vlm; a killed training continues.
 
-    Every stage of ``STAGES`` ends in ``out``/vlm-<number>; one that is there already is gone on from.
+    Every stage of ``STAGES`` is saved as ``out``/vlm-<number>; a stage whose folder exists is not trained again.
 
     Args:
         out: Folder of the family. Portraits are rendered once and kept in ``out``/data.
@@ -95,7 +95,7 @@ def train_vlm(out: Path, steps: int | None, portraits: int, seed: int, device: t
         device: Where the model is trained.
 
     Raises:
-        ConfigError: ``out``/vlm is there already.
+        ConfigError: ``out``/vlm exists.
     """
     result = new_part(out, "vlm")
     begun_from = out / "vlm.start"
@@ -120,13 +120,13 @@ def train_vlm(out: Path, steps: int | None, portraits: int, seed: int, device: t
 
 
 def _train_stage(run: Run, stage: Stage, data: Path, begun_from: Path, ended: Path) -> None:
-    """Train from the model in ``begun_from`` and save what comes of it as ``ended``.
+    """Train the model in ``begun_from`` and save it as ``ended``.
 
     Args:
-        run: Which training this is.
-        stage: Its learning rate.
-        data: What is learned, a list of ``write_vlm_list``.
-        begun_from: A folder of transformers.
+        run: The training.
+        stage: The stage, for its learning rate.
+        data: Samples to learn, a list of ``write_vlm_list``.
+        begun_from: Folder of the model to start from, as transformers writes it.
         ended: The folder to write.
     """
     objective = VisionText(lessons(run, data, begun_from), run.device)
@@ -153,7 +153,7 @@ def _train_stage(run: Run, stage: Stage, data: Path, begun_from: Path, ended: Pa
 
 
 def lessons(run: Run, data: Path, begun_from: Path) -> VlmTrainConfig:
-    """Return what is learned, as ``covray vlm train`` takes it."""
+    """Return the configuration of the training, as ``covray vlm train`` takes it."""
     options = {
         "data": str(data),
         "model": str(begun_from),
@@ -161,7 +161,7 @@ def lessons(run: Run, data: Path, begun_from: Path) -> VlmTrainConfig:
         "train": "full",
         "optimizer.steps": run.steps,
         "optimizer.batch_samples": SAMPLES,
-        "optimizer.micro_batch_samples": 16,  # of like lengths: larger ones are padded more
+        "optimizer.micro_batch_samples": 16,  # samples of one have like lengths; larger ones are padded more
         "compute.device": run.device.type,
         "compute.dtype": "float32",
         "compute.deepspeed": "none",
@@ -181,7 +181,7 @@ def _validated(model: Any, objective: VisionText, worker: WorkerContext) -> str:
 
 
 def _each(model: Any, batch: VlmBatch | None) -> Tensor:
-    """Return the loss of every token of a batch in nats; of None none."""
+    """Return the loss of every token of a batch in nats; of None, an empty tensor."""
     return torch.zeros(0) if batch is None else model(batch)[1]
 
 

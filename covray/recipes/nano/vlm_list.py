@@ -45,7 +45,7 @@ Key = tuple[str, str, str]
 
 
 def write_vlm_list(manifest: Path, seed: int) -> Path:
-    """Return the list of a manifest of portraits, in LLaVA's format; it is written beside the manifest once.
+    """Return the list of a manifest of portraits, in LLaVA's format, written beside the manifest unless it exists.
 
     Args:
         manifest: The manifest; its pictures are also written as files, which the list names.
@@ -99,7 +99,7 @@ def episode_row(split: str, episode: Episode, images: Sequence[str], answer: str
 
 
 def cells_of(portrait: Portrait) -> list[Key]:
-    """Return the cells that a portrait of one solid lets see; none of a portrait of two."""
+    """Return the cells that can be seen in a portrait of one solid; none for a portrait of two."""
     if len(portrait.solids) != 1:
         return []
     (solid,) = portrait.solids
@@ -133,11 +133,11 @@ def _rows(split: str, names: Sequence[str], words: Sequence[Words], seed: int) -
 
 
 _TRIALS = 50
-"""Episodes that are drawn until one has pictures; a small manifest may have none for any."""
+"""Episodes that are drawn, at most, to find one whose demonstrations the manifest has pictures of."""
 
 
 def _shown_episode(by_cell: Mapping[Key, Sequence[str]], numbers: np.random.Generator) -> Episode | None:
-    """Return an episode all of whose demonstrations the manifest has, if one comes up."""
+    """Return an episode all of whose demonstrations the manifest has, or None if none of ``_TRIALS`` is one."""
     for _ in range(_TRIALS):
         episode = sample_episode(numbers)
         theme = episode.task.theme.name

@@ -1,9 +1,9 @@
 """What a picture costs to write in a tokenizer's tokens: a bound that needs no network.
 
-A model writes a label token by token, so that a good tokenizer is one whose labels are not only exact but plain: a
-region of one colour should be one code again and again. Tokens that also describe what lies around them say everything
-several times, and each of these times the model can err. The bound is the cross-entropy of a token given those at its
-left, above it, and between the two, with counts interpolated as Witten and Bell do (IEEE Trans. Inf. Theory 37, 1991).
+A model writes a label token by token. So the labels of a good tokenizer are not only exact but easy to predict: a
+region of one colour should be one code again and again. Tokens that also describe their surroundings state everything
+several times, and the model can err each time. The bound is the cross-entropy of a token given those at its left, above
+it, and between the two, with counts interpolated as Witten and Bell do (IEEE Trans. Inf. Theory 37, 1991).
 An LVM, which sees the query too, should need less.
 """
 
