@@ -173,7 +173,7 @@ def nano_measure(
     ] = None,
     json_: Json = False,
 ) -> None:
-    """Measure the family on validation scenes: the figures of its model card."""
+    """Measure the family on test scenes, which no training saw: the figures of its model card."""
     from covray.recipes.nano.recipe import measure
 
     print_values(measure(folder), json_)
