@@ -110,6 +110,11 @@ def measure(folder: Path | None = None, scenes: int = HELD_OUT_SCENES, round_tri
     """
     root = folder or WEIGHTS
     require_files(root, ["prior/vae/config.json", "vqgan/config.json", "lvm/config.json"])
+    # First: these loaders refuse a damaged folder in one line, before anything is rendered.
+    engine = EngineConfig(threads=torch.get_num_threads())
+    prior = load_prior(PriorConfig(path=str(root / "prior")), engine)
+    load_tokenizer(TokenizerConfig(path=str(root / "vqgan")), engine)
+
     # Every picture goes through both autoencoders: what they lose bounds every chain and every answer.
     held_out = np.concatenate(list(scene_pictures("test", range(scenes), 0)))
     tensor = torch.from_numpy(held_out)
@@ -119,8 +124,6 @@ def measure(folder: Path | None = None, scenes: int = HELD_OUT_SCENES, round_tri
     through_tokens, used = reconstruct_vqgan(vqgan, tensor)
 
     # Some pictures are inverted and denoised; for all of them this would take long.
-    engine = EngineConfig(threads=torch.get_num_threads())
-    prior = load_prior(PriorConfig(path=str(root / "prior")), engine)
     some = held_out[: round_trips * len(KINDS)]
     returned = ChainEngine(prior, engine, 32).interpolate(some, [], endpoints=range(len(some))).returned
     round_trip_db = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -195,6 +196,21 @@ def test_the_family_is_measured(family: Path, monkeypatch: pytest.MonkeyPatch) -
         assert set(found[key]) == {"all", *recipe.KINDS}
         assert found[key]["all"] == pytest.approx(np.mean([found[key][kind] for kind in recipe.KINDS]), abs=0.01)
     assert 0 < found["codebook_in_use"] <= 1
+
+
+@pytest.mark.parametrize("name", ["prior/vae", "vqgan"])
+def test_a_damaged_family_is_refused_before_it_is_measured(
+    family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(recipe, "load_prior", functools.partial(load_prior, verify=False))
+    monkeypatch.setattr(recipe, "scene_pictures", lambda *_: pytest.fail("scenes were rendered"))
+    shutil.copytree(family, tmp_path / "family")
+    (tmp_path / "family" / "lvm").mkdir(exist_ok=True)
+    (tmp_path / "family" / "lvm" / "config.json").touch()
+    weights = tmp_path / "family" / name / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(WeightsError, match=name):
+        recipe.measure(tmp_path / "family", scenes=1)
 
 
 @pytest.mark.parametrize(
