@@ -192,19 +192,9 @@ def train(
         set_rates(chosen, highest, schedule(step, run.steps))
         if on_step is not None:
             on_step(model, step)
-        # Seeded by the step: a resumed training draws what an uninterrupted one draws.
-        generator = torch.Generator().manual_seed(run.seed * 1_000_003 + step)
-        with torch.autocast(run.device.type, torch.bfloat16):
-            loss = loss_of(model, step, generator)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        # Before the weights change: a save would keep what is not finite, and the training could not be continued.
-        _require_finite(run.name, step + 1, loss, norm)
-        for optimizer in chosen:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        loss = _take_step(model, chosen, loss_of, run, step)
         state.average.update_parameters(model)
-        progress.step(step + 1, float(loss.detach()))
+        progress.step(step + 1, loss)
         if time.monotonic() - saved > SAVE_EVERY_S or step + 1 == run.steps:
             state.save(step + 1)
             saved = time.monotonic()
@@ -214,13 +204,31 @@ def train(
     return state.average.module
 
 
-def _require_finite(name: str, step: int, loss: Tensor, norm: Tensor) -> None:
-    """Refuse the loss or the gradient norm of a step. Raises CovrayError."""
-    if not (torch.isfinite(loss) and torch.isfinite(norm)):
+def _take_step(
+    model: Any,
+    optimizers: Sequence[torch.optim.Optimizer],
+    loss_of: Callable[[Any, int, torch.Generator], Tensor],
+    run: Run,
+    step: int,
+) -> float:
+    """Change the weights by one step and return its loss. Raises CovrayError for one that is not finite."""
+    # Seeded by the step: a resumed training draws what an uninterrupted one draws.
+    generator = torch.Generator().manual_seed(run.seed * 1_000_003 + step)
+    with torch.autocast(run.device.type, torch.bfloat16):
+        loss = loss_of(model, step, generator)
+    loss.backward()
+    norm = float(nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+    value = float(loss.detach())
+    # Before the weights change: a save would keep what is not finite, and the training could not be continued.
+    if not math.isfinite(value) or not math.isfinite(norm):
         raise CovrayError(
-            f"{name}: step {step}: loss {float(loss.detach())} and gradient norm {float(norm)} are not finite; "
-            "train in another --out with another --seed"
+            f"{run.name}: step {step + 1}: loss {value} and gradient norm {norm} are not finite; train in another "
+            "--out with another --seed"
         )
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return value
 
 
 def highest_rates(optimizers: Sequence[torch.optim.Optimizer]) -> list[list[float]]:
