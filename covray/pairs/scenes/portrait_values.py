@@ -107,7 +107,7 @@ def hidden_themes(style: str) -> set[str]:
 
 
 def held_out(theme: str, value: str, thing: str) -> bool:
-    """Return whether the cell of ``value`` and ``thing`` is held out from all training.
+    """Return whether the cell of ``value`` and ``thing`` is held out from all training but that of the judge.
 
     With the values, objects and themes counted from 0, that is where (value + 3 object + theme) mod 10 is 0, and of the
     first five objects also where it is 4: 15 of the 100 cells of each theme, one or two in every row and column.

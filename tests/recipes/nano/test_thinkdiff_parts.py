@@ -204,3 +204,23 @@ def test_a_hidden_detail_is_no_lesson() -> None:
     assert len({label[1] for label in labels.values()}) == 1, "the object is the same in all themes"
     unseen = judge.labels_of(portrait, only_held_out=True)
     assert all(detail == judge.UNKNOWN for detail, _ in unseen)
+
+
+def test_only_the_judge_learns_held_out_cells_and_from_other_pictures_than_it_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_small(monkeypatch)
+    manifests = [portrait_data.portrait_manifest(tmp_path, COUNT, seed) for seed in (0, 1)]
+    learned_by_others = portrait_data.read_portraits(manifests[0])["train"]
+    assert (judge.labelled(learned_by_others, only_held_out=True)[1][..., 0] == judge.UNKNOWN).all()
+
+    lessons = judge.lessons_of(portrait_data.PortraitVae(tmp_path, CPU), tmp_path, COUNT, 0)
+    second = portrait_data.read_portraits(manifests[1])[HELD_OUT_SPLIT]
+    held_out = judge.labelled(second, only_held_out=True)[1][..., 0] != judge.UNKNOWN
+    assert held_out.any()
+    count = len(held_out)
+    assert (lessons["train"].labels[-count:, :, 0][held_out] != judge.UNKNOWN).all()
+
+    learned = {picture.numpy().tobytes() for picture in lessons["train"].pictures}
+    for split in ("val", HELD_OUT_SPLIT):
+        assert learned.isdisjoint(picture.numpy().tobytes() for picture in lessons[split].pictures)
