@@ -83,7 +83,7 @@ Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 
 DPM_STEPS = 12
 """Default of ``prior.steps`` with ``prior.solver: dpm``: the fewest that make a whole build three times as fast and
-return pictures better than DDIM of 50 steps (docs/datasets.md)."""
+return pictures better than DDIM of 50 steps (docs/solvers.md)."""
 
 
 class PriorConfig(GrownSection):
