@@ -22,7 +22,7 @@ the end which is worse after a round trip."""
 
 
 def packed_rows(rows: pa.Table) -> dict[str, Any]:
-    """Return rows as an object for JSON: a text of base64 a column, so that 100,000 pairs are some 4 MB.
+    """Return rows as an object for JSON: a text of base64 a column, so that 100,000 pairs are some 5 MB.
 
     Args:
         rows: The columns of ``COLUMNS``.
