@@ -43,7 +43,8 @@ def test_from_coco_and_lvm_to_scores(tmp_path: Path, run_on_ray: Run, run_here: 
     assert len(list(backbone.glob("*.safetensors"))) > 1
 
     chains, adapter, scores = tmp_path / "chains", tmp_path / "run", tmp_path / "scores"
-    run_on_ray("build", "--pairs", str(pairs), "--tokenizer", str(tokenizer), "--out", str(chains), *FAST)
+    build = ("build", "--pairs", str(pairs), "--tokenizer", str(tokenizer), "--out", str(chains), "--actors", "1")
+    run_on_ray(*build, *FAST)
     described = json.loads(run_here("inspect", str(chains), "--json").stdout.splitlines()[-1])
     assert described["tokens_per_image"] == (SIZE // 4) ** 2
     run_on_ray(

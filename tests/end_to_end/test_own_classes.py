@@ -60,7 +60,7 @@ def test_own_classes_come_back_with_their_numbers(tmp_path: Path, run_on_ray: Ru
     )  # fmt: skip
     for row in pq.read_table(pairs).to_pylist():
         assert np.array_equal(read(decode(row["label"]["bytes"]), json.loads(row["meta"])), truths[row["image"]["uri"]])
-    run_on_ray("build", "--pairs", pairs, "--out", chains, "--lengths", "2", "--methods", "linear")
+    run_on_ray("build", "--pairs", pairs, "--out", chains, "--lengths", "2", "--methods", "linear", "--actors", "1")
     run_on_ray(
         "train", "--scale", "nano", "--data", chains, "--out", adapter, "--length", "2", "--steps", "1",
         "--set", "sentences.validation_split=null", "--set", "sentences.pairs=[1]", "--tracking-uri", "none",
