@@ -302,9 +302,9 @@ def test_a_child_that_was_not_written_down_is_taken_up_again(folder: Path) -> No
 # --- a server ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[Callable[[], Any]]:
-    """Starts ``mlflow server`` on the loopback interface, always at one address; gives (uri, stop)."""
+    """Starts ``mlflow server`` on the loopback interface, always at one address, where none runs; gives (uri, stop)."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -318,6 +318,8 @@ def server(folder: Path) -> Iterator[Callable[[], Any]]:
         process.wait()
 
     def start() -> tuple[str, Callable[[], None]]:
+        if running:  # of another test: a start takes seconds
+            return uri, stop
         command = [
             str(Path(sys.executable).parent / "mlflow"), "server", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db",
             "--artifacts-destination", str(folder / "served"), "--host", "127.0.0.1", "--port", str(port),
