@@ -8,7 +8,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from PIL import Image
 from covray.chains.dataset import ChainDataset
 from covray.pairs.manifest import ManifestWriter, Pair, Picture
 from covray.recipes.nano.recipe import WEIGHTS
-from tests.support.commands import FAST, compute, environment, error_line, tokens_of
+from tests.support.commands import FAST, compute, environment, error_line, run_together, tokens_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.end_to_end]
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -57,7 +59,7 @@ def test_bad_pairs_are_rows_with_their_reason(tmp_path: Path, run_on_ray: Run, r
     (root / "list.csv").write_text("\n".join(lines) + "\n")
     pairs, out = tmp_path / "pairs.parquet", tmp_path / "chains"
     run_here("pairs", "manifest", str(root / "list.csv"), "--out", str(pairs))
-    done = run_on_ray("build", "--pairs", str(pairs), "--out", str(out), *FAST)
+    done = run_on_ray("build", "--pairs", str(pairs), "--out", str(out), "--actors", "1", *FAST)
     assert "Traceback" not in done.stderr
     rows = list(ChainDataset(str(out)).rows(errors=True))
     assert len(rows) == len(expected)
@@ -93,7 +95,8 @@ def test_from_photographs_to_the_page(
     (shard,) = (out / "shards" / "task=depth").glob("*.parquet")
     shard.unlink()
     (out / "_audit.json").unlink()
-    fixed = run_on_ray("build", "--pairs", str(pairs), "--out", str(out), *FAST, "--keep-noise", "--json")
+    one_actor = ("--actors", "1", "--json")
+    fixed = run_on_ray("build", "--pairs", str(pairs), "--out", str(out), *FAST, "--keep-noise", *one_actor)
     assert json.loads(fixed.stdout.splitlines()[-1])["rows_of_earlier_runs"] == 12
     assert tokens_of(out) == whole, "what was lost is made again, and nothing else"
     refused = run_here("build", "--pairs", str(pairs), "--out", str(out), "--lengths", "5", "--keep-noise", code=2)
@@ -102,7 +105,7 @@ def test_from_photographs_to_the_page(
     longer = tmp_path / "longer"
     from_noise = run_on_ray(
         "build", "--pairs", str(pairs), "--out", str(longer), "--lengths", "3,5", *FAST[2:], "--noise-from", str(out),
-        "--json",
+        *one_actor,
     )  # fmt: skip
     no_noise = compute(pairs, (3, 5))
     assert tokens_of(longer) == no_noise.tokens, "kept noise gives the same tokens"
@@ -141,7 +144,7 @@ def test_a_ray_of_our_own_listens_to_this_machine_only() -> None:
 
 
 def test_a_bad_command_is_one_line_before_anything_starts(
-    tmp_path: Path, scenes_manifest: Callable[..., Path], run_on_ray: Run, run_here: Run
+    tmp_path: Path, scenes_manifest: Callable[..., Path], run_on_ray: partial[Any], run_here: Run
 ) -> None:
     pairs = str(scenes_manifest(1))
     incomplete = tmp_path / "prior"
@@ -162,19 +165,21 @@ def test_a_bad_command_is_one_line_before_anything_starts(
         shutil.copy(tmp_path / "twice.parquet", folder / name)
     (tmp_path / "file").write_text("")
 
-    def refused(*arguments: str, says: str) -> None:
-        """Weights are checked where an actor would load them."""
-        done = run_on_ray("build", *arguments, code=2)
-        assert says in error_line(done.stderr)
-
     def refused_at_once(*arguments: str, says: str) -> None:
         """No Ray is asked."""
         assert says in error_line(run_here("build", *arguments, code=2).stderr)
 
     out = str(tmp_path / "out")
-    refused("--pairs", pairs, "--out", out, "--prior", str(incomplete), says="diffusion_pytorch_model.safetensors")
-    refused("--pairs", pairs, "--out", out, "--tokenizer", str(pickled), says="safetensors")
-    refused("--pairs", pairs, "--out", out, "--prior", str(disguised), says="v_prediction")
+    # Weights are checked where an actor would load them.
+    says_of_weights = {
+        ("--prior", str(incomplete)): "diffusion_pytorch_model.safetensors",
+        ("--tokenizer", str(pickled)): "safetensors",
+        ("--prior", str(disguised)): "v_prediction",
+    }
+    commands = [("build", "--pairs", pairs, "--out", out, *weights) for weights in says_of_weights]
+    for done, says in zip(run_together(commands, **run_on_ray.keywords), says_of_weights.values(), strict=True):
+        assert done.code == 2
+        assert says in error_line(done.err)
     refused_at_once("--pairs", str(folder), "--out", out, says="twice")
     refused_at_once("--pairs", pairs, "--out", str(tmp_path / "file" / "out"), says="cannot be written")
     assert not os.path.exists(out), "nothing was begun"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import shutil
 import signal
@@ -96,6 +97,46 @@ class Done(NamedTuple):
     code: int
     out: str
     err: str
+
+
+_TOGETHER = """
+import json, sys
+from covray.cli.app import main
+from covray.distributed.session import ray_session
+
+mark, codes = sys.argv[2], []
+with ray_session():
+    for arguments in json.loads(sys.argv[1]):
+        sys.argv = ["covray", *arguments]
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code or 0
+        codes.append(code)
+        for stream in (sys.stdout, sys.stderr):
+            print(mark, file=stream, flush=True)
+print(json.dumps(codes))
+"""
+_MARK = "--- the end of a command ---"
+
+
+def run_together(commands: Sequence[Sequence[str]], **changes: str) -> list[Done]:
+    """Run commands one after another, however they end, in one process and one Ray session.
+
+    Of several commands only the first waits for what a process and its workers import.
+
+    Args:
+        commands: The arguments of each.
+        changes: Of the environment.
+    """
+    script = [sys.executable, "-c", _TOGETHER, json.dumps(commands), _MARK]
+    done = subprocess.run(script, capture_output=True, text=True, env=environment(**changes), timeout=600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    *outs, codes = done.stdout.split(f"{_MARK}\n")
+    *errs, rest = done.stderr.split(f"{_MARK}\n")
+    assert rest == "", "nothing is said after the last"
+    return [Done(*end) for end in zip(json.loads(codes), outs, errs, strict=True)]
 
 
 @pytest.fixture(name="run")
