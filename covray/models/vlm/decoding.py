@@ -4,13 +4,14 @@
     a block of D masks, S times:  read, crop(-D)       -> the surest of the masked places are written
     once:                         read, keep           -> keys and values that later blocks see
 
-A row that has written its end is dropped from the batch. Which tokens a row gets does not depend on the others, up to
-the rounding of sums: in float32 only at near ties.
+A row that has written its end, and all that stands before it, takes no more passes and is dropped from the batch. Which
+tokens a row gets does not depend on the others, up to the rounding of sums: in float32 only at near ties.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+import itertools
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -131,7 +132,9 @@ class _Writer:
         self._embedding = vlm.model.model.get_input_embeddings()
         self._rows = Rows if decoding.cache else UncachedRows
         self._noise: dict[int, RowNoise] = {}
+        # Tokens and passes of every answer so far, by the number of its prompt.
         self._written: dict[int, int] = {}
+        self._passes: dict[int, int] = {}
 
     def write_tokens(self, prompts: Sequence[Prompt]) -> Iterator[Piece]:
         """Write one token a pass."""
@@ -143,10 +146,11 @@ class _Writer:
         while True:
             logits = self._model.logits(rows.last[:, None])
             ids = choose_tokens(logits, self._decoding, self._noise_of(rows, place, 1))  # [B, 1]
-            unfinished = yield from self._finish(rows, ids, place)
+            unfinished = yield from self._finish(rows, ids)
             if not unfinished:
                 return
             rows.read(self._embedding(ids[unfinished]), alone, keep=True)
+            self._count_pass(rows.numbers)
             place += 1
 
     def write_blocks(self, prompts: Sequence[Prompt], blocks: Blocks) -> Iterator[Piece]:
@@ -156,16 +160,15 @@ class _Writer:
         rows = self._rows(self._model, prompts, blocks, self._decoding.max_tokens + size)
         own = clean_mask(torch.arange(size, device=device), size, blocks.context)
         known: Known | None = rows.known
-        passes = first = 0
+        first = 0
         while True:
-            ids, taken = self._denoise(rows, blocks, first, known)
-            passes += taken
+            ids = self._denoise(rows, blocks, first, known)
             prompt_tokens = None if known is None else known.is_known.sum(1).tolist()
-            unfinished = yield from self._finish(rows, ids, passes, prompt_tokens)
+            unfinished = yield from self._finish(rows, ids, prompt_tokens)
             if not unfinished:
                 return
             rows.read(self._embed(ids, known)[unfinished], own, keep=True)
-            passes += 1
+            self._count_pass(rows.numbers)
             known = None
             first += size
 
@@ -184,7 +187,7 @@ class _Writer:
         device, decoding, size = self._model.device, self._decoding, blocks.size
         rows = Rows(self._model, [prompt], blocks, decoding.max_tokens + size)
         every = torch.ones(size, size, dtype=torch.bool, device=device)
-        place = passes = 0
+        place = 0
         draft = torch.full((1, size), self._model.mask_id, device=device)
         while True:
             # A place has one noise for its draft and its check, so that both choose alike from like logits.
@@ -195,23 +198,23 @@ class _Writer:
             drafted = choose_tokens(self._model.logits(hidden), decoding, _part(noise, 0, size))
             ids = torch.cat((first, drafted[:, 1:]), 1)
             hidden = rows.read(self._embedding(ids), every.tril(), keep=True)
-            passes += 2
+            self._passes[0] += 2  # this row is alone in its batch, as number 0
             chosen = choose_tokens(self._model.logits(hidden[:, :-1]), decoding, _part(noise, 1, size))
             agreed = int((chosen == ids[:, 1:])[0].int().cumprod(0).sum()) + 1
             # What was read behind the last agreed token is taken back: it stood on a wrong one.
             if agreed < size:
                 rows.cache.crop(agreed - size)
                 rows.last = hidden[:, agreed - 1]
-            # This row is alone in its batch, as number 0.
-            (piece,) = self._finish(rows, ids[:, :agreed], passes)
+            (piece,) = self._finish(rows, ids[:, :agreed])
             yield replace(piece, row=number)
             if piece.is_last:
                 return
             place += agreed
 
     def _begin(self, prompts: Sequence[Prompt]) -> None:
-        """Give every row random numbers of its own, where any are needed."""
+        """Count from nothing, and give every row random numbers of its own, where any are needed."""
         self._written = dict.fromkeys(range(len(prompts)), 0)
+        self._passes = dict.fromkeys(range(len(prompts)), 0)
         if not self._decoding.temperature:
             return
         vocabulary = self._model.model.get_output_embeddings().weight.shape[0]
@@ -220,6 +223,10 @@ class _Writer:
             seed = seed_of("covray vlm", self._decoding.seed, *prompt.ids.tolist())
             self._noise[number] = RowNoise(seed, 0, vocabulary)
 
+    def _count_pass(self, numbers: Iterable[int]) -> None:
+        for number in numbers:
+            self._passes[number] += 1
+
     def _noise_of(self, rows: Rows, first: int, count: int) -> Tensor | None:
         """Return the noise of ``count`` places from ``first`` on, float32 [B, count, vocabulary]; None: greedy."""
         if not self._decoding.temperature:
@@ -227,8 +234,8 @@ class _Writer:
         own = [self._noise[number] for number in rows.numbers]
         return BatchNoise(own, len(own), self._model.device).read([first] * len(own), count)
 
-    def _denoise(self, rows: Rows, blocks: Blocks, first: int, known: Known | None) -> tuple[Tensor, int]:
-        """Return the tokens of the block that begins at place ``first``, int64 [B, D], and the passes taken.
+    def _denoise(self, rows: Rows, blocks: Blocks, first: int, known: Known | None) -> Tensor:
+        """Return the tokens of the block that begins at place ``first``, int64 [B, D]; masks behind an end may be left.
 
         The cache stays as it is. ``known``: tokens of the prompt in the block.
         """
@@ -245,9 +252,15 @@ class _Writer:
         counts = [1] * size  # by entropy a pass decides by itself, and writes at least one
         if decoding.unmask != "entropy":
             counts = pass_counts(size, min(decoding.passes or size, size), decoding.unmask)
-        taken = 0
+        prompt = torch.zeros_like(masked) if known is None else known.is_known
+        stops = torch.tensor(sorted(self._vlm.stop_ids), device=device)
         for count in counts:
-            taken += 1
+            # An end decides an answer once nothing before it is masked. What stands behind it is not looked at.
+            ended = (torch.isin(ids, stops) & ~masked & ~prompt).cumsum(1) > 0
+            is_open = (masked & ~ended).any(1).tolist()
+            if not any(is_open):
+                break
+            self._count_pass(itertools.compress(rows.numbers, is_open))
             hidden = rows.read(self._embed(ids, known), every, keep=False)
             logits = self._model.logits(rows.predicting(hidden))
             chosen = choose_tokens(logits, decoding, noise)
@@ -256,9 +269,7 @@ class _Writer:
             written = choose_unmasked(scaled.softmax(-1), chosen, masked, count, decoding.unmask, threshold)
             ids = torch.where(written, chosen, ids)
             masked &= ~written
-            if not masked.any():
-                break
-        return ids, taken
+        return ids
 
     def _embed(self, ids: Tensor, known: Known | None) -> Tensor:
         """Return the embeddings of a block, [B, D, width]; tokens of the prompt may be of a picture."""
@@ -268,14 +279,13 @@ class _Writer:
         return torch.where(known.is_known[..., None], known.embeddings, embeddings)
 
     def _finish(
-        self, rows: Rows, ids: Tensor, passes: int, prompt_tokens: Sequence[int] | None = None
+        self, rows: Rows, ids: Tensor, prompt_tokens: Sequence[int] | None = None
     ) -> Generator[Piece, None, list[int]]:
         """Yield the new tokens of every row, and drop the rows that have ended.
 
         Args:
             rows: The rows.
             ids: New tokens, int64 [B, n].
-            passes: Passes taken so far.
             prompt_tokens: Tokens of the prompt at the front of each row of ``ids``.
 
         Returns:
@@ -290,7 +300,7 @@ class _Writer:
             self._written[number] += len(written)
             end = next((place for place, token in enumerate(written) if token in self._vlm.stop_ids), None)
             is_last = end is not None or self._written[number] == self._decoding.max_tokens
-            yield Piece(number, written[:end], is_last, passes)
+            yield Piece(number, written[:end], is_last, self._passes[number])
             if not is_last:
                 unfinished.append(row)
         rows.keep(unfinished)

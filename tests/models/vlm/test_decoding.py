@@ -195,6 +195,21 @@ def test_fewer_passes_are_fewer(vlm: LoadedVlm) -> None:
         assert len(answer.ids) == 32
 
 
+@torch.no_grad()
+def test_an_answer_with_its_end_takes_no_more_passes(vlm: LoadedVlm) -> None:
+    decoding, blocks = VlmDecodingConfig(max_tokens=16, passes=8), Blocks(8)
+    taken = []
+    for prompt in prompts_of(vlm):
+        (longest,) = decode(vlm, [prompt], decoding, blocks)
+        # Ended by its first token, an answer waits for this token only, whenever it is written.
+        ended = LoadedVlm(vlm.model, vlm.prompter, frozenset(longest.ids[:1]))
+        (answer,) = decode(ended, [prompt], decoding, blocks)
+        assert answer.ids == uncached(ended, prompt, decoding, blocks) == []
+        taken.append(answer.passes)
+    assert min(taken) < 8
+    assert max(taken) <= 8
+
+
 @pytest.mark.parametrize(
     ("options", "blocks", "message"),
     [
