@@ -306,6 +306,8 @@ def _speed(programme: Programme, pretrained_samples: int) -> list[Speed]:
     asked: list[tuple[str, str, dict[str, Any]]] = [("autoregressive", TWIN.name, {})]
     for passes in programme.budget.passes:
         asked.append((blocks_decoder(passes), BLOCKS.name, {"passes": passes}))
+    # As many passes as the model is unsure: DiffusionVL's dynamic rule.
+    asked.append((f"blocks of {BLOCK} by confidence", BLOCKS.name, {"unmask": "confidence"}))
     asked.append(("speculative", BLOCKS.name, {"decoder": "speculative"}))
     asked.append((WITHOUT_CACHE, FULL_SEQUENCE.name, {"cache": False}))
     asked.append(("full sequence in half the passes, no cache", FULL_SEQUENCE.name, {"cache": False, "passes": 48}))
