@@ -167,6 +167,11 @@ class FolderLock:
             with contextlib.suppress(OSError):  # it is not empty
                 os.rmdir(self._folder.inner)
 
+    def delete_ended(self) -> None:
+        """Delete the claims of processes of this machine that have ended, where the folder can be written."""
+        with contextlib.suppress(OSError):
+            self._rivals()
+
     def touch(self) -> bool:
         """Touch the claim; return False, and do nothing, when it is gone."""
         if isinstance(self._folder.filesystem, fs.LocalFileSystem):

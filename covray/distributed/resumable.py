@@ -74,7 +74,8 @@ def mlflow_run_of(begun: Record | None) -> str | None:
 class Output(Generic[R]):
     """The folder of a command, which nobody else works on for the length of a ``with`` block.
 
-    A finished folder is only read, so that it may be read-only, and may be read by any number of commands.
+    A finished folder is only read, but for claims of commands that were killed, so that it may be read-only, and may be
+    read by any number of commands.
     """
 
     def __init__(self, out: str, record: type[R], command: str, *, result: str | None = None, patience_s: float = 0.0):
@@ -104,8 +105,11 @@ class Output(Generic[R]):
             CovrayError: The description cannot be used.
         """
         self.finished = self._has_result()
-        # A finished folder is only read: several commands may do so at a time.
-        if not self.finished:
+        # A finished folder is only read: several commands may do so at a time. One that was killed after it wrote its
+        # result may have left its claim there.
+        if self.finished:
+            self._lock.delete_ended()
+        else:
             self._lock.acquire()
         try:
             self.finished = self._has_result()  # the command that had the lock before may have finished

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 
 from covray.config import TrackingConfig, TrainConfig
 from covray.distributed import resumable
+from covray.distributed.lock import Claim, _machine, _start_of
 from covray.distributed.resumable import Output
 from covray.errors import ConfigError, DatasetError
 from covray.io import storage
@@ -111,6 +114,26 @@ def test_a_finished_folder_is_only_read(tmp_path: Path) -> None:
             assert sorted(os.listdir(tmp_path)) == ["_thing.json", "result.json"]
     finally:
         tmp_path.chmod(0o700)
+
+
+def test_a_command_killed_after_its_result_leaves_no_claim_for_good(tmp_path: Path) -> None:
+    killed = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    claim = Claim(
+        command="covray make", host="here", process=killed.pid, machine=_machine(), started=_start_of(killed.pid)
+    )
+    begin(tmp_path)
+    (tmp_path / "result.json").touch()
+    claim.write(str(tmp_path), "_lock.0123456789ab.json")
+    try:
+        with open_output(tmp_path) as output:
+            assert output.finished
+        assert (tmp_path / "_lock.0123456789ab.json").exists(), "that of a command at work stays"
+    finally:
+        killed.kill()
+        killed.wait()
+    with open_output(tmp_path):
+        pass
+    assert sorted(os.listdir(tmp_path)) == ["_thing.json", "result.json"]
 
 
 def test_a_command_without_a_last_file_always_locks(tmp_path: Path) -> None:
