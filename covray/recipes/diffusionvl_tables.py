@@ -49,7 +49,7 @@ class Ablation(RecordPart):
 
 
 class Tables(Record):
-    """What the programme found; lists that are empty are not made yet."""
+    """What the programme found. A table that is not made yet is empty."""
 
     FILE = "results.json"
     FIX = "run the programme again"
@@ -99,7 +99,7 @@ def as_markdown(results: Tables) -> str:
     }
     sections = []
     for title, table in tables.items():
-        # One line has the heads only.
+        # Only its heads: it is not made yet.
         if len(table) == 1:
             continue
         sections.append(f"## {title}\n{_markdown(table)}")

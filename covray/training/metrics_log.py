@@ -24,7 +24,7 @@ def read_metrics(path: str) -> list[Metrics]:
     """Return the records of the file at ``path``; none where it is absent.
 
     Raises:
-        DatasetError: A line is no record, as after an edit by hand.
+        DatasetError: A line is damaged, as after an edit by hand.
     """
     try:
         data = storage.read_bytes(path)
@@ -121,7 +121,7 @@ class MetricsTail:
 
 
 def _parse(lines: bytes, path: str) -> list[Metrics]:
-    """Return the records of whole lines of the file at ``path``. Raises DatasetError for a line that is none."""
+    """Return the records of whole lines of the file at ``path``. Raises DatasetError for a damaged line."""
     records = []
     for line in lines.splitlines():
         try:
@@ -131,7 +131,7 @@ def _parse(lines: bytes, path: str) -> list[Metrics]:
             usable = False
         if not usable:
             shown = line[:40].decode(errors="replace")
-            raise DatasetError(f"{path}: has a line that is no record of a step: {shown!r}; delete this line")
+            raise DatasetError(f"{path}: a line is damaged: {shown!r}; delete it")
         records.append(record)
     return records
 

@@ -2,9 +2,9 @@
 
 A picture teaches the object in every theme, and the detail of the themes that its style does not hide.
 
-The judge is no model under test: it also learns the cells that are held out from all others, from portraits of a second
-seed. A judge that never saw them takes their absence for a rule, and calls right answers wrong: of held-out textures it
-then told 16%, of others 61%.
+The judge measures other models and is not measured itself. So it also learns the cells that are held out from them,
+from portraits of a second seed. A judge that had never seen these cells learned that they do not exist, and called
+right answers wrong: it named 16% of their textures, and 61% of others.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A ``VQModel`` whose latents are the pixels of patches: a token describes its own 4 x 4 pixels and nothing else.
 
 A convolutional encoder writes into each token what lies up to three tokens around it, and its group norms something of
-the whole picture. That is no harm to a decoder, but to a model that writes tokens one by one: it has to write every
+the whole picture. A decoder is not harmed by that, but a model that writes tokens one by one is: it has to write every
 contour several times, and can err each time (``covray.recipes.nano.writing``). So the codebook is one of patches
 themselves, and only the decoder is learned.
 
