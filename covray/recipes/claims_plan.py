@@ -210,7 +210,11 @@ def _main_arms(budget: Budget) -> Iterator[Arm]:
         about = "the model's own frames in the context" if name == "own" else f"noise in the frames: {name}"
         yield Arm(name, f"diffused frames, {about}", "diffusion", noise=noise, seeds=own, chosen_from=True)
     yield Arm("copy", "copies of the query in place of frames", "copy", seeds=seeds)
-    yield Arm("coarse", "the label in cells in place of frames", "coarse", seeds=seeds)
+    cells = "the label in cells in place of frames"
+    yield Arm("coarse", cells, "coarse", seeds=seeds)
+    # Coarse to fine, as scale by scale (VAR, arXiv 2404.02905): the whole picture is planned before its details.
+    about = f"{cells}, the model's own in the context"
+    yield Arm("coarse-own", about, "coarse", noise=OWN_NOISE, seeds=seeds[:1], chosen_from=True)
 
 
 def _form_arms(budget: Budget) -> Iterator[Arm]:
@@ -338,6 +342,8 @@ def _paying_claims(backbones: tuple[Backbone, ...]) -> Iterator[ClaimSpec]:
     yield ClaimSpec("best_tokens", "The best chains beat no frames", BEST, "none-tokens", "pays", "equal tokens")
     yield ClaimSpec("best_copy", "The best chains beat copies of the query", BEST, "copy", "pays")
     yield ClaimSpec("best_coarse", "The best chains beat coarse labels", BEST, "coarse", "pays")
+    text = "Coarse labels, own ones in the context, beat no frames"
+    yield ClaimSpec("coarse_own", text, "coarse-own", "none", "pays")
     for backbone in backbones[1:]:
         name = backbone.name
         for arm, what in (("diffusion", "diffused frames"), ("own", "own frames in the context")):
