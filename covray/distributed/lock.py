@@ -163,9 +163,9 @@ class FolderLock:
                 self._rivals()  # a command killed before it could withdraw: perhaps nobody else comes here to see
             self._withdraw()
         _own_tokens.discard(self._token)
+        # On an object store there is no empty folder to delete.
         if not self._existed and isinstance(self._folder.filesystem, fs.LocalFileSystem):
-            with contextlib.suppress(OSError):  # it is not empty
-                os.rmdir(self._folder.inner)
+            self._folder.delete_if_empty()
 
     def delete_ended(self) -> None:
         """Delete the claims of processes of this machine that have ended, where the folder can be written."""

@@ -8,6 +8,7 @@ continues there.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import posixpath
 import time
@@ -83,17 +84,19 @@ def pairs_on_ray(work: PairWork, out: str, actors: int | None) -> Iterator[Itera
             _require_same_work(output, record)
         # Parts without items or checkpoint are of a command that was killed while it deleted them.
         if not folder.exists(ITEMS) or not (folder / CHECKPOINT).list_files():
-            _delete_contents(folder / CHECKPOINT)
-            _delete_contents(folder / PARTS)
+            _delete(folder / CHECKPOINT)
+            _delete(folder / PARTS)
         with ray_session() as cores:
             _make(work, folder, ActorsConfig(max=actors), cores)
         yield ordered_pairs(folder, len(work.items))
         # The list of items goes first: without it nobody continues from half a checkpoint. The description goes last:
-        # until then the folder is known as ours, wherever this is killed.
+        # until then the folder is known as ours, wherever this is killed. All of it goes while the folder is locked:
+        # the next command may begin here at once.
         folder.delete_file(ITEMS)
-        _delete_contents(folder / CHECKPOINT)
-        _delete_contents(folder / PARTS)
-    folder.delete()
+        _delete(folder / CHECKPOINT)
+        _delete(folder / PARTS)
+        folder.delete_file(PairsRecord.FILE)
+    folder.delete_if_empty()
 
 
 def parts_folder(out: str) -> str:
@@ -102,8 +105,9 @@ def parts_folder(out: str) -> str:
     return posixpath.join(place, f".{name}.parts")
 
 
-def _delete_contents(folder: Folder) -> None:
-    folder.filesystem.delete_dir_contents(folder.inner, missing_dir_ok=True)
+def _delete(folder: Folder) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        folder.delete()
 
 
 def _require_same_work(output: Output[PairsRecord], record: PairsRecord) -> None:

@@ -76,19 +76,10 @@ def require_writable(out: str) -> None:
         folder.write_bytes(probe, b"")
         folder.delete_file(probe)
         # Meanwhile another command may have begun here: its files must not go with the folder.
-        if not existed and not folder.list_files():
-            _delete_empty(folder)
+        if not existed:
+            folder.delete_if_empty()
     except OSError as error:
         raise ConfigError(f"--out {out}: cannot be written ({one_line(error)}); give another folder") from error
-
-
-def _delete_empty(folder: Folder) -> None:
-    """Delete a folder that is empty; one that a file has just come into stays, as far as its storage can tell."""
-    if not isinstance(folder.filesystem, fs.LocalFileSystem):
-        folder.delete()
-        return
-    with contextlib.suppress(OSError):  # unlike pyarrow's delete_dir, rmdir refuses a folder that holds something
-        os.rmdir(folder.inner)
 
 
 def list_files(path: str, suffix: str = "") -> list[str]:
@@ -187,6 +178,15 @@ class Folder:
     def delete(self) -> None:
         """Delete the folder and all that is in it. Raises FileNotFoundError when it is absent."""
         self.filesystem.delete_dir(self.inner)
+
+    def delete_if_empty(self) -> None:
+        """Delete the folder, unless a file is in it, as far as its storage can tell; an absent one stays absent."""
+        with contextlib.suppress(OSError):
+            # Unlike pyarrow's delete_dir, rmdir refuses a folder that a file has just come into.
+            if isinstance(self.filesystem, fs.LocalFileSystem):
+                os.rmdir(self.inner)
+            elif not self.list_files():
+                self.delete()
 
     def delete_file(self, name: str) -> None:
         """Delete the file ``name``. Raises FileNotFoundError when it is absent."""

@@ -15,6 +15,7 @@ import typer
 from covray.cli.app import app
 from covray.cli.cluster import require_actors
 from covray.distributed import pairs as pool
+from covray.distributed.lock import FolderLock
 from covray.distributed.pairs import CHECKPOINT, PART_SCHEMA, PARTS, ordered_pairs, parts_folder
 from covray.errors import ConfigError, DatasetError, ManifestError
 from covray.io.images import Picture
@@ -168,7 +169,18 @@ def test_what_was_begun_is_continued_as_it_was_begun_alone(
     with pool.pairs_on_ray(work, out, 2) as made:
         assert list(made) == list(work)
     assert not folder.exists()
-    folder.mkdir()
+
+    # What the next command begins, as soon as this one has given up the folder, stays.
+    def release(lock: FolderLock) -> None:
+        FolderLock.release(lock)
+        (folder / "next.txt").parent.mkdir(exist_ok=True)
+        (folder / "next.txt").write_text("begun")
+
+    with monkeypatch.context() as raced, pool.pairs_on_ray(work, out, 2) as made:
+        raced.setattr(FolderLock, "__exit__", lambda lock, *_: release(lock))
+        assert list(made) == list(work)
+    assert [path.name for path in folder.iterdir()] == ["next.txt"]
+    (folder / "next.txt").unlink()
     (folder / "own.txt").write_text("a stranger's")
     with pytest.raises(DatasetError, match="holds files"), pool.pairs_on_ray(work, out, 2):
         pytest.fail("a stranger's folder")
@@ -198,7 +210,7 @@ def test_a_command_killed_while_it_deletes_makes_no_item_twice(
     work, out = photo_pairs(root / "photos"), str(tmp_path / "pairs.parquet")
     assert len(work.items) > 1
     with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt), pool.pairs_on_ray(work, out, 2):
-        killed.setattr(pool, "_delete_contents", delete_one)
+        killed.setattr(pool, "_delete", delete_one)
     with pool.pairs_on_ray(work, out, 2) as made:
         assert list(made) == list(work)
     assert not Path(parts_folder(out)).exists()
