@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, Self
 
 from covray.errors import one_line
 from covray.fetching.catalogue import Archive, FetchError, File, inner_path
@@ -28,6 +28,12 @@ UNPACKED_RATIO = 20
 UNPACKED_LEAST = 64 * 2**20
 """But always to this many bytes."""
 _CHUNK = 2**20
+_TEXT_BYTES = 2**20
+"""A text about a tar's member, such as a long name, has at most so many bytes. Python reads the whole of it at once."""
+_TEXTS = (
+    tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE,
+)  # fmt: skip
+"""Types of a tar's headers that a text about the next member follows."""
 # What Python's readers of zip and tar raise on hostile files.
 _DAMAGED = (
     zipfile.BadZipFile,
@@ -138,7 +144,7 @@ def _opened(file: Path, folder: Path) -> Iterator[Iterator[_Member]]:
         with zipfile.ZipFile(file) as packed:
             yield _zip_members(file, packed)
     else:
-        with tarfile.open(file) as tar:
+        with tarfile.open(file, tarinfo=_Header) as tar:
             yield _tar_members(file, tar, folder)
 
 
@@ -149,6 +155,18 @@ def _zip_members(file: Path, packed: zipfile.ZipFile) -> Iterator[_Member]:
                 f"{file}: {info.filename} is a link or a device; nothing was unpacked of it, do not use it"
             )
         yield _Member(info.filename, info.file_size, info.is_dir(), partial(packed.open, info))
+
+
+class _Header(tarfile.TarInfo):
+    """A header of a tar, refused where it would fill the memory."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        """Read a header. Raises ValueError for a text about a member that is too long."""
+        header = super().frombuf(buf, encoding, errors)
+        if header.type in _TEXTS and header.size > _TEXT_BYTES:
+            raise ValueError(f"the name of a member, or another text about it, has {header.size} bytes")
+        return header
 
 
 def _tar_members(file: Path, tar: tarfile.TarFile, folder: Path) -> Iterator[_Member]:

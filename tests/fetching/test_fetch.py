@@ -705,6 +705,10 @@ BACKWARDS = special("set/a.png", tarfile.REGTYPE)
 BACKWARDS.size = -512
 
 
+LONG_NAME = special("././@LongLink", tarfile.GNUTYPE_LONGNAME)
+LONG_NAME.size = 2**33 - 1  # as many bytes as a header can claim
+
+
 def zip_with_link() -> bytes:
     info = zipfile.ZipInfo("set/a.png")
     info.external_attr = 0o120777 << 16
@@ -735,6 +739,8 @@ def zip_with_link() -> bytes:
         (tarred({"set/b.png": b"good"}, special("set/a.png", tarfile.SYMTYPE, "b.png")), "set/a.png is a link"),
         (tarred({"set/a.png": bytes(2_000_000)}), "unpacks to more than 1000000 bytes"),
         (tarred({"set/b.png": b"good"}, BACKWARDS), "set/a.png has a size below 0"),
+        (tarred({"set/b.png": b"good"}, LONG_NAME), "has 8589934591 bytes"),
+        (tarred({"set/b.png": b"good"}, special("a" * 2_000_000, tarfile.REGTYPE)), "has 200001. bytes"),
         (tarred(MEMBERS)[:-2000], "cannot be unpacked"),
         (b"<html>try again</html>", "cannot be unpacked"),
     ],
