@@ -16,6 +16,7 @@ from covray.io import storage
 from covray.io.device import choose_device
 from covray.io.model_folders import NANO_FOLDER, require_files
 from covray.io.pixels import psnr
+from covray.io.records import Record
 from covray.models.diffusion.engine import ChainEngine
 from covray.models.diffusion.prior import load_prior
 from covray.models.tokenizer.vqgan import load_tokenizer
@@ -50,6 +51,18 @@ MIN_PORTRAITS = 10
 """With fewer, one of the splits may have none: a tenth of the portraits is for validation, and a tenth for the test."""
 MAX_SEED = 2**32
 """scikit-learn's k-means takes no larger seeds."""
+
+
+class TrainingBegun(Record):
+    """The JSON file, beside a model's state, of what its training was begun with, other than steps."""
+
+    FILE = "MODEL.begun.json"
+    FIX = "give another --out, or delete it to begin again"
+    ERROR = ConfigError
+
+    scenes: int
+    """Scenes, or portraits."""
+    seed: int
 
 
 def train_model(model: str, out: Path, steps: int | None, scenes: int, threads: int, device: str, seed: int) -> None:
@@ -87,6 +100,7 @@ def train_model(model: str, out: Path, steps: int | None, scenes: int, threads: 
     if seed >= MAX_SEED:
         raise ConfigError(f"--seed {seed}: is too large; give one below {MAX_SEED}")
     _require_folder(out)
+    _require_same(out, model, TrainingBegun(scenes=scenes, seed=seed))
     torch.set_num_threads(threads)
     if model in _OF_PORTRAITS:
         _OF_PORTRAITS[model](out, steps, scenes, seed, chosen)
@@ -181,6 +195,19 @@ def probe(query: str, out: Path, judge: str, scenes: int, steps: int, threads: i
     result = run_probe(train, test, judging, candidate, steps, seed)
     storage.write_json(str(out / f"probe-{Path(query).name}.json"), asdict(result))
     return result
+
+
+def _require_same(out: Path, model: str, begun: TrainingBegun) -> None:
+    """Write what the training of a model is begun with. Raises ConfigError where it was begun with something else."""
+    name = f"{model}.begun.json"
+    # Without a state there is nothing to continue: what was said before no longer counts.
+    recorded = TrainingBegun.read_if_present(str(out), name) if any(out.glob(f"{model}*.state.pt")) else None
+    if recorded is not None and recorded != begun:
+        raise ConfigError(
+            f"{out}/{model}: was begun with --scenes {recorded.scenes} --seed {recorded.seed}; give the same, or "
+            "another --out"
+        )
+    begun.write(str(out), name)
 
 
 def _require_folder(out: Path) -> None:

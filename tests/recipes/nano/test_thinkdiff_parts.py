@@ -75,6 +75,9 @@ def test_killed_and_continued_gives_the_same_weights(
         with pytest.raises(_Killed):
             recipe.train_model(name, tmp_path / "killed", STEPS, COUNT, 1, "cpu", 0)
     assert not (tmp_path / "killed" / name).exists()
+    for count, seed in ((COUNT + 1, 0), (COUNT, 1)):
+        with pytest.raises(ConfigError, match=f"was begun with --scenes {COUNT} --seed 0"):
+            recipe.train_model(name, tmp_path / "killed", STEPS, count, 1, "cpu", seed)
     recipe.train_model(name, tmp_path / "killed", STEPS, COUNT, 1, "cpu", 0)
     whole, killed = _weights(tmp_path / "whole" / name), _weights(tmp_path / "killed" / name)
     assert whole.keys() == killed.keys()
