@@ -17,7 +17,7 @@ from pydantic import JsonValue
 from covray.chains.records import Audit, DatasetRecord
 from covray.distributed.lock import Claim
 from covray.evaluation.claims.records import ArmRun, ProgrammeRecord, ProgrammeResults
-from covray.evaluation.records import EvaluationRecord, EvaluationResults, VlmEvaluationRecord
+from covray.evaluation.records import EvaluationRecord, EvaluationResults, VlmEvaluationRecord, VlmEvaluationResults
 from covray.generation.records import GenerationRecord
 from covray.io.records import Record, RecordPart
 from covray.models.aligner.records import AlignerRecord
@@ -31,8 +31,8 @@ RECORDS: dict[str, type[Record]] = {
     record.__name__: record
     for record in (
         DatasetRecord, Audit, Claim, RunRecord, TrainResult, CheckpointRecord, GenerationRecord, EvaluationRecord,
-        EvaluationResults, VlmEvaluationRecord, SweepRecord, TrialRecord, SweepResults, AlignerRecord, PairsRecord,
-        ProgrammeRecord, ArmRun, ProgrammeResults,
+        EvaluationResults, VlmEvaluationRecord, VlmEvaluationResults, SweepRecord, TrialRecord, SweepResults,
+        AlignerRecord, PairsRecord, ProgrammeRecord, ArmRun, ProgrammeResults,
         FeaturesRecord, FeaturesResult, ReasoningRecord, ReasoningResults, ThinkAnswer,
     )
 }  # fmt: skip

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -13,6 +14,10 @@ from covray.cli.output import console, escape, print_values
 from covray.cli.training import print_losses
 from covray.config.reference import key_text
 from covray.config.vlm import VlmEvaluateConfig, VlmGenerateConfig, VlmModelConfig, VlmTrainConfig
+
+if TYPE_CHECKING:
+    from covray.evaluation.records import VlmEvaluationResults
+    from covray.evaluation.statistics import Mean
 
 TRAIN = StepOptions(VlmTrainConfig)
 GENERATE = StepOptions(VlmGenerateConfig)
@@ -128,27 +133,28 @@ def evaluate(
 
     results = evaluate_vlm(resolved)
     if json_:
-        print(json.dumps(results))
+        print(json.dumps(results.to_json()))
     else:
         print_scores(results)
 
 
-def print_scores(results: dict[str, Any]) -> None:
+def print_scores(results: VlmEvaluationResults) -> None:
     """Print the scores of an evaluation. Kinds of questions are texts of the data, and are printed as they are."""
     table = Table("", "mean", "95% interval", "prompts", "most frequent answer", box=None, pad_edge=False)
-    _add_row(table, "questions", results["questions"])
-    for kind, accuracy in results["questions_by_kind"].items():
-        _add_row(table, f"  {escape(kind)}", accuracy)
-    _add_row(table, "facts of captions", results["facts"])
-    for theme, mean in results["facts_by_theme"].items():
+    _add_row(table, "questions", results.questions)
+    for kind, accuracy in results.questions_by_kind.items():
+        _add_row(table, f"  {escape(kind)}", accuracy, f"{accuracy.most_frequent:.3f}")
+    _add_row(table, "facts of captions", results.facts)
+    for theme, mean in results.facts_by_theme.items():
         _add_row(table, f"  {escape(theme)}", mean)
-    _add_row(table, "captions with all facts", results["captions_with_all_facts"])
-    _add_row(table, "chrF++ of captions", results.get("chrf"))  # absent in results of covray 0.1.0
+    _add_row(table, "captions with all facts", results.captions_with_all_facts)
+    _add_row(table, "chrF++ of captions", results.chrf)
     console.print(table)
     for key in ("bleu", "answer_perplexity", "tokens_per_s", "tokens_per_pass"):
-        if results[key] is not None:
-            console.print(f"{key.replace('_', ' ')} {results[key]:.3f}", highlight=False)
-    for name, reason in results.get("absent", {}).items():
+        figure = getattr(results, key)
+        if figure is not None:
+            console.print(f"{key.replace('_', ' ')} {figure:.3f}", highlight=False)
+    for name, reason in results.absent.items():
         console.print(f"[yellow]note:[/yellow] no {name}: {escape(reason)}", highlight=False, soft_wrap=True)
 
 
@@ -162,23 +168,24 @@ def compare(
 
     differences = compare_evaluations(first, second)
     if json_:
-        print(json.dumps(differences))
+        values = {}
+        for name, difference in differences.items():
+            values[name] = None if difference is None else asdict(difference)
+        print(json.dumps(values))
         return
     table = Table("first less second", "mean", "95% interval", "p", "prompts", box=None, pad_edge=False)
     for name, difference in differences.items():
         if difference is not None:
             interval = _interval(difference)
-            mean, p_value = f"{difference['mean']:+.3f}", f"{difference['p_value']:.4f}"
-            table.add_row(name.replace("_", " "), mean, interval, p_value, f"{difference['episodes']:,}")
+            mean, p_value = f"{difference.mean:+.3f}", f"{difference.p_value:.4f}"
+            table.add_row(name.replace("_", " "), mean, interval, p_value, f"{difference.episodes:,}")
     console.print(table)
 
 
-def _add_row(table: Table, name: str, mean: dict[str, Any] | None) -> None:
-    if mean is None:
-        return
-    frequent = f"{mean['most_frequent']:.3f}" if "most_frequent" in mean else ""
-    table.add_row(name, f"{mean['mean']:.3f}", _interval(mean), f"{mean['episodes']:,}", frequent)
+def _add_row(table: Table, name: str, mean: Mean | None, frequent: str = "") -> None:
+    if mean is not None:
+        table.add_row(name, f"{mean.mean:.3f}", _interval(mean), f"{mean.episodes:,}", frequent)
 
 
-def _interval(mean: dict[str, Any]) -> str:
-    return "" if mean["low"] is None else f"{mean['low']:.3f} to {mean['high']:.3f}"
+def _interval(mean: Mean) -> str:
+    return "" if mean.low is None else f"{mean.low:.3f} to {mean.high:.3f}"

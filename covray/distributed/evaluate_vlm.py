@@ -18,6 +18,7 @@ import pyarrow.dataset as ds
 import torch
 
 from covray.config import EngineConfig
+from covray.config.section import JsonObject
 from covray.config.vlm import VlmEvaluateConfig
 from covray.distributed.pool import (
     CHECKPOINT,
@@ -40,10 +41,10 @@ from covray.distributed.resumable import Output, mlflow_run_of, run_ids
 from covray.distributed.session import ray_session
 from covray.distributed.trackers.together import RunTrackers
 from covray.errors import DatasetError
-from covray.evaluation.records import VlmEvaluationRecord
+from covray.evaluation.records import VlmEvaluationRecord, VlmEvaluationResults
+from covray.evaluation.statistics import Mean
 from covray.evaluation.vision_text import (
     ANSWERS_FILE,
-    RESULTS_FILE,
     BatchAnswerer,
     Row,
     read_rows,
@@ -62,7 +63,7 @@ _ANSWER_SCHEMA = pa.schema([("batch", pa.int64()), ("split", pa.string()), ("lin
 """``lines`` are those of ``answers.jsonl``, one a prompt."""
 
 
-def evaluate_vlm(config: VlmEvaluateConfig) -> dict[str, Any]:
+def evaluate_vlm(config: VlmEvaluateConfig) -> VlmEvaluationResults:
     """Answer the prompts of a split and return the scores, which are also written to ``results.json``.
 
     Called again on an unfinished evaluation it continues it; on a finished one it returns the results at once.
@@ -71,7 +72,7 @@ def evaluate_vlm(config: VlmEvaluateConfig) -> dict[str, Any]:
         CovrayError: Data or model cannot be used, or the folder holds another evaluation; nothing has been answered.
     """
     out = absolute(config.out)
-    with Output(out, VlmEvaluationRecord, "covray vlm evaluate", result=RESULTS_FILE) as output:
+    with Output(out, VlmEvaluationRecord, "covray vlm evaluate", result=VlmEvaluationResults.FILE) as output:
         with stage("reading data and model"):
             data = read_data(config.data, config.texts)
             prompts = len(data.of_split(config.split)[: config.samples])
@@ -92,7 +93,7 @@ class _Work:
 
     config: VlmEvaluateConfig
     """With paths that mean the same in a worker's folder."""
-    identity: dict[str, Any]
+    identity: JsonObject
     prompts: int
 
     @property
@@ -118,7 +119,7 @@ class AnswerActor(PoolActor):
         return batches.append_column("lines", pa.array(lines, _ANSWER_SCHEMA.field("lines").type))
 
 
-def _evaluate(work: _Work, output: Output[VlmEvaluationRecord], cores: int) -> dict[str, Any]:
+def _evaluate(work: _Work, output: Output[VlmEvaluationRecord], cores: int) -> VlmEvaluationResults:
     """Answer what is left in a Ray session; return the results."""
     config, folder = work.config, output.folder
     record = VlmEvaluationRecord(
@@ -132,16 +133,16 @@ def _evaluate(work: _Work, output: Output[VlmEvaluationRecord], cores: int) -> d
         results = summarize_rows(rows)
         lines = row_lines(rows)
         folder.write_bytes(ANSWERS_FILE, ("\n".join(lines) + "\n").encode())
-        folder.write_json(RESULTS_FILE, results)
+        results.write(folder)
         _track(tracker, config, results)
     delete_checkpoint(folder)
     return results
 
 
-def _finished(config: VlmEvaluateConfig, output: Output[VlmEvaluationRecord]) -> dict[str, Any]:
+def _finished(config: VlmEvaluateConfig, output: Output[VlmEvaluationRecord]) -> VlmEvaluationResults:
     """Return the results of a finished evaluation, and log them where it was killed before MLflow had all of them."""
     folder, record = output.folder, output.begun
-    results = dict(folder.read_json(RESULTS_FILE))
+    results = VlmEvaluationResults.read(folder)
     if record is not None and folder.exists(CHECKPOINT):
         absolute_config = _absolute(config)
         tracker = RunTrackers(absolute_config, run_ids(record), "covray vlm evaluate")
@@ -215,16 +216,16 @@ def _batches_of(rows: Sequence[Row], config: VlmEvaluateConfig) -> list[dict[str
     return batches
 
 
-def _track(tracker: RunTrackers, config: VlmEvaluateConfig, results: dict[str, Any]) -> None:
+def _track(tracker: RunTrackers, config: VlmEvaluateConfig, results: VlmEvaluationResults) -> None:
     """Log figures and files to MLflow."""
     figures = {}
-    for name, value in results.items():
-        if isinstance(value, dict):
-            value = value.get("mean")
+    for name, value in results:
+        if isinstance(value, Mean):
+            value = value.mean
         if isinstance(value, int | float):
             figures[name] = float(value)
     tracker.log(0, figures)
-    tracker.artefacts(config.out, (RESULTS_FILE, ANSWERS_FILE))
+    tracker.artefacts(config.out, (VlmEvaluationResults.FILE, ANSWERS_FILE))
 
 
 def _absolute(config: VlmEvaluateConfig) -> VlmEvaluateConfig:

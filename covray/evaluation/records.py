@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from pydantic import Field
 
 from covray.config.section import JsonObject
 from covray.errors import ConfigError, CovrayError
+from covray.evaluation.statistics import Mean
 from covray.evaluation.subjects import Kind
 from covray.io.records import Record, RecordPart
 
@@ -154,3 +156,42 @@ class VlmEvaluationRecord(Record):
     """The MLflow run; null without tracking."""
     tracker_runs: dict[str, str] | None = None
     """The runs in other trackers than MLflow, by tracker; absent without any."""
+
+
+@dataclass(frozen=True)
+class Accuracy(Mean):
+    """The share of right answers to one kind of question."""
+
+    most_frequent: float
+    """The share that always giving the most frequent answer would have."""
+
+
+class VlmEvaluationResults(Record):
+    """The scores of an evaluation of ``covray vlm``; written last."""
+
+    FILE: ClassVar[str] = "results.json"
+    FIX: ClassVar[str] = "evaluate again into another folder"
+    VERSION: ClassVar[int | None] = None
+    ERROR: ClassVar[type[CovrayError]] = ConfigError
+
+    prompts: int
+    questions: Mean | None
+    """The share of right answers: `mean`, its 95% interval from `low` to `high`, and `episodes`, the prompts that have
+    the score. The other means are written likewise; null where no prompt has the score."""
+    questions_by_kind: dict[str, Accuracy]
+    """Beside the mean `most_frequent`, the share that always giving the most frequent answer would have."""
+    facts: Mean | None
+    """The share of the facts of a portrait that its caption states."""
+    facts_by_theme: dict[str, Mean]
+    captions_with_all_facts: Mean | None
+    bleu: float | None
+    """BLEU-4 of captions, all in one; null without captions."""
+    chrf: Mean | None = None
+    """chrF++ of captions; null without captions or torchmetrics, absent in files of covray 0.1.0."""
+    answer_perplexity: float
+    """Of the expected answers, token by token."""
+    tokens_per_s: float | None
+    """Of the answers that were written, by one actor."""
+    tokens_per_pass: float | None
+    absent: dict[str, str] = Field(default_factory=dict)
+    """The scores that could not be computed, each with the reason; absent where there are none."""

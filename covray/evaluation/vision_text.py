@@ -13,7 +13,6 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,8 +22,8 @@ from covray.config.vlm import VlmEvaluateConfig
 from covray.errors import ConfigError, one_line
 from covray.evaluation.bleu import corpus_bleu
 from covray.evaluation.caption_facts import right_facts
-from covray.evaluation.records import VlmEvaluationRecord
-from covray.evaluation.statistics import Difference, mean_interval, paired_difference
+from covray.evaluation.records import Accuracy, VlmEvaluationRecord, VlmEvaluationResults
+from covray.evaluation.statistics import Difference, Mean, mean_interval, paired_difference
 from covray.generation.vision_text import load_answerer
 from covray.io.storage import Folder
 from covray.models.vlm.batch import Blocks, collate
@@ -33,7 +32,6 @@ from covray.training.objectives.base import perplexity
 from covray.training.objectives.vision_text import parts_of, read_data
 
 ANSWERS_FILE = "answers.jsonl"
-RESULTS_FILE = "results.json"
 PROMPT_SCORES = ("questions", "facts", "captions_with_all_facts", "chrf", "answer_nats")
 """The scores that two models are compared by, prompt by prompt."""
 
@@ -154,12 +152,12 @@ def read_rows(lines: Iterable[str]) -> list[Row]:
     return rows
 
 
-def summarize_rows(rows: Sequence[Row]) -> dict[str, Any]:
+def summarize_rows(rows: Sequence[Row]) -> VlmEvaluationResults:
     """Return the scores of an evaluation; each mean with its 95% bootstrap interval over prompts."""
     # Questions have an answer that is right or wrong; captions are measured by their facts and their words.
     questions: dict[str, list[Row]] = defaultdict(list)
     facts: dict[str, list[float]] = defaultdict(list)
-    captions = []
+    captions: list[Row] = []
     for row in rows:
         if row.right is not None:
             questions[row.kind].append(row)
@@ -182,28 +180,30 @@ def summarize_rows(rows: Sequence[Row]) -> dict[str, Any]:
     likelihood_tokens = sum(row.likelihood_tokens for row in rows)
     seconds = sum(row.seconds for row in rows)
     passes = sum(row.passes for row in rows)
-    results = {
-        "prompts": len(rows),
-        "questions": _mean_right(answered),
-        "questions_by_kind": {kind: _accuracy(of_kind) for kind, of_kind in sorted(questions.items())},
-        "facts": _mean(shares),
-        "facts_by_theme": {theme: _mean(values) for theme, values in sorted(facts.items())},
-        "captions_with_all_facts": _mean(complete),
-        "bleu": None,
-        "chrf": None,
-        "answer_perplexity": perplexity(-log_likelihood / likelihood_tokens),
-        "tokens_per_s": _ratio(tokens, seconds),
-        "tokens_per_pass": _ratio(tokens, passes),
-    }
+    bleu, chrf, lacks_chrf = None, None, False
     if captions:
         written, expected = _texts(captions)
-        results["bleu"] = corpus_bleu(written, expected)
-        chrf = caption_chrf(written, expected)
-        # chrF needs a package that is not a requirement; without it its absence is a fact of the results.
-        if chrf is None:
-            results["absent"] = {"chrf": "needs torchmetrics: pip install 'covray[captions]'"}
-        else:
-            results["chrf"] = _mean(chrf)
+        bleu = corpus_bleu(written, expected)
+        of_captions = caption_chrf(written, expected)
+        lacks_chrf = of_captions is None
+        chrf = mean_interval(of_captions or ())
+    results = VlmEvaluationResults(
+        prompts=len(rows),
+        questions=mean_interval(_right(answered)),
+        questions_by_kind={kind: _accuracy(of_kind) for kind, of_kind in sorted(questions.items())},
+        facts=mean_interval(shares),
+        facts_by_theme={theme: _mean(values) for theme, values in sorted(facts.items())},
+        captions_with_all_facts=mean_interval(complete),
+        bleu=bleu,
+        chrf=chrf,
+        answer_perplexity=perplexity(-log_likelihood / likelihood_tokens),
+        tokens_per_s=_ratio(tokens, seconds),
+        tokens_per_pass=_ratio(tokens, passes),
+    )
+    # chrF needs a package that is not a requirement; without it its absence is a fact of the results.
+    if lacks_chrf:
+        absent = {"chrf": "needs torchmetrics: pip install 'covray[captions]'"}
+        return results.model_copy(update={"absent": absent})
     return results
 
 
@@ -283,8 +283,8 @@ def _texts(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
     return answers, expected
 
 
-def compare_evaluations(first: str, second: str) -> dict[str, Any]:
-    """Compare two finished evaluations of the same prompts; see ``compare_rows``.
+def compare_evaluations(first: str, second: str) -> dict[str, Difference | None]:
+    """Compare two finished evaluations of the same prompts as ``compare_rows`` does.
 
     Args:
         first: The ``--out`` of a ``covray vlm evaluate``.
@@ -305,19 +305,13 @@ def compare_evaluations(first: str, second: str) -> dict[str, Any]:
             f"{first} and {second}: answered different prompts; evaluate both with the same --data, --split, --samples "
             "and texts"
         )
-    differences = compare_rows(rows[:1], rows[1:])
-    compared: dict[str, Any] = {}
-    for name, difference in differences.items():
-        compared[name] = None
-        if difference is not None:
-            compared[name] = asdict(difference)
-    return compared
+    return compare_rows(rows[:1], rows[1:])
 
 
 def finished_rows(out: str) -> list[Row]:
     """Return the rows of a finished evaluation. Raises ConfigError."""
     folder = Folder(out)
-    if not folder.exists(RESULTS_FILE):
+    if not folder.exists(VlmEvaluationResults.FILE):
         raise ConfigError(f"{folder.path}: holds no finished evaluation; give the --out of covray vlm evaluate")
     where = folder.join(ANSWERS_FILE)
     try:
@@ -331,27 +325,25 @@ def finished_rows(out: str) -> list[Row]:
     return rows
 
 
-def _accuracy(rows: Sequence[Row]) -> dict[str, Any]:
+def _accuracy(rows: Sequence[Row]) -> Accuracy:
     """Return the accuracy of one kind of question, and that of always giving the most frequent answer."""
     counts = Counter(row.expected.casefold() for row in rows)
-    accuracy = _mean_right(rows)
-    assert accuracy is not None
-    return accuracy | {"most_frequent": counts.most_common(1)[0][1] / len(rows)}
+    return Accuracy(**vars(_mean(_right(rows))), most_frequent=counts.most_common(1)[0][1] / len(rows))
 
 
-def _mean_right(rows: Sequence[Row]) -> dict[str, Any] | None:
-    """Return the share of questions that were answered as expected, with its interval."""
-    return _mean([float(bool(row.right)) for row in rows])
+def _right(rows: Sequence[Row]) -> list[float]:
+    """Return 1 for each question that was answered as expected, else 0."""
+    return [float(bool(row.right)) for row in rows]
+
+
+def _mean(values: Sequence[float]) -> Mean:
+    """Return the mean of at least one value, with its interval."""
+    mean = mean_interval(values)
+    assert mean is not None
+    return mean
 
 
 def _ratio(amount: float, divisor: float) -> float | None:
     if not divisor:
         return None
     return amount / divisor
-
-
-def _mean(values: Sequence[float]) -> dict[str, Any] | None:
-    result = mean_interval(values)
-    if result is None:
-        return None
-    return asdict(result)

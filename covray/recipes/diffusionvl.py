@@ -22,6 +22,8 @@ from covray.distributed.evaluate_vlm import evaluate_vlm
 from covray.distributed.session import ray_session
 from covray.distributed.train_vlm import train_vlm
 from covray.errors import ConfigError, one_line
+from covray.evaluation.records import VlmEvaluationResults
+from covray.evaluation.statistics import Mean
 from covray.evaluation.vision_text import Row, compare_rows, finished_rows
 from covray.io import storage
 from covray.io.storage import Folder
@@ -227,7 +229,9 @@ def _train(programme: Programme, variant: Variant, seed: int, pretrained_samples
     return run
 
 
-def _evaluate(programme: Programme, run: str, name: str, decoding: Mapping[str, Any], timed: bool) -> dict[str, Any]:
+def _evaluate(
+    programme: Programme, run: str, name: str, decoding: Mapping[str, Any], timed: bool
+) -> VlmEvaluationResults:
     """Evaluate a run, or read that it is done; return the results.
 
     Args:
@@ -315,7 +319,7 @@ def _speed(programme: Programme, pretrained_samples: int) -> list[Speed]:
     for title, name, decoding in asked:
         file_name = "timed-" + title.replace(",", "").replace(" ", "-")
         result = _evaluate(programme, runs[name], file_name, decoding, timed=True)
-        rate = _mean_of(result["tokens_per_s"]) or 0.0
+        rate = result.tokens_per_s or 0.0
         # The twin comes first: all rates are over its own.
         first_rate = table[0].tokens_per_s if table else rate
         table.append(
@@ -323,9 +327,9 @@ def _speed(programme: Programme, pretrained_samples: int) -> list[Speed]:
                 decoder=title,
                 tokens_per_s=rate,
                 over_autoregressive=rate / first_rate if first_rate else 0.0,
-                tokens_per_pass=_mean_of(result["tokens_per_pass"]) or 0.0,
-                facts=_mean_of(result["facts"]),
-                chrf=_mean_of(result["chrf"]),
+                tokens_per_pass=result.tokens_per_pass or 0.0,
+                facts=_mean_of(result.facts),
+                chrf=_mean_of(result.chrf),
             )
         )
     return table
@@ -343,7 +347,7 @@ def _ablate(programme: Programme, pretrained_samples: int) -> list[Ablation]:
             if variant is BLOCKS and passes not in programme.budget.passes:
                 name += "-ablation"
             result = _evaluate(programme, run, name, {"passes": passes}, timed=False)
-            scores.append({score: _mean_of(result[score]) for score in SCORES})
+            scores.append({score: _mean_of(getattr(result, score)) for score in SCORES})
         table.append(
             Ablation(
                 variant=variant.name,
@@ -364,5 +368,5 @@ def _nelbo_perplexity(run: str) -> float | None:
     return last
 
 
-def _mean_of(score: float | Mapping[str, float] | None) -> float | None:
-    return score["mean"] if isinstance(score, Mapping) else score
+def _mean_of(score: Mean | None) -> float | None:
+    return None if score is None else score.mean

@@ -18,6 +18,8 @@ from covray.config import BuildConfig, EvaluateConfig, TrainConfig
 from covray.config.think import ThinkFeaturesConfig
 from covray.distributed.dashboard import VARIABLE, is_dashboard_asked
 from covray.errors import ConfigError
+from covray.evaluation.records import Accuracy, VlmEvaluationResults
+from covray.evaluation.statistics import Mean
 
 
 def parsed(*words: object) -> object:
@@ -176,10 +178,14 @@ def test_every_command_takes_what_all_take() -> None:
 
 
 def test_kinds_of_questions_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
-    mean = {"mean": 0.5, "low": None, "high": None, "episodes": 3}
-    others = dict.fromkeys(("questions", "facts", "captions_with_all_facts", "bleu", "answer_perplexity"))
-    speed = dict.fromkeys(("tokens_per_s", "tokens_per_pass"))
-    print_scores({"questions_by_kind": {"[/where]": mean}, "facts_by_theme": {"[red]": mean}, **others, **speed})
+    mean = Mean(0.5, None, None, 3)
+    results = VlmEvaluationResults(
+        prompts=6, questions=mean, questions_by_kind={"[/where]": Accuracy(0.5, None, None, 3, 0.25)},
+        facts=mean, facts_by_theme={"[red]": mean}, captions_with_all_facts=None, bleu=None, answer_perplexity=1.0,
+        tokens_per_s=None, tokens_per_pass=None,
+    )  # fmt: skip
+    print_scores(results)
     printed = capsys.readouterr().out
     assert "  [/where]" in printed
     assert "  [red]" in printed
+    assert printed.count("0.250") == 1, "only a kind of question has a most frequent answer"

@@ -63,12 +63,12 @@ def test_a_finished_evaluation_of_any_age_is_only_read(
     config = config_of()
     rows = answered(config)
     write(tmp_path / "scores", config, rows)
-    (tmp_path / "scores" / "results.json").write_text(json.dumps(summarize_rows(rows)))
+    (tmp_path / "scores" / "results.json").write_text(json.dumps(summarize_rows(rows).to_json()))
     assert evaluate_vlm(config) == summarize_rows(rows)
     with pytest.raises(DatasetError, match="samples was None, is 6"):
         evaluate_vlm(config_of(samples=6))
     differences = compare_evaluations(config.out, config.out)
-    assert differences["questions"]["mean"] == differences["answer_nats"]["mean"] == 0
+    assert differences["questions"].mean == differences["answer_nats"].mean == 0
     with pytest.raises(ConfigError, match="no finished evaluation"):
         compare_evaluations(config.out, str(tmp_path))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +17,9 @@ from covray.config.vlm import VlmEvaluateConfig, VlmTrainConfig
 from covray.errors import ConfigError
 from covray.evaluation.bleu import corpus_bleu
 from covray.evaluation.caption_facts import right_facts
+from covray.evaluation.records import VlmEvaluationResults
 from covray.evaluation.vision_text import (
     ANSWERS_FILE,
-    RESULTS_FILE,
     BatchAnswerer,
     Row,
     caption_chrf,
@@ -63,14 +64,14 @@ def test_scores_are_means_over_prompts() -> None:
         row("caption", "a box", "a box", right=None, facts={"object": True, "colour": True}),
     ]
     scores = summarize_rows(rows)
-    assert scores["questions"]["mean"] == pytest.approx(2 / 3)
-    assert scores["questions_by_kind"]["colour"]["mean"] == 0.5
-    assert scores["questions_by_kind"]["colour"]["most_frequent"] == 1
-    assert scores["facts"]["mean"] == 0.75
-    assert scores["facts_by_theme"]["colour"]["mean"] == 0.5
-    assert scores["captions_with_all_facts"]["mean"] == 0.5
-    assert scores["answer_perplexity"] == pytest.approx(np.e)
-    assert (scores["tokens_per_s"], scores["tokens_per_pass"]) == (8, 2)
+    assert scores.questions.mean == pytest.approx(2 / 3)
+    assert scores.questions_by_kind["colour"].mean == 0.5
+    assert scores.questions_by_kind["colour"].most_frequent == 1
+    assert scores.facts.mean == 0.75
+    assert scores.facts_by_theme["colour"].mean == 0.5
+    assert scores.captions_with_all_facts.mean == 0.5
+    assert scores.answer_perplexity == pytest.approx(np.e)
+    assert (scores.tokens_per_s, scores.tokens_per_pass) == (8, 2)
 
 
 def test_two_models_are_compared_prompt_by_prompt() -> None:
@@ -98,7 +99,7 @@ def test_two_models_are_compared_prompt_by_prompt() -> None:
 
 def test_a_finished_evaluation_is_whole_or_refused(tmp_path: Path) -> None:
     lines = row_lines([row("colour", "red", "red"), row("colour", "red", "blue"), row("colour", "red", "red")])
-    (tmp_path / RESULTS_FILE).write_text("{}")
+    (tmp_path / VlmEvaluationResults.FILE).write_text("{}")
     with pytest.raises(ConfigError, match=r"answers\.jsonl: cannot be read .*; evaluate again"):
         finished_rows(str(tmp_path))
     (tmp_path / ANSWERS_FILE).write_text("\n".join(lines) + "\n")
@@ -114,7 +115,24 @@ def test_chrf_is_of_each_caption(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0 < far < near < 1
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     scores = summarize_rows([row("caption", "a ball", "a ball", right=None)])
-    assert (scores["chrf"], list(scores["absent"])) == (None, ["chrf"])
+    assert (scores.chrf, list(scores.absent)) == (None, ["chrf"])
+
+
+def test_results_are_written_as_they_always_were_and_those_of_the_first_version_are_read(tmp_path: Path) -> None:
+    scores = summarize_rows([row("colour", "red", "red"), row("caption", "a ball", "a ball", right=None)])
+    scores.write(str(tmp_path))
+    written = json.loads((tmp_path / VlmEvaluationResults.FILE).read_text())
+    assert list(written) == [
+        "prompts", "questions", "questions_by_kind", "facts", "facts_by_theme", "captions_with_all_facts", "bleu",
+        "chrf", "answer_perplexity", "tokens_per_s", "tokens_per_pass",
+    ]  # fmt: skip
+    assert written["questions"] == {"mean": 1.0, "low": None, "high": None, "episodes": 1}
+    assert list(written["questions_by_kind"]["colour"]) == ["mean", "low", "high", "episodes", "most_frequent"]
+    assert VlmEvaluationResults.read(str(tmp_path)) == scores
+    del written["chrf"]  # covray 0.1.0 had no such score
+    (tmp_path / VlmEvaluationResults.FILE).write_text(json.dumps(written))
+    earlier = VlmEvaluationResults.read(str(tmp_path))
+    assert (earlier.chrf, earlier.to_json()) == (None, written)
 
 
 def test_batches_are_answered_alone_as_among_others(vlm_config: Callable[..., VlmTrainConfig]) -> None:

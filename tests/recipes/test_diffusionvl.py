@@ -6,12 +6,12 @@ import json
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from covray.config.vlm import VlmEvaluateConfig, VlmTrainConfig
 from covray.errors import ConfigError
+from covray.evaluation.records import VlmEvaluationResults
 from covray.evaluation.vision_text import Row, row_lines, summarize_rows
 from covray.models.vlm.decoding import decoding_blocks
 from covray.recipes import diffusionvl, diffusionvl_tables
@@ -33,7 +33,7 @@ class Commands:
         record = json.dumps({"step": 1, "answer_nelbo_perplexity": 2.0})
         Path(config.out, "metrics.jsonl").write_text(f"{record}\n" if config.objective == "block_diffusion" else "")
 
-    def evaluate(self, config: VlmEvaluateConfig) -> dict[str, Any]:
+    def evaluate(self, config: VlmEvaluateConfig) -> VlmEvaluationResults:
         assert self.evaluated.setdefault(config.out, config) == config, "two evaluations in a folder"
         training = self.trained[str(config.run)]
         uses_blocks = training.objective == "block_diffusion"
@@ -64,7 +64,7 @@ class Commands:
         results = summarize_rows(rows)
         Path(config.out).mkdir(parents=True, exist_ok=True)
         Path(config.out, "answers.jsonl").write_text("\n".join(row_lines(rows)))
-        Path(config.out, "results.json").write_text(json.dumps(results))
+        results.write(config.out)
         return results
 
 
@@ -134,7 +134,7 @@ def test_another_budget_is_refused(tmp_path: Path) -> None:
 def test_a_table_is_there_as_soon_as_it_is_made(
     commands: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stopped(config: VlmEvaluateConfig) -> dict[str, Any]:
+    def stopped(config: VlmEvaluateConfig) -> VlmEvaluationResults:
         if config.batch == 1:
             raise KeyboardInterrupt
         return commands.evaluate(config)

@@ -25,6 +25,6 @@ def test_it_sees_what_it_answers(manifest: str) -> None:
     config = VlmEvaluateConfig(model="nano", data=manifest, out="unused", batch=1000)
     scores = summarize_rows(BatchAnswerer(config).answer(0))
     for kind in ("style", "background"):
-        accuracy = scores["questions_by_kind"][kind]
-        assert accuracy["mean"] > accuracy["most_frequent"] + 0.2, kind
-    assert scores["facts"]["mean"] > 0.5
+        accuracy = scores.questions_by_kind[kind]
+        assert accuracy.mean > accuracy.most_frequent + 0.2, kind
+    assert scores.facts.mean > 0.5
