@@ -15,6 +15,8 @@ from covray.errors import ConfigError
 
 if TYPE_CHECKING:
     from covray.recipes.claims_run import Programme
+    from covray.recipes.thinking.compositions import CompositionScores
+    from covray.recipes.thinking.table import ShotTable
 
 _BUDGET = (
     "Run the whole programme: noise in frames, controls, lengths, alphas, decodings and votes, learning curves. small: "
@@ -140,41 +142,40 @@ def thinking(
     json_: Json = False,
 ) -> None:
     """ThinkDiff on rendered portraits: nano parts, aligners, the table of its ablations. The same command continues."""
-    from covray.recipes.thinking.programme import COMPOSITIONS, run_thinking
+    from covray.recipes.thinking.programme import run_thinking
 
     results = run_thinking(out, budget, threads, device, seed)
     if json_:
-        print(json.dumps(results))
+        print(json.dumps(results.to_json()))
         return
-    # Every other key is a number of shots, with a table of its own.
-    composed = results.pop(COMPOSITIONS)
-    for shots, own in results.items():
+    for shots, own in results.shots.items():
         _print_rows(shots, own)
-    for kind, own in composed.items():
-        _print_compositions(kind, own)
+    for kind, rows in results.compositions.items():
+        _print_compositions(kind, rows)
 
 
-def _print_rows(shots: str, results: dict[str, Any]) -> None:
+def _print_rows(shots: str, results: ShotTable) -> None:
     """Print a table of ThinkDiff's programme."""
     from rich.table import Table
 
     table = Table(shots, "right", "95%", "held-out cells", "below LVLM", "p", box=None, pad_edge=False)
-    for name, row in results["rows"].items():
-        right, held_out, below = row["right"], row["held_out"], row.get("below_reference")
-        cells = [name, f"{right['mean']:.3f}", f"{right['low']:.3f} to {right['high']:.3f}"]
-        cells.append("" if held_out is None else f"{held_out['mean']:.3f}")
+    for name, row in results.rows.items():
+        right, held_out, below = row.right, row.held_out, row.below_reference
+        cells = [name, f"{right.mean:.3f}", f"{right.low:.3f} to {right.high:.3f}"]
+        cells.append("" if held_out is None else f"{held_out.mean:.3f}")
         if below is not None:
-            cells += [f"{below['mean']:+.3f}", f"{below['p_value']:.4f}"]
+            cells += [f"{below.mean:+.3f}", f"{below.p_value:.4f}"]
         table.add_row(*cells)
-    table.add_row("chance", f"{results['chance']:.3f}")
+    table.add_row("chance", f"{results.chance:.3f}")
     console.print(table)
 
 
-def _print_compositions(kind: str, rows: dict[str, Any]) -> None:
+def _print_compositions(kind: str, rows: dict[str, CompositionScores]) -> None:
     """Print a table of ThinkDiff-CLIP's compositions."""
     from rich.table import Table
 
     table = Table(kind, "facts kept", "all kept", "obeyed", "both", box=None, pad_edge=False)
     for name, row in rows.items():
-        table.add_row(name, *(f"{row[key]['mean']:.3f}" for key in ("facts", "kept", "obeyed", "both")))
+        means = (row.facts, row.kept, row.obeyed, row.both)
+        table.add_row(name, *(f"{mean.mean:.3f}" for mean in means))
     console.print(table)

@@ -60,20 +60,26 @@ def test_killed_and_continued_gives_every_row(tmp_path: Path, monkeypatch: pytes
     result = programme.run_thinking(str(tmp_path / "out"), "tiny", 1, "cpu")
     assert {file: file.stat().st_mtime_ns for file in before} == before, "nothing is made twice"
     for kind in compositions.KINDS:
-        composed = result["compositions"][kind]
+        composed = result.compositions[kind]
         assert composed.keys() == {compositions.TRUE, compositions.COPY, "ThinkDiff-CLIP", "IP-Adapter-like"}
         for name, row in composed.items():
-            assert row["both"]["episodes"] == 3
-            assert ("below_reference" in row) == (name != "ThinkDiff-CLIP")
-    own = result["2 shots"]["rows"]
+            assert row.both.episodes == 3
+            assert ("below_reference" in row.to_json()) == (name != "ThinkDiff-CLIP")
+    own = result.shots["2 shots"].rows
     expected = {variant.name for variant in aligners.VARIANTS}
     expected |= {rows.TRUE_RENDERS, rows.TRUE_CAPTION, rows.VLM_TEXT, rows.TEXT_BRIDGE, rows.COPY}
     assert own.keys() == expected
     for name, row in own.items():
-        assert row["right"]["episodes"] == 2 * 2 * len(PORTRAITS)
-        assert ("below_reference" in row) == (name != aligners.LVLM.name)
-    assert "decoded_text" in own[aligners.LVLM.name]
-    assert json.loads((tmp_path / "out" / "results.json").read_text()) == result
+        assert row.right.episodes == 2 * 2 * len(PORTRAITS)
+        assert ("below_reference" in row.to_json()) == (name != aligners.LVLM.name)
+    assert own[aligners.LVLM.name].decoded_text is not None
+    written = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert written == result.to_json()
+    assert list(written) == ["2 shots", "compositions"]
+    assert list(written["2 shots"]["rows"][rows.TRUE_RENDERS]) == [
+        "right", "right_by_seed", "named", "hidden", "seen", "held_out", "by_task", "seconds", "below_reference",
+        "tasks_below_reference",
+    ]  # fmt: skip
     with pytest.raises(ConfigError, match="another budget or seed"):
         programme.run_thinking(str(tmp_path / "out"), "small", 1, "cpu")
 
@@ -134,22 +140,22 @@ def test_the_table_pairs_episodes_and_counts_tasks() -> None:
     orders = sample_orders(40, 0)
     episodes = [make_episode(task, number, order, 2) for task in tasks for number, order in enumerate(orders)]
     count = len(episodes)
-    good = {key: [True] * count for key in ("right", "named", "hidden")} | {"seconds": 1.0}
-    bad = {key: [False] * count for key in ("right", "named", "hidden")} | {"seconds": 3.0}
-    half = good | {"right": [place % 40 < 20 for place in range(count)]}
+    good = rows.RowVerdicts(right=[True] * count, named=[True] * count, hidden=[True] * count, seconds=1.0)
+    bad = rows.RowVerdicts(right=[False] * count, named=[False] * count, hidden=[False] * count, seconds=3.0)
+    half = good.model_copy(update={"right": [place % 40 < 20 for place in range(count)]})
     result = table.table_of(
         {2: {"reference": [good, half], "bad": [bad, bad]}}, {2: {"bad": [good]}}, {2: episodes}, "reference"
     )
-    own = result["2 shots"]["rows"]
-    assert own["reference"]["right"]["mean"] == 0.75, "an episode's score is its mean over seeds"
-    assert own["reference"]["right_by_seed"] == [1.0, 0.5]
-    assert own["reference"]["by_task"] == dict.fromkeys([task.name for task in tasks], 0.75)
-    assert own["bad"]["below_reference"]["mean"] == 0.75
-    assert own["bad"]["below_reference"]["p_value"] < 0.001
-    assert own["bad"]["tasks_below_reference"] == len(tasks)
-    assert own["bad"]["decoded_text"]["mean"] == 1.0
-    assert own["bad"]["seconds"] == 3.0
-    counts = [own["reference"][key]["episodes"] for key in ("seen", "held_out")]
+    reference, worse = result["2 shots"].rows["reference"], result["2 shots"].rows["bad"]
+    assert reference.right.mean == 0.75, "an episode's score is its mean over seeds"
+    assert reference.right_by_seed == [1.0, 0.5]
+    assert reference.by_task == dict.fromkeys([task.name for task in tasks], 0.75)
+    assert worse.below_reference.mean == 0.75
+    assert worse.below_reference.p_value < 0.001
+    assert worse.tasks_below_reference == len(tasks)
+    assert worse.decoded_text.mean == 1.0
+    assert worse.seconds == 3.0
+    counts = [reference.seen.episodes, reference.held_out.episodes]
     assert sum(counts) == count
     assert np.isclose(counts[1] / count, 0.15, atol=0.06)
 

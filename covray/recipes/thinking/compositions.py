@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,8 +22,9 @@ from numpy.typing import NDArray
 
 from covray.config.vlm import VlmDecodingConfig
 from covray.evaluation.caption_facts import stated
-from covray.evaluation.statistics import mean_interval, paired_difference
+from covray.evaluation.statistics import Difference, Mean, mean_interval, paired_difference
 from covray.io import storage
+from covray.io.records import RecordPart
 from covray.models.aligner.aligner import Aligner
 from covray.models.vlm.decoding import decode
 from covray.pairs.scenes.portrait_values import BACKGROUNDS, BESIDE, COLOURS, OBJECTS, TEXTURES
@@ -80,6 +80,22 @@ class Case:
     def obeyed(self) -> Facts:
         """What of the words is to be obeyed, by theme."""
         return {"background": {self.expected.background}} if self.words else {}
+
+
+class CompositionScores(RecordPart):
+    """A row of a kind of composition: the means of its verdicts."""
+
+    facts: Mean
+    """The share of facts that are kept."""
+    kept: Mean
+    obeyed: Mean
+    both: Mean
+    below_reference: Difference | None = None
+    """The reference less this row, of ``both``; absent in the reference."""
+
+
+Compositions = dict[str, dict[str, CompositionScores]]
+"""The table, by kind and row."""
 
 
 def make_cases(kind: str, count: int, seed: int) -> list[Case]:
@@ -184,8 +200,8 @@ def _equal(seen: Facts, wanted: Facts) -> list[bool]:
 
 def compositions(
     family: Family, folder: Path, aligners: Mapping[str, Sequence[Aligner]], count: int, seed: int, reference: str
-) -> dict[str, Any]:
-    """Return the table of compositions by kind and row; each row's verdicts are kept in a file.
+) -> Compositions:
+    """Return the table of compositions; each row's verdicts are kept in a file.
 
     Args:
         family: The nano parts.
@@ -195,7 +211,7 @@ def compositions(
         seed: Of the compositions.
         reference: The row that others are compared with.
     """
-    table: dict[str, Any] = {}
+    table = {}
     for kind in KINDS:
         cases = make_cases(kind, count, seed)
         # How a row draws some of the cases; a row of aligners once for each of its seeds.
@@ -233,19 +249,28 @@ def _judged(
     return judged
 
 
-def _rows(rows: Mapping[str, Sequence[Mapping[str, list[float]]]], reference: str) -> dict[str, Any]:
+def _rows(rows: Mapping[str, Sequence[Mapping[str, list[float]]]], reference: str) -> dict[str, CompositionScores]:
     """Return the means of each row's cases with intervals; a case's score is its mean over seeds."""
-    results: dict[str, Any] = {}
+    results = {}
     compared = _mean_over_seeds(rows[reference], "both")
     for name, by_seed in rows.items():
-        results[name] = {}
-        for key in ("facts", "kept", "obeyed", "both"):
-            mean = mean_interval(_mean_over_seeds(by_seed, key))
-            results[name][key] = None if mean is None else asdict(mean)
+        row = CompositionScores(
+            facts=_mean(by_seed, "facts"),
+            kept=_mean(by_seed, "kept"),
+            obeyed=_mean(by_seed, "obeyed"),
+            both=_mean(by_seed, "both"),
+        )
         if name != reference:
             difference = paired_difference(compared, _mean_over_seeds(by_seed, "both"))
-            results[name]["below_reference"] = None if difference is None else asdict(difference)
+            row = row.model_copy(update={"below_reference": difference})
+        results[name] = row
     return results
+
+
+def _mean(by_seed: Sequence[Mapping[str, list[float]]], key: str) -> Mean:
+    mean = mean_interval(_mean_over_seeds(by_seed, key))
+    assert mean is not None
+    return mean
 
 
 def _mean_over_seeds(by_seed: Sequence[Mapping[str, list[float]]], key: str) -> NDArray[np.float64]:

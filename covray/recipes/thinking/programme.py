@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from covray.config import differences
+from covray.config.section import JsonObject
 from covray.errors import ConfigError, one_line
 from covray.io import storage
 from covray.io.device import choose_device
@@ -22,17 +23,18 @@ from covray.recipes.nano.portrait_data import PortraitVae, portrait_manifest, re
 from covray.recipes.nano.vlm_list import INSTRUCTIONS
 from covray.recipes.thinking.aligners import CLIP, COMPOSERS, LVLM, VARIANTS, Lessons, Variant, trained_aligner
 from covray.recipes.thinking.budget import Budget, budget_of
-from covray.recipes.thinking.compositions import compositions
+from covray.recipes.thinking.compositions import Compositions, compositions
 from covray.recipes.thinking.family import Family, load_family, train_family
 from covray.recipes.thinking.rows import (
     EpisodeSet,
     RowJudge,
+    RowVerdicts,
     aligned_features,
     ceilings,
     decoded_cells,
     make_episodes,
 )
-from covray.recipes.thinking.table import table_of
+from covray.recipes.thinking.table import ShotTable, table_of
 from covray.recipes.thinking.thoughts import BATCH, joined, kept_thoughts
 from covray.seeds import seed_of
 from covray.thinking.features import patch_features
@@ -45,8 +47,25 @@ _BLOCK = 16 * BATCH
 """Captions of a file."""
 
 
-def run_thinking(out: str, budget_name: str, threads: int, device: str = "auto", seed: int = 0) -> dict[str, Any]:
-    """Train what is missing, ask all episodes, and return the table, which is also written to ``results.json``.
+@dataclass(frozen=True)
+class ThinkingResults:
+    """What the programme found."""
+
+    shots: dict[str, ShotTable]
+    """By shots as ``2 shots``."""
+    compositions: Compositions
+
+    def to_json(self) -> JsonObject:
+        """Return what ``results.json`` holds: a key for each number of shots, then the compositions."""
+        values: JsonObject = {name: table.to_json() for name, table in self.shots.items()}
+        composed: JsonObject = {}
+        for kind, rows in self.compositions.items():
+            composed[kind] = {name: row.to_json() for name, row in rows.items()}
+        return values | {COMPOSITIONS: composed}
+
+
+def run_thinking(out: str, budget_name: str, threads: int, device: str = "auto", seed: int = 0) -> ThinkingResults:
+    """Train what is missing, ask all episodes, and return the results, which are also written to ``results.json``.
 
     Args:
         out: Folder of the programme. ``out``/nano holds the nano parts; those that are there are used.
@@ -67,8 +86,8 @@ def run_thinking(out: str, budget_name: str, threads: int, device: str = "auto",
     family = load_family(folder / "nano", budget, threads, chosen)
     lessons = make_lessons(family, folder / "captions", budget, seed)
     judging = RowJudge(family, folder / "rows")
-    rows: dict[int, dict[str, list[dict[str, Any]]]] = {}
-    proxies: dict[int, dict[str, list[dict[str, Any]]]] = {}
+    rows: dict[int, dict[str, list[RowVerdicts]]] = {}
+    proxies: dict[int, dict[str, list[RowVerdicts]]] = {}
     episodes = {}
     for shots in budget.shots:
         whole = make_episodes(family, folder / "thoughts", shots, budget.episodes, seed)
@@ -83,7 +102,7 @@ def run_thinking(out: str, budget_name: str, threads: int, device: str = "auto",
                 rows[shots][variant.name].append(row)
                 if proxy is not None:
                     proxies[shots][variant.name].append(proxy)
-    table = table_of(rows, proxies, episodes, LVLM.name)
+    tables = table_of(rows, proxies, episodes, LVLM.name)
     composers = {}
     for variant in COMPOSERS:
         own = []
@@ -91,9 +110,10 @@ def run_thinking(out: str, budget_name: str, threads: int, device: str = "auto",
             own.append(trained_aligner(folder / "aligners", variant, family, lessons, budget, seed + number))
         composers[variant.name] = own
     count = budget.episodes * 3 // 2
-    table[COMPOSITIONS] = compositions(family, folder / COMPOSITIONS, composers, count, seed, CLIP.name)
-    storage.write_json(str(folder / RESULTS), table)
-    return table
+    composed = compositions(family, folder / COMPOSITIONS, composers, count, seed, CLIP.name)
+    results = ThinkingResults(tables, composed)
+    storage.write_json(str(folder / RESULTS), results.to_json())
+    return results
 
 
 def _caption_prompts(family: Family, pictures: Any, first: int, seed: int) -> list[Any]:
@@ -137,7 +157,7 @@ def make_lessons(family: Family, folder: Path, budget: Budget, seed: int) -> Les
 def _aligner_row(
     folder: Path, judging: RowJudge, family: Family, lessons: Lessons, whole: EpisodeSet, variant: Variant,
     budget: Budget, seed: int,
-) -> tuple[dict[str, Any], dict[str, Any] | None]:  # fmt: skip
+) -> tuple[RowVerdicts, RowVerdicts | None]:  # fmt: skip
     """Return the verdicts on an aligner's pictures, and on the texts that the frozen decoder writes from the same."""
     aligner = trained_aligner(folder / "aligners", variant, family, lessons, budget, seed)
     name = f"{len(whole.episodes[0].demonstrations)}-{variant.slug}-{seed}"
@@ -149,7 +169,7 @@ def _aligner_row(
     return row, proxy
 
 
-def _begin(folder: Path, about: dict[str, Any]) -> None:
+def _begin(folder: Path, about: JsonObject) -> None:
     """Make the folder, or continue the same programme in it. Raises ConfigError."""
     file = folder / _ABOUT
     try:

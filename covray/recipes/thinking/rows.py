@@ -6,16 +6,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from covray.config.section import JsonObject
 from covray.evaluation.caption_facts import stated
-from covray.io import storage
+from covray.io.records import Record
 from covray.models.aligner.aligner import Aligner
 from covray.recipes.nano.clip import normed
 from covray.recipes.nano.vlm_list import EPISODE_INSTRUCTION
@@ -30,7 +29,6 @@ from covray.thinking.episodes import (
     Cell,
     Episode,
     Theme,
-    Verdict,
     episode_prompt,
     judge,
     make_episode,
@@ -86,6 +84,19 @@ def make_episodes(family: Family, folder: Path, shots: int, count: int, seed: in
     return EpisodeSet(episodes, shown, thoughts, seed)
 
 
+class RowVerdicts(Record):
+    """What the judge says of a row's answers, one verdict an episode: ``rows/NAME.json``."""
+
+    FILE: ClassVar[str] = "rows/NAME.json"
+    FIX: ClassVar[str] = "delete it, and run the same command again"
+    VERSION: ClassVar[int | None] = None
+
+    right: list[bool]
+    named: list[bool]
+    hidden: list[bool]
+    seconds: float
+
+
 class RowJudge:
     """Judges rows, each once: its verdicts are kept in a file."""
 
@@ -93,7 +104,7 @@ class RowJudge:
         """Take the nano parts; files are written to ``folder``."""
         self._family, self._folder = family, folder
 
-    def judged(self, name: str, whole: EpisodeSet, make: Callable[[], Sequence[Cell | None]]) -> JsonObject:
+    def judged(self, name: str, whole: EpisodeSet, make: Callable[[], Sequence[Cell | None]]) -> RowVerdicts:
         """Return a row's verdicts and seconds.
 
         Args:
@@ -101,18 +112,23 @@ class RowJudge:
             whole: The episodes.
             make: Returns what is seen in the row's answer to each episode.
         """
-        file = self._folder / f"{name}.json"
+        folder, file = str(self._folder), f"{name}.json"
         # A row is judged once: the file also says how long it took.
-        if not file.exists():
+        row = RowVerdicts.read_if_present(folder, file)
+        if row is None:
             started = time.monotonic()
             verdicts = []
             for episode, answer in zip(whole.episodes, make(), strict=True):
                 verdicts.append(judge(episode, answer))
-            row = _columns(verdicts) | {"seconds": round(time.monotonic() - started, 1)}
-            storage.write_json(str(file), row)
-            print(f"{name}: {np.mean(row['right']):.3f} right", flush=True)
-        result: JsonObject = storage.read_json(str(file))
-        return result
+            row = RowVerdicts(
+                right=[verdict.right for verdict in verdicts],
+                named=[verdict.named for verdict in verdicts],
+                hidden=[verdict.hidden for verdict in verdicts],
+                seconds=round(time.monotonic() - started, 1),
+            )
+            row.write(folder, file)
+            print(f"{name}: {np.mean(row.right):.3f} right", flush=True)
+        return row
 
     def of_pictures(self, whole: EpisodeSet, draw: Callable[[range], Pictures]) -> list[Cell]:
         """Return what the judge sees in the pictures that ``draw`` makes for some episodes."""
@@ -227,12 +243,3 @@ def cell_of(text: str, theme: Theme) -> Cell | None:
     if len(details) != 1 or len(objects) != 1:
         return None
     return Cell(*details, *objects)
-
-
-def _columns(verdicts: Sequence[Verdict]) -> dict[str, list[bool]]:
-    columns: dict[str, list[bool]] = {"right": [], "named": [], "hidden": []}
-    for verdict in verdicts:
-        columns["right"].append(verdict.right)
-        columns["named"].append(verdict.named)
-        columns["hidden"].append(verdict.hidden)
-    return columns
