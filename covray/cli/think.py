@@ -201,7 +201,7 @@ def evaluate(
     from covray.distributed.reason import evaluate_reasoning, plan_reasoning
 
     if plan:
-        print_values(plan_reasoning(resolved), json_)
+        print_values(asdict(plan_reasoning(resolved)), json_)
         return
     results = evaluate_reasoning(resolved)
     if json_:

@@ -44,9 +44,11 @@ from covray.errors import DatasetError
 from covray.io.storage import Folder
 from covray.progress import stage
 from covray.report.reasoning import write_reasoning_page
-from covray.thinking.reasoning import RESULT_SCHEMA, Reasoner, require_reasoning, row_names
+from covray.thinking.plan import ReasoningPlan
+from covray.thinking.reasoning import Reasoner, require_reasoning, row_names
 from covray.thinking.records import ReasoningRecord, ReasoningResults
 from covray.thinking.results import CHANCE, tabulate, to_csv
+from covray.thinking.rows import RESULT_SCHEMA, EpisodeRow
 from covray.thinking.worlds import EPISODE_SCHEMA, list_episodes, open_world
 
 COMMAND = "covray think evaluate"
@@ -99,7 +101,7 @@ def evaluate_reasoning(config: ThinkEvaluateConfig) -> ReasoningResults:
     return results
 
 
-def plan_reasoning(config: ThinkEvaluateConfig) -> dict[str, Any]:
+def plan_reasoning(config: ThinkEvaluateConfig) -> ReasoningPlan:
     """Return what an evaluation would do, after all its checks; nothing is started or written. Raises CovrayError."""
     config = _absolute_paths(config)
     Output(config.out, ReasoningRecord, COMMAND, result=ReasoningResults.FILE).inspect()
@@ -107,14 +109,14 @@ def plan_reasoning(config: ThinkEvaluateConfig) -> dict[str, Any]:
     episodes = list_episodes(config, open_world(config))
     # The true renders, the texts and the copies of what was shown need no painter.
     drawn = [name for name in row_names(config) if name not in ("truth", "text", "copy")]
-    return {
-        "episodes": len(episodes),
-        "rows": row_names(config),
-        "texts": len(episodes),
-        "pictures": len(episodes) * len(drawn),
-        "denoising_steps": len(episodes) * len(drawn) * config.painter.steps,
-        "out": config.out,
-    }
+    return ReasoningPlan(
+        episodes=len(episodes),
+        rows=row_names(config),
+        texts=len(episodes),
+        pictures=len(episodes) * len(drawn),
+        denoising_steps=len(episodes) * len(drawn) * config.painter.steps,
+        out=config.out,
+    )
 
 
 def _evaluate(config: ThinkEvaluateConfig, record: ReasoningRecord, episodes: pa.Table, cores: int) -> ReasoningResults:
@@ -128,7 +130,7 @@ def _evaluate(config: ThinkEvaluateConfig, record: ReasoningRecord, episodes: pa
     started = time.monotonic()
     _run(config, len(episodes), rows_per_block, pool_of(config.actors, config.engine, cores, gpus))
     rows = read_rows(config.out, pictures=False)
-    if sorted(row["episode"] for row in rows) != sorted(episodes["episode"].to_pylist()):
+    if sorted(row.episode for row in rows) != sorted(episodes["episode"].to_pylist()):
         raise DatasetError(
             f"{config.out}: has {len(rows)} rows, not one for each of {len(episodes)} episodes; give another --out"
         )
@@ -142,7 +144,7 @@ def _evaluate(config: ThinkEvaluateConfig, record: ReasoningRecord, episodes: pa
             chance=CHANCE,
             scores=tuple(scores),
             differences=tuple(differences),
-            failed=sum(row["error"] is not None for row in rows),
+            failed=sum(row.error is not None for row in rows),
             seconds=round(time.monotonic() - started, 1),
             config=record.config,
             fingerprints=record.fingerprints,
@@ -185,8 +187,8 @@ class ReasonActor(PoolActor):
         return rows
 
 
-def read_rows(out: str, *, pictures: bool, episodes: list[int] | None = None) -> list[dict[str, Any]]:
-    """Return the rows (``RESULT_SCHEMA``) of the evaluation ``out``, by shots, task and number.
+def read_rows(out: str, *, pictures: bool, episodes: list[int] | None = None) -> list[EpisodeRow]:
+    """Return the rows of the evaluation ``out``, by shots, task and number.
 
     Args:
         out: The folder.
@@ -203,27 +205,27 @@ def read_rows(out: str, *, pictures: bool, episodes: list[int] | None = None) ->
     rows = []
     # In small batches: rows hold pictures, also where these are dropped at once.
     for batch in dataset.to_batches(columns=columns, filter=chosen, batch_size=64):
-        for row in batch.to_pylist():
+        for values in batch.to_pylist():
             if not pictures:
-                for answer in row["answers"] or ():
+                for answer in values["answers"] or ():
                     del answer["picture"]
-            rows.append(row)
-    return sorted(rows, key=lambda row: (row["shots"], row["task"], row["number"]))
+            rows.append(EpisodeRow.of(values))
+    return sorted(rows, key=lambda row: (row.shots, row.task, row.number))
 
 
 _SHOWN = 3
 """Episodes on the page, of each task and number of shots."""
 
 
-def _shown(out: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _shown(out: str, rows: list[EpisodeRow]) -> list[EpisodeRow]:
     """Return the rows of the first episodes of each task, with their pictures."""
     counts: dict[tuple[int, str], int] = {}
     chosen = []
     for row in rows:
-        key = (row["shots"], row["task"])
+        key = (row.shots, row.task)
         counts[key] = counts.get(key, 0) + 1
-        if row["error"] is None and counts[key] <= _SHOWN:
-            chosen.append(row["episode"])
+        if row.error is None and counts[key] <= _SHOWN:
+            chosen.append(row.episode)
     return read_rows(out, pictures=True, episodes=chosen)
 
 

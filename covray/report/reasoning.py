@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +13,7 @@ from covray.report.formatting import NONE, p_value, plural
 from covray.report.html import Link, render
 from covray.thinking.records import ReasoningResults
 from covray.thinking.results import MEAN
+from covray.thinking.rows import EpisodeRow
 
 _TILE_PX = 96
 
@@ -64,7 +64,7 @@ class EpisodeView:
     answers: tuple[AnswerView, ...]
 
 
-def write_reasoning_page(results: ReasoningResults, episodes: Sequence[Mapping[str, Any]], path: str) -> bytes:
+def write_reasoning_page(results: ReasoningResults, episodes: Sequence[EpisodeRow], path: str) -> bytes:
     """Return the page.
 
     Args:
@@ -129,22 +129,22 @@ def _bounds(low: float | None, high: float | None, form: str) -> str:
     return f"{format(low, form)} to {format(high, form)}"
 
 
-def _episode(row: Mapping[str, Any]) -> EpisodeView:
+def _episode(row: EpisodeRow) -> EpisodeView:
     answers = []
-    for answer in row["answers"]:
+    for answer in row.answers or ():
         # A row that failed has no picture and counts as wrong.
         picture = None
-        if answer["picture"] is not None:
-            picture = decode(answer["picture"])
-        seen = " ".join(filter(None, (answer["seen_detail"], answer["seen_object"])))
-        answers.append(AnswerView(answer["row"], answer["detail"] and answer["object"], seen or NONE, picture))
+        if answer.picture is not None:
+            picture = decode(answer.picture)
+        seen = " ".join(filter(None, (answer.seen_detail, answer.seen_object)))
+        answers.append(AnswerView(answer.row, answer.right, seen or NONE, picture))
     return EpisodeView(
-        title=f"{row['task']}, {row['shots']}-shot, {row['number']}",
+        title=f"{row.task}, {row.shots}-shot, {row.number}",
         # The last word is the query's; the others name the demonstrations.
-        words=tuple(row["words"][:-1]),
-        demonstrations=tuple(decode(data) for data in row["demonstrations"]),
-        query=row["words"][-1],
-        answer=f"{row['answer_detail']} {row['answer_object']}",
-        text=row["text"],
+        words=tuple(row.words[:-1]),
+        demonstrations=tuple(decode(data) for data in row.demonstrations or ()),
+        query=row.words[-1],
+        answer=f"{row.answer_detail} {row.answer_object}",
+        text=row.text or "",
         answers=tuple(answers),
     )

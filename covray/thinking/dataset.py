@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from covray.config.section import JsonObject
 from covray.errors import DatasetError, one_line
 from covray.io.storage import Folder
 from covray.thinking.records import FeaturesRecord, FeaturesResult
@@ -107,18 +108,15 @@ class FeatureDataset:
         """What the features are of: ``pictures`` or ``episodes``."""
         return str(self.record.identity.get("of", "pictures"))
 
-    def about(self) -> dict[str, Any]:
+    def about(self) -> JsonObject:
         """Return how the features were taken, as an aligner's record has it."""
         keys = ("variant", "vlm", "patches") if self.variant == "clip" else ("variant", "vlm", "thought", "places")
         return {key: self.record.config[key] for key in keys}
 
-    def fingerprint(self) -> dict[str, Any]:
-        """Return what decides the features."""
-        return {"identity": self.record.identity, "fingerprints": self.record.fingerprints}
-
     def digest(self) -> str:
         """Return a SHA-256 (hex) of what decides the features."""
-        return hashlib.sha256(json.dumps(self.fingerprint(), sort_keys=True).encode()).hexdigest()
+        deciding = {"identity": self.record.identity, "fingerprints": self.record.fingerprints}
+        return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
 
     def tokenizer(self) -> Any:
         """Return the tokenizer of the vision-language model, which wrote the texts; None of a vision tower.

@@ -66,6 +66,21 @@ class AlignerPlan:
     """On every worker."""
 
 
+@dataclass(frozen=True)
+class ReasoningPlan:
+    """What an evaluation of reasoning would take."""
+
+    episodes: int
+    rows: tuple[str, ...]
+    """Of the table."""
+    texts: int
+    """Written by the vision-language model."""
+    pictures: int
+    """Drawn by the painter."""
+    denoising_steps: int
+    out: str
+
+
 def plan_features(config: ThinkFeaturesConfig, rows: int | None, per_s: float | None) -> FeaturesPlan:
     """Return what features of pictures would take.
 

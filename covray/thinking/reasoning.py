@@ -9,7 +9,7 @@ drawn together, whatever else an actor draws.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,37 +27,10 @@ from covray.thinking.episode_features import EpisodeFeatures
 from covray.thinking.episodes import Cell, Episode, episode_prompt, judge
 from covray.thinking.features import Places, Thought, read_features, write_text
 from covray.thinking.judging import Judge, judge_fingerprint, load_judge
+from covray.thinking.rows import RESULT_SCHEMA, AnswerRow, EpisodeRow
 from covray.thinking.thinker import AlignerFolder, FeatureSource, Thinker, open_aligner, require_models
 from covray.thinking.worlds import episode_of, fingerprint_episodes, list_episodes, open_world, tasks_in
 
-_ANSWER = pa.struct(
-    [
-        pa.field("row", pa.string(), False),
-        pa.field("seen_detail", pa.string()),
-        pa.field("seen_object", pa.string()),
-        pa.field("detail", pa.bool_(), False),
-        pa.field("object", pa.bool_(), False),
-        pa.field("named", pa.bool_(), False),
-        pa.field("hidden", pa.bool_(), False),
-        pa.field("picture", pa.binary()),
-    ]
-)
-RESULT_SCHEMA = pa.schema(
-    [
-        pa.field("episode", pa.int64(), False),
-        pa.field("task", pa.string(), False),
-        pa.field("shots", pa.int32(), False),
-        pa.field("number", pa.int32(), False),
-        pa.field("words", pa.list_(pa.string())),
-        pa.field("answer_detail", pa.string()),
-        pa.field("answer_object", pa.string()),
-        pa.field("demonstrations", pa.list_(pa.binary())),
-        pa.field("text", pa.string()),
-        pa.field("answers", pa.list_(_ANSWER)),
-        pa.field("error", pa.string()),
-    ]
-)
-"""A row of an evaluation; docs/formats.md describes it."""
 _NEEDS_ENCODER = ("caption", "bridge", "untrained")
 
 
@@ -151,29 +124,33 @@ class Reasoner:
 
     def run(self, episodes: pa.Table) -> pa.Table:
         """Return the rows (``RESULT_SCHEMA``) of a block of episodes (``EPISODE_SCHEMA``)."""
-        rows = [self._row(row) for row in episodes.to_pylist()]
+        rows = [asdict(self._row(about)) for about in episodes.to_pylist()]
         return pa.Table.from_pylist(rows, RESULT_SCHEMA)
 
-    def _row(self, about: Mapping[str, Any]) -> dict[str, Any]:
+    def _row(self, about: Mapping[str, Any]) -> EpisodeRow:
         episode = episode_of(self._tasks, about)
-        row = {"episode": about["episode"], "task": about["task"], "shots": about["shots"], "number": about["number"]}
-        row |= {
-            "words": episode.words,
-            "answer_detail": episode.answer.detail,
-            "answer_object": episode.answer.object,
-        }
+        row = EpisodeRow(
+            episode=about["episode"],
+            task=about["task"],
+            shots=about["shots"],
+            number=about["number"],
+            words=episode.words,
+            answer_detail=episode.answer.detail,
+            answer_object=episode.answer.object,
+        )
         try:
             shown = self._world.demonstrations(episode)
             thoughts = self._think(about["episode"], episode, shown)
             text, answers = self._answers(episode, shown, thoughts)
         except PairError as error:
             # An episode that fails is a row with its reason, and counts as wrong.
-            return row | {"error": error.reason}
-        return row | {
-            "demonstrations": list(map(encode_png, shown)),
-            "text": text,
-            "answers": [_as_row(episode, name, answer) for name, answer in answers.items()],
-        }
+            return replace(row, error=error.reason)
+        return replace(
+            row,
+            demonstrations=list(map(encode_png, shown)),
+            text=text,
+            answers=[_as_row(episode, name, answer) for name, answer in answers.items()],
+        )
 
     def _answers(
         self, episode: Episode, shown: Sequence[NDArray[np.uint8]], thoughts: Mapping[Places, Thought]
@@ -254,12 +231,11 @@ class Reasoner:
         return Aligner(aligner.network.to(device), aligner.record)
 
 
-def _as_row(episode: Episode, name: str, answer: _Answer) -> dict[str, Any]:
-    verdict = judge(episode, answer.seen)
-    return {
-        "row": name,
-        "seen_detail": None if answer.seen is None else answer.seen.detail,
-        "seen_object": None if answer.seen is None else answer.seen.object,
-        **vars(verdict),
-        "picture": None if answer.picture is None else encode_png(answer.picture),
-    }
+def _as_row(episode: Episode, name: str, answer: _Answer) -> AnswerRow:
+    return AnswerRow(
+        **vars(judge(episode, answer.seen)),
+        row=name,
+        seen_detail=None if answer.seen is None else answer.seen.detail,
+        seen_object=None if answer.seen is None else answer.seen.object,
+        picture=None if answer.picture is None else encode_png(answer.picture),
+    )

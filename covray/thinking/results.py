@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import io
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from covray.evaluation.statistics import mean_interval, paired_difference
 from covray.thinking.episodes import VALUES
 from covray.thinking.records import ReasoningDifference, ReasoningScore
+from covray.thinking.rows import AnswerRow, EpisodeRow
 
 SIDES = ("both", "detail", "object", "named", "hidden")
 MEAN = "mean"
@@ -22,12 +22,12 @@ _Key = tuple[str, str, int]
 
 
 def tabulate(
-    rows: Sequence[Mapping[str, Any]], names: Sequence[str], aligners: Sequence[str], seed: int
+    rows: Sequence[EpisodeRow], names: Sequence[str], aligners: Sequence[str], seed: int
 ) -> tuple[list[ReasoningScore], list[ReasoningDifference]]:
     """Return scores, and differences of every aligner from every other row.
 
     Args:
-        rows: The rows of an evaluation (``RESULT_SCHEMA``). Those with an error count as wrong.
+        rows: The rows of an evaluation. Those with an error count as wrong.
         names: The rows of the table.
         aligners: Those of them that are aligners.
         seed: Of the intervals.
@@ -68,22 +68,22 @@ def to_csv(scores: Sequence[ReasoningScore]) -> str:
     return text.getvalue()
 
 
-def _verdicts(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[_Key, dict[str, list[float]]]:
+def _verdicts(rows: Sequence[EpisodeRow], names: Sequence[str]) -> dict[_Key, dict[str, list[float]]]:
     """Return the verdicts of every row of the table by task and side, in the order of the episodes."""
     verdicts: dict[_Key, dict[str, list[float]]] = {}
-    ordered = sorted(rows, key=lambda row: (row["shots"], row["task"], row["number"]))
+    ordered = sorted(rows, key=lambda row: (row.shots, row.task, row.number))
     for name in names:
         for row in ordered:
-            answers = {answer["row"]: answer for answer in row["answers"] or ()}
+            answers = {answer.row: answer for answer in row.answers or ()}
             own = answers.get(name)  # None where the episode failed, which counts as wrong
-            for task in (row["task"], MEAN):
-                sides = verdicts.setdefault((name, task, row["shots"]), defaultdict(list))
+            for task in (row.task, MEAN):
+                sides = verdicts.setdefault((name, task, row.shots), defaultdict(list))
                 for side in SIDES:
                     sides[side].append(_is_right(own, side))
     return verdicts
 
 
-def _is_right(answer: Mapping[str, Any] | None, side: str) -> float:
+def _is_right(answer: AnswerRow | None, side: str) -> float:
     if answer is None:
         return 0.0
-    return float(answer["detail"] and answer["object"] if side == "both" else answer[side])
+    return float(answer.right if side == "both" else getattr(answer, side))

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from covray.config.think import ThinkFeaturesConfig, ThinkTrainConfig
 from covray.distributed.features import take_features
+from covray.distributed.reason import read_rows
 from covray.distributed.train_aligner import plan_train, train_aligner
 from covray.errors import ConfigError, CovrayError, DatasetError, ManifestError, WeightsError
 from covray.thinking.records import FeaturesRecord
+from covray.thinking.rows import RESULT_SCHEMA, AnswerRow, EpisodeRow
 from tests.support.thinking import write_features
 
 
@@ -96,3 +101,21 @@ def test_a_plan_writes_nothing(
     assert (planned.steps, planned.captions) == (6, 24)
     assert planned.aligner_parameters == 16 * (32 + 16 + 2) + 16
     assert not Path(config.out).exists()
+
+
+def test_rows_of_reasoning_are_read_as_they_were_written_with_pictures_or_without(tmp_path: Path) -> None:
+    assert [field.name for field in fields(EpisodeRow)] == RESULT_SCHEMA.names
+    answers = [
+        AnswerRow(True, False, True, False, "copy", "red", "car", b"png"),
+        AnswerRow(True, True, True, True, "text", None, None),
+    ]
+    whole = EpisodeRow(7, "Colour-I", 2, 1, ["red", "blue", "green"], "green", "ball", [b"a", b"b"], "a ball", answers)
+    failed = EpisodeRow(3, "Colour-I", 2, 0, ["red", "blue", "green"], "green", "ball", error="not_an_image")
+    folder = tmp_path / "rows" / "task=Colour-I"
+    folder.mkdir(parents=True)
+    table = pa.Table.from_pylist([asdict(whole), asdict(failed)], RESULT_SCHEMA)
+    pq.write_table(table.drop_columns("task"), folder / "0.parquet")
+    assert read_rows(str(tmp_path), pictures=True) == [failed, whole]
+    assert read_rows(str(tmp_path), pictures=True, episodes=[7]) == [whole]
+    without = replace(whole, demonstrations=None, answers=[replace(answer, picture=None) for answer in answers])
+    assert read_rows(str(tmp_path), pictures=False) == [failed, without]

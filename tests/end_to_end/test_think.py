@@ -14,7 +14,7 @@ from PIL import Image
 from covray.config.think import ThinkFeaturesConfig
 from covray.thinking.building import FeatureBuilder, read_samples
 from covray.thinking.dataset import read_table
-from covray.thinking.reasoning import RESULT_SCHEMA
+from covray.thinking.rows import RESULT_SCHEMA
 from tests.support.commands import COVRAY, committed, environment, error_line, wait_for
 from tests.support.thinking import write_painter
 from tests.support.vlms import picture

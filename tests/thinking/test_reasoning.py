@@ -26,6 +26,7 @@ from covray.thinking.objective import train_aligner
 from covray.thinking.reasoning import Reasoner, require_reasoning
 from covray.thinking.records import FeaturesResult, ReasoningResults
 from covray.thinking.results import CHANCE, tabulate, to_csv
+from covray.thinking.rows import AnswerRow, EpisodeRow
 from covray.thinking.worlds import list_episodes, named_cell, open_world
 from tests.support.thinking import write_features, write_painter
 from tests.support.vlms import picture
@@ -112,12 +113,13 @@ def test_the_table_counts_both_sides_and_pairs_the_rows() -> None:
     for number in range(20):
         right, half = number < 15, number < 10
         answers = [
-            {"row": "ours", "detail": right, "object": right, "named": right, "hidden": right},
-            {"row": "copy", "detail": half, "object": False, "named": False, "hidden": half},
+            AnswerRow(right, right, right, right, "ours", None, None),
+            AnswerRow(half, False, False, half, "copy", None, None),
         ]
         task = "Colour-I" if number % 2 else "Style-I"
-        rows.append({"task": task, "shots": 2, "number": number, "answers": answers})
-    rows.append({"task": "Colour-I", "shots": 2, "number": 99, "answers": None})  # an error counts as wrong
+        rows.append(EpisodeRow(number, task, 2, number, ("a", "b", "c"), "red", "ball", answers=answers))
+    failed = EpisodeRow(99, "Colour-I", 2, 99, ("a", "b", "c"), "red", "ball", error="not_an_image")
+    rows.append(failed)  # an error counts as wrong
     scores, differences = tabulate(rows, ("copy", "ours"), ("ours",), 0)
     means = {(score.row, score.task, score.side): score for score in scores}
     assert means["ours", "mean", "both"].mean == pytest.approx(15 / 21)
@@ -134,8 +136,9 @@ def test_the_table_counts_both_sides_and_pairs_the_rows() -> None:
 
 def test_the_page_shows_episodes_with_every_rows_picture(make: Make) -> None:
     config = make(tasks=["Colour-I"], episodes__count=1)
-    rows = Reasoner(config).run(list_episodes(config, open_world(config))).to_pylist()
-    names = tuple(answer["row"] for answer in rows[0]["answers"])
+    written = Reasoner(config).run(list_episodes(config, open_world(config))).to_pylist()
+    rows = list(map(EpisodeRow.of, written))
+    names = tuple(answer.row for answer in rows[0].answers)
     scores, differences = tabulate(rows, names, ("ours", "input"), 0)
     results = ReasoningResults(
         benchmark="CoBSAT-style, rendered", rows=names, chance=CHANCE, scores=tuple(scores),
@@ -143,7 +146,7 @@ def test_the_page_shows_episodes_with_every_rows_picture(make: Make) -> None:
     )  # fmt: skip
     page = write_reasoning_page(results, rows, "eval").decode()
     assert page.count("data:image/webp") == 2 + len(names) - 1
-    for text in ("2-shot", "Paired differences", "Colour-I", "ours", rows[0]["text"].split(" ")[0]):
+    for text in ("2-shot", "Paired differences", "Colour-I", "ours", rows[0].text.split(" ")[0]):
         assert text in page
 
 
