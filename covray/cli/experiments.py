@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -14,6 +15,7 @@ from covray.cli.results import print_sweep
 from covray.errors import ConfigError
 
 if TYPE_CHECKING:
+    from covray.evaluation.claims.records import ProgrammeResults
     from covray.recipes.claims_run import Programme
     from covray.recipes.thinking.compositions import CompositionScores
     from covray.recipes.thinking.table import ShotTable
@@ -87,25 +89,24 @@ def diffusionvl(
     print(json.dumps(results.to_json()) if json_ else as_markdown(results))
 
 
-def print_claims(results: dict[str, Any], out: str, json_: bool) -> None:
+def print_claims(results: ProgrammeResults, out: str, json_: bool) -> None:
     """Print what the claims came to; all else is on the page."""
     if json_:
-        print(json.dumps(results))
+        print(json.dumps(results.to_json()))
         return
     from rich.table import Table
 
     table = Table("claim", "equal", "gain", "95%", "verdict", box=None, pad_edge=False)
-    for claim in results["claims"]:
+    for claim in results.claims:
         # A claim whose arms have not run, or have no common scores.
-        if claim["gain_percent"] is None:
+        if claim.gain_percent is None:
             continue
-        interval = "–" if claim["low"] is None else f"{claim['low']:+.1f} to {claim['high']:+.1f}"
-        gain = f"{claim['gain_percent']:+.1f}%"
-        table.add_row(escape(claim["claim"]), escape(claim["view"]), gain, interval, claim["verdict"])
+        interval = "–" if claim.low is None else f"{claim.low:+.1f} to {claim.high:+.1f}"
+        table.add_row(escape(claim.claim), escape(claim.view), f"{claim.gain_percent:+.1f}%", interval, claim.verdict)
     if table.row_count:
         console.print(table)
-    console.print(escape(results["conclusion"]), highlight=False, soft_wrap=True)
-    console.print(f"{results['arms_done']} of {results['arms_planned']} trainings done", highlight=False)
+    console.print(escape(results.conclusion), highlight=False, soft_wrap=True)
+    console.print(f"{results.arms_done} of {results.arms_planned} trainings done", highlight=False)
     console.print(f"{escape(out.rstrip('/'))}/index.html", highlight=False, soft_wrap=True)
 
 
@@ -117,14 +118,14 @@ def _print_plan(programme: Programme, names: Sequence[str], json_: bool) -> None
 
     planned = plan_programme(programme, names)
     if json_:
-        print(json.dumps(planned))
+        print(json.dumps(asdict(planned)))
         return
     table = Table("arm", "seeds", "steps", "tokens", "", box=None, pad_edge=False)
-    for arm in planned["arms"]:
-        row = (arm["arm"], str(arm["seeds"]), f"{arm['steps']:,}", f"{arm['tokens']:,}", arm["about"])
+    for arm in planned.arms:
+        row = (arm.arm, str(arm.seeds), f"{arm.steps:,}", f"{arm.tokens:,}", arm.about)
         table.add_row(*map(escape, row))
     console.print(table)
-    console.print(f"{planned['tokens']:,} tokens to train on; best chains: all seeds besides", highlight=False)
+    console.print(f"{planned.tokens:,} tokens to train on; best chains: all seeds besides", highlight=False)
 
 
 def thinking(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from covray.distributed.evaluate import pictures_of
 from covray.distributed.resumable import Output
@@ -21,7 +20,7 @@ from covray.report.evaluation import Strip
 PAGE, TABLE = "index.html", "table.md"
 
 
-def run_programme(programme: Programme, names: Sequence[str] = (), steps: Steps | None = None) -> dict[str, Any]:
+def run_programme(programme: Programme, names: Sequence[str] = (), steps: Steps | None = None) -> ProgrammeResults:
     """Run a programme, or continue it.
 
     Args:
@@ -48,7 +47,7 @@ def run_programme(programme: Programme, names: Sequence[str] = (), steps: Steps 
         return report_programme(programme.out)
 
 
-def report_programme(out: str) -> dict[str, Any]:
+def report_programme(out: str) -> ProgrammeResults:
     """Write results, page and table of the programme in ``out`` from the arms that are done; return the results.
 
     Raises:
@@ -60,7 +59,7 @@ def report_programme(out: str) -> dict[str, Any]:
         write_claims_page(results, _strips(programme, results), programme.folder.join(PAGE))
         programme.folder.write_bytes(TABLE, to_markdown(results).encode())
         results.write(programme.folder)
-    return results.to_json()
+    return results
 
 
 def _strips(programme: Programme, results: ProgrammeResults) -> list[Strip]:

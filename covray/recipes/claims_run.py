@@ -338,8 +338,29 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def plan_programme(programme: Programme, names: Sequence[str] = ()) -> dict[str, Any]:
-    """Return every arm, or those of ``names``, with its steps and its tokens over all seeds, as JSON values."""
+@dataclass(frozen=True)
+class PlannedArm:
+    """What an arm would take."""
+
+    arm: str
+    about: str
+    seeds: int
+    steps: int
+    """Of one seed."""
+    tokens: int
+    """Of all seeds."""
+
+
+@dataclass(frozen=True)
+class ProgrammePlan:
+    """What a programme would take, but for the best chains, which are not known yet."""
+
+    arms: tuple[PlannedArm, ...]
+    tokens: int
+
+
+def plan_programme(programme: Programme, names: Sequence[str] = ()) -> ProgrammePlan:
+    """Return every arm, or those of ``names``, with its steps and its tokens over all seeds."""
     budget = programme.budget
     tasks = TASKS if budget.tasks is None else budget.tasks
     pairs = budget.scenes["train"] * len(tasks)
@@ -348,7 +369,5 @@ def plan_programme(programme: Programme, names: Sequence[str] = ()) -> dict[str,
     for arm in programme.chosen(names):
         options = train_options(arm, budget, pairs, tokenizer.tokens_per_image)["optimizer"]
         tokens = options["steps"] * options["batch_tokens"] * len(arm.seeds)
-        listed.append(
-            {"arm": arm.name, "about": arm.about, "seeds": len(arm.seeds), "steps": options["steps"], "tokens": tokens}
-        )
-    return {"arms": listed, "tokens": sum(arm["tokens"] for arm in listed)}
+        listed.append(PlannedArm(arm.name, arm.about, len(arm.seeds), options["steps"], tokens))
+    return ProgrammePlan(tuple(listed), sum(arm.tokens for arm in listed))

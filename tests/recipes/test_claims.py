@@ -168,7 +168,7 @@ def test_a_programme_killed_anywhere_does_nothing_twice_and_ends_alike(
     whole = fake()
     results = run_programme(programme, steps=whole.steps())
     assert len(whole.done) == len(set(whole.done)) > 40
-    assert results["arms_done"] == results["arms_planned"]
+    assert results.arms_done == results.arms_planned
     other = replace(programme, out=str(tmp_path / "again"))
     done: list[str] = []
     for kill_after in (1, 2, 23, None):
@@ -194,41 +194,41 @@ def test_arms_are_run_one_by_one_and_the_rest_later(
     trained = {Path(folder).name for folder in some.done if Path(folder).parent.name == "runs"}
     assert trained == {"none-s0", "none-s1", "own-s0", "own-s1"}
     assert [Path(folder).name for folder in some.done if Path(folder).parent.name == "chains"] == ["main"]
-    assert results["arms_done"] == 4 < results["arms_planned"]
-    claimed = {claim["key"] for claim in results["claims"] if claim["gain_percent"] is not None}
+    assert results.arms_done == 4 < results.arms_planned
+    claimed = {claim.key for claim in results.claims if claim.gain_percent is not None}
     assert claimed == set(), "no claim is of these two arms alone"
     rest = fake()
     whole = run_programme(programme, steps=rest.steps())
     assert not set(rest.done) & set(some.done)
     assert whole == run_programme(replace(programme, out=str(tmp_path / "again")), steps=fake().steps())
-    assert [arm["arm"] for arm in plan_programme(programme, ("own", "none"))["arms"]] == ["none", "own"]
+    assert [arm.arm for arm in plan_programme(programme, ("own", "none")).arms] == ["none", "own"]
     with pytest.raises(ConfigError, match="--arm nothing: is not an arm of this programme; give one of none, "):
         run_programme(programme, ("nothing",), fake().steps())
 
 
 def test_verdicts_follow_from_the_scores(programme: Programme, fake: Callable[..., FakeSteps]) -> None:
     results = run_programme(programme, steps=fake().steps())
-    verdicts = {claim["key"]: claim["verdict"] for claim in results["claims"]}
+    verdicts = {claim.key: claim.verdict for claim in results.claims}
     assert verdicts["diffusion_none"] == verdicts["own_clean"] == verdicts["best_copy"] == "holds"
     assert verdicts["perplexity"] == "holds"
     assert verdicts["votes_2"] == verdicts["votes_2_tokens"] == "holds"
     assert verdicts["linear_none"] == "open"
-    assert results["best"] == "own"
-    assert set(results["lengths"].values()) == {4}
-    assert results["conclusion"].startswith("Chains pay here: the best chains (own) against no frames: +")
-    seeds = {claim["key"]: claim["seeds"] for claim in results["claims"]}
+    assert results.best == "own"
+    assert set(results.lengths.values()) == {4}
+    assert results.conclusion.startswith("Chains pay here: the best chains (own) against no frames: +")
+    seeds = {claim.key: claim.seeds for claim in results.claims}
     assert seeds["best_none"] == 2
-    entry = next(arm for arm in results["arms"] if arm["name"] == "own")
-    assert (entry["seeds"], entry["hardware"]) == ([0, 1], ["a machine"])
-    assert entry["train_hours"] == pytest.approx(2 * 36 / 3600)
-    exposure = next(each for each in results["exposure"] if each["arm"] == "own")
-    assert exposure["exposure"] == pytest.approx(0.2)
-    assert {point["arm"] for point in results["curves"]} == {"none", "linear", "diffusion", "own"}
+    entry = next(arm for arm in results.arms if arm.name == "own")
+    assert (entry.seeds, entry.hardware) == ((0, 1), ("a machine",))
+    assert entry.train_hours == pytest.approx(2 * 36 / 3600)
+    exposure = next(each for each in results.exposure if each.arm == "own")
+    assert exposure.exposure == pytest.approx(0.2)
+    assert {point.arm for point in results.curves} == {"none", "linear", "diffusion", "own"}
     table = Path(programme.out, "table.md").read_text()
     assert "| Diffused frames beat no frames | equal tokens | " in table
     page = Path(programme.out, "index.html").read_text()
-    for claim in results["claims"]:
-        assert str(escape(claim["claim"])) in page
+    for claim in results.claims:
+        assert str(escape(claim.claim)) in page
 
 
 def test_another_budget_and_other_files_are_refused(
@@ -248,5 +248,5 @@ def test_another_budget_and_other_files_are_refused(
 
 def test_a_plan_says_steps_and_tokens(programme: Programme) -> None:
     planned = plan_programme(programme)
-    assert planned["tokens"] == sum(arm["tokens"] for arm in planned["arms"])
+    assert planned.tokens == sum(arm.tokens for arm in planned.arms)
     assert claims_page.PAGE == "index.html"
