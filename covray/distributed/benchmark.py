@@ -15,8 +15,9 @@ import os
 import platform
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import pyarrow.parquet as pq
 import torch
@@ -25,6 +26,7 @@ from pyarrow import fs
 from covray.chains.audit import audit_dataset
 from covray.chains.dataset import ChainDataset, shard_files
 from covray.chains.loading import count_pairs
+from covray.chains.records import Audit
 from covray.chains.sentences import require_context
 from covray.chains.shard_rows import union_alphas
 from covray.config import BuildConfig, PlanConfig, TrainConfig
@@ -43,6 +45,7 @@ from covray.planning.plan import build_config, train_config
 from covray.planning.rates import BuildRates, Calibration, TrainRates, identity_of, write_calibration
 from covray.tasks import TASKS
 from covray.training.checkpoints import CHECKPOINTS, checkpoint_name
+from covray.training.metrics_log import Metrics
 from covray.training.zero import read_settings
 
 _SPLITS = {"train": 3.0, "val": 1.0}
@@ -50,6 +53,34 @@ _BLOCKS = (4, 12)
 _PAUSES = 4  # validations of the training, each with a checkpoint
 _FEWEST = 16 * len(TASKS)  # pairs of the larger build: then the validation split has several of every task
 _SCENE_PX = 512  # of the pictures, where the prior is not the nano's 64
+
+N = TypeVar("N", int, float)
+
+
+@dataclass(frozen=True)
+class MeasuredBuild:
+    """A build of rendered pairs, and what was measured of it from outside."""
+
+    audit: Audit
+    wall_s: float
+    """Seconds of the whole command."""
+    audit_s: float
+    """Seconds of the audit alone."""
+    rows: int
+    shards: int
+    row_bytes: int
+    """Bytes of all shards that belong to their rows."""
+    other_bytes: int
+    """Bytes of all shards beside their rows."""
+    tokens_per_image: int
+
+
+@dataclass(frozen=True)
+class MeasuredCheckpoint:
+    """A checkpoint that was written once more."""
+
+    seconds: float
+    size_bytes: int
 
 
 def calibrate(config: PlanConfig, out: str, pairs: list[int] | None = None, train_steps: int = 24) -> Calibration:
@@ -99,36 +130,38 @@ def calibrate(config: PlanConfig, out: str, pairs: list[int] | None = None, trai
     return calibration
 
 
-def build_rates(config: BuildConfig, builds: list[dict[str, Any]]) -> BuildRates:
+def build_rates(config: BuildConfig, builds: list[MeasuredBuild]) -> BuildRates:
     """Return the rates that follow from what ``_measure_build`` returned; those of a row are the last build's."""
     last = builds[-1]
-    starts = []
+    audit = last.audit
+    starts, loads = [], []
     for measured in builds:
         # What of the time was neither computing nor the audit.
-        starts.append(max(0.0, measured["wall_s"] - measured["last_block_s"] - measured["audit_s"]))
+        starts.append(max(0.0, measured.wall_s - _known(measured.audit.last_block_s) - measured.audit_s))
+        loads.append(_known(measured.audit.load_s))
     return BuildRates(
         identity=identity_of("build", config.identity()),
         rows_per_block=config.most_rows_per_block,
-        actors=last["actors"],
+        actors=_known(audit.actors),
         start_s=_mean(starts),
-        load_s=_mean([measured["load_s"] for measured in builds]),
+        load_s=_mean(loads),
         # Seconds of work a row, over the share of the time that the actors work.
-        row_s=last["row_s"] / last["busy_share"],
-        evaluations=last["unet_evaluations"] / last["rows"],
+        row_s=_known(audit.row_s) / _known(audit.busy_share),
+        evaluations=_known(audit.unet_evaluations) / last.rows,
         pictures=pictures_per_pair(config),
-        tokens_per_image=last["tokens_per_image"],
-        row_bytes=last["row_bytes"] / last["rows"],
-        shard_bytes=last["other_bytes"] / last["shards"],
-        audit_shard_s=last["audit_s"] / last["shards"],
+        tokens_per_image=last.tokens_per_image,
+        row_bytes=last.row_bytes / last.rows,
+        shard_bytes=last.other_bytes / last.shards,
+        audit_shard_s=last.audit_s / last.shards,
     )
 
 
 def train_rates(
     config: TrainConfig,
-    records: list[tuple[float, dict[str, Any]]],
+    records: list[tuple[float, Metrics]],
     wall_s: float,
     validation_sentences: int,
-    checkpoint: dict[str, float],
+    checkpoint: MeasuredCheckpoint,
 ) -> TrainRates:
     """Return the rates that follow from a training.
 
@@ -140,7 +173,7 @@ def train_rates(
         records: Its metrics, each with the time (s) at which it came.
         wall_s: Seconds of the whole command.
         validation_sentences: Sentences of one validation.
-        checkpoint: ``seconds`` and ``bytes`` of one checkpoint.
+        checkpoint: One checkpoint.
     """
     steps = [(at, record) for at, record in records if "loss" in record]
     warm = [record for _, record in steps[1:]]  # in the first step memory is taken and kernels are chosen
@@ -157,7 +190,7 @@ def train_rates(
     per_sentence = tokens / sum(record["sentences"] for record in warm)
     checked_tokens = validation_sentences * per_sentence
     # A pause holds a validation and a checkpoint; the checkpoint is measured by itself.
-    validation_s = max(0.0, pause_s - checkpoint["seconds"])
+    validation_s = max(0.0, pause_s - checkpoint.seconds)
     validation_token_s = 0.0
     if checked_tokens:
         validation_token_s = validation_s * workers / checked_tokens
@@ -167,8 +200,8 @@ def train_rates(
         start_s=max(0.0, wall_s - len(steps) * seconds / len(warm) - pauses * pause_s),
         token_s=seconds * workers / tokens,
         validation_token_s=validation_token_s,
-        checkpoint_s=checkpoint["seconds"],
-        checkpoint_bytes=checkpoint["bytes"],
+        checkpoint_s=checkpoint.seconds,
+        checkpoint_bytes=checkpoint.size_bytes,
     )
 
 
@@ -184,8 +217,8 @@ def _sizes(pairs: list[int] | None, config: BuildConfig) -> tuple[int, int]:
     return sizes[0], sizes[1]
 
 
-def _measure_build(config: BuildConfig, folder: str, pairs: int) -> dict[str, Any]:
-    """Build ``pairs`` pairs of scenes below ``folder``; return its audit, and what was measured from outside."""
+def _measure_build(config: BuildConfig, folder: str, pairs: int) -> MeasuredBuild:
+    """Build ``pairs`` pairs of scenes below ``folder``, and measure it."""
     manifest, out = storage.join(folder, "pairs.parquet"), storage.join(folder, "chains")
     size = _SCENE_PX
     if config.prior.path in NANO_NAMES:
@@ -213,16 +246,16 @@ def _measure_build(config: BuildConfig, folder: str, pairs: int) -> dict[str, An
         of_rows, others = _file_bytes(storage.join(out, name))
         row_bytes += of_rows
         other_bytes += others
-    return {
-        **audit.to_json(),
-        "wall_s": wall_s,
-        "audit_s": audit_s,
-        "rows": pairs,
-        "shards": len(files),
-        "row_bytes": row_bytes,
-        "other_bytes": other_bytes,
-        "tokens_per_image": ChainDataset(out).tokens_per_image,
-    }
+    return MeasuredBuild(
+        audit=audit,
+        wall_s=wall_s,
+        audit_s=audit_s,
+        rows=pairs,
+        shards=len(files),
+        row_bytes=row_bytes,
+        other_bytes=other_bytes,
+        tokens_per_image=ChainDataset(out).tokens_per_image,
+    )
 
 
 def _training(config: PlanConfig, build: BuildConfig, folder: str, steps: int) -> TrainConfig:
@@ -284,7 +317,7 @@ def _measure_training(config: TrainConfig) -> TrainRates:
     """Run a training as it is configured; return its rates."""
     steps = config.optimizer.steps
     assert steps is not None
-    records: list[tuple[float, dict[str, Any]]] = []
+    records: list[tuple[float, Metrics]] = []
     started = time.monotonic()
     train(config, lambda record: records.append((time.monotonic(), record)))
     wall_s = time.monotonic() - started
@@ -296,8 +329,8 @@ def _measure_training(config: TrainConfig) -> TrainRates:
     return train_rates(config, records, wall_s, validated, _measure_checkpoint(config.out, steps))
 
 
-def _measure_checkpoint(run: str, step: int) -> dict[str, float]:
-    """Return the bytes of the checkpoint after ``step`` steps, and the seconds that writing them once more takes."""
+def _measure_checkpoint(run: str, step: int) -> MeasuredCheckpoint:
+    """Write the checkpoint after ``step`` steps once more, and measure it."""
     folder = storage.join(run, CHECKPOINTS, checkpoint_name(step))
     files = {}
     for name in storage.list_files(folder):
@@ -305,13 +338,19 @@ def _measure_checkpoint(run: str, step: int) -> dict[str, float]:
     started = time.monotonic()
     for name, data in files.items():
         storage.write_bytes(storage.join(run, "again", name), data)
-    return {"seconds": time.monotonic() - started, "bytes": float(sum(map(len, files.values())))}
+    return MeasuredCheckpoint(time.monotonic() - started, sum(map(len, files.values())))
 
 
 def _file_bytes(path: str) -> tuple[int, int]:
     filesystem, inner = storage.resolve(path)
     size = filesystem.get_file_info(inner).size
     return parquet_bytes(size, pq.read_metadata(inner, filesystem=filesystem))
+
+
+def _known(figure: N | None) -> N:
+    """Return a figure of an audit, which a build has that computed anything."""
+    assert figure is not None
+    return figure
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -10,19 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 
+from covray.chains.records import Audit
 from covray.config import BuildConfig, PlanConfig, TrainConfig, load_config
 from covray.distributed import benchmark
-from covray.distributed.benchmark import build_rates, calibrate, train_rates
+from covray.distributed.benchmark import MeasuredBuild, MeasuredCheckpoint, build_rates, calibrate, train_rates
 from covray.distributed.progress import BlockReport, ProgressActor
 from covray.errors import ConfigError, CovrayError
 from covray.planning.plan import plan
 from covray.planning.rates import Calibration, write_calibration
 from covray.planning.simulation import BuildWork, Fleet, simulate_build
+from covray.training.metrics_log import Metrics
 
 START_S, LOAD_S, ROW_S, WARM_UP_S, AUDIT_SHARD_S = 14.0, 8.0, 0.5, 3.0, 0.01
 
 
-def built(blocks: int, actors: int = 2, rows: int = 8) -> dict[str, Any]:
+def built(blocks: int, actors: int = 2, rows: int = 8) -> MeasuredBuild:
     """What would be measured of a build with these rates, an actor's first block longer than the others."""
     progress = ProgressActor()
     for number in range(blocks):
@@ -32,16 +34,16 @@ def built(blocks: int, actors: int = 2, rows: int = 8) -> dict[str, Any]:
         progress.report(BlockReport(f"{number % actors}", begin, end, rows, 0, rows * 200))
     usage = progress.usage()
     audit_s = blocks * AUDIT_SHARD_S
-    return {
-        **asdict(usage),
-        "wall_s": START_S + (usage.last_block_s or 0.0) + audit_s,
-        "audit_s": audit_s,
-        "rows": blocks * rows,
-        "shards": blocks,
-        "row_bytes": 700 * blocks * rows,
-        "other_bytes": 5000 * blocks,
-        "tokens_per_image": 64,
-    }
+    return MeasuredBuild(
+        audit=Audit(asked=blocks * rows, written=blocks * rows, rejected=0, per_task={}, **asdict(usage)),
+        wall_s=START_S + (usage.last_block_s or 0.0) + audit_s,
+        audit_s=audit_s,
+        rows=blocks * rows,
+        shards=blocks,
+        row_bytes=700 * blocks * rows,
+        other_bytes=5000 * blocks,
+        tokens_per_image=64,
+    )
 
 
 def test_a_build_s_time_comes_apart_into_its_rates() -> None:
@@ -65,7 +67,7 @@ def test_the_plan_of_a_build_that_was_measured_is_its_time(tmp_path: Path) -> No
     }  # fmt: skip
     planned = plan(load_config(PlanConfig, None, options)).to_json()
     assert planned["rates"] == "measured on here, 2026-11-21"
-    assert planned["build"]["hours"]["mean"] * 3600 == pytest.approx(large["wall_s"], abs=0.1)
+    assert planned["build"]["hours"]["mean"] * 3600 == pytest.approx(large.wall_s, abs=0.1)
     assert planned["build"]["shard_bytes"] == 240 * 700 + 30 * 5000
     alone = simulate_build(BuildWork(240, 8, ROW_S), Fleet(1, 2), np.random.default_rng(0))
     assert planned["build"]["useful_gpu_hours"]["mean"] * 3600 == pytest.approx(alone.busy_s)
@@ -73,7 +75,7 @@ def test_the_plan_of_a_build_that_was_measured_is_its_time(tmp_path: Path) -> No
 
 def test_a_training_s_time_comes_apart_into_its_rates() -> None:
     """Steps of 2 s after a first of 7, a pause of 5 s every fourth, of which the checkpoint is 1."""
-    records: list[tuple[float, dict[str, Any]]] = [(20.0, {"step": 0, "validation_loss": 1.0})]
+    records: list[tuple[float, Metrics]] = [(20.0, {"step": 0, "validation_loss": 1.0})]
     now = 20.0
     for step in range(1, 13):
         seconds = 7.0 if step == 1 else 2.0
@@ -83,7 +85,7 @@ def test_a_training_s_time_comes_apart_into_its_rates() -> None:
             now += 5.0
             records.append((now, {"step": step, "validation_loss": 1.0}))
     config = TrainConfig(data="d", out="o", workers={"count": 2})
-    rates = train_rates(config, records, now + 3, 32, {"seconds": 1.0, "bytes": 1000.0})
+    rates = train_rates(config, records, now + 3, 32, MeasuredCheckpoint(1.0, 1000))
     assert rates.token_s == pytest.approx(2 * 2 / 8000)
     assert rates.validation_token_s == pytest.approx(4 * 2 / (32 * 500))
     assert (rates.checkpoint_s, rates.checkpoint_bytes, rates.workers) == (1, 1000, 2)
