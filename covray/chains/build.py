@@ -17,7 +17,7 @@ import torch
 
 from covray.chains.kept_noise import picture_digest
 from covray.chains.prepare import BuildModels, needs_prior
-from covray.chains.shard_rows import frame_order, shard_schema, union_alphas
+from covray.chains.shard_rows import ShardRow, frame_order, shard_schema, union_alphas
 from covray.chains.spacing import PROBE_ALPHAS, coarse_label, even_path_alphas
 from covray.config import BuildConfig
 from covray.errors import ConfigError, PairError
@@ -99,7 +99,8 @@ class BlockBuilder:
         self.tokenizer = load_tokenizer(config.tokenizer, config.engine)
         device, dtype = resolve_device(config.engine)
         # The configuration that is recorded says what was used, not "auto".
-        engine: dict[str, Any] = {"device": device.type, "dtype": str(dtype).removeprefix("torch.")}
+        update = {"device": device.type, "dtype": str(dtype).removeprefix("torch.")}
+        engine = config.engine.model_copy(update=update)
         prior_px = config.prior.size_px
         self.engine: ChainEngine | None = None
         # A build that interpolates nothing loads no prior.
@@ -108,11 +109,11 @@ class BlockBuilder:
             if reader is not None:
                 prior.read_contexts()
             self.engine = ChainEngine(prior, config.engine, config.engine.batch or propose_batch(prior))
-            engine["batch"] = self.engine.batch
+            engine = engine.model_copy(update={"batch": self.engine.batch})
             prior_px = prior.size_px
         self.config = config.model_copy(
             update={
-                "engine": config.engine.model_copy(update=engine),
+                "engine": engine,
                 "prior": config.prior.model_copy(update={"size_px": prior_px}),
                 "tokenizer": config.tokenizer.model_copy(update={"size_px": self.tokenizer.size_px}),
             }
@@ -146,7 +147,7 @@ class BlockBuilder:
             The rows (``shard_schema``), one a pair in the same order, and what they cost.
         """
         columns = ("pair_id", "task", "split", "error")
-        rows: list[dict[str, Any]] = prepared.select(columns).to_pylist()
+        rows: list[ShardRow] = prepared.select(columns).to_pylist()
         stats = BlockStats(rows=len(rows))
         # Rejected pairs keep their row and their error; only the others are computed.
         good = [index for index, row in enumerate(rows) if row["error"] is None]
@@ -304,7 +305,7 @@ class BlockBuilder:
         return self.tokenizer.encode(np.stack(pictures)).reshape(len(pairs.ids), 2 + frames, -1)
 
     def _fill(
-        self, row: dict[str, Any], number: int, pairs: _Pairs, chains: Interpolation | None, tokens: np.ndarray
+        self, row: ShardRow, number: int, pairs: _Pairs, chains: Interpolation | None, tokens: np.ndarray
     ) -> None:
         """Complete the row of a good pair.
 
@@ -327,9 +328,11 @@ class BlockBuilder:
         row["quality"] = self._quality(number, pairs, chains)
         if self.config.keep_noise and chains is not None:
             # Kept with a digest of the pixels, so that a later build takes it over only for the same picture.
-            for name, image in zip(("source", "label"), pairs.ends[number], strict=True):
-                row[f"{name}_noise"] = chains.noise[image].astype("<f4").tobytes()
-                row[f"{name}_pixels"] = picture_digest(pairs.images[image].tobytes())
+            source, label = pairs.ends[number]
+            row["source_noise"] = chains.noise[source].astype("<f4").tobytes()
+            row["label_noise"] = chains.noise[label].astype("<f4").tobytes()
+            row["source_pixels"] = picture_digest(pairs.images[source].tobytes())
+            row["label_pixels"] = picture_digest(pairs.images[label].tobytes())
 
     def _quality(self, number: int, pairs: _Pairs, chains: Interpolation | None) -> dict[str, float | None]:
         """Return the quality figures (``QUALITY``) of the pair at place ``number``."""

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 
-def chain_quality(figures: Mapping[str, Any] | None) -> float | None:
+def chain_quality(figures: Mapping[str, float | None] | None) -> float | None:
     """Return the quality of a diffused chain, in (0, 1]; 1 is a straight path between two typical noises.
 
     It is the direct way over the way through the frames, times e^-|ln r| for the noise of each end, of which r is
@@ -26,9 +25,11 @@ def chain_quality(figures: Mapping[str, Any] | None) -> float | None:
     Returns:
         The quality; None where the path is unknown, as for an image that is its own label.
     """
-    if figures is None or not figures.get("diffusion_path"):
+    figures = figures or {}
+    path = figures.get("diffusion_path")
+    if not path:
         return None
-    quality = 1 / float(figures["diffusion_path"])
+    quality = 1 / path
     for end in ("source_noise_rms", "label_noise_rms"):
         # An end whose noise is not known counts as typical.
         rms = figures.get(end)

@@ -44,6 +44,10 @@ class ShardRow(TypedDict, total=False):
     frames: list[FrameColumn]
     quality: dict[str, float | None] | None
     error: str | None
+    source_noise: bytes | None
+    label_noise: bytes | None
+    source_pixels: bytes | None
+    label_pixels: bytes | None
 
 
 def shard_schema(keep_noise: bool) -> pa.Schema:

@@ -9,7 +9,6 @@ is denoised, and a pass of the tokenizer for each of its pictures.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +16,7 @@ import pyarrow.parquet as pq
 from transformers import LlamaConfig
 
 from covray.chains.prepare import needs_prior
-from covray.chains.shard_rows import QUALITY, frame_order, shard_schema, union_alphas
+from covray.chains.shard_rows import QUALITY, ShardRow, frame_order, shard_schema, union_alphas
 from covray.chains.spacing import PROBES
 from covray.config import AssumedConfig, BuildConfig, TrainConfig
 from covray.errors import ConfigError
@@ -210,13 +209,13 @@ def _shard_bytes(build: BuildConfig, tokens: int, rows: int) -> tuple[float, flo
     return in_rows / rows, rest
 
 
-def _random_row(build: BuildConfig, tokens: int, generator: np.random.Generator) -> dict[str, Any]:
+def _random_row(build: BuildConfig, tokens: int, generator: np.random.Generator) -> ShardRow:
     """Return a row of the shard schema with random tokens."""
 
     def picture() -> np.ndarray:
         return generator.integers(0, _CODES, tokens, dtype=np.uint16)
 
-    row: dict[str, Any] = {
+    row: ShardRow = {
         "pair_id": int(generator.integers(2**62)),
         "task": "segmentation",
         "split": "train",
