@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
@@ -12,6 +12,7 @@ from covray.cli.output import console, escape
 
 if TYPE_CHECKING:
     from covray.evaluation.records import EvaluationResults
+    from covray.sweeps.records import SweepResults
 
 
 def print_evaluation(results: EvaluationResults, out: str) -> None:
@@ -41,29 +42,28 @@ def print_evaluation(results: EvaluationResults, out: str) -> None:
     console.print(f"{escape(out.rstrip('/'))}/index.html", highlight=False, soft_wrap=True)
 
 
-def print_sweep(results: dict[str, Any], out: str, json_: bool) -> None:
+def print_sweep(results: SweepResults, out: str, json_: bool) -> None:
     """What the claims came to, and how the trials ended; all else is on the page."""
     if json_:
-        print(json.dumps(results))
+        print(json.dumps(results.to_json()))
         return
     table = Table("claim", "gain", "95%", "verdict", box=None, pad_edge=False)
-    for claim in results["claims"]:
-        overall = claim["overall"]
-        if overall is None or overall["gain_percent"] is None:
+    for claim in results.claims:
+        overall = claim.overall
+        if overall is None or overall.gain_percent is None:
             continue
-        low, high = overall["low"], overall["high"]
-        interval = "–" if low is None else f"{low:+.1f} to {high:+.1f}"
-        table.add_row(escape(claim["claim"]), f"{overall['gain_percent']:+.1f}%", interval, overall["verdict"])
+        interval = "–" if overall.low is None else f"{overall.low:+.1f} to {overall.high:+.1f}"
+        table.add_row(escape(claim.claim), f"{overall.gain_percent:+.1f}%", interval, overall.verdict)
     if table.row_count:
         console.print(table)
-    ended = Counter(trial["status"] for trial in results["trials"])
+    ended = Counter(trial.status for trial in results.trials)
     counts = []
     for status in ("finished", "stopped", "failed", "waiting"):
         if ended[status]:
             counts.append(f"{ended[status]} {status}")
     console.print(", ".join(counts), highlight=False)
-    for trial in results["trials"]:
-        if trial["status"] == "failed":
-            why = f"[yellow]{escape(trial['name'])} failed[/yellow]: {escape(str(trial['error']))}"
+    for trial in results.trials:
+        if trial.status == "failed":
+            why = f"[yellow]{escape(trial.name)} failed[/yellow]: {escape(str(trial.error))}"
             console.print(why, highlight=False, soft_wrap=True)
     console.print(f"{escape(out.rstrip('/'))}/index.html", highlight=False, soft_wrap=True)

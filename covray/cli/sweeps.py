@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +12,9 @@ from covray.cli.output import console, print_values
 from covray.cli.results import print_evaluation, print_sweep
 from covray.config import SweepConfig
 from covray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from covray.sweeps.plan import SweepPlan
 
 SWEEP = StepOptions(SweepConfig)
 
@@ -48,12 +51,11 @@ def sweep(
     if plan:
         from covray.distributed.sweep_checks import plan_checked_sweep
 
-        _print_sweep_plan(plan_checked_sweep(resolved, tokens_per_s).to_json(), json_)
+        _print_sweep_plan(plan_checked_sweep(resolved, tokens_per_s), json_)
         return
-    from covray.distributed.sweep import sweep as run_sweep
+    from covray.distributed.sweep import run_sweep
 
-    results = run_sweep(resolved)
-    print_sweep(results, resolved.out, json_)
+    print_sweep(run_sweep(resolved), resolved.out, json_)
 
 
 def report(
@@ -84,21 +86,20 @@ def report(
 
         print_claims(report_programme(folder), folder, json_)
         return
-    results = sweeps.report(folder)
-    print_sweep(results, folder, json_)
+    print_sweep(sweeps.report(folder), folder, json_)
 
 
-def _print_sweep_plan(planned: dict[str, Any], json_: bool) -> None:
+def _print_sweep_plan(planned: SweepPlan, json_: bool) -> None:
     if json_:
-        print(json.dumps(planned))
+        print(json.dumps(planned.to_json()))
         return
-    trials, total = planned["trials"], planned["total"]
-    shown = {"trials": f"{len(trials):,}", "left out": f"{len(planned['left_out']):,}"}
+    total = planned.total.to_json()  # without what a plan without a rate lacks
+    shown = {"trials": f"{len(planned.trials):,}", "left out": f"{len(planned.left_out):,}"}
     for key, value in total.items():
         shown[key] = f"{value:,.1f}" if isinstance(value, float) else f"{value:,}"
-    if planned["builds"] is not None:
-        lengths = ", ".join(map(str, planned["builds"]["lengths"]))
-        shown["builds first"] = f"chains of {lengths} by {', '.join(planned['builds']['methods']) or 'no method'}"
+    if planned.builds is not None:
+        lengths = ", ".join(map(str, planned.builds.lengths))
+        shown["builds first"] = f"chains of {lengths} by {', '.join(planned.builds.methods) or 'no method'}"
     print_values(shown, False)
     if "gpu_hours" not in total:
         console.print("hours: give --tokens-per-s, which covray train prints", highlight=False)

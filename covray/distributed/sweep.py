@@ -8,7 +8,6 @@ A trial that is done is one file, ``trials/NAME.json``; the report is made of th
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from typing import Any
 
 from covray.config import SweepConfig, load_config
@@ -26,7 +25,7 @@ from covray.io.storage import Folder, absolute
 from covray.progress import stage
 from covray.report.sweep import write_sweep_page
 from covray.sweeps.grid import Grid, Trial, grid_of
-from covray.sweeps.records import Reference, SweepRecord, TrialEntry, TrialRecord, TrialScore, TrialTable
+from covray.sweeps.records import Reference, SweepRecord, SweepResults, TrialEntry, TrialRecord, TrialScore, TrialTable
 from covray.sweeps.results import tabulate, to_csv
 
 TABLE, PAGE = "table.csv", "index.html"
@@ -49,6 +48,11 @@ def sweep(config: SweepConfig) -> dict[str, Any]:
     Raises:
         CovrayError: A configuration, dataset, manifest, model or storage cannot be used; no trial has been started.
     """
+    return run_sweep(config).to_json()
+
+
+def run_sweep(config: SweepConfig) -> SweepResults:
+    """Train and evaluate every trial of ``config``, as ``sweep`` does; return the results as a record."""
     config = absolute_paths(config)
     with Output(config.out, SweepRecord, "covray sweep") as output:
         if output.begun is not None:
@@ -60,7 +64,7 @@ def sweep(config: SweepConfig) -> dict[str, Any]:
     return results
 
 
-def _sweep(config: SweepConfig, grid: Grid, output: Output[SweepRecord], cores: int) -> dict[str, Any]:
+def _sweep(config: SweepConfig, grid: Grid, output: Output[SweepRecord], cores: int) -> SweepResults:
     """Run the sweep in a Ray session with ``cores`` cores."""
     begun = output.begun
     seconds = 0.0  # of all commands that were at work in this folder
@@ -103,7 +107,7 @@ def resumed(out: str) -> SweepConfig:
     return load_config(SweepConfig, None, record.config).model_copy(update={"out": out})
 
 
-def report(out: str) -> dict[str, Any]:
+def report(out: str) -> SweepResults:
     """Write table and page of the sweep ``out`` from the trials that are done so far; return its results."""
     record = _record(out)
     config = absolute_paths(resumed(out))
@@ -133,7 +137,7 @@ def report(out: str) -> dict[str, Any]:
     write_sweep_page(sweep_results, folder.join(PAGE))
     folder.write_bytes(TABLE, to_csv(sweep_results).encode())
     sweep_results.write(folder)
-    return sweep_results.to_json()
+    return sweep_results
 
 
 def _record(out: str) -> SweepRecord:
@@ -177,11 +181,11 @@ def _score(score: SubjectScore) -> TrialScore:
     return TrialScore.model_validate(score.model_dump(exclude={"subject"}))
 
 
-def _track(tracker: RunTrackers, config: SweepConfig, results: Mapping[str, Any]) -> None:
+def _track(tracker: RunTrackers, config: SweepConfig, results: SweepResults) -> None:
     """Log the claims' figures and the files to MLflow."""
     gains = {}
-    for claim in results["claims"]:
-        if claim["overall"]:
-            gains[f"claims/{claim['key']}"] = claim["overall"]["gain_percent"]
+    for claim in results.claims:
+        if claim.overall is not None:
+            gains[f"claims/{claim.key}"] = claim.overall.gain_percent
     tracker.log(0, gains)
     tracker.artefacts(config.out, (RESULTS, TABLE, PAGE))

@@ -44,6 +44,7 @@ from covray.progress import own_display
 from covray.sweeps.grid import Grid, Trial
 from covray.sweeps.plan import plan_sweep
 from covray.sweeps.records import TRIALS, TrialRecord, TrialTable, Validation
+from covray.training.metrics_log import Metrics
 from covray.training.records import RunRecord
 
 _RAY = "_ray"
@@ -130,9 +131,9 @@ class TrialDriver:
         tokens = 0
 
         # Tokens are summed over the steps: a validation is reported by the tokens trained so far.
-        def watch(record: dict[str, Any]) -> None:
+        def watch(record: Metrics) -> None:
             nonlocal tokens
-            tokens += record.get("tokens", 0)
+            tokens += int(record.get("tokens", 0))
             if "validation_loss" in record:
                 validation = Validation(tokens=tokens, answer_perplexity=record["answer_perplexity"])
                 validations.append(validation)
@@ -158,10 +159,10 @@ class TrialDriver:
             tracked=tracked,
         ).write(out, _file_of(trial.name))
 
-    def take(self) -> list[dict[str, Any]]:
-        """Return the validations since the last call, as JSON values."""
+    def take(self) -> list[Validation]:
+        """Return the validations since the last call."""
         taken, self._new = self._new, []
-        return [validation.to_json() for validation in taken]
+        return taken
 
 
 def _follow(parameters: dict[str, str], trials: Mapping[str, Trial], out: str) -> None:
@@ -178,8 +179,8 @@ def _follow(parameters: dict[str, str], trials: Mapping[str, Trial], out: str) -
     running = driver.run.remote(trial, out)
     while True:
         ended, _ = ray.wait([running], timeout=_POLL_S)  # before ``take``, so that the last validation is not lost
-        for values in ray.get(driver.take.remote()):
-            tune.report(values)
+        for validation in ray.get(driver.take.remote()):
+            tune.report(validation.to_json())
         if ended:
             ray.get(running)
             return

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from covray.config import SweepConfig, load_config
-from covray.config.section import JsonObject
-from covray.distributed.sweep import sweep
+from covray.distributed.sweep import run_sweep
 from covray.errors import ConfigError, one_line
 from covray.io import storage
 from covray.pairs.manifest import ManifestWriter
 from covray.pairs.scenes import scene_pairs
+from covray.sweeps.records import SweepResults
 
 SCENES = 240
 SPLITS = {"train": 17.0, "val": 2.0, "test": 5.0}
@@ -32,7 +32,7 @@ that is best on the validation split, 24 queries a task of scenes that no traini
 sees the same pairs equally often, so a chain of 4 is trained on twice the tokens of a plain pair, as in the paper."""
 
 
-def run_claims(out: str, data: str | None = None) -> JsonObject:
+def run_claims(out: str, data: str | None = None) -> SweepResults:
     """Run the experiment of the claims, or continue it.
 
     Args:
@@ -52,7 +52,7 @@ def run_claims(out: str, data: str | None = None) -> JsonObject:
     else:
         del options["build"]
         options["data"] = data
-    return sweep(load_config(SweepConfig, None, options))
+    return run_sweep(load_config(SweepConfig, None, options))
 
 
 def _render_scenes(out: str) -> str:

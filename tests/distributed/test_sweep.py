@@ -129,7 +129,7 @@ def test_another_training_in_the_same_folder_is_refused_and_a_larger_grid_is_not
 def test_a_report_is_made_of_the_trials_that_ended_whatever_became_of_them(config: SweepConfig) -> None:
     begun(config)
     names = [trial.name for trial in grid_of(config).trials]
-    assert [trial["status"] for trial in report(config.out)["trials"]] == ["waiting"] * 3
+    assert [trial.status for trial in report(config.out).trials] == ["waiting"] * 3
     score = {"task": "depth", "subject": names[0], "metric": "abs_rel", "mean": 0.25, "low": 0.2, "high": 0.3}
     table = {
         "tasks": {"depth": {"episodes": 4, "primary": "abs_rel", "metrics": ["abs_rel"]}},
@@ -143,7 +143,7 @@ def test_a_report_is_made_of_the_trials_that_ended_whatever_became_of_them(confi
     failed = {"status": "failed", "error": "<b>no weights</b>", "validation": []}
     for name, record in zip(names, (finished, failed), strict=False):
         storage.write_json(f"{config.out}/trials/{name}.json", record)
-    results = report(config.out)
+    results = report(config.out).to_json()
     assert {trial["name"]: trial["status"] for trial in results["trials"]} == dict(
         zip(names, ("finished", "failed", "waiting"), strict=True)
     )
@@ -193,7 +193,7 @@ def test_a_trial_that_was_stopped_or_lost_is_written_down_with_what_it_was_compa
     one: Any
     for one, ends in ((Ended(stopped), progress.on_trial_complete), (Ended(lost), progress.on_trial_error)):
         ends(0, [], one)
-    found = {trial["name"]: trial for trial in report(config.out)["trials"]}
+    found = {trial["name"]: trial for trial in report(config.out).to_json()["trials"]}
     assert [found[name]["status"] for name in (stopped, lost, waiting)] == ["stopped", "failed", "waiting"]
     assert found[stopped]["validation"] == [
         {"tokens": 0, "answer_perplexity": 9.0},
@@ -323,7 +323,7 @@ class FakeTuner:
                 self._progress.on_trial_error(0, [], ended)
                 continue
             for validation in driver.take():
-                self._progress.on_trial_result(0, [], ended, validation)
+                self._progress.on_trial_result(0, [], ended, validation.to_json())
             self._progress.on_trial_complete(0, [], ended)
 
 
@@ -373,7 +373,7 @@ def test_a_killed_sweep_continues_with_the_trials_that_are_not_done_or_failed(
 
     with pytest.raises(KeyboardInterrupt):
         sweep(config)
-    assert [trial["status"] for trial in report(config.out)["trials"]] == ["finished", "waiting", "waiting"]
+    assert [trial.status for trial in report(config.out).trials] == ["finished", "waiting", "waiting"]
     seconds = SweepRecord.read(config.out).seconds
     kill_after, without_weights = 99, trials[1].train.out
     code, printed, message = run("sweep", "--resume", "--out", config.out, "--json")
