@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from covray.chains.dataset import ChainDataset
-from covray.config import BuildConfig
+from covray.config import BuildConfig, recorded_section
 from covray.config.build import with_solver
 from covray.errors import DatasetError
 from covray.io import storage
@@ -116,11 +116,13 @@ def _require_same_inversion(dataset: ChainDataset, config: BuildConfig, prior_fi
     if theirs["fit"] != ours["fit"]:
         differing.append("fit")
     # Noise of one solver, denoised by another, loses 11 dB.
+    their_prior, our_prior = recorded_section(theirs, "prior"), recorded_section(ours, "prior")
     for key in ("size_px", "solver", "steps", "evaluations", "context"):
-        if theirs["prior"][key] != ours["prior"][key]:
+        if their_prior[key] != our_prior[key]:
             differing.append(f"prior.{key}")
-    for key, value in ours["engine"].items():
-        if theirs["engine"].get(key) != value:
+    their_engine = recorded_section(theirs, "engine")
+    for key, value in recorded_section(ours, "engine").items():
+        if their_engine.get(key) != value:
             differing.append(f"engine.{key}")
     if differing:
         raise DatasetError(f"noise_from: {path} was inverted with another {', '.join(differing)}; use the same")

@@ -19,7 +19,7 @@ from covray.config.fields import (
     TokenizerConfig,
     TrackingConfig,
 )
-from covray.config.section import GrownSection, JsonObject
+from covray.config.section import GrownSection, JsonObject, recorded_section
 
 
 class BuildConfig(GrownSection):
@@ -101,13 +101,13 @@ class BuildConfig(GrownSection):
         )
 
 
-def with_solver(identity: dict[str, Any]) -> dict[str, Any]:
+def with_solver(identity: JsonObject) -> JsonObject:
     """Return the identity of a build with its defaults stated that ``BuildConfig`` and ``PriorConfig`` leave out.
 
     Where identities are compared, a key that is left out must not read as one that is left open.
     """
-    prior = {"solver": "ddim", "evaluations": "all", "context": "empty"} | identity["prior"]
-    return {"spacing": "even"} | identity | {"prior": prior}
+    prior = {"solver": "ddim", "evaluations": "all", "context": "empty"} | recorded_section(identity, "prior")
+    return {"spacing": "even", **identity, "prior": prior}
 
 
 def solver_text(prior: dict[str, Any]) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from covray.config.fields import BackboneConfig, ChainMethod, ExamplePairs, Length, Target, TaskName, TrackingConfig
-from covray.config.section import GrownSection, JsonObject, LeftOut, Section
+from covray.config.section import GrownSection, JsonObject, LeftOut, Section, recorded_section
 
 
 class LoraConfig(Section):
@@ -311,7 +311,7 @@ class TrainConfig(Section):
             return self
         return self._with_unset({key: value for key, value in _NANO_OPTIMIZER.items() if self._is_unset(key)})
 
-    def with_defaults_of_run(self, recorded: Mapping[str, Any]) -> TrainConfig:
+    def with_defaults_of_run(self, recorded: JsonObject) -> TrainConfig:
         """Return the configuration with the defaults of the run that it continues, in the keys that were not set.
 
         A run that was begun before its scale had an optimizer of its own has the defaults of ``OptimizerConfig``.
@@ -322,7 +322,7 @@ class TrainConfig(Section):
         kept = {}
         for key in _NANO_OPTIMIZER:
             default = OptimizerConfig.model_fields[key].default
-            if self._is_unset(key) and recorded.get("optimizer", {}).get(key) == default:
+            if self._is_unset(key) and recorded_section(recorded, "optimizer").get(key) == default:
                 kept[key] = default
         return self._with_unset(kept)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from covray.chains.dataset import ChainDataset
-from covray.config import BuildConfig, EvaluateConfig, named_run
+from covray.config import BuildConfig, EvaluateConfig, JsonObject, named_run
 from covray.distributed.paths import absolute_fields, absolute_runs
 from covray.distributed.plugin_checks import used_plugins
 from covray.errors import DatasetError
@@ -48,7 +48,7 @@ def with_absolute_paths(config: EvaluateConfig) -> EvaluateConfig:
     return config.model_copy(update=paths | {"adapters": absolute_runs(config.adapters)})
 
 
-def without_places(identity: Mapping[str, Any]) -> dict[str, Any]:
+def without_places(identity: JsonObject) -> JsonObject:
     """Return ``identity`` without where things are: folders move, and what is in them is compared by fingerprints.
 
     A manifest has none, but the ids of its pairs say which pictures they are, and pairs that it lacks are refused.
@@ -57,12 +57,16 @@ def without_places(identity: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("data", "manifest"):
         kept.pop(key, None)
     # Of NAME=RUN the name alone: the weights of the run are among the fingerprints.
-    kept["adapters"] = [named_run(entry)[0] for entry in identity.get("adapters", ())]
+    adapters = identity.get("adapters", [])
+    assert isinstance(adapters, list)
+    kept["adapters"] = [named_run(str(entry))[0] for entry in adapters]
     for key in ("tokenizer", "backbone"):
-        if isinstance(identity.get(key), dict):
-            kept[key] = dict(identity[key])
+        section = identity.get(key)
+        if isinstance(section, dict):
+            without = dict(section)
             for place in ("path", "revision"):
-                kept[key].pop(place, None)
+                without.pop(place, None)
+            kept[key] = without
     return kept
 
 

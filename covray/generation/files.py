@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import posixpath
 from collections.abc import Sequence
-from typing import Any
 
 from covray.chains.shard_rows import alphas_of
-from covray.config import GenerateConfig
+from covray.config import GenerateConfig, JsonObject
 from covray.errors import ConfigError, PairError, one_line
 from covray.generation.generator import Generator
 from covray.generation.records import AnswerRecord, GenerationRecord, LogLikelihood
@@ -98,7 +97,7 @@ def _read_example(image: str, label: str) -> Example:
     return Example(storage.read_bytes(image), storage.read_bytes(label), f"--example {image} {label}")
 
 
-def _resolved_values(config: GenerateConfig, generator: Generator) -> dict[str, Any]:
+def _resolved_values(config: GenerateConfig, generator: Generator) -> JsonObject:
     """Return ``config`` with all that the run decided, as JSON values."""
     resolved = generator.resolved
     update = {name: getattr(resolved.config, name) for name in type(resolved.config).model_fields}

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import Field
 
-from covray.config import BuildConfig, Section, TrainConfig, differences, load_config, read_yaml
+from covray.config import BuildConfig, Section, TrainConfig, differences, load_config, read_yaml, recorded_section
 from covray.config.section import JsonObject
 from covray.errors import ConfigError, one_line
 from covray.io import storage
@@ -197,14 +197,15 @@ def scale_build(rates: BuildRates, cost: RowCost) -> tuple[BuildRates, float]:
     return rates.model_copy(update=update), times
 
 
-def identity_of(step: Step, identity: dict[str, Any]) -> dict[str, Any]:
+def identity_of(step: Step, identity: JsonObject) -> JsonObject:
     """Return the part of the ``identity`` of a configuration that rates depend on, beyond what they are scaled by."""
     kept = {key: identity[key] for key in _IDENTITY_KEYS[step]}
     # Rows are scaled by their UNet evaluations, so the solver and the number of its steps may differ.
     if step == "build":
-        kept["prior"] = dict(kept["prior"])
+        prior = dict(recorded_section(identity, "prior"))
         for key in ("solver", "steps", "evaluations"):
-            kept["prior"].pop(key, None)
+            prior.pop(key, None)
+        kept["prior"] = prior
     return kept
 
 

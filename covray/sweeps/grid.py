@@ -18,6 +18,7 @@ from covray.config import (
     BackboneConfig,
     BuildConfig,
     EvaluateConfig,
+    JsonObject,
     Section,
     SweepConfig,
     TrainConfig,
@@ -289,7 +290,7 @@ def _training(trial: Trial) -> Training:
     return Training(tuple(splits), tuple(sentences.tasks or ()), trial.pairs)
 
 
-def _given(config: SweepConfig, section: str) -> dict[str, Any]:
+def _given(config: SweepConfig, section: str) -> JsonObject:
     """Return the dotted keys of a section of the sweep. Raises ConfigError for those that the sweep decides."""
     given = dict(leaves(getattr(config, section)))
     for key in given:
@@ -309,7 +310,7 @@ def _load(section: str, model: type[C], options: dict[str, Any]) -> C:
         raise ConfigError(f"{section}: {error}") from error
 
 
-def _training_defaults(config: SweepConfig, data: str) -> dict[str, Any]:
+def _training_defaults(config: SweepConfig, data: str) -> JsonObject:
     """Return the training that ``train`` alone describes, dotted; empty where it is none without the grid's fields."""
     # Fields of the grid may be required: without them there is no training, and so no default.
     try:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from covray.config import BackboneConfig, GridConfig
+from covray.config import BackboneConfig, GridConfig, JsonObject
 
 _MAX_CHARACTERS = 120
 
@@ -29,7 +29,7 @@ class Combination:
     seed: int
 
 
-def trial_name(combination: Combination, defaults: Mapping[str, Any]) -> str:
+def trial_name(combination: Combination, defaults: JsonObject) -> str:
     """Return a name for folders and for MLflow: method, length, pairs, whatever is not by default, and the seed.
 
     Args:

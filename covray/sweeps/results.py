@@ -11,8 +11,9 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
+from covray.config import JsonObject
 from covray.sweeps.cells import cell_entry, group_cells, sort_key
 from covray.sweeps.comparisons import CLAIMS, PrimaryMetric, claim_entry, efficiency, returns
 from covray.sweeps.records import LeftOut, Reference, SweepResults, TaskSummary, TrialEntry
@@ -29,7 +30,7 @@ def tabulate(
     tasks: Mapping[str, TaskSummary],
     lower_is_better: Iterable[str],
     left_out: Sequence[LeftOut],
-    config: Mapping[str, Any],
+    config: JsonObject,
     seconds: float,
 ) -> SweepResults:
     """Make the report of a sweep from its trials, in any order; those that are not finished are in no cell.
@@ -59,7 +60,7 @@ def tabulate(
             sign = -1
         primary[task] = PrimaryMetric(about.primary, sign)
     return SweepResults(
-        config=dict(config),
+        config=config,
         seconds=seconds,
         left_out=tuple(left_out),
         lower_is_better=tuple(sorted(lower)),
