@@ -8,11 +8,13 @@ It drives the steps that a user would: what is done lies in their folders, and a
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+
+from pydantic import TypeAdapter
 
 from covray.chains.dataset import ChainDataset
 from covray.chains.records import Audit
@@ -292,7 +294,7 @@ def open_programme(out: str, name: BudgetName, backbones: Sequence[str], tokeniz
         raise ConfigError("--backbone: two have one name; give each its own, as NAME=PATH")
     record = ProgrammeRecord(
         budget_name=name,
-        budget=_plain(asdict(BUDGETS[name])),
+        budget=json.loads(json.dumps(asdict(BUDGETS[name]))),  # as the file gives it back: lists for tuples
         backbones=[{"name": backbone.name, "path": backbone.path} for backbone in listed],
         tokenizer=tokenizer,
     )
@@ -312,30 +314,9 @@ def _backbone(entry: str) -> Backbone:
 def read_programme(out: str) -> Programme:
     """Return the programme that was begun in the folder ``out``. Raises ConfigError for none."""
     record = ProgrammeRecord.read(out)
-    # JSON has lists where the budget has tuples.
-    values = dict(record.budget)
-    for key in ("seeds", "shares", "lengths", "votes"):
-        values[key] = tuple(values[key])
-    values["spacings"] = dict(values["spacings"])
-    for name, spacing in values["spacings"].items():
-        if not isinstance(spacing, str):
-            values["spacings"][name] = tuple(spacing)
-    if values["tasks"] is not None:
-        values["tasks"] = tuple(values["tasks"])
+    budget = TypeAdapter(Budget).validate_python(record.budget)  # JSON has lists where the budget has tuples
     backbones = [Backbone(**each) for each in record.backbones]
-    return Programme(out, record, Budget(**values), tuple(backbones))
-
-
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``values`` as JSON would give them back."""
-    plain: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            plain[key] = _plain(value)
-        # A tuple comes back from JSON as a list; the records of two runs must be equal.
-        else:
-            plain[key] = list(value) if isinstance(value, tuple) else value
-    return plain
+    return Programme(out, record, budget, tuple(backbones))
 
 
 @dataclass(frozen=True)
