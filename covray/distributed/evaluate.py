@@ -47,10 +47,17 @@ from covray.distributed.session import ray_session
 from covray.distributed.trackers.base import require_trackers
 from covray.distributed.trackers.together import RunTrackers
 from covray.errors import ConfigError, DatasetError
-from covray.evaluation.answers import EPISODE_SCHEMA, LARGE_COLUMNS, RESULT_SCHEMA
+from covray.evaluation.answers import EPISODE_SCHEMA, LARGE_COLUMNS, RESULT_SCHEMA, ResultRow
 from covray.evaluation.pair_files import write_pairs
-from covray.evaluation.records import STRIPS, EvaluationRecord, EvaluationResults, EvaluationTable, SubjectScore
-from covray.evaluation.results import Rank, Row, choose_episodes, tabulate, to_csv
+from covray.evaluation.records import (
+    STRIPS,
+    EvaluationRecord,
+    EvaluationResults,
+    EvaluationTable,
+    SubjectEntry,
+    SubjectScore,
+)
+from covray.evaluation.results import Rank, choose_episodes, tabulate, to_csv
 from covray.evaluation.runner import Runner
 from covray.evaluation.subjects import Subject
 from covray.io.storage import Folder, absolute
@@ -116,7 +123,7 @@ def report(out: str) -> EvaluationResults:
     # The record may name the folder as it was called on another machine.
     config = load_config(EvaluateConfig, None, record.config).model_copy(update={"out": folder.path})
     results = EvaluationResults.read(folder)
-    _write_results(config, [Subject(**subject) for subject in record.subjects], results)
+    _write_results(config, [entry.subject() for entry in record.subjects], results)
     return results
 
 
@@ -128,7 +135,7 @@ def _evaluate(work: Work, output: Output[EvaluationRecord], pool: PoolOptions) -
         config=config.model_dump(mode="json"),
         identity=config.identity(),
         fingerprints=work.fingerprints,
-        subjects=[subject.as_json() for subject in work.subjects],
+        subjects=[SubjectEntry.of(subject) for subject in work.subjects],
         mlflow_run_id=mlflow_run_of(output.begun),
     )
     plugins = plugins_of(config)
@@ -212,7 +219,7 @@ def _run(work: Work, folder: Folder, pool: PoolOptions) -> EvaluationTable:
     return tabulate(rows, work.subjects, config.seed)
 
 
-def read_rows(out: str, pair_ids: Collection[int] | None = None) -> list[Row]:
+def read_rows(out: str, pair_ids: Collection[int] | None = None) -> list[ResultRow]:
     """Return the rows (``RESULT_SCHEMA``) of the evaluation ``out``, by task, subject and pair.
 
     Without ``pair_ids`` all of them, but not their ``LARGE_COLUMNS``; else those of these pairs, with ``images``.
@@ -227,7 +234,7 @@ def read_rows(out: str, pair_ids: Collection[int] | None = None) -> list[Row]:
         columns = [name for name in RESULT_SCHEMA.names if name not in (BEFORE, CANDIDATES)]
         table = dataset.to_table(columns=columns, filter=ds.field("pair_id").isin(list(pair_ids)))
     ordered = table.sort_by([("task", "ascending"), ("subject", "ascending"), ("pair_id", "ascending")])
-    rows: list[Row] = ordered.to_pylist()
+    rows: list[ResultRow] = ordered.to_pylist()
     return rows
 
 
@@ -261,7 +268,7 @@ def pictures_of(out: str, pair_ids: Mapping[str, int]) -> list[Strip]:
     config = load_config(EvaluateConfig, None, record.config).model_copy(update={"out": absolute(out)})
     # One query a task, whatever its rank: under a name that the pages know.
     chosen: dict[str, dict[Rank, int]] = {task: {"median": pair_id} for task, pair_id in pair_ids.items()}
-    return _pictures(config, [Subject(**subject) for subject in record.subjects], results, chosen)
+    return _pictures(config, [entry.subject() for entry in record.subjects], results, chosen)
 
 
 def _pictures(
@@ -275,13 +282,13 @@ def _pictures(
     pair_ids: set[int] = set()
     for ranks in chosen.values():
         pair_ids.update(ranks.values())
-    rows: dict[tuple[str, int, str], Row] = {}
+    rows: dict[tuple[str, int, str], ResultRow] = {}
     for row in read_rows(config.out, pair_ids):
         if row["error"] is None:
             rows[row["task"], row["pair_id"], row["subject"]] = row
     engine = config.engine.model_copy(update={"device": "cpu"})  # the driver's machine may have no GPU
     runner = _runner(config.model_copy(update={"engine": engine}), subjects)
-    shown: list[tuple[str, Rank, Row]] = []  # task, rank and row
+    shown: list[tuple[str, Rank, ResultRow]] = []  # task, rank and row
     # Task by task and rank by rank, with the subjects in the order of the table.
     for task, ranks in chosen.items():
         for rank, pair_id in ranks.items():
@@ -294,7 +301,7 @@ def _pictures(
         if pictures is None:  # a model read tokens, and the query's picture is gone since
             continue
         primary = results.tasks[task].primary
-        value = next(entry["value"] for entry in row["values"] if entry["metric"] == primary)
+        value = next(entry["value"] for entry in row["values"] or () if entry["metric"] == primary)
         query, frames, answer, label = pictures
         strips.append(Strip(task, row["subject"], rank, row["pair_id"], value, query, list(frames), answer, label))
     return strips

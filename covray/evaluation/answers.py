@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -41,6 +41,35 @@ LARGE_COLUMNS = ("images", BEFORE, CANDIDATES)
 Tokens = NDArray[np.uint16]
 
 
+class ValueColumn(TypedDict):
+    """A score of an episode."""
+
+    metric: str
+    value: float | None
+
+
+class CandidateColumn(TypedDict, total=False):
+    """A candidate that is kept; its score is known once all are decoded."""
+
+    images: list[list[int]]
+    score: float | None
+
+
+class ResultRow(TypedDict, total=False):
+    """A row of ``RESULT_SCHEMA``, with the columns that were read."""
+
+    episode: int
+    subject: str
+    task: str
+    pair_id: int
+    examples: list[int] | None
+    values: list[ValueColumn] | None
+    counts: list[list[int]] | None
+    images: list[list[int]] | None
+    log_likelihood: float | None
+    error: str | None
+
+
 @dataclass
 class EpisodeResult:
     """One row of ``RESULT_SCHEMA`` in the making, and what its scores are computed from."""
@@ -50,13 +79,13 @@ class EpisodeResult:
     task: str
     pair_id: int
     examples: list[int] | None = None
-    values: list[dict[str, Any]] | None = None
+    values: list[ValueColumn] | None = None
     counts: list[list[int]] | None = None
     images: list[list[int]] | None = None
     log_likelihood: float | None = None
     error: str | None = None
     before: list[int] | None = None
-    candidates: list[dict[str, Any]] | None = None
+    candidates: list[CandidateColumn] | None = None
     chain: Tokens | None = None
     """The pair's own chain, [length, tokens]; no column."""
     prompt: Tokens | None = None

@@ -3,18 +3,60 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 
-from covray.config.section import JsonObject
+from covray.config import BackboneConfig, JsonObject
 from covray.errors import ConfigError, CovrayError
 from covray.evaluation.statistics import Mean
-from covray.evaluation.subjects import Kind
+from covray.evaluation.subjects import Kind, Subject
 from covray.io.records import Record, RecordPart
 
 STRIPS = "strips"
 """The folder of an evaluation with a picture of its answers for each task, ``TASK.png``."""
+
+
+class SubjectEntry(RecordPart):
+    """A row of the table: a ``covray.evaluation.subjects.Subject``."""
+
+    name: str
+    kind: Kind
+    about: str
+    method: str | None = None
+    length: int | None = None
+    pairs: int | None = None
+    adapter: str | None = None
+    """The run folder."""
+    backbone: JsonObject | None = None
+    """The configuration of the backbone; null for answers without a model."""
+    fingerprint: str = ""
+    """SHA-256 (hex) of the backbone's weights."""
+    baseline: str | None = None
+    """Which answer without a model."""
+    samples: int = 1
+    """How many candidates a model writes for an answer; absent where it is one."""
+    votes: int = 1
+    """How many samples of `votes` the answer is joined from; absent where it is one."""
+
+    @classmethod
+    def of(cls, subject: Subject) -> SubjectEntry:
+        """Return the entry of ``subject``."""
+        values = dict(vars(subject))
+        if subject.backbone is not None:
+            values["backbone"] = subject.backbone.model_dump(mode="json")
+        # Absent where they are 1, so that evaluations from before votes keep their identity.
+        for key in ("samples", "votes"):
+            if values[key] == 1:
+                del values[key]
+        return cls.model_validate(values)
+
+    def subject(self) -> Subject:
+        """Return what the entry is of."""
+        values = {name: getattr(self, name) for name in SubjectEntry.model_fields}
+        if self.backbone is not None:
+            values["backbone"] = BackboneConfig.model_validate(self.backbone)
+        return Subject(**values)
 
 
 class EvaluationRecord(Record):
@@ -30,7 +72,7 @@ class EvaluationRecord(Record):
     """The part of the configuration that decides the scores."""
     fingerprints: dict[str, str]
     """SHA-256 (hex) of the dataset's models and pairs, and of every subject's backbone and adapter."""
-    subjects: list[dict[str, Any]]
+    subjects: list[SubjectEntry]
     """Everyone that is evaluated, in the order of the table."""
     mlflow_run_id: str | None
     """The MLflow run; null without tracking."""
@@ -38,29 +80,6 @@ class EvaluationRecord(Record):
     """The runs in other trackers than MLflow, by tracker; absent without any."""
     plugins: dict[str, str] | None = None
     """The plug-ins in use, such as `task matting`, each with package and version; absent without any."""
-
-
-class SubjectEntry(RecordPart):
-    """A row of the table; ``covray.evaluation.subjects.Subject`` as JSON."""
-
-    name: str
-    kind: Kind
-    about: str
-    method: str | None = None
-    length: int | None = None
-    pairs: int | None = None
-    adapter: str | None = None
-    """The run folder."""
-    backbone: dict[str, Any] | None = None
-    """The configuration of the backbone; null for answers without a model."""
-    fingerprint: str = ""
-    """SHA-256 (hex) of the backbone's weights."""
-    baseline: str | None = None
-    """Which answer without a model."""
-    samples: int = 1
-    """How many candidates a model writes for an answer; absent where it is one."""
-    votes: int = 1
-    """How many samples of `votes` the answer is joined from; absent where it is one."""
 
 
 class TaskSummary(RecordPart):

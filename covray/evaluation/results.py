@@ -6,10 +6,11 @@ import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
+from covray.evaluation.answers import ResultRow
 from covray.evaluation.lengths import best_lengths
 from covray.evaluation.metrics import MODEL_METRICS, OWN, REFERENCE, lower_is_better
 from covray.evaluation.records import (
@@ -27,8 +28,6 @@ from covray.tasks import TASKS, table_order
 from covray.tasks.base import Score
 from covray.tasks.metrics import metrics_of
 
-Row = Mapping[str, Any]
-"""A row of ``RESULT_SCHEMA``."""
 Rank = Literal["best", "median", "worst"]
 _LOGARITHMS = (OWN, REFERENCE)
 _MODELS = ("untuned", "focus", "adapter")
@@ -39,13 +38,24 @@ class _SubjectRows:
     """The rows of one subject and one task, and their values as columns over all pairs of the task."""
 
     name: str
-    rows: dict[int, Row]
+    rows: dict[int, ResultRow]
     """By pair, sorted."""
     columns: dict[str, list[float | None]]
     """By metric, one value a pair of the task; None where it is undefined or the episode failed."""
 
 
-def tabulate(rows: Iterable[Row], subjects: Sequence[Subject], seed: int) -> EvaluationTable:
+class _Figures(NamedTuple):
+    """The figures of a score."""
+
+    mean: float | None
+    low: float | None
+    """The lower end of the interval."""
+    high: float | None
+    """The upper end of the interval."""
+    episodes: int
+
+
+def tabulate(rows: Iterable[ResultRow], subjects: Sequence[Subject], seed: int) -> EvaluationTable:
     """Make the table of an evaluation.
 
     Args:
@@ -54,7 +64,7 @@ def tabulate(rows: Iterable[Row], subjects: Sequence[Subject], seed: int) -> Eva
         seed: Of the bootstrap and of the sign-flip test.
     """
     # By task, subject and pair: an episode is unique by these, so that the order of rows does not matter.
-    by_task: dict[str, dict[str, dict[int, Row]]] = {}
+    by_task: dict[str, dict[str, dict[int, ResultRow]]] = {}
     for row in rows:
         by_task.setdefault(row["task"], {}).setdefault(row["subject"], {})[row["pair_id"]] = row
     tasks: dict[str, TaskSummary] = {}
@@ -71,7 +81,7 @@ def tabulate(rows: Iterable[Row], subjects: Sequence[Subject], seed: int) -> Eva
         for name, episodes in by_task[task].items():
             failed += _failed(task, name, episodes)
 
-    entries = [SubjectEntry.model_validate(subject.as_json()) for subject in subjects]
+    entries = [SubjectEntry.of(subject) for subject in subjects]
     whole = EvaluationTable(
         subjects=tuple(entries),
         tasks=tasks,
@@ -98,7 +108,7 @@ def to_csv(table: EvaluationTable) -> str:
     return lines.getvalue()
 
 
-def choose_episodes(rows: Sequence[Row], table: EvaluationTable) -> dict[str, dict[Rank, int]]:
+def choose_episodes(rows: Sequence[ResultRow], table: EvaluationTable) -> dict[str, dict[Rank, int]]:
     """Choose the pair of the best, the median and the worst episode of every task, to be looked at.
 
     They are ranked by the primary metric of the first adapter; where there is none, of the first subject that is a
@@ -135,7 +145,7 @@ def choose_episodes(rows: Sequence[Row], table: EvaluationTable) -> dict[str, di
     return chosen
 
 
-def _gather(by_subject: Mapping[str, dict[int, Row]], subjects: Sequence[Subject]) -> list[_SubjectRows]:
+def _gather(by_subject: Mapping[str, dict[int, ResultRow]], subjects: Sequence[Subject]) -> list[_SubjectRows]:
     """Return the rows of one task by subject, in the order of the table."""
     pair_ids = sorted(set().union(*by_subject.values()))  # of all subjects, so that columns are of one length
     table = []
@@ -146,7 +156,7 @@ def _gather(by_subject: Mapping[str, dict[int, Row]], subjects: Sequence[Subject
     return table
 
 
-def _columns(rows: Mapping[int, Row], pair_ids: Sequence[int]) -> dict[str, list[float | None]]:
+def _columns(rows: Mapping[int, ResultRow], pair_ids: Sequence[int]) -> dict[str, list[float | None]]:
     """Return the values of one subject by metric, one for each of ``pair_ids``."""
     columns: dict[str, list[float | None]] = {}
     for index, pair_id in enumerate(pair_ids):
@@ -156,7 +166,7 @@ def _columns(rows: Mapping[int, Row], pair_ids: Sequence[int]) -> dict[str, list
     return columns
 
 
-def _summary(task: str, by_subject: Mapping[str, dict[int, Row]], table: Sequence[_SubjectRows]) -> TaskSummary:
+def _summary(task: str, by_subject: Mapping[str, dict[int, ResultRow]], table: Sequence[_SubjectRows]) -> TaskSummary:
     """Return what was measured of one task.
 
     Args:
@@ -208,17 +218,17 @@ def _scores(task: str, subject: _SubjectRows, seed: int) -> list[SubjectScore]:
     for metric in (*metrics_of(task), *MODEL_METRICS):
         name = metric.name
         if name in of_set:
-            figures = {"mean": of_set[name], "low": None, "high": None, "episodes": len(counted)}
+            figures = _Figures(of_set[name], None, None, len(counted))
         elif name in subject.columns:
             figures = _interval(subject.columns[name], seed, exponent=name in _LOGARITHMS)
         else:
             continue
-        scores.append(SubjectScore(task=task, subject=subject.name, metric=name, **figures))
+        scores.append(SubjectScore(task=task, subject=subject.name, metric=name, **figures._asdict()))
     return scores
 
 
-def _interval(values: Sequence[float | None], seed: int, *, exponent: bool) -> dict[str, Any]:
-    """Return the figures of a score: mean, interval and number of episodes.
+def _interval(values: Sequence[float | None], seed: int, *, exponent: bool) -> _Figures:
+    """Return the figures of a score.
 
     Args:
         values: One an episode; None where it has no such score.
@@ -227,12 +237,12 @@ def _interval(values: Sequence[float | None], seed: int, *, exponent: bool) -> d
     """
     found = mean_interval(values, seed)
     if found is None:
-        return {"mean": None, "low": None, "high": None, "episodes": 0}
+        return _Figures(None, None, None, 0)
     mean, low, high = found.mean, found.low, found.high
     if exponent:
         # The mean of logarithms is that of a geometric mean; its bounds are logarithms, too.
         mean, low, high = perplexity(mean), _exp(low), _exp(high)
-    return {"mean": mean, "low": low, "high": high, "episodes": found.episodes}
+    return _Figures(mean, low, high, found.episodes)
 
 
 def _differences(task: str, subjects: Sequence[Subject], table: Sequence[_SubjectRows], seed: int) -> list[Difference]:
@@ -264,7 +274,7 @@ def _differences(task: str, subjects: Sequence[Subject], table: Sequence[_Subjec
     return differences
 
 
-def _failed(task: str, subject: str, episodes: Mapping[int, Row]) -> list[FailedEpisode]:
+def _failed(task: str, subject: str, episodes: Mapping[int, ResultRow]) -> list[FailedEpisode]:
     """Return the episodes of one subject that have no scores, by pair."""
     failed = []
     for pair_id, row in sorted(episodes.items()):
@@ -273,7 +283,7 @@ def _failed(task: str, subject: str, episodes: Mapping[int, Row]) -> list[Failed
     return failed
 
 
-def _value(row: Row, metric: str) -> float | None:
+def _value(row: ResultRow, metric: str) -> float | None:
     for entry in row["values"] or ():
         if entry["metric"] == metric:
             return entry["value"]

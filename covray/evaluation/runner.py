@@ -18,15 +18,15 @@ from numpy.typing import NDArray
 from covray.chains.compatibility import require_same_tokens
 from covray.chains.dataset import ChainDataset
 from covray.chains.loading import Chains
-from covray.config import BackboneConfig, EvaluateConfig, SamplingConfig, SentencesConfig
+from covray.config import EvaluateConfig, SamplingConfig, SentencesConfig
 from covray.errors import DatasetError, PairError
 from covray.evaluation.answers import (
-    EPISODE_SCHEMA,
     NOTHING_WRITTEN,
     RESULT_SCHEMA,
     AnswerPictures,
     Asked,
     EpisodeResult,
+    ResultRow,
     Strip,
     Tokens,
     answer_candidates,
@@ -40,7 +40,6 @@ from covray.evaluation.lpips import LEAST_PX, load_lpips
 from covray.evaluation.metrics import REFERENCE
 from covray.evaluation.pair_files import PairFile
 from covray.evaluation.probes import FRAMES, GAIN, LAST_FRAME, NATS, frame_gains, picture_nats, probe_frames
-from covray.evaluation.results import Row
 from covray.evaluation.scores import score
 from covray.evaluation.subjects import SALIENCY, Subject
 from covray.generation.models import LoadedModel, ModelSource
@@ -103,13 +102,13 @@ class Runner:
             self._score(group)
         return pa.Table.from_pylist([vars(result) for result in results], RESULT_SCHEMA)
 
-    def pictures_of(self, rows: Sequence[Row]) -> list[Strip | None]:
+    def pictures_of(self, rows: Sequence[ResultRow]) -> list[Strip | None]:
         """Return the pictures of rows of ``run``, for people to look at; None where a picture cannot be read."""
         # Rows have no pictures: these are decoded again from the tokens.
-        columns = (*EPISODE_SCHEMA.names, "images")
         results = []
         for row in rows:
-            results.append(EpisodeResult(**{name: row[name] for name in columns}))
+            episode = EpisodeResult(row["episode"], row["subject"], row["task"], row["pair_id"], images=row["images"])
+            results.append(episode)
         strips: list[Strip | None] = []
         answers = self._answers(results)
         for result in results:
@@ -245,8 +244,8 @@ class Runner:
 
     def _load_model(self, name: str) -> LoadedModel:
         subject = self.subjects[name]
-        backbone = BackboneConfig.model_validate(subject.backbone)
-        facts = backbone_facts(backbone)
+        assert subject.backbone is not None
+        facts = backbone_facts(subject.backbone)
         # Nodes of a cluster may have other files under the same path: the scores would be of two models.
         if facts.fingerprint != subject.fingerprint:
             raise DatasetError(
@@ -256,7 +255,7 @@ class Runner:
         adapter = None
         if subject.adapter is not None:
             adapter = read_run_adapter(subject.adapter)
-        source = ModelSource(facts, backbone, adapter, self.config.seed)
+        source = ModelSource(facts, subject.backbone, adapter, self.config.seed)
         return LoadedModel.load(source, self.config.engine, self.tokenizer, self.config.batch)
 
     # --- pictures and scores ---

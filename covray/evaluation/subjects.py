@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 from pydantic import ValidationError
 
@@ -50,8 +50,7 @@ class Subject:
     """Example pairs before the query."""
     adapter: str | None = None
     """Run folder."""
-    backbone: dict[str, Any] | None = None
-    """BackboneConfig, as JSON values."""
+    backbone: BackboneConfig | None = None
     fingerprint: str = ""
     """SHA-256 (hex) of the backbone's weights."""
     baseline: str | None = None
@@ -60,15 +59,6 @@ class Subject:
     """How many candidates a model writes for an answer."""
     votes: int = 1
     """How many of ``EvaluateConfig.votes`` the answer is joined from; 1: it is made as ``sampling`` says."""
-
-    def as_json(self) -> dict[str, Any]:
-        """Return all fields as JSON values; ``samples`` and ``votes`` only where they are above 1."""
-        values = asdict(self)
-        # Absent where they are 1, so that evaluations from before votes keep their identity.
-        for key in ("samples", "votes"):
-            if values[key] == 1:
-                del values[key]
-        return values
 
 
 def subjects_of(config: EvaluateConfig, dataset: ChainDataset) -> tuple[Subject, ...]:
@@ -187,7 +177,7 @@ def _adapter(config: EvaluateConfig, dataset: ChainDataset, entry: str) -> Itera
             length=form.length,
             pairs=pairs,
             adapter=run,
-            backbone=backbone.model_dump(mode="json"),
+            backbone=backbone,
             fingerprint=facts.fingerprint,
         )
         _require(subject, facts, dataset)
@@ -213,14 +203,14 @@ def _untuned(config: EvaluateConfig, dataset: ChainDataset, adapters: list[Subje
 
     Without adapters it is one backbone, which is asked for plain pairs.
     """
-    backbone = (config.backbone or BackboneConfig()).model_dump(mode="json")
+    backbone = config.backbone or BackboneConfig()
     # The backbone of the first adapter is the one to compare with, unless one is given.
     if config.backbone is None and adapters:
         backbone = adapters[0].backbone or backbone
     asked = []
     for adapter in adapters:
         form = _form(str(adapter.method), adapter.length or 2)
-        asked.append((adapter.backbone, form, adapter.pairs or 0))
+        asked.append((adapter.backbone or backbone, form, adapter.pairs or 0))
     for wanted in config.forms:
         asked.append((backbone, _form(wanted.method, wanted.length), wanted.pairs))
     if not asked:
@@ -228,10 +218,10 @@ def _untuned(config: EvaluateConfig, dataset: ChainDataset, adapters: list[Subje
         if config.pairs is not None:
             pairs = config.pairs
         asked.append((backbone, _form("none", 2), pairs))
-    distinct: dict[tuple[str, _Form, int], tuple[Any, BackboneFacts]] = {}
+    distinct: dict[tuple[str, _Form, int], tuple[BackboneConfig, BackboneFacts]] = {}
     # Two folders of the same weights are one subject.
     for entry, form, pairs in asked:
-        facts = backbone_facts(BackboneConfig.model_validate(entry))
+        facts = backbone_facts(entry)
         distinct.setdefault((facts.fingerprint, form, pairs), (entry, facts))
     names = _shortest_names(list(distinct))
     for name, (key, (entry, facts)) in zip(names, distinct.items(), strict=True):
@@ -270,7 +260,8 @@ def _shortest_names(keys: Sequence[tuple[str, _Form, int]]) -> list[str]:
 def _focus(config: EvaluateConfig, dataset: ChainDataset, others: list[Subject]) -> Subject:
     """Return Chain-of-Focus on the first backbone of ``others``: it prompts a model as it is."""
     first = others[0]
-    facts = backbone_facts(BackboneConfig.model_validate(first.backbone))
+    assert first.backbone is not None
+    facts = backbone_facts(first.backbone)
     # Its chains have three pictures, and may be longer than those of the others: as many pairs as the context takes.
     length = 3
     fitting = facts.llama.max_position_embeddings // dataset.tokens_per_image // length - 1

@@ -6,10 +6,10 @@ import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from covray.evaluation.answers import ResultRow
 from covray.evaluation.claims.arms import ArmScores, compare, primary_metrics
 from covray.evaluation.metrics import lower_is_better
 from covray.evaluation.records import EvaluationResults
-from covray.evaluation.results import Row
 from covray.io.storage import Folder
 
 
@@ -27,14 +27,14 @@ class EvaluationFolder:
         """Whether all episodes are answered."""
         return Folder(self.path).exists(EvaluationResults.FILE)
 
-    def rows(self, subject: str | None = None) -> list[Row]:
+    def rows(self, subject: str | None = None) -> list[ResultRow]:
         """Return the rows of its subject, or of another one of its table."""
         name = subject or self.subject
         return [row for row in _rows(self.path) if row["subject"] == name]
 
 
 @functools.lru_cache(maxsize=4)  # the subjects of one evaluation are asked for one after another
-def _rows(path: str) -> list[Row]:
+def _rows(path: str) -> list[ResultRow]:
     from covray.distributed.evaluate import read_rows  # here: Ray takes seconds to import
 
     return read_rows(path)

@@ -59,7 +59,7 @@ def test_everyone_stands_in_the_order_of_the_table(
     assert [one.adapter for one in found if one.adapter] == runs
     models = [one for one in found if one.method]
     assert len({one.fingerprint for one in models}) == 1
-    assert all(one.backbone and one.backbone["path"] == str(llama_folder) for one in models)
+    assert all(one.backbone and one.backbone.path == str(llama_folder) for one in models)
 
 
 def test_the_untuned_backbone_stands_once_for_every_form_of_chain(

@@ -12,7 +12,7 @@ from covray.config import EvaluateConfig
 from covray.evaluation.lengths import best_lengths
 from covray.evaluation.records import SubjectEntry, SubjectScore, TaskSummary
 from covray.evaluation.results import tabulate
-from covray.evaluation.subjects import Subject, subjects_of
+from covray.evaluation.subjects import subjects_of
 from tests.support.evaluations import Row
 
 Write = Callable[..., Any]
@@ -44,7 +44,7 @@ def test_votes_of_chains_and_of_plain_answers_at_equal_samples_and_equal_tokens(
         "plain, votes of 6": (6, 6), "plain, votes of 9": (9, 9),
     }  # fmt: skip
     for subject in subjects.values():
-        assert Subject(**subject.as_json()) == subject
+        assert SubjectEntry.of(subject).subject() == subject
     without = config_of(data, votes={"samples": [2], "equal_tokens": False}, **options)
     assert "plain, votes of 6" not in [subject.name for subject in subjects_of(without, ChainDataset(data))]
 

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
+from covray.evaluation.answers import ResultRow
 from covray.evaluation.metrics import OWN, REFERENCE, lower_is_better
-from covray.evaluation.results import Row
 from covray.evaluation.statistics import LEVEL
 from covray.tasks import TASKS
 
@@ -36,7 +36,7 @@ class ArmScores:
     by_seed: Mapping[int, Values]
 
     @classmethod
-    def of_rows(cls, rows_by_seed: Mapping[int, Iterable[Row]]) -> ArmScores:
+    def of_rows(cls, rows_by_seed: Mapping[int, Iterable[ResultRow]]) -> ArmScores:
         """Collect the scores of rows of an evaluation (``RESULT_SCHEMA``), all of one subject, by seed."""
         by_seed: dict[int, Values] = {}
         for seed, rows in rows_by_seed.items():
