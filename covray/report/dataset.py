@@ -186,7 +186,7 @@ def render_page(dataset: ChainDataset, chains: Sequence[ChainPictures], rows: pa
     # A page that a server shows asks for its rows; in a file they are part of it. NaN is no JSON.
     if rows is not None:
         rejects = _rejects(rows)
-        packed = json.dumps(packed_rows(rows), allow_nan=False)
+        packed = json.dumps(packed_rows(rows).to_json(), allow_nan=False)
     links = [Link("pairs", "All pairs")]
     links += [Link(group.task, readable(group.task)) for group in groups]
     if rejects:

@@ -89,7 +89,7 @@ class DatasetServer:
         """Return the rows that a page lacks; see ``LiveRows.since``."""
         with self._lock:
             self._rows.refresh()
-            return json.dumps(self._rows.since(generation, shards), allow_nan=False).encode()
+            return json.dumps(self._rows.since(generation, shards).to_json(), allow_nan=False).encode()
 
     def pair(self, pair_id: int) -> bytes:
         """Return the part of the page that shows one pair. Raises DatasetError where there is none to show."""

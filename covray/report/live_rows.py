@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pyarrow as pa
 
 from covray.chains.dataset import ChainDataset
 from covray.chains.shard_rows import ShardRow, python_rows
 from covray.errors import DatasetError
-from covray.report.pair_rows import COLUMNS, packed_rows
+from covray.io.records import RecordPart
+from covray.report.pair_rows import COLUMNS, PackedRows, packed_rows
+
+
+class NewRows(RecordPart):
+    """The rows that a page lacks, as a server gives them to it."""
+
+    generation: int
+    """What to ask with the next time, as ``shards``."""
+    shards: int
+    again: bool
+    """Whether the page must drop its rows first."""
+    finished: bool
+    rows: PackedRows
 
 
 class LiveRows:
@@ -46,31 +57,27 @@ class LiveRows:
                 if shard not in self.dataset.unreadable and batches:
                     self._shards[shard] = pa.Table.from_batches(batches)
 
-    def since(self, generation: int, shards: int) -> dict[str, Any]:
-        """Return the rows that a page lacks, as an object for JSON.
+    def since(self, generation: int, shards: int) -> NewRows:
+        """Return the rows that a page lacks.
 
         Args:
             generation: The ``generation`` of what the page has.
             shards: The ``shards`` of what the page has.
-
-        Returns:
-            ``packed_rows`` of the others, with ``generation`` and ``shards`` to ask with next time, ``again`` where the
-            page must drop its rows first, and ``finished``.
         """
         again = generation != self.generation or shards > len(self._shards)
         tables = list(self._shards.values())
         if not again:
             tables = tables[shards:]  # the page has the rows of the others
-        rows: dict[str, Any] = {"count": 0}
+        rows = PackedRows(count=0)
         if tables:
             rows = packed_rows(pa.concat_tables(tables))
-        return {
-            "generation": self.generation,
-            "shards": len(self._shards),
-            "again": again,
-            "finished": self.dataset.audit is not None,
-            "rows": rows,
-        }
+        return NewRows(
+            generation=self.generation,
+            shards=len(self._shards),
+            again=again,
+            finished=self.dataset.audit is not None,
+            rows=rows,
+        )
 
     def row(self, pair_id: int) -> ShardRow:
         """Return a row with all its columns. Raises DatasetError where there is none of this id."""

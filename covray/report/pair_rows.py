@@ -10,9 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
+from pydantic import Field
 
 from covray.chains.quality import chain_quality
 from covray.chains.shard_rows import QUALITY
+from covray.io.records import RecordPart
 
 COLUMNS = ("pair_id", "task", "split", "quality", "error")
 """The columns of a shard that a list needs."""
@@ -21,31 +23,56 @@ FIGURES = ("quality", "diffusion_path", "linear_path", "end_psnr", "source_noise
 the end which is worse after a round trip."""
 
 
-def packed_rows(rows: pa.Table) -> dict[str, Any]:
-    """Return rows as an object for JSON: a text of base64 a column, so that 100,000 pairs are some 5 MB.
+class PackedRows(RecordPart):
+    """Rows as the page reads them: a text of base64 a column, so that 100,000 pairs are some 5 MB.
 
-    Args:
-        rows: The columns of ``COLUMNS``.
-
-    Returns:
-        ``count``; ``pair_id`` as int64; ``task``, ``split`` and ``reason`` as uint16 indices of the lists ``tasks``,
-        ``splits`` and ``reasons``; ``figures`` by name as float32 with NaN where unknown; ``details``, by row, what the
-        error of a rejected pair adds to its reason. Numbers are little-endian. A good pair has the reason "".
+    Numbers are little-endian. Without rows there is nothing but the count.
     """
+
+    count: int
+    pair_id: str = ""
+    """int64."""
+    tasks: tuple[str, ...] = ()
+    task: str = ""
+    """Places in ``tasks``, uint16, as those of the next two."""
+    splits: tuple[str, ...] = ()
+    split: str = ""
+    reasons: tuple[str, ...] = ()
+    """Why pairs are rejected; a good pair has the reason "", which is among them."""
+    reason: str = ""
+    figures: dict[str, str] = Field(default_factory=dict)
+    """``FIGURES`` by name, float32 with NaN where unknown."""
+    details: dict[int, str] = Field(default_factory=dict)
+    """What the error of a rejected pair adds to its reason, by the place of its row."""
+
+
+def packed_rows(rows: pa.Table) -> PackedRows:
+    """Return rows with the columns of ``COLUMNS`` as the page reads them."""
     # An error is REASON: DETAIL. Reasons are few and are coded; details are many and stand by row.
     errors = pc.fill_null(rows["error"], "")
     reasons = pc.replace_substring_regex(errors, r"(?s):.*", "")
-    packed: dict[str, Any] = {"count": len(rows), "pair_id": _base64(rows["pair_id"].to_numpy().astype("<i8"))}
-    for name, values in (("task", rows["task"]), ("split", pc.fill_null(rows["split"], "")), ("reason", reasons)):
-        # uint16 holds 65,536 names, more than there are tasks, splits and reasons.
-        coded = pc.dictionary_encode(values).combine_chunks()
-        packed[f"{name}s"] = coded.dictionary.to_pylist()
-        packed[name] = _base64(coded.indices.to_numpy().astype("<u2"))
-    packed["figures"] = figures = {}
-    for name, figure in _figures(rows).items():
-        figures[name] = _base64(figure)
-    packed["details"] = _details(errors.to_pylist())
-    return packed
+    tasks, task = _coded(rows["task"])
+    splits, split = _coded(pc.fill_null(rows["split"], ""))
+    distinct_reasons, reason = _coded(reasons)
+    return PackedRows(
+        count=len(rows),
+        pair_id=_base64(rows["pair_id"].to_numpy().astype("<i8")),
+        tasks=tasks,
+        task=task,
+        splits=splits,
+        split=split,
+        reasons=distinct_reasons,
+        reason=reason,
+        figures={name: _base64(figure) for name, figure in _figures(rows).items()},
+        details=_details(errors.to_pylist()),
+    )
+
+
+def _coded(names: pa.ChunkedArray) -> tuple[tuple[str, ...], str]:
+    """Return the distinct names, and the place of each name among them."""
+    coded = pc.dictionary_encode(names).combine_chunks()
+    # uint16 holds 65,536 names, more than there are tasks, splits and reasons.
+    return tuple(coded.dictionary.to_pylist()), _base64(coded.indices.to_numpy().astype("<u2"))
 
 
 def _figures(rows: pa.Table) -> dict[str, NDArray[np.float32]]:
