@@ -46,7 +46,7 @@ class MaskCoding:
     """Index of each number in masks of one channel; None where masks of numbers are not declared."""
     colours: dict[tuple[int, int, int], int] | None
     """Index of each colour in masks of three channels; None where masks of colours are not declared."""
-    meta: dict[str, Any]
+    meta: Meta
     """What ``covray.tasks.segmentation.class_table`` reads of the manifest's rows."""
     tolerance: int = 0
     """How far each channel may lie from a colour, in levels of 255."""

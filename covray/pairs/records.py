@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
+from covray.config import JsonObject
 from covray.errors import ManifestError
 from covray.io.records import Record
 
@@ -15,7 +16,7 @@ class PairsRecord(Record):
     FIX = "delete the folder, and run the same command again"
     ERROR: ClassVar[type[ManifestError]] = ManifestError
 
-    settings: dict[str, Any]
+    settings: JsonObject
     """What decides the pairs beside the items: the source and its options."""
     items: int
     """Photographs, or rows of a list, that pairs are made of."""

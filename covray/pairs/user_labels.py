@@ -36,6 +36,7 @@ from covray.pairs.label_files import (
 from covray.pairs.manifest import Pair, Picture
 from covray.pairs.nyuv2 import draw_depth, only_directions
 from covray.tasks import depth, segmentation
+from covray.tasks.base import Meta
 
 PAINTER_MASKS = {"ade20k_image2semantic": (150, 6), "coco_image2panoptic_sem_seg": (133, 7)}
 """Classes, and levels a channel, of the colours of Painter's lists."""
@@ -171,7 +172,7 @@ def _downloaded(pair: Pair, rules: WebRules) -> tuple[Pair, dict[str, str]]:
     return replace(pair, image=image, label=label), urls
 
 
-def _drawn(pair: Pair, data: bytes, layout: ImageLayout, rules: LabelRules) -> tuple[NDArray[np.uint8], dict[str, Any]]:
+def _drawn(pair: Pair, data: bytes, layout: ImageLayout, rules: LabelRules) -> tuple[NDArray[np.uint8], Meta]:
     """Return the label as its task draws it, upright [h, w, 3], and what is known of it."""
     if pair.task == segmentation.name:
         file = read_label_file(data)
