@@ -24,12 +24,12 @@ class Counters:
 
     def __init__(self) -> None:
         # Of its own: the default registry of the process would refuse the same names a second time, as in tests.
-        self.registry = CollectorRegistry()
-        options: dict[str, Any] = {"registry": self.registry}
-        self.requests = Counter("covray_requests", "Requests of answers, by status.", ["status"], **options)
-        self.answers = Counter("covray_answers", "Answers, by adapter.", ["adapter"], **options)
-        self.in_flight = Gauge("covray_requests_in_flight", "Requests that wait or are answered.", **options)
-        self.seconds = Histogram("covray_request_seconds", "Seconds from a request to its answer's end.", **options)
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter("covray_requests", "Requests of answers, by status.", ["status"], registry=registry)
+        self.answers = Counter("covray_answers", "Answers, by adapter.", ["adapter"], registry=registry)
+        self.in_flight = Gauge("covray_requests_in_flight", "Requests that wait or are answered.", registry=registry)
+        seconds = "Seconds from a request to its answer's end."
+        self.seconds = Histogram("covray_request_seconds", seconds, registry=registry)
 
 
 class Slots:
