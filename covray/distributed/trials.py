@@ -130,9 +130,8 @@ class TrialDriver:
         validations: list[Validation] = []
         tokens = 0
 
-        # Tokens are summed over the steps: a validation is reported by the tokens trained so far.
         def watch(record: Metrics) -> None:
-            nonlocal tokens
+            nonlocal tokens  # summed over the steps: a validation is reported by the tokens trained so far
             tokens += int(record.get("tokens", 0))
             if "validation_loss" in record:
                 validation = Validation(tokens=tokens, answer_perplexity=record["answer_perplexity"])
