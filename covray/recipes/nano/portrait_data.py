@@ -21,7 +21,14 @@ from covray.io.images import decode, load_picture, picture_of
 from covray.io.model_folders import NANO_FOLDER, fingerprint_folder
 from covray.pairs.manifest import ManifestWriter
 from covray.pairs.scenes.portrait_words import portrait_words
-from covray.pairs.scenes.portraits import Portrait, Solid, portrait_pairs, sample_portrait
+from covray.pairs.scenes.portraits import (
+    HELD_OUT_SPLIT,
+    SPLITS,
+    Portrait,
+    Solid,
+    portrait_pairs,
+    sample_portrait,
+)
 from covray.pairs.words import read_captioned
 from covray.recipes.nano.autoencoders import batches
 from covray.recipes.nano.data import kept
@@ -42,13 +49,23 @@ class Portraits:
     """What each shows."""
 
 
-def portrait_manifest(out: Path, count: int, seed: int) -> Path:
-    """Return the manifest of ``count`` portraits, which is written to ``out``/data unless it exists."""
-    path = out / "data" / f"portraits-{count}-{seed}.parquet"
+def portrait_manifest(out: Path, count: int, seed: int, *, only_held_out: bool = False) -> Path:
+    """Return the manifest of portraits, which is written to ``out``/data unless it exists.
+
+    Args:
+        out: Folder of the family.
+        count: Portraits.
+        seed: Of the portraits.
+        only_held_out: Whether all are of the split whose pictures show a held-out cell.
+    """
+    name, splits = f"portraits-{count}-{seed}", SPLITS
+    if only_held_out:
+        name, splits = f"{name}-held-out", {HELD_OUT_SPLIT: 1.0}
+    path = out / "data" / f"{name}.parquet"
     if not path.exists():
         print(f"rendering {count} portraits", flush=True)
         with ManifestWriter(path, captions=True) as writer:
-            for pair in portrait_pairs(count, SIZE_PX, seed):
+            for pair in portrait_pairs(count, SIZE_PX, seed, splits):
                 writer.add(pair)
     return path
 

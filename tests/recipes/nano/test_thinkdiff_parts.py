@@ -16,6 +16,8 @@ from covray.config.think import LanguageModelConfig, PainterConfig
 from covray.errors import ConfigError
 from covray.io.model_folders import NANO_FOLDER
 from covray.models.aligner.language import load_language_model
+from covray.pairs.scenes.portrait_values import OBJECTS
+from covray.pairs.scenes.portrait_values import held_out as held_out_cell
 from covray.pairs.scenes.portraits import HELD_OUT_SPLIT, sample_portrait
 from covray.recipes.nano import clip, judge, loop, painter, portrait_data, recipe, text, vlm
 from covray.thinking.episodes import PORTRAITS
@@ -213,16 +215,28 @@ def test_only_the_judge_learns_held_out_cells_and_from_other_pictures_than_it_is
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_small(monkeypatch)
-    manifests = [portrait_data.portrait_manifest(tmp_path, COUNT, seed) for seed in (0, 1)]
-    learned_by_others = portrait_data.read_portraits(manifests[0])["train"]
+    manifest = portrait_data.portrait_manifest(tmp_path, COUNT, 0)
+    learned_by_others = portrait_data.read_portraits(manifest)["train"]
     assert (judge.labelled(learned_by_others, only_held_out=True)[1][..., 0] == judge.UNKNOWN).all()
 
     lessons = judge.lessons_of(portrait_data.PortraitVae(tmp_path, CPU), tmp_path, COUNT, 0)
-    second = portrait_data.read_portraits(manifests[1])[HELD_OUT_SPLIT]
+    manifest = portrait_data.portrait_manifest(tmp_path, COUNT, 1, only_held_out=True)
+    second = portrait_data.read_portraits(manifest)[HELD_OUT_SPLIT]
+    assert len(second.contents) == COUNT
     held_out = judge.labelled(second, only_held_out=True)[1][..., 0] != judge.UNKNOWN
     assert held_out.any()
     count = len(held_out)
     assert (lessons["train"].labels[-count:, :, 0][held_out] != judge.UNKNOWN).all()
+
+    # A held-out cell is met about as often as another.
+    labels = lessons["train"].labels[:, 0]
+    held, others = 0, 0
+    for detail, thing in labels[labels[:, 0] != judge.UNKNOWN].tolist():
+        if held_out_cell(PORTRAITS[0].name, PORTRAITS[0].details[detail], list(OBJECTS)[thing]):
+            held += 1
+        else:
+            others += 1
+    assert 0.5 < (held / 10) / (others / 90) < 4
 
     learned = {picture.numpy().tobytes() for picture in lessons["train"].pictures}
     for split in ("val", HELD_OUT_SPLIT):
