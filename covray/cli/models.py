@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from covray.cli.options import Json, OutFolder, Seed, require_folder_name
 from covray.cli.output import console, print_values
+
+if TYPE_CHECKING:
+    from covray.fetching.fetch import FetchResult, ListedArtefact
 
 
 def fetch(
@@ -37,29 +40,38 @@ def fetch(
         return
     result = fetch_artefact(name, out, revision, hub_id, catalogue)
     if json_:
-        print(json.dumps(result))
-        return
-    shown = {key: result[key] for key in ("folder", "origin", "revision", "next") if result[key] is not None}
-    if "files" in result:
-        shown["files"] = (
-            f"{result['files']:,}, {result['bytes']:,} bytes, of which {len(result['fetched']):,} fetched now"
-        )
-    if result["damaged"]:
-        shown["repaired"] = result["damaged"]
-    if "self_test" in result:
-        difference = result["self_test"]["difference"]
-        compared = "nothing is recorded for it" if difference is None else f"as recorded (differs by {difference:.2g})"
-        shown["self_test"] = f"{compared}, fingerprint {result['self_test']['fingerprint']}"
+        print(json.dumps(result.to_json()))
+    else:
+        _print_fetched(result)
+
+
+def _print_fetched(result: FetchResult) -> None:
+    """Print what is in the folder of an artefact, and what was done."""
+    shown: dict[str, object] = {"folder": result.folder, "origin": result.origin}
+    if result.revision is not None:
+        shown["revision"] = result.revision
+    shown["next"] = result.next
+    # What was downloaded by hand is not counted.
+    if result.files is not None:
+        shown["files"] = f"{result.files:,}, {result.bytes:,} bytes, of which {len(result.fetched):,} fetched now"
+    if result.damaged:
+        shown["repaired"] = result.damaged
+    test = result.self_test
+    if test is not None:
+        compared = "nothing is recorded for it"
+        if test.difference is not None:
+            compared = f"as recorded (differs by {test.difference:.2g})"
+        shown["self_test"] = f"{compared}, fingerprint {test.fingerprint}"
     print_values(shown, False)
 
 
-def _print_artefacts(artefacts: list[dict[str, Any]], json_: bool) -> None:
+def _print_artefacts(artefacts: list[ListedArtefact], json_: bool) -> None:
     if json_:
-        print(json.dumps(artefacts))
+        print(json.dumps([listed.to_json() for listed in artefacts]))
         return
     table = Table("name", "kind", "licence", "size", "", box=None, pad_edge=False)
-    for artefact in artefacts:
-        table.add_row(*(artefact[key] for key in ("name", "kind", "licence", "size", "state")))
+    for listed in artefacts:
+        table.add_row(listed.name, listed.artefact.kind, listed.artefact.licence, listed.artefact.size, listed.state)
     console.print(table, highlight=False)
 
 

@@ -11,11 +11,13 @@ import fnmatch
 import glob
 import hashlib
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from covray.config.section import JsonObject
 from covray.errors import ConfigError, WeightsError, one_line
 from covray.fetching.archives import UNPACKED_LEAST, UNPACKED_RATIO, Unpacking
 from covray.fetching.catalogue import (
@@ -31,18 +33,67 @@ from covray.fetching.catalogue import (
 )
 from covray.fetching.downloads import TIMEOUT_S, Unreachable, download, hub_errors, is_offline
 from covray.io.model_folders import local_path
+from covray.io.records import RecordPart
+
+State = Literal["here", "in part", "absent"]
+"""How much of an artefact is in a folder, by the sizes of its files."""
 
 
-def list_artefacts(catalogue: Path | None = None) -> list[dict[str, Any]]:
-    """Return every artefact with its ``state`` in its default folder: ``here``, ``in part`` or ``absent``, by sizes.
+@dataclass(frozen=True)
+class ListedArtefact:
+    """An artefact, and how much of it is in its default folder."""
+
+    name: str
+    artefact: Artefact
+    folder: Path
+    state: State
+
+    def to_json(self) -> JsonObject:
+        """Return the fields of the catalogue with the name, the state, and the whole path of the folder."""
+        entry = self.artefact.model_dump(mode="json")
+        return {"name": self.name, **entry, "folder": str(self.folder), "state": self.state}
+
+
+class PriorTest(RecordPart):
+    """The golden self-test of a prior that was fetched."""
+
+    fingerprint: str
+    difference: float | None
+    """From what is recorded for the fingerprint; null where nothing is."""
+    seconds: float
+
+
+class FetchResult(RecordPart):
+    """What is in the folder of an artefact, and what was done; the keys of ``covray fetch NAME --json``."""
+
+    name: str
+    folder: str
+    next: str
+    """The command that reads the artefact."""
+    origin: tuple[str, ...]
+    """Hub id, URLs of archives, or the page that it is downloaded from by hand."""
+    revision: str | None
+    """Commit of the hub."""
+    files: int | None = None
+    """Absent, as ``bytes``, for what is downloaded by hand."""
+    bytes: int | None = None
+    fetched: tuple[str, ...]
+    """Files that were fetched now."""
+    damaged: tuple[str, ...]
+    """Files that were not as recorded before."""
+    self_test: PriorTest | None = None
+    """Absent for all but a prior of which something was fetched."""
+
+
+def list_artefacts(catalogue: Path | None = None) -> list[ListedArtefact]:
+    """Return every artefact, and how much of it is in its default folder.
 
     ``catalogue``: a file with further artefacts.
     """
     listed = []
     for name, artefact in read_artefacts(catalogue).items():
         folder = default_folder(name, artefact)
-        entry = {"name": name, **artefact.model_dump(mode="json"), "folder": str(folder)}
-        listed.append(entry | {"state": _state(name, artefact, folder)})
+        listed.append(ListedArtefact(name, artefact, folder, _state(name, artefact, folder)))
     return listed
 
 
@@ -52,7 +103,7 @@ def fetch(
     revision: str | None = None,
     hub_id: str | None = None,
     catalogue: Path | None = None,
-) -> dict[str, Any]:
+) -> FetchResult:
     """Make the artefact ``name`` complete in the folder ``out`` and compare all of it with its record.
 
     A folder that is complete needs no network.
@@ -64,34 +115,29 @@ def fetch(
         hub_id: Repository of a mirror.
         catalogue: A file with further artefacts.
 
-    Returns:
-        ``folder``, ``origin``, ``revision``, numbers of ``files`` and ``bytes``, what was ``fetched``, what was
-        ``damaged`` before, ``next`` and, for a prior of which something was fetched, its ``self_test``.
-
     Raises:
         ConfigError: The name or an option is not known.
         WeightsError: A prior fails its self-test.
         FetchError: Anything else: no connection, no such repository, unexpected bytes, a hostile archive.
     """
-    artefacts = read_artefacts(catalogue)
-    # A kind stands for the first artefact of it.
-    if name in ("prior", "tokenizer", "backbone"):
-        for entry, candidate in artefacts.items():
-            if candidate.kind == name:
-                name = entry
-                break
-    artefact = artefacts.get(name)
-    if artefact is None:
-        raise ConfigError(f"{name}: no such artefact; give one of {', '.join(artefacts)}")
+    name, artefact = _find(name, read_artefacts(catalogue))
     if artefact.id is None and (revision is not None or hub_id is not None):
         option = "--id" if revision is None else "--revision"
         raise ConfigError(f"{option}: {name} is not on the hub; leave the option out")
     folder = local_path(out) if out is not None else default_folder(name, artefact)
     following = artefact.next.replace("{folder}", str(folder))  # not format: a user's command may have other braces
-    result: dict[str, Any] = {"name": name, "folder": str(folder), "next": following}
     # What asks for a licence to be accepted is downloaded by hand, and only checked here.
     if artefact.page is not None:
-        return result | _by_hand(artefact, folder)
+        _require_by_hand(artefact, folder)
+        return FetchResult(
+            name=name,
+            folder=str(folder),
+            next=following,
+            origin=(artefact.page,),
+            revision=None,
+            fetched=(),
+            damaged=(),
+        )
     try:
         fetching = _Fetching(name, folder, "dataset" if artefact.kind == "dataset" else "model")
         if artefact.id is not None:
@@ -103,11 +149,22 @@ def fetch(
         raise FetchError(
             f"{folder}: cannot be read or written ({one_line(error)}); run the same command again to continue"
         ) from error
-    result |= fetching.summary()
+    result = fetching.result(following)
     # A prior that was just downloaded must compute what it should, or a build would be of noise.
     if artefact.kind == "prior" and fetching.fetched:
-        result["self_test"] = _self_test(folder)
+        return result.model_copy(update={"self_test": _self_test(folder)})
     return result
+
+
+def _find(name: str, artefacts: Mapping[str, Artefact]) -> tuple[str, Artefact]:
+    """Return the artefact ``name`` with its name; of a kind, the first artefact. Raises ConfigError for none."""
+    if name in ("prior", "tokenizer", "backbone"):
+        for entry, candidate in artefacts.items():
+            if candidate.kind == name:
+                return entry, candidate
+    if name not in artefacts:
+        raise ConfigError(f"{name}: no such artefact; give one of {', '.join(artefacts)}")
+    return name, artefacts[name]
 
 
 class _Fetching:
@@ -122,19 +179,22 @@ class _Fetching:
         self.fetched: list[str] = []
         self.damaged: list[str] = []
 
-    def summary(self) -> dict[str, Any]:
-        """Return what is in the folder now, and what was done."""
+    def result(self, following: str) -> FetchResult:
+        """Return what is in the folder now, and what was done; ``following`` is the command that reads it."""
         files: list[File] = []
         for source in self.sources.values():
             files += source.files.values()
-        return {
-            "origin": list(self.sources),
-            "revision": next(iter(self.sources.values())).revision,
-            "files": len(files),
-            "bytes": sum(file.bytes or 0 for file in files),
-            "fetched": self.fetched,
-            "damaged": self.damaged,
-        }
+        return FetchResult(
+            name=self.name,
+            folder=str(self.folder),
+            next=following,
+            origin=tuple(self.sources),
+            revision=next(iter(self.sources.values())).revision,
+            files=len(files),
+            bytes=sum(file.bytes or 0 for file in files),
+            fetched=tuple(self.fetched),
+            damaged=tuple(self.damaged),
+        )
 
     def repository(self, artefact: Artefact, revision: str | None, hub_id: str | None) -> None:
         """Fetch the files of a repository of the hub."""
@@ -332,7 +392,7 @@ def _with_hashes(source: Source, known: Mapping[str, str]) -> Source:
     return source.model_copy(update={"files": files})
 
 
-def _by_hand(artefact: Artefact, folder: Path) -> dict[str, Any]:
+def _require_by_hand(artefact: Artefact, folder: Path) -> None:
     """Check that an artefact that people download by hand is in ``folder``. Raises FetchError for a missing file."""
     for pattern in artefact.files:
         choices = (pattern,) if isinstance(pattern, str) else pattern
@@ -340,14 +400,12 @@ def _by_hand(artefact: Artefact, folder: Path) -> dict[str, Any]:
             raise FetchError(
                 f"{folder}/{' or '.join(choices)} is missing; get it by hand from {artefact.page} and unpack it there"
             )
-    return {"origin": [artefact.page], "revision": None, "fetched": [], "damaged": []}
 
 
-def _state(name: str, artefact: Artefact, folder: Path) -> str:
-    """Return ``here``, ``in part`` or ``absent``."""
+def _state(name: str, artefact: Artefact, folder: Path) -> State:
     if artefact.page is not None:
         with contextlib.suppress(FetchError):
-            _by_hand(artefact, folder)
+            _require_by_hand(artefact, folder)
             return "here"
         return "absent"
     sources = read_record(folder).get(name, ())
@@ -361,26 +419,25 @@ def _state(name: str, artefact: Artefact, folder: Path) -> str:
     return "here" if complete else "in part"
 
 
-def _self_test(folder: Path) -> dict[str, Any]:
+def _self_test(folder: Path) -> PriorTest:
     """Run the golden self-test of a prior.
 
-    Returns its ``fingerprint``, by how much it differs from what is recorded for it (``difference``, None where nothing
-    is recorded) and the ``seconds``. Raises WeightsError for a prior that cannot be loaded or that differs too much.
+    Raises WeightsError for a prior that cannot be loaded or that differs too much from what is recorded.
     """
     # Imported here: it loads torch, and other artefacts need none.
     from covray.models.diffusion.selftest import TOLERANCE, compare, golden, self_test
 
     tested = self_test(str(folder))
-    recorded, difference = golden(tested["fingerprint"]), None
+    recorded, difference = golden(tested.fingerprint), None
     if recorded is not None:
-        difference = compare(tested["digest"], recorded["digest"])
+        difference = compare(tested.digest, recorded.digest)
         if difference > TOLERANCE:
             raise WeightsError(
                 f"{folder}: holds the recorded files, but its self-test differs by {difference:.2g} from what is "
                 f"recorded, more than {TOLERANCE:g}: this machine or its libraries compute something else; see covray "
                 "doctor"
             )
-    return {"fingerprint": tested["fingerprint"], "difference": difference, "seconds": tested["seconds"]}
+    return PriorTest(fingerprint=tested.fingerprint, difference=difference, seconds=tested.seconds)
 
 
 def _sha256(file: Path) -> str:

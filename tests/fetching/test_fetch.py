@@ -15,6 +15,7 @@ import urllib.parse
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -301,26 +302,26 @@ def test_a_repository_comes_whole_with_what_is_wanted_only_and_then_needs_no_net
     record = json.loads(there.pop(RECORD_FILE))
     assert there == {name: model.commits[0][name] for name in WANTED}
     assert record["it"][0]["origin"] == "owner/model"
-    assert record["it"][0]["revision"] == result["revision"] == COMMITS[0]
+    assert record["it"][0]["revision"] == result.revision == COMMITS[0]
     assert record["it"][0]["files"] == {
         name: {"bytes": len(data), "sha256": _sha(data)} for name, data in there.items()
     }
-    assert (result["files"], result["bytes"]) == (3, sum(map(len, there.values())))
-    assert fetch("tokenizer")["name"] == "it", "a kind is its first entry"
-    assert sorted(result["fetched"]) == sorted(WANTED)
-    assert result["next"] == "covray read models/it"
-    assert [entry["state"] for entry in list_artefacts()] == ["here"]
+    assert (result.files, result.bytes) == (3, sum(map(len, there.values())))
+    assert fetch("tokenizer").name == "it", "a kind is its first entry"
+    assert sorted(result.fetched) == sorted(WANTED)
+    assert result.next == "covray read models/it"
+    assert [entry.state for entry in list_artefacts()] == ["here"]
 
     model.requests.clear()
     again = fetch("it")
-    assert again["fetched"] == again["damaged"] == []
+    assert again.fetched == again.damaged == ()
     assert model.requests == []
 
 
 def test_a_pickle_is_fetched_only_where_there_is_no_safetensors(model: Hub) -> None:
     del model.commits[0]["unet/model.safetensors"]
     del model.commits[0]["unet/model.fp16.safetensors"]
-    assert sorted(fetch("it")["fetched"]) == ["config.json", "pytorch_model.bin", "unet/config.json"]
+    assert sorted(fetch("it").fetched) == ["config.json", "pytorch_model.bin", "unet/config.json"]
 
 
 def test_a_connection_cut_in_the_middle_is_continued_there(model: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,21 +341,21 @@ def test_what_is_missing_or_damaged_comes_again_at_the_commit_of_the_first_time(
     times = damaged.stat()
     damaged.write_bytes(BIG[:-1] + b"\0")
     os.utime(damaged, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert [entry["state"] for entry in list_artefacts()] == ["in part"]
+    assert [entry.state for entry in list_artefacts()] == ["in part"]
     model.requests.clear()
     result = fetch("it")
-    assert sorted(result["fetched"]) == ["config.json", "unet/model.safetensors"]
-    assert result["damaged"] == ["unet/model.safetensors"]
+    assert sorted(result.fetched) == ["config.json", "unet/model.safetensors"]
+    assert result.damaged == ("unet/model.safetensors",)
     assert read("models/it") == before
     assert not any("unet/config.json" in path for _, path, _ in model.requests)
 
 
 def test_a_revision_and_a_mirror_are_held_to(model: Hub) -> None:
     model.commits.append({name: data + b"new" for name, data in model.commits[0].items()})
-    assert fetch("it", out="old", revision=COMMITS[0])["revision"] == COMMITS[0]
+    assert fetch("it", out="old", revision=COMMITS[0]).revision == COMMITS[0]
     assert read("old")["config.json"] == model.commits[0]["config.json"]
-    assert fetch("it", out="new", hub_id="owner/model", revision="main")["revision"] == COMMITS[1]
-    assert fetch("it", out="new", revision=COMMITS[1])["fetched"] == []
+    assert fetch("it", out="new", hub_id="owner/model", revision="main").revision == COMMITS[1]
+    assert fetch("it", out="new", revision=COMMITS[1]).fetched == ()
     for changed in ({"revision": COMMITS[0]}, {"hub_id": "owner/other"}):
         with pytest.raises(ConfigError, match=f"new: holds owner/model at {COMMITS[1]}; give another --out"):
             fetch("it", out="new", **changed)
@@ -366,7 +367,7 @@ def test_bytes_that_are_not_the_hubs_are_removed_and_named(model: Hub) -> None:
         fetch("it")
     assert "unet/model.safetensors" not in read("models/it")
     model.lies.clear()
-    assert fetch("it")["fetched"] == ["unet/model.safetensors"]
+    assert fetch("it").fetched == ("unet/model.safetensors",)
 
 
 def test_a_repository_with_other_hashes_than_the_manifests_is_refused_before_it_is_fetched(
@@ -421,7 +422,7 @@ def test_offline_a_whole_folder_passes_and_what_is_missing_is_named_with_its_pla
     fetch("it")
     model.requests.clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert fetch("it")["fetched"] == []
+    assert fetch("it").fetched == ()
     Path("models/it/unet/model.safetensors").unlink()
     Path("models/it/config.json").write_text("{}")
     with pytest.raises(FetchError) as caught:
@@ -433,7 +434,7 @@ def test_offline_a_whole_folder_passes_and_what_is_missing_is_named_with_its_pla
     assert Path("models/it/config.json").exists()  # nothing is lost before there is another
     Path("models/it/unet/model.safetensors").write_bytes(BIG)
     Path("models/it/config.json").write_bytes(model.commits[0]["config.json"])
-    assert fetch("it")["fetched"] == []
+    assert fetch("it").fetched == ()
     assert model.requests == []
 
 
@@ -448,7 +449,7 @@ def test_offline_a_folder_filled_by_hand_is_taken_when_it_is_complete(
     for name in WANTED:
         Path("models/it", name).parent.mkdir(parents=True, exist_ok=True)
         Path("models/it", name).write_bytes(model.commits[0][name])
-    assert fetch("it")["files"] == 3
+    assert fetch("it").files == 3
     Path("models/it/config.json").write_bytes(b'{"a": 2}')
     with pytest.raises(FetchError, match=r"missing: models/it/config.json .has SHA-256"):
         fetch("it")
@@ -471,7 +472,9 @@ def test_the_command_lists_fetches_and_mends(
         return capsys.readouterr().out
 
     assert "absent" in run()
-    assert json.loads(run("it", "--json"))["revision"] == COMMITS[0]
+    fetched = json.loads(run("it", "--json"))
+    assert list(fetched) == ["name", "folder", "next", "origin", "revision", "files", "bytes", "fetched", "damaged"]
+    assert fetched["revision"] == COMMITS[0]
     Path("models/it/config.json").write_text("{}")
     shown = run("it")
     for said in ("models/it", "owner/model", COMMITS[0], "covray read models/it", "1 fetched now", "config.json"):
@@ -546,13 +549,13 @@ def test_an_archive_is_unpacked_with_what_is_wanted_only_and_then_needs_no_netwo
     assert there == {name: data for name, data in MEMBERS.items() if name.endswith(".png")}
     assert source["sha256"] == _sha(data)
     assert source["files"] == {name: {"bytes": len(data), "sha256": _sha(data)} for name, data in there.items()}
-    assert sorted(result["fetched"]) == sorted(there)
+    assert sorted(result.fetched) == sorted(there)
     hub.requests.clear()
-    assert fetch("it")["fetched"] == []
+    assert fetch("it").fetched == ()
     assert hub.requests == []
 
     Path("data/sets/set/a.png").write_bytes(b"B" * 1000)
-    assert fetch("it")["damaged"] == ["set/a.png"]
+    assert fetch("it").damaged == ("set/a.png",)
     assert Path("data/sets/set/a.png").read_bytes() == b"A" * 1000
 
 
@@ -694,7 +697,7 @@ def test_offline_an_archive_is_named_with_its_place_and_taken_from_there(
     with pytest.raises(FetchError, match=expected):
         fetch("it")
     Path("data/sets/set.zip").write_bytes(hub.files["set.zip"])
-    assert fetch("it")["files"] == 2
+    assert fetch("it").files == 2
     assert hub.requests == []
 
 
@@ -783,11 +786,11 @@ def test_what_must_be_got_by_hand_is_said_and_recognised(hub: Hub, known: Callab
     ):
         fetch("it")
     for part in ("our485", "eval15"):
-        assert [entry["state"] for entry in list_artefacts()] == ["absent"]
+        assert [entry.state for entry in list_artefacts()] == ["absent"]
         Path(f"data/it/{part}/low").mkdir(parents=True)
         Path(f"data/it/{part}/low/1.png").touch()
-    assert [entry["state"] for entry in list_artefacts()] == ["here"]
-    assert fetch("it")["folder"] == "data/it"
+    assert [entry.state for entry in list_artefacts()] == ["here"]
+    assert fetch("it").folder == "data/it"
     assert hub.requests == []
 
 
@@ -801,19 +804,23 @@ def test_a_prior_is_tested_once_it_is_there(
         path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
     }
     known(kind="prior", id="owner/model", files=["*.json", "*.safetensors"])
-    result = fetch("it")["self_test"]
-    assert result["difference"] <= selftest.TOLERANCE
-    assert "self_test" not in fetch("it")
+    result = fetch("it").self_test
+    assert result is not None
+    assert result.difference <= selftest.TOLERANCE
+    assert "self_test" not in fetch("it").to_json()
 
-    tested = selftest.golden(result["fingerprint"])
+    tested = selftest.golden(result.fingerprint)
     assert tested is not None
     golden = tmp_path / "home" / "golden.json"
     golden.parent.mkdir(exist_ok=True)
     monkeypatch.setattr(selftest, "GOLDEN_FILE", golden)
     golden.write_text("{}")
     Path("models/it/unet/config.json").unlink()
-    assert fetch("it")["self_test"]["difference"] is None
-    golden.write_text(json.dumps({result["fingerprint"]: tested | {"digest": [9.0] * len(tested["digest"])}}))
+    again = fetch("it").self_test
+    assert again is not None
+    assert again.difference is None
+    other = replace(tested, digest=[9.0] * len(tested.digest))
+    golden.write_text(json.dumps({result.fingerprint: asdict(other)}))
     Path("models/it/unet/config.json").unlink()
     with pytest.raises(WeightsError, match="models/it: holds the recorded files, but its self-test differs by"):
         fetch("it")
@@ -835,8 +842,8 @@ def test_a_catalogue_of_ones_own_is_read_beside_covrays(hub: Hub, known: Callabl
     catalogue.write_text(yaml.safe_dump({"mine": entry}))
     result = fetch("mine", "out", catalogue=catalogue)
     assert Path("out", "mine", "a.txt").read_bytes() == b"a"
-    assert result["next"].endswith(" out {x}")  # only the folder's name is filled in
-    names = [artefact["name"] for artefact in list_artefacts(catalogue)]
+    assert result.next.endswith(" out {x}")  # only the folder's name is filled in
+    names = [artefact.name for artefact in list_artefacts(catalogue)]
     assert names == [*read_artefacts(), "mine"]
     for text, message in (
         ("mine: 3", "--catalogue"),

@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,27 +27,44 @@ GOLDEN_FILE = Path(__file__).with_name("golden.json")
 _MASKS = 73 * np.arange(1, 9)  # of the eight Walsh functions that a latent is projected on
 
 
-def self_test(path: str, revision: str | None = None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Golden:
+    """The digest of a prior, as ``golden.json`` has it."""
+
+    digest: list[float]
+    """Sixteen numbers of order 1; see ``digest``."""
+    size_px: int
+    """Side of the two pictures."""
+    steps: int
+
+
+@dataclass(frozen=True)
+class SelfTest(Golden):
+    """The digest of a prior, as this machine computes it."""
+
+    fingerprint: str
+    """Of the prior."""
+    seconds: float
+    """With loading."""
+
+
+def self_test(path: str, revision: str | None = None) -> SelfTest:
     """Load a prior and compute its digest, in float32 on the CPU: 3 runs of 5 steps at latents of 16 x 16.
 
     ``path`` and ``revision`` are those of ``PriorConfig``. Raises WeightsError for a prior that cannot be loaded or
     fails ``verify_prior``.
-
-    Returns:
-        ``digest`` (sixteen numbers of order 1), ``fingerprint``, ``size_px``, ``steps`` and ``seconds``, which include
-        loading.
     """
     start = time.perf_counter()
     config = PriorConfig(path=path, revision=revision, steps=STEPS)
     prior = small(load_prior(config, EngineConfig(device="cpu", dtype="float32"), verify=False))
     verify_prior(prior, path)
-    return {
-        "digest": digest(prior),
-        "fingerprint": prior.fingerprint,
-        "size_px": prior.size_px,
-        "steps": STEPS,
-        "seconds": round(time.perf_counter() - start, 1),
-    }
+    return SelfTest(
+        digest=digest(prior),
+        size_px=prior.size_px,
+        steps=STEPS,
+        fingerprint=prior.fingerprint,
+        seconds=round(time.perf_counter() - start, 1),
+    )
 
 
 def small(prior: Prior) -> Prior:
@@ -71,10 +87,10 @@ def digest(prior: Prior) -> list[float]:
     return [*_projections(diffusion.noise[0]), *_projections(diffusion.latents[halfway])]
 
 
-def golden(fingerprint: str) -> dict[str, Any] | None:
-    """Return the ``digest``, ``size_px`` and ``steps`` recorded for the prior of this fingerprint, or None."""
-    recorded: dict[str, dict[str, Any]] = json.loads(GOLDEN_FILE.read_text(encoding="utf-8"))
-    return recorded.get(fingerprint)
+def golden(fingerprint: str) -> Golden | None:
+    """Return what is recorded for the prior of this fingerprint, or None."""
+    recorded = json.loads(GOLDEN_FILE.read_text(encoding="utf-8"))
+    return Golden(**recorded[fingerprint]) if fingerprint in recorded else None
 
 
 def compare(digest: Sequence[float], recorded: Sequence[float]) -> float:

@@ -19,11 +19,11 @@ from covray.models.diffusion.selftest import TOLERANCE, compare, golden, self_te
 @pytest.fixture(scope="module")
 def recorded() -> list[float]:
     found = self_test("nano")
-    known = golden(found["fingerprint"])
+    known = golden(found.fingerprint)
     assert known is not None, "the nano prior has changed: record what self_test gives in covray/diffusion/golden.json"
-    assert (known["size_px"], known["steps"]) == (found["size_px"], found["steps"]) == (64, 5)
-    assert compare(found["digest"], known["digest"]) < TOLERANCE / 10
-    return known["digest"]
+    assert (known.size_px, known.steps) == (found.size_px, found.steps) == (64, 5)
+    assert compare(found.digest, known.digest) < TOLERANCE / 10
+    return known.digest
 
 
 @pytest.fixture
