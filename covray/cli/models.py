@@ -83,7 +83,7 @@ def convert_a_tokenizer(
     """A VQGAN of muse, taming-transformers or LlamaGen becomes a VQModel folder, for --tokenizer."""
     from covray.models.tokenizer.convert import convert_tokenizer
 
-    print_values(convert_tokenizer(source, out), json_)
+    print_values(asdict(convert_tokenizer(source, out)), json_)
 
 
 def convert_a_backbone(
@@ -100,7 +100,7 @@ def convert_a_backbone(
     """A backbone of DeLVM, EasyLM or transformers becomes a LlamaForCausalLM folder of safetensors, for --backbone."""
     from covray.models.lvm.convert import convert_backbone
 
-    print_values(convert_backbone(source, out, heads, tokenizer), json_)
+    print_values(asdict(convert_backbone(source, out, heads, tokenizer)), json_)
 
 
 def convert_a_prior(
@@ -115,7 +115,7 @@ def convert_a_prior(
     """A single-file Stable Diffusion becomes a diffusers folder with the empty prompt in it, for --prior."""
     from covray.models.diffusion.convert import convert_prior
 
-    print_values(convert_prior(source, out, like), json_)
+    print_values(asdict(convert_prior(source, out, like)), json_)
 
 
 def nano_train(

@@ -57,6 +57,19 @@ class Configs:
     """The UNet's ``sample_size`` if the probe finds that it predicts v; None where that makes no difference."""
 
 
+@dataclass(frozen=True)
+class ConvertedPrior:
+    """What was converted; the keys of ``covray convert prior --json``."""
+
+    layout: str
+    out: str
+    parameters: int
+    prediction_type: str
+    size_px: int
+    context: tuple[int, ...]
+    """Shape of the encoded empty prompt."""
+
+
 _PUBLISHED_VAE = {
     "block_out_channels": (128, 256, 512, 512),
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -114,8 +127,8 @@ PUBLISHED = {
 """By the width of the prompt. Keys that are absent have the defaults of diffusers and transformers."""
 
 
-def convert_prior(source: str, out: str, like: str | None = None) -> dict[str, Any]:
-    """Write the checkpoint ``source`` as a prior folder, and return what was converted, to show.
+def convert_prior(source: str, out: str, like: str | None = None) -> ConvertedPrior:
+    """Write the checkpoint ``source`` as a prior folder, and return what was converted.
 
     Weights keep their type. Memory is that of UNet and VAE in float32.
 
@@ -160,14 +173,14 @@ def convert_prior(source: str, out: str, like: str | None = None) -> dict[str, A
     parameters = 0
     for tensor in (*unet_tensors.values(), *vae_tensors.values()):
         parameters += tensor.numel()
-    return {
-        "layout": configs.layout,
-        "out": out,
-        "parameters": parameters,
-        "prediction_type": prediction_type,
-        "size_px": unet.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1),
-        "context": list(context.shape),
-    }
+    return ConvertedPrior(
+        layout=configs.layout,
+        out=out,
+        parameters=parameters,
+        prediction_type=prediction_type,
+        size_px=unet.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1),
+        context=tuple(context.shape),
+    )
 
 
 def _recognise(file: Path, tensors: Tensors) -> Configs:
@@ -242,7 +255,7 @@ def _weightless(name: str, build: Callable[[], Any]) -> Any:
 
 
 def _renamed(
-    file: Path, network_name: str, network: Any, part: Tensors, convert: Callable[[], Mapping[str, Any]]
+    file: Path, network_name: str, network: Any, part: Tensors, convert: Callable[[], Mapping[str, Tensor | None]]
 ) -> Tensors:
     """Return what ``convert`` makes of ``part``, after checking that it is all of ``network`` from all of ``part``.
 
@@ -306,7 +319,7 @@ def _empty_prompt(file: Path, config: dict[str, Any], tensors: Tensors, tokenize
     open_clip = f"{_OPEN_CLIP}ln_final.weight" in tensors
     part = _text_tensors(file, encoder.config.num_hidden_layers, tensors, open_clip)
 
-    def convert() -> Mapping[str, Any]:
+    def convert() -> Mapping[str, Tensor | None]:
         named = convert_open_clip_checkpoint(encoder, part) if open_clip else convert_ldm_clip_checkpoint(part)
         return {name.removeprefix("text_model."): tensor for name, tensor in named.items()}
 

@@ -85,8 +85,23 @@ class _Source:
     """The narrowest type that holds every weight exactly."""
 
 
-def convert_backbone(source: str, out: str, heads: int | None = None, tokenizer: str | None = None) -> dict[str, Any]:
-    """Write the backbone ``source`` as a plain Hugging Face folder, and return what was converted, to show.
+@dataclass(frozen=True)
+class ConvertedBackbone:
+    """What was converted; the keys of ``covray convert backbone --json``."""
+
+    layout: str
+    out: str
+    parameters: int
+    dtype: str
+    codes: int
+    codebook: str
+    """Fingerprint of the codebook, or ``not stated``."""
+
+
+def convert_backbone(
+    source: str, out: str, heads: int | None = None, tokenizer: str | None = None
+) -> ConvertedBackbone:
+    """Write the backbone ``source`` as a plain Hugging Face folder, and return what was converted.
 
     Weights keep their type. Memory is one written file of at most 5 GB.
 
@@ -123,14 +138,14 @@ def convert_backbone(source: str, out: str, heads: int | None = None, tokenizer:
         facts = replace(facts, codebook=known.codebook_fingerprint, tokens_per_image=known.tokens_per_image)
     with new_folder(target) as folder:
         write_backbone(folder, facts, checkpoint.tensor, checkpoint.dtype)
-    return {
-        "layout": checkpoint.layout,
-        "out": out,
-        "parameters": parameters(facts.llama),
-        "dtype": str(checkpoint.dtype).removeprefix("torch."),
-        "codes": facts.codes,
-        "codebook": facts.codebook or "not stated",
-    }
+    return ConvertedBackbone(
+        layout=checkpoint.layout,
+        out=out,
+        parameters=parameters(facts.llama),
+        dtype=str(checkpoint.dtype).removeprefix("torch."),
+        codes=facts.codes,
+        codebook=facts.codebook or "not stated",
+    )
 
 
 def _read_folder(folder: Path) -> _Source:

@@ -125,8 +125,7 @@ class _Checkpoint:
 
     layout: str
     file: Path
-    network: dict[str, Any]
-    """Arguments of ``VQModel``."""
+    network: _Network
     tensors: dict[str, Tensor]
     name: Callable[[str], str]
     """Returns the checkpoint's name of a tensor of ``VQModel``."""
@@ -155,13 +154,16 @@ class _Network:
     size_px: int
     """Side of the pictures that the network was trained on."""
 
-    def arguments(self, where: Path) -> dict[str, Any]:
-        """Return the arguments of ``VQModel``. Raises WeightsError, naming ``where``, for sizes that it cannot have."""
+    def check(self, where: Path) -> None:
+        """Refuse sizes that a ``VQModel`` cannot have. Raises WeightsError, naming ``where`` they come from."""
         if self.first != self.channels[0]:
             raise WeightsError(
                 f"{where}: its first level turns {self.first} channels into {self.channels[0]}, which a VQModel "
                 "cannot; give another"
             )
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of ``VQModel``."""
         down = {True: "AttnDownEncoderBlock2D", False: "DownEncoderBlock2D"}
         up = {True: "AttnUpDecoderBlock2D", False: "UpDecoderBlock2D"}
         return {
@@ -179,8 +181,21 @@ class _Network:
         }
 
 
-def convert_tokenizer(source: str, out: str) -> dict[str, Any]:
-    """Write the VQGAN ``source`` as a ``VQModel`` folder ``out``, and return what was converted, to show.
+@dataclass(frozen=True)
+class ConvertedTokenizer:
+    """What was converted; the keys of ``covray convert tokenizer --json``."""
+
+    layout: str
+    out: str
+    parameters: int
+    codes: int
+    size_px: int
+    pixels: tuple[int, int]
+    """The range of the network's pixels."""
+
+
+def convert_tokenizer(source: str, out: str) -> ConvertedTokenizer:
+    """Write the VQGAN ``source`` as a ``VQModel`` folder ``out``, and return what was converted.
 
     ``source`` is muse's folder (``config.json`` and ``pytorch_model.bin`` or safetensors), taming's (with a ``.ckpt``
     and its ``.yaml`` anywhere below), or LlamaGen's ``.pt`` file. ``out`` must be new. Weights keep their type.
@@ -193,14 +208,12 @@ def convert_tokenizer(source: str, out: str) -> dict[str, Any]:
     require_new(target)
     checkpoint = _read(path)
     file, network = checkpoint.file, checkpoint.network
-    if network["num_vq_embeddings"] > MAX_CODES:
-        raise WeightsError(
-            f"{file}: has {network['num_vq_embeddings']} codes, LVM's vocabulary only {MAX_CODES}; give a smaller "
-            "codebook"
-        )
+    codes = network.codebook[0]
+    if codes > MAX_CODES:
+        raise WeightsError(f"{file}: has {codes} codes, LVM's vocabulary only {MAX_CODES}; give a smaller codebook")
     try:
         with torch.device("meta"):
-            model = VQModel(**network)
+            model = VQModel(**network.arguments())
     except (ValueError, TypeError, ZeroDivisionError) as error:
         raise WeightsError(
             f"{file}: is a network that VQModel cannot build ({one_line(error)}); give another"
@@ -211,19 +224,19 @@ def convert_tokenizer(source: str, out: str) -> dict[str, Any]:
     if checkpoint.layout == "llamagen":
         codebook = tensors["quantize.embedding.weight"]
         tensors["quantize.embedding.weight"] = F.normalize(codebook.float(), dim=-1).to(codebook.dtype)
-    pixels = [-1, 1] if checkpoint.signed else [0, 1]
+    pixels = (-1, 1) if checkpoint.signed else (0, 1)
     with new_folder(target) as folder:
         save_file(tensors, folder / WEIGHTS_FILE, {"format": "pt"})
         model.save_config(folder)
         storage.write_json(str(folder / ABOUT_FILE), {"version": 1, "pixels": pixels})
-    return {
-        "layout": checkpoint.layout,
-        "out": out,
-        "parameters": sum(map(Tensor.numel, tensors.values())),
-        "codes": network["num_vq_embeddings"],
-        "size_px": network["sample_size"],
-        "pixels": pixels,
-    }
+    return ConvertedTokenizer(
+        layout=checkpoint.layout,
+        out=out,
+        parameters=sum(map(Tensor.numel, tensors.values())),
+        codes=codes,
+        size_px=network.size_px,
+        pixels=pixels,
+    )
 
 
 def _renamed(checkpoint: _Checkpoint, shapes: dict[str, Shape]) -> dict[str, Tensor]:
@@ -281,7 +294,7 @@ def _read_muse(folder: Path) -> _Checkpoint:
     if config.num_res_blocks == 1 and any(attention):
         # muse's levels skip their attention if they have only one block.
         raise WeightsError(f"{file}: attn_resolutions with one residual block is not supported; give another")
-    sizes = _Network(
+    network = _Network(
         first=config.hidden_channels,
         channels=[config.hidden_channels * factor for factor in config.channel_mult],
         attention=attention,
@@ -291,7 +304,7 @@ def _read_muse(folder: Path) -> _Checkpoint:
         codebook=(config.num_embeddings, config.quantized_embed_dim),
         size_px=config.resolution,
     )
-    network = sizes.arguments(file)
+    network.check(file)
     return _Checkpoint("muse", files[0], network, read_tensors(files[0]), partial(_muse_name, levels), False)
 
 
@@ -316,7 +329,7 @@ def _read_taming(root: Path, file: Path) -> _Checkpoint:
     config = _validated(_Taming, model["params"], path)
     net = config.ddconfig
     levels = len(net.ch_mult)
-    sizes = _Network(
+    network = _Network(
         first=net.ch,
         channels=[net.ch * factor for factor in net.ch_mult],
         attention=_attention(net.attn_resolutions, net.resolution, levels),
@@ -326,7 +339,7 @@ def _read_taming(root: Path, file: Path) -> _Checkpoint:
         codebook=(config.n_embed, config.embed_dim),
         size_px=net.resolution,
     )
-    network = sizes.arguments(path)
+    network.check(path)
     stored = read_tensors(file, keys=("state_dict",), inert=_LIGHTNING)
     tensors = {}
     for name, tensor in stored.items():
@@ -347,7 +360,7 @@ def _read_llamagen(file: Path) -> _Checkpoint:
     first_level = re.compile(r"encoder\.conv_blocks\.0\.res\.\d+\.conv1\.weight")
     blocks = sum(first_level.fullmatch(name) is not None for name in tensors)
     codes, dimensions = _shape(tensors, file, "quantize.embedding.weight", 2)
-    sizes = _Network(
+    network = _Network(
         first=_shape(tensors, file, "encoder.conv_in.weight", 4)[0],
         channels=channels,
         attention=[False] * (len(channels) - 1) + [True],
@@ -357,7 +370,7 @@ def _read_llamagen(file: Path) -> _Checkpoint:
         codebook=(codes, dimensions),
         size_px=_LLAMAGEN_PX,
     )
-    network = sizes.arguments(file)
+    network.check(file)
     return _Checkpoint("llamagen", file, network, tensors, partial(_llamagen_name, len(channels)), True)
 
 

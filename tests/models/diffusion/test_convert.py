@@ -285,7 +285,7 @@ def test_a_published_width_needs_no_configs(v: Source, monkeypatch: pytest.Monke
     known = convert._read_configs(v.like)
     monkeypatch.setitem(PUBLISHED, WIDTH, replace(known, layout="tiny", v_sample_size=12))
     made = convert_prior(str(v.file), str(tmp_path / "out"))
-    assert (made["layout"], made["size_px"]) == ("tiny", 48)
+    assert (made.layout, made.size_px) == ("tiny", 48)
     assert load(tmp_path / "out").size_px == 48
 
 

@@ -146,9 +146,9 @@ def weights() -> Weights:
 
 def test_easylm_becomes_the_same_model(weights: Weights, tmp_path: Path) -> None:
     made = convert_backbone(str(write_easylm(tmp_path / "streaming_params", weights)), str(tmp_path / "out"), HEADS)
-    assert made["layout"] == "easylm"
-    assert made["parameters"] == sum(tensor.numel() for tensor in weights.values())
-    assert (made["dtype"], made["codes"], made["codebook"]) == ("float32", CODES, "not stated")
+    assert made.layout == "easylm"
+    assert made.parameters == sum(tensor.numel() for tensor in weights.values())
+    assert (made.dtype, made.codes, made.codebook) == ("float32", CODES, "not stated")
     require_logits(tmp_path / "out", easylm_logits(weights, IDS))
     facts = backbone_facts(BackboneConfig(scale="custom", path=str(tmp_path / "out")))
     assert (facts.codes, facts.llama.max_position_embeddings) == (CODES, 4096)
@@ -190,7 +190,7 @@ def test_weights_keep_their_values_in_whatever_type(
 ) -> None:
     stored = {name: tensor.to(norms if tensor.ndim == 1 else dtype) for name, tensor in weights.items()}
     made = convert_backbone(str(write_easylm(tmp_path / "params", stored)), str(tmp_path / "out"), HEADS)
-    assert made["dtype"] == written
+    assert made.dtype == written
     require_logits(tmp_path / "out", easylm_logits({name: part.float() for name, part in stored.items()}, IDS))
 
 
@@ -377,7 +377,7 @@ def delvm() -> Weights:
 def test_delvm_becomes_the_same_model(delvm: Weights, tmp_path: Path) -> None:
     source = write_delvm(tmp_path / "delvm", delvm)
     made = convert_backbone(str(source), str(tmp_path / "out"))
-    assert (made["layout"], made["codes"], made["dtype"]) == ("internlm", 8192, "float32")
+    assert (made.layout, made.codes, made.dtype) == ("internlm", 8192, "float32")
     require_logits(tmp_path / "out", delvm_logits(delvm, IDS))
     written = load_file(tmp_path / "out" / "model.safetensors")
     kept = {name: tensor for name, tensor in delvm.items() if not name.endswith("inv_freq")}
@@ -397,7 +397,7 @@ def test_delvm_in_half_and_in_several_safetensors(delvm: Weights, tmp_path: Path
     for part in parts:
         save_file({name: tensor for name, tensor in half.items() if where[name] == part}, source / part)
     (source / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
-    assert convert_backbone(str(source), str(tmp_path / "out"))["dtype"] == "float16"
+    assert convert_backbone(str(source), str(tmp_path / "out")).dtype == "float16"
     require_logits(tmp_path / "out", delvm_logits({name: part.float() for name, part in half.items()}, IDS))
 
 
@@ -505,7 +505,7 @@ def test_lvms_folder_loads_as_it_is_and_is_repaired_when_written(tmp_path: Path)
     as_it_is = load(source)
     assert as_it_is.config.eos_token_id is None
     made = convert_backbone(str(source), str(tmp_path / "out"))
-    assert (made["layout"], made["dtype"], made["codes"]) == ("llama", "float16", CODES)
+    assert (made.layout, made.dtype, made.codes) == ("llama", "float16", CODES)
     written = load(tmp_path / "out")
     assert torch.equal(written.logits(IDS, (40,)), as_it_is.logits(IDS, (40,)))
     assert generated(source) == [2]  # the trap
@@ -535,9 +535,9 @@ def test_the_codes_that_a_backbone_knows_are_written_and_kept(tmp_path: Path, vq
     source = write_lvm(tmp_path / "LVM_ckpts")
     codebook = load_tokenizer(TokenizerConfig(path=str(vqgan_folder)), EngineConfig(device="cpu")).codebook_fingerprint
     made = convert_backbone(str(source), str(tmp_path / "out"), tokenizer=str(vqgan_folder))
-    assert made["codebook"] == codebook
+    assert made.codebook == codebook
     again = convert_backbone(str(tmp_path / "out"), str(tmp_path / "again"))
-    assert again["codebook"] == codebook
+    assert again.codebook == codebook
     facts = backbone_facts(BackboneConfig(scale="custom", path=str(tmp_path / "again")))
     assert (facts.codebook, facts.tokens_per_image) == (codebook, 16)
     small = write_llama(tmp_path / "small", vocab_size=150)

@@ -338,8 +338,8 @@ def test_muse_becomes_the_same_network(attended: tuple[int, ...], tmp_path: Path
     sides = [SIZE // 2**number for number in attended]
     source = write_muse(tmp_path / "muse", weights, attn_resolutions=sides, no_attn_mid_block=not attended)
     made = convert_tokenizer(str(source), str(tmp_path / "out"))
-    assert (made["layout"], made["codes"], made["size_px"], made["pixels"]) == ("muse", CODES, SIZE, [0, 1])
-    assert made["parameters"] == sum(tensor.numel() for tensor in weights.values())
+    assert (made.layout, made.codes, made.size_px, made.pixels) == ("muse", CODES, SIZE, (0, 1))
+    assert made.parameters == sum(tensor.numel() for tensor in weights.values())
 
     pixels, codebook = as_pixels(pictures), weights["quantize.embedding.weight"]
     latents = muse_latents(weights, pixels)
@@ -389,7 +389,7 @@ def test_taming_becomes_the_same_network_on_its_own_pixels(
     model = json.loads(json.dumps(TAMING))
     model["params"]["ddconfig"]["attn_resolutions"] = [SIZE // 2**number for number in attended]
     made = convert_tokenizer(str(write_taming(tmp_path / "taming", weights, model)), str(tmp_path / "out"))
-    assert (made["layout"], made["pixels"]) == ("taming", [-1, 1])
+    assert (made.layout, made.pixels) == ("taming", (-1, 1))
     codebook = weights["quantize.embedding.weight"]
     ids = nearest(muse_latents(weights, 2 * as_pixels(pictures) - 1), codebook)
     decoded = (muse_pixels(weights, looked_up(ids, codebook)) + 1) / 2
@@ -404,7 +404,7 @@ def test_llamagen_becomes_the_same_network(tmp_path: Path, pictures: np.ndarray)
     file = tmp_path / "vq_ds4.pt"
     torch.save({"model": weights}, file)
     made = convert_tokenizer(str(file), str(tmp_path / "out"))
-    assert (made["layout"], made["pixels"], made["size_px"]) == ("llamagen", [-1, 1], 256)
+    assert (made.layout, made.pixels, made.size_px) == ("llamagen", (-1, 1), 256)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     (tmp_path / "out" / "config.json").write_text(json.dumps(config | {"sample_size": SIZE}))
     raw = weights["quantize.embedding.weight"]
@@ -657,7 +657,7 @@ def test_a_checkpoint_of_lightning_is_read_without_lightning(tmp_path: Path, mon
         callbacks = {module.ModelCheckpoint: {"best_model_score": torch.zeros(()), "best_model_path": "x"}}
         source = write_taming(tmp_path / "taming", weights, callbacks=callbacks, epoch=3, optimizer_states=[{}])
         bad = write_taming(tmp_path / "bad", weights, callbacks={"a": Malice(ran)})
-    assert convert_tokenizer(str(source), str(tmp_path / "out"))["layout"] == "taming"
+    assert convert_tokenizer(str(source), str(tmp_path / "out")).layout == "taming"
     with pytest.raises(WeightsError, match=r"last\.ckpt: needs posix\.mkdir"):
         convert_tokenizer(str(bad), str(tmp_path / "other"))
     assert not ran.exists()
