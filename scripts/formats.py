@@ -21,6 +21,7 @@ from covray.evaluation.records import EvaluationRecord, EvaluationResults, VlmEv
 from covray.generation.records import GenerationRecord
 from covray.io.records import Record, RecordPart
 from covray.models.aligner.records import AlignerRecord
+from covray.models.lvm.records import BackboneRecord, BlockDiffusionRecord, DraftRecord, VerifierRecord
 from covray.pairs.records import PairsRecord
 from covray.sweeps.records import SweepRecord, SweepResults, TrialRecord
 from covray.thinking.records import FeaturesRecord, FeaturesResult, ReasoningRecord, ReasoningResults, ThinkAnswer
@@ -32,7 +33,8 @@ RECORDS: dict[str, type[Record]] = {
     for record in (
         DatasetRecord, Audit, Claim, RunRecord, TrainResult, CheckpointRecord, GenerationRecord, EvaluationRecord,
         EvaluationResults, VlmEvaluationRecord, VlmEvaluationResults, SweepRecord, TrialRecord, SweepResults,
-        AlignerRecord, PairsRecord, ProgrammeRecord, ArmRun, ProgrammeResults,
+        AlignerRecord, PairsRecord, BackboneRecord, BlockDiffusionRecord, DraftRecord, VerifierRecord,
+        ProgrammeRecord, ArmRun, ProgrammeResults,
         FeaturesRecord, FeaturesResult, ReasoningRecord, ReasoningResults, ThinkAnswer,
     )
 }  # fmt: skip

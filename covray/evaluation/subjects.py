@@ -139,10 +139,10 @@ def _adapter(config: EvaluateConfig, dataset: ChainDataset, entry: str) -> Itera
     name, run = named_run(entry)
     about = read_run(run)
     try:
-        trained = TrainConfig.model_validate(about["config"])
-        recorded = about["fingerprints"]
+        trained = TrainConfig.model_validate(about.config)
+        recorded = about.fingerprints
         fingerprints = {"backbone": str(recorded["backbone"]), "codebook": str(recorded["codebook"])}
-    except (KeyError, TypeError, ValidationError) as error:
+    except (KeyError, ValidationError) as error:
         raise ConfigError(f"{run}/_run.json: does not describe a run; give the --out of a covray train") from error
     require_same_codebook(dataset.fingerprints["codebook"], fingerprints["codebook"], f"--adapter {run}")
     backbone = config.backbone or trained.backbone

@@ -235,7 +235,7 @@ class Pipeline:
 
 def _trained_tasks(run: str) -> tuple[str, ...] | None:
     """Return the tasks that a run was trained on; None where it does not say, and its dataset is not there."""
-    config = TrainConfig.model_validate(read_run(run)["config"])
+    config = TrainConfig.model_validate(read_run(run).config)
     if config.sentences.tasks is not None:
         return config.sentences.tasks
     try:

@@ -179,12 +179,9 @@ class _Trained:
 def _read_trained(adapter: str) -> _Trained:
     run = read_run(adapter)
     try:
-        config = TrainConfig.model_validate(run["config"])
-        fingerprints, classes = run["fingerprints"], run.get("classes")
-        if not isinstance(classes, dict):
-            classes = None
-        return _Trained(config, str(fingerprints["backbone"]), str(fingerprints["codebook"]), classes)
-    except (KeyError, TypeError, ValidationError) as error:
+        config = TrainConfig.model_validate(run.config)
+        return _Trained(config, str(run.fingerprints["backbone"]), str(run.fingerprints["codebook"]), run.classes)
+    except (KeyError, ValidationError) as error:
         raise ConfigError(f"{adapter}/_run.json: does not describe a run; give the --out of a covray train") from error
 
 

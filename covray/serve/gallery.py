@@ -74,7 +74,7 @@ def with_galleries(adapters: Adapters, galleries: Mapping[str, Gallery]) -> Adap
 def _read_gallery(run: str, count: int) -> Gallery:
     """Return at most ``count`` training pairs of each task of a run; none where they cannot be read."""
     try:
-        trained = TrainConfig.model_validate(read_run(run)["config"])
+        trained = TrainConfig.model_validate(read_run(run).config)
         manifest = str(ChainDataset(trained.data).config["pairs"])
         info = check_manifest(manifest)
         chosen = trained.sentences.tasks

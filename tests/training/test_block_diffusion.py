@@ -14,10 +14,11 @@ from transformers import LlamaForCausalLM
 
 from covray.config import SamplingConfig, TrainConfig
 from covray.errors import ConfigError, WeightsError
-from covray.models.lvm.adapter import DIFFUSION_FILE, read_run_adapter
+from covray.models.lvm.adapter import read_run_adapter
 from covray.models.lvm.backbone import backbone_facts, write_backbone
 from covray.models.lvm.lora import Diffusion
 from covray.models.lvm.model import Batch
+from covray.models.lvm.records import BlockDiffusionRecord
 from covray.training.objectives.block_diffusion import BlockDiffusion, noised_places
 from covray.training.run import train
 from covray.training.worker import WorkerContext
@@ -139,19 +140,19 @@ def test_what_does_not_fit_is_refused(diffusion_config: Configure, tmp_path: Pat
         BlockDiffusion(diffusion_config(block_diffusion__block=TOKENS - 1), CPU)
     config = diffusion_config("damaged")
     train(config)
-    record = {"version": 1, "config": config.model_dump(mode="json")}
+    record = {"version": 1, "config": config.model_dump(mode="json"), "fingerprints": {}}
     Path(config.out, "_run.json").write_text(json.dumps(record))
     assert read_run_adapter(config.out)[0].diffusion == Diffusion(CODES + 1, BLOCK)
-    file = Path(config.out, "adapter", DIFFUSION_FILE)
+    file = Path(config.out, "adapter", BlockDiffusionRecord.FILE)
     text = file.read_text()
     file.write_text(json.dumps({"version": 1}))
-    with pytest.raises(WeightsError, match="does not say how many tokens a block has"):
+    with pytest.raises(WeightsError, match="lacks objective; get the adapter again"):
         read_run_adapter(config.out)
     file.write_text(text.replace(str(BLOCK), "1"))
     with pytest.raises(WeightsError, match="is not what the run trained"):
         read_run_adapter(config.out)
     file.unlink()
-    with pytest.raises(WeightsError, match=f"{DIFFUSION_FILE}: cannot be read"):
+    with pytest.raises(WeightsError, match=f"{BlockDiffusionRecord.FILE}: is not there"):
         read_run_adapter(config.out)
 
 

@@ -13,7 +13,8 @@ import torch
 from covray.config import SamplingConfig, TrainConfig
 from covray.errors import ConfigError, WeightsError
 from covray.models.lvm.adapter import read_run_adapter
-from covray.models.lvm.draft_files import DRAFT_FILE, DRAFT_WEIGHTS
+from covray.models.lvm.draft_files import DRAFT_WEIGHTS
+from covray.models.lvm.records import DraftRecord
 from covray.training.objectives.drafts import Drafts, draft_places
 from covray.training.run import train
 from covray.training.worker import WorkerContext
@@ -88,15 +89,15 @@ def test_what_does_not_fit_is_refused(tiny_config: Configure, draft_config: Conf
         Drafts(draft_config(draft__tokens=TOKENS), CPU)
     config = draft_config("damaged")
     train(config)
-    record = {"version": 1, "config": config.model_dump(mode="json")}
+    record = {"version": 1, "config": config.model_dump(mode="json"), "fingerprints": {}}
     Path(config.out, "_run.json").write_text(json.dumps(record))
     assert read_run_adapter(config.out)[0].draft is not None
-    file = Path(config.out, "adapter", DRAFT_FILE)
+    file = Path(config.out, "adapter", DraftRecord.FILE)
     about = json.loads(file.read_text())
     for change, message in (
         ({"alpha": 3.0}, r"is not what the run trained: alpha is 3\.0, was 64\.0"),
-        ({"tokens": 0}, "does not describe a draft adapter"),
-        ({"version": 2}, "does not describe a draft adapter"),
+        ({"tokens": 0}, "tokens: input should be greater than 0; get the adapter again"),
+        ({"version": 2}, "is of version 2, not 1"),
     ):
         file.write_text(json.dumps(about | change))
         with pytest.raises(WeightsError, match=message):
@@ -112,7 +113,7 @@ def test_training_goes_on_from_the_adapter_without_its_drafts(tiny_config: Confi
     train(drafted)
     plain = tiny_config("plain", lora__path=f"{drafted.out}/adapter", optimizer__steps=1)
     train(plain)
-    assert not Path(plain.out, "adapter", DRAFT_FILE).exists()
+    assert not Path(plain.out, "adapter", DraftRecord.FILE).exists()
 
 
 def test_runs_without_it_keep_their_identity(tiny_config: Configure, draft_config: Configure) -> None:

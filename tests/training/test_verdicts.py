@@ -19,7 +19,8 @@ from covray.errors import ConfigError, CovrayError, WeightsError
 from covray.models.lvm.adapter import load_adapter_tensors, read_adapter, read_run_adapter
 from covray.models.lvm.backbone import backbone_facts, load_backbone
 from covray.models.lvm.decoding.decoder import LvmDecoder
-from covray.models.lvm.verifier import LIKELIHOODS, VERIFIER_FILE, VERIFIER_WEIGHTS
+from covray.models.lvm.records import VerifierRecord
+from covray.models.lvm.verifier import LIKELIHOODS, VERIFIER_WEIGHTS
 from covray.training.objectives.verdicts import (
     Verdicts,
     Weights,
@@ -216,19 +217,21 @@ def test_the_verifier_of_another_adapter_is_refused(verifier_config: Configure, 
     folder = Path(config.out, "adapter")
     weights = folder / "adapter_model.safetensors"
     weights.write_bytes(Path(other.out, "adapter", weights.name).read_bytes())
-    with pytest.raises(WeightsError, match=f"{VERIFIER_FILE}: judges the answers of adapter .*; train a verifier"):
+    with pytest.raises(
+        WeightsError, match=f"{VerifierRecord.FILE}: judges the answers of adapter .*; train a verifier"
+    ):
         read_adapter(str(folder))
     weights.write_bytes(Path(str(config.lora.path), weights.name).read_bytes())
-    about = json.loads((folder / VERIFIER_FILE).read_text())
+    about = json.loads((folder / VerifierRecord.FILE).read_text())
     for change, message in (
         ({"hidden": 7}, "has not the sizes of verifier.json"),
-        ({"width": 0}, "does not describe a verifier"),
-        ({"version": 2}, "does not describe a verifier"),
+        ({"width": 0}, "width: input should be greater than 0; get the adapter again"),
+        ({"version": 2}, "is of version 2, not 1"),
     ):
-        (folder / VERIFIER_FILE).write_text(json.dumps(about | change))
+        (folder / VerifierRecord.FILE).write_text(json.dumps(about | change))
         with pytest.raises(WeightsError, match=message):
             read_adapter(str(folder))
-    (folder / VERIFIER_FILE).write_text(json.dumps(about))
+    (folder / VerifierRecord.FILE).write_text(json.dumps(about))
     (folder / VERIFIER_WEIGHTS).unlink()
     with pytest.raises(WeightsError, match=f"{VERIFIER_WEIGHTS}: is missing"):
         read_adapter(str(folder))
@@ -241,7 +244,7 @@ def test_training_goes_on_from_the_adapter_without_its_verifier(
     train(judged)
     plain = tiny_config("plain", lora__path=f"{judged.out}/adapter", optimizer__steps=1)
     train(plain)
-    assert not Path(plain.out, "adapter", VERIFIER_FILE).exists()
+    assert not Path(plain.out, "adapter", VerifierRecord.FILE).exists()
 
 
 def test_runs_without_it_keep_their_identity(tiny_config: Configure, verifier_config: Configure) -> None:

@@ -17,29 +17,43 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from covray.config import BackboneConfig, LoraConfig, differences
+from covray.config.section import JsonObject, recorded_section
 from covray.errors import ConfigError, WeightsError, one_line
 from covray.io import storage
 from covray.io.model_folders import local_path
+from covray.io.records import Record
 from covray.io.storage import Folder
 from covray.io.tensor_files import new_folder, require_finite, require_new
+from covray.models.lvm.adapter_parts import record_bytes
 from covray.models.lvm.backbone import BackboneFacts, backbone_facts, stored_tensors, write_backbone
 from covray.models.lvm.draft import Draft
-from covray.models.lvm.draft_files import DRAFT_FILE, DRAFT_PREFIX, draft_files, read_draft
+from covray.models.lvm.draft_files import DRAFT_PREFIX, draft_files, read_draft
 from covray.models.lvm.lora import Diffusion, Lora
 from covray.models.lvm.model import Lvm
 from covray.models.lvm.peft_options import read_lora
-from covray.models.lvm.verifier import VERIFIER_FILE, Verifier, read_verifier
+from covray.models.lvm.records import BlockDiffusionRecord, DraftRecord, VerifierRecord
+from covray.models.lvm.verifier import Verifier, read_verifier
 from covray.progress import stage
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 ADAPTER = "adapter"
 """Folder of a finished run that holds its adapter."""
-DIFFUSION_FILE = "block_diffusion.json"
-"""Beside an adapter of block diffusion: what decoding needs to know, and PEFT has no place for."""
 MASK_ROW = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
 """PEFT's name of the rows of the embedding that an adapter replaces, [1, width]; despite the name no difference."""
 _PREFIX = "base_model.model."
+
+
+class FinishedRun(Record):
+    """What is read of the record of a run; ``covray.training.records`` has all of it."""
+
+    FILE = "_run.json"
+    FIX = "restore it"
+    ERROR = ConfigError
+
+    config: JsonObject
+    fingerprints: dict[str, str | None]
+    classes: JsonObject | None = None
 
 
 def adapter_tensors(model: Lvm) -> dict[str, Tensor]:
@@ -110,8 +124,8 @@ def adapter_files(model: Lvm, base_model_name: str) -> dict[str, bytes]:
     if model.lora.draft is not None:
         files |= draft_files(model.lora.draft, drafts)
     if diffusion is not None:
-        about = {"version": 1, "objective": "block_diffusion", "block": diffusion.block}
-        files[DIFFUSION_FILE] = (json.dumps(about, indent=2) + "\n").encode()
+        record = BlockDiffusionRecord(objective="block_diffusion", block=diffusion.block)
+        files[record.FILE] = record_bytes(record)
     # PEFT keeps the targets in a set, whose order differs from process to process.
     files[CONFIG_FILE] = (json.dumps(config.to_dict(), default=sorted, indent=2, sort_keys=True) + "\n").encode()
     return files
@@ -151,10 +165,10 @@ def read_adapter(folder: str) -> tuple[Lora, dict[str, Tensor]]:
         lora = replace(lora, diffusion=_read_diffusion(source, values["trainable_token_indices"]))
     for name, tensor in tensors.items():
         require_finite(source.join(WEIGHTS_FILE), name, tensor)
-    if source.exists(DRAFT_FILE):
+    if source.exists(DraftRecord.FILE):
         draft, drafts = read_draft(source)
         lora, tensors = replace(lora, draft=draft), tensors | drafts
-    if source.exists(VERIFIER_FILE):
+    if source.exists(VerifierRecord.FILE):
         lora = replace(lora, verifier=read_verifier(source, hashlib.sha256(weights).hexdigest()))
     return lora, tensors
 
@@ -169,21 +183,13 @@ def _read_diffusion(folder: Folder, indices: Any) -> Diffusion:
     Raises:
         WeightsError: The adapter trains other tokens than one mask, or does not say how long its blocks are.
     """
-    file = folder.join(DIFFUSION_FILE)
     tokens = indices.get("embed_tokens") if isinstance(indices, dict) and len(indices) == 1 else None
     if not isinstance(tokens, list) or len(tokens) != 1 or not isinstance(tokens[0], int):
         raise WeightsError(
             f"{folder.join(CONFIG_FILE)}: uses trainable_token_indices for other tokens than one mask, which covray "
             "does not compute; give a plain LoRA adapter"
         )
-    try:
-        about = folder.read_json(DIFFUSION_FILE)
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{file}: cannot be read ({one_line(error)}); get the adapter again") from error
-    block = about.get("block") if isinstance(about, dict) and about.get("version") == 1 else None
-    if not isinstance(block, int) or block < 1:
-        raise WeightsError(f"{file}: does not say how many tokens a block has; get the adapter again")
-    return Diffusion(tokens[0], block)
+    return Diffusion(tokens[0], BlockDiffusionRecord.read(folder).block)
 
 
 def read_run_adapter(run: str) -> tuple[Lora, dict[str, Tensor]]:
@@ -197,9 +203,8 @@ def read_run_adapter(run: str) -> tuple[Lora, dict[str, Tensor]]:
         WeightsError: The adapter cannot be read, or has another rank, alpha or set of targets than the run.
     """
     about = read_run(run)
-    config = about.get("config")
     lora, tensors = read_adapter(storage.join(run, ADAPTER))
-    trained = config.get("lora") if isinstance(config, dict) else None
+    trained = about.config.get("lora")
     try:
         changed = [] if trained is None else differences(_sizes(LoraConfig.model_validate(trained)), _sizes(lora))
     except ValidationError as error:
@@ -208,37 +213,34 @@ def read_run_adapter(run: str) -> tuple[Lora, dict[str, Tensor]]:
         raise WeightsError(
             f"{run}/{ADAPTER}/{CONFIG_FILE}: is not what the run trained: {'; '.join(changed)}; restore the file"
         )
-    trained_block = config.get("block_diffusion", {}).get("block") if isinstance(config, dict) else None
+    trained_block = recorded_section(about.config, "block_diffusion").get("block")
     if lora.diffusion is not None and lora.diffusion.block != trained_block:
         raise WeightsError(
-            f"{run}/{ADAPTER}/{DIFFUSION_FILE}: is not what the run trained: block is {lora.diffusion.block}, was "
-            f"{trained_block}; restore the file"
+            f"{run}/{ADAPTER}/{BlockDiffusionRecord.FILE}: is not what the run trained: block is "
+            f"{lora.diffusion.block}, was {trained_block}; restore the file"
         )
     if lora.draft is not None:
-        _require_trained_draft(run, lora.draft, config)
+        _require_trained_draft(run, lora.draft, recorded_section(about.config, "draft"))
     if lora.verifier is not None:
-        _require_same_backbone(run, lora.verifier, about.get("fingerprints"))
+        _require_same_backbone(run, lora.verifier, about.fingerprints.get("backbone"))
     return lora, tensors
 
 
-def _require_same_backbone(run: str, verifier: Verifier, fingerprints: Any) -> None:
-    """Check that the verifier of ``run`` judges answers on the run's own backbone. Raises WeightsError."""
-    backbone = fingerprints.get("backbone") if isinstance(fingerprints, dict) else None
+def _require_same_backbone(run: str, verifier: Verifier, backbone: str | None) -> None:
+    """Check that the verifier of ``run`` judges answers on the run's own ``backbone``. Raises WeightsError."""
     if verifier.facts.backbone != backbone:
         raise WeightsError(
-            f"{run}/{ADAPTER}/{VERIFIER_FILE}: judges answers of backbone {verifier.facts.backbone[:12]}, the run "
-            f"adapts {str(backbone)[:12]}; train a verifier for this run"
+            f"{run}/{ADAPTER}/{VerifierRecord.FILE}: judges answers of backbone {verifier.facts.backbone[:12]}, the "
+            f"run adapts {str(backbone)[:12]}; train a verifier for this run"
         )
 
 
-def _require_trained_draft(run: str, draft: Draft, config: Any) -> None:
-    """Check that the draft adapter of ``run`` is the one that it trained with ``config``. Raises WeightsError."""
-    trained = config.get("draft") if isinstance(config, dict) else None
-    expected = trained if isinstance(trained, dict) else {}
+def _require_trained_draft(run: str, draft: Draft, expected: JsonObject) -> None:
+    """Check that the draft adapter of ``run`` is the one that it was configured to train. Raises WeightsError."""
     for key in ("rank", "alpha", "tokens"):
         if getattr(draft, key) != expected.get(key):
             raise WeightsError(
-                f"{run}/{ADAPTER}/{DRAFT_FILE}: is not what the run trained: {key} is {getattr(draft, key)}, was "
+                f"{run}/{ADAPTER}/{DraftRecord.FILE}: is not what the run trained: {key} is {getattr(draft, key)}, was "
                 f"{expected.get(key)}; restore the file"
             )
 
@@ -261,9 +263,9 @@ def read_start(config: LoraConfig, llama: LlamaConfig) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(DRAFT_PREFIX)}
 
 
-def _sizes(lora: Lora | LoraConfig) -> dict[str, Any]:
+def _sizes(lora: Lora | LoraConfig) -> JsonObject:
     # Sorted, as targets in another order are the same adapter.
-    return {"lora": {"rank": lora.rank, "alpha": lora.alpha, "targets": sorted(lora.targets)}}
+    return {"lora": {"rank": lora.rank, "alpha": lora.alpha, "targets": [*sorted(lora.targets)]}}
 
 
 def export_merged(facts: BackboneFacts, adapter: str, out: Path, dtype: torch.dtype | None = None) -> None:
@@ -326,10 +328,9 @@ def export_run(run: str, out: str, merge: bool) -> None:
         return
     try:
         with stage("reading the backbone"):
-            facts = backbone_facts(BackboneConfig.model_validate(about["config"]["backbone"]))
-        fingerprints = dict(about["fingerprints"])
-        trained_on = fingerprints["backbone"]
-    except (KeyError, TypeError, ValueError, ValidationError) as error:
+            facts = backbone_facts(BackboneConfig.model_validate(about.config["backbone"]))
+        trained_on = str(about.fingerprints["backbone"])
+    except (KeyError, ValidationError) as error:
         raise ConfigError(f"{run}/_run.json: does not describe a run; give the --out of a covray train") from error
     if facts.fingerprint != trained_on:
         raise WeightsError(
@@ -337,22 +338,17 @@ def export_run(run: str, out: str, merge: bool) -> None:
             "put back the folder or revision it was trained on"
         )
     # The run records the codebook of its chains, even where the backbone's folder does not record one.
-    codebook = facts.codebook or fingerprints.get("codebook")
+    codebook = facts.codebook or about.fingerprints.get("codebook")
     with stage(f"merging the adapter into the backbone, to {out}"):
         export_merged(replace(facts, codebook=codebook), adapter.path, target)
 
 
-def read_run(run: str) -> dict[str, Any]:
-    """Return ``_run.json`` of the finished ``run``. Raises ConfigError for a folder that is not a finished run."""
+def read_run(run: str) -> FinishedRun:
+    """Return what is read of the finished ``run``. Raises ConfigError for a folder that is not a finished run."""
     folder = Folder(run)
-    try:
-        about = folder.read_json("_run.json")
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise ConfigError(f"{run}: has no _run.json, so is not a run; give the --out of a covray train") from error
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{run}/_run.json: cannot be read ({one_line(error)}); restore it") from error
-    if not isinstance(about, dict) or about.get("version") != 1:
-        raise ConfigError(f"{run}/_run.json: is not of this version; use the covray that wrote it")
+    about = FinishedRun.read_if_present(folder)
+    if about is None:
+        raise ConfigError(f"{run}: has no _run.json, so is not a run; give the --out of a covray train")
     if not folder.exists("_result.json"):
         raise ConfigError(f"{run}: is unfinished; run the same covray train again")
     return about

@@ -34,14 +34,14 @@ from covray.io.model_folders import NANO_NAMES, fingerprint_folder, local_path, 
 from covray.io.tensor_files import STORED_FLOATS, duplicate_tensor, quantised_tensor, weight_files
 from covray.models.lvm.lora import Lora
 from covray.models.lvm.model import Lvm, is_adapter
+from covray.models.lvm.records import BackboneRecord
 from covray.models.lvm.scales import SPECIAL_IDS, llama_config
 from covray.models.tokenizer.vqgan import MAX_CODES
 from covray.seeds import hash_number
 
-ABOUT_FILE = "covray.json"
 _WEIGHTS = "model.safetensors"
 _INDEX = f"{_WEIGHTS}.index.json"
-_ABOUT_FILES = ("config.json", ABOUT_FILE)
+_ABOUT_FILES = ("config.json", BackboneRecord.FILE)
 _WEIGHT_FILES = (_WEIGHTS, "model-*-of-*.safetensors", _INDEX)
 _SHARD_SIZE = "5GB"
 
@@ -107,8 +107,8 @@ def backbone_facts(config: BackboneConfig) -> BackboneFacts:
         facts,
         folder=folder,
         fingerprint=fingerprint_folder(folder, ("config.json", *_WEIGHT_FILES)),
-        codebook=about.get("codebook"),
-        tokens_per_image=about.get("tokens_per_image"),
+        codebook=about.codebook,
+        tokens_per_image=about.tokens_per_image,
     )
 
 
@@ -216,8 +216,7 @@ def write_backbone(folder: Path, facts: BackboneFacts, tensor: Callable[[str], T
         storage.write_json(str(folder / _INDEX), index)
     special = list(range(facts.codes, llama.vocab_size))
     GenerationConfig(pad_token_id=llama.pad_token_id, suppress_tokens=special or None).save_pretrained(folder)
-    about = {"version": 1, "codebook": facts.codebook, "tokens_per_image": facts.tokens_per_image}
-    storage.write_json(str(folder / ABOUT_FILE), about)
+    BackboneRecord(codebook=facts.codebook, tokens_per_image=facts.tokens_per_image).write(str(folder))
     llama.save_pretrained(folder)
 
 
@@ -312,22 +311,9 @@ def _require_scale(llama: LlamaConfig, folder: Path, scale: str) -> None:
         )
 
 
-def read_about(folder: Path) -> dict[str, Any]:
-    """``covray.json``; a folder that covray did not write has none, and says nothing."""
-    file = folder / ABOUT_FILE
-    if not file.is_file():
-        return {}
-    try:
-        about = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise WeightsError(f"{file}: cannot be read ({one_line(error)}); get the folder again") from error
-    version = about.get("version") if isinstance(about, dict) else None
-    if version != 1:
-        raise WeightsError(f"{file}: is of version {version}, not 1; use the covray that wrote it")
-    for key, kind in (("codebook", str), ("tokens_per_image", int)):
-        if not isinstance(about.get(key), kind | None):
-            raise WeightsError(f"{file}: {key} is {about[key]!r}; get the folder again")
-    return about
+def read_about(folder: Path) -> BackboneRecord:
+    """Return what covray recorded of the codes; nothing of them is known where another program wrote the folder."""
+    return BackboneRecord.read_if_present(str(folder)) or BackboneRecord()
 
 
 def _find_tensors(folder: Path, llama: LlamaConfig) -> dict[str, Path]:

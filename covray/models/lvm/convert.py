@@ -127,7 +127,7 @@ def convert_backbone(
         raise ConfigError(f"{path}: no such file or folder; give a downloaded checkpoint")
     about = read_about(path)
     # Folders written by covray name their codebook; for others --tokenizer does.
-    facts = replace(checkpoint.facts, codebook=about.get("codebook"), tokens_per_image=about.get("tokens_per_image"))
+    facts = replace(checkpoint.facts, codebook=about.codebook, tokens_per_image=about.tokens_per_image)
     # Recorded in the folder, so that chains of another codebook are refused later.
     if tokenizer is not None:
         known = load_tokenizer(TokenizerConfig(path=tokenizer), EngineConfig(device="cpu"))

@@ -7,43 +7,24 @@ the verifier believes (Bradley and Terry, 1952); numbers of different queries sa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from covray.errors import WeightsError
 from covray.io.storage import Folder
-from covray.models.lvm.adapter_parts import description_bytes, is_count, read_part, require_all_finite, tensor_bytes
+from covray.models.lvm.adapter_parts import read_tensors, record_bytes, tensor_bytes
+from covray.models.lvm.records import VerifierRecord
 
-VERIFIER_FILE = "verifier.json"
-"""Sizes of the verifier, and SHA-256 of what it judges."""
 VERIFIER_WEIGHTS = "verifier_model.safetensors"
 LIKELIHOODS = 2
 """Features of a picture behind its states: mean log p of its tokens, and of all tokens written up to its end."""
 
 
-@dataclass(frozen=True)
-class VerifierFacts:
-    """What is known of a verifier."""
-
-    width: int
-    """Of the model's states."""
-    hidden: int
-    """Width of its hidden layer."""
-    adapter: str
-    """SHA-256 (hex) of the weights of the adapter whose answers it judges."""
-    backbone: str
-    """SHA-256 (hex) of the backbone's weights."""
-
-
 class Verifier(nn.Module):
     """A layer norm of the states, one hidden layer, one number."""
 
-    def __init__(self, facts: VerifierFacts, seed: int = 0):
+    def __init__(self, facts: VerifierRecord, seed: int = 0):
         """Make a verifier that has learned nothing: it calls all candidates equally good.
 
         Args:
@@ -79,7 +60,7 @@ class Verifier(nn.Module):
 
 def verifier_files(verifier: Verifier, tensors: dict[str, Tensor]) -> dict[str, bytes]:
     """Return the files of a verifier by name; ``tensors`` are its weights, float32 on the CPU."""
-    return {VERIFIER_FILE: description_bytes(vars(verifier.facts)), VERIFIER_WEIGHTS: tensor_bytes(tensors)}
+    return {VerifierRecord.FILE: record_bytes(verifier.facts), VERIFIER_WEIGHTS: tensor_bytes(tensors)}
 
 
 def read_verifier(folder: Folder, adapter: str) -> Verifier:
@@ -92,16 +73,14 @@ def read_verifier(folder: Folder, adapter: str) -> Verifier:
     Raises:
         WeightsError: A file is missing or damaged, or the verifier judges another adapter.
     """
-    file = folder.join(VERIFIER_FILE)
-    values, tensors = read_part(folder, VERIFIER_FILE, VERIFIER_WEIGHTS)
-    facts = _facts(values, file)
+    facts = VerifierRecord.read(folder)
     # Its numbers are of one adapter's states: beside another one they would rank candidates at random.
     if facts.adapter != adapter:
         raise WeightsError(
-            f"{file}: judges the answers of adapter {facts.adapter[:12]}, beside it lies {adapter[:12]}; train a "
-            "verifier for this one"
+            f"{folder.join(VerifierRecord.FILE)}: judges the answers of adapter {facts.adapter[:12]}, beside it lies "
+            f"{adapter[:12]}; train a verifier for this one"
         )
-    require_all_finite(folder, VERIFIER_WEIGHTS, tensors)
+    tensors = read_tensors(folder, VERIFIER_WEIGHTS)
     # Compared before the network is made: sizes that a damaged file invents would take terabytes.
     expected = {
         "first.weight": (facts.hidden, facts.width + LIKELIHOODS),
@@ -110,17 +89,8 @@ def read_verifier(folder: Folder, adapter: str) -> Verifier:
     }
     if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != expected:
         raise WeightsError(
-            f"{folder.join(VERIFIER_WEIGHTS)}: has not the sizes of {VERIFIER_FILE}; get the adapter again"
+            f"{folder.join(VERIFIER_WEIGHTS)}: has not the sizes of {VerifierRecord.FILE}; get the adapter again"
         )
     verifier = Verifier(facts)
     verifier.load_state_dict(tensors)
     return verifier.requires_grad_(False)
-
-
-def _facts(values: Mapping[str, Any], file: str) -> VerifierFacts:
-    """Return what ``values`` say of a verifier. Raises WeightsError."""
-    has_sizes = all(is_count(values.get(key), 2**20) for key in ("width", "hidden"))
-    has_hashes = isinstance(values.get("adapter"), str) and isinstance(values.get("backbone"), str)
-    if not (has_sizes and has_hashes):
-        raise WeightsError(f"{file}: does not describe a verifier of this version; get the adapter again")
-    return VerifierFacts(values["width"], values["hidden"], values["adapter"], values["backbone"])

@@ -25,9 +25,10 @@ from covray.errors import ConfigError
 from covray.models.lvm.adapter import adapter_files
 from covray.models.lvm.backbone import BackboneFacts
 from covray.models.lvm.draft import Draft
-from covray.models.lvm.draft_files import DRAFT_FILE, DRAFT_WEIGHTS
+from covray.models.lvm.draft_files import DRAFT_WEIGHTS
 from covray.models.lvm.model import Batch, Lvm
 from covray.models.lvm.noisy import NoisyBlocks
+from covray.models.lvm.records import DraftRecord
 from covray.seeds import seed_of
 from covray.training.objectives.base import StepBatches, perplexity
 from covray.training.objectives.block_diffusion import noised_places, require_mask
@@ -110,7 +111,7 @@ class Drafts(VisualSentences):
             model = Lvm(self._facts.llama, replace(self.model.lora, targets=()))
         model.load_state_dict(dict(tensors), strict=False, assign=True)
         files = adapter_files(model, self._base_model_name)
-        return self._verifier | {name: files[name] for name in (DRAFT_FILE, DRAFT_WEIGHTS)}
+        return self._verifier | {name: files[name] for name in (DraftRecord.FILE, DRAFT_WEIGHTS)}
 
     def _with_masks(self, batch: Batch, sentences: Sentences, indices: Sequence[int], purpose: str) -> Batch:
         """Return ``batch`` with masks behind some tokens of its sentences.

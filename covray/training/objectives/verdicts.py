@@ -31,7 +31,6 @@ from covray.errors import ConfigError
 from covray.io.storage import Folder
 from covray.models.lvm.adapter import (
     CONFIG_FILE,
-    DIFFUSION_FILE,
     WEIGHTS_FILE,
     load_adapter_tensors,
     read_adapter,
@@ -39,8 +38,9 @@ from covray.models.lvm.adapter import (
 from covray.models.lvm.backbone import backbone_facts, load_backbone
 from covray.models.lvm.decoding.judging import CandidateReader
 from covray.models.lvm.decoding.reader import Reader
+from covray.models.lvm.records import BlockDiffusionRecord, VerifierRecord
 from covray.models.lvm.scales import parameters
-from covray.models.lvm.verifier import LIKELIHOODS, Verifier, VerifierFacts, verifier_files
+from covray.models.lvm.verifier import LIKELIHOODS, Verifier, verifier_files
 from covray.seeds import hash_number, seed_of
 from covray.training.objectives.base import Loss, Rewriter, StepBatches
 from covray.training.scored_answers import ScoredQuery, read_scored_answers
@@ -94,7 +94,7 @@ class Verdicts:
         # The files of the adapter are kept, as they are exported again beside the verifier.
         folder = Folder(config.lora.path)
         self._adapter: dict[str, bytes] = {}
-        for name in (CONFIG_FILE, WEIGHTS_FILE, DIFFUSION_FILE):
+        for name in (CONFIG_FILE, WEIGHTS_FILE, BlockDiffusionRecord.FILE):
             if folder.exists(name):
                 self._adapter[name] = folder.read_bytes(name)
         facts = backbone_facts(config.backbone)
@@ -109,7 +109,7 @@ class Verdicts:
         load_adapter_tensors(model, tensors)
         self._tokens_per_image = int(queries[0].written.shape[2])
         self._reader = CandidateReader(Reader(model, facts.codes, batch=1), self._tokens_per_image)
-        judged = VerifierFacts(
+        judged = VerifierRecord(
             width=int(facts.llama.hidden_size),
             hidden=config.verifier.hidden,
             adapter=adapter_fingerprint(config.lora.path),

@@ -37,7 +37,8 @@ from covray.models.lvm.backbone import backbone_facts, load_backbone
 from covray.models.lvm.lora import TARGETS, Diffusion, Lora
 from covray.models.lvm.model import Lvm
 from covray.models.lvm.peft_options import READ, WITHOUT_EFFECT
-from covray.models.lvm.verifier import VERIFIER_FILE, Verifier, VerifierFacts, read_verifier, verifier_files
+from covray.models.lvm.records import VerifierRecord
+from covray.models.lvm.verifier import Verifier, read_verifier, verifier_files
 from tests.support.backbones import CODES, load, random_batch, write_llama
 
 LENGTHS = (24, 9, 24, 24)
@@ -523,7 +524,7 @@ def out_is_a_file(run: Path) -> None:
     [
         (unfinish, "is unfinished; run the same covray train again"),
         (undescribe, "has no _run.json, so is not a run"),
-        (outdate, "is not of this version"),
+        (outdate, "_run.json: is of version 0, not 1"),
         (garble, "_run.json: cannot be read"),
         (empty_config, "does not describe a run"),
         (change_backbone, r"is backbone \w{12}, the run adapted \w{12}"),
@@ -618,11 +619,11 @@ def test_a_mask_outside_the_vocabulary_is_refused(llama_folder: Path, tmp_path: 
 
 
 def test_a_verifier_of_invented_sizes_takes_no_memory(tmp_path: Path) -> None:
-    verifier = Verifier(VerifierFacts(8, 4, "a" * 64, "b" * 64))
+    verifier = Verifier(VerifierRecord(width=8, hidden=4, adapter="a" * 64, backbone="b" * 64))
     for name, data in verifier_files(verifier, dict(verifier.state_dict())).items():
         (tmp_path / name).write_bytes(data)
     assert read_verifier(Folder(str(tmp_path)), "a" * 64).facts == verifier.facts
-    file = tmp_path / VERIFIER_FILE
+    file = tmp_path / VerifierRecord.FILE
     file.write_text(json.dumps(json.loads(file.read_text()) | {"width": 2**19, "hidden": 2**19}))
-    with pytest.raises(WeightsError, match=f"has not the sizes of {VERIFIER_FILE}"):
+    with pytest.raises(WeightsError, match=f"has not the sizes of {VerifierRecord.FILE}"):
         read_verifier(Folder(str(tmp_path)), "a" * 64)

@@ -313,9 +313,9 @@ def about(**values: Any) -> Callable[[Path], None]:
         (drop_shard, "model-00001-of-00002.safetensors is missing"),
         (break_index, "index.json: cannot be read"),
         (about(version=2), "covray.json: is of version 2, not 1"),
-        (about(version=1, codebook=3), "codebook is 3"),
+        (about(version=1, codebook=3), "covray.json: codebook: input should be a valid string; get the folder"),
         (nest_about, "covray.json: cannot be read"),
-        (about(version=1, codebook="a", tokens_per_image="many"), "tokens_per_image is 'many'"),
+        (about(version=1, codebook="a", tokens_per_image="many"), "tokens_per_image: input should be a valid integer"),
     ],
 )
 def test_a_damaged_folder_is_refused_in_one_line(folder: Path, damage: Callable[[Path], None], message: str) -> None:

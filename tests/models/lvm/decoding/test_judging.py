@@ -14,7 +14,8 @@ from covray.config import SamplingConfig
 from covray.models.lvm.decoding.decoder import LvmDecoder
 from covray.models.lvm.lora import Lora
 from covray.models.lvm.model import Lvm
-from covray.models.lvm.verifier import Verifier, VerifierFacts
+from covray.models.lvm.records import VerifierRecord
+from covray.models.lvm.verifier import Verifier
 from tests.support.backbones import CODES, load
 
 TOKENS, IMAGES = 8, 3
@@ -31,7 +32,7 @@ WAYS: list[dict[str, Any]] = [{}, {"decoder": "jacobi", "window": 4}, {"frames":
 
 @pytest.fixture(scope="module")
 def model(llama_folder: Path) -> Lvm:
-    verifier = Verifier(VerifierFacts(width=64, hidden=16, adapter="", backbone=""))
+    verifier = Verifier(VerifierRecord(width=64, hidden=16, adapter="", backbone=""))
     verifier.last.weight.data.normal_(generator=torch.Generator().manual_seed(4))
     return load(llama_folder, Lora(3, 5.0, verifier=verifier.requires_grad_(False)))
 
