@@ -108,9 +108,9 @@ def train(
         return
     from covray.distributed.train_aligner import train_aligner
 
-    result = train_aligner(resolved).to_json()
+    result = train_aligner(resolved)
     if json_:
-        print(json.dumps(result))
+        print(json.dumps(result.to_json()))
         return
     print_losses(result, "tokens/s")
     where = escape(resolved.out.rstrip("/"))

@@ -29,6 +29,7 @@ from covray.errors import ConfigError
 
 if TYPE_CHECKING:
     from covray.training.memory import TrainPlan
+    from covray.training.records import TrainResult
 
 
 TRAIN = StepOptions(TrainConfig)
@@ -101,9 +102,9 @@ def train(
         return
     from covray.distributed.train import train as run_training
 
-    result = run_training(resolved).to_json()
+    result = run_training(resolved)
     if json_:
-        print(json.dumps(result))
+        print(json.dumps(result.to_json()))
     else:
         print_training(result, resolved.out)
 
@@ -132,11 +133,11 @@ def _print_plan(planned: TrainPlan, json_: bool) -> None:
     console.print(table)
 
 
-def print_training(result: dict[str, Any], out: str) -> None:
+def print_training(result: TrainResult, out: str) -> None:
     """Print what a training reached, and warn if no step was better than its start."""
     print_losses(result, "tokens/s")
     # A run without a validation split has neither figure, and no warning.
-    if result.get("validation_loss", 0.0) > result.get("validation_loss_before", 0.0):
+    if (result.validation_loss or 0.0) > (result.validation_loss_before or 0.0):
         console.print(
             "[yellow]no step was better on the validation split than what training began with[/yellow]: lower "
             "optimizer.learning_rate, or train on more pairs",
@@ -147,15 +148,17 @@ def print_training(result: dict[str, Any], out: str) -> None:
     console.print(f"next: covray export {where} --merge --out {where}/merged", highlight=False, soft_wrap=True)
 
 
-def print_losses(result: dict[str, Any], rate: str) -> None:
+def print_losses(result: TrainResult, rate: str) -> None:
     """Print steps, losses and speed of a training; ``rate`` is what its tokens a second are called."""
     table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_row("steps", f"{result['steps']:,}")
-    table.add_row("loss", f"{result['loss']:.4f}")
-    for key in ("validation_loss", "answer_perplexity"):
-        if key in result:
-            table.add_row(key.replace("_", " "), f"{result[f'{key}_before']:.4f} -> {result[key]:.4f}")
-    table.add_row(rate, f"{result['tokens_per_s']:,.0f}")
+    table.add_row("steps", f"{result.steps:,}")
+    table.add_row("loss", f"{result.loss:.4f}")
+    # Absent without a validation split.
+    if result.validation_loss is not None:
+        table.add_row("validation loss", f"{result.validation_loss_before:.4f} -> {result.validation_loss:.4f}")
+    if result.answer_perplexity is not None:
+        table.add_row("answer perplexity", f"{result.answer_perplexity_before:.4f} -> {result.answer_perplexity:.4f}")
+    table.add_row(rate, f"{result.tokens_per_s:,.0f}")
     console.print(table)
 
 

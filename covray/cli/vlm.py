@@ -52,9 +52,9 @@ def train(
     resolved = TRAIN.resolve(context)
     from covray.distributed.train_vlm import train_vlm
 
-    result = train_vlm(resolved).to_json()
+    result = train_vlm(resolved)
     if json_:
-        print(json.dumps(result))
+        print(json.dumps(result.to_json()))
         return
     print_losses(result, "answer tokens/s")
     where = escape(resolved.out.rstrip("/"))

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from covray.config.section import JsonObject
 from covray.config.think import SplitConfig, ThinkTrainConfig
 from covray.errors import DatasetError
 from covray.models.aligner.aligner import WEIGHTS, new_aligner
@@ -264,7 +265,7 @@ def train_aligner(
     worker = worker or WorkerContext()
     objective = AlignerObjective(config, worker.device)
     update = PlainUpdate(objective, config.optimizer)
-    numerics = {
+    numerics: JsonObject = {
         "workers": worker.world_size,
         "micro_batch": config.optimizer.micro_batch,
         **config.compute.model_dump(include={"device", "threads"}),

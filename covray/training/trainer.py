@@ -14,9 +14,9 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Generic, Protocol
+from typing import Generic, Protocol
 
 import torch
 
@@ -72,7 +72,7 @@ class Trainer(Generic[B]):
         update: Update[B],
         worker: WorkerContext,
         *,
-        numerics: Mapping[str, Any],
+        numerics: JsonObject,
         report: Callable[[Metrics], None] = lambda metrics: None,
     ):
         """Set up the training; nothing is read or written yet.
@@ -288,7 +288,7 @@ class Trainer(Generic[B]):
         if self._best is not None:
             step = self._best.step
         adapter = self._checkpoints.export(step)
-        result = TrainResult(adapter=adapter, adapter_step=step, **summarize(log.records))
+        result = summarize(log.records, adapter, step)
         result.write(self._config.out)
         return result
 
@@ -336,34 +336,41 @@ class Trainer(Generic[B]):
             )
 
 
-def summarize(records: list[Metrics]) -> dict[str, Any]:
+def summarize(records: list[Metrics], adapter: str, adapter_step: int) -> TrainResult:
     """Return the figures of a run from its metrics: last and best values, and the mean speed.
 
-    The keys are those of ``TrainResult``; those of validation are absent where nothing was validated.
+    Args:
+        records: The metrics of all steps and validations.
+        adapter: The folder of the adapter.
+        adapter_step: The step that the adapter is of.
     """
     steps = [record for record in records if "loss" in record]
     validations = [record for record in records if "validation_loss" in record]
     seconds = sum(record["seconds"] for record in steps)
     tokens = sum(record["tokens"] for record in steps)
-    figures = {
-        "steps": steps[-1]["step"],
-        "tokens": tokens,
-        "sentences": sum(record["sentences"] for record in steps),
-        "epochs": steps[-1]["epoch"],
-        "loss": steps[-1]["loss"],
-        "seconds": seconds,
-        "tokens_per_s": tokens / seconds,
-        "memory_bytes": max(record["memory_bytes"] for record in steps),
-    }
+    # Figures of validation are absent where nothing was validated.
+    validated: dict[str, float] = {}
     if validations:
         # The first is from before any step; a run that took no step has only that.
         after_a_step = validations[1:] or validations
         best = min(after_a_step, key=lambda record: record["validation_loss"])
         for key in ("validation_loss", "answer_perplexity"):
             if key in best:
-                figures[f"{key}_before"] = validations[0][key]
-                figures[key] = best[key]
-    return figures
+                validated[f"{key}_before"] = validations[0][key]
+                validated[key] = best[key]
+    return TrainResult(
+        adapter=adapter,
+        adapter_step=adapter_step,
+        steps=int(steps[-1]["step"]),
+        tokens=int(tokens),
+        sentences=int(sum(record["sentences"] for record in steps)),
+        epochs=steps[-1]["epoch"],
+        loss=steps[-1]["loss"],
+        seconds=seconds,
+        tokens_per_s=tokens / seconds,
+        memory_bytes=int(max(record["memory_bytes"] for record in steps)),
+        **validated,
+    )
 
 
 def peak_flops(name: str) -> float | None:

@@ -22,6 +22,7 @@ from covray.cli.options import shares
 from covray.pairs.manifest import MANIFEST_SCHEMA
 from covray.pairs.manifest_reading import check_manifest
 from covray.tasks import TASKS
+from covray.training.records import TrainResult
 from tests.support.commands import Done, error_line
 
 HOSTILE = "a [red]b[/x] \\[/y] :car: \x1b[31m\n\tc"
@@ -453,8 +454,11 @@ def test_splits_of_pairs_are_shares(run: Callable[..., Done], mistake: Callable[
 
 
 def test_an_adapter_that_is_worse_than_none_is_said_to_be(capsys: pytest.CaptureFixture[str]) -> None:
-    result = {"steps": 10, "loss": 3.0, "tokens_per_s": 100.0, "validation_loss_before": 4.0, "validation_loss": 3.5}
+    result = TrainResult(
+        adapter="run/adapter", adapter_step=10, steps=10, tokens=1000, sentences=20, epochs=1.0, loss=3.0, seconds=10.0,
+        tokens_per_s=100.0, memory_bytes=0, validation_loss_before=4.0, validation_loss=3.5,
+    )  # fmt: skip
     training.print_training(result, "run")
     assert "no step was better" not in capsys.readouterr().out
-    training.print_training(result | {"validation_loss": 4.5}, "run")
+    training.print_training(result.model_copy(update={"validation_loss": 4.5}), "run")
     assert "no step was better" in capsys.readouterr().out
