@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
+from covray.chains.records import Audit
 from covray.config import BuildConfig, EvaluateConfig, TrainConfig
 from covray.distributed.trackers.base import require_trackers
 from covray.recipes import demo
@@ -77,11 +78,11 @@ def test_the_demo_runs_without_it(
             monkeypatch.setitem(sys.modules, name, None)  # so that Python neither finds nor imports it
     pairs = 0
 
-    def build(config: BuildConfig) -> SimpleNamespace:
+    def build(config: BuildConfig) -> Audit:
         nonlocal pairs
         require_trackers(config)
         pairs = pq.read_metadata(Path(config.pairs) / "scenes.parquet").num_rows
-        return SimpleNamespace(written=7, rejected=0, chains_per_s=None, to_json=dict)
+        return Audit(asked=7, written=7, rejected=0, per_task={})
 
     def train(config: TrainConfig) -> TrainResult:
         require_trackers(config)
@@ -102,4 +103,5 @@ def test_the_demo_runs_without_it(
         monkeypatch.setattr(demo, step.__name__, step)
     result = demo.run_demo(tmp_path / "demo", Console(quiet=True))
     assert pairs == 7
-    assert result.training["steps"] == 1
+    assert result.training.steps == 1
+    assert result.to_json()["audit"] == {"version": 1, "asked": 7, "written": 7, "rejected": 0, "per_task": {}}

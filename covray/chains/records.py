@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import field_validator
+from typing import Annotated
+
+from pydantic import PlainSerializer, field_validator
 
 from covray.config.section import JsonObject
 from covray.io.records import Record, RecordPart
@@ -161,3 +163,7 @@ class Audit(Record):
         # The figures of speed are of the last run, so that they are not those of an earlier version.
         assert self.versions is not None
         return Audit(**dict(self.versions[version - 1]))
+
+
+WholeAudit = Annotated[Audit, PlainSerializer(Audit.to_json)]
+"""An audit inside of another object, with the version that begins its file."""

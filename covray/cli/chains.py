@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -12,6 +12,9 @@ from covray.cli.options import ConfigFile, Json, Plan, Sets, StepOptions, number
 from covray.cli.output import console, escape, print_values
 from covray.config import BuildConfig
 from covray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from covray.chains.records import Audit
 
 BUILD = StepOptions(BuildConfig)
 
@@ -51,22 +54,22 @@ def build(
     if json_:
         print(json.dumps(audit.to_json()))
     else:
-        _print_audit(audit.to_json(), resolved.out)
+        _print_audit(audit, resolved.out)
 
 
-def _print_audit(audit: dict[str, Any], out: str) -> None:
+def _print_audit(audit: Audit, out: str) -> None:
     """Print what a build wrote and rejected of each task, and how fast it was."""
     table = Table("task", "written", "rejected", "reasons", box=None, pad_edge=False)
-    for task, counts in audit["per_task"].items():
-        reasons = ", ".join(f"{reason} {number}" for reason, number in counts["reasons"].items())
-        table.add_row(task, str(counts["written"]), str(counts["rejected"]), escape(reasons))
+    for task, counts in audit.per_task.items():
+        reasons = ", ".join(f"{reason} {number}" for reason, number in counts.reasons.items())
+        table.add_row(task, str(counts.written), str(counts.rejected), escape(reasons))
     console.print(table)
     # A build that found nothing left to do measured no speed.
-    facts = [f"{audit['written']} chains in {escape(out)}"]
-    if audit.get("chains_per_s"):
-        facts.append(f"{audit['chains_per_s']:.2f} chains/s by {audit['actors']} actors")
-    if audit.get("busy_share"):
-        facts.append(f"busy {audit['busy_share']:.0%} of their time")
+    facts = [f"{audit.written} chains in {escape(out)}"]
+    if audit.chains_per_s:
+        facts.append(f"{audit.chains_per_s:.2f} chains/s by {audit.actors} actors")
+    if audit.busy_share:
+        facts.append(f"busy {audit.busy_share:.0%} of their time")
     console.print(", ".join(facts), highlight=False, soft_wrap=True)
     console.print(f"next: covray view {escape(out)}", soft_wrap=True)
 

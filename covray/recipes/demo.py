@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
+from covray.chains.records import Audit, WholeAudit
 from covray.config import (
     BuildConfig,
     EngineConfig,
@@ -31,7 +32,7 @@ from covray.distributed.build import build
 from covray.distributed.evaluate import PAGE, evaluate
 from covray.distributed.train import train
 from covray.errors import ConfigError, one_line
-from covray.evaluation.records import EvaluationResults
+from covray.evaluation.records import EvaluationResults, SubjectScore
 from covray.io.images import encode_png
 from covray.io.records import RecordPart
 from covray.pairs.manifest import ManifestWriter, Pair
@@ -83,9 +84,9 @@ class DemoResult(RecordPart):
     dataset: str
     run: str
     seconds: float
-    audit: dict[str, Any]
-    training: dict[str, Any]
-    scores: list[dict[str, Any]]
+    audit: WholeAudit
+    training: TrainResult
+    scores: tuple[SubjectScore, ...]
     thought: str | None
     """The picture that ThinkDiff drew; null without ``--think``."""
 
@@ -181,7 +182,7 @@ class _Demo:
                 write_first_answers(questions, folder, FAMILY)
         self.report(f"the first picture: [bold]{sheet}[/bold]")
 
-    def make_chains(self) -> dict[str, Any]:
+    def make_chains(self) -> Audit:
         """Build the chains; returns the audit."""
         self.announce(
             f"Chains of {LENGTH}: inversion, slerp, denoising; and linear mixing beside them",
@@ -200,7 +201,7 @@ class _Demo:
         if audit.chains_per_s:
             text += f", {audit.chains_per_s:.2f} chains/s on {audit.actors} actors"
         self.report(text)
-        return audit.to_json()
+        return audit
 
     def write_page(self) -> str:
         """Write the page of the dataset; returns its path."""
@@ -305,7 +306,7 @@ def run_demo(out: Path, console: Console, think: str | None = None) -> DemoResul
     demo.answer_first(demo.make_pairs())
     audit = demo.make_chains()
     page = demo.write_page()
-    training = demo.tune().to_json()
+    training = demo.tune()
     evaluation = demo.score()
     thought = None if parts is None else demo.think(parts)
     seconds = round(time.monotonic() - started, 1)
@@ -318,7 +319,7 @@ def run_demo(out: Path, console: Console, think: str | None = None) -> DemoResul
         seconds=seconds,
         audit=audit,
         training=training,
-        scores=[score.to_json() for score in evaluation.scores],
+        scores=evaluation.scores,
         thought=thought,
     )
 

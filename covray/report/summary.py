@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +13,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from covray.chains.dataset import ChainDataset
+from covray.chains.records import WholeAudit
 from covray.chains.shard_rows import QUALITY, shard_schema
+from covray.config.section import JsonObject, recorded_section
 from covray.io.records import RecordPart
 from covray.report.formatting import NONE, listed
 
@@ -55,8 +56,8 @@ class DatasetDescription(RecordPart):
     columns: dict[str, str] = Field(alias="schema")
     """The columns of a shard with their types."""
     fingerprints: dict[str, str]
-    config: dict[str, Any]
-    audit: dict[str, Any] | None
+    config: JsonObject
+    audit: WholeAudit | None
     """What ``_audit.json`` holds."""
 
 
@@ -77,14 +78,11 @@ def describe(dataset_path: str) -> DatasetDescription:
     bytes_on_disk = 0
     for file in filesystem.get_file_info(shard_paths):
         bytes_on_disk += file.size
-    status, audit = "unfinished", None
-    if dataset.audit is not None:
-        status, audit = "finished", dataset.audit.to_json()
     # The schema is known without opening a shard: a dataset that has none yet is described, too.
     schema = shard_schema(bool(dataset.config.get("keep_noise")))
     return DatasetDescription(
         path=dataset_path,
-        status=status,
+        status="unfinished" if dataset.audit is None else "finished",
         good=good,
         rejected=len(narrow) - good,
         per_task=per_task,
@@ -99,7 +97,7 @@ def describe(dataset_path: str) -> DatasetDescription:
         columns={field.name: str(field.type) for field in schema},
         fingerprints=dataset.fingerprints,
         config=dataset.config,
-        audit=audit,
+        audit=dataset.audit,
     )
 
 
@@ -145,7 +143,8 @@ def _task_table(description: DatasetDescription) -> Table:
 
 def _facts(description: DatasetDescription) -> list[tuple[str, str]]:
     """Return what is printed above the table, as (name, value)."""
-    prior, tokenizer = description.config["prior"], description.config["tokenizer"]
+    prior = recorded_section(description.config, "prior")
+    tokenizer = recorded_section(description.config, "tokenizer")
     fingerprints, audit = description.fingerprints, description.audit
     facts = [
         ("pairs", f"{description.good:,} good, {description.rejected:,} rejected"),
@@ -157,8 +156,8 @@ def _facts(description: DatasetDescription) -> list[tuple[str, str]]:
         ("tokenizer", f"{tokenizer['path']}, {fingerprints['tokenizer']}"),
         ("codebook", fingerprints["codebook"]),
     ]
-    if audit is not None and audit.get("chains_per_s") is not None:
-        facts.append(("speed", f"{audit['chains_per_s']:.3g} chains/s"))
+    if audit is not None and audit.chains_per_s is not None:
+        facts.append(("speed", f"{audit.chains_per_s:.3g} chains/s"))
     if description.unreadable_shards:
         facts.append(("left out", f"{_listed(description.unreadable_shards)} (cannot be read)"))
     return facts
