@@ -28,9 +28,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from covray.config.section import JsonObject
 from covray.errors import DatasetError, one_line
 from covray.io.storage import Folder
+from covray.models.aligner.records import FeaturesOrigin
 from covray.thinking.records import FeaturesRecord, FeaturesResult
 
 SHARDS = "shards"
@@ -108,10 +108,10 @@ class FeatureDataset:
         """What the features are of: ``pictures`` or ``episodes``."""
         return str(self.record.identity.get("of", "pictures"))
 
-    def about(self) -> JsonObject:
+    def about(self) -> FeaturesOrigin:
         """Return how the features were taken, as an aligner's record has it."""
         keys = ("variant", "vlm", "patches") if self.variant == "clip" else ("variant", "vlm", "thought", "places")
-        return {key: self.record.config[key] for key in keys}
+        return FeaturesOrigin.model_validate({key: self.record.config[key] for key in keys})
 
     def digest(self) -> str:
         """Return a SHA-256 (hex) of what decides the features."""

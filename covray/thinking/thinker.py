@@ -25,7 +25,7 @@ from covray.io.device import resolve_device
 from covray.io.model_folders import fingerprint_folder, local_path
 from covray.models.aligner.aligner import WEIGHTS, Aligner, load_aligner
 from covray.models.aligner.language import LanguageModel, language_facts, load_language_model
-from covray.models.aligner.records import AlignerRecord
+from covray.models.aligner.records import AlignerRecord, FeaturesOrigin
 from covray.models.vlm.checkpoint import LoadedVlm, load_vlm, vlm_facts
 from covray.models.vlm.prompts import Prompt
 from covray.thinking.features import Places, Thought, think
@@ -48,19 +48,24 @@ class AlignerFolder:
     """SHA-256 (hex) of its files."""
 
     @property
+    def features(self) -> FeaturesOrigin:
+        """How its features are taken; as by default where its folder does not say."""
+        return self.record.features or FeaturesOrigin()
+
+    @property
     def variant(self) -> str:
         """Whose features it reads: ``lvlm`` or ``clip``."""
-        return str((self.record.features or {}).get("variant", "lvlm"))
+        return self.features.variant
 
     @property
     def places(self) -> Places:
         """Whose states its features are."""
-        return "prompt" if (self.record.features or {}).get("places") == "prompt" else "text"
+        return "prompt" if self.features.places == "prompt" else "text"
 
     @property
     def patches(self) -> int:
         """How many times smaller the grid of patches is made."""
-        return int((self.record.features or {}).get("patches", 2))
+        return self.features.patches
 
 
 @dataclass(frozen=True)
@@ -97,18 +102,18 @@ def models_around(config: ThinkModelsConfig, aligner: AlignerFolder) -> ModelsAr
         ConfigError: Neither names the model that the features are of.
         WeightsError: What the aligner's folder says of its training cannot be read.
     """
-    features = aligner.record.features or {}
+    features = aligner.features
     vlm, language_model, thought = config.vlm, config.language_model, config.thought
-    if vlm is None and "vlm" not in features:
+    if vlm is None and features.vlm is None:
         raise ConfigError(f"{aligner.path}: does not say which model its features are of; give it as --vlm")
     try:
         if vlm is None:
-            vlm = VlmModelConfig.model_validate(features["vlm"])
+            vlm = VlmModelConfig.model_validate(features.vlm)
         if language_model is None and aligner.record.trained_through is not None:
             language_model = LanguageModelConfig.model_validate(aligner.record.trained_through)
         if thought is None:
-            thought = ThoughtConfig.model_validate(features.get("thought", {}))
-    # The record takes any object there: it may be of a newer covray, or written by hand.
+            thought = ThoughtConfig.model_validate(features.thought or {})
+    # The record takes any configurations: they may be of a newer covray, or written by hand.
     except ValidationError as error:
         raise WeightsError(
             f"{aligner.path / AlignerRecord.FILE}: describes its models in another way than this version "

@@ -11,7 +11,7 @@ from covray.config.section import JsonObject
 from covray.errors import ConfigError, WeightsError
 from covray.io.tensor_files import read_tensors, require_new
 from covray.models.aligner.aligner import Aligner, aligner_of, save_aligner
-from covray.models.aligner.records import AlignerRecord
+from covray.models.aligner.records import AlignerRecord, FeaturesOrigin
 
 _PREFIX = "mm_projector."
 _TOKENS = {"lvlm": 128, "clip": 32}
@@ -40,10 +40,10 @@ def convert_aligner(
         raise ConfigError(f"--variant {variant}: give lvlm or clip")
     require_new(out)
     aligner = read_pickled_aligner(file)
-    features: JsonObject = {"variant": variant}
+    features = FeaturesOrigin(variant=variant)
     if vlm is not None:
-        features["vlm"] = {"path": vlm, "revision": None, "mask_id": None}
-    update: JsonObject = {"features": features}
+        features = FeaturesOrigin(variant=variant, vlm={"path": vlm, "revision": None, "mask_id": None})
+    update: dict[str, object] = {"features": features}
     if language_model is not None:
         update["trained_through"] = {"path": language_model, "revision": None, "max_tokens": _TOKENS[variant]}
     save_aligner(out, Aligner(aligner.network, aligner.record.model_copy(update=update)))

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
+from covray.config.section import JsonObject
 from covray.errors import WeightsError
-from covray.io.records import Record
+from covray.io.records import Record, RecordPart
 
 Norm = Literal["encoder", "ones", "none"]
 """What an aligner ends with: a norm that starts as the language encoder's, one that starts as 1, or none."""
+
+
+class FeaturesOrigin(RecordPart):
+    """How features were taken."""
+
+    variant: str = "lvlm"
+    """`lvlm`: of a vision-language model; `clip`: of a vision tower."""
+    vlm: JsonObject | None = None
+    """The configuration of the model; absent where it is not known."""
+    thought: JsonObject | None = None
+    """How the model wrote its thoughts; of `lvlm`."""
+    places: str = "text"
+    """`text` or `prompt`: whose states the features are; of `lvlm`."""
+    patches: int = 2
+    """How many times smaller the grid of patches was made; of `clip`."""
 
 
 class AlignerRecord(Record):
@@ -30,8 +46,7 @@ class AlignerRecord(Record):
     """Fingerprint (SHA-256, hex) of the vision-language model; None: not known, any of this width is accepted."""
     language_model: str | None
     """Fingerprint of the language model; None: not known, any of this width is accepted."""
-    features: dict[str, Any] | None = None
-    """How the features were taken that it was trained on: `variant`, `vlm`, and `thought` and `places`, or `patches`.
-    Absent in a folder that no `covray think train` wrote."""
-    trained_through: dict[str, Any] | None = None
+    features: FeaturesOrigin | None = None
+    """How the features were taken that it was trained on. Absent in a folder that no `covray think train` wrote."""
+    trained_through: JsonObject | None = None
     """The language model of the training: `path`, `revision` and `max_tokens`. Absent like `features`."""

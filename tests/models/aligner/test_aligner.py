@@ -160,7 +160,8 @@ def test_a_converted_aligner_says_between_which_models_it_stands(tmp_path: Path)
     shown = convert_aligner(tmp_path / "theirs.pth", tmp_path / "aligner", "lvlm", "Qwen/Qwen2-VL", "google/flan")
     assert (shown["input_width"], shown["width"]) == (FEATURES, WIDTH)
     loaded = load_aligner(tmp_path / "aligner", CPU)
-    assert loaded.record.features == {
+    assert loaded.record.features is not None
+    assert loaded.record.features.to_json() == {
         "variant": "lvlm",
         "vlm": {"path": "Qwen/Qwen2-VL", "revision": None, "mask_id": None},
     }
