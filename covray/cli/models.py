@@ -188,4 +188,4 @@ def nano_measure(
     """Measure the family on test scenes, which no training saw: the figures of its model card."""
     from covray.recipes.nano.recipe import measure
 
-    print_values(measure(folder), json_)
+    print_values(asdict(measure(folder)), json_)

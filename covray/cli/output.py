@@ -23,7 +23,7 @@ def escape(text: str) -> str:
     return rich.markup.escape(printable)
 
 
-def print_values(values: Mapping[str, Any], json_: bool) -> None:
+def print_values(values: Mapping[str, object], json_: bool) -> None:
     """Print ``values`` as a table of names and values, or with ``json_`` as one JSON object."""
     if json_:
         print(json.dumps(values))

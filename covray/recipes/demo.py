@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -359,7 +358,7 @@ def _untracked() -> str:
     return " --tracking-uri none" if _tracking().uri == "none" else ""
 
 
-def _set_options(values: Mapping[str, Any]) -> str:
+def _set_options(values: Mapping[str, object]) -> str:
     """Return configuration values as options of a command."""
     return " ".join(f"--set {shlex.quote(f'{key}={value}')}" for key, value in values.items())
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -95,7 +94,7 @@ def train_judge(out: Path, steps: int | None, portraits: int, seed: int, device:
 
     network = JudgeNetwork(len(PORTRAITS), WIDTHS)
     model = train(network, loss_of, Run("judge", out, steps or STEPS, seed, device, 1e-3), measure=measure)
-    table: dict[str, Any] = {}
+    table: dict[str, dict[str, dict[str, float]]] = {}
     for split in ("val", HELD_OUT_SPLIT):
         for name, pictures in (("rendered", lessons[split].pictures), ("decoded", lessons[split].decoded)):
             shares = table[f"{split}, {name}"] = accuracies(_judged_by(model), pictures, lessons[split].labels)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -115,12 +114,31 @@ def train_model(model: str, out: Path, steps: int | None, scenes: int, threads: 
         trainers[model](training, validation, out, steps or STEPS[model], seed, chosen)
 
 
-def measure(folder: Path | None = None, scenes: int = HELD_OUT_SCENES, round_trips: int = 8) -> dict[str, Any]:
-    """Return the figures of the model card, on scenes of the split ``test``, which no training saw.
+@dataclass(frozen=True)
+class FamilyFigures:
+    """The figures of the model card; PSNR is a mean by kind of picture, and over ``all``."""
 
-    ``vae``, ``vqgan``: mean PSNR in dB by kind of picture and over all; ``codebook_in_use``: share of the codes that
-    occur; ``inversion``: PSNR in dB after inversion and denoising, for ``round_trips`` scenes; ``answer_perplexity``:
-    of the LVM and of guesses without one (``covray.recipes.nano.lvm.baselines``), by task. Raises WeightsError.
+    pictures: int
+    vae_psnr_db: dict[str, float]
+    vqgan_psnr_db: dict[str, float]
+    codebook_in_use: float
+    """Share of the codes that occur."""
+    inversion_psnr_db: dict[str, float]
+    """After inversion and denoising."""
+    answer_perplexity: dict[str, dict[str, float]]
+    """Of the LVM and of guesses without one (``covray.recipes.nano.lvm.baselines``), by task."""
+
+
+def measure(folder: Path | None = None, scenes: int = HELD_OUT_SCENES, round_trips: int = 8) -> FamilyFigures:
+    """Measure the family on scenes of the split ``test``, which no training saw.
+
+    Args:
+        folder: Of the family; None: the shipped one.
+        scenes: Scenes to measure on.
+        round_trips: Of these, those that are inverted and denoised.
+
+    Raises:
+        WeightsError: A model is missing or damaged.
     """
     root = folder or WEIGHTS
     require_files(root, ["prior/vae/config.json", "vqgan/config.json", "lvm/config.json"])
@@ -149,14 +167,14 @@ def measure(folder: Path | None = None, scenes: int = HELD_OUT_SCENES, round_tri
     answer_perplexity = {}
     for guess, by_task in measure_lvm(root, held_out, training).items():
         answer_perplexity[guess] = {task: round(value, 1) for task, value in by_task.items()}
-    return {
-        "pictures": len(held_out),
-        "vae_psnr_db": _by_kind(through_vae),
-        "vqgan_psnr_db": _by_kind(through_tokens.numpy()),
-        "codebook_in_use": round(float(np.mean(used > 0)), 4),
-        "inversion_psnr_db": _by_kind(np.array(round_trip_db, np.float64)),
-        "answer_perplexity": answer_perplexity,
-    }
+    return FamilyFigures(
+        pictures=len(held_out),
+        vae_psnr_db=_by_kind(through_vae),
+        vqgan_psnr_db=_by_kind(through_tokens.numpy()),
+        codebook_in_use=round(float(np.mean(used > 0)), 4),
+        inversion_psnr_db=_by_kind(np.array(round_trip_db, np.float64)),
+        answer_perplexity=answer_perplexity,
+    )
 
 
 def _by_kind(values: np.ndarray) -> dict[str, float]:

@@ -190,12 +190,12 @@ def test_the_family_is_measured(family: Path, monkeypatch: pytest.MonkeyPatch) -
     (family / "lvm" / "config.json").touch()
     monkeypatch.setattr(recipe, "measure_lvm", lambda root, held_out, training: {"lvm": {"depth": 1.25}})
     found = recipe.measure(family, scenes=2, round_trips=1)
-    assert found["answer_perplexity"] == {"lvm": {"depth": 1.2}}
-    assert found["pictures"] == 16
-    for key in ("vae_psnr_db", "vqgan_psnr_db", "inversion_psnr_db"):
-        assert set(found[key]) == {"all", *recipe.KINDS}
-        assert found[key]["all"] == pytest.approx(np.mean([found[key][kind] for kind in recipe.KINDS]), abs=0.01)
-    assert 0 < found["codebook_in_use"] <= 1
+    assert found.answer_perplexity == {"lvm": {"depth": 1.2}}
+    assert found.pictures == 16
+    for psnr_db in (found.vae_psnr_db, found.vqgan_psnr_db, found.inversion_psnr_db):
+        assert set(psnr_db) == {"all", *recipe.KINDS}
+        assert psnr_db["all"] == pytest.approx(np.mean([psnr_db[kind] for kind in recipe.KINDS]), abs=0.01)
+    assert 0 < found.codebook_in_use <= 1
 
 
 @pytest.mark.parametrize("name", ["prior/vae", "vqgan"])
