@@ -115,6 +115,9 @@ def fetch(
         hub_id: Repository of a mirror.
         catalogue: A file with further artefacts.
 
+    Returns:
+        What is in the folder now, and what was done.
+
     Raises:
         ConfigError: The name or an option is not known.
         WeightsError: A prior fails its self-test.

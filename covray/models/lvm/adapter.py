@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from covray.config import BackboneConfig, LoraConfig, differences
-from covray.config.section import JsonObject, recorded_section
+from covray.config.section import JsonObject
 from covray.errors import ConfigError, WeightsError, one_line
 from covray.io import storage
 from covray.io.model_folders import local_path
@@ -54,6 +54,11 @@ class FinishedRun(Record):
     config: JsonObject
     fingerprints: dict[str, str | None]
     classes: JsonObject | None = None
+
+    def section(self, name: str) -> JsonObject:
+        """Return the section ``name`` of the configuration; empty where the run has none."""
+        values = self.config.get(name)
+        return values if isinstance(values, dict) else {}
 
 
 def adapter_tensors(model: Lvm) -> dict[str, Tensor]:
@@ -213,14 +218,14 @@ def read_run_adapter(run: str) -> tuple[Lora, dict[str, Tensor]]:
         raise WeightsError(
             f"{run}/{ADAPTER}/{CONFIG_FILE}: is not what the run trained: {'; '.join(changed)}; restore the file"
         )
-    trained_block = recorded_section(about.config, "block_diffusion").get("block")
+    trained_block = about.section("block_diffusion").get("block")
     if lora.diffusion is not None and lora.diffusion.block != trained_block:
         raise WeightsError(
             f"{run}/{ADAPTER}/{BlockDiffusionRecord.FILE}: is not what the run trained: block is "
             f"{lora.diffusion.block}, was {trained_block}; restore the file"
         )
     if lora.draft is not None:
-        _require_trained_draft(run, lora.draft, recorded_section(about.config, "draft"))
+        _require_trained_draft(run, lora.draft, about.section("draft"))
     if lora.verifier is not None:
         _require_same_backbone(run, lora.verifier, about.fingerprints.get("backbone"))
     return lora, tensors

@@ -25,7 +25,7 @@ def tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     return save(dict(tensors), {"format": "pt"})
 
 
-def read_tensors(folder: Folder, weights: str) -> dict[str, Tensor]:
+def read_weights(folder: Folder, weights: str) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file beside an adapter, by name.
 
     Args:

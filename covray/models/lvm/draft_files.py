@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from covray.io.storage import Folder
-from covray.models.lvm.adapter_parts import read_tensors, record_bytes, tensor_bytes
+from covray.models.lvm.adapter_parts import read_weights, record_bytes, tensor_bytes
 from covray.models.lvm.draft import Draft
 from covray.models.lvm.records import DraftRecord
 
@@ -37,7 +37,7 @@ def read_draft(folder: Folder) -> tuple[Draft, dict[str, Tensor]]:
     draft = Draft(record.rank, record.alpha, record.targets, record.mask_id, record.tokens)
     # Other names belong to nothing that is read here.
     of_draft = {}
-    for name, tensor in read_tensors(folder, DRAFT_WEIGHTS).items():
+    for name, tensor in read_weights(folder, DRAFT_WEIGHTS).items():
         if name.startswith(DRAFT_PREFIX):
             of_draft[name] = tensor
     return draft, of_draft

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from covray.errors import WeightsError
 from covray.io.storage import Folder
-from covray.models.lvm.adapter_parts import read_tensors, record_bytes, tensor_bytes
+from covray.models.lvm.adapter_parts import read_weights, record_bytes, tensor_bytes
 from covray.models.lvm.records import VerifierRecord
 
 VERIFIER_WEIGHTS = "verifier_model.safetensors"
@@ -80,7 +80,7 @@ def read_verifier(folder: Folder, adapter: str) -> Verifier:
             f"{folder.join(VerifierRecord.FILE)}: judges the answers of adapter {facts.adapter[:12]}, beside it lies "
             f"{adapter[:12]}; train a verifier for this one"
         )
-    tensors = read_tensors(folder, VERIFIER_WEIGHTS)
+    tensors = read_weights(folder, VERIFIER_WEIGHTS)
     # Compared before the network is made: sizes that a damaged file invents would take terabytes.
     expected = {
         "first.weight": (facts.hidden, facts.width + LIKELIHOODS),
