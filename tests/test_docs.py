@@ -64,6 +64,16 @@ def test_the_text_of_a_key_is_found_by_its_dotted_name() -> None:
         key_text(BuildConfig, "prior.steps.more")
 
 
+def test_no_page_says_a_section_twice() -> None:
+    twice = []
+    for page in (ROOT / "README.md", *PAGES):
+        headings = re.findall(r"^#{2,} .*$", page.read_text(), flags=re.MULTILINE)
+        for heading in sorted(set(headings)):
+            if headings.count(heading) > 1:
+                twice.append(f"{page.name}: {heading}")
+    assert twice == []
+
+
 def test_every_link_of_the_pages_leads_somewhere() -> None:
     for page in (*sorted(ROOT.glob("*.md")), *PAGES, *NOTEBOOKS):
         for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
