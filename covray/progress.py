@@ -5,8 +5,12 @@ Nothing is printed here. A program that uses covray as a library can ask ``curre
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class Stage:
@@ -34,6 +38,25 @@ def stage(text: str) -> Iterator[Stage]:
         yield entered
     finally:
         _stages.remove(entered)
+
+
+def counted(items: Iterable[T], what: str, total: int | None) -> Iterator[T]:
+    """Yield ``items`` in a stage that says how many there were, how fast they come, and how long the others take.
+
+    Args:
+        items: The items.
+        what: What they are, such as "pairs made".
+        total: How many there are; None where that is not known.
+    """
+    with stage(what) as counting:
+        began = time.monotonic()
+        for number, item in enumerate(items, 1):
+            rate = number / max(time.monotonic() - began, 1e-3)
+            text = f"{number} {what}, {rate:.1f}/s"
+            if total is not None:
+                text = f"{number} of {total} {what}, {rate:.1f}/s, {time_left((total - number) / rate)}"
+            counting.say(text)
+            yield item
 
 
 @contextmanager

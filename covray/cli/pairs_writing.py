@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import sys
-import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from rich.table import Table
 
 from covray.cli.output import console, escape
 from covray.errors import ConfigError
-from covray.progress import own_display, stage, time_left
+from covray.progress import counted, own_display, stage
 
 if TYPE_CHECKING:
     from covray.pairs.manifest import Pair
@@ -141,16 +140,4 @@ def _shown(pairs: Iterable[Pair], total: int | None) -> Iterator[Pair]:
             yield from track(pairs, "pairs", total=total, console=Console(stderr=True))
         return
     # In a file or a pipe a bar would be a line a step.
-    with stage("making pairs") as making:
-        began = time.monotonic()
-        for number, pair in enumerate(pairs, start=1):
-            making.say(_progress_text(number, total, time.monotonic() - began))
-            yield pair
-
-
-def _progress_text(number: int, total: int | None, seconds: float) -> str:
-    """Return how many pairs are made, how fast, and how long the others take."""
-    rate = number / max(seconds, 1e-3)
-    if total is None:
-        return f"{number} pairs made, {rate:.1f}/s"
-    return f"{number} of {total} pairs made, {rate:.1f}/s, {time_left((total - number) / rate)}"
+    yield from counted(pairs, "pairs made", total)

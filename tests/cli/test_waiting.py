@@ -62,6 +62,17 @@ def test_notes_are_one_printable_line_each(capsys: pytest.CaptureFixture[str]) -
     assert not log.handlers
 
 
+def test_what_is_counted_says_how_far_it_is_and_how_long_the_rest_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([0.0, 2.0, 4.0, 0.0, 10.0])
+    monkeypatch.setattr("covray.progress.time.monotonic", lambda: next(seconds))
+    shown = [(item, progress.current()) for item in progress.counted("ab", "portraits rendered", 42)]
+    assert shown == [
+        ("a", "1 of 42 portraits rendered, 0.5/s, 82 s left"), ("b", "2 of 42 portraits rendered, 0.5/s, 80 s left"),
+    ]  # fmt: skip
+    assert [progress.current() for _ in progress.counted("a", "pairs made", None)] == ["1 pairs made, 0.1/s"]
+    assert progress.current() is None
+
+
 def _start(*arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "covray", *map(str, arguments)],

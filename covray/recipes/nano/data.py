@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -15,11 +14,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from rich.progress import track
 from torch import Tensor
 
 from covray.io.images import square
 from covray.pairs.scenes import labelled, render_scene, scene_seed
+from covray.progress import counted
 from covray.tasks import TASKS, colorization, low_light
 
 SIZE_PX = 64
@@ -168,11 +167,11 @@ def kept(path: Path, blocks: Iterable[NDArray[Any]], total: int) -> Path:
     Args:
         path: A file of NumPy, ``.npy``.
         blocks: The arrays; an iterator is not asked for any if the file exists.
-        total: Number of blocks, for the progress bar.
+        total: Number of blocks.
     """
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        rendered = list(track(blocks, f"rendering {path.stem}", total=total, disable=not sys.stderr.isatty()))
+        rendered = list(counted(blocks, f"blocks of {path.stem}", total))
         with whole_file(path) as aside:
             np.save(aside, np.concatenate(rendered))
     return path

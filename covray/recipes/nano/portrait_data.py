@@ -30,6 +30,7 @@ from covray.pairs.scenes.portraits import (
     sample_portrait,
 )
 from covray.pairs.words import read_captioned
+from covray.progress import counted
 from covray.recipes.nano.autoencoders import batches
 from covray.recipes.nano.data import kept
 from covray.seeds import seed_of
@@ -63,9 +64,8 @@ def portrait_manifest(out: Path, count: int, seed: int, *, only_held_out: bool =
         name, splits = f"{name}-held-out", {HELD_OUT_SPLIT: 1.0}
     path = out / "data" / f"{name}.parquet"
     if not path.exists():
-        print(f"rendering {count} portraits", flush=True)
         with ManifestWriter(path, captions=True) as writer:
-            for pair in portrait_pairs(count, SIZE_PX, seed, splits):
+            for pair in counted(portrait_pairs(count, SIZE_PX, seed, splits), "portraits rendered", count):
                 writer.add(pair)
     return path
 
