@@ -179,9 +179,11 @@ def main() -> None:
 _SWALLOWING = ("<frozen importlib._bootstrap>", f"{os.sep}trimesh{os.sep}")
 """Parts of the names of files whose code may go on after any exception: imports, as some libraries do without what
 cannot be imported, and trimesh, which falls back to slower code."""
-_SWALLOWING_S = 2.0
-"""So long a stop waits for the end of such code, so that what is open is closed."""
+_SWALLOWING_S = 10.0
+"""So long a stop waits for the end of such code, so that what is open is closed. On a busy machine imports take that."""
 _AGAIN_S = 0.05
+_LOST_S = 1.0
+"""Other code may swallow an interrupt, too. This long after it the command is looked at again."""
 
 
 @contextmanager
@@ -202,7 +204,14 @@ def _ended_by_signals() -> Iterator[list[int]]:
                 _end_at_once(received[-1])
             signal.setitimer(signal.ITIMER_REAL, _AGAIN_S)  # no thread: the signal may have come to one that is started
             return
+        signal.setitimer(signal.ITIMER_REAL, _LOST_S)
         raise KeyboardInterrupt
+
+    def look_again(number: int, frame: FrameType | None) -> None:
+        if _is_ending():
+            signal.setitimer(signal.ITIMER_REAL, _LOST_S)
+        else:
+            end(number, frame)
 
     def ignored(unraisable: sys.UnraisableHookArgs) -> None:
         # Python ignores an exception in a finaliser or a callback of C, and the command would go on.
@@ -215,7 +224,7 @@ def _ended_by_signals() -> Iterator[list[int]]:
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) != signal.SIG_IGN:  # as a shell's background job ignores Ctrl-C
             before[number] = signal.signal(number, interrupt)
-    before[signal.SIGALRM] = signal.signal(signal.SIGALRM, end)
+    before[signal.SIGALRM] = signal.signal(signal.SIGALRM, look_again)
     try:
         yield received
     finally:
@@ -229,6 +238,16 @@ def _end_at_once(number: int) -> NoReturn:
     """End the process where an interrupt would be swallowed. Nothing is lost: a command can be killed anywhere."""
     os.write(2, f"covray: {_STOPPED}\n".encode())
     os._exit(128 + number)
+
+
+def _is_ending() -> bool:
+    """Return whether something is being closed because of an interrupt: then it is what is handled, or led to that."""
+    error = sys.exc_info()[1]
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__context__
+    return False
 
 
 def _is_swallowing(frame: FrameType | None) -> bool:

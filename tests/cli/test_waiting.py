@@ -108,17 +108,25 @@ def test_a_command_says_what_it_does_and_when_stopped_that_it_is(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("file", "statement"), [("slow", "import slow"), ("trimesh/slow", "load().normals()")])
+@pytest.mark.parametrize(
+    ("file", "statement"),
+    [("slow", "import slow"), ("trimesh/slow", "load().normals()"), ("another/slow", "load().normals()")],
+)
 def test_a_stop_in_code_that_ignores_any_exception_closes_what_is_open(
     tmp_path: Path, file: str, statement: str
 ) -> None:
-    """So do some libraries while they are imported, and trimesh at work: the stop waits for the end of it."""
+    """So do some libraries while they are imported, and trimesh at work: the stop waits for the end of it.
+
+    Of any other code it is seen a second later that the command goes on, but not while it closes what is open.
+    """
     ignores = "try:\n    signal.raise_signal(signal.SIGTERM)\n    time.sleep(0.3)\nexcept BaseException:\n    pass\n"
     (tmp_path / "slow.py").write_text(f"import signal, time\n{ignores}")
-    (tmp_path / "trimesh").mkdir()
+    package = tmp_path / Path(file).parent
+    package.mkdir(exist_ok=True)
     normals = "def normals():\n" + textwrap.indent(ignores, "    ")
-    (tmp_path / "trimesh" / "slow.py").write_text(f"import signal, time\n{normals}")
-    (tmp_path / "trimesh" / "__init__.py").write_text("")
+    if package != tmp_path:
+        (package / "slow.py").write_text(f"import signal, time\n{normals}")
+        (package / "__init__.py").write_text("")
     script = (
         "import importlib, time\n"
         "from covray.cli.app import main\n"
@@ -129,6 +137,7 @@ def test_a_stop_in_code_that_ignores_any_exception_closes_what_is_open(
         f"        {statement}\n"
         "        time.sleep(20)\n"
         "    finally:\n"
+        "        time.sleep(1.5)\n"
         "        print('closed', flush=True)\n"
         "app.app = command\n"
         "main()\n"
