@@ -180,7 +180,8 @@ _SWALLOWING = ("<frozen importlib._bootstrap>", f"{os.sep}trimesh{os.sep}")
 """Parts of the names of files whose code may go on after any exception: imports, as some libraries do without what
 cannot be imported, and trimesh, which falls back to slower code."""
 _SWALLOWING_S = 10.0
-"""So long a stop waits for the end of such code, so that what is open is closed. On a busy machine imports take that."""
+"""So long a stop waits for the end of such code, so that what is open is closed. Imports take seconds on a busy
+machine."""
 _AGAIN_S = 0.05
 _LOST_S = 1.0
 """Other code may swallow an interrupt, too. This long after it the command is looked at again."""
