@@ -163,7 +163,7 @@ class FolderLock:
                 self._rivals()  # a command killed before it could withdraw: perhaps nobody else comes here to see
             self._withdraw()
         _own_tokens.discard(self._token)
-        # On an object store there is no empty folder to delete.
+        # An object store has no empty folders: a listing would be a request for nothing.
         if not self._existed and isinstance(self._folder.filesystem, fs.LocalFileSystem):
             self._folder.delete_if_empty()
 
